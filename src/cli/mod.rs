@@ -1,0 +1,1 @@
+//! Level 6: one file per subcommand, printer, exit codes.

@@ -1,0 +1,1 @@
+//! Level 3: recipe to disk image.

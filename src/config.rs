@@ -1,0 +1,1 @@
+//! Level 2: federation.toml, read, checked and documented.

@@ -1,0 +1,117 @@
+//! Level 0: the one way a file becomes durable. Temporary file in the same directory, write,
+//! fsync, rename, fsync of the directory: after a crash the old content or the new is there,
+//! never a mixture.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// Temporary files end in this; whatever bears it after a crash is a leftover and may be removed.
+pub const TEMPORARY_SUFFIX: &str = ".tmp";
+
+/// Replaces `path` by `bytes`, durably. On error the old file is untouched and nothing is left behind.
+pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_with_mode(path, bytes, 0o644)
+}
+
+/// As [`write`], for secrets: only the owner may read.
+pub fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_with_mode(path, bytes, 0o600)
+}
+
+fn write_with_mode(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let mut pending = PendingFile::create_with_mode(path, mode)?;
+    pending.file().write_all(bytes)?;
+    pending.commit()
+}
+
+/// A file being written that takes its name only when [`PendingFile::commit`] succeeds; dropped
+/// before that, it removes itself.
+#[derive(Debug)]
+pub struct PendingFile {
+    file: File,
+    temporary: PathBuf,
+    target: PathBuf,
+    done: bool,
+}
+
+impl PendingFile {
+    pub fn create(target: &Path) -> io::Result<Self> {
+        Self::create_with_mode(target, 0o644)
+    }
+
+    fn create_with_mode(target: &Path, mode: u32) -> io::Result<Self> {
+        use std::sync::atomic::{AtomicU64, Ordering};
+        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        let name =
+            target.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no file name"))?;
+        let mut temporary = name.to_os_string();
+        let n = COUNTER.fetch_add(1, Ordering::Relaxed);
+        temporary.push(format!(".{}-{n}{TEMPORARY_SUFFIX}", std::process::id()));
+        let temporary = target.with_file_name(temporary);
+        // A file of that name can only be a leftover of a dead process with our number.
+        let _ = fs::remove_file(&temporary);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(mode).open(&temporary)?;
+        Ok(Self { file, temporary, target: target.to_owned(), done: false })
+    }
+
+    pub fn file(&mut self) -> &mut File {
+        &mut self.file
+    }
+
+    pub fn temporary_path(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Makes the content durable under its final name.
+    pub fn commit(mut self) -> io::Result<()> {
+        self.file.sync_all()?;
+        fs::rename(&self.temporary, &self.target)?;
+        self.done = true;
+        sync_dir_of(&self.target)
+    }
+}
+
+impl Drop for PendingFile {
+    fn drop(&mut self) {
+        if !self.done {
+            let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+/// Makes the directory entry of `path` durable, after a create, rename or removal.
+pub fn sync_dir_of(path: &Path) -> io::Result<()> {
+    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(dir)?.sync_all()
+}
+
+/// Removes a file durably; one that is not there is no error.
+pub fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Ok(()) => sync_dir_of(path),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn replaces_whole_files_and_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        write(&path, b"one").unwrap();
+        write_secret(&path, b"two").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"two");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        drop(PendingFile::create(&path).unwrap());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        remove(&path).unwrap();
+        remove(&path).unwrap();
+    }
+}

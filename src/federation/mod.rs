@@ -1,0 +1,1 @@
+//! Level 1: members, presence, capabilities and trust rules. Pure.

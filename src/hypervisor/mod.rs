@@ -1,0 +1,1 @@
+//! Level 2: the hypervisor driver trait and its drivers.

@@ -1,0 +1,32 @@
+//! Cicada: a federated cloud broker that moves virtual machines between independent clouds by
+//! Composed Image Cloning. `ARCHITECTURE.md` has the map; dependencies point down only, which
+//! `tests/layering.rs` enforces.
+
+// Level 0
+pub mod clock;
+pub mod durable;
+pub mod types;
+// Level 1: pure
+pub mod component;
+pub mod federation;
+pub mod migration;
+pub mod placement;
+pub mod stanza;
+pub mod vm;
+// Level 2: resources
+pub mod config;
+pub mod disk;
+pub mod hypervisor;
+pub mod repository;
+pub mod telemetry;
+pub mod transfer;
+pub mod xmpp;
+// Level 3
+pub mod broker;
+pub mod build;
+pub mod compose;
+// Level 4 to 6
+pub mod api;
+pub mod cli;
+pub mod client;
+pub mod daemon;

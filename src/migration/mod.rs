@@ -1,0 +1,1 @@
+//! Level 1: negotiation and hand-over machines and their messages. Pure.

@@ -1,0 +1,1 @@
+//! Level 1: XMPP payloads and namespaces; parse and build, no sockets.

@@ -1,0 +1,1 @@
+//! Level 2: QUIC with raw public keys; objects between brokers.

@@ -1,0 +1,12 @@
+//! Level 0: ids, hashes, sizes and the bounded canonical codec. No I/O, no clock.
+
+pub mod codec;
+pub mod hash;
+pub mod id;
+pub mod identity;
+pub mod size;
+
+pub use hash::{BlockHash, ComponentId, Hash, ImageDigest, MapId, NodeHash, PackId, RecipeId};
+pub use id::{CloudName, LeaseId, MemberJid, MigrationId, VmId, VmName};
+pub use identity::{IdentityKey, PublicKey, Signature};
+pub use size::ByteSize;
