@@ -1,1 +1,7 @@
 //! Level 3: the one task that owns all state, and its effect runners.
+
+pub mod interface;
+pub mod problem;
+
+pub use interface::{Event, Reply, Request};
+pub use problem::{Problem, ProblemKind};
