@@ -2,6 +2,7 @@
 
 pub mod interface;
 pub mod problem;
+pub mod records;
 
 pub use interface::{Event, Reply, Request};
 pub use problem::{Problem, ProblemKind};
