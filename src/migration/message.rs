@@ -45,6 +45,9 @@ pub struct Initialization {
     pub recipe: String,
     /// Names of the recipe's components, in its order, for accounts and error messages.
     pub component_names: Vec<String>,
+    /// Stored bytes of the components the target lacked when it was checked, for its progress.
+    #[serde(default)]
+    pub component_bytes: u64,
     pub pass: Pass,
     /// Where the source serves content: `host:port`.
     pub addresses: Vec<String>,
