@@ -23,8 +23,8 @@ impl Broker {
         let result = match request {
             Request::Status => Ok(Reply::Status(self.status())),
             Request::Members => Ok(Reply::Members(self.member_views())),
-            Request::IdentityTrust { member, key } => self.trust(|b| b.members.pin(&member, key), reply_done),
-            Request::IdentityRevoke { member } => self.trust(|b| b.members.revoke(&member), reply_done),
+            Request::IdentityTrust { member, key } => self.trust(|b| b.members.pin(&member, key)),
+            Request::IdentityRevoke { member } => self.trust(|b| b.members.revoke(&member)),
             Request::VmCreate(create) => return self.create_vm(create, reply),
             Request::VmList => Ok(Reply::Vms(self.vms.values().map(|vm| self.vm_view(vm)).collect())),
             Request::VmShow { vm } => self.find_vm(&vm).map(|id| self.shown(id)),
@@ -116,14 +116,15 @@ impl Broker {
     fn trust(
         &mut self,
         change: impl FnOnce(&mut Self) -> Result<(), String>,
-        done: fn() -> Reply,
     ) -> Result<Reply, Problem> {
         change(self).map_err(|reason| Problem::new(ProblemKind::BadRequest, "identity", reason))?;
         let pinned = self.members.pinned();
-        super::records::save_trust(&self.shared.records, &pinned)
+        self.shared
+            .records
+            .save_trust(&pinned)
             .map_err(|e| Problem::from_error(ProblemKind::Failed, "identity", &e))?;
         self.shared.tickets.set_members(self.members.trusted_keys().collect());
-        Ok(done())
+        Ok(Reply::Done)
     }
 
     fn shown(&self, id: VmId) -> Reply {
@@ -318,15 +319,11 @@ impl Broker {
     }
 }
 
-fn reply_done() -> Reply {
-    Reply::Done
-}
-
 /// Resident memory of this process, from `/proc`; zero where that is not known.
 fn resident_bytes() -> u64 {
     let pages = std::fs::read_to_string("/proc/self/statm")
         .ok()
         .and_then(|text| text.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()))
         .unwrap_or(0);
-    pages * rustix::param::page_size() as u64
+    pages * 4096
 }

@@ -5,7 +5,6 @@
 pub mod account;
 mod calls;
 pub mod content;
-pub mod handle;
 mod incoming;
 pub mod interface;
 pub mod negotiation;

@@ -1,6 +1,7 @@
 //! What must survive a crash: one durable record per VM and one per migration. A VM's record is
 //! the only place that says who owns it.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -162,6 +163,15 @@ impl Records {
         Ok(records)
     }
 
+    /// The cloud's data directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub fn vms_dir(&self) -> PathBuf {
+        self.dir.join("vms")
+    }
+
     pub fn vm_dir(&self, vm: VmId) -> PathBuf {
         self.dir.join("vms").join(vm.to_string())
     }
@@ -231,6 +241,20 @@ impl Records {
 
     pub fn has_returned(&self, vm: VmId, epoch: u64) -> bool {
         self.return_path(vm, epoch).exists()
+    }
+
+    /// Keys the operator has confirmed at run time; those in the configuration come first.
+    pub fn trust(&self) -> Result<BTreeMap<MemberJid, PublicKey>, RecordError> {
+        let path = self.trust_path();
+        if path.exists() { load(&path) } else { Ok(BTreeMap::new()) }
+    }
+
+    pub fn save_trust(&self, pinned: &BTreeMap<MemberJid, PublicKey>) -> Result<(), RecordError> {
+        save(&self.trust_path(), pinned)
+    }
+
+    fn trust_path(&self) -> PathBuf {
+        self.dir.join("trust.json")
     }
 
     fn return_path(&self, vm: VmId, epoch: u64) -> PathBuf {

@@ -9,7 +9,6 @@ use tokio::sync::oneshot;
 
 use crate::disk;
 use crate::hypervisor::{DiskFormat, Machine, StopMode};
-use crate::migration::source::Event as SourceEvent;
 use crate::types::{ByteSize, ComponentId, MigrationId, VmId};
 use crate::vm::spec::Nic;
 use crate::vm::{Mac, PowerState, VmSpec};
@@ -63,7 +62,7 @@ impl Broker {
         DiskPaths::in_dir(&dir, self.shared.composer.path_of(&record.spec.recipe))
     }
 
-    fn machine(&self, record: &VmRecord) -> Machine {
+    pub(super) fn machine(&self, record: &VmRecord) -> Machine {
         let disks = self.disk_paths(record);
         let dir = self.shared.records.vm_dir(record.spec.id);
         Machine {
@@ -409,9 +408,6 @@ impl Broker {
         wanted.into_iter().for_each(|id| self.start_machine(id, None));
     }
 
-    pub(super) fn cancel_for_vm(&mut self, id: MigrationId) {
-        self.outgoing_event(id, SourceEvent::Cancel);
-    }
 }
 
 /// Makes sure the composition is there and is the right one, then starts the VM.
