@@ -6,6 +6,7 @@ mod guest;
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,14 +25,18 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const MIB: u64 = 1 << 20;
 
-/// A machine with empty raw disks in `dir`.
+/// A machine in `dir` with raw disks, empty unless they are there already.
 fn machine_in(dir: &Path) -> Machine {
-    let id = VmId::random();
+    machine_with(dir, VmId::random())
+}
+
+fn machine_with(dir: &Path, id: VmId) -> Machine {
     let home = dir.join(id.short());
     fs::create_dir_all(&home).unwrap();
     let disk = |name: &str, size_bytes| {
         let path = home.join(name);
-        fs::File::create(&path).unwrap().set_len(size_bytes).unwrap();
+        let file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+        file.unwrap().set_len(size_bytes).unwrap();
         path
     };
     Machine {
@@ -222,6 +227,64 @@ async fn a_guest_boots_talks_and_switches_itself_off() {
     }
 }
 
+/// What a guest has written is on disk when a forced stop returns, in either format, and a base
+/// shared by two VMs stays as it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forced_stop_keeps_what_the_guest_wrote() {
+    let Some((driver, dir)) = qemu().await else { return };
+    let base = dir.path().join("base.raw");
+    let content = guest::writing_disk(4 * MIB);
+    fs::write(&base, &content).unwrap();
+    fs::set_permissions(&base, std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
+
+    let raw = machine_in(dir.path());
+    fs::copy(&base, &raw.root_disk).unwrap();
+    fs::set_permissions(&raw.root_disk, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    let mut machines = vec![raw];
+    let tools = find_qemu().unwrap();
+    match tools.img() {
+        Ok(img) => {
+            for _ in 0..2 {
+                let mut machine = machine_in(dir.path());
+                machine.root_format = DiskFormat::Qcow2;
+                let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
+                run(Command::new(img).args(create).args([&base, &machine.root_disk]));
+                machines.push(machine);
+            }
+        }
+        Err(error) => println!("SKIPPED: overlays, because {error}"),
+    }
+    for machine in &machines {
+        driver.start(machine).await.unwrap();
+    }
+    for machine in &machines {
+        let vm = machine.spec.id;
+        let log = driver.console_log(vm).unwrap();
+        let greets = || fs::read_to_string(&log).unwrap_or_default().contains(guest::GREETING.trim());
+        eventually("the guest has written", greets).await;
+        assert!(driver.stats(vm).await.unwrap().disk_written.0 > 0);
+        driver.stop(vm, StopMode::Forced).await.unwrap();
+        let image = match machine.root_format {
+            DiskFormat::Raw => fs::read(&machine.root_disk).unwrap(),
+            DiskFormat::Qcow2 => {
+                let flat = machine.root_disk.with_extension("flat");
+                let img = tools.img().unwrap();
+                run(Command::new(img).arg("check").arg(&machine.root_disk));
+                let convert = ["convert", "-O", "raw"];
+                run(Command::new(img).args(convert).args([&machine.root_disk, &flat]));
+                fs::read(flat).unwrap()
+            }
+        };
+        assert_eq!(guest::read_back(image).trim(), guest::WRITTEN);
+    }
+    assert!(fs::read(&base).unwrap() == content, "the shared base has changed");
+}
+
+fn run(command: &mut Command) {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// A broker that restarts takes its VMs over: by the record, by the process list where it died
 /// before the record was complete, and not at all where the process is gone.
 #[tokio::test(flavor = "multi_thread")]
@@ -265,6 +328,51 @@ async fn a_new_driver_takes_over_what_an_earlier_one_started() {
     driver.stop(vm, StopMode::Forced).await.unwrap();
 }
 
+/// Set for the process that plays the broker below: the directory and the id of the VM to start.
+const BROKER_DIR: &str = "CICADA_TEST_BROKER_DIR";
+const BROKER_VM: &str = "CICADA_TEST_BROKER_VM";
+
+/// Starts a VM and waits to be killed. Does nothing unless run by the test below.
+#[tokio::test(flavor = "multi_thread")]
+async fn broker_to_be_killed() {
+    let (Ok(dir), Ok(vm)) = (std::env::var(BROKER_DIR), std::env::var(BROKER_VM)) else { return };
+    let driver = QemuDriver::open(config()).await.unwrap();
+    driver.start(&machine_with(Path::new(&dir), vm.parse().unwrap())).await.unwrap();
+    println!("\nstarted");
+    std::future::pending().await
+}
+
+/// kill -9 of the broker and everything in its process group leaves the VM running, and the next
+/// broker stops it without a trace.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_survives_the_death_of_its_broker() {
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::process::CommandExt;
+    let Some((driver, dir)) = qemu().await else { return };
+    let vm = VmId::random();
+    let mut broker = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "broker_to_be_killed", "--nocapture"])
+        .envs([(BROKER_DIR, dir.path().to_str().unwrap()), (BROKER_VM, &vm.to_string())])
+        .stdout(std::process::Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(broker.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap() == "started"));
+    let group = rustix::process::Pid::from_raw(broker.id() as i32).unwrap();
+    rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
+    broker.wait().unwrap();
+    assert_eq!(processes_of(vm).len(), 1);
+
+    let machine = machine_with(dir.path(), vm);
+    driver.define(&machine).await.unwrap();
+    assert_eq!(driver.state(vm).unwrap(), PowerState::Running);
+    driver.stop(vm, StopMode::Forced).await.unwrap();
+    assert!(processes_of(vm).is_empty());
+    driver.undefine(vm).await.unwrap();
+    assert!(!machine.state_dir.exists());
+}
+
 /// QEMU that hangs is ended all the same, also by a driver that could never talk to it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hanging_qemu_is_killed() {
@@ -278,6 +386,20 @@ async fn a_hanging_qemu_is_killed() {
     assert!(processes_of(vm).is_empty());
     assert_eq!(driver.state(vm).unwrap(), PowerState::Stopped);
     println!("a hanging QEMU was ended after {:?}", begin.elapsed());
+}
+
+/// A host that shuts down tells every process to end: that is no crash.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_shuts_down_is_no_crash() {
+    let Some((driver, dir)) = qemu().await else { return };
+    let machine = machine_in(dir.path());
+    let vm = machine.spec.id;
+    driver.start(&machine).await.unwrap();
+    let mut events = driver.events();
+    signal(vm, rustix::process::Signal::TERM);
+    let event = tokio::time::timeout(Duration::from_secs(10), events.recv()).await.unwrap().unwrap();
+    assert_eq!(event.kind, EventKind::Stopped { reason: StopReason::Host });
+    assert_eq!(driver.state(vm).unwrap(), PowerState::Stopped);
 }
 
 #[tokio::test(flavor = "multi_thread")]

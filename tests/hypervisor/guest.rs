@@ -1,19 +1,44 @@
-//! The smallest guest there is: a FAT disk with one UEFI program of a hundred bytes. It greets on
-//! the serial port, answers each character with its case changed, and switches the machine off
-//! when the power button is pressed.
+//! Small guests on FAT disks.
+//!
+//! The one made by [`disk`] is a UEFI program of a hundred bytes. It greets on the serial port,
+//! answers each character with its case changed, and switches the machine off when the power
+//! button is pressed. The one made by [`writing_disk`] is a script for the firmware's own shell.
 
-use std::io::{Cursor, Write};
+use std::io::{Cursor, Read, Write};
 
 pub const GREETING: &str = "the guest is up\r\n";
 
-/// A disk that boots it.
+/// A disk that boots the program.
 pub fn disk(size_bytes: u64) -> Vec<u8> {
+    fat(size_bytes, &["EFI", "EFI/BOOT"], "EFI/BOOT/BOOTX64.EFI", &program())
+}
+
+pub const WRITTEN: &str = "written by the guest";
+
+/// A disk whose guest writes a file to it and then says [`GREETING`].
+pub fn writing_disk(size_bytes: u64) -> Vec<u8> {
+    // The greeting is put together by the shell: the command is echoed as well.
+    let script =
+        format!("@echo -off\r\necho {WRITTEN} >a fs0:\\out.txt\r\nset g up\r\necho the guest is %g%\r\n");
+    fat(size_bytes, &[], "startup.nsh", script.as_bytes())
+}
+
+/// What the guest of a [`writing_disk`] wrote.
+pub fn read_back(image: Vec<u8>) -> String {
+    let volume = fatfs::FileSystem::new(Cursor::new(image), fatfs::FsOptions::new()).unwrap();
+    let mut text = String::new();
+    volume.root_dir().open_file("out.txt").unwrap().read_to_string(&mut text).unwrap();
+    text
+}
+
+fn fat(size_bytes: u64, dirs: &[&str], file: &str, content: &[u8]) -> Vec<u8> {
     let mut image = Cursor::new(vec![0; size_bytes as usize]);
     fatfs::format_volume(&mut image, fatfs::FormatVolumeOptions::new()).unwrap();
     let volume = fatfs::FileSystem::new(&mut image, fatfs::FsOptions::new()).unwrap();
-    let boot = volume.root_dir().create_dir("EFI").unwrap().create_dir("BOOT").unwrap();
-    boot.create_file("BOOTX64.EFI").unwrap().write_all(&program()).unwrap();
-    drop(boot);
+    for dir in dirs {
+        volume.root_dir().create_dir(dir).unwrap();
+    }
+    volume.root_dir().create_file(file).unwrap().write_all(content).unwrap();
     volume.unmount().unwrap();
     image.into_inner()
 }

@@ -140,8 +140,8 @@ impl Args {
 
     fn socket(&mut self, id: &str, machine: &Machine, name: &str, more: &str) -> Result<(), DriverError> {
         let path = machine.state_dir.join(name);
-        let path = escape_commas(self.text(&path)?);
-        self.arg("-chardev", format!("socket,id={id},path={path},server=on,wait=off{more}"));
+        self.text(&path)?;
+        self.arg("-chardev", socket_chardev(id, &path) + more);
         Ok(())
     }
 
@@ -218,6 +218,16 @@ pub fn sandbox(machine: &Machine, host: &Host) -> &'static str {
 }
 
 pub const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+fn socket_chardev(id: &str, path: &Path) -> String {
+    format!("socket,id={id},path={},server=on,wait=off", escape_commas(&path.to_string_lossy()))
+}
+
+/// Two arguments by which the QEMU of one VM in one state directory is recognised: the same VM may
+/// well run on this host for another broker.
+pub fn marks(vm: VmId, state_dir: &Path) -> [String; 2] {
+    [vm.to_string(), socket_chardev("qmp", &state_dir.join(file::QMP))]
+}
 
 /// In QEMU's older option syntax a comma in a value is written twice.
 fn escape_commas(text: &str) -> String {
@@ -296,6 +306,15 @@ mod tests {
         let gone: Vec<_> = with.iter().filter(|a| !without.contains(a)).collect();
         assert_eq!(gone.len(), 2, "{gone:?}");
         assert!(without.iter().all(|a| with.contains(a)));
+    }
+
+    #[test]
+    fn a_command_line_bears_its_marks() {
+        let machine = machine();
+        let args = argv(&machine, &host()).unwrap();
+        for mark in marks(machine.spec.id, &machine.state_dir) {
+            assert!(args.contains(&mark), "{mark}");
+        }
     }
 
     #[test]

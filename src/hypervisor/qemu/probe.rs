@@ -84,7 +84,7 @@ fn has_virtualisation(cpuinfo: &str) -> bool {
 }
 
 /// Runs the probe guest to its end.
-pub async fn run_guest(system: &Path, machine_type: &str, accelerator: &str) -> Result<(), String> {
+async fn run_guest(system: &Path, machine_type: &str, accelerator: &str) -> Result<(), String> {
     let rom = tokio::task::spawn_blocking(|| {
         let mut rom = vec![0xf4; ROM_BYTES];
         rom[ROM_BYTES - 16..][..GUEST_CODE.len()].copy_from_slice(&GUEST_CODE);
@@ -199,5 +199,13 @@ mod tests {
         assert!(has_virtualisation("processor: 0\nflags\t\t: fpu vme vmx ssse3\n"));
         assert!(has_virtualisation("flags : svm\n"));
         assert!(!has_virtualisation("flags : fpu svme avmx\nvmx flags : vnmi\nbugs: vmx\n"));
+    }
+
+    #[tokio::test]
+    async fn the_probe_guest_reports_from_inside() {
+        match super::super::find_qemu() {
+            Ok(tools) => run_guest(&tools.system, super::super::config::MACHINE_TYPE, "tcg").await.unwrap(),
+            Err(error) => println!("SKIPPED: {error}"),
+        }
     }
 }

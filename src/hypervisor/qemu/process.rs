@@ -15,7 +15,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::process::{Child, Command};
 
-use super::args::file;
+use super::args::{self, file};
 use crate::durable;
 use crate::types::{ByteSize, VmId};
 
@@ -56,6 +56,11 @@ pub struct Process {
 }
 
 impl Process {
+    /// One that was started by an earlier driver.
+    pub fn adopted(handle: Handle) -> Self {
+        Self { handle, child: None }
+    }
+
     /// Waits for the end, without polling. The exit status is known of own children only.
     pub async fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
         if let Some(child) = &mut self.child {
@@ -73,7 +78,7 @@ impl Process {
 
 /// Starts QEMU in a session of its own, so that no signal meant for the broker reaches it, with
 /// its complaints going to a file. The record is durable before and after.
-pub fn spawn(system: &Path, args: &[String], state_dir: &Path) -> io::Result<Process> {
+pub fn spawn(system: &Path, argv: &[String], state_dir: &Path) -> io::Result<Process> {
     let log = OpenOptions::new()
         .create(true)
         .write(true)
@@ -84,7 +89,7 @@ pub fn spawn(system: &Path, args: &[String], state_dir: &Path) -> io::Result<Pro
     let log = OpenOptions::new().append(true).open(state_dir.join(file::STDERR_LOG))?;
     Record::Starting.write(state_dir)?;
     let mut command = Command::new(system);
-    command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    command.args(argv).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     // SAFETY: between fork and exec only setsid is called, which is async-signal-safe.
     unsafe {
         command.pre_exec(|| Ok(rustix::process::setsid().map(drop)?));
@@ -149,23 +154,23 @@ pub enum Found {
     Nothing,
     /// It ran, and its process ended unobserved.
     Ended,
-    Alive(Process),
+    Alive(Handle),
 }
 
 /// Looks for the QEMU process an earlier driver started for `vm`.
 pub fn find(state_dir: &Path, vm: VmId) -> io::Result<Found> {
+    let marks = args::marks(vm, state_dir);
     match Record::read(state_dir)? {
         None => Ok(Found::Nothing),
         Some(Record::Started { pid, start_ticks, boot_id: boot }) => {
-            let is_it = |stat: Stat| stat.start_ticks == start_ticks && stat.is_alive && is_qemu_of(pid, vm);
+            let is_it =
+                |stat: Stat| stat.start_ticks == start_ticks && stat.is_alive && has_marks(pid, &marks);
             if boot != boot_id()? {
                 return Ok(Found::Ended);
             }
             // Opened first and checked after: what the check sees is what the pidfd holds.
             match Handle::open(pid) {
-                Ok(handle) if Stat::read(pid).is_ok_and(is_it) => {
-                    Ok(Found::Alive(Process { handle, child: None }))
-                }
+                Ok(handle) if Stat::read(pid).is_ok_and(is_it) => Ok(Found::Alive(handle)),
                 _ => Ok(Found::Ended),
             }
         }
@@ -175,14 +180,14 @@ pub fn find(state_dir: &Path, vm: VmId) -> io::Result<Found> {
                 let Some(pid) = entry?.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else {
                     continue;
                 };
-                if !is_qemu_of(pid, vm) {
+                if !has_marks(pid, &marks) {
                     continue;
                 }
                 if let Ok(handle) = Handle::open(pid)
-                    && is_qemu_of(pid, vm)
+                    && has_marks(pid, &marks)
                 {
                     Record::of(pid)?.write(state_dir)?;
-                    return Ok(Found::Alive(Process { handle, child: None }));
+                    return Ok(Found::Alive(handle));
                 }
             }
             Ok(Found::Nothing)
@@ -190,12 +195,11 @@ pub fn find(state_dir: &Path, vm: VmId) -> io::Result<Found> {
     }
 }
 
-/// Whether the process was started for this VM; false of one that has ended.
-fn is_qemu_of(pid: i32, vm: VmId) -> bool {
+/// Whether the command line of the process has both marks; false of one that has ended.
+fn has_marks(pid: i32, marks: &[String; 2]) -> bool {
     let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else { return false };
-    let id = vm.to_string();
     let args: Vec<&[u8]> = line.split(|b| *b == 0).collect();
-    args.windows(2).any(|pair| pair[0] == b"-uuid" && pair[1] == id.as_bytes())
+    marks.iter().all(|mark| args.contains(&mark.as_bytes()))
 }
 
 /// The parts of `/proc/PID/stat` used here, see proc_pid_stat(5).
@@ -257,12 +261,16 @@ pub fn last_words(state_dir: &Path) -> String {
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     };
     let tail = tail().unwrap_or_default();
-    let lines: Vec<String> =
-        tail.lines().filter(|l| !l.trim().is_empty()).map(|l| l.escape_debug().to_string()).collect();
+    let lines: Vec<String> = tail.lines().filter(|line| !line.trim().is_empty()).map(printable).collect();
     match lines.len() {
         0 => "it said nothing".into(),
         n => lines[n.saturating_sub(TAIL_LINES)..].join("; "),
     }
+}
+
+/// The text without what would command a terminal.
+fn printable(line: &str) -> String {
+    line.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
 /// Cuts a log a running QEMU appends to once it is longer than `max`; the part before is kept
@@ -324,7 +332,7 @@ mod tests {
         let log = dir.path().join(file::STDERR_LOG);
         assert_eq!(last_words(dir.path()), "it said nothing");
         fs::write(&log, "1\n2\n3\n4\n5\n6\x1b[31m\n\n").unwrap();
-        assert_eq!(last_words(dir.path()), "2; 3; 4; 5; 6\\u{1b}[31m");
+        assert_eq!(last_words(dir.path()), "2; 3; 4; 5; 6\u{fffd}[31m");
         cut_log(&log, ByteSize(100)).unwrap();
         assert_eq!(fs::metadata(&log).unwrap().len(), 18);
         cut_log(&log, ByteSize(10)).unwrap();

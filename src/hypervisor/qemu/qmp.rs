@@ -20,7 +20,7 @@ use tokio_util::codec::{FramedRead, LinesCodec};
 /// The longest line QEMU sends is the answer to `query-qmp-schema`, some 300 KiB.
 pub const LINE_BYTES_MAX: usize = 8 << 20;
 /// An idle QEMU answers in a millisecond; one on an overloaded host may need much longer.
-pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(20);
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {

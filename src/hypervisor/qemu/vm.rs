@@ -12,7 +12,7 @@
 //! Whatever the state, when the process ends the watcher tidies up and the VM is Stopped or
 //! Crashed. State changes come from QEMU's events, in their order; nothing is polled.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -46,7 +46,7 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 /// For the events still in the socket of a process that has ended.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often the logs' sizes are looked at.
-const LOG_CHECK: Duration = Duration::from_secs(10);
+const LOG_CHECK: Duration = Duration::from_secs(30);
 
 pub(super) struct Vm {
     id: VmId,
@@ -172,9 +172,9 @@ impl Vm {
                 let detail = "its process ended while no driver was watching".to_owned();
                 self.emit(EventKind::Crashed { detail });
             }
-            Found::Alive(process) => {
-                tracing::info!(vm = %self.id, pid = process.handle.pid, "took over a running VM");
-                let run = self.watch(machine, process, None);
+            Found::Alive(handle) => {
+                tracing::info!(vm = %self.id, pid = handle.pid, "took over a running VM");
+                let run = self.watch(machine, Process::adopted(handle), None);
                 // One that does not answer can still be stopped by force; anything else will
                 // connect again and say what is wrong.
                 if let Err(error) = self.qmp(&run).await {
@@ -295,7 +295,7 @@ impl Vm {
         DriverError::EndedAtStart { vm: self.id, status: status_text(status), stderr }
     }
 
-    async fn connect_when_ready(self: &Arc<Self>, path: &PathBuf, pid: i32) -> Result<Qmp, DriverError> {
+    async fn connect_when_ready(self: &Arc<Self>, path: &Path, pid: i32) -> Result<Qmp, DriverError> {
         loop {
             match self.connect(path, pid).await {
                 // Not made yet, or bound and not yet listening.
@@ -308,7 +308,7 @@ impl Vm {
     }
 
     /// Connects to the process and makes sure it is this VM.
-    async fn connect(self: &Arc<Self>, path: &PathBuf, pid: i32) -> Result<Qmp, DriverError> {
+    async fn connect(self: &Arc<Self>, path: &Path, pid: i32) -> Result<Qmp, DriverError> {
         #[derive(Deserialize)]
         #[serde(rename_all = "UPPERCASE")]
         struct Identity {
