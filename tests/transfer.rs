@@ -7,7 +7,9 @@ mod world;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cicada::transfer::{FetchError, Limiter, ObjectKey, Progress, Refusal, Settings, TransferError, Violation};
+use cicada::transfer::{
+    FetchError, Limiter, ObjectKey, Progress, Refusal, Settings, TransferError, Violation,
+};
 use cicada::types::BlockHash;
 use tokio::runtime::Runtime;
 use tokio::time::sleep;
@@ -206,14 +208,48 @@ async fn strangers_and_wrong_keys_are_refused_with_the_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_refusal_is_one_log_line_with_peer_address_and_reason() {
+    let log = world::log();
+    let store = Store::new();
+    let keys: Vec<_> = (0..300).map(|i| store.add_block(data::noise(i, 4096))).collect();
+    let both = [identity(31).public(), identity(32).public()];
+    let source = Broker::start(identity(31), Members::new(&both), store, Limiter::unlimited());
+    let target = Broker::start(identity(32), Members::new(&both), Store::new(), Limiter::unlimited());
+    let stranger = Broker::start(identity(33), Members::new(&[]), Store::new(), Limiter::unlimited());
+
+    stranger.connect(&source).await.unwrap_err();
+    target.endpoint.connect(&[source.address()], identity(34).public()).await.unwrap_err();
+    let connection = target.connect(&source).await.unwrap();
+    let forged = cicada::transfer::Ticket::from_bytes([9; 32]);
+    connection.fetch(&forged, keys, Sink::new(), Arc::default()).await.unwrap();
+    sleep(Duration::from_millis(50)).await;
+
+    let lines = log.lines();
+    for (broker, reason) in [
+        (&stranger, Refusal::NotMember.to_string()),
+        (&target, Refusal::UnknownTicket.to_string()),
+        (&target, "refused our identity key".to_owned()),
+    ] {
+        let address = broker.address().to_string();
+        let found: Vec<_> = lines
+            .iter()
+            .filter(|l| l.contains(&reason) && l.contains(&address) && !l.contains("could not connect"))
+            .collect();
+        assert_eq!(found.len(), 1, "{reason}: {found:#?}");
+        assert!(found[0].contains("WARN"));
+    }
+    let seen_by_dialler = format!("holds the key {:?}, not the expected", identity(31).public());
+    assert_eq!(lines.iter().filter(|l| l.contains(&seen_by_dialler)).count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_is_expelled_gets_nothing_more() {
     let store = Store::new();
     let key = store.add_block(data::noise(1, 4096));
     let (source, target) = Broker::pair(store).await;
     let connection = target.connect(&source).await.unwrap();
     source.members.expel(&target.identity.public());
-    let report =
-        connection.fetch(&world::TICKET, vec![key], Sink::new(), Arc::default()).await.unwrap();
+    let report = connection.fetch(&world::TICKET, vec![key], Sink::new(), Arc::default()).await.unwrap();
     assert_eq!(report.refused, vec![(key, Refusal::NotMember)]);
 }
 
@@ -286,9 +322,8 @@ async fn the_cap_holds_and_changes_under_way() {
     let (source, target) = Broker::pair_with(store, limiter.clone()).await;
     let connection = target.connect(&source).await.unwrap();
     let fetching = connection.clone();
-    let fetch = tokio::spawn(async move {
-        fetching.fetch(&world::TICKET, keys, Sink::new(), Arc::default()).await
-    });
+    let fetch =
+        tokio::spawn(async move { fetching.fetch(&world::TICKET, keys, Sink::new(), Arc::default()).await });
     sleep(Duration::from_millis(300)).await;
     for (mbit, seconds) in [(20, 3.0), (60, 2.0)] {
         limiter.set_rate(Some(mbit * 1_000_000 / 8));
@@ -324,10 +359,10 @@ fn a_killed_source_interrupts_and_resuming_fetches_only_the_rest() {
     });
     let (sink, progress) = (Sink::new(), Arc::new(Progress::default()));
     let connection = target_runtime.block_on(target.connect(&source)).unwrap();
+    let first = connection.clone();
     let fetch = {
         let (sink, progress, keys) = (sink.clone(), progress.clone(), keys.clone());
-        target_runtime
-            .spawn(async move { connection.fetch(&world::TICKET, keys, sink, progress).await })
+        target_runtime.spawn(async move { connection.fetch(&world::TICKET, keys, sink, progress).await })
     };
     while progress.snapshot().payload_bytes < total / 2 {
         std::thread::sleep(Duration::from_millis(5));
@@ -345,16 +380,19 @@ fn a_killed_source_interrupts_and_resuming_fetches_only_the_rest() {
     let again = target_runtime.block_on(async {
         Broker::start(source_identity, Members::new(&both), store.clone(), Limiter::unlimited())
     });
-    target_runtime.block_on(async {
-        let connection = target.connect(&again).await.unwrap();
-        let resumed = connection.fetch(&world::TICKET, report.missing, sink.clone(), progress.clone());
-        resumed.await.unwrap();
-    });
+    let second = target_runtime.block_on(target.connect(&again)).unwrap();
+    let resumed = second.fetch(&world::TICKET, report.missing, sink.clone(), progress.clone());
+    target_runtime.block_on(resumed).unwrap();
     sink.assert_holds_all_of(&store);
     assert_eq!(progress.snapshot().objects, keys.len() as u64, "nothing was delivered twice");
-    let again = progress.snapshot().payload_bytes as f64 / total as f64 - 1.0;
-    println!("resumed after a kill at 50 %: {:.2} % of the bytes came twice", again * 100.0);
-    assert!(again < 0.05, "{again}");
+    let received = first.stats().received_bytes + second.stats().received_bytes;
+    let overhead = received as f64 / total as f64 - 1.0;
+    println!(
+        "resumed after a kill at 50 %: both connections together carried {:.1} % more than the objects",
+        overhead * 100.0
+    );
+    // QUIC's own overhead is 2.4 %.
+    assert!(overhead < 0.06, "{overhead}");
     drop((source, target, target_runtime));
 }
 
@@ -365,8 +403,7 @@ async fn too_many_requests_at_once_are_refused() {
     let settings = Settings { requests_max: 0, ..world::settings() };
     let (source, target) = Broker::pair_as(store, Limiter::unlimited(), settings).await;
     let connection = target.connect(&source).await.unwrap();
-    let report =
-        connection.fetch(&world::TICKET, keys.clone(), Sink::new(), Arc::default()).await.unwrap();
+    let report = connection.fetch(&world::TICKET, keys.clone(), Sink::new(), Arc::default()).await.unwrap();
     assert!(report.refused.len() == keys.len());
     assert!(report.refused.iter().all(|(_, reason)| *reason == Refusal::TooMany));
 }

@@ -35,10 +35,10 @@ fn a_shaped_link_is_filled() {
         let line = lines.iter().find(|l| l.contains("RESULT")).unwrap_or_else(|| panic!("{lines:#?}"));
         let mut fields = line.split_whitespace().skip_while(|w| !w.contains("RESULT")).skip(1);
         let mut next = || fields.next().unwrap().parse::<f64>().unwrap();
-        let (seconds, payload, udp, link, lost, rtt_ms) = (next(), next(), next(), next(), next(), next());
+        let (seconds, payload, udp, link, rtt_ms) = (next(), next(), next(), next(), next());
         let cap = f64::from(mbit) * 1e6 / 8.0 * seconds;
         println!(
-            "{mbit} Mbit/s link: {:.1} MB in {seconds:.2} s; of the cap {:.1} % used on the link, {:.1} % as UDP payload, {:.1} % as objects; {lost} packets lost, rtt {rtt_ms:.1} ms",
+            "{mbit} Mbit/s link: {:.1} MB in {seconds:.2} s; of the cap {:.1} % used on the link, {:.1} % as UDP payload, {:.1} % as objects; rtt {rtt_ms:.1} ms",
             payload / 1e6,
             100.0 * link / cap,
             100.0 * udp / cap,
@@ -68,7 +68,14 @@ fn content(megabytes: u64) -> (Arc<Store>, Vec<ObjectKey>) {
 fn broker(address: &str, n: u8, store: Arc<Store>) -> Broker {
     let address = format!("{address}:{PORT}").parse().unwrap();
     let both = [identity(1).public(), identity(2).public()];
-    Broker::start_at(address, identity(n), Members::new(&both), store, Limiter::unlimited(), Settings::default())
+    Broker::start_at(
+        address,
+        identity(n),
+        Members::new(&both),
+        store,
+        Limiter::unlimited(),
+        Settings::default(),
+    )
 }
 
 /// Plays a part for [`a_shaped_link_is_filled`]; alone it does nothing.
@@ -99,11 +106,10 @@ fn target_process() {
         connection.fetch(&world::TICKET, keys, sink, progress.clone()).await.unwrap();
         let (seconds, after) = (started.elapsed().as_secs_f64(), connection.stats());
         println!(
-            "RESULT {seconds} {} {} {} {} {}",
+            "RESULT {seconds} {} {} {} {}",
             progress.snapshot().payload_bytes,
             after.received_bytes - before.received_bytes,
             link_bytes() - link,
-            after.lost_packets,
             after.rtt.as_secs_f64() * 1e3,
         );
         target.endpoint.close().await;
@@ -127,7 +133,9 @@ impl Lab {
         for (space, address) in [(a, SOURCE), (b, TARGET)] {
             run(&format!("ip -n {space} addr add {address}/24 dev wire"));
             run(&format!("ip -n {space} link set wire up"));
-            run(&format!("tc -n {space} qdisc add dev wire root tbf rate {mbit}mbit burst 32kb latency 50ms"));
+            run(&format!(
+                "tc -n {space} qdisc add dev wire root tbf rate {mbit}mbit burst 32kb latency 50ms"
+            ));
         }
         lab
     }

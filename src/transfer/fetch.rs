@@ -210,8 +210,7 @@ struct Waiting {
 impl Waiting {
     fn new(keys: Vec<ObjectKey>) -> Self {
         let (packs, small): (VecDeque<_>, VecDeque<_>) = keys.into_iter().partition(ObjectKey::is_pack);
-        let keys_per_request =
-            (small.len() / (2 * SMALL_STREAMS)).clamp(KEYS_MIN, limit::KEYS_PER_REQUEST);
+        let keys_per_request = (small.len() / (2 * SMALL_STREAMS)).clamp(KEYS_MIN, limit::KEYS_PER_REQUEST);
         Self { packs, small, keys_per_request }
     }
 
@@ -342,8 +341,7 @@ impl Fetch {
         self.sinking(move || {
             let encoded = payload.len() as u64;
             let keys = &group.keys[answered..];
-            let objects =
-                batch::open(keys, zstd, &sizes_bytes, payload).map_err(|v| fetch.misbehaved(v))?;
+            let objects = batch::open(keys, zstd, &sizes_bytes, payload).map_err(|v| fetch.misbehaved(v))?;
             let (count, first) = (objects.len(), keys[0]);
             fetch.sink.deliver(objects).map_err(|e| fetch.not_taken(first, e))?;
             group.deliver(count);
@@ -377,7 +375,12 @@ impl Fetch {
     }
 
     /// Streams a pack to its writer, one chunk behind the wire.
-    async fn take_pack(self: &Arc<Self>, recv: &mut RecvStream, key: ObjectKey, size_bytes: u64) -> Result<(), Ended> {
+    async fn take_pack(
+        self: &Arc<Self>,
+        recv: &mut RecvStream,
+        key: ObjectKey,
+        size_bytes: u64,
+    ) -> Result<(), Ended> {
         let ObjectKey::Pack(pack) = key else { return Err(self.fault(Violation::Form { key })) };
         let fetch = self.clone();
         let mut sinking: Sinking<Box<dyn PackWriter>> =
@@ -452,7 +455,12 @@ impl Fetch {
         Ok(())
     }
 
-    async fn read_exact(&self, recv: &mut RecvStream, mut into: &mut [u8], missing: usize) -> Result<(), Ended> {
+    async fn read_exact(
+        &self,
+        recv: &mut RecvStream,
+        mut into: &mut [u8],
+        missing: usize,
+    ) -> Result<(), Ended> {
         while !into.is_empty() {
             match recv.read(into).await {
                 Ok(Some(n)) => {
@@ -494,10 +502,9 @@ impl Fetch {
             ReadError::ConnectionLost(e) => Ended::Failed(self.lost(e)),
             ReadError::Reset(code) => match close::as_refusal(code) {
                 Some(reason) => Ended::Reset(reason),
-                None if code == close::STALLED => Ended::Failed(TransferError::Stalled {
-                    peer: self.peer,
-                    waited: self.stall_timeout,
-                }),
+                None if code == close::STALLED => {
+                    Ended::Failed(TransferError::Stalled { peer: self.peer, waited: self.stall_timeout })
+                }
                 None => self.fault(Violation::Short { missing }),
             },
             ReadError::ClosedStream | ReadError::IllegalOrderedRead | ReadError::ZeroRttRejected => {

@@ -10,12 +10,41 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use cicada::transfer::{
-    Authority, Connection, Content, Encoding, Endpoint, Limiter, ObjectBody, ObjectKey, ObjectSink, ObjectSource,
-    PackWriter, Refusal, Settings, SinkError, Ticket, TransferError, Verified,
+    Authority, Connection, Content, Encoding, Endpoint, Limiter, ObjectBody, ObjectKey, ObjectSink,
+    ObjectSource, PackWriter, Refusal, Settings, SinkError, Ticket, TransferError, Verified,
 };
 use cicada::types::{BlockHash, ComponentId, Hash, IdentityKey, NodeHash, PackId, PublicKey, RecipeId};
 
 pub const TICKET: Ticket = Ticket::from_bytes([42; 32]);
+
+/// Everything logged by this process from now on.
+#[derive(Clone, Default)]
+pub struct Log(Arc<Mutex<Vec<u8>>>);
+
+/// Starts to log; to be called by one test of a binary.
+pub fn log() -> Log {
+    let log = Log::default();
+    let writer = log.clone();
+    let make_writer = move || writer.clone();
+    tracing_subscriber::fmt().with_ansi(false).with_writer(make_writer).init();
+    log
+}
+
+impl Log {
+    pub fn lines(&self) -> Vec<String> {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap().lines().map(str::to_owned).collect()
+    }
+}
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
 
 pub fn identity(n: u8) -> IdentityKey {
     IdentityKey::from_secret_bytes(&[n; 32])
@@ -91,8 +120,14 @@ impl Broker {
         let both = [identity(1).public(), identity(2).public()];
         let any = "127.0.0.1:0".parse().unwrap();
         let source = Self::start_at(any, identity(1), Members::new(&both), store, limiter, settings.clone());
-        let target =
-            Self::start_at(any, identity(2), Members::new(&both), Store::new(), Limiter::unlimited(), settings);
+        let target = Self::start_at(
+            any,
+            identity(2),
+            Members::new(&both),
+            Store::new(),
+            Limiter::unlimited(),
+            settings,
+        );
         (source, target)
     }
 
