@@ -168,30 +168,24 @@ impl Endpoint {
             }
             None
         };
-        let timed_out = match timeout(self.shared.settings.connect_timeout, first).await {
-            Ok(Some(connection)) => {
-                self.shared.clone().keep(connection.clone());
-                return Ok(connection);
-            }
-            Ok(None) => false,
-            Err(_) => true,
-        };
+        if let Ok(Some(connection)) = timeout(self.shared.settings.connect_timeout, first).await {
+            self.shared.clone().keep(connection.clone());
+            return Ok(connection);
+        }
         // An address that answered, and said no, tells more than those that stayed silent.
         if let Some(place) = failures.iter().position(|(_, f)| !is_silence(f)) {
             let (address, failure) = failures.swap_remove(place);
             tracing::warn!(peer = ?expect, %address, reason = %failure, "could not connect to a member");
             return Err(failure);
         }
-        let mut tried: Vec<String> = Vec::new();
-        for address in addresses {
-            let failure = failures.iter().find(|(a, _)| a == address);
-            let reason = match failure.map(|(_, f)| std::error::Error::source(f)) {
-                Some(Some(source)) => source.to_string(),
-                _ if timed_out => "no answer".to_owned(),
-                _ => "failed".to_owned(),
-            };
-            tried.push(format!("{address}: {reason}"));
-        }
+        let tried: Vec<String> = addresses
+            .iter()
+            .map(|address| match failures.iter().find(|(a, _)| a == address) {
+                Some((_, TransferError::Unreachable { tried, .. })) => tried.clone(),
+                Some((_, failure)) => format!("{address}: {failure}"),
+                None => format!("{address}: no answer"),
+            })
+            .collect();
         let failure = TransferError::Unreachable { peer: expect, tried: tried.join(", ") };
         tracing::warn!(peer = ?expect, reason = %failure, "could not connect to a member");
         Err(failure)
