@@ -1,6 +1,7 @@
 //! Fetching: many requests in flight over streams of their own, verified, handed to the sink.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -58,7 +59,7 @@ impl Progress {
 }
 
 /// What became of the objects asked for.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct FetchReport {
     /// Objects verified and taken by the sink.
     pub delivered: u64,
@@ -66,6 +67,17 @@ pub struct FetchReport {
     pub refused: Vec<(ObjectKey, Refusal)>,
     /// Objects that were not answered: ask for these to resume. Empty after a fetch that ended well.
     pub missing: Vec<ObjectKey>,
+}
+
+/// Counts only: the lists may be long.
+impl fmt::Debug for FetchReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FetchReport")
+            .field("delivered", &self.delivered)
+            .field("refused", &self.refused.len())
+            .field("missing", &self.missing.len())
+            .finish()
+    }
 }
 
 /// One fetch, shared by its streams.
@@ -198,8 +210,7 @@ struct Waiting {
 impl Waiting {
     fn new(keys: Vec<ObjectKey>) -> Self {
         let (packs, small): (VecDeque<_>, VecDeque<_>) = keys.into_iter().partition(ObjectKey::is_pack);
-        let keys_per_request =
-            (small.len() / (2 * SMALL_STREAMS)).clamp(KEYS_MIN, limit::KEYS_PER_REQUEST);
+        let keys_per_request = (small.len() / (2 * SMALL_STREAMS)).clamp(KEYS_MIN, limit::KEYS_PER_REQUEST);
         Self { packs, small, keys_per_request }
     }
 
@@ -224,28 +235,33 @@ impl Waiting {
     }
 }
 
-/// Notices when nothing arrives although we are ready for it.
+/// Notices when the peer is there, and we are ready for its objects, but none arrive. A peer
+/// that is not there at all is the idle timeout's affair.
 struct Watch {
     fetch: Arc<Fetch>,
     ticks: tokio::time::Interval,
     seen_bytes: u64,
+    seen_datagrams: u64,
 }
 
 impl Watch {
     fn new(fetch: &Arc<Fetch>) -> Self {
         let every = fetch.stall_timeout;
-        Self { fetch: fetch.clone(), ticks: interval_at(Instant::now() + every, every), seen_bytes: 0 }
+        let ticks = interval_at(Instant::now() + every, every);
+        let seen_datagrams = fetch.connection.stats().udp_rx.datagrams;
+        Self { fetch: fetch.clone(), ticks, seen_bytes: 0, seen_datagrams }
     }
 
     async fn stalled(&mut self) -> TransferError {
         loop {
             self.ticks.tick().await;
+            let datagrams = self.fetch.connection.stats().udp_rx.datagrams;
             let received = self.fetch.pulse.received_bytes.load(Ordering::Relaxed);
-            let sinking = self.fetch.pulse.sinking.load(Ordering::Relaxed);
-            if received - self.seen_bytes < STALL_BYTES && sinking == 0 {
+            let ready = self.fetch.pulse.sinking.load(Ordering::Relaxed) == 0;
+            if ready && received - self.seen_bytes < STALL_BYTES && datagrams > self.seen_datagrams {
                 return TransferError::Stalled { peer: self.fetch.peer, waited: self.fetch.stall_timeout };
             }
-            self.seen_bytes = received;
+            (self.seen_bytes, self.seen_datagrams) = (received, datagrams);
         }
     }
 }
@@ -325,8 +341,7 @@ impl Fetch {
         self.sinking(move || {
             let encoded = payload.len() as u64;
             let keys = &group.keys[answered..];
-            let objects =
-                batch::open(keys, zstd, &sizes_bytes, payload).map_err(|v| fetch.misbehaved(v))?;
+            let objects = batch::open(keys, zstd, &sizes_bytes, payload).map_err(|v| fetch.misbehaved(v))?;
             let (count, first) = (objects.len(), keys[0]);
             fetch.sink.deliver(objects).map_err(|e| fetch.not_taken(first, e))?;
             group.deliver(count);
@@ -360,7 +375,12 @@ impl Fetch {
     }
 
     /// Streams a pack to its writer, one chunk behind the wire.
-    async fn take_pack(self: &Arc<Self>, recv: &mut RecvStream, key: ObjectKey, size_bytes: u64) -> Result<(), Ended> {
+    async fn take_pack(
+        self: &Arc<Self>,
+        recv: &mut RecvStream,
+        key: ObjectKey,
+        size_bytes: u64,
+    ) -> Result<(), Ended> {
         let ObjectKey::Pack(pack) = key else { return Err(self.fault(Violation::Form { key })) };
         let fetch = self.clone();
         let mut sinking: Sinking<Box<dyn PackWriter>> =
@@ -368,10 +388,11 @@ impl Fetch {
         let mut left = size_bytes;
         while left > 0 {
             let mut chunk = vec![0; left.min(CHUNK_BYTES as u64) as usize];
-            let read = self.read_payload(recv, &mut chunk).await;
+            let read = self.read_large(recv, &mut chunk).await;
             let mut writer = self.settle(sinking).await?;
             read?;
             left -= chunk.len() as u64;
+            self.progress.payload_bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             let fetch = self.clone();
             sinking = self.sinking(move || {
                 writer.write(&chunk).map_err(|e| fetch.not_taken(key, e))?;
@@ -399,7 +420,7 @@ impl Fetch {
         while (encoded.len() as u64) < size_bytes {
             let at = encoded.len();
             encoded.resize(at + (size_bytes - at as u64).min(CHUNK_BYTES as u64) as usize, 0);
-            self.read_payload(recv, &mut encoded[at..]).await?;
+            self.read_large(recv, &mut encoded[at..]).await?;
         }
         let fetch = self.clone();
         let sinking = self.sinking(move || {
@@ -409,7 +430,10 @@ impl Fetch {
                 Encoding::Plain | Encoding::StoredPack => encoded,
             };
             let object = batch::verify(key, plain.into()).map_err(|v| fetch.misbehaved(v))?;
-            fetch.sink.deliver(vec![object]).map_err(|e| fetch.not_taken(key, e))
+            let plain = object.bytes.len() as u64;
+            fetch.sink.deliver(vec![object]).map_err(|e| fetch.not_taken(key, e))?;
+            fetch.progress.payload_bytes.fetch_add(plain, Ordering::Relaxed);
+            Ok(())
         });
         self.settle(sinking).await
     }
@@ -424,14 +448,19 @@ impl Fetch {
         Frame::decode(tag, body.into()).map_err(|e| self.fault(e.into()))
     }
 
-    async fn read_payload(&self, recv: &mut RecvStream, into: &mut [u8]) -> Result<(), Ended> {
+    /// Reads bytes of a large object.
+    async fn read_large(&self, recv: &mut RecvStream, into: &mut [u8]) -> Result<(), Ended> {
         self.read_exact(recv, into, 1).await?;
-        self.progress.payload_bytes.fetch_add(into.len() as u64, Ordering::Relaxed);
         self.progress.encoded_bytes.fetch_add(into.len() as u64, Ordering::Relaxed);
         Ok(())
     }
 
-    async fn read_exact(&self, recv: &mut RecvStream, mut into: &mut [u8], missing: usize) -> Result<(), Ended> {
+    async fn read_exact(
+        &self,
+        recv: &mut RecvStream,
+        mut into: &mut [u8],
+        missing: usize,
+    ) -> Result<(), Ended> {
         while !into.is_empty() {
             match recv.read(into).await {
                 Ok(Some(n)) => {
@@ -473,10 +502,9 @@ impl Fetch {
             ReadError::ConnectionLost(e) => Ended::Failed(self.lost(e)),
             ReadError::Reset(code) => match close::as_refusal(code) {
                 Some(reason) => Ended::Reset(reason),
-                None if code == close::STALLED => Ended::Failed(TransferError::Stalled {
-                    peer: self.peer,
-                    waited: self.stall_timeout,
-                }),
+                None if code == close::STALLED => {
+                    Ended::Failed(TransferError::Stalled { peer: self.peer, waited: self.stall_timeout })
+                }
                 None => self.fault(Violation::Short { missing }),
             },
             ReadError::ClosedStream | ReadError::IllegalOrderedRead | ReadError::ZeroRttRejected => {

@@ -169,11 +169,7 @@ impl Frame {
             value => return Err(CodecError::Unknown { what: "frame tag", value: value.into() }),
         };
         if length as usize > limit {
-            return Err(CodecError::TooLarge {
-                what: "frame",
-                value: length.into(),
-                limit: limit as u64,
-            });
+            return Err(CodecError::TooLarge { what: "frame", value: length.into(), limit: limit as u64 });
         }
         Ok((tag, length as usize))
     }
@@ -263,14 +259,15 @@ mod tests {
             let payload = vec![7; sizes_bytes.iter().sum::<u32>() as usize].into();
             Frame::Small { zstd: false, sizes_bytes, payload }
         });
-        let large = (0..limit::PACK_BYTES, 0..limit::PACK_BYTES, 0..3).prop_map(|(size_bytes, plain, code)| {
-            let encoding = match code {
-                0 => Encoding::Plain,
-                1 => Encoding::Zstd { plain_size_bytes: plain },
-                _ => Encoding::StoredPack,
-            };
-            Frame::Large { encoding, size_bytes }
-        });
+        let large =
+            (0..limit::PACK_BYTES, 0..limit::PACK_BYTES, 0..3).prop_map(|(size_bytes, plain, code)| {
+                let encoding = match code {
+                    0 => Encoding::Plain,
+                    1 => Encoding::Zstd { plain_size_bytes: plain },
+                    _ => Encoding::StoredPack,
+                };
+                Frame::Large { encoding, size_bytes }
+            });
         prop_oneof![refused, small, large]
     }
 

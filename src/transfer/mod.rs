@@ -11,6 +11,8 @@ mod endpoint;
 mod error;
 mod fetch;
 mod frame;
+#[cfg(test)]
+mod hostile;
 mod limiter;
 mod object;
 mod serve;

@@ -124,7 +124,11 @@ impl Session {
         };
     }
 
-    async fn send_objects(self: Arc<Self>, send: &mut SendStream, request: Request) -> Result<(), Unanswered> {
+    async fn send_objects(
+        self: Arc<Self>,
+        send: &mut SendStream,
+        request: Request,
+    ) -> Result<(), Unanswered> {
         let producer = Producer {
             session: self.clone(),
             ticket: request.ticket,
@@ -151,7 +155,12 @@ impl Session {
         }
     }
 
-    async fn send_large(&self, send: &mut SendStream, key: ObjectKey, body: ObjectBody) -> Result<(), Unanswered> {
+    async fn send_large(
+        &self,
+        send: &mut SendStream,
+        key: ObjectKey,
+        body: ObjectBody,
+    ) -> Result<(), Unanswered> {
         let size_bytes = body.size_bytes();
         self.write(send, Frame::Large { encoding: body.encoding, size_bytes }.encode().into()).await?;
         match body.content {
@@ -252,9 +261,7 @@ impl Producer {
             Some(Opened::Small(bytes)) => {
                 let mut sizes_bytes = vec![bytes.len() as u32];
                 let mut plain = Vec::from(bytes);
-                let room = |plain: &[u8], o: &Opened| {
-                    matches!(o, Opened::Small(b) if plain.len() + b.len() <= limit::BATCH_BYTES)
-                };
+                let room = |plain: &[u8], o: &Opened| matches!(o, Opened::Small(b) if plain.len() + b.len() <= limit::BATCH_BYTES);
                 while let Some(Opened::Small(bytes)) = self.take_if(|o| room(&plain, o)) {
                     sizes_bytes.push(bytes.len() as u32);
                     plain.extend_from_slice(&bytes);

@@ -30,6 +30,7 @@ pub mod alert {
 pub struct Identity {
     key: Arc<CertifiedKey>,
     provider: Arc<CryptoProvider>,
+    pub protocol: &'static [u8],
 }
 
 impl Identity {
@@ -40,6 +41,7 @@ impl Identity {
         Ok(Self {
             key: Arc::new(CertifiedKey::new(vec![public], key)),
             provider: Arc::new(rustls::crypto::ring::default_provider()),
+            protocol: ALPN,
         })
     }
 
@@ -49,7 +51,7 @@ impl Identity {
             .with_protocol_versions(&[&TLS13])?
             .with_client_cert_verifier(Arc::new(Verifier::new(&self.provider, None)))
             .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(self.key.clone())));
-        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.alpn_protocols = vec![self.protocol.to_vec()];
         // No resumption: each connection proves its keys afresh.
         config.send_tls13_tickets = 0;
         config.try_into().map_err(|_| Error::General("no QUIC cipher suite".into()))
@@ -65,7 +67,7 @@ impl Identity {
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_cert_resolver(Arc::new(AlwaysResolvesClientRawPublicKeys::new(self.key.clone())));
-        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.alpn_protocols = vec![self.protocol.to_vec()];
         config.resumption = Resumption::disabled();
         config.enable_sni = false;
         let config = config.try_into().map_err(|_| Error::General("no QUIC cipher suite".into()))?;
