@@ -52,7 +52,7 @@ pub fn call(
 /// A repository error as a problem, with the class an operator acts on.
 pub fn repository_problem(e: &RepositoryError) -> Problem {
     let kind = match e {
-        RepositoryError::NotFound { .. } => ProblemKind::NotFound,
+        RepositoryError::UnknownComponent { .. } => ProblemKind::NotFound,
         RepositoryError::Missing { .. } | RepositoryError::Damaged { .. } => ProblemKind::Damaged,
         RepositoryError::Ambiguous { .. } => ProblemKind::BadRequest,
         RepositoryError::InUse { .. } | RepositoryError::Locked { .. } => ProblemKind::Conflict,
@@ -111,7 +111,7 @@ pub fn components(repository: &Repository) -> Result<Vec<ComponentView>, Problem
             version: s.version,
             kind: s.kind,
             architecture: s.architecture,
-            packs: s.packs,
+            packs: s.packs as u32,
             plain_bytes: s.plain_bytes,
             stored_bytes: s.stored_bytes,
         })
@@ -190,7 +190,7 @@ pub fn bind(repository: &Repository, id: ComponentId) -> Result<(), Problem> {
         let reason = format!("packs are missing: {}", missing.join(", "));
         return Err(Problem::new(ProblemKind::Damaged, format!("component {}", m.name), reason).next("send them first"));
     }
-    repository.bind_component(&m, id).map_err(|e| repository_problem(&e))
+    repository.bind_component(&m, id).map(drop).map_err(|e| repository_problem(&e))
 }
 
 fn recipe_view(repository: &Repository, composer: &Composer, id: RecipeId) -> Result<RecipeView, Problem> {
@@ -268,7 +268,24 @@ fn line(name: &str, value: u64, unit: &str, detail: impl Into<String>) -> Report
 
 fn stats(repository: &Repository) -> Result<Vec<ReportLine>, Problem> {
     let s = repository.stats().map_err(|e| repository_problem(&e))?;
-    Ok(s.lines().into_iter().map(|(name, value, unit)| line(name, value, unit, "")).collect())
+    let mut lines = vec![line("components", s.components, "objects", "")];
+    for (name, t) in [("manifests", s.objects.manifests), ("recipes", s.objects.recipes), ("packs", s.objects.packs), ("chunk-map nodes", s.objects.nodes)] {
+        lines.push(line(name, t.count, "objects", ""));
+        lines.push(line(&format!("{name} plain"), t.plain_bytes, "bytes", ""));
+        lines.push(line(&format!("{name} stored"), t.stored_bytes, "bytes", ""));
+    }
+    lines.push(line("shared between components", s.shared_bytes, "bytes", "would be stored again without sharing"));
+    for (name, d) in [("compositions", s.compositions), ("hot packs", s.hot), ("temporary", s.temporary), ("quarantine", s.quarantine)] {
+        lines.push(line(name, d.files, "files", ""));
+        lines.push(line(&format!("{name} allocated"), d.allocated_bytes, "bytes", ""));
+    }
+    let l = s.lookups;
+    lines.push(line("migrations received", l.count, "", ""));
+    lines.push(line("held already", l.hit_bytes, "bytes", ""));
+    lines.push(line("fetched", l.miss_bytes, "bytes", ""));
+    let all = l.hit_bytes + l.miss_bytes;
+    lines.push(line("hit rate", (l.hit_bytes * 100).checked_div(all).unwrap_or(0), "percent", ""));
+    Ok(lines)
 }
 
 fn check(repository: &Repository, events: &mut dyn FnMut(Event)) -> Result<Vec<ReportLine>, Problem> {
@@ -277,12 +294,18 @@ fn check(repository: &Repository, events: &mut dyn FnMut(Event)) -> Result<Vec<R
     };
     let report = repository.check(&mut progress).map_err(|e| repository_problem(&e))?;
     let mut lines = vec![
-        line("checked", report.checked, "objects", ""),
+        line("good", report.good.total().count, "objects", ""),
         line("damaged", report.damaged.len() as u64, "objects", ""),
         line("missing", report.missing.len() as u64, "objects", ""),
+        line("damaged references", report.damaged_refs.len() as u64, "objects", ""),
     ];
-    lines.extend(report.damaged.iter().map(|d| line("damaged", 1, "objects", d.to_string())));
-    lines.extend(report.missing.iter().map(|m| line("missing", 1, "objects", m.to_string())));
+    lines.extend(report.damaged.iter().map(|d| {
+        line("damaged", 1, "objects", format!("{}: {}; set aside as {}", d.object, d.reason, d.path.display()))
+    }));
+    lines.extend(report.missing.iter().map(|m| {
+        line("missing", 1, "objects", format!("{}, needed by {}", m.object, m.needed_by.join(", ")))
+    }));
+    lines.extend(report.damaged_refs.iter().map(|r| line("damaged references", 1, "objects", r.clone())));
     Ok(lines)
 }
 
@@ -295,11 +318,13 @@ fn gc(
     let roots: Vec<_> = vm_recipes.iter().map(|r| ObjectId::Recipe(*r)).collect();
     let report = repository.gc(dry_run, grace, &roots).map_err(|e| repository_problem(&e))?;
     let verb = if dry_run { "would remove" } else { "removed" };
-    Ok(vec![
-        line("kept", report.kept_objects, "objects", ""),
-        line(verb, report.removed_objects, "objects", ""),
-        line(verb, report.removed_bytes, "bytes", ""),
-    ])
+    let mut lines = vec![
+        line("kept", report.kept.total().count, "objects", ""),
+        line(verb, report.removed.total().count, "objects", ""),
+        line(verb, report.removed.total().stored_bytes, "bytes", ""),
+    ];
+    lines.extend(report.missing.iter().map(|m| line("missing", 1, "objects", m.to_string())));
+    Ok(lines)
 }
 
 fn rebuild(repository: &Repository) -> Result<Vec<ReportLine>, Problem> {

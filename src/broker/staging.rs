@@ -448,14 +448,17 @@ impl ObjectSink for Sink {
                     })
                     .map_err(storage)?,
                 (ObjectKey::Manifest(id), _) => {
-                    self.repository.put_manifest_bytes(*id, &object.bytes).map_err(storage)?;
+                    self.repository.put_manifest_bytes(id, &object.bytes).map_err(pack_error)?;
                 }
                 (ObjectKey::Node(hash), _) => nodes.push((*hash, object.bytes.to_vec())),
                 // Recipes travel in the negotiation, packs through `pack`.
                 _ => {}
             }
         }
-        self.repository.put_nodes(&nodes).map_err(storage)
+        for (hash, bytes) in &nodes {
+            self.repository.put_node(*hash, bytes).map_err(pack_error)?;
+        }
+        self.repository.flush_nodes().map_err(storage)
     }
 
     fn pack(&self, pack: &PackId, size_bytes: u64) -> Result<Box<dyn PackWriter>, SinkError> {

@@ -1,9 +1,11 @@
 //! The EFI system partition: every file of the set below `boot/efi`, plus one generated file that
 //! tells the boot loader which root file system to boot and with which command line.
 //!
-//! The FAT file system itself is made with content of zeros, whose places are then known: small
-//! metadata is part of the plan, file content comes from packs like any other.
+//! The FAT file system itself is made with a marker in every cluster of a file's content. Where
+//! the markers came to lie is where content belongs: metadata is part of the plan, content comes
+//! from packs like any other.
 
+use std::collections::HashMap;
 use std::io::{self, Cursor, Read, Seek, SeekFrom, Write};
 
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
@@ -64,7 +66,7 @@ pub fn layout(nodes: &[&Node], disk: &DiskParameters) -> Result<Partition, Compo
         let mut file = root.create_file(ROOT_CONFIG).map_err(fail(ROOT_CONFIG))?;
         file.write_all(config.as_bytes()).map_err(fail(ROOT_CONFIG))?;
         drop(file);
-        for node in nodes {
+        for (number, node) in nodes.iter().enumerate() {
             let name = show(&node.path);
             let path = std::str::from_utf8(&node.path[MOUNT.len()..])
                 .map_err(|e| fail(&name)(io::Error::new(io::ErrorKind::InvalidInput, e)))?;
@@ -75,7 +77,13 @@ pub fn layout(nodes: &[&Node], disk: &DiskParameters) -> Result<Partition, Compo
                 }
                 NodeKind::File { size_bytes, .. } => {
                     let mut file = root.create_file(path).map_err(fail(&name))?;
-                    io::copy(&mut io::repeat(0).take(*size_bytes), &mut file).map_err(fail(&name))?;
+                    for cluster in 0..size_bytes.div_ceil(CLUSTER_BYTES.into()) {
+                        let mut content = vec![0; (CLUSTER_BYTES as usize).min((size_bytes - cluster * u64::from(CLUSTER_BYTES)) as usize)];
+                        let marker = marker(number, cluster);
+                        let len = content.len().min(marker.len());
+                        content[..len].copy_from_slice(&marker[..len]);
+                        file.write_all(&content).map_err(fail(&name))?;
+                    }
                 }
                 _ => {
                     let why = io::Error::new(io::ErrorKind::Unsupported, "FAT has no links and no devices");
@@ -83,27 +91,18 @@ pub fn layout(nodes: &[&Node], disk: &DiskParameters) -> Result<Partition, Compo
                 }
             }
         }
-        for node in nodes {
-            let NodeKind::File { pack, offset_bytes, size_bytes, .. } = &node.kind else { continue };
-            let name = show(&node.path);
-            let path = String::from_utf8_lossy(&node.path[MOUNT.len()..]).into_owned();
-            let mut file = root.open_file(&path).map_err(fail(&name))?;
-            let mut at = 0;
-            for extent in file.extents() {
-                let extent = extent.map_err(fail(&name))?;
-                let len_bytes = u64::from(extent.size).min(size_bytes - at).next_multiple_of(4096);
-                out.extents.push(Extent {
-                    pack: *pack,
-                    pack_offset_bytes: offset_bytes + at,
-                    image_offset_bytes: extent.offset,
-                    len_bytes,
-                });
-                at += u64::from(extent.size);
-            }
-        }
     }
+    out.extents = volume.take_marked(nodes);
     out.metadata = volume.into_regions();
     Ok(out)
+}
+
+const MARKER_BYTES: usize = 32;
+
+/// Says, in a way nothing else does by chance, that a cluster of a file belongs here.
+fn marker(number: usize, cluster: u64) -> [u8; MARKER_BYTES] {
+    let seed = [b"cicada esp".as_slice(), &(number as u64).to_le_bytes(), &cluster.to_le_bytes()].concat();
+    *blake3::hash(&seed).as_bytes()
 }
 
 /// A volume in memory.
@@ -114,6 +113,39 @@ struct Volume {
 impl Volume {
     fn new(size_bytes: u64) -> Self {
         Self { cursor: Cursor::new(vec![0; size_bytes as usize]) }
+    }
+
+    /// Finds every marker, clears it, and says what belongs there.
+    fn take_marked(&mut self, nodes: &[&Node]) -> Vec<Extent> {
+        const SECTOR_BYTES: usize = 512;
+        let mut places = HashMap::new();
+        for (number, node) in nodes.iter().enumerate() {
+            if let NodeKind::File { pack, offset_bytes, size_bytes, .. } = node.kind {
+                for cluster in 0..size_bytes.div_ceil(CLUSTER_BYTES.into()) {
+                    let at = cluster * u64::from(CLUSTER_BYTES);
+                    // The last one may be too short for a whole marker.
+                    let len = ((size_bytes - at) as usize).min(MARKER_BYTES);
+                    let mut key = [0; MARKER_BYTES];
+                    key[..len].copy_from_slice(&marker(number, cluster)[..len]);
+                    places.insert(key, (pack, offset_bytes + at));
+                }
+            }
+        }
+        let mut extents = Vec::new();
+        for (i, sector) in self.cursor.get_mut().chunks_mut(SECTOR_BYTES).enumerate() {
+            let (head, _) = sector.split_at_mut(MARKER_BYTES);
+            let Some((pack, pack_offset_bytes)) = <[u8; MARKER_BYTES]>::try_from(&*head).ok().and_then(|k| places.remove(&k)) else {
+                continue;
+            };
+            head.fill(0);
+            extents.push(Extent {
+                pack,
+                pack_offset_bytes,
+                image_offset_bytes: (i * SECTOR_BYTES) as u64,
+                len_bytes: CLUSTER_BYTES.into(),
+            });
+        }
+        extents
     }
 
     fn into_regions(self) -> Vec<(u64, Vec<u8>)> {
