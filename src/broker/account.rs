@@ -3,16 +3,15 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::sync::Arc;
 
 use crate::clock::UnixMillis;
-use crate::disk::BlockIndex;
 use crate::migration::message::{Progress, StageAccount};
 use crate::repository::RefKind;
 use crate::types::{CloudName, MemberJid, MigrationId, RecipeId};
-use crate::vm::VmSpec;
+use crate::vm::{Block, VmSpec};
 
 use super::Shared;
+use super::outgoing::ScannedDisk;
 use super::interface::{Account, MigrationProgress, MigrationView};
 
 /// zstd level a monolithic tool would use.
@@ -87,7 +86,7 @@ pub fn stage(account: &mut Account, s: &StageAccount) {
 
 /// What a tool that copies whole disks would send, compressed and raw. Blocking, and slow the
 /// first time for a recipe: the composition's part is remembered.
-pub fn monolithic(shared: &Shared, recipe: &RecipeId, blocks: &[Arc<BlockIndex>]) -> io::Result<(u64, u64)> {
+pub fn monolithic(shared: &Shared, recipe: &RecipeId, disks: &[ScannedDisk]) -> io::Result<(u64, u64)> {
     let name = recipe.to_string();
     let known = shared.repository.get_ref(RefKind::Composition, &name).map_err(io::Error::other)?;
     let known = known.and_then(|v| serde_json::from_slice::<(u64, u64)>(&v).ok());
@@ -101,12 +100,14 @@ pub fn monolithic(shared: &Shared, recipe: &RecipeId, blocks: &[Arc<BlockIndex>]
             sizes
         }
     };
-    for index in blocks {
+    for disk in disks {
         let mut encoder = zstd::Encoder::new(Counter(0), MONOLITHIC_LEVEL)?;
-        for block in index.iter_blocks() {
-            let bytes = block.map_err(io::Error::other)?;
-            raw += bytes.len() as u64;
-            encoder.write_all(&bytes)?;
+        for (_, block) in &disk.map.blocks {
+            if let Block::Data(hash) = block {
+                let bytes = disk.index.read_block(hash).map_err(io::Error::other)?;
+                raw += bytes.len() as u64;
+                encoder.write_all(&bytes)?;
+            }
         }
         zstd += encoder.finish()?.0;
     }

@@ -259,7 +259,7 @@ impl Broker {
             return drop(reply.send(Err(problem)));
         };
         match self.shared.repository.recipe(&vm.record.spec.recipe) {
-            Ok(recipe) => self.begin_move(id, peer, cloud, recipe, events, reply),
+            Ok(recipe) => self.begin_move(id, peer, cloud, Arc::new(recipe), events, reply),
             Err(e) => drop(reply.send(Err(content::repository_problem(&e)))),
         }
     }
@@ -282,6 +282,7 @@ impl Broker {
             let result = match recipe {
                 Err(e) => Err(content::repository_problem(&e)),
                 Ok(recipe) => {
+                    let recipe = Arc::new(recipe);
                     let ask = peers.iter().map(|(peer, cloud)| {
                         let matter = Matter { migration: MigrationId::random(), vm: spec.id, epoch };
                         let (shared, spec, recipe): (_, _, &Arc<_>) = (&shared, &spec, &recipe);

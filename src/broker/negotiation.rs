@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::component::{Manifest, Recipe};
-use crate::disk;
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Seed};
 use crate::migration::{AnswerBody, Denial, DenialCode, RequestBody};
 use crate::repository::Repository;
@@ -202,10 +201,13 @@ pub fn reason(d: &Denial) -> Reason {
     Reason { code: d.code.as_str(), text: d.text.clone(), next_step: d.next_step.clone() }
 }
 
+/// Room a root delta is given beside everything else.
+const OVERLAY_RESERVE_BYTES: u64 = 256 << 20;
+
 /// Storage a VM needs here at most: its composition (unless made already), delta and user data.
 pub fn storage_needed(spec: &VmSpec, composed: bool) -> u64 {
     let composition = if composed { 0 } else { spec.root_size.0 / 2 };
-    composition + spec.user_data_size.0 + disk::OVERLAY_RESERVE_BYTES
+    composition + spec.user_data_size.0 + OVERLAY_RESERVE_BYTES
 }
 
 /// Remembers link rates so that durations can be predicted.

@@ -10,17 +10,18 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::UnixMillis;
 use crate::component::Recipe;
-use crate::disk::BlockIndex;
+use crate::disk::{self, BlockIndex};
 use crate::hypervisor::StopMode;
 use crate::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
-use crate::migration::message::{Initialization, Progress, Seed, StageAccount};
+use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::source::{Effect, Event as SourceEvent, Phase, Source};
 use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
 use crate::transfer::Ticket;
 use crate::types::{CloudName, MigrationId, NodeHash, VmId};
+use crate::vm::ChunkMap;
 
 use super::account::{self, new_view};
-use super::interface::{Account, Event, MigrationView, Reply};
+use super::interface::{Event, MigrationView, Reply};
 use super::negotiation::{self, Checked};
 use super::problem::{Problem, ProblemKind};
 use super::records::{GivenUp, Ownership};
@@ -42,7 +43,7 @@ pub struct Outgoing {
     ticket: Ticket,
     checked: Option<Checked>,
     nodes: HashSet<NodeHash>,
-    blocks: Vec<Arc<BlockIndex>>,
+    disks: Vec<ScannedDisk>,
     pass: Option<Pass>,
     pub view: MigrationView,
     phase_since: UnixMillis,
@@ -55,7 +56,14 @@ pub struct Outgoing {
 pub struct Scanned {
     pub seed: Seed,
     pub nodes: HashSet<NodeHash>,
-    pub blocks: Vec<Arc<BlockIndex>>,
+    pub disks: Vec<ScannedDisk>,
+}
+
+/// One disk's chunk map, and where its blocks lie.
+#[derive(Clone)]
+pub struct ScannedDisk {
+    pub map: Arc<ChunkMap>,
+    pub index: Arc<BlockIndex>,
 }
 
 impl Broker {
@@ -93,7 +101,7 @@ impl Broker {
             ticket,
             checked: None,
             nodes: HashSet::new(),
-            blocks: Vec::new(),
+            disks: Vec::new(),
             pass: None,
             view: new_view(id, &record.spec, "source", &peer.jid, cloud, now),
             peer,
@@ -136,12 +144,12 @@ impl Broker {
                     machine,
                     peer,
                     matter: Matter { migration: id, vm: record.spec.id, epoch: record.epoch },
-                    recipe,
+                    recipe: Arc::new(recipe),
                     component_names: record.components.clone(),
                     ticket,
                     checked: None,
                     nodes: HashSet::new(),
-                    blocks: Vec::new(),
+                    disks: Vec::new(),
                     pass: None,
                     view,
                     phase_since: now,
@@ -399,7 +407,7 @@ impl Broker {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let event = result.map(|s| {
             run.nodes.extend(s.nodes);
-            run.blocks = s.blocks;
+            run.disks = s.disks;
             let checked = run.checked.as_ref();
             self.shared.tickets.serve(
                 run.ticket,
@@ -409,7 +417,7 @@ impl Broker {
                     components: run.recipe.components.iter().copied().collect(),
                     packs: checked.map(|c| c.packs.clone()).unwrap_or_default(),
                     nodes: run.nodes.clone(),
-                    blocks: run.blocks.clone(),
+                    blocks: run.disks.iter().map(|d| d.index.clone()).collect(),
                 },
             );
             (s.seed.root_delta, s.seed.user_data)
@@ -518,8 +526,8 @@ impl Broker {
     /// What a move of the whole disk would have sent, worked out in the background.
     fn estimate_monolithic(&mut self, id: MigrationId) {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
-        let (shared, recipe, blocks) = (self.shared.clone(), run.recipe.id(), std::mem::take(&mut run.blocks));
-        tokio::task::spawn_blocking(move || match account::monolithic(&shared, &recipe, &blocks) {
+        let (shared, recipe, disks) = (self.shared.clone(), run.recipe.id(), std::mem::take(&mut run.disks));
+        tokio::task::spawn_blocking(move || match account::monolithic(&shared, &recipe, &disks) {
             Ok((zstd, raw)) => shared.post(Input::apply(move |b| {
                 b.amend_history(id, |a| {
                     a.monolithic_zstd_bytes = Some(zstd);
@@ -594,21 +602,22 @@ pub(super) fn scan(
 ) -> Result<Scanned, Denial> {
     let content = |e: &dyn std::error::Error| Denial::new(DenialCode::Content, super::problem::chain(e));
     let mut nodes = HashSet::new();
-    let mut blocks = Vec::new();
-    let mut keep = |map: &crate::vm::ChunkMap| {
+    let mut found = Vec::new();
+    let mut keep = |map: &ChunkMap| {
         nodes.extend(map.to_tree().1.into_iter().map(|(hash, _)| hash));
         shared.repository.put_map(map).map_err(|e| content(&e))
     };
-    let (map, index) = crate::disk::scan_root(&disks.root, &disks.base).map_err(|e| content(&e))?;
+    let (map, index) = disk::scan_root(&disks.root, &disks.base).map_err(|e| content(&e))?;
     let root_delta = keep(&map)?;
-    blocks.push(Arc::new(index));
+    found.push(ScannedDisk { map: Arc::new(map), index: Arc::new(index) });
     let user_data = match spec.user_data_size.0 {
-        0 => keep(&crate::vm::ChunkMap::empty(crate::disk::USER_DATA_BLOCK_BYTES, 0))?,
+        0 => keep(&ChunkMap::empty(disk::USER_DATA_BLOCK_BYTES, 0))?,
         _ => {
-            let (map, index) = crate::disk::scan_user_data(&disks.user_data).map_err(|e| content(&e))?;
-            blocks.push(Arc::new(index));
-            keep(&map)?
+            let (map, index) = disk::scan_user_data(&disks.user_data).map_err(|e| content(&e))?;
+            let name = keep(&map)?;
+            found.push(ScannedDisk { map: Arc::new(map), index: Arc::new(index) });
+            name
         }
     };
-    Ok(Scanned { seed: Seed { root_delta, user_data }, nodes, blocks })
+    Ok(Scanned { seed: Seed { root_delta, user_data }, nodes, disks: found })
 }

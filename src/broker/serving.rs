@@ -103,7 +103,7 @@ impl ObjectSource for Store {
                 for index in &served.blocks {
                     match index.read_block(id) {
                         Ok(bytes) => return Ok(ObjectBody::plain(bytes)),
-                        Err(crate::disk::DiskError::NotHeld { .. }) => {}
+                        Err(crate::disk::DiskError::UnknownBlock { .. }) => {}
                         Err(crate::disk::DiskError::Changed { .. }) => return Err(Refusal::Changed),
                         Err(e) => return Err(refuse(&e)),
                     }

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::component::Recipe;
-use crate::disk::{self, BlockIndex, StagedDisk};
+use crate::disk::{self, BlockIndex, DiskFile, StagedDisk};
 use crate::migration::message::{ADDRESSES_MAX, Initialization, Progress, StageAccount};
 use crate::migration::{Denial, DenialCode};
 use crate::repository::{ObjectId, PackReceiver, Repository};
@@ -149,25 +149,23 @@ impl Stage {
         self.fetch_components(&mut account).await?;
         let (root_map, user_map) = self.fetch_maps().await?;
 
-        // The base is composed while the blocks arrive: neither waits for the other.
         let compose = {
             let (shared, recipe) = (self.job.shared.clone(), self.recipe.clone());
             let begun = Instant::now();
             blocking(move || {
                 let id = shared.repository.put_recipe(&recipe).map_err(|e| content(&e))?;
-                let composition = shared.composer.composition(&id).map_err(|e| content(&e))?;
-                Ok((composition.path, begun.elapsed().as_millis() as u64))
+                shared.composer.composition(&id).map_err(|e| content(&e))?;
+                Ok(begun.elapsed().as_millis() as u64)
             })
         };
-        let compose = tokio::spawn(compose);
+        // The overlay names its base, so the base comes first.
+        self.counters.expect("compose", 0);
+        let compose_ms = compose.await?;
         let staged = match self.job.staged.take() {
             Some(staged) => staged,
             None => self.open_disks().await?,
         };
         let staged = self.apply(staged, root_map, user_map).await?;
-        self.counters.expect("compose", 0);
-        let (_, compose_ms) =
-            compose.await.map_err(|e| Denial::new(DenialCode::Other, format!("composing ended early: {e}")))??;
 
         account.compose_ms = account.compose_ms.max(compose_ms);
         account.fetch_ms += begun.elapsed().as_millis() as u64;
@@ -244,13 +242,15 @@ impl Stage {
     async fn open_disks(&self) -> Result<Staged, Denial> {
         let (dir, spec, seeds) = (self.job.dir.clone(), self.job.spec.clone(), self.job.seeds.clone());
         let base = self.job.shared.composer.path_of(&self.recipe.id());
+        let pass = self.job.init.pass;
         blocking(move || {
             fs::create_dir_all(&dir).map_err(|e| content(&e))?;
             let paths = DiskPaths::in_dir(&dir, base);
-            let root = StagedDisk::root(&paths.root, &paths.base, spec.root_size.0).map_err(|e| content(&e))?;
+            let open = |disk, shape: &MapRef| StagedDisk::open_or_create(disk, shape).map_err(|e| content(&e));
+            let root = open(DiskFile::Root { overlay: paths.root, base: paths.base }, &pass.root_delta)?;
             let user_data = match spec.user_data_size.0 {
                 0 => None,
-                size => Some(StagedDisk::user_data(&paths.user_data, size).map_err(|e| content(&e))?),
+                _ => Some(open(DiskFile::UserData { raw: paths.user_data }, &pass.user_data)?),
             };
             // A seed that cannot be read only means that more travels.
             let mut held = Vec::new();
@@ -386,7 +386,7 @@ impl Disks {
         let mut guard = self.0.lock().unwrap_or_else(|e| e.into_inner());
         match guard.as_mut() {
             Some(staged) => work(staged),
-            None => Err(disk::DiskError::Closed),
+            None => Err(disk::DiskError::Poisoned { path: PathBuf::from("the staged copy") }),
         }
     }
 
@@ -396,9 +396,9 @@ impl Disks {
             let seeds = staged.seeds.clone();
             let Some(disk) = staged.disk(which) else { return Ok(Vec::new()) };
             let mut fetch = Vec::new();
-            for hash in disk.begin(map)? {
+            for hash in disk.begin(map)?.fetch {
                 match seeds.iter().find_map(|s| s.read_block(&hash).ok()) {
-                    Some(bytes) => disk.write_block(&hash, &bytes)?,
+                    Some(bytes) => drop(disk.write_block(&hash, &bytes)?),
                     None => fetch.push(hash),
                 }
             }
@@ -410,7 +410,7 @@ impl Disks {
     fn finish(&self, which: Which, map: &ChunkMap, last: bool) -> Result<(), Denial> {
         self.with(|staged| match staged.disk(which) {
             Some(disk) if last => disk.finish(map),
-            Some(disk) => disk.sync(),
+            Some(disk) => disk.checkpoint(),
             None => Ok(()),
         })
         .map_err(|e| content(&e))
@@ -443,7 +443,7 @@ impl ObjectSink for Sink {
             match (&object.key, &self.disks) {
                 (ObjectKey::Block(hash), Some((disks, which))) => disks
                     .with(|staged| match staged.disk(*which) {
-                        Some(disk) => disk.write_block(hash, &object.bytes),
+                        Some(disk) => disk.write_block(hash, &object.bytes).map(drop),
                         None => Ok(()),
                     })
                     .map_err(storage)?,

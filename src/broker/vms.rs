@@ -144,12 +144,12 @@ impl Broker {
             components: record.components.clone(),
             root_delta_bytes: allocated_bytes(&disks.root),
             user_data_bytes: allocated_bytes(&disks.user_data),
-            console_socket: machine.state_dir.join(crate::hypervisor::qemu::file::CONSOLE).display().to_string(),
+            console_socket: machine.state_dir.join(crate::hypervisor::qemu::args::file::CONSOLE).display().to_string(),
             console_log: self
                 .shared
                 .driver
                 .console_log(spec.id)
-                .unwrap_or_else(|_| machine.state_dir.join(crate::hypervisor::qemu::file::CONSOLE_LOG))
+                .unwrap_or_else(|_| machine.state_dir.join(crate::hypervisor::qemu::args::file::CONSOLE_LOG))
                 .display()
                 .to_string(),
             migration: match vm.busy {
