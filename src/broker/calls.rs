@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::federation::{Member, Trust};
 use crate::placement::{Offer, rank};
 use crate::types::{CloudName, MigrationId, VmId};
 
@@ -110,7 +111,38 @@ impl Broker {
     }
 
     fn member_views(&self) -> Vec<MemberView> {
-        self.members.views()
+        self.members.all().map(|m| self.member_view(m)).collect()
+    }
+
+    fn member_view(&self, m: &Member) -> MemberView {
+        let cloud = m.cloud.as_ref();
+        let c = cloud.and_then(|c| c.capacity).unwrap_or_default();
+        MemberView {
+            jid: m.jid.clone(),
+            cloud: m.name.clone(),
+            state: if m.is_online() { "online" } else { "gone" }.into(),
+            since: m.since,
+            last_seen: m.last_seen,
+            trust: match self.members.trust_of(&m.jid) {
+                Trust::Trusted => "trusted",
+                Trust::Unknown => "unknown",
+                Trust::Changed { .. } => "changed",
+                Trust::NoKey => "no key",
+            }
+            .into(),
+            key: m.key,
+            fingerprint: m.key.map(|k| k.fingerprint()).unwrap_or_default(),
+            cpus: Resource { total: c.cpus, free: c.cpus_free },
+            memory_bytes: Resource { total: c.memory, free: c.memory_free },
+            storage_bytes: Resource { total: c.storage, free: c.storage_free },
+            load_percent: cloud.and_then(|c| c.load).unwrap_or(0) as f32,
+            power: cloud.map(|c| c.power.clone()).unwrap_or_default(),
+            region: cloud.and_then(|c| c.region.clone()).unwrap_or_default(),
+            carbon_g_per_kwh: cloud.and_then(|c| c.carbon),
+            price_per_hour: cloud.and_then(|c| c.price),
+            features: cloud.map(|c| c.features.clone()).unwrap_or_default(),
+            software: cloud.and_then(|c| c.software.clone()).unwrap_or_default(),
+        }
     }
 
     fn trust(
@@ -118,7 +150,7 @@ impl Broker {
         change: impl FnOnce(&mut Self) -> Result<(), String>,
     ) -> Result<Reply, Problem> {
         change(self).map_err(|reason| Problem::new(ProblemKind::BadRequest, "identity", reason))?;
-        let pinned = self.members.pinned();
+        let pinned = self.members.pinned().clone();
         self.shared
             .records
             .save_trust(&pinned)
@@ -195,7 +227,7 @@ impl Broker {
                 Ok(vec![with(&jid)?])
             }
             None => {
-                let online = self.members.online().filter(|jid| *jid != self.shared.me);
+                let online = self.members.online().filter(|jid| **jid != self.shared.me);
                 let peers: Vec<_> = online.filter_map(|jid| with(&jid).ok()).collect();
                 if peers.is_empty() {
                     return Err(Problem::new(ProblemKind::Unavailable, "federation", "no trusted member is online")
