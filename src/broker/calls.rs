@@ -105,6 +105,10 @@ impl Broker {
         self.shared.driver.list().iter().filter(|(_, s)| *s == crate::vm::PowerState::Running).count() as u32
     }
 
+    pub fn config(&self) -> &crate::config::Config {
+        &self.shared.config
+    }
+
     /// This cloud's presence, for [`super::Broker::open`]'s announcer.
     pub fn own_status(&self) -> StatusView {
         self.status()

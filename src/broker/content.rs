@@ -6,11 +6,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::component::manifest::show;
+use bytes::Bytes;
+
+use crate::component::manifest::{limit, show};
 use crate::component::{Entry, Manifest};
 use crate::compose::{ComposeError, Composer, ImageFormat};
 use crate::repository::{ObjectId, Repository, RepositoryError};
-use crate::types::{ByteSize, ComponentId, RecipeId};
+use crate::types::{ByteSize, ComponentId, Hash, PackId, RecipeId};
+
+use super::handle::ObjectKind;
 
 use super::interface::{
     ComponentDetail, ComponentDiff, ComponentView, ComposedView, Event, PackView, RecipeView, Reply, ReportLine, Request,
@@ -332,3 +336,48 @@ fn rebuild(repository: &Repository) -> Result<Vec<ReportLine>, Problem> {
     Ok(vec![line("indexed", objects, "objects", "")])
 }
 
+
+/// Whether an object is held.
+pub fn holds(repository: &Repository, kind: ObjectKind, id: Hash) -> bool {
+    match kind {
+        ObjectKind::Manifest => repository.has_manifest(&ComponentId(id)),
+        ObjectKind::Pack => repository.has_pack(&PackId(id)),
+        ObjectKind::Recipe => repository.has_recipe(&RecipeId(id)),
+    }
+}
+
+/// Puts an object in the form it is stored and sent in, verified. `piece` gives its bytes until
+/// there are none; packs never lie in memory whole.
+pub fn put_object(
+    repository: &Repository,
+    kind: ObjectKind,
+    id: Hash,
+    size_bytes: u64,
+    piece: &mut dyn FnMut() -> Option<Bytes>,
+) -> Result<(), Problem> {
+    let problem = |e: RepositoryError| {
+        let p = repository_problem(&e);
+        let kind_of = if e.is_content_fault() { ProblemKind::Damaged } else { p.kind };
+        Problem { kind: kind_of, object: format!("{} {}", kind.as_str(), id.short()), ..p }
+    };
+    if kind == ObjectKind::Pack {
+        let mut receiver = repository.pack_receiver(PackId(id), size_bytes).map_err(problem)?;
+        while let Some(bytes) = piece() {
+            receiver.write(&bytes).map_err(problem)?;
+        }
+        return receiver.finish().map_err(problem);
+    }
+    let mut all = Vec::new();
+    while let Some(bytes) = piece() {
+        if (all.len() + bytes.len()) as u64 > limit::MANIFEST_BYTES {
+            let reason = format!("is larger than {}", ByteSize(limit::MANIFEST_BYTES));
+            return Err(Problem::new(ProblemKind::BadRequest, kind.as_str(), reason));
+        }
+        all.extend_from_slice(&bytes);
+    }
+    match kind {
+        ObjectKind::Recipe => repository.put_recipe_bytes(&RecipeId(id), &all),
+        _ => repository.put_manifest_bytes(&ComponentId(id), &all),
+    }
+    .map_err(problem)
+}

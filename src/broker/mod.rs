@@ -5,6 +5,7 @@
 pub mod account;
 mod calls;
 pub mod content;
+pub mod handle;
 mod incoming;
 pub mod interface;
 pub mod negotiation;

@@ -59,7 +59,9 @@ pub fn digest(file: &File) -> io::Result<Digest> {
         )
         .collect::<io::Result<_>>()?;
     let mut list = blake3::Hasher::new();
-    segments.iter().for_each(|s| drop(list.update(s.as_bytes())));
+    for segment in &segments {
+        list.update(segment.as_bytes());
+    }
     Ok(Digest { digest: ImageDigest(list.finalize().into()), segments })
 }
 
