@@ -1,5 +1,6 @@
 //! Level 3: the one task that owns all state, and its effect runners.
 
+pub mod handle;
 pub mod interface;
 pub mod problem;
 
