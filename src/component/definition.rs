@@ -27,6 +27,10 @@ pub struct Definition {
     /// Packages as `name` or `name=version`.
     #[serde(default)]
     pub packages: Vec<Package>,
+    /// Name patterns of packages the listed ones depend on that are unpacked too, for
+    /// [`Method::Unpack`].
+    #[serde(default)]
+    pub unpack_also: Vec<String>,
     #[serde(default)]
     pub licences: Vec<String>,
     /// Names of components this one refuses to share a disk with.
@@ -328,6 +332,9 @@ impl Definition {
             }
             Method::Install | Method::Unpack if !self.leave_out.is_empty() => {
                 Err(invalid("leave_out", "only 'bootstrap' configures dpkg; use 'exclude'"))
+            }
+            Method::Bootstrap | Method::Install if !self.unpack_also.is_empty() => {
+                Err(invalid("unpack_also", "only with method 'unpack': dependencies are installed anyway"))
             }
             Method::Bootstrap | Method::Install if self.initrd.is_some() => {
                 Err(invalid("initrd", "only with method 'unpack': packages make their own"))
