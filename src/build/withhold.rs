@@ -67,7 +67,8 @@ const LEFTOVERS: &[&str] = &[
 /// Whether an entry is secret or identity, and of what sort. Directories and links are neither.
 pub fn secret(path: &TreePath, kind: &NodeKind) -> Option<&'static str> {
     match kind {
-        NodeKind::File { size_bytes: 0 } if path.0 == MACHINE_ID => None,
+        // There is nothing to tell in an empty file; systemd fills an empty machine id at first boot.
+        NodeKind::File { size_bytes: 0 } => None,
         NodeKind::File { .. } | NodeKind::HardLink { .. } | NodeKind::Fifo | NodeKind::Socket => SECRETS
             .iter()
             .find(|(pattern, _)| matches(pattern.as_bytes(), &path.0))

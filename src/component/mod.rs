@@ -2,8 +2,10 @@
 //! components become one file tree. Pure: no I/O, no clock.
 
 pub mod definition;
+pub mod fragment;
 pub mod manifest;
 pub mod recipe;
+pub mod tree;
 
 pub use definition::Definition;
 pub use manifest::{Entry, EntryKind, Fragment, FragmentRule, Kind, Manifest, PackRef};
