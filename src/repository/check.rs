@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{ObjectId, ObjectKind, RepositoryError, Result};
 use super::layout::walk_objects;
-use super::{Repository, nodes, rebuild};
 use super::stats::ByKind;
+use super::{Repository, nodes, rebuild};
 
 /// One object whose bytes are not it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -202,57 +202,82 @@ impl Repository {
             bundles.push((Hash::from_bytes(hash), path.to_owned()));
             Ok(())
         })?;
+        let mut given_up = Vec::new();
         for (name, path) in bundles {
             let Ok(bytes) = fs::read(&path) else { continue };
             let nodes = read_bundle(&bytes).0;
-            let mut live = Vec::new();
-            let mut dead = Vec::new();
+            let (mut live, mut dead) = (Vec::new(), Vec::new());
             for node in &nodes {
-                let place = self.index().get(&ObjectId::Node(node.hash))?.and_then(|e| e.place);
                 // A node that was moved lies in two bundles until the old one goes.
-                let here = place.is_some_and(|p| p.bundle == name);
-                let side = if here && marks.live.contains(&ObjectId::Node(node.hash)) {
-                    &mut live
-                } else {
-                    &mut dead
-                };
-                side.push(node);
+                let is_live =
+                    marks.live.contains(&ObjectId::Node(node.hash)) && self.is_in(&name, &node.hash)?;
+                if is_live { live.push(node) } else { dead.push(node) }
             }
-            let merge = bytes.len() as u64 <= SMALL_BUNDLE_BYTES && small > SMALL_BUNDLES_MAX;
-            let give_up = merge || stored_bytes(&dead) > stored_bytes(&live);
+            live.iter().for_each(|n| report.kept.nodes.add(tally(n)));
+            let mut dead_bytes = Tally::default();
+            dead.iter().for_each(|n| dead_bytes.add(tally(n)));
+            let live_bytes: u64 = live.iter().map(|n| tally(n).stored_bytes).sum();
+            let merge = small > SMALL_BUNDLES_MAX && (bytes.len() as u64) < SMALL_BUNDLE_BYTES;
             let young = fs::metadata(&path).is_ok_and(|meta| is_young(&meta, plan.grace));
-            let mut gone = false;
-            if give_up && !young {
-                if !plan.dry_run {
-                    let moving: Vec<_> = live.iter().map(|n| (n.hash, n.bytes)).collect();
-                    self.move_nodes(&moving)?;
-                }
-                let dead: Vec<_> = dead.iter().map(|n| ObjectId::Node(n.hash)).collect();
-                gone = self.remove_unless_live(plan, marks, &dead, &path)?;
-                if gone && !plan.dry_run {
-                    self.forget_nodes_of(&name, &dead)?;
-                }
+            if young || !(merge || dead_bytes.stored_bytes > live_bytes) {
+                report.kept.nodes.add(dead_bytes);
+                continue;
             }
-            for node in live {
-                report.kept.nodes.add(tally(node));
+            if !plan.dry_run {
+                self.move_nodes(live.iter().map(|n| (n.hash, n.bytes)))?;
             }
-            for node in dead {
-                let side = if gone { &mut report.removed } else { &mut report.kept };
-                side.nodes.add(tally(node));
-            }
+            given_up.push(GivenUp {
+                name,
+                path,
+                live: live.iter().map(|n| n.hash).collect(),
+                dead: dead.iter().map(|n| ObjectId::Node(n.hash)).collect(),
+                dead_bytes,
+            });
+        }
+        // The moved nodes are durable in their new place before the old one goes.
+        self.flush_nodes()?;
+        for bundle in given_up {
+            let gone = self.remove_bundle(plan, marks, &bundle)?;
+            let side = if gone { &mut report.removed } else { &mut report.kept };
+            side.nodes.add(bundle.dead_bytes);
         }
         Ok(())
     }
 
-    fn forget_nodes_of(&self, bundle: &Hash, nodes: &[ObjectId]) -> Result<()> {
-        for object in nodes {
-            let place = self.index().get(object)?.and_then(|e| e.place);
-            if place.is_some_and(|p| p.bundle == *bundle) {
-                self.index().remove(object)?;
+    fn remove_bundle(&self, plan: &Plan<'_>, marks: &mut Marks, bundle: &GivenUp) -> Result<bool> {
+        // A new bundle of the same nodes has the same name, and is the old one.
+        for hash in &bundle.live {
+            if !plan.dry_run && self.is_in(&bundle.name, hash)? {
+                return Ok(false);
             }
         }
-        Ok(())
+        let gone = self.remove_unless_live(plan, marks, &bundle.dead, &bundle.path)?;
+        if gone && !plan.dry_run {
+            for object in &bundle.dead {
+                if let ObjectId::Node(hash) = object
+                    && self.is_in(&bundle.name, hash)?
+                {
+                    self.index().remove(object)?;
+                }
+            }
+        }
+        Ok(gone)
     }
+
+    /// Whether the index finds a node in this bundle.
+    fn is_in(&self, bundle: &Hash, node: &NodeHash) -> Result<bool> {
+        let place = self.index().get(&ObjectId::Node(*node))?.and_then(|e| e.place);
+        Ok(place.is_some_and(|p| p.bundle == *bundle))
+    }
+}
+
+/// A bundle to be removed once its live nodes lie elsewhere.
+struct GivenUp {
+    name: Hash,
+    path: PathBuf,
+    live: Vec<NodeHash>,
+    dead: Vec<ObjectId>,
+    dead_bytes: Tally,
 }
 
 fn is_young(meta: &fs::Metadata, grace: Duration) -> bool {
@@ -273,8 +298,4 @@ fn children(bytes: &[u8]) -> Result<Vec<NodeHash>, CodecError> {
 fn tally(node: &Found<'_>) -> Tally {
     let plain_bytes = node.bytes.len() as u64;
     Tally { count: 1, plain_bytes, stored_bytes: plain_bytes + RECORD_HEADER_BYTES as u64 }
-}
-
-fn stored_bytes(nodes: &[&Found<'_>]) -> u64 {
-    nodes.iter().map(|n| tally(n).stored_bytes).sum()
 }

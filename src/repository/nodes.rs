@@ -14,13 +14,15 @@ use super::index::{Entry, Index, NodePlace};
 use super::layout::{self, Layout};
 use crate::types::codec::CodecError;
 use crate::types::{Hash, NodeHash};
-use crate::vm::chunk_map::{NODE_BYTES_MAX, NODE_MAGIC, Node};
+use crate::vm::chunk_map::{FANOUT, NODE_MAGIC, Node};
 use crate::vm::{ChunkMap, MapRef};
 
 /// Magic and version of a bundle.
 const MAGIC: &[u8; 8] = b"CICNDB\0\x01";
 /// Length and hash before each node.
 pub(super) const RECORD_HEADER_BYTES: usize = 4 + Hash::LEN_BYTES;
+/// A full leaf: magic, level, count, and per block its place, state and hash.
+const NODE_BYTES_MAX: usize = 8 + 1 + 2 + (1 + 1 + Hash::LEN_BYTES) * FANOUT as usize;
 /// Gathered nodes are written when they are this many bytes.
 const BUNDLE_BYTES: usize = 4 << 20;
 /// A map of more nodes is not read into memory: it stands for 256 GiB in blocks of 4 KiB.
@@ -166,13 +168,16 @@ impl Repository {
         Ok(())
     }
 
-    /// Writes nodes again although they are held, to give up the bundle they are in. Durable.
-    pub(super) fn move_nodes(&self, nodes: &[(NodeHash, &[u8])]) -> Result<()> {
+    /// Gathers nodes again although they are held, to give up the bundle they are in.
+    pub(super) fn move_nodes<'a>(&self, nodes: impl Iterator<Item = (NodeHash, &'a [u8])>) -> Result<()> {
         let mut pending = lock(&self.inner.pending_nodes);
         for (hash, bytes) in nodes {
-            pending.add(*hash, bytes);
+            pending.add(hash, bytes);
         }
-        flush(self.layout(), self.index(), &mut pending)
+        if pending.bundle.len() >= BUNDLE_BYTES {
+            flush(self.layout(), self.index(), &mut pending)?;
+        }
+        Ok(())
     }
 
     /// A bundle holds other nodes too, so only a copy of the damaged bytes is set aside.
