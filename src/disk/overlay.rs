@@ -27,8 +27,8 @@ const ENTRIES_PER_TABLE: u64 = CLUSTER_BYTES / ENTRY_BYTES;
 /// 16-bit reference counts, as QEMU makes them.
 const REFCOUNT_ORDER: u32 = 4;
 const REFCOUNTS_PER_BLOCK: u64 = CLUSTER_BYTES / 2;
-/// QEMU's own limit of 8 MiB.
-const REFCOUNT_TABLE_CLUSTERS_MAX: u32 = (8 << 20) >> CLUSTER_BITS;
+/// One cluster of the refcount table is enough for a file of 128 TiB; QEMU makes no more either.
+const REFCOUNT_TABLE_CLUSTERS_MAX: u32 = 8;
 
 /// Layout of an empty overlay, in clusters; the same that QEMU chooses.
 const REFCOUNT_TABLE_AT: u64 = 1;

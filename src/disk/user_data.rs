@@ -106,7 +106,7 @@ pub(super) fn punch_hole(file: &File, offset_bytes: u64, len_bytes: u64) -> io::
 }
 
 pub(super) fn write_zeros(file: &File, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
-    const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
     let mut done = 0;
     while done < len_bytes {
         let n = (len_bytes - done).min(ZEROS.len() as u64);
