@@ -15,7 +15,9 @@ pub fn installed(test: &str) -> bool {
         && SAID.lock().unwrap().insert(test.to_owned())
     {
         // Not `println!`: the test runner would keep that to itself.
-        writeln!(std::io::stdout(), "SKIPPED: {test}: {tool} is not installed").unwrap();
+        std::io::stdout()
+            .write_all(format!("SKIPPED: {test}: {tool} is not installed\n").as_bytes())
+            .unwrap();
     }
     missing.is_none()
 }
