@@ -315,6 +315,8 @@ async fn put_object(
     mut body: BoxStream<'static, std::io::Result<bytes::Bytes>>,
 ) -> Result<bool, Problem> {
     if content::holds(&repository, kind, id) {
+        // A client that is still writing would see a broken pipe instead of the answer.
+        while body.next().await.is_some_and(|piece| piece.is_ok()) {}
         return Ok(false);
     }
     let (pieces, mut received) = mpsc::channel::<bytes::Bytes>(8);
