@@ -1,8 +1,8 @@
 //! How fast a repository takes content in and gives it back, against plain BLAKE3 and zstd on the
 //! same bytes with the same threads in the same run.
 //!
-//! `cargo run --release --example repository_ingest -- FILE… [DIR]`: the files' bytes, or without
-//! files 256 MiB of half-compressible ones; the repository is made below DIR and removed.
+//! `cargo run --release --example repository_ingest -- FILE…`: the files' bytes, or without files
+//! 256 MiB of half-compressible ones; the repository is made in the current directory and removed.
 
 use std::io;
 use std::time::{Duration, Instant};
