@@ -20,7 +20,7 @@ const DISK_BYTES_MAX: u64 = 1 << 44;
 
 /// One block that is not absent. An absent block is what lies below: the composition for a root
 /// delta, zeros for a user-data block.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Block {
     Zero,
     Data(BlockHash),
