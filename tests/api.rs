@@ -16,8 +16,7 @@ use futures::future::BoxFuture;
 use futures::stream::{self, BoxStream, StreamExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{mpsc, watch};
 
 #[derive(Default)]
 struct Stand {
@@ -107,19 +106,19 @@ impl Service for Stand {
 struct Place {
     dir: tempfile::TempDir,
     dropped: Arc<AtomicUsize>,
-    shutdown: CancellationToken,
+    stop: watch::Sender<bool>,
     server: tokio::task::JoinHandle<io::Result<()>>,
 }
 
 impl Place {
-    fn new() -> Self {
+    async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let listener = api::bind(&dir.path().join("s")).unwrap();
+        let listener = api::bind(&dir.path().join("s")).await.unwrap();
         let stand = Stand::default();
         let dropped = stand.dropped.clone();
-        let shutdown = CancellationToken::new();
-        let server = tokio::spawn(api::serve(listener, Arc::new(stand), shutdown.clone()));
-        Self { dir, dropped, shutdown, server }
+        let (stop, stopped) = watch::channel(false);
+        let server = tokio::spawn(api::serve(listener, Arc::new(stand), stopped));
+        Self { dir, dropped, stop, server }
     }
 
     async fn client(&self) -> Client {
@@ -138,7 +137,7 @@ impl Place {
 
 #[tokio::test]
 async fn events_come_before_the_reply_and_all_of_it_arrives() {
-    let place = Place::new();
+    let place = Place::new().await;
     let mut seen = Vec::new();
     let reply = place.client().await.call(&Request::RepoStats, |e| seen.push(e)).await.unwrap();
     assert_eq!(seen, (0..100).map(note).collect::<Vec<_>>());
@@ -148,7 +147,7 @@ async fn events_come_before_the_reply_and_all_of_it_arrives() {
 
 #[tokio::test]
 async fn problems_keep_their_class_before_and_after_events() {
-    let place = Place::new();
+    let place = Place::new().await;
     let client = place.client().await;
     let e = client.call(&Request::VmShow { vm: "web".into() }, |_| ()).await.unwrap_err();
     assert_eq!(e, Problem::new(ProblemKind::NotFound, "VM web", "is not known"));
@@ -172,7 +171,7 @@ async fn problems_keep_their_class_before_and_after_events() {
 
 #[tokio::test]
 async fn objects_go_in_whole_and_refusals_come_back() {
-    let place = Place::new();
+    let place = Place::new().await;
     let client = place.client().await;
     let content = Bytes::from(vec![7u8; 5 << 20]);
     let parts = |c: &Bytes| -> BoxStream<'static, io::Result<Bytes>> {
@@ -196,7 +195,7 @@ async fn objects_go_in_whole_and_refusals_come_back() {
 
 #[tokio::test]
 async fn a_client_that_leaves_ends_its_request() {
-    let place = Place::new();
+    let place = Place::new().await;
     let client = place.client().await;
     let watch = Request::MigrationWatch { id: "x".into() };
     let mut seen = 0;
@@ -214,12 +213,12 @@ async fn a_client_that_leaves_ends_its_request() {
 
 #[tokio::test]
 async fn a_stopping_broker_says_so_to_those_who_wait() {
-    let place = Place::new();
+    let place = Place::new().await;
     let client = place.client().await;
     let watch = Request::MigrationWatch { id: "x".into() };
     let (e, ()) = tokio::join!(client.call(&watch, |_| ()), async {
         tokio::time::sleep(Duration::from_millis(50)).await;
-        place.shutdown.cancel();
+        place.stop.send(true).unwrap();
     });
     let e = e.unwrap_err();
     assert_eq!((e.kind, e.reason.as_str()), (ProblemKind::Unavailable, "is stopping"));

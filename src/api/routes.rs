@@ -16,8 +16,7 @@ use futures::stream::{self, Stream, StreamExt, TryStreamExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixListener;
-use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{mpsc, watch};
 
 use crate::broker::handle::{ObjectKind, Service};
 use crate::broker::interface::Message;
@@ -35,28 +34,31 @@ const EXIT_DEADLINE: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 struct Api {
     service: Arc<dyn Service>,
-    shutdown: CancellationToken,
+    stop: watch::Receiver<bool>,
 }
 
-/// Answers until `shutdown` is cancelled, then ends what still runs within a few seconds.
+/// Answers until `stop` is true or its sender gone, then ends what still runs within a few seconds.
 pub async fn serve(
     listener: UnixListener,
     service: Arc<dyn Service>,
-    shutdown: CancellationToken,
+    stop: watch::Receiver<bool>,
 ) -> io::Result<()> {
     let router = Router::new()
         .route("/v1/request", post(request))
         .route("/v1/object/{kind}/{id}", put(put_object))
         .route("/v1/objects/held", post(held))
-        .with_state(Api { service, shutdown: shutdown.clone() });
-    let deadline = async {
-        shutdown.cancelled().await;
-        tokio::time::sleep(EXIT_DEADLINE).await;
-    };
+        .with_state(Api { service, stop: stop.clone() });
+    let deadline = after_stop(stop.clone(), EXIT_DEADLINE);
     tokio::select! {
-        result = axum::serve(listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned()) => result,
+        result = axum::serve(listener, router).with_graceful_shutdown(after_stop(stop, Duration::ZERO)) => result,
         () = deadline => Ok(()),
     }
+}
+
+async fn after_stop(mut stop: watch::Receiver<bool>, wait: Duration) {
+    // An error means that the sender is gone, which is a stop too.
+    let _ = stop.wait_for(|stopped| *stopped).await;
+    tokio::time::sleep(wait).await;
 }
 
 async fn request(State(api): State<Api>, body: Body) -> Response {
@@ -80,10 +82,7 @@ async fn request(State(api): State<Api>, body: Body) -> Response {
 async fn answer(api: Api, request: Request, out: mpsc::Sender<Message>) {
     let (events_in, mut events) = mpsc::channel(EVENTS_QUEUED_MAX);
     let mut call = api.service.call(request, events_in);
-    let stopped = async {
-        api.shutdown.cancelled().await;
-        tokio::time::sleep(DRAIN).await;
-    };
+    let stopped = after_stop(api.stop, DRAIN);
     tokio::pin!(stopped);
     let result = loop {
         tokio::select! {
