@@ -1,79 +1,60 @@
-//! Level 4: the typed client of the local API.
+//! Level 4: a typed client of the local API.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use futures::TryStreamExt;
-use futures::stream::BoxStream;
-use http_body_util::combinators::BoxBody;
+use futures::stream::{BoxStream, TryStreamExt};
+use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
-use hyper::client::conn::http1;
+use hyper::{Method, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use crate::api::Held;
+use crate::api::{HELD_IDS_MAX, HeldAnswer, HeldRequest, PutAnswer};
 use crate::broker::handle::ObjectKind;
-use crate::broker::interface::Message;
-use crate::broker::{Event, Problem, ProblemKind, Reply, Request};
+use crate::broker::interface::{Event, Message, Reply, Request};
+use crate::broker::problem::{Problem, ProblemKind};
 use crate::types::Hash;
 
-/// The longest line an answer may have.
-const LINE_BYTES_MAX: usize = 64 << 20;
+/// A line of an answer may not be longer; the longest are lists of a component's entries.
+const LINE_BYTES_MAX: usize = 256 << 20;
 
-type Body = BoxBody<Bytes, io::Error>;
+type Body = UnsyncBoxBody<Bytes, io::Error>;
 
-/// Talks to the broker behind one socket. Every request has a connection of its own.
+/// A broker at its socket. Every request has a connection of its own.
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
 }
 
 impl Client {
-    pub fn new(socket: &Path) -> Self {
-        Self { socket: socket.to_owned() }
+    /// Finds out whether a broker answers at `socket`.
+    pub async fn connect(socket: &Path) -> Result<Self, Problem> {
+        let client = Self { socket: socket.to_owned() };
+        client.open().await?;
+        Ok(client)
     }
 
-    /// Whether a broker answers.
-    pub async fn is_up(&self) -> bool {
-        UnixStream::connect(&self.socket).await.is_ok()
-    }
-
-    /// Sends a request and waits for its reply; events go to `on_event` as they come.
-    pub async fn call(&self, request: &Request, on_event: &mut dyn FnMut(Event)) -> Result<Reply, Problem> {
-        let json = serde_json::to_vec(request).map_err(|e| self.broken(&e))?;
-        let body = Full::new(Bytes::from(json)).map_err(|e| match e {}).boxed();
-        let mut incoming = self.send("POST", "/v1/request", None, body).await?.into_body();
-        let mut buffer = Vec::new();
-        while let Some(frame) = incoming.frame().await {
-            let frame = frame.map_err(|e| self.broken(&e))?;
-            let Ok(data) = frame.into_data() else { continue };
-            buffer.extend_from_slice(&data);
-            while let Some(end) = buffer.iter().position(|b| *b == b'\n') {
-                let line: Vec<u8> = buffer.drain(..=end).collect();
-                match serde_json::from_slice(&line).map_err(|e| self.broken(&e))? {
-                    Message::Event(event) => on_event(event),
-                    Message::Reply(reply) => return Ok(*reply),
-                    Message::Problem(problem) => return Err(problem),
-                }
-            }
-            if buffer.len() > LINE_BYTES_MAX {
-                return Err(self.broken(&io::Error::other("an answer without end")));
+    /// Sends a request, hands on its events and returns its end. Dropping the future leaves the
+    /// request to the broker.
+    pub async fn call(&self, request: &Request, mut on_event: impl FnMut(Event)) -> Result<Reply, Problem> {
+        let response = self.send(Method::POST, "/v1/request", json_body(request), None).await?;
+        let mut lines = Lines::new(response);
+        while let Some(line) = lines.next().await? {
+            match parse(&line)? {
+                Message::Event(event) => on_event(event),
+                Message::Reply(reply) => return Ok(*reply),
+                Message::Problem(problem) => return Err(problem),
             }
         }
-        Err(self.broken(&io::Error::new(io::ErrorKind::UnexpectedEof, "the broker closed the connection"))
-            .next("see its log; a move goes on without us: cicada migration list"))
+        Err(self.cut())
     }
 
-    /// Which objects the broker's repository holds.
-    pub async fn held(&self, kind: ObjectKind, ids: Vec<Hash>) -> Result<Vec<bool>, Problem> {
-        let json = serde_json::to_vec(&Held { kind, ids }).map_err(|e| self.broken(&e))?;
-        let body = Full::new(Bytes::from(json)).map_err(|e| match e {}).boxed();
-        self.json(self.send("POST", "/v1/objects/held", None, body).await?).await
-    }
-
-    /// Puts an object into the broker's repository; true if it was new.
+    /// Puts one object, packs in stored form; says whether it was new to the broker.
     pub async fn put_object(
         &self,
         kind: ObjectKind,
@@ -81,59 +62,149 @@ impl Client {
         size_bytes: u64,
         body: BoxStream<'static, io::Result<Bytes>>,
     ) -> Result<bool, Problem> {
-        let body = BodyExt::boxed(StreamBody::new(SyncStream(std::sync::Mutex::new(body)).map_ok(Frame::data)));
         let path = format!("/v1/object/{}/{id}", kind.as_str());
-        self.json(self.send("PUT", &path, Some(size_bytes), body).await?).await
+        let body = StreamBody::new(body.map_ok(Frame::data)).boxed_unsync();
+        let response = self.send(Method::PUT, &path, body, Some(size_bytes)).await?;
+        let answer: PutAnswer = self.one(response).await?;
+        Ok(answer.new)
     }
 
-    async fn send(&self, method: &str, path: &str, size: Option<u64>, body: Body) -> Result<hyper::Response<Incoming>, Problem> {
-        let stream = UnixStream::connect(&self.socket).await.map_err(|e| {
-            Problem::new(ProblemKind::Unavailable, "broker", format!("does not answer at {}: {e}", self.socket.display()))
-                .next("start it with: cicada broker")
-        })?;
+    /// Which of `ids` the broker's repository holds, in their order.
+    pub async fn has_objects(&self, kind: ObjectKind, ids: &[Hash]) -> Result<Vec<bool>, Problem> {
+        let mut held = Vec::with_capacity(ids.len());
+        for ids in ids.chunks(HELD_IDS_MAX) {
+            let request = HeldRequest { kind, ids: ids.to_vec() };
+            let response = self.send(Method::POST, "/v1/objects/held", json_body(&request), None).await?;
+            let answer: HeldAnswer = self.one(response).await?;
+            if answer.held.len() != ids.len() {
+                return Err(not_understood("another number of answers than questions"));
+            }
+            held.extend(answer.held);
+        }
+        Ok(held)
+    }
+
+    async fn open(&self) -> Result<UnixStream, Problem> {
+        UnixStream::connect(&self.socket).await.map_err(|e| {
+            let at = format!("broker at {}", self.socket.display());
+            match e.kind() {
+                io::ErrorKind::PermissionDenied => {
+                    Problem::new(ProblemKind::Forbidden, at, "its socket belongs to another user")
+                        .next("run this as the broker's user")
+                }
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                    Problem::new(ProblemKind::Unavailable, at, "is not running")
+                        .next("start it with: cicada broker")
+                }
+                _ => {
+                    Problem::from_error(ProblemKind::Unavailable, at, &e).next("start it with: cicada broker")
+                }
+            }
+        })
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Body,
+        length: Option<u64>,
+    ) -> Result<Response<Incoming>, Problem> {
+        let stream = TokioIo::new(self.open().await?);
         let (mut sender, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.broken(&e))?;
+            hyper::client::conn::http1::handshake(stream).await.map_err(|e| self.broken(&e))?;
+        // Ends with the response's body; what goes wrong is seen there.
         tokio::spawn(connection);
-        let mut request = hyper::Request::builder()
-            .method(method)
-            .uri(path)
-            .header("host", "broker")
-            .header("content-type", "application/json");
-        if let Some(size) = size {
-            request = request.header("content-length", size);
-        }
+        let mut request = hyper::Request::builder().method(method).uri(path).header(header::HOST, "cicada");
+        request = match length {
+            Some(length) => request.header(header::CONTENT_LENGTH, length),
+            None => request.header(header::CONTENT_TYPE, "application/json"),
+        };
         let request = request.body(body).map_err(|e| self.broken(&e))?;
-        let response = sender.send_request(request).await.map_err(|e| self.broken(&e))?;
-        if response.status().is_success() {
-            return Ok(response);
-        }
-        let text = response.into_body().collect().await.map_err(|e| self.broken(&e))?.to_bytes();
-        Err(serde_json::from_slice(&text).unwrap_or_else(|_| {
-            Problem::new(ProblemKind::Failed, "broker", String::from_utf8_lossy(&text).into_owned())
-        }))
+        sender.send_request(request).await.map_err(|e| self.broken(&e))
     }
 
-    async fn json<T: for<'de> serde::Deserialize<'de>>(&self, response: hyper::Response<Incoming>) -> Result<T, Problem> {
-        let text = response.into_body().collect().await.map_err(|e| self.broken(&e))?.to_bytes();
-        serde_json::from_slice(&text).map_err(|e| self.broken(&e))
+    /// Reads an answer of one line, which a problem's status says is a problem.
+    async fn one<T: DeserializeOwned>(&self, response: Response<Incoming>) -> Result<T, Problem> {
+        let ok = response.status() == StatusCode::OK;
+        let Some(line) = Lines::new(response).next().await? else { return Err(self.cut()) };
+        if ok {
+            return parse(&line);
+        }
+        match parse(&line)? {
+            Message::Problem(problem) => Err(problem),
+            _ => Err(not_understood("no problem where one was announced")),
+        }
     }
 
     fn broken(&self, e: &dyn std::error::Error) -> Problem {
-        Problem::from_error(ProblemKind::Unavailable, "broker", e)
+        let at = format!("broker at {}", self.socket.display());
+        Problem::from_error(ProblemKind::Unavailable, at, e).next("see the broker's log")
+    }
+
+    fn cut(&self) -> Problem {
+        let at = format!("broker at {}", self.socket.display());
+        Problem::new(ProblemKind::Unavailable, at, "ended the connection before its answer")
+            .next("see the broker's log; what was begun goes on when it runs again")
     }
 }
 
-/// A boxed body must be `Sync`, which boxed streams are not; it is only ever polled by one owner.
-struct SyncStream(std::sync::Mutex<BoxStream<'static, io::Result<Bytes>>>);
+fn json_body(value: &impl Serialize) -> Body {
+    // Our own requests always have a JSON form.
+    let bytes = serde_json::to_vec(value).unwrap_or_default();
+    Full::new(Bytes::from(bytes)).map_err(|never| match never {}).boxed_unsync()
+}
 
-impl futures::Stream for SyncStream {
-    type Item = io::Result<Bytes>;
+fn parse<T: DeserializeOwned>(line: &[u8]) -> Result<T, Problem> {
+    serde_json::from_slice(line).map_err(|e| not_understood(&e.to_string()))
+}
 
-    fn poll_next(
-        self: std::pin::Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Self::Item>> {
-        let inner = self.get_mut().0.get_mut().unwrap_or_else(|e| e.into_inner());
-        inner.as_mut().poll_next(cx)
+fn not_understood(why: &str) -> Problem {
+    Problem::new(ProblemKind::Failed, "broker", format!("its answer is not understood: {why}"))
+        .next("use the same version of cicada for the broker and its commands")
+}
+
+/// The lines of a response as they arrive.
+struct Lines {
+    body: Incoming,
+    buffer: Vec<u8>,
+    /// Bytes of `buffer` known to hold no line end.
+    searched: usize,
+    ended: bool,
+}
+
+impl Lines {
+    fn new(response: Response<Incoming>) -> Self {
+        Self { body: response.into_body(), buffer: Vec::new(), searched: 0, ended: false }
+    }
+
+    /// The next line without its end; `None` after the last. A line cut short is left out: its
+    /// absence is noticed by whoever waits for it.
+    async fn next(&mut self) -> Result<Option<Vec<u8>>, Problem> {
+        loop {
+            if let Some(i) = self.buffer[self.searched..].iter().position(|b| *b == b'\n') {
+                let rest = self.buffer.split_off(self.searched + i + 1);
+                let mut line = std::mem::replace(&mut self.buffer, rest);
+                line.pop();
+                self.searched = 0;
+                return Ok(Some(line));
+            }
+            self.searched = self.buffer.len();
+            if self.ended {
+                return Ok(None);
+            }
+            match self.body.frame().await {
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        self.buffer.extend_from_slice(&data);
+                    }
+                }
+                // A connection that breaks ends the answer; the caller says what is missing.
+                Some(Err(_)) | None => self.ended = true,
+            }
+            if self.buffer.len() > LINE_BYTES_MAX {
+                return Err(not_understood("a line is too long"));
+            }
+        }
     }
 }
