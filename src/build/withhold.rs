@@ -49,6 +49,8 @@ const LEFTOVERS: &[&str] = &[
     "etc/subuid-",
     "etc/subgid-",
     "etc/hostname",
+    // The build machine's name servers, as systemd-resolved found and kept them.
+    "etc/.resolv.conf.systemd-resolved.bak",
     // Depends on every library in the composition; the OS writes it at first boot.
     "etc/ld.so.cache",
     "var/cache/ldconfig/aux-cache",
