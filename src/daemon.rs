@@ -23,6 +23,7 @@ use crate::clock::SystemClock;
 use crate::compose::Composer;
 use crate::config::{self, Config};
 use crate::federation::Members;
+use crate::hypervisor::qemu::{AcceleratorChoice, NetworkBackend};
 use crate::hypervisor::{Driver, QemuConfig, QemuDriver};
 use crate::repository::Repository;
 use crate::stanza::Cloud;
@@ -101,7 +102,7 @@ pub async fn run(config: Config) -> Result<(), Problem> {
 
 async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
     let h = &config.hypervisor;
-    let mut qemu = QemuConfig { accelerator: h.accelerator.into(), ..QemuConfig::default() };
+    let mut qemu = QemuConfig { accelerator: accelerator(h.accelerator), ..QemuConfig::default() };
     if let Some(machine_type) = &h.machine_type {
         qemu.machine_type.clone_from(machine_type);
     }
@@ -111,18 +112,39 @@ async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
     if let Some(vars) = &h.firmware_vars {
         qemu.firmware_vars.clone_from(vars);
     }
-    qemu.networks = config.networks.iter().map(|n| (n.name.clone(), (&n.kind).into())).collect();
+    qemu.networks = config.networks.iter().map(|n| (n.name.clone(), network(&n.kind))).collect();
     QemuDriver::open(qemu).await.map_err(|e| {
         Problem::from_error(ProblemKind::Missing, "hypervisor", &e).next("deploy/install installs what is needed")
     })
 }
 
-fn xmpp_settings(config: &Config, password: String) -> xmpp::Settings {
+fn accelerator(choice: config::Accelerator) -> AcceleratorChoice {
+    match choice {
+        config::Accelerator::Auto => AcceleratorChoice::Auto,
+        config::Accelerator::Kvm => AcceleratorChoice::Kvm,
+        config::Accelerator::Tcg => AcceleratorChoice::Tcg,
+    }
+}
+
+fn network(kind: &config::NetworkKind) -> NetworkBackend {
+    match kind {
+        config::NetworkKind::User => NetworkBackend::User,
+        config::NetworkKind::Bridge(bridge) => NetworkBackend::Bridge(bridge.clone()),
+        config::NetworkKind::None => NetworkBackend::None,
+    }
+}
+
+/// The account and room of a configuration, also for administration.
+pub fn xmpp_settings(config: &Config, password: String) -> xmpp::Settings {
     xmpp::Settings {
         jid: config.xmpp.jid.clone(),
         password,
         server: config.xmpp.server.as_ref().map(|(host, port)| format!("{host}:{port}")),
-        security: config.xmpp.security.into(),
+        security: match config.xmpp.security {
+            config::Security::DirectTls => xmpp::Security::DirectTls,
+            config::Security::Starttls => xmpp::Security::Starttls,
+            config::Security::Plain => xmpp::Security::Plain,
+        },
         ca_file: config.xmpp.ca_file.clone(),
         room: Some(config.xmpp.room.clone()),
         nick: config.cloud.name.clone(),
@@ -143,7 +165,7 @@ fn presence(broker: &Broker) -> Cloud {
         key: s.key.to_string(),
         versions: crate::migration::envelope::VERSION.to_string(),
         software: Some(format!("cicada {}", s.version)),
-        region: config.cloud.region.clone(),
+        region: Some(config.cloud.region.clone()).filter(|r| !r.is_empty()),
         power: "on".into(),
         load: Some(load as u32),
         carbon: config.cloud.carbon_g_per_kwh.map(|c| c as f32),
@@ -204,9 +226,13 @@ async fn pump_driver(
     use tokio::sync::broadcast::error::RecvError;
     loop {
         match events.recv().await {
-            Ok(event) if inbox.send(Input::Driver(event)).is_err() => return,
+            Ok(event) => {
+                if inbox.send(Input::Driver(event)).is_err() {
+                    return;
+                }
+            }
             // Views ask the driver itself, so a lost event is only a late one.
-            Ok(_) | Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Lagged(_)) => {}
             Err(RecvError::Closed) => return,
         }
     }
@@ -289,6 +315,8 @@ async fn put_object(
     mut body: BoxStream<'static, std::io::Result<bytes::Bytes>>,
 ) -> Result<bool, Problem> {
     if content::holds(&repository, kind, id) {
+        // A client that is still writing would see a broken pipe instead of the answer.
+        while body.next().await.is_some_and(|piece| piece.is_ok()) {}
         return Ok(false);
     }
     let (pieces, mut received) = mpsc::channel::<bytes::Bytes>(8);
@@ -299,9 +327,12 @@ async fn put_object(
     let mut failure = None;
     while let Some(piece) = body.next().await {
         match piece {
-            // The worker gave up; it says why.
-            Ok(piece) if pieces.send(piece).await.is_err() => break,
-            Ok(_) => {}
+            Ok(piece) => {
+                if pieces.send(piece).await.is_err() {
+                    // The worker gave up; it says why.
+                    break;
+                }
+            }
             Err(e) => {
                 failure = Some(broken(&e));
                 break;

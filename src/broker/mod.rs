@@ -2,7 +2,11 @@
 //! clock put inputs into its queue, and it answers, steps machines and starts effects. Effects run
 //! elsewhere and come back as inputs.
 
+pub mod account;
+mod calls;
+pub mod content;
 pub mod handle;
+mod incoming;
 pub mod interface;
 pub mod negotiation;
 mod outgoing;

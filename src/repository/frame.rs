@@ -70,31 +70,34 @@ pub(super) fn read_length(bytes: [u8; LENGTH_BYTES], plain_len: usize) -> Result
     Ok(len)
 }
 
-/// Replaces `out` by length and stored bytes of one frame. What does not shrink is stored plain.
-pub(super) fn compress(plain: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
+/// Room for the length and the stored bytes of any frame.
+pub(super) const STORED_FRAME_BYTES_MAX: usize = LENGTH_BYTES + FRAME_BYTES;
+
+/// Writes length and stored bytes of one frame to the beginning of `out`, which must have room for
+/// `plain` and the length, and returns how many they are. What does not shrink is stored plain.
+pub(super) fn compress(plain: &[u8], out: &mut [u8]) -> io::Result<usize> {
     thread_local! {
         static COMPRESSOR: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
     }
-    out.clear();
+    let (length, frame) = out
+        .split_at_mut_checked(LENGTH_BYTES)
+        .filter(|(_, frame)| frame.len() >= plain.len())
+        .ok_or(io::ErrorKind::InvalidInput)?;
     // One byte less than plain: a frame that does not fit has not shrunk.
-    out.resize(LENGTH_BYTES + plain.len().saturating_sub(1), 0);
+    let room = plain.len().saturating_sub(1);
     let shrunk = COMPRESSOR.with_borrow_mut(|slot| {
         let compressor = match slot {
             Some(c) => c,
             None => slot.insert(zstd::bulk::Compressor::new(LEVEL)?),
         };
-        Ok::<_, io::Error>(compressor.compress_to_buffer(plain, &mut out[LENGTH_BYTES..]).ok())
+        Ok::<_, io::Error>(compressor.compress_to_buffer(plain, &mut frame[..room]).ok())
     })?;
-    match shrunk {
-        Some(len) => out.truncate(LENGTH_BYTES + len),
-        None => {
-            out.truncate(LENGTH_BYTES);
-            out.extend_from_slice(plain);
-        }
-    }
-    let len = (out.len() - LENGTH_BYTES) as u32;
-    out[..LENGTH_BYTES].copy_from_slice(&len.to_le_bytes());
-    Ok(())
+    let len = shrunk.unwrap_or_else(|| {
+        frame[..plain.len()].copy_from_slice(plain);
+        plain.len()
+    });
+    length.copy_from_slice(&(len as u32).to_le_bytes());
+    Ok(LENGTH_BYTES + len)
 }
 
 /// Replaces `out` by the `plain_len` plain bytes of one frame (given without its length). Never
@@ -108,7 +111,9 @@ pub(super) fn decompress(stored: &[u8], plain_len: usize, out: &mut Vec<u8>) -> 
         out.extend_from_slice(stored);
         return Ok(());
     }
-    out.resize(plain_len, 0);
+    if out.len() != plain_len {
+        *out = vec![0; plain_len];
+    }
     let made = DECOMPRESSOR
         .with_borrow_mut(|d| d.decompress_to_buffer(stored, out.as_mut_slice()))
         .map_err(|e| format!("a frame does not decompress: {e}"))?;
@@ -133,8 +138,9 @@ mod tests {
     fn frames_round_trip_and_never_grow() {
         for plain in [vec![7], vec![0; FRAME_BYTES], noise(FRAME_BYTES), noise(1), noise(4096), vec![1; 4096]]
         {
-            let (mut stored, mut back) = (Vec::new(), vec![9; 3]);
-            compress(&plain, &mut stored).unwrap();
+            let (mut stored, mut back) = (vec![0; STORED_FRAME_BYTES_MAX], vec![9; 3]);
+            let len = compress(&plain, &mut stored).unwrap();
+            stored.truncate(len);
             let [a, b, c, d, frame @ ..] = stored.as_slice() else { panic!("short") };
             assert_eq!(read_length([*a, *b, *c, *d], plain.len()), Ok(frame.len()));
             decompress(frame, plain.len(), &mut back).unwrap();

@@ -87,6 +87,18 @@ impl Index {
         self.flush()
     }
 
+    /// The seal put on the index when it was closed last.
+    pub fn seal(&self) -> Result<Option<Vec<u8>>> {
+        Ok(self.db.get("seal")?.map(|v| v.to_vec()))
+    }
+
+    /// Ends a use: the seal is the last thing written. sled gives up, without a word, whatever lies
+    /// behind damage in its log, so a seal other than the one remembered elsewhere tells.
+    pub fn set_seal(&self, seal: &[u8]) -> Result<()> {
+        self.db.insert("seal", seal)?;
+        self.flush()
+    }
+
     /// Removes the index from disk; it must not be open.
     pub fn wipe(dir: &Path) -> io::Result<()> {
         match fs::remove_dir_all(dir) {

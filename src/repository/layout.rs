@@ -18,6 +18,8 @@ const MARKER_VERSION: &str = "cicada-repository 1";
 const LOCK: &str = "lock";
 /// There while a process has the repository open; found at open, the index may be out of step.
 const UNCLEAN: &str = "unclean";
+/// What the index must bear to be believed.
+const INDEX_SEAL: &str = "index-seal";
 const DIRECTORIES: [&str; 9] =
     ["packs", "manifests", "recipes", "nodes", "refs", "hot", "compositions", "temporary", "quarantine"];
 
@@ -158,6 +160,15 @@ impl Layout {
         };
         self.write(&path, boot.as_bytes())?;
         Ok(last)
+    }
+
+    /// The seal the index bore when it was closed last.
+    pub fn index_seal(&self) -> Option<Vec<u8>> {
+        fs::read(self.root.join(INDEX_SEAL)).ok()
+    }
+
+    pub fn remember_index_seal(&self, seal: &[u8]) -> Result<()> {
+        self.write(&self.root.join(INDEX_SEAL), seal)
     }
 
     pub fn end_use(&self) -> Result<()> {

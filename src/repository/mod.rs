@@ -246,10 +246,12 @@ impl fmt::Debug for Repository {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        let closed = nodes::flush(&self.layout, &self.index, &mut nodes::lock(&self.pending_nodes))
-            .and_then(|()| self.index.flush())
-            .and_then(|()| self.layout.end_use());
-        if let Err(error) = closed {
+        let closed = || {
+            nodes::flush(&self.layout, &self.index, &mut nodes::lock(&self.pending_nodes))?;
+            rebuild::seal(&self.layout, &self.index)?;
+            self.layout.end_use()
+        };
+        if let Err(error) = closed() {
             // The next open finds it unclean and makes the index good.
             tracing::warn!(%error, dir = %self.layout.root.display(), "the repository was not closed cleanly");
         }

@@ -1,7 +1,7 @@
 //! Chunk map nodes: many and tiny, so they are gathered and written in bundles, each a file that
 //! never changes. Specified in `FORMAT.md`, section "Node bundle".
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -96,17 +96,18 @@ impl Repository {
     /// Stores a chunk map's nodes durably and names the map.
     pub fn put_map(&self, map: &ChunkMap) -> Result<MapRef> {
         let (name, nodes) = map.to_tree();
-        let mut reused = BTreeSet::new();
+        let mut kept = HashSet::new();
         for (hash, bytes) in &nodes {
-            match self.index().get(&ObjectId::Node(*hash))?.and_then(|entry| entry.place) {
-                Some(place) => drop(reused.insert(place.bundle)),
+            let object = ObjectId::Node(*hash);
+            match self.index().get(&object)?.and_then(|entry| entry.place) {
+                Some(place) if kept.contains(&place.bundle) => {}
+                Some(place) if self.keep_bundle(&place.bundle)? => drop(kept.insert(place.bundle)),
+                Some(_) => {
+                    self.forget(&object);
+                    self.gather(*hash, bytes)?;
+                }
                 None => self.gather(*hash, bytes)?,
             }
-        }
-        // What is used again must not be collected as old before the new map is referred to.
-        for bundle in reused {
-            let path = bundle_path(self.layout(), &bundle);
-            layout::touch(&path).at("mark as used", &path)?;
         }
         self.flush_nodes()?;
         Ok(name)
@@ -153,6 +154,18 @@ impl Repository {
             row = next;
         }
         Ok(missing)
+    }
+
+    /// Renews a bundle's age, so that nodes used again are not collected as old before the new map
+    /// is referred to. Tells whether the bundle is there.
+    fn keep_bundle(&self, bundle: &Hash) -> Result<bool> {
+        let path = bundle_path(self.layout(), bundle);
+        // The collector looks at the age and removes under this lock.
+        let _held = self.inner.pins.lock();
+        match layout::touch(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+            other => other.at("mark as used", &path).map(|()| true),
+        }
     }
 
     fn gather(&self, hash: NodeHash, bytes: &[u8]) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use super::error::{ObjectId, RepositoryError, Result};
-use super::frame::{self, FRAME_BYTES, HEADER_BYTES, PACK_BYTES_MAX};
+use super::frame::{self, FRAME_BYTES, HEADER_BYTES, PACK_BYTES_MAX, STORED_FRAME_BYTES_MAX};
 use super::parallel::InOrder;
 use super::{Entry, Repository};
 use crate::component::manifest::ALIGNMENT_BYTES;
@@ -26,11 +26,20 @@ pub struct PackWriter {
     failed: bool,
 }
 
-/// One frame, and after compression what is stored for it.
-#[derive(Default)]
+/// Buffers of full size for one frame and what is stored for it, and how much of them is used.
 struct Frame {
     plain: Vec<u8>,
+    plain_len: usize,
     stored: Vec<u8>,
+    stored_len: usize,
+}
+
+impl Frame {
+    /// Pages nobody touches cost nothing, so small packs need no smaller buffers.
+    fn new() -> Self {
+        let (plain, stored) = (vec![0; FRAME_BYTES], vec![0; STORED_FRAME_BYTES_MAX]);
+        Self { plain, plain_len: 0, stored, stored_len: 0 }
+    }
 }
 
 impl Repository {
@@ -46,7 +55,7 @@ impl Repository {
             hasher: blake3::Hasher::new(),
             plain_bytes: 0,
             stored_bytes: HEADER_BYTES as u64,
-            frame: Frame::default(),
+            frame: Frame::new(),
             compressing: InOrder::new(),
             spare: Vec::new(),
             failed: false,
@@ -70,20 +79,20 @@ impl PackWriter {
         let mut hasher = blake3::Hasher::new();
         let mut left = size_bytes;
         while left > 0 {
-            let begin = self.frame.plain.len();
+            let begin = self.frame.plain_len;
             let take = left.min((FRAME_BYTES - begin) as u64) as usize;
-            self.frame.plain.resize(begin + take, 0);
-            reader
-                .read_exact(&mut self.frame.plain[begin..])
-                .map_err(|e| self.source_error(e, size_bytes))?;
-            hasher.update(&self.frame.plain[begin..]);
+            let room = &mut self.frame.plain[begin..begin + take];
+            if let Err(e) = reader.read_exact(room) {
+                return Err(self.source_error(e, size_bytes));
+            }
+            hasher.update(room);
             left -= take as u64;
             self.advance(take)?;
         }
         let padding = (size_bytes.next_multiple_of(ALIGNMENT_BYTES) - size_bytes) as usize;
         // The frame size is a multiple of the alignment, so padding never crosses into a new frame.
-        let padded = self.frame.plain.len() + padding;
-        self.frame.plain.resize(padded, 0);
+        let begin = self.frame.plain_len;
+        self.frame.plain[begin..begin + padding].fill(0);
         self.advance(padding)?;
         self.failed = false;
         Ok((offset_bytes, hasher.finalize().into()))
@@ -101,7 +110,7 @@ impl PackWriter {
         if self.plain_bytes == 0 {
             return Ok(None);
         }
-        if !self.frame.plain.is_empty() {
+        if self.frame.plain_len > 0 {
             self.seal_frame()?;
         }
         while self.write_oldest()? {}
@@ -117,7 +126,8 @@ impl PackWriter {
 
     fn advance(&mut self, added_bytes: usize) -> Result<()> {
         self.plain_bytes += added_bytes as u64;
-        if self.frame.plain.len() == FRAME_BYTES { self.seal_frame() } else { Ok(()) }
+        self.frame.plain_len += added_bytes;
+        if self.frame.plain_len == FRAME_BYTES { self.seal_frame() } else { Ok(()) }
     }
 
     /// Hands the frame to the compressors and begins the next.
@@ -125,11 +135,11 @@ impl PackWriter {
         if self.compressing.is_full() {
             self.write_oldest()?;
         }
-        let next = self.spare.pop().unwrap_or_default();
+        let next = self.spare.pop().unwrap_or_else(Frame::new);
         let mut full = std::mem::replace(&mut self.frame, next);
-        self.hasher.update(&full.plain);
+        self.hasher.update(&full.plain[..full.plain_len]);
         self.compressing.push(move || {
-            frame::compress(&full.plain, &mut full.stored)?;
+            full.stored_len = frame::compress(&full.plain[..full.plain_len], &mut full.stored)?;
             Ok(full)
         });
         Ok(())
@@ -139,9 +149,11 @@ impl PackWriter {
         let Some(result) = self.compressing.pop() else { return Ok(false) };
         let compressed = result.and_then(|r| r);
         let mut frame = compressed.map_err(|e| self.write_error(e))?;
-        self.pending.file().write_all(&frame.stored).map_err(|e| self.write_error(e))?;
-        self.stored_bytes += frame.stored.len() as u64;
-        frame.plain.clear();
+        let stored = &frame.stored[..frame.stored_len];
+        let written = self.pending.file().write_all(stored);
+        written.map_err(|e| self.write_error(e))?;
+        self.stored_bytes += frame.stored_len as u64;
+        frame.plain_len = 0;
         self.spare.push(frame);
         Ok(true)
     }

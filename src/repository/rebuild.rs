@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
+use std::time::SystemTime;
 
 use super::error::{IoContext, ObjectId, ObjectKind, RepositoryError, Result};
 use super::index::Index;
@@ -33,12 +34,21 @@ pub(super) fn open_index(layout: &Layout, last: LastUse) -> Result<Index> {
 
 fn try_open(layout: &Layout, last: LastUse) -> Result<Index> {
     let index = Index::open(&layout.dir("index"))?;
-    let complete = index.is_complete()?;
+    let complete =
+        index.is_complete()? && index.seal()?.is_some_and(|seal| layout.index_seal() == Some(seal));
     if !complete || last != LastUse::Clean {
         let objects = reconcile(layout, &index, !complete)?;
         tracing::info!(objects, dir = %layout.root.display(), "index made good from the objects on disk");
     }
     Ok(index)
+}
+
+/// Closes the index under a new seal.
+pub(super) fn seal(layout: &Layout, index: &Index) -> Result<()> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let seal = format!("{}-{}", now.as_nanos(), std::process::id()).into_bytes();
+    index.set_seal(&seal)?;
+    layout.remember_index_seal(&seal)
 }
 
 /// Makes the index say what the disk holds. Unless `anew`, entries that are there are believed and

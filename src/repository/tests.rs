@@ -408,6 +408,26 @@ fn a_deleted_damaged_or_stale_index_is_made_anew() {
     assert_eq!(repository.stats().unwrap(), stats);
 }
 
+/// sled silently drops what lies behind damage in its log; entries lost that way are found again.
+#[test]
+fn bits_flipped_in_the_index_lose_no_object() {
+    let (dir, repository) = repository();
+    for n in 0..50 {
+        put_pack(&repository, &noise(n, 100));
+    }
+    drop(repository);
+    let log = dir.path().join("index/db");
+    for round in 0..40 {
+        let len = fs::metadata(&log).unwrap().len();
+        for place in noise(round, 64).chunks_exact(8) {
+            let place = u64::from_le_bytes(place.try_into().unwrap());
+            flip_byte(&log, (place % len) as usize);
+        }
+        let repository = Repository::open(dir.path()).unwrap();
+        assert_eq!(repository.stats().unwrap().objects.packs.count, 50, "round {round}");
+    }
+}
+
 #[test]
 fn what_a_killed_process_left_is_removed_and_what_it_finished_is_found() {
     let (dir, repository) = repository();

@@ -176,6 +176,7 @@ pub fn connect(settings: Settings) -> std::io::Result<(Handle, mpsc::Receiver<Xm
         occupants: HashMap::new(),
         pending: HashMap::new(),
         counter: 0,
+        was_online: false,
         answering: Arc::default(),
         refused: HashSet::new(),
         pinged: Instant::now(),
@@ -279,6 +280,7 @@ struct Session {
     occupants: HashMap<MemberJid, HashMap<String, Presence>>,
     pending: HashMap<String, Pending>,
     counter: u64,
+    was_online: bool,
     answering: Arc<AtomicUsize>,
     /// Outsiders whose requests were logged as refused.
     refused: HashSet<String>,
@@ -340,9 +342,12 @@ impl Session {
     async fn stream_event(&mut self, stream: &mut StanzaStream, event: StreamEvent) {
         match event {
             StreamEvent::Reset { .. } => {
-                // What became of anything under way is unknown; callers ask again.
-                for (_, p) in self.pending.drain() {
-                    p.waiting.end(Err(RequestError::Unknown));
+                // What became of anything under way is unknown; callers ask again. Before the first
+                // login nothing was under way: it is sent now.
+                if std::mem::replace(&mut self.was_online, true) {
+                    for (_, p) in self.pending.drain() {
+                        p.waiting.end(Err(RequestError::Unknown));
+                    }
                 }
                 self.occupants.clear();
                 self.room = RoomState::Outside { since: None };

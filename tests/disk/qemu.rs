@@ -1,14 +1,23 @@
 //! QEMU's tools, where they are installed.
 
+use std::collections::BTreeSet;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::Mutex;
 
 /// Whether QEMU's tools are there; says loudly what is not tested if they are not.
 pub fn installed(test: &str) -> bool {
     let missing =
         ["qemu-img", "qemu-io"].into_iter().find(|t| Command::new(t).arg("--version").output().is_err());
-    if let Some(tool) = missing {
-        println!("SKIPPED: {test}: {tool} is not installed");
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    if let Some(tool) = missing
+        && SAID.lock().unwrap().insert(test.to_owned())
+    {
+        // Not `println!`: the test runner would keep that to itself.
+        std::io::stdout()
+            .write_all(format!("SKIPPED: {test}: {tool} is not installed\n").as_bytes())
+            .unwrap();
     }
     missing.is_none()
 }
