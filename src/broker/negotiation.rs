@@ -25,8 +25,6 @@ pub struct Checked {
     pub packs_missing: u32,
     /// Exact stored bytes of the packs and manifests the member lacks.
     pub component_bytes: u64,
-    /// Packs of components it lacks: what the migration's ticket covers.
-    pub packs: HashSet<PackId>,
     pub seed: Option<Seed>,
     pub answer_ms: f64,
 }
@@ -64,7 +62,6 @@ pub async fn check(
         let answer = ask(shared, peer, matter, spec, Vec::new(), ids.to_vec()).await?;
         missing.extend(pick(ids, &answer.packs_lacking)?);
     }
-    out.packs = packs.into_iter().collect();
     out.packs_missing = missing.len() as u32;
     out.component_bytes = manifests.iter().map(|(_, stored_bytes)| stored_bytes).sum();
     let repository = shared.repository.clone();

@@ -17,7 +17,7 @@ use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::source::{Effect, Event as SourceEvent, Phase, Source};
 use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
 use crate::transfer::Ticket;
-use crate::types::{CloudName, MigrationId, NodeHash, VmId};
+use crate::types::{CloudName, MigrationId, NodeHash, PackId, VmId};
 use crate::vm::ChunkMap;
 
 use super::account::{self, new_view};
@@ -30,6 +30,8 @@ use super::shared::{AskError, Matter, Peer};
 use super::vms::{Busy, DiskPaths};
 use super::{Broker, Input};
 
+/// Packed firmware variables that fit into a message beside everything else.
+const FIRMWARE_BYTES_MAX: usize = 48 << 10;
 /// Unanswered hand-over requests after which the owner is said to be in doubt.
 const IN_DOUBT_AFTER: u32 = 5;
 
@@ -57,6 +59,8 @@ pub struct Scanned {
     pub seed: Seed,
     pub nodes: HashSet<NodeHash>,
     pub disks: Vec<ScannedDisk>,
+    /// Packs of all components: a target may find one of its own damaged, too.
+    pub packs: HashSet<PackId>,
 }
 
 /// One disk's chunk map, and where its blocks lie.
@@ -352,7 +356,19 @@ impl Broker {
             addresses: self.transfer_addresses(),
             source_key: self.shared.key.public(),
             ticket: crate::types::Hash::from_bytes(*run.ticket.as_bytes()).to_string(),
+            firmware: if pass.last { self.firmware_of(&entry.record) } else { None },
         })))
+    }
+
+    /// The firmware's variables, packed. A VM that never ran has none.
+    fn firmware_of(&self, record: &super::records::VmRecord) -> Option<String> {
+        let bytes = std::fs::read(self.machine(record).firmware_vars).ok()?;
+        let packed = zstd::bulk::compress(&bytes, 9).ok()?;
+        if packed.len() > FIRMWARE_BYTES_MAX {
+            tracing::warn!(vm = %record.spec.name, "its firmware variables are too large to travel; the target begins with fresh ones");
+            return None;
+        }
+        Some(BASE64.encode(packed))
     }
 
     fn ask_target(&mut self, id: MigrationId, request: RequestBody) {
@@ -408,14 +424,13 @@ impl Broker {
         let event = result.map(|s| {
             run.nodes.extend(s.nodes);
             run.disks = s.disks;
-            let checked = run.checked.as_ref();
             self.shared.tickets.serve(
                 run.ticket,
                 Served {
                     peer: Some(run.peer.key),
                     recipe: Some(run.recipe.id()),
                     components: run.recipe.components.iter().copied().collect(),
-                    packs: checked.map(|c| c.packs.clone()).unwrap_or_default(),
+                    packs: s.packs,
                     nodes: run.nodes.clone(),
                     blocks: run.disks.iter().map(|d| d.index.clone()).collect(),
                 },
@@ -619,5 +634,11 @@ pub(super) fn scan(
             name
         }
     };
-    Ok(Scanned { seed: Seed { root_delta, user_data }, nodes, disks: found })
+    let recipe = shared.repository.recipe(&spec.recipe).map_err(|e| content(&e))?;
+    let mut packs = HashSet::new();
+    for component in &recipe.components {
+        let manifest = shared.repository.manifest(component).map_err(|e| content(&e))?;
+        packs.extend(manifest.packs.iter().map(|p| p.id));
+    }
+    Ok(Scanned { seed: Seed { root_delta, user_data }, nodes, disks: found, packs })
 }

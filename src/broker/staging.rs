@@ -1,7 +1,7 @@
 //! Bringing a VM's copy at the target to a given state: fetch what is missing, compose the base,
 //! apply the blocks of both disks.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
@@ -28,6 +28,8 @@ use super::negotiation::blocking;
 use super::shared::{Peer, Shared};
 use super::vms::DiskPaths;
 
+/// Unpacked firmware variables.
+const FIRMWARE_BYTES_MAX: usize = 4 << 20;
 /// Attempts to go on after the data link broke, each after a growing pause.
 const RECONNECTS_MAX: u32 = 12;
 
@@ -106,6 +108,7 @@ struct Stage {
     /// UDP bytes of connections that were lost.
     wire_bytes: u64,
     counters: Arc<Counters>,
+    pack_sizes: Arc<HashMap<PackId, u64>>,
 }
 
 impl Stage {
@@ -139,6 +142,7 @@ impl Stage {
             connection: None,
             wire_bytes: job.account.wire_bytes,
             counters: Arc::default(),
+            pack_sizes: Arc::default(),
             job,
         })
     }
@@ -149,23 +153,22 @@ impl Stage {
         self.fetch_components(&mut account).await?;
         let (root_map, user_map) = self.fetch_maps().await?;
 
-        let compose = {
-            let (shared, recipe) = (self.job.shared.clone(), self.recipe.clone());
-            let begun = Instant::now();
-            blocking(move || {
-                let id = shared.repository.put_recipe(&recipe).map_err(|e| content(&e))?;
-                shared.composer.composition(&id).map_err(|e| content(&e))?;
-                Ok(begun.elapsed().as_millis() as u64)
-            })
-        };
         // The overlay names its base, so the base comes first.
         self.counters.expect("compose", 0);
-        let compose_ms = compose.await?;
+        let compose_begun = Instant::now();
+        if let Err(denial) = self.compose().await {
+            // A pack that was damaged here is set aside now, and so counts as missing.
+            tracing::warn!(reason = denial.text, "composing failed; fetching what is damaged again");
+            self.fetch_components(&mut account).await?;
+            self.compose().await?;
+        }
+        let compose_ms = compose_begun.elapsed().as_millis() as u64;
         let staged = match self.job.staged.take() {
             Some(staged) => staged,
             None => self.open_disks().await?,
         };
         let staged = self.apply(staged, root_map, user_map).await?;
+        self.place_firmware().await?;
 
         account.compose_ms = account.compose_ms.max(compose_ms);
         account.fetch_ms += begun.elapsed().as_millis() as u64;
@@ -198,16 +201,18 @@ impl Stage {
             blocking(move || missing_packs(&repository, &components, &names)).await?
         };
         account.components_fetched += lacking.len() as u32;
-        account.packs_needed = needed;
+        account.packs_needed = account.packs_needed.max(needed);
         for name in names {
             if !account.fetched.contains(&name) {
                 account.fetched.push(name);
             }
         }
-        let _packs_pinned = repository.pin(packs.iter().map(|p| ObjectId::Pack(*p)).collect());
+        let _packs_pinned = repository.pin(packs.keys().map(|p| ObjectId::Pack(*p)).collect());
         account.packs_fetched += packs.len() as u32;
         if !packs.is_empty() {
-            let keys = packs.into_iter().map(ObjectKey::Pack).collect();
+            let mut keys: Vec<_> = packs.keys().map(|p| ObjectKey::Pack(*p)).collect();
+            keys.sort_unstable();
+            self.pack_sizes = Arc::new(packs);
             self.fetch(keys, self.counters.components.clone(), None, true).await?;
         }
         // The recipe's own reference keeps all of it from here on.
@@ -215,6 +220,11 @@ impl Stage {
         blocking(move || shared.repository.put_recipe(&recipe).map(drop).map_err(|e| content(&e))).await?;
         drop(pin);
         Ok(())
+    }
+
+    async fn compose(&self) -> Result<(), Denial> {
+        let (shared, recipe) = (self.job.shared.clone(), self.recipe.id());
+        blocking(move || shared.composer.composition(&recipe).map(drop).map_err(|e| content(&e))).await
     }
 
     async fn fetch_maps(&mut self) -> Result<(ChunkMap, ChunkMap), Denial> {
@@ -289,6 +299,18 @@ impl Stage {
         disks.take().ok_or_else(|| Denial::new(DenialCode::Other, "cancelled"))
     }
 
+    async fn place_firmware(&self) -> Result<(), Denial> {
+        let Some(packed) = self.job.init.firmware.clone() else { return Ok(()) };
+        let path = DiskPaths::firmware_in(&self.job.dir);
+        blocking(move || {
+            let bad = |text: &str| Denial::new(DenialCode::Content, format!("the firmware variables {text}"));
+            let packed = BASE64.decode(packed).map_err(|_| bad("are not base64"))?;
+            let bytes = zstd::bulk::decompress(&packed, FIRMWARE_BYTES_MAX).map_err(|_| bad("do not unpack"))?;
+            crate::durable::write(&path, &bytes).map_err(|e| content(&e))
+        })
+        .await
+    }
+
     /// Fetches all of `keys`, reconnecting where the link breaks. What the source refuses is an
     /// error if `strict`; else it was overwritten by the running guest and comes in a later pass.
     async fn fetch(
@@ -298,7 +320,8 @@ impl Stage {
         disks: Option<(Arc<Disks>, Which)>,
         strict: bool,
     ) -> Result<(), Denial> {
-        let sink: Arc<dyn ObjectSink> = Arc::new(Sink { repository: self.job.shared.repository.clone(), disks });
+        let (repository, sizes) = (self.job.shared.repository.clone(), self.pack_sizes.clone());
+        let sink: Arc<dyn ObjectSink> = Arc::new(Sink { repository, sizes, disks });
         let mut attempt = 0;
         loop {
             let failure = match self.connect().await {
@@ -433,6 +456,8 @@ impl Staged {
 /// Where fetched objects go: the repository, or one of the disks.
 struct Sink {
     repository: Repository,
+    /// Plain sizes the manifests promise: no pack may unpack to more.
+    sizes: Arc<HashMap<PackId, u64>>,
     disks: Option<(Arc<Disks>, Which)>,
 }
 
@@ -463,7 +488,11 @@ impl ObjectSink for Sink {
 
     fn pack(&self, pack: &PackId, size_bytes: u64) -> Result<Box<dyn PackWriter>, SinkError> {
         let receiver = self.repository.pack_receiver(*pack, size_bytes).map_err(storage)?;
-        Ok(Box::new(Receiving(receiver)))
+        let size = self.sizes.get(pack).copied();
+        Ok(Box::new(Receiving(match size {
+            Some(plain_bytes) => receiver.expect_plain_size(plain_bytes),
+            None => receiver,
+        })))
     }
 }
 
@@ -499,24 +528,35 @@ fn content(e: &(dyn std::error::Error + 'static)) -> Denial {
     Denial::new(DenialCode::Content, super::problem::chain(e))
 }
 
-/// Packs of `components` that are not held, the count of all, and the components they belong to.
+/// Packs of `components` that are not held with their plain sizes, the count of all, and the
+/// components they belong to.
 fn missing_packs(
     repository: &Repository,
     components: &[crate::types::ComponentId],
     names: &[String],
-) -> Result<(Vec<PackId>, u32, Vec<String>), Denial> {
-    let (mut seen, mut missing, mut incomplete) = (HashSet::new(), Vec::new(), Vec::new());
+) -> Result<(HashMap<PackId, u64>, u32, Vec<String>), Denial> {
+    let (mut seen, mut missing, mut incomplete) = (HashSet::new(), HashMap::new(), Vec::new());
+    let mut held_bytes = 0;
     for (i, id) in components.iter().enumerate() {
         let manifest = repository.manifest(id).map_err(|e| content(&e))?;
         let before = missing.len();
         for pack in &manifest.packs {
-            if seen.insert(pack.id) && !repository.has_pack(&pack.id) {
-                missing.push(pack.id);
+            if !seen.insert(pack.id) {
+                continue;
+            }
+            if repository.has_pack(&pack.id) {
+                held_bytes += pack.size_bytes;
+            } else {
+                missing.insert(pack.id, pack.size_bytes);
             }
         }
         if missing.len() > before {
             incomplete.push(names.get(i).cloned().unwrap_or_else(|| manifest.name.clone()));
         }
+    }
+    // How the repository learns: what it did not have to fetch.
+    if let Err(e) = repository.record_lookup(held_bytes, missing.values().sum()) {
+        tracing::warn!(error = super::problem::chain(&e), "lookup not counted");
     }
     Ok((missing, seen.len() as u32, incomplete))
 }

@@ -52,6 +52,11 @@ impl DiskPaths {
     pub fn in_dir(dir: &Path, base: PathBuf) -> Self {
         Self { root: dir.join(ROOT_FILE), base, user_data: dir.join(USER_DATA_FILE) }
     }
+
+    /// The firmware's variables lie beside the disks and travel with them.
+    pub fn firmware_in(dir: &Path) -> PathBuf {
+        dir.join("firmware-vars.fd")
+    }
 }
 
 type Answer = oneshot::Sender<Result<Reply, Problem>>;
@@ -69,7 +74,7 @@ impl Broker {
             root_format: DiskFormat::Qcow2,
             root_disk: disks.root,
             user_data_disk: (record.spec.user_data_size.0 > 0).then_some(disks.user_data),
-            firmware_vars: dir.join(&record.disks).join("firmware-vars.fd"),
+            firmware_vars: DiskPaths::firmware_in(&dir.join(&record.disks)),
             state_dir: dir.join("run"),
             spec: record.spec.clone(),
         }
