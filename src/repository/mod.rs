@@ -34,6 +34,7 @@ use crate::durable::PendingFile;
 
 pub use check::{CheckReport, Damage, MissingObject};
 pub use components::{ComponentSummary, MissingReport};
+pub use frame::LEVEL as RECORD_LEVEL;
 pub use error::{ObjectId, ObjectKind, RepositoryError};
 pub use gc::GcReport;
 pub use hot::HOT_BYTES_DEFAULT;
