@@ -534,6 +534,8 @@ impl Broker {
                 tracing::warn!(vm = %vm, error = super::problem::chain(&e), "cannot undefine");
             }
         });
+        let staging_ms: u64 = ["stage", "switch-over"].iter().filter_map(|p| run.view.account.phase_ms.get(*p)).sum();
+        self.rates.record(&run.peer.jid, run.view.account.wire_bytes, staging_ms as f64 / 1000.0);
         self.estimate_monolithic(id);
         self.end_outgoing(id, "completed");
     }

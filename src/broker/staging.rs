@@ -39,6 +39,8 @@ pub struct Staged {
     pub user_data: Option<StagedDisk>,
     /// Blocks of the copy this cloud kept when the VM left: what comes home need not travel.
     seeds: Vec<Arc<BlockIndex>>,
+    /// What the passes so far reported, so that the next goes on from there.
+    reported: Progress,
 }
 
 pub struct StageJob {
@@ -83,12 +85,14 @@ struct Counters {
     root_delta: Arc<Counter>,
     user_data: Arc<Counter>,
     totals: Mutex<(String, u64)>,
+    /// Delivered by earlier passes.
+    before_bytes: u64,
 }
 
 impl Counters {
     fn progress(&self) -> Progress {
         let done = [&self.components, &self.root_delta, &self.user_data];
-        let bytes_done = done.iter().map(|c| c.snapshot().payload_bytes).sum();
+        let bytes_done = self.before_bytes + done.iter().map(|c| c.snapshot().payload_bytes).sum::<u64>();
         let (step, bytes_total) = self.totals.lock().unwrap_or_else(|e| e.into_inner()).clone();
         Progress { step, bytes_done, bytes_total }
     }
@@ -132,6 +136,7 @@ impl Stage {
         if job.init.source_key != job.peer.key {
             return Err(bad("the source's transfer key is not its identity key".into()));
         }
+        let before = job.staged.as_ref().map(|s| s.reported.clone()).unwrap_or_default();
         let ticket: Hash = job.init.ticket.parse().map_err(|_| bad("the ticket is malformed".into()))?;
         let addresses = job.init.addresses.iter().take(ADDRESSES_MAX);
         let addresses = addresses.filter_map(|a| a.to_socket_addrs().ok()).flatten().collect();
@@ -141,7 +146,11 @@ impl Stage {
             addresses,
             connection: None,
             wire_bytes: job.account.wire_bytes,
-            counters: Arc::default(),
+            counters: Arc::new(Counters {
+                before_bytes: before.bytes_done,
+                totals: Mutex::new((String::new(), before.bytes_total)),
+                ..Counters::default()
+            }),
             pack_sizes: Arc::default(),
             job,
         })
@@ -167,7 +176,7 @@ impl Stage {
             Some(staged) => staged,
             None => self.open_disks().await?,
         };
-        let staged = self.apply(staged, root_map, user_map).await?;
+        let mut staged = self.apply(staged, root_map, user_map).await?;
         self.place_firmware().await?;
 
         account.compose_ms = account.compose_ms.max(compose_ms);
@@ -177,7 +186,8 @@ impl Stage {
         account.root_delta_bytes += self.counters.root_delta.snapshot().encoded_bytes;
         account.user_data_bytes += self.counters.user_data.snapshot().encoded_bytes;
         account.wire_bytes = self.wire_bytes + self.connection.as_ref().map_or(0, wire_bytes_of);
-        self.job.progress.send_replace(self.counters.progress());
+        staged.reported = self.counters.progress();
+        self.job.progress.send_replace(staged.reported.clone());
         Ok((staged, account))
     }
 
@@ -191,7 +201,8 @@ impl Stage {
             blocking(move || Ok(components.into_iter().filter(|c| !repository.has_manifest(c)).collect::<Vec<_>>()))
                 .await?
         };
-        self.counters.expect("fetch", self.job.init.component_bytes);
+        let components_bytes = if self.job.staged.is_none() { self.job.init.component_bytes } else { 0 };
+        self.counters.expect("fetch", components_bytes);
         if !lacking.is_empty() {
             let keys = lacking.iter().map(|c| ObjectKey::Manifest(*c)).collect();
             self.fetch(keys, self.counters.components.clone(), None, true).await?;
@@ -270,7 +281,7 @@ impl Stage {
                     held.extend(disk::scan_user_data(&old.user_data).ok().map(|(_, index)| Arc::new(index)));
                 }
             }
-            Ok(Staged { root, user_data, seeds: held })
+            Ok(Staged { root, user_data, seeds: held, reported: Progress::default() })
         })
         .await
     }
