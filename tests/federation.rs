@@ -22,7 +22,6 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
     let born = world.create_vm(0, "web", &built.ids, 64, true);
     world.wait_booted(0, "web", 120);
     world.guest(0, "web", "dd if=/dev/urandom of=/data/proof bs=1k count=300 2>/dev/null; sha256sum /data/proof >/root/sum; sync");
-    let sum = world.guest(0, "web", "cat /root/sum");
 
     // Refusals before anything happens.
     let refused = |request: Request| world.call(0, &request).unwrap_err();
@@ -61,7 +60,6 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
     let there = world.vm(1, "web");
     assert_eq!(there.spec, born.spec, "id, name, MAC, CPUs and memory are the same");
     assert_eq!((there.epoch, there.ownership.as_str()), (2, "here"));
-    assert_eq!(world.guest(1, "web", "cat /root/sum").trim_end(), sum.trim_end().replace("cat /root/sum", "cat /root/sum"));
     world.guest(1, "web", "sha256sum -c /root/sum");
     let here = world.vm(0, "web");
     assert_eq!(here.ownership, "given-up");
@@ -78,12 +76,12 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
     assert_eq!(world.vm(0, "web").epoch, 3);
 
     // The brokers restart while the VM runs on.
-    let boot_id = world.guest(0, "web", "cat /proc/sys/kernel/random/boot_id");
+    world.guest(0, "web", "cp /proc/sys/kernel/random/boot_id /run/before");
     let mut world = world;
     world.stop_broker(0, true);
     world.start_broker(0);
     world.wait("the VM is taken over", 20, |w| w.vm(0, "web").power == cicada::vm::PowerState::Running);
-    assert_eq!(world.guest(0, "web", "cat /proc/sys/kernel/random/boot_id"), boot_id);
+    world.guest(0, "web", "cmp /proc/sys/kernel/random/boot_id /run/before");
 }
 
 #[test]
@@ -258,7 +256,7 @@ fn brokers_survive_bad_surroundings() {
     for file in std::fs::read_dir(&compositions).unwrap().flatten() {
         std::fs::remove_file(file.path()).unwrap();
     }
-    let damaged = largest_file(&world.clouds[1].dir.join("data/repository/objects"));
+    let damaged = largest_file(&world.clouds[1].dir.join("data/repository/packs"));
     let mut bytes = std::fs::read(&damaged).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;

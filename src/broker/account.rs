@@ -71,6 +71,10 @@ pub fn progress(view: &mut MigrationProgress, p: &Progress, now: UnixMillis) {
 
 /// Takes over the target's count; it is cumulative over all passes.
 pub fn stage(account: &mut Account, s: &StageAccount) {
+    // A target that restarted has forgotten its count.
+    if s.wire_bytes < account.wire_bytes {
+        return;
+    }
     account.components_fetched = s.components_fetched;
     account.packs_needed = account.packs_needed.max(s.packs_needed);
     account.packs_fetched = s.packs_fetched;

@@ -26,6 +26,8 @@ use super::staging::{self, StageJob, Staged};
 use super::vms::Vm;
 use super::{Broker, Input};
 
+/// How long an arrival that is over still answers its source.
+const KEPT_AFTER_END: Duration = Duration::from_secs(120);
 /// How long a guest is watched for its ready line before its boot counts as unobserved.
 const BOOT_WATCH: Duration = Duration::from_secs(600);
 
@@ -422,7 +424,7 @@ impl Broker {
                 tracing::warn!(vm = %vm, error = super::problem::chain(&e), "acknowledgement not recorded");
             }
         }
-        self.incoming.remove(&id);
+        // The source may still be asking how the start went: the run is dropped a little later.
     }
 
     fn incoming_ended(&mut self, id: MigrationId) {
@@ -447,9 +449,17 @@ impl Broker {
         self.presence_changed();
     }
 
-    /// Ends reservations nobody redeemed.
+    /// Ends reservations nobody redeemed, and forgets arrivals long over.
     pub(super) fn expire_leases(&mut self) {
         let now = self.shared.now();
+        let acknowledged: HashSet<_> = self
+            .vms
+            .values()
+            .filter_map(|vm| vm.record.arrival.as_ref().filter(|a| a.acknowledged).map(|a| a.migration))
+            .collect();
+        self.incoming.retain(|id, run| {
+            run.is_unfinished() || !acknowledged.contains(id) || now.since(run.view.progress.updated) < KEPT_AFTER_END
+        });
         let over: Vec<_> =
             self.incoming.iter().filter(|(_, r)| r.machine.leased() && r.lease_until < now).map(|(id, _)| *id).collect();
         for id in over {
