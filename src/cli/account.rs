@@ -25,9 +25,6 @@ pub fn print(printer: &Printer, a: &Account) -> Outcome {
     components(printer, a)?;
     printer.line("")?;
     traffic(printer, a)?;
-    if !a.phase_ms.is_empty() {
-        printer.line("")?;
-    }
     times(printer, a)
 }
 
@@ -88,6 +85,9 @@ fn times(printer: &Printer, a: &Account) -> Outcome {
     let more = [("VM down", a.downtime_ms), ("guest ready after its start", a.boot_ms)];
     for (name, ms) in more.into_iter().filter_map(|(name, ms)| Some((name, ms?))) {
         table.row([name.into(), millis(ms)]);
+    }
+    if !table.is_empty() {
+        printer.line("")?;
     }
     table.print(printer)
 }

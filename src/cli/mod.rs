@@ -59,7 +59,7 @@ from the configuration file: --config or CICADA_CONFIG, else ./federation.toml, 
 /// 'cicada broker' is the daemon of one cloud; the other commands talk to it through its socket,
 /// except where they say that they work without it.
 #[derive(Parser)]
-#[command(name = "cicada", version, after_help = EXIT_CODES, max_term_width = 110, propagate_version = true)]
+#[command(name = "cicada", version, after_help = EXIT_CODES, max_term_width = 110)]
 pub struct Cli {
     #[command(flatten)]
     globals: Globals,
