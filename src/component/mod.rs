@@ -1,6 +1,7 @@
 //! Level 1: what a VM's disk is made of. Manifests, recipes, definitions and the rules by which
 //! components become one file tree. Pure: no I/O, no clock.
 
+pub mod fragment;
 pub mod manifest;
 pub mod recipe;
 
