@@ -4,6 +4,8 @@
 pub mod fragment;
 pub mod manifest;
 pub mod recipe;
+pub mod tree;
 
 pub use manifest::{Entry, EntryKind, Fragment, FragmentRule, Kind, Manifest, PackRef};
 pub use recipe::{DiskParameters, Recipe};
+pub use tree::Tree;
