@@ -1,0 +1,137 @@
+//! Reading packs: verified plain bytes, or the stored form as it lies on disk.
+
+use std::fs::File;
+use std::io::{self, Read};
+
+use super::error::{IoContext, ObjectId, RepositoryError, Result};
+use super::frame::{self, HEADER_BYTES, LENGTH_BYTES};
+use super::parallel::InOrder;
+use super::{Entry, Repository};
+use crate::types::PackId;
+
+/// A pack opened to be sent as it is. The receiver verifies it; so does every reading of plain
+/// bytes here.
+#[derive(Debug)]
+pub struct StoredPack {
+    /// Positioned at the start of the stored form.
+    pub file: File,
+    pub stored_size_bytes: u64,
+    pub plain_size_bytes: u64,
+}
+
+/// Why reading a pack ended early.
+enum Failure {
+    /// The stored bytes are not the pack.
+    Damaged(String),
+    Read(io::Error),
+    /// The receiver of the bytes refused them.
+    Sink(io::Error),
+}
+
+impl Repository {
+    /// Whether the pack's file is there. Its content is verified when it is read.
+    pub fn has_pack(&self, id: &PackId) -> bool {
+        self.has_file(&ObjectId::Pack(*id))
+    }
+
+    pub fn pack_stored(&self, id: &PackId) -> Result<StoredPack> {
+        let object = ObjectId::Pack(*id);
+        let mut file = self.open_object(&object)?;
+        match open_header(&mut file) {
+            Ok((plain_size_bytes, stored_size_bytes)) => {
+                io::Seek::rewind(&mut file).at("read", &self.layout().object_path(&object))?;
+                Ok(StoredPack { file, stored_size_bytes, plain_size_bytes })
+            }
+            Err(failure) => Err(self.pack_failure(object, &file, failure)),
+        }
+    }
+
+    /// Passes the plain bytes to `sink` with their offsets, in order. The hash is known only at the
+    /// end: whatever the sink made must not be used unless this returns `Ok`.
+    pub fn read_pack(&self, id: &PackId, sink: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>) -> Result<()> {
+        let object = ObjectId::Pack(*id);
+        let mut file = self.open_object(&object)?;
+        read_frames(&mut file, id, sink).map_err(|failure| self.pack_failure(object, &file, failure))
+    }
+
+    fn pack_failure(&self, object: ObjectId, file: &File, failure: Failure) -> RepositoryError {
+        let path = self.layout().object_path(&object);
+        match failure {
+            Failure::Damaged(reason) => self.damaged(object, file, reason),
+            Failure::Read(e) => RepositoryError::io("read", &path, 0, e),
+            Failure::Sink(e) => RepositoryError::io("pass on the content of", &path, 0, e),
+        }
+    }
+}
+
+/// Plain and stored size of a pack file, for the index.
+pub(super) fn measure(file: &mut File) -> Option<Entry> {
+    let (plain_bytes, stored_bytes) = open_header(file).ok()?;
+    Some(Entry { plain_bytes, stored_bytes, place: None })
+}
+
+/// Reads the header; the file is positioned behind it.
+fn open_header(file: &mut File) -> Result<(u64, u64), Failure> {
+    let stored_bytes = file.metadata().map_err(Failure::Read)?.len();
+    let mut header = [0; HEADER_BYTES];
+    read_exact(file, &mut header)?;
+    let plain_bytes = frame::read_header(&header, stored_bytes).map_err(Failure::Damaged)?;
+    Ok((plain_bytes, stored_bytes))
+}
+
+fn read_frames(
+    file: &mut File,
+    id: &PackId,
+    sink: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
+) -> Result<(), Failure> {
+    let (plain_bytes, stored_bytes) = open_header(file)?;
+    let mut hasher = blake3::Hasher::new();
+    let mut passed_bytes = 0;
+    let mut pass = |result: io::Result<Result<Vec<u8>, String>>| {
+        let plain = result.map_err(Failure::Read)?.map_err(Failure::Damaged)?;
+        hasher.update(&plain);
+        sink(passed_bytes, &plain).map_err(Failure::Sink)?;
+        passed_bytes += plain.len() as u64;
+        Ok(plain)
+    };
+    let mut decompressing = InOrder::new();
+    let mut spare: Vec<Vec<u8>> = Vec::new();
+    let mut begun_bytes = 0;
+    let mut consumed_bytes = HEADER_BYTES as u64;
+    while begun_bytes < plain_bytes {
+        if decompressing.is_full()
+            && let Some(result) = decompressing.pop()
+        {
+            spare.push(pass(result)?);
+        }
+        let plain_len = frame::plain_len(plain_bytes, begun_bytes);
+        let mut length = [0; LENGTH_BYTES];
+        read_exact(file, &mut length)?;
+        let stored_len = frame::read_length(length, plain_len).map_err(Failure::Damaged)?;
+        let mut stored = vec![0; stored_len];
+        read_exact(file, &mut stored)?;
+        let mut plain = spare.pop().unwrap_or_default();
+        decompressing.push(move || frame::decompress(&stored, plain_len, &mut plain).map(|()| plain));
+        begun_bytes += plain_len as u64;
+        consumed_bytes += (LENGTH_BYTES + stored_len) as u64;
+    }
+    while let Some(result) = decompressing.pop() {
+        pass(result)?;
+    }
+    if consumed_bytes != stored_bytes {
+        let over = stored_bytes.saturating_sub(consumed_bytes);
+        return Err(Failure::Damaged(format!("{over} bytes follow its last frame")));
+    }
+    if hasher.finalize() != *id.as_bytes() {
+        return Err(Failure::Damaged("the hash of its content is another".into()));
+    }
+    Ok(())
+}
+
+/// A file that ends early is damage; anything else that goes wrong is the system's.
+fn read_exact(file: &mut File, out: &mut [u8]) -> Result<(), Failure> {
+    file.read_exact(out).map_err(|e| match e.kind() {
+        io::ErrorKind::UnexpectedEof => Failure::Damaged("its file is too short".into()),
+        _ => Failure::Read(e),
+    })
+}
