@@ -1,1 +1,348 @@
-//! Level 5: wiring, signals and shutdown order.
+//! Level 5: wiring. Makes every part of a broker, connects them, and takes them down in order.
+//!
+//! Signals: TERM and INT stop the broker and leave VMs running; unfinished migrations go on, or
+//! are cleanly called off, when it starts again. HUP is ignored.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::future::{BoxFuture, FutureExt};
+use futures::stream::BoxStream;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::broker::handle::{ObjectKind, Service};
+use crate::broker::records::Records;
+use crate::broker::serving::{Store, Tickets};
+use crate::broker::{
+    Broker, Event, Input, Link, LinkError, Problem, ProblemKind, Reply, Request, RoomInput, Shared, content,
+};
+use crate::clock::SystemClock;
+use crate::compose::Composer;
+use crate::config::{self, Config};
+use crate::federation::Members;
+use crate::hypervisor::qemu::{AcceleratorChoice, NetworkBackend};
+use crate::hypervisor::{Driver, QemuConfig, QemuDriver};
+use crate::repository::Repository;
+use crate::stanza::Cloud;
+use crate::stanza::cloud::Capacity;
+use crate::transfer::{Endpoint, Limiter};
+use crate::types::{Hash, MemberJid};
+use crate::xmpp::{self, RequestError, XmppEvent};
+
+/// How long shutdown waits for what is under way.
+const EXIT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Runs a broker until a signal or a shutdown request ends it.
+pub async fn run(config: Config) -> Result<(), Problem> {
+    let failed = |object: &str, e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, object, e);
+    std::fs::create_dir_all(&config.cloud.data_dir).map_err(|e| failed("data directory", &e))?;
+    let key = config::load_or_create_identity(&config.cloud.data_dir)
+        .map_err(|e| failed("identity", &e))?;
+    let password = config.xmpp.password().map_err(|e| failed("configuration", &e))?;
+    let records = Records::open(&config.cloud.data_dir).map_err(|e| failed("records", &e))?;
+    let repository =
+        Repository::open_or_create(&config.repository.dir).map_err(|e| content::repository_problem(&e))?;
+    repository.set_hot_limit(config.repository.hot_cache_size.0).map_err(|e| content::repository_problem(&e))?;
+    let driver: Arc<dyn Driver> = Arc::new(open_driver(&config).await?);
+
+    let tickets = Arc::new(Tickets::default());
+    let store = Arc::new(Store { repository: repository.clone(), tickets: tickets.clone() });
+    let limiter = Limiter::new(config.transfer.bandwidth_limit_bytes_per_s);
+    let endpoint = Endpoint::bind(config.transfer.listen, &key, tickets.clone(), store, limiter).map_err(|e| {
+        failed("transfer", &e).next("stop the other broker, or set transfer.listen to a free port")
+    })?;
+
+    let (session, room_events) = xmpp::connect(xmpp_settings(&config, password.expose().to_owned()))
+        .map_err(|e| failed("XMPP", &e).next("see the section [xmpp] of federation.toml"))?;
+    let (inbox, inputs) = mpsc::unbounded_channel();
+    let configured: BTreeMap<_, _> = config.trust.pinned.iter().map(|p| (p.jid.clone(), p.key)).collect();
+    let confirmed = records.trust().map_err(|e| failed("records", &e))?;
+    let members = Members::new(configured, confirmed, config.trust.trust_on_first_use);
+
+    let socket = config.api.socket.clone();
+    let shared = Arc::new(Shared {
+        me: config.xmpp.jid.clone(),
+        key,
+        clock: Arc::new(SystemClock),
+        composer: Composer::new(repository.clone()),
+        repository: repository.clone(),
+        driver: driver.clone(),
+        link: Arc::new(Session(session.clone())),
+        endpoint,
+        tickets,
+        records,
+        inbox: inbox.clone(),
+        config,
+    });
+    let announcer = session.clone();
+    let announce = move |broker: &Broker| announcer.set_presence(presence(broker));
+    let broker = Broker::open(shared.clone(), members, Box::new(announce)).map_err(|e| failed("records", &e))?;
+
+    let listener = crate::api::bind(&socket).await?;
+    let (stop_api, api_stopped) = tokio::sync::watch::channel(false);
+    let service: Arc<dyn Service> = Arc::new(BrokerService { inbox: inbox.clone(), repository });
+    let api = tokio::spawn(crate::api::serve(listener, service, api_stopped));
+    tokio::spawn(pump_room(room_events, inbox.clone()));
+    tokio::spawn(pump_driver(driver.events(), inbox.clone()));
+    tokio::spawn(pump_time(inbox.clone()));
+    tokio::spawn(pump_signals(inbox.clone()));
+    tracing::info!(cloud = %shared.config.cloud.name, socket = %socket.display(), "broker runs");
+
+    broker.run(inputs).await;
+
+    let _ = stop_api.send(true);
+    session.close().await;
+    let _ = tokio::time::timeout(EXIT_DEADLINE, api).await;
+    let _ = tokio::time::timeout(EXIT_DEADLINE, shared.endpoint.close()).await;
+    Ok(())
+}
+
+async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
+    let h = &config.hypervisor;
+    let mut qemu = QemuConfig { accelerator: accelerator(h.accelerator), ..QemuConfig::default() };
+    if let Some(machine_type) = &h.machine_type {
+        qemu.machine_type.clone_from(machine_type);
+    }
+    if let Some(code) = &h.firmware_code {
+        qemu.firmware_code.clone_from(code);
+    }
+    if let Some(vars) = &h.firmware_vars {
+        qemu.firmware_vars.clone_from(vars);
+    }
+    qemu.networks = config.networks.iter().map(|n| (n.name.clone(), network(&n.kind))).collect();
+    QemuDriver::open(qemu).await.map_err(|e| {
+        Problem::from_error(ProblemKind::Missing, "hypervisor", &e).next("deploy/install installs what is needed")
+    })
+}
+
+fn accelerator(choice: config::Accelerator) -> AcceleratorChoice {
+    match choice {
+        config::Accelerator::Auto => AcceleratorChoice::Auto,
+        config::Accelerator::Kvm => AcceleratorChoice::Kvm,
+        config::Accelerator::Tcg => AcceleratorChoice::Tcg,
+    }
+}
+
+fn network(kind: &config::NetworkKind) -> NetworkBackend {
+    match kind {
+        config::NetworkKind::User => NetworkBackend::User,
+        config::NetworkKind::Bridge(bridge) => NetworkBackend::Bridge(bridge.clone()),
+        config::NetworkKind::None => NetworkBackend::None,
+    }
+}
+
+/// The account and room of a configuration, also for administration.
+pub fn xmpp_settings(config: &Config, password: String) -> xmpp::Settings {
+    xmpp::Settings {
+        jid: config.xmpp.jid.clone(),
+        password,
+        server: config.xmpp.server.as_ref().map(|(host, port)| format!("{host}:{port}")),
+        security: match config.xmpp.security {
+            config::Security::DirectTls => xmpp::Security::DirectTls,
+            config::Security::Starttls => xmpp::Security::Starttls,
+            config::Security::Plain => xmpp::Security::Plain,
+        },
+        ca_file: config.xmpp.ca_file.clone(),
+        room: Some(config.xmpp.room.clone()),
+        nick: config.cloud.name.clone(),
+    }
+}
+
+/// This cloud's presence payload. Quantities are rounded so that small changes do not go round the
+/// whole room.
+fn presence(broker: &Broker) -> Cloud {
+    let s = broker.own_status();
+    let config = broker.config();
+    let coarse = |bytes: u64| bytes & !((64 << 20) - 1);
+    let load = 100 - (s.cpus.free * 100).checked_div(s.cpus.total).unwrap_or(100).min(100);
+    let mut features = vec![format!("driver:{}", s.driver), format!("accelerator:{}", s.accelerator)];
+    features.extend(config.networks.iter().map(|n| format!("network:{}", n.name)));
+    Cloud {
+        name: s.cloud.to_string(),
+        key: s.key.to_string(),
+        versions: crate::migration::envelope::VERSION.to_string(),
+        software: Some(format!("cicada {}", s.version)),
+        region: Some(config.cloud.region.clone()).filter(|r| !r.is_empty()),
+        power: "on".into(),
+        load: Some(load as u32),
+        carbon: config.cloud.carbon_g_per_kwh.map(|c| c as f32),
+        price: config.cloud.price_per_hour.map(|p| p as f32),
+        capacity: Some(Capacity {
+            cpus: s.cpus.total,
+            cpus_free: s.cpus.free,
+            memory: s.memory_bytes.total,
+            memory_free: s.memory_bytes.free,
+            storage: coarse(s.storage_bytes.total),
+            storage_free: s.storage_bytes.free & !((1 << 30) - 1),
+        }),
+        features,
+    }
+}
+
+/// The XMPP session as the broker's way to others.
+struct Session(xmpp::Handle);
+
+impl Link for Session {
+    fn request(
+        &self,
+        to: &MemberJid,
+        payload: Vec<u8>,
+        timeout: Duration,
+    ) -> BoxFuture<'static, Result<Vec<u8>, LinkError>> {
+        let (handle, to) = (self.0.clone(), to.clone());
+        async move {
+            handle.request(to.clone(), payload, timeout).await.map_err(|e| match e {
+                RequestError::NotOnline(_) => LinkError::NotOnline(to),
+                RequestError::Timeout { seconds, .. } => LinkError::Timeout { to, seconds },
+                RequestError::Refused { .. } => LinkError::Refused { to, reason: e.to_string() },
+                RequestError::Unknown | RequestError::Closed => LinkError::Down,
+            })
+        }
+        .boxed()
+    }
+}
+
+async fn pump_room(mut events: mpsc::Receiver<XmppEvent>, inbox: mpsc::UnboundedSender<Input>) {
+    while let Some(event) = events.recv().await {
+        let input = match event {
+            XmppEvent::Joined => Input::Room(RoomInput::Joined),
+            XmppEvent::Down(reason) => Input::Room(RoomInput::Down(reason)),
+            XmppEvent::Presence(p) => Input::Room(RoomInput::Presence(p)),
+            XmppEvent::Request(r) => Input::Asked { from: r.from, payload: r.sealed, reply: r.reply },
+        };
+        if inbox.send(input).is_err() {
+            return;
+        }
+    }
+}
+
+async fn pump_driver(
+    mut events: tokio::sync::broadcast::Receiver<crate::hypervisor::DriverEvent>,
+    inbox: mpsc::UnboundedSender<Input>,
+) {
+    use tokio::sync::broadcast::error::RecvError;
+    loop {
+        match events.recv().await {
+            Ok(event) => {
+                if inbox.send(Input::Driver(event)).is_err() {
+                    return;
+                }
+            }
+            // Views ask the driver itself, so a lost event is only a late one.
+            Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return,
+        }
+    }
+}
+
+async fn pump_time(inbox: mpsc::UnboundedSender<Input>) {
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        tick.tick().await;
+        if inbox.send(Input::Tick).is_err() {
+            return;
+        }
+    }
+}
+
+async fn pump_signals(inbox: mpsc::UnboundedSender<Input>) {
+    let (Ok(mut term), Ok(mut int), Ok(mut hup)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()), signal(SignalKind::hangup()))
+    else {
+        tracing::error!("signals cannot be caught; stop the broker with a shutdown request");
+        return;
+    };
+    loop {
+        tokio::select! {
+            _ = term.recv() => break,
+            _ = int.recv() => break,
+            _ = hup.recv() => {}
+        }
+    }
+    let _ = inbox.send(Input::Shutdown);
+}
+
+/// The broker as the API sees it.
+struct BrokerService {
+    inbox: mpsc::UnboundedSender<Input>,
+    repository: Repository,
+}
+
+impl Service for BrokerService {
+    fn call(&self, request: Request, events: mpsc::Sender<Event>) -> BoxFuture<'static, Result<Reply, Problem>> {
+        let inbox = self.inbox.clone();
+        async move {
+            let stopping = || Problem::new(ProblemKind::Unavailable, "broker", "is shutting down");
+            let (reply, answer) = oneshot::channel();
+            inbox.send(Input::Call { request, events, reply }).map_err(|_| stopping())?;
+            answer.await.map_err(|_| stopping())?
+        }
+        .boxed()
+    }
+
+    fn put_object(
+        &self,
+        kind: ObjectKind,
+        id: Hash,
+        size_bytes: u64,
+        body: BoxStream<'static, std::io::Result<bytes::Bytes>>,
+    ) -> BoxFuture<'static, Result<bool, Problem>> {
+        let repository = self.repository.clone();
+        async move { put_object(repository, kind, id, size_bytes, body).await }.boxed()
+    }
+
+    fn has_objects(&self, kind: ObjectKind, ids: Vec<Hash>) -> BoxFuture<'static, Result<Vec<bool>, Problem>> {
+        let repository = self.repository.clone();
+        async move {
+            let held = tokio::task::spawn_blocking(move || {
+                ids.into_iter().map(|id| content::holds(&repository, kind, id)).collect()
+            });
+            held.await.map_err(|e| Problem::new(ProblemKind::Failed, "repository", e.to_string()))
+        }
+        .boxed()
+    }
+}
+
+/// Small objects are gathered, packs stream through a blocking thread that verifies them.
+async fn put_object(
+    repository: Repository,
+    kind: ObjectKind,
+    id: Hash,
+    size_bytes: u64,
+    mut body: BoxStream<'static, std::io::Result<bytes::Bytes>>,
+) -> Result<bool, Problem> {
+    if content::holds(&repository, kind, id) {
+        // A client that is still writing would see a broken pipe instead of the answer.
+        while body.next().await.is_some_and(|piece| piece.is_ok()) {}
+        return Ok(false);
+    }
+    let (pieces, mut received) = mpsc::channel::<bytes::Bytes>(8);
+    let work = tokio::task::spawn_blocking(move || {
+        content::put_object(&repository, kind, id, size_bytes, &mut || received.blocking_recv())
+    });
+    let broken = |e: &std::io::Error| Problem::from_error(ProblemKind::BadRequest, "object", e);
+    let mut failure = None;
+    while let Some(piece) = body.next().await {
+        match piece {
+            Ok(piece) => {
+                if pieces.send(piece).await.is_err() {
+                    // The worker gave up; it says why.
+                    break;
+                }
+            }
+            Err(e) => {
+                failure = Some(broken(&e));
+                break;
+            }
+        }
+    }
+    drop(pieces);
+    let result = work.await.map_err(|e| Problem::new(ProblemKind::Failed, "object", e.to_string()))?;
+    match failure {
+        Some(problem) => Err(problem),
+        None => result.map(|()| true),
+    }
+}

@@ -65,11 +65,18 @@ impl PendingFile {
     }
 
     /// Makes the content durable under its final name.
-    pub fn commit(mut self) -> io::Result<()> {
+    pub fn commit(self) -> io::Result<()> {
+        let target = self.target.clone();
+        self.commit_as(&target)
+    }
+
+    /// As [`PendingFile::commit`], under a name that was not known at first. It must be on the same
+    /// file system.
+    pub fn commit_as(mut self, target: &Path) -> io::Result<()> {
         self.file.sync_all()?;
-        fs::rename(&self.temporary, &self.target)?;
+        fs::rename(&self.temporary, target)?;
         self.done = true;
-        sync_dir_of(&self.target)
+        sync_dir_of(target)
     }
 }
 

@@ -1,1 +1,287 @@
-//! Level 3: the one task that owns all state, and its effect runners.
+//! Level 3: the broker. One task owns all state; operators, other brokers, the hypervisor and the
+//! clock put inputs into its queue, and it answers, steps machines and starts effects. Effects run
+//! elsewhere and come back as inputs.
+
+pub mod account;
+mod calls;
+pub mod content;
+pub mod handle;
+mod incoming;
+pub mod interface;
+pub mod negotiation;
+mod outgoing;
+pub mod problem;
+pub mod records;
+pub mod serving;
+pub mod shared;
+mod staging;
+mod vms;
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::federation::Members;
+use crate::hypervisor::DriverEvent;
+use crate::migration::ReplayGuard;
+use crate::migration::source::Event as SourceEvent;
+use crate::migration::target::Event as TargetEvent;
+use crate::placement::{NetworkOffer, Room};
+use crate::types::{MemberJid, MigrationId, VmId, VmName};
+use crate::vm::PowerState;
+
+pub use interface::{Event, Reply, Request};
+pub use problem::{Problem, ProblemKind};
+pub use shared::{Link, LinkError, Shared};
+pub use vms::READY_LINE;
+
+use incoming::Incoming;
+use interface::{Account, MigrationView, Resource};
+use negotiation::Rates;
+use outgoing::Outgoing;
+use records::RecordError;
+use vms::Vm;
+
+/// Ended migrations that are remembered.
+const HISTORY_MAX: usize = 1000;
+
+/// What the owner task reacts to.
+pub enum Input {
+    /// An operator's request.
+    Call {
+        request: Request,
+        events: mpsc::Sender<Event>,
+        reply: oneshot::Sender<Result<Reply, Problem>>,
+    },
+    /// Another broker's sealed request; `None` in reply refuses it without a word.
+    Asked { from: MemberJid, payload: Vec<u8>, reply: oneshot::Sender<Option<Vec<u8>>> },
+    /// The room as the XMPP session sees it.
+    Room(RoomInput),
+    Driver(DriverEvent),
+    Outgoing(MigrationId, SourceEvent),
+    Incoming(MigrationId, TargetEvent),
+    /// The result of an effect, to be taken into the state.
+    Apply(Box<dyn FnOnce(&mut Broker) + Send>),
+    /// Once a second.
+    Tick,
+    Shutdown,
+}
+
+/// What happens in the room and to the session.
+pub enum RoomInput {
+    Presence(crate::federation::Presence),
+    /// The session is up and the room was joined.
+    Joined,
+    /// The session is down, or the room refused us; why.
+    Down(String),
+}
+
+impl Input {
+    pub fn apply(change: impl FnOnce(&mut Broker) + Send + 'static) -> Self {
+        Input::Apply(Box::new(change))
+    }
+}
+
+pub struct Broker {
+    shared: Arc<Shared>,
+    members: Members,
+    link: String,
+    replay: ReplayGuard,
+    vms: BTreeMap<VmId, Vm>,
+    /// Names of VMs that are being made.
+    names_in_use: BTreeSet<VmName>,
+    outgoing: BTreeMap<MigrationId, Outgoing>,
+    incoming: BTreeMap<MigrationId, Incoming>,
+    /// Ended migrations.
+    history: BTreeMap<MigrationId, MigrationView>,
+    rates: Rates,
+    /// Requests of others that were refused.
+    refusals: u64,
+    /// Called with the new state whenever what others see of this cloud may have changed.
+    announce: Box<dyn Fn(&Broker) + Send>,
+    announce_wanted: bool,
+}
+
+impl Broker {
+    /// Reads the durable records. `announce` publishes this cloud's presence.
+    pub fn open(
+        shared: Arc<Shared>,
+        members: Members,
+        announce: Box<dyn Fn(&Broker) + Send>,
+    ) -> Result<Self, RecordError> {
+        let vms = shared.records.vms()?;
+        let vms = vms.into_iter().map(|record| (record.spec.id, Vm { record, busy: None, power_note: None })).collect();
+        let history = shared.records.migrations()?.into_iter().map(|v| (v.progress.id, v)).collect();
+        Ok(Self {
+            shared,
+            members,
+            link: "connecting".into(),
+            replay: ReplayGuard::default(),
+            vms,
+            names_in_use: BTreeSet::new(),
+            outgoing: BTreeMap::new(),
+            incoming: BTreeMap::new(),
+            history,
+            rates: Rates::default(),
+            refusals: 0,
+            announce,
+            announce_wanted: true,
+        })
+    }
+
+    /// The owner task. Ends at [`Input::Shutdown`]; VMs keep running.
+    pub async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Input>) {
+        self.remove_leftovers();
+        self.adopt_running().await;
+        self.resume_outgoing();
+        self.resume_incoming();
+        self.start_wanted();
+        while let Some(input) = inbox.recv().await {
+            match input {
+                Input::Call { request, events, reply } => self.call(request, events, reply),
+                Input::Asked { from, payload, reply } => self.asked(from, &payload, reply),
+                Input::Room(input) => self.room_input(input),
+                Input::Driver(event) => self.power_event(&event),
+                Input::Outgoing(id, event) => self.outgoing_event(id, event),
+                Input::Incoming(id, event) => drop(self.incoming_event(id, event)),
+                Input::Apply(change) => change(&mut self),
+                Input::Tick => self.tick(),
+                Input::Shutdown => break,
+            }
+            if std::mem::take(&mut self.announce_wanted) {
+                (self.announce)(&self);
+            }
+        }
+        tracing::info!("the broker stops; VMs keep running");
+    }
+
+    fn tick(&mut self) {
+        self.expire_leases();
+        self.scrub_released();
+    }
+
+    fn room_input(&mut self, input: RoomInput) {
+        let now = self.shared.now();
+        match input {
+            RoomInput::Presence(presence) => {
+                if self.members.presence(presence, now) {
+                    if let Err(e) = self.shared.records.save_trust(self.members.pinned()) {
+                        tracing::warn!(error = problem::chain(&e), "a key pinned on first use is not recorded");
+                    }
+                }
+                let keys: HashSet<_> = self.members.trusted_keys().collect();
+                self.shared.tickets.set_members(keys);
+            }
+            RoomInput::Joined => {
+                self.link = "online".into();
+                self.announce_wanted = true;
+            }
+            RoomInput::Down(reason) => {
+                self.link = reason;
+                self.members.disconnected(now);
+            }
+        }
+    }
+
+    pub(crate) fn presence_changed(&mut self) {
+        self.announce_wanted = true;
+    }
+
+    /// What this cloud could take now. `except` leaves out a VM's own share.
+    fn room(&self, source: &MemberJid, except: Option<VmId>) -> Room {
+        let (cpus, memory) = self.resources(except);
+        let features = self.shared.driver.features();
+        let storage = rustix::fs::statvfs(self.shared.records.dir()).map_or(0, |s| s.f_bavail * s.f_frsize);
+        Room {
+            cpus_free: cpus.free as u32,
+            memory_bytes_free: memory.free,
+            storage_bytes_free: storage,
+            architecture: features.architectures.iter().next().cloned().unwrap_or_default(),
+            cpu_models: features.cpu_models.iter().cloned().collect(),
+            networks: self.networks(),
+            accelerator: features.accelerator.to_string(),
+            accepts_source: self.shared.config.migration.accept_from.accepts(source),
+            present: self
+                .vms
+                .values()
+                .filter(|vm| vm.record.is_here())
+                .map(|vm| (vm.record.spec.id, vm.record.spec.name.clone()))
+                .chain(
+                    self.incoming
+                        .values()
+                        .filter(|r| r.is_unfinished())
+                        .map(|r| (r.spec().id, r.spec().name.clone())),
+                )
+                .collect(),
+            incoming: self.incoming.values().filter(|r| r.is_unfinished()).count(),
+            incoming_max: self.shared.config.migration.concurrency,
+        }
+    }
+
+    /// CPUs and memory bytes that VMs may use here, with what is free.
+    fn resources(&self, except: Option<VmId>) -> (Resource, Resource) {
+        let config = &self.shared.config.hypervisor;
+        let running = self.vms.iter().filter(|(id, vm)| {
+            Some(**id) != except
+                && vm.record.is_here()
+                && (vm.record.run || self.shared.driver.state(**id).is_ok_and(|s| s == PowerState::Running))
+        });
+        let used = running.map(|(_, vm)| (vm.record.spec.cpus, vm.record.spec.memory.0));
+        let reserved = self.incoming.values().map(Incoming::reserved);
+        let (cpus, memory) = used.chain(reserved).fold((0u64, 0u64), |(c, m), (cpus, memory)| {
+            (c + u64::from(cpus), m.saturating_add(memory))
+        });
+        let resource = |total: u64, used: u64| Resource { total, free: total.saturating_sub(used) };
+        (resource(config.cpus.into(), cpus), resource(config.memory.0, memory))
+    }
+
+    fn networks(&self) -> Vec<NetworkOffer> {
+        self.shared
+            .config
+            .networks
+            .iter()
+            .map(|n| NetworkOffer { name: n.name.clone(), kind: n.kind.to_string() })
+            .collect()
+    }
+
+    /// Where this broker can be dialled for transfers.
+    fn transfer_addresses(&self) -> Vec<String> {
+        self.shared.config.transfer.addresses(self.shared.endpoint.local_addr().ok())
+    }
+
+    /// Takes over VMs that kept running while no broker was there.
+    async fn adopt_running(&mut self) {
+        let machines: Vec<_> =
+            self.vms.values().filter(|vm| vm.record.is_here()).map(|vm| self.machine(&vm.record)).collect();
+        for machine in machines {
+            if let Err(e) = self.shared.driver.define(&machine).await {
+                tracing::error!(vm = %machine.spec.name, error = problem::chain(&e), "cannot be defined");
+            }
+        }
+    }
+
+    /// Keeps an ended migration, durably, and forgets the oldest beyond the limit.
+    fn remember(&mut self, view: MigrationView) {
+        if let Err(e) = self.shared.records.save_migration(&view) {
+            tracing::warn!(migration = %view.progress.id, error = problem::chain(&e), "not recorded");
+        }
+        self.history.insert(view.progress.id, view);
+        while self.history.len() > HISTORY_MAX {
+            let oldest = self.history.values().min_by_key(|v| v.progress.started).map(|v| v.progress.id);
+            let Some(id) = oldest else { break };
+            self.history.remove(&id);
+            let _ = self.shared.records.forget_migration(id);
+        }
+    }
+
+    /// Adds to the account of a migration that has ended, or is about to.
+    fn amend_history(&mut self, id: MigrationId, amend: impl FnOnce(&mut Account)) {
+        if let Some(run) = self.outgoing.get_mut(&id) {
+            amend(&mut run.view.account);
+        } else if let Some(mut view) = self.history.get(&id).cloned() {
+            amend(&mut view.account);
+            self.remember(view);
+        }
+    }
+}

@@ -533,7 +533,7 @@ pub fn show(path: &[u8]) -> String {
     format!("/{}", path.escape_ascii())
 }
 
-fn is_component_name(s: &str) -> bool {
+pub(super) fn is_component_name(s: &str) -> bool {
     (1..=100).contains(&s.len())
         && s.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'+' | b'-'))
         && s.as_bytes()[0].is_ascii_alphanumeric()

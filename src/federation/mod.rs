@@ -1,1 +1,5 @@
-//! Level 1: members, presence, capabilities and trust rules. Pure.
+//! Level 1: members, presence and trust. Pure: fed with what the room shows, asked what it means.
+
+pub mod members;
+
+pub use members::{Member, Members, Presence, Trust};

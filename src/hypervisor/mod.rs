@@ -1,1 +1,19 @@
-//! Level 2: the hypervisor driver trait and its drivers.
+//! Level 2: virtual machines on this host.
+//!
+//! [`Driver`] is the one interface; every driver passes the same [`conformance`] suite. `qemu`
+//! talks QMP to one QEMU process per VM and needs no daemon; `fake` serves simulation and fault
+//! tests. What a driver cannot do it says in its [`Features`], and plans take that into account.
+
+pub mod conformance;
+pub mod driver;
+pub mod error;
+pub mod fake;
+pub mod qemu;
+
+pub use driver::{
+    Ability, Accelerator, ConsoleStream, DiskFormat, Driver, DriverEvent, DriverFuture, EventKind, Features,
+    Machine, MachineStats, StopMode, StopReason,
+};
+pub use error::DriverError;
+pub use fake::FakeDriver;
+pub use qemu::{QemuConfig, QemuDriver, QemuTools, find_qemu};

@@ -1,1 +1,12 @@
-//! Level 1: negotiation and hand-over machines and their messages. Pure.
+//! Level 1: negotiation and hand-over. Messages, signatures and the two machines; no I/O, no clock.
+#![doc = include_str!("PROTOCOL.md")]
+
+pub mod envelope;
+pub mod handover;
+pub mod message;
+pub mod source;
+pub mod target;
+
+pub use envelope::{Envelope, EnvelopeError, ReplayGuard};
+pub use handover::{HandOver, Receipt, Return};
+pub use message::{Answer, AnswerBody, Denial, DenialCode, Pass, RequestBody};

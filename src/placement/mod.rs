@@ -1,1 +1,7 @@
-//! Level 1: choice of target, a pure function of a snapshot.
+//! Level 1: can this VM run here, and which member suits best. Pure functions of snapshots.
+
+pub mod rank;
+pub mod room;
+
+pub use rank::{Offer, rank};
+pub use room::{NetworkOffer, Room, assess};

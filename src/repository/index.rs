@@ -142,6 +142,14 @@ impl Index {
         Ok(())
     }
 
+    /// Every entry of one kind.
+    pub fn of_kind(&self, kind: ObjectKind) -> impl Iterator<Item = Result<(ObjectId, Entry)>> {
+        self.objects.scan_prefix([kind as u8]).map(|item| {
+            let (key, value) = item?;
+            Ok((object_of(&key)?, decode(&value, Entry::read)?))
+        })
+    }
+
     /// Every entry, one kind after the other.
     pub fn entries(&self) -> impl Iterator<Item = Result<(ObjectId, Entry)>> {
         self.objects.iter().map(|item| {

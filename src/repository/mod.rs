@@ -18,6 +18,7 @@ mod pack_receiver;
 mod pack_writer;
 mod parallel;
 mod pins;
+mod queries;
 mod rebuild;
 mod records;
 mod refs;

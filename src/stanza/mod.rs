@@ -1,1 +1,10 @@
 //! Level 1: XMPP payloads and namespaces; parse and build, no sockets.
+#![doc = include_str!("PROTOCOL.md")]
+
+pub mod cloud;
+pub mod muc;
+pub mod negotiation;
+pub mod ns;
+
+pub use cloud::Cloud;
+pub use negotiation::{Answer, Request};

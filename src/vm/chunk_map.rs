@@ -11,8 +11,8 @@ use crate::types::{BlockHash, MapId, NodeHash};
 pub const FANOUT: u64 = 256;
 /// Magic and version of an encoded node.
 pub const NODE_MAGIC: &[u8; 8] = b"CICNOD\x00\x01";
-/// The largest encoded node: magic, level, a state byte and a hash per child.
-pub const NODE_BYTES_MAX: usize = 8 + 1 + 33 * FANOUT as usize;
+/// The largest encoded node: magic, level, count, and a place, a state and a hash per child.
+pub const NODE_BYTES_MAX: usize = 8 + 1 + 2 + 34 * FANOUT as usize;
 /// Block sizes a map may have.
 pub const BLOCK_BYTES_MIN: u32 = 4096;
 pub const BLOCK_BYTES_MAX: u32 = 1 << 20;
@@ -20,7 +20,7 @@ const DISK_BYTES_MAX: u64 = 1 << 44;
 
 /// One block that is not absent. An absent block is what lies below: the composition for a root
 /// delta, zeros for a user-data block.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Block {
     Zero,
     Data(BlockHash),

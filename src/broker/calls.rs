@@ -1,0 +1,366 @@
+//! Operators' requests.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::federation::{Member, Trust};
+use crate::placement::{Offer, rank};
+use crate::types::{CloudName, MigrationId, VmId};
+
+use super::interface::{Candidate, Event, MemberView, MigrationView, PlanView, Reply, Request, Resource, StatusView, Verdict};
+use super::negotiation;
+use super::outgoing::scan;
+use super::problem::{Problem, ProblemKind};
+use super::shared::{Matter, Peer};
+use super::{Broker, Input, content};
+
+type Answer = oneshot::Sender<Result<Reply, Problem>>;
+
+impl Broker {
+    pub(super) fn call(&mut self, request: Request, events: mpsc::Sender<Event>, reply: Answer) {
+        let result = match request {
+            Request::Status => Ok(Reply::Status(self.status())),
+            Request::Members => Ok(Reply::Members(self.member_views())),
+            Request::IdentityTrust { member, key } => self.trust(|b| b.members.pin(&member, key)),
+            Request::IdentityRevoke { member } => self.trust(|b| b.members.revoke(&member)),
+            Request::VmCreate(create) => return self.create_vm(create, reply),
+            Request::VmList => Ok(Reply::Vms(self.vms.values().map(|vm| self.vm_view(vm)).collect())),
+            Request::VmShow { vm } => self.find_vm(&vm).map(|id| self.shown(id)),
+            Request::VmStart { vm } => match self.free_vm(&vm) {
+                Ok(id) => return self.start_vm(id, reply),
+                Err(p) => Err(p),
+            },
+            Request::VmStop { vm, force, timeout_s } => match self.free_vm(&vm) {
+                Ok(id) => return self.stop_vm(id, force, Duration::from_secs(timeout_s), reply),
+                Err(p) => Err(p),
+            },
+            Request::VmDelete { vm } => return self.delete_vm(&vm, reply),
+            Request::Plan { vm, to } => return self.plan(&vm, to.as_deref(), reply),
+            Request::Move { vm, to, dry_run: true } => return self.plan(&vm, to.as_deref(), reply),
+            Request::Move { vm, to, dry_run: false } => return self.move_vm(&vm, to.as_deref(), events, reply),
+            Request::MigrationList => Ok(Reply::Migrations(self.migrations())),
+            Request::MigrationShow { id } => self.migration(&id).map(|v| Reply::Migration(Box::new(v))),
+            Request::MigrationWatch { id } => match self.migration(&id) {
+                Ok(v) if self.outgoing.contains_key(&v.progress.id) => {
+                    return self.watch_outgoing(v.progress.id, events, reply);
+                }
+                Ok(v) => Ok(Reply::Migration(Box::new(v))),
+                Err(p) => Err(p),
+            },
+            Request::MigrationCancel { id } => self.migration(&id).and_then(|v| self.cancel(&v)).map(|()| Reply::Done),
+            Request::Shutdown => {
+                self.shared.post(Input::Shutdown);
+                Ok(Reply::Done)
+            }
+            other => return self.content_call(other, events, reply),
+        };
+        let _ = reply.send(result);
+    }
+
+    /// Requests about components, recipes and the repository run off this task.
+    fn content_call(&self, request: Request, events: mpsc::Sender<Event>, reply: Answer) {
+        let shared = self.shared.clone();
+        // What VMs and their kept copies are made of must stay.
+        let recipes: Vec<_> = self.vms.values().map(|vm| vm.record.spec.recipe).collect();
+        tokio::task::spawn_blocking(move || {
+            let grace = shared.config.repository.gc_grace;
+            let mut report = |event| drop(events.try_send(event));
+            let result =
+                content::call(&shared.repository, &shared.composer, grace, &recipes, &request, &mut report);
+            let unknown = || Err(Problem::new(ProblemKind::BadRequest, "request", "is not known here"));
+            let _ = reply.send(result.unwrap_or_else(unknown));
+        });
+    }
+
+    fn status(&self) -> StatusView {
+        let (cpus, memory_bytes) = self.resources(None);
+        let features = self.shared.driver.features();
+        let storage = rustix::fs::statvfs(self.shared.records.dir());
+        let key = self.shared.key.public();
+        StatusView {
+            cloud: self.shared.config.cloud.name.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            jid: self.shared.me.clone(),
+            key,
+            fingerprint: key.fingerprint(),
+            room: self.shared.config.xmpp.room.clone(),
+            link: self.link.clone(),
+            driver: features.driver.clone(),
+            accelerator: features.accelerator.to_string(),
+            cpus,
+            memory_bytes,
+            storage_bytes: storage
+                .map_or(Resource::default(), |s| Resource { total: s.f_blocks * s.f_frsize, free: s.f_bavail * s.f_frsize }),
+            transfer_addresses: self.transfer_addresses(),
+            vms_running: self.vms_running(),
+            migrations_running: (self.outgoing.len() + self.incoming.values().filter(|r| r.is_unfinished()).count()) as u32,
+            resident_bytes: resident_bytes(),
+        }
+    }
+
+    fn vms_running(&self) -> u32 {
+        self.shared.driver.list().iter().filter(|(_, s)| *s == crate::vm::PowerState::Running).count() as u32
+    }
+
+    pub fn config(&self) -> &crate::config::Config {
+        &self.shared.config
+    }
+
+    /// This cloud's presence, for [`super::Broker::open`]'s announcer.
+    pub fn own_status(&self) -> StatusView {
+        self.status()
+    }
+
+    fn member_views(&self) -> Vec<MemberView> {
+        self.members.all().map(|m| self.member_view(m)).collect()
+    }
+
+    fn member_view(&self, m: &Member) -> MemberView {
+        let cloud = m.cloud.as_ref();
+        let c = cloud.and_then(|c| c.capacity).unwrap_or_default();
+        MemberView {
+            jid: m.jid.clone(),
+            cloud: m.name.clone(),
+            state: if m.is_online() { "online" } else { "gone" }.into(),
+            since: m.since,
+            last_seen: m.last_seen,
+            trust: match self.members.trust_of(&m.jid) {
+                Trust::Trusted => "trusted",
+                Trust::Unknown => "unknown",
+                Trust::Changed { .. } => "changed",
+                Trust::NoKey => "no key",
+            }
+            .into(),
+            key: m.key,
+            fingerprint: m.key.map(|k| k.fingerprint()).unwrap_or_default(),
+            cpus: Resource { total: c.cpus, free: c.cpus_free },
+            memory_bytes: Resource { total: c.memory, free: c.memory_free },
+            storage_bytes: Resource { total: c.storage, free: c.storage_free },
+            load_percent: cloud.and_then(|c| c.load).unwrap_or(0) as f32,
+            power: cloud.map(|c| c.power.clone()).unwrap_or_default(),
+            region: cloud.and_then(|c| c.region.clone()).unwrap_or_default(),
+            carbon_g_per_kwh: cloud.and_then(|c| c.carbon),
+            price_per_hour: cloud.and_then(|c| c.price),
+            features: cloud.map(|c| c.features.clone()).unwrap_or_default(),
+            software: cloud.and_then(|c| c.software.clone()).unwrap_or_default(),
+        }
+    }
+
+    fn trust(
+        &mut self,
+        change: impl FnOnce(&mut Self) -> Result<(), String>,
+    ) -> Result<Reply, Problem> {
+        change(self).map_err(|reason| Problem::new(ProblemKind::BadRequest, "identity", reason))?;
+        let pinned = self.members.pinned().clone();
+        self.shared
+            .records
+            .save_trust(&pinned)
+            .map_err(|e| Problem::from_error(ProblemKind::Failed, "identity", &e))?;
+        self.shared.tickets.set_members(self.members.trusted_keys().collect());
+        Ok(Reply::Done)
+    }
+
+    fn shown(&self, id: VmId) -> Reply {
+        self.vms.get(&id).map_or(Reply::Done, |vm| Reply::Vm(Box::new(self.vm_view(vm))))
+    }
+
+    fn migrations(&self) -> Vec<MigrationView> {
+        let mut all: Vec<_> = self.history.values().cloned().collect();
+        all.extend(self.outgoing.values().map(|r| r.view.clone()));
+        all.extend(self.incoming.values().filter(|r| !r.view.progress.ended).map(|r| r.view.clone()));
+        all.sort_by_key(|v| v.progress.started);
+        all
+    }
+
+    /// A migration by id or the beginning of one.
+    fn migration(&self, text: &str) -> Result<MigrationView, Problem> {
+        let mut found: Vec<_> = self
+            .migrations()
+            .into_iter()
+            .filter(|v| text.len() >= 4 && v.progress.id.to_string().starts_with(text))
+            .collect();
+        let object = format!("migration {text}");
+        match (found.pop(), found.len()) {
+            (Some(view), 0) => Ok(view),
+            (Some(_), n) => {
+                Err(Problem::new(ProblemKind::BadRequest, object, format!("{} migrations begin so", n + 1)).next("write more digits"))
+            }
+            (None, _) => {
+                Err(Problem::new(ProblemKind::NotFound, object, "there is no such migration").next("see 'cicada migration list'"))
+            }
+        }
+    }
+
+    fn cancel(&mut self, view: &MigrationView) -> Result<(), Problem> {
+        let id = view.progress.id;
+        if self.outgoing.contains_key(&id) {
+            return self.cancel_outgoing(id);
+        }
+        let object = format!("migration {id}");
+        if view.progress.ended {
+            return Err(Problem::new(ProblemKind::Conflict, object, format!("has ended: {}", view.progress.phase)));
+        }
+        Err(Problem::new(ProblemKind::Conflict, object, "is driven by its source").next(format!("cancel it at {}", view.progress.peer)))
+    }
+
+    /// Members that could be asked: the one named, or all that are online.
+    fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
+        let with = |jid: &crate::types::MemberJid| {
+            let key = self.members.trusted_key(jid).map_err(|reason| {
+                Problem::new(ProblemKind::Forbidden, format!("member {jid}"), reason)
+                    .next(format!("compare fingerprints with its operator, then: cicada identity trust {jid} KEY"))
+            })?;
+            Ok((Peer { jid: jid.clone(), key }, self.members.cloud_of(jid)))
+        };
+        match to {
+            Some(name) => {
+                let jid = self.members.find(name).ok_or_else(|| {
+                    Problem::new(ProblemKind::NotFound, format!("member {name}"), "no such member was ever seen in the room")
+                        .next("see 'cicada members'")
+                })?;
+                if jid == self.shared.me {
+                    return Err(Problem::new(ProblemKind::BadRequest, format!("member {name}"), "is this cloud itself"));
+                }
+                if !self.members.is_online(&jid) {
+                    return Err(Problem::new(ProblemKind::Unavailable, format!("member {name}"), "is not online now")
+                        .next("see 'cicada members' for since when"));
+                }
+                Ok(vec![with(&jid)?])
+            }
+            None => {
+                let online = self.members.online().filter(|jid| **jid != self.shared.me);
+                let peers: Vec<_> = online.filter_map(|jid| with(&jid).ok()).collect();
+                if peers.is_empty() {
+                    return Err(Problem::new(ProblemKind::Unavailable, "federation", "no trusted member is online")
+                        .next("see 'cicada members'"));
+                }
+                Ok(peers)
+            }
+        }
+    }
+
+    fn plan(&mut self, vm: &str, to: Option<&str>, reply: Answer) {
+        let prepared = self.free_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
+        let (id, peers) = match prepared {
+            Ok(p) => p,
+            Err(problem) => return drop(reply.send(Err(problem))),
+        };
+        self.candidates(id, peers, move |_, result| {
+            let _ = reply.send(result.map(Reply::Plan));
+        });
+    }
+
+    fn move_vm(&mut self, vm: &str, to: Option<&str>, events: mpsc::Sender<Event>, reply: Answer) {
+        let prepared = self.free_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
+        let (id, mut peers) = match prepared {
+            Ok(p) => p,
+            Err(problem) => return drop(reply.send(Err(problem))),
+        };
+        // A named target is checked by the migration itself; otherwise all are asked and ranked.
+        if to.is_some() {
+            if let Some((peer, cloud)) = peers.pop() {
+                self.move_to(id, peer, cloud, events, reply);
+            }
+            return;
+        }
+        let known = peers.clone();
+        self.candidates(id, peers, move |broker, result| {
+            let chosen = result.and_then(|plan| {
+                let best = plan.candidates.into_iter().next();
+                match best {
+                    Some(Candidate { verdict: Verdict::No { reasons }, jid, .. }) => {
+                        let why: Vec<_> = reasons.iter().map(|r| r.text.as_str()).collect();
+                        Err(Problem::new(ProblemKind::Refused, format!("move of {}", plan.vm), format!("no member can take it; {jid}: {}", why.join("; ")))
+                            .next("see 'cicada plan' for every member's reasons"))
+                    }
+                    Some(c) => Ok(known.into_iter().find(|(p, _)| p.jid == c.jid)),
+                    None => Ok(None),
+                }
+            });
+            match chosen {
+                Ok(Some((peer, cloud))) => broker.move_to(id, peer, cloud, events, reply),
+                Ok(None) => drop(reply.send(Err(Problem::new(ProblemKind::Unavailable, "federation", "no member answered")))),
+                Err(problem) => drop(reply.send(Err(problem))),
+            }
+        });
+    }
+
+    fn move_to(&mut self, id: VmId, peer: Peer, cloud: Option<CloudName>, events: mpsc::Sender<Event>, reply: Answer) {
+        let still_free = self.vms.get(&id).filter(|vm| vm.busy.is_none() && vm.record.is_here());
+        let Some(vm) = still_free else {
+            let problem = Problem::new(ProblemKind::Conflict, "VM", "is held by another command").next("try again");
+            return drop(reply.send(Err(problem)));
+        };
+        match self.shared.repository.recipe(&vm.record.spec.recipe) {
+            Ok(recipe) => self.begin_move(id, peer, cloud, Arc::new(recipe), events, reply),
+            Err(e) => drop(reply.send(Err(content::repository_problem(&e)))),
+        }
+    }
+
+    /// Asks `peers` about a VM, all at once, then calls `done` on this task with the ranked plan.
+    fn candidates(
+        &self,
+        id: VmId,
+        peers: Vec<(Peer, Option<CloudName>)>,
+        done: impl FnOnce(&mut Broker, Result<PlanView, Problem>) + Send + 'static,
+    ) {
+        let Some(vm) = self.vms.get(&id) else { return };
+        let (spec, epoch, disks) = (vm.record.spec.clone(), vm.record.epoch, self.disk_paths(&vm.record));
+        let (shared, name) = (self.shared.clone(), spec.name.clone());
+        tokio::spawn(async move {
+            let (for_scan, scan_spec) = (shared.clone(), spec.clone());
+            let scanned = negotiation::blocking(move || scan(&for_scan, &scan_spec, &disks).map(|s| s.seed));
+            let seed = scanned.await.ok();
+            let recipe = shared.repository.recipe(&spec.recipe);
+            let result = match recipe {
+                Err(e) => Err(content::repository_problem(&e)),
+                Ok(recipe) => {
+                    let recipe = Arc::new(recipe);
+                    let ask = peers.iter().map(|(peer, cloud)| {
+                        let matter = Matter { migration: MigrationId::random(), vm: spec.id, epoch };
+                        let (shared, spec, recipe): (_, _, &Arc<_>) = (&shared, &spec, &recipe);
+                        async move {
+                            negotiation::candidate(shared, peer, cloud.clone(), matter, spec, recipe, seed).await
+                        }
+                    });
+                    Ok(join_all(ask).await)
+                }
+            };
+            shared.post(Input::apply(move |broker| {
+                let plan = result.map(|rows| broker.ranked(name, rows));
+                done(broker, plan);
+            }));
+        });
+    }
+
+    fn ranked(&self, vm: crate::types::VmName, mut rows: Vec<Candidate>) -> PlanView {
+        rows.iter_mut().for_each(|row| self.rates.predict(row));
+        let offers: Vec<_> = rows
+            .iter()
+            .map(|row| Offer {
+                member: row.jid.clone(),
+                possible: !matches!(row.verdict, Verdict::No { .. }),
+                differences: match &row.verdict {
+                    Verdict::WithDifferences { differences } => differences.len(),
+                    _ => 0,
+                },
+                bytes_missing: row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing,
+                memory_bytes_free: self.members.memory_bytes_free(&row.jid),
+            })
+            .collect();
+        let candidates = rank(&offers).into_iter().map(|i| rows[i].clone()).collect();
+        PlanView { vm, candidates }
+    }
+}
+
+/// Resident memory of this process, from `/proc`; zero where that is not known.
+fn resident_bytes() -> u64 {
+    let pages = std::fs::read_to_string("/proc/self/statm")
+        .ok()
+        .and_then(|text| text.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()))
+        .unwrap_or(0);
+    pages * 4096
+}

@@ -1,0 +1,430 @@
+//! What can be asked of a broker, and what it answers: the vocabulary that the API, the client
+//! and the CLI share. Every request is one JSON value; long work reports [`Event`]s before its
+//! [`Reply`].
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::UnixMillis;
+use crate::component::Kind;
+use crate::types::{
+    ByteSize, CloudName, ComponentId, ImageDigest, MemberJid, MigrationId, PublicKey, RecipeId, VmId, VmName,
+};
+use crate::vm::spec::Nic;
+use crate::vm::{PowerState, VmSpec};
+
+use super::problem::Problem;
+
+/// A request. `vm` is a name or a UUID; `component` a name, `name@version` or id prefix;
+/// `member` and `to` a cloud name or a bare JID.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    Status,
+    Members,
+    IdentityTrust {
+        member: MemberJid,
+        key: PublicKey,
+    },
+    IdentityRevoke {
+        member: MemberJid,
+    },
+    ComponentList,
+    ComponentShow {
+        component: String,
+        entries: bool,
+    },
+    ComponentDiff {
+        from: String,
+        to: String,
+    },
+    ComponentRemove {
+        component: String,
+    },
+    /// Makes a component whose manifest and packs were put into the repository known by its name.
+    ComponentBind {
+        id: ComponentId,
+    },
+    RecipeCreate {
+        components: Vec<String>,
+        ordered: bool,
+        root_size: ByteSize,
+        kernel_command_line: String,
+    },
+    RecipeList,
+    /// Writes the composed disk to `output`, a path on the broker's machine.
+    Compose {
+        recipe: String,
+        output: String,
+        format: String,
+    },
+    RepoStats,
+    RepoCheck,
+    RepoGc {
+        dry_run: bool,
+    },
+    RepoRebuildIndex,
+    VmCreate(VmCreate),
+    VmList,
+    VmShow {
+        vm: String,
+    },
+    VmStart {
+        vm: String,
+    },
+    VmStop {
+        vm: String,
+        force: bool,
+        timeout_s: u64,
+    },
+    VmDelete {
+        vm: String,
+    },
+    Plan {
+        vm: String,
+        to: Option<String>,
+    },
+    Move {
+        vm: String,
+        to: Option<String>,
+        dry_run: bool,
+    },
+    MigrationList,
+    MigrationShow {
+        id: String,
+    },
+    /// Reports events of a migration until it ends.
+    MigrationWatch {
+        id: String,
+    },
+    MigrationCancel {
+        id: String,
+    },
+    /// Stops the broker; VMs keep running.
+    Shutdown,
+}
+
+/// A new VM. With a user-data size of zero it has no second disk.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmCreate {
+    pub name: VmName,
+    pub components: Vec<String>,
+    pub ordered: bool,
+    pub root_size: ByteSize,
+    pub user_data_size: ByteSize,
+    pub memory: ByteSize,
+    pub cpus: u32,
+    pub networks: Vec<String>,
+    pub kernel_command_line: String,
+    pub start: bool,
+}
+
+/// The answer to a request.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(tag = "reply", content = "value", rename_all = "kebab-case")]
+pub enum Reply {
+    Done,
+    Status(StatusView),
+    Members(Vec<MemberView>),
+    Components(Vec<ComponentView>),
+    Component(Box<ComponentDetail>),
+    ComponentDiff(ComponentDiff),
+    Recipe(RecipeView),
+    Recipes(Vec<RecipeView>),
+    Composed(ComposedView),
+    /// Repository reports are tables of name and value, in a fixed order.
+    Report(Vec<ReportLine>),
+    Vm(Box<VmView>),
+    Vms(Vec<VmView>),
+    Plan(PlanView),
+    Migration(Box<MigrationView>),
+    Migrations(Vec<MigrationView>),
+}
+
+/// One line of progress of a long request.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// A step of plain text.
+    Note {
+        text: String,
+    },
+    /// Work with a known size; `done` never falls while `phase` stays the same.
+    Progress {
+        phase: String,
+        done: u64,
+        total: u64,
+        unit: String,
+    },
+    Migration(MigrationProgress),
+}
+
+/// What travels over the API's stream: events, then exactly one end.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Message {
+    Event(Event),
+    Reply(Box<Reply>),
+    Problem(Problem),
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ReportLine {
+    pub name: String,
+    pub value: u64,
+    /// `bytes`, `objects`, `percent` or empty for a plain count.
+    pub unit: String,
+    /// More words, or the object it is about; may be empty.
+    pub detail: String,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct StatusView {
+    pub cloud: CloudName,
+    pub version: String,
+    pub jid: MemberJid,
+    pub key: PublicKey,
+    pub fingerprint: String,
+    pub room: String,
+    /// `online`, or why not.
+    pub link: String,
+    pub driver: String,
+    pub accelerator: String,
+    pub cpus: Resource,
+    pub memory_bytes: Resource,
+    pub storage_bytes: Resource,
+    pub transfer_addresses: Vec<String>,
+    pub vms_running: u32,
+    pub migrations_running: u32,
+    pub resident_bytes: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Resource {
+    pub total: u64,
+    pub free: u64,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct MemberView {
+    pub jid: MemberJid,
+    pub cloud: Option<CloudName>,
+    /// `online` or `gone`.
+    pub state: String,
+    pub since: UnixMillis,
+    pub last_seen: UnixMillis,
+    /// `trusted`, `unknown` or `changed`.
+    pub trust: String,
+    pub key: Option<PublicKey>,
+    pub fingerprint: String,
+    pub cpus: Resource,
+    pub memory_bytes: Resource,
+    pub storage_bytes: Resource,
+    pub load_percent: f32,
+    pub power: String,
+    pub region: String,
+    pub carbon_g_per_kwh: Option<f32>,
+    pub price_per_hour: Option<f32>,
+    pub features: Vec<String>,
+    pub software: String,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ComponentView {
+    pub id: ComponentId,
+    pub name: String,
+    pub version: String,
+    pub kind: Kind,
+    pub architecture: String,
+    pub packs: u32,
+    pub plain_bytes: u64,
+    pub stored_bytes: u64,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ComponentDetail {
+    pub component: ComponentView,
+    pub origin: String,
+    pub licences: Vec<String>,
+    pub requires: Vec<ComponentId>,
+    pub conflicts: Vec<String>,
+    pub entry_count: u64,
+    pub fragments: Vec<String>,
+    pub packs: Vec<PackView>,
+    /// Paths, when asked for.
+    pub entries: Vec<String>,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct PackView {
+    pub id: String,
+    pub package: String,
+    pub package_version: String,
+    pub plain_bytes: u64,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ComponentDiff {
+    /// Paths only the second has, only the first has, and both have with another content or metadata.
+    pub added: Vec<String>,
+    pub removed: Vec<String>,
+    pub changed: Vec<String>,
+    /// Plain bytes of packs the second has and the first lacks.
+    pub bytes_missing: u64,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct RecipeView {
+    pub id: RecipeId,
+    pub components: Vec<String>,
+    pub root_size: ByteSize,
+    pub kernel_command_line: String,
+    pub image_digest: ImageDigest,
+    pub composed: bool,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ComposedView {
+    pub recipe: RecipeId,
+    pub image_digest: ImageDigest,
+    pub output: String,
+    pub bytes: u64,
+    pub elapsed_ms: u64,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct VmView {
+    pub id: VmId,
+    pub name: VmName,
+    pub power: PowerState,
+    /// `here`, `given-up` (now in another cloud, copy kept for the grace period), `in-doubt` or `arriving`.
+    pub ownership: String,
+    /// Where it went, when it was given up.
+    pub owner: Option<MemberJid>,
+    pub epoch: u64,
+    pub cpus: u32,
+    pub memory: ByteSize,
+    pub root_size: ByteSize,
+    pub user_data_size: ByteSize,
+    pub nics: Vec<Nic>,
+    pub recipe: RecipeId,
+    pub components: Vec<String>,
+    /// Bytes of the root delta and user data that are really allocated on disk.
+    pub root_delta_bytes: u64,
+    pub user_data_bytes: u64,
+    pub console_socket: String,
+    pub console_log: String,
+    /// The migration that holds it now.
+    pub migration: Option<MigrationId>,
+    pub spec: VmSpec,
+}
+
+/// One answer to "can you take this VM".
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct PlanView {
+    pub vm: VmName,
+    /// Ranked, best first; members that cannot take it come last with the reasons.
+    pub candidates: Vec<Candidate>,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Candidate {
+    pub cloud: Option<CloudName>,
+    pub jid: MemberJid,
+    pub verdict: Verdict,
+    /// Exact bytes the member lacks: stored form of packs, manifests and recipe.
+    pub component_bytes_missing: u64,
+    pub components_needed: u32,
+    pub components_held: u32,
+    pub packs_missing: u32,
+    /// Plain bytes of root delta and user-data blocks it lacks, an upper bound of what they take on the wire.
+    pub root_delta_bytes_missing: u64,
+    pub user_data_bytes_missing: u64,
+    /// Predicted duration from measured rates, seconds; `None` until a rate was measured.
+    pub seconds_low: Option<f64>,
+    pub seconds_high: Option<f64>,
+    pub answer_ms: f64,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(tag = "verdict", rename_all = "kebab-case")]
+pub enum Verdict {
+    Yes,
+    WithDifferences { differences: Vec<Reason> },
+    No { reasons: Vec<Reason> },
+}
+
+/// A machine-readable difference or blocker.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Reason {
+    /// Stable code such as `memory`, `network-missing`, `architecture`.
+    pub code: String,
+    pub text: String,
+    #[serde(default)]
+    pub next_step: String,
+}
+
+/// A migration as it is now, or was.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct MigrationView {
+    pub progress: MigrationProgress,
+    pub account: Account,
+    /// Why it ended without a hand-over.
+    pub problem: Option<Problem>,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct MigrationProgress {
+    pub id: MigrationId,
+    pub vm: VmName,
+    pub vm_id: VmId,
+    /// `source` or `target`: this broker's part in it.
+    pub role: String,
+    pub peer: MemberJid,
+    pub peer_cloud: Option<CloudName>,
+    /// `negotiate`, `stage`, `compose`, `switch-over`, `start`, `release`, `completed`, `cancelled`, `failed`, `in-doubt`.
+    pub phase: String,
+    /// Words for a person about what is happening or awaited now.
+    pub detail: String,
+    /// Payload bytes delivered and expected so far; `total` may grow when a pass finds more.
+    pub bytes_done: u64,
+    pub bytes_total: u64,
+    pub rate_bytes_per_s: u64,
+    pub eta_s: Option<u64>,
+    /// Phase-weighted, 0 to 1, never falls.
+    pub fraction: f64,
+    pub started: UnixMillis,
+    pub updated: UnixMillis,
+    pub ended: bool,
+}
+
+/// What a move cost, and what it would have cost without components.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct Account {
+    pub components_needed: u32,
+    pub components_held: u32,
+    pub components_fetched: u32,
+    pub packs_needed: u32,
+    pub packs_fetched: u32,
+    /// Names of the components that travelled, wholly or in part.
+    pub fetched: Vec<String>,
+    /// Payload bytes as they travelled, by kind.
+    pub component_bytes: u64,
+    pub root_delta_bytes: u64,
+    pub user_data_bytes: u64,
+    /// Negotiation, chunk maps and framing.
+    pub control_bytes: u64,
+    /// UDP payload of the data link, both directions.
+    pub wire_bytes: u64,
+    /// Whole disks through zstd level 3, and raw allocated bytes; `None` until estimated.
+    pub monolithic_zstd_bytes: Option<u64>,
+    pub monolithic_raw_bytes: Option<u64>,
+    /// Milliseconds per phase.
+    pub phase_ms: BTreeMap<String, u64>,
+    /// From the VM's stop at the source to its start at the target.
+    pub downtime_ms: Option<u64>,
+    /// From the start at the target to the guest's own ready line, where it prints one.
+    pub boot_ms: Option<u64>,
+}

@@ -1,0 +1,252 @@
+//! Checks: asking other members whether they could take a VM and what of it they hold, and
+//! answering the same question.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::component::{Manifest, Recipe};
+use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Seed};
+use crate::migration::{AnswerBody, Denial, DenialCode, RequestBody};
+use crate::repository::Repository;
+use crate::types::{ComponentId, PackId};
+use crate::vm::{Block, ChunkMap, MapRef, VmSpec};
+
+use super::interface::{Candidate, Reason, Verdict};
+use super::shared::{Matter, Peer, Shared};
+
+/// What a member answered to a check, with what follows from it.
+#[derive(Clone, Debug, Default)]
+pub struct Checked {
+    pub differences: Vec<Denial>,
+    pub components_needed: u32,
+    pub components_held: u32,
+    pub packs_needed: u32,
+    pub packs_missing: u32,
+    /// Exact stored bytes of the packs and manifests the member lacks.
+    pub component_bytes: u64,
+    /// Packs of components it lacks: what the migration's ticket covers.
+    pub packs: HashSet<PackId>,
+    pub seed: Option<Seed>,
+    pub answer_ms: f64,
+}
+
+/// Asks `peer` about `spec`. A blocker comes back as the first denial of its list.
+pub async fn check(
+    shared: &Arc<Shared>,
+    peer: &Peer,
+    matter: Matter,
+    spec: &VmSpec,
+    recipe: &Arc<Recipe>,
+) -> Result<Checked, Denial> {
+    let begun = Instant::now();
+    let mut out = Checked { components_needed: recipe.components.len() as u32, ..Checked::default() };
+    let mut lacking = Vec::new();
+    for ids in recipe.components.chunks(CHECK_IDS_MAX) {
+        let answer = ask(shared, peer, matter, spec, ids.to_vec(), Vec::new()).await?;
+        lacking.extend(pick(ids, &answer.components_lacking)?);
+        out.differences = answer.differences;
+        out.seed = answer.seed;
+    }
+    out.answer_ms = begun.elapsed().as_secs_f64() * 1000.0;
+    out.components_held = out.components_needed - lacking.len() as u32;
+
+    let manifests = {
+        let (repository, lacking) = (shared.repository.clone(), lacking);
+        blocking(move || manifests_of(&repository, &lacking)).await?
+    };
+    let mut packs: Vec<PackId> = manifests.iter().flat_map(|(m, _)| m.packs.iter().map(|p| p.id)).collect();
+    packs.sort_unstable();
+    packs.dedup();
+    out.packs_needed = packs.len() as u32;
+    let mut missing = Vec::new();
+    for ids in packs.chunks(CHECK_IDS_MAX) {
+        let answer = ask(shared, peer, matter, spec, Vec::new(), ids.to_vec()).await?;
+        missing.extend(pick(ids, &answer.packs_lacking)?);
+    }
+    out.packs = packs.into_iter().collect();
+    out.packs_missing = missing.len() as u32;
+    out.component_bytes = manifests.iter().map(|(_, stored_bytes)| stored_bytes).sum();
+    let repository = shared.repository.clone();
+    out.component_bytes += blocking(move || {
+        missing.iter().try_fold(0, |sum, id| {
+            repository.pack_stored(id).map(|p| sum + p.stored_size_bytes).map_err(|e| content(&e))
+        })
+    })
+    .await?;
+    Ok(out)
+}
+
+async fn ask(
+    shared: &Shared,
+    peer: &Peer,
+    matter: Matter,
+    spec: &VmSpec,
+    components: Vec<ComponentId>,
+    packs: Vec<PackId>,
+) -> Result<CheckAnswer, Denial> {
+    let request = RequestBody::Configuration { spec: spec.clone(), components, packs };
+    match shared.ask(peer, matter, request).await {
+        Ok(AnswerBody::Configuration(answer)) => match answer.blockers.first() {
+            None => Ok(answer),
+            Some(first) => {
+                let all: Vec<_> = answer.blockers.iter().map(|d| d.text.as_str()).collect();
+                Err(Denial { code: first.code, text: all.join("; "), next_step: first.next_step.clone() })
+            }
+        },
+        Ok(AnswerBody::Denied(d)) => Err(d),
+        Ok(_) => Err(Denial::new(DenialCode::Other, format!("{} gave an answer that fits no check", peer.jid))),
+        Err(e) => Err(Denial::new(DenialCode::Other, super::problem::chain(&e))
+            .next(format!("see 'cicada members' for whether {} is online and trusted", peer.jid))),
+    }
+}
+
+fn pick<T: Copy>(ids: &[T], positions: &[u32]) -> Result<Vec<T>, Denial> {
+    positions
+        .iter()
+        .map(|p| ids.get(*p as usize).copied())
+        .collect::<Option<Vec<_>>>()
+        .ok_or_else(|| Denial::new(DenialCode::Other, "the answer names positions that were not asked about"))
+}
+
+fn manifests_of(repository: &Repository, ids: &[ComponentId]) -> Result<Vec<(Arc<Manifest>, u64)>, Denial> {
+    ids.iter()
+        .map(|id| {
+            let bytes = repository.manifest_stored_bytes(id).map_err(|e| content(&e))?;
+            Ok((repository.manifest(id).map_err(|e| content(&e))?, bytes))
+        })
+        .collect()
+}
+
+/// This side's part of a check that needs the repository. Blocking.
+pub fn holdings(
+    repository: &Repository,
+    components: &[ComponentId],
+    packs: &[PackId],
+) -> (Vec<u32>, Vec<u32>) {
+    let lacks_component = |id: &ComponentId| {
+        !repository.has_manifest(id)
+            || repository.manifest(id).map_or(true, |m| m.packs.iter().any(|p| !repository.has_pack(&p.id)))
+    };
+    let positions = |lacking: Vec<bool>| (0u32..).zip(lacking).filter(|(_, l)| *l).map(|(i, _)| i).collect();
+    (
+        positions(components.iter().map(lacks_component).collect()),
+        positions(packs.iter().map(|id| !repository.has_pack(id)).collect()),
+    )
+}
+
+/// Bytes of `map` that a holder of `seed` lacks; all of its data if the seed is not known here.
+pub fn bytes_missing(repository: &Repository, map: &MapRef, seed: Option<&MapRef>) -> Result<u64, Denial> {
+    let load = |r: &MapRef| repository.map(r);
+    let wanted: ChunkMap = load(map).map_err(|e| content(&e))?;
+    let held: HashSet<Block> = match seed.map(load) {
+        Some(Ok(seed)) => seed.blocks.into_iter().map(|(_, b)| b).collect(),
+        _ => HashSet::new(),
+    };
+    let mut missing: HashSet<Block> = HashSet::new();
+    missing.extend(wanted.blocks.iter().map(|(_, b)| *b).filter(|b| *b != Block::Zero && !held.contains(b)));
+    Ok(missing.len() as u64 * u64::from(map.block_size_bytes))
+}
+
+/// The row of `plan` for one member.
+pub async fn candidate(
+    shared: &Arc<Shared>,
+    peer: &Peer,
+    cloud: Option<crate::types::CloudName>,
+    matter: Matter,
+    spec: &VmSpec,
+    recipe: &Arc<Recipe>,
+    disks: Option<Seed>,
+) -> Candidate {
+    let mut row = Candidate {
+        cloud,
+        jid: peer.jid.clone(),
+        verdict: Verdict::Yes,
+        component_bytes_missing: 0,
+        components_needed: recipe.components.len() as u32,
+        components_held: 0,
+        packs_missing: 0,
+        root_delta_bytes_missing: 0,
+        user_data_bytes_missing: 0,
+        seconds_low: None,
+        seconds_high: None,
+        answer_ms: 0.0,
+    };
+    match check(shared, peer, matter, spec, recipe).await {
+        Ok(checked) => {
+            row.component_bytes_missing = checked.component_bytes;
+            row.components_held = checked.components_held;
+            row.packs_missing = checked.packs_missing;
+            row.answer_ms = checked.answer_ms;
+            if !checked.differences.is_empty() {
+                row.verdict = Verdict::WithDifferences { differences: checked.differences.iter().map(reason).collect() };
+            }
+            if let Some(now) = disks {
+                let (repository, seed) = (shared.repository.clone(), checked.seed);
+                let sizes = blocking(move || {
+                    let root = bytes_missing(&repository, &now.root_delta, seed.as_ref().map(|s| &s.root_delta))?;
+                    Ok((root, bytes_missing(&repository, &now.user_data, seed.as_ref().map(|s| &s.user_data))?))
+                });
+                if let Ok((root, user)) = sizes.await {
+                    (row.root_delta_bytes_missing, row.user_data_bytes_missing) = (root, user);
+                }
+            }
+        }
+        Err(denial) => row.verdict = Verdict::No { reasons: vec![reason(&denial)] },
+    }
+    row
+}
+
+pub fn reason(d: &Denial) -> Reason {
+    Reason { code: d.code.as_str(), text: d.text.clone(), next_step: d.next_step.clone() }
+}
+
+/// Room a root delta is given beside everything else.
+const OVERLAY_RESERVE_BYTES: u64 = 256 << 20;
+
+/// Storage a VM needs here at most: its composition (unless made already), delta and user data.
+pub fn storage_needed(spec: &VmSpec, composed: bool) -> u64 {
+    let composition = if composed { 0 } else { spec.root_size.0 / 2 };
+    composition + spec.user_data_size.0 + OVERLAY_RESERVE_BYTES
+}
+
+/// Remembers link rates so that durations can be predicted.
+#[derive(Debug, Default)]
+pub struct Rates {
+    /// Bytes per second of past transfers, slowest and fastest, by member.
+    seen: BTreeMap<crate::types::MemberJid, (f64, f64)>,
+}
+
+impl Rates {
+    pub fn record(&mut self, member: &crate::types::MemberJid, bytes: u64, seconds: f64) {
+        // Short transfers measure latency, not the link.
+        if bytes < 1 << 20 || seconds <= 0.0 {
+            return;
+        }
+        let rate = bytes as f64 / seconds;
+        let entry = self.seen.entry(member.clone()).or_insert((rate, rate));
+        *entry = (entry.0.min(rate), entry.1.max(rate));
+    }
+
+    /// Fills in the predicted interval of a candidate.
+    pub fn predict(&self, row: &mut Candidate) {
+        if let Some((slow, fast)) = self.seen.get(&row.jid) {
+            let bytes = row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;
+            row.seconds_low = Some(bytes as f64 / fast);
+            row.seconds_high = Some(bytes as f64 / slow * 1.5 + 5.0);
+        }
+    }
+}
+
+fn content(e: &dyn std::error::Error) -> Denial {
+    Denial::new(DenialCode::Content, super::problem::chain(e))
+}
+
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Denial> + Send + 'static,
+) -> Result<T, Denial> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(e) => Err(Denial::new(DenialCode::Other, format!("a worker ended early: {e}"))),
+    }
+}

@@ -1,0 +1,623 @@
+//! Migrations that leave this cloud: the source machine's effects.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::clock::UnixMillis;
+use crate::component::Recipe;
+use crate::disk::{self, BlockIndex};
+use crate::hypervisor::StopMode;
+use crate::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
+use crate::migration::message::{Initialization, Seed, StageAccount};
+use crate::migration::source::{Effect, Event as SourceEvent, Phase, Source};
+use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
+use crate::transfer::Ticket;
+use crate::types::{CloudName, MigrationId, NodeHash, VmId};
+use crate::vm::ChunkMap;
+
+use super::account::{self, new_view};
+use super::interface::{Event, MigrationView, Reply};
+use super::negotiation::{self, Checked};
+use super::problem::{Problem, ProblemKind};
+use super::records::{GivenUp, Ownership};
+use super::serving::Served;
+use super::shared::{AskError, Matter, Peer};
+use super::vms::{Busy, DiskPaths};
+use super::{Broker, Input};
+
+/// Unanswered hand-over requests after which the owner is said to be in doubt.
+const IN_DOUBT_AFTER: u32 = 5;
+
+/// One migration this broker is the source of.
+pub struct Outgoing {
+    machine: Source,
+    peer: Peer,
+    matter: Matter,
+    recipe: Arc<Recipe>,
+    component_names: Vec<String>,
+    ticket: Ticket,
+    checked: Option<Checked>,
+    nodes: HashSet<NodeHash>,
+    disks: Vec<ScannedDisk>,
+    pass: Option<Pass>,
+    pub view: MigrationView,
+    phase_since: UnixMillis,
+    stopped_at: Option<UnixMillis>,
+    subscribers: Vec<mpsc::Sender<Event>>,
+    waiters: Vec<oneshot::Sender<Result<Reply, Problem>>>,
+}
+
+/// What a look at the disks found.
+pub struct Scanned {
+    pub seed: Seed,
+    pub nodes: HashSet<NodeHash>,
+    pub disks: Vec<ScannedDisk>,
+}
+
+/// One disk's chunk map, and where its blocks lie.
+#[derive(Clone)]
+pub struct ScannedDisk {
+    pub map: Arc<ChunkMap>,
+    pub index: Arc<BlockIndex>,
+}
+
+impl Broker {
+    /// Begins to move a VM that is ours and free to `peer`.
+    pub(super) fn begin_move(
+        &mut self,
+        vm: VmId,
+        peer: Peer,
+        cloud: Option<CloudName>,
+        recipe: Arc<Recipe>,
+        events: mpsc::Sender<Event>,
+        reply: oneshot::Sender<Result<Reply, Problem>>,
+    ) {
+        let ticket = match Ticket::random() {
+            Ok(t) => t,
+            Err(e) => {
+                let _ = reply.send(Err(Problem::new(ProblemKind::Failed, "random source", e.to_string())));
+                return;
+            }
+        };
+        let now = self.shared.now();
+        let Some(entry) = self.vms.get_mut(&vm) else {
+            let _ = reply.send(Err(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile")));
+            return;
+        };
+        let id = MigrationId::random();
+        entry.busy = Some(Busy::Migration(id));
+        let record = &entry.record;
+        let was_running = self.shared.driver.state(vm).is_ok_and(|s| s != crate::vm::PowerState::Stopped);
+        let run = Outgoing {
+            machine: Source::new(was_running),
+            matter: Matter { migration: id, vm, epoch: record.epoch },
+            recipe,
+            component_names: record.components.clone(),
+            ticket,
+            checked: None,
+            nodes: HashSet::new(),
+            disks: Vec::new(),
+            pass: None,
+            view: new_view(id, &record.spec, "source", &peer.jid, cloud, now),
+            peer,
+            phase_since: now,
+            stopped_at: None,
+            subscribers: vec![events],
+            waiters: vec![reply],
+        };
+        tracing::info!(migration = %id, vm = %record.spec.name, to = %run.peer.jid, "move begins");
+        self.outgoing.insert(id, run);
+        self.outgoing_event(id, SourceEvent::Begin);
+    }
+
+    /// Takes up hand-overs that were not acknowledged when the broker stopped.
+    pub(super) fn resume_outgoing(&mut self) {
+        let pending: Vec<_> = self
+            .vms
+            .values()
+            .filter_map(|vm| vm.record.given_up().filter(|g| g.receipt.is_none()).map(|g| (vm.record.clone(), g.clone())))
+            .collect();
+        for (record, given) in pending {
+            let (Ok(hand_over), Ok(recipe), Ok(ticket)) =
+                (given.hand_over(), self.shared.repository.recipe(&record.spec.recipe), Ticket::random())
+            else {
+                tracing::error!(vm = %record.spec.name, "the record of its hand-over is damaged; its owner is in doubt");
+                continue;
+            };
+            let id = given.migration;
+            let now = self.shared.now();
+            let peer = Peer { jid: given.to.clone(), key: given.to_key };
+            let (machine, effects) = Source::resume(given.was_running, hand_over.sign(&self.shared.key));
+            let view = self
+                .history
+                .remove(&id)
+                .unwrap_or_else(|| new_view(id, &record.spec, "source", &peer.jid, None, now));
+            tracing::info!(migration = %id, vm = %record.spec.name, to = %peer.jid, "asking again whether the hand-over arrived");
+            self.outgoing.insert(
+                id,
+                Outgoing {
+                    machine,
+                    peer,
+                    matter: Matter { migration: id, vm: record.spec.id, epoch: record.epoch },
+                    recipe: Arc::new(recipe),
+                    component_names: record.components.clone(),
+                    ticket,
+                    checked: None,
+                    nodes: HashSet::new(),
+                    disks: Vec::new(),
+                    pass: None,
+                    view,
+                    phase_since: now,
+                    stopped_at: None,
+                    subscribers: Vec::new(),
+                    waiters: Vec::new(),
+                },
+            );
+            if let Some(vm) = self.vms.get_mut(&record.spec.id) {
+                vm.busy = Some(Busy::Migration(id));
+            }
+            effects.into_iter().for_each(|e| self.outgoing_effect(id, e));
+        }
+    }
+
+    pub(super) fn watch_outgoing(
+        &mut self,
+        id: MigrationId,
+        events: mpsc::Sender<Event>,
+        reply: oneshot::Sender<Result<Reply, Problem>>,
+    ) {
+        if let Some(run) = self.outgoing.get_mut(&id) {
+            run.subscribers.push(events);
+            run.waiters.push(reply);
+        }
+    }
+
+    /// Calls a migration off, if the hand-over has not begun.
+    pub(super) fn cancel_outgoing(&mut self, id: MigrationId) -> Result<(), Problem> {
+        let run = self.outgoing.get(&id);
+        let run = run.ok_or_else(|| Problem::new(ProblemKind::NotFound, format!("migration {id}"), "is not running"))?;
+        if !run.machine.phase().can_cancel() {
+            return Err(Problem::new(
+                ProblemKind::Conflict,
+                format!("migration {id}"),
+                "the VM is already being handed over",
+            )
+            .next("wait for the end, then move it back"));
+        }
+        self.outgoing_event(id, SourceEvent::Cancel);
+        Ok(())
+    }
+
+    pub(super) fn outgoing_event(&mut self, id: MigrationId, event: SourceEvent) {
+        let Some(run) = self.outgoing.get_mut(&id) else { return };
+        let before = run.machine.phase();
+        let effects = run.machine.step(event);
+        self.outgoing_report(id, before);
+        for effect in effects {
+            self.outgoing_effect(id, effect);
+        }
+    }
+
+    /// Keeps the view true after a step.
+    fn outgoing_report(&mut self, id: MigrationId, before: Phase) {
+        let now = self.shared.now();
+        let Some(run) = self.outgoing.get_mut(&id) else { return };
+        let after = run.machine.phase();
+        let (old, new) = (phase_name(before), phase_name(after));
+        if old != new {
+            *run.view.account.phase_ms.entry(old.into()).or_default() += now.since(run.phase_since).as_millis() as u64;
+            run.phase_since = now;
+        }
+        let in_doubt = after == Phase::HandingOver && run.machine.unanswered() >= IN_DOUBT_AFTER;
+        let p = &mut run.view.progress;
+        p.updated = now;
+        p.phase = if in_doubt { "in-doubt".into() } else { new.into() };
+        p.detail = match after {
+            Phase::Checking => format!("asking {} whether it can take the VM", run.peer.jid),
+            Phase::Reserving => format!("reserving room at {}", run.peer.jid),
+            Phase::Scanning { last: false, .. } => "hashing the disks while the VM runs".into(),
+            Phase::Scanning { last: true, .. } => "hashing what the last moments changed".into(),
+            Phase::Staging(p) if !p.last => format!("pass {}: the target fetches what it lacks", p.number),
+            Phase::Staging(_) => "last pass: the VM is stopped".into(),
+            Phase::Stopping => "stopping the VM".into(),
+            Phase::HandingOver if in_doubt => format!(
+                "the VM was given to {} and its receipt is missing; asking until it answers. It must not be started here",
+                run.peer.jid
+            ),
+            Phase::GivingUp | Phase::HandingOver => format!("handing the VM over to {}", run.peer.jid),
+            Phase::TakingBack => "the target gave the VM back".into(),
+            Phase::Released => format!("the VM runs in {}", run.peer.jid),
+            Phase::Abandoned => "ended without a hand-over; the VM is here".into(),
+        };
+        let staged = match p.bytes_total {
+            0 => 0.0,
+            total => (p.bytes_done as f64 / total as f64).min(1.0),
+        };
+        let fraction = match after {
+            Phase::Checking => 0.0,
+            Phase::Reserving => 0.01,
+            Phase::Scanning { last: false, .. } => 0.02,
+            Phase::Staging(pass) if !pass.last => 0.03 + 0.77 * staged,
+            Phase::Stopping | Phase::Scanning { .. } => 0.82,
+            Phase::Staging(_) => 0.85,
+            Phase::GivingUp | Phase::HandingOver | Phase::TakingBack => 0.95,
+            Phase::Released | Phase::Abandoned => 1.0,
+        };
+        p.fraction = p.fraction.max(fraction);
+        self.outgoing_publish(id);
+    }
+
+    fn outgoing_publish(&mut self, id: MigrationId) {
+        if let Some(run) = self.outgoing.get_mut(&id) {
+            let event = Event::Migration(run.view.progress.clone());
+            // A subscriber that is slow misses lines; one that is gone is forgotten.
+            run.subscribers.retain(|s| !matches!(s.try_send(event.clone()), Err(mpsc::error::TrySendError::Closed(_))));
+        }
+    }
+
+    fn outgoing_effect(&mut self, id: MigrationId, effect: Effect) {
+        let shared = self.shared.clone();
+        let Some(run) = self.outgoing.get_mut(&id) else { return };
+        let (peer, matter) = (run.peer.clone(), run.matter);
+        let vm = matter.vm;
+        match effect {
+            Effect::Check => {
+                let (Some(entry), recipe) = (self.vms.get(&vm), run.recipe.clone()) else { return };
+                let spec = entry.record.spec.clone();
+                tokio::spawn(async move {
+                    let result = negotiation::check(&shared, &peer, matter, &spec, &recipe).await;
+                    shared.post(Input::apply(move |b| b.checked(id, result)));
+                });
+            }
+            Effect::AskReservation => {
+                let Some(entry) = self.vms.get(&vm) else { return };
+                self.ask_target(id, RequestBody::Reservation { spec: entry.record.spec.clone() });
+            }
+            Effect::AskInitialization(pass) => {
+                run.pass = Some(pass);
+                if let Some(request) = self.initialization(id, pass) {
+                    self.ask_target(id, request);
+                }
+            }
+            Effect::AskStart(hand_over) => {
+                let run = run.machine.was_running();
+                self.ask_target(id, RequestBody::Start { hand_over, run });
+            }
+            Effect::Scan { .. } => {
+                let Some(entry) = self.vms.get(&vm) else { return };
+                let (spec, disks) = (entry.record.spec.clone(), self.disk_paths(&entry.record));
+                tokio::task::spawn_blocking(move || {
+                    let result = scan(&shared, &spec, &disks);
+                    shared.post(Input::apply(move |b| b.scanned(id, result)));
+                });
+            }
+            Effect::Stop => {
+                run.stopped_at = Some(shared.now());
+                let timeout = shared.config.migration.stop_timeout;
+                tokio::spawn(async move {
+                    let mode = StopMode::Graceful { timeout, escalate: false };
+                    let result = shared.driver.stop(vm, mode).await.map_err(|e| {
+                        Denial::new(DenialCode::Other, format!("the VM does not stop: {}", super::problem::chain(&e)))
+                            .next("look at its console; or stop it with 'cicada vm stop --force', then move it")
+                    });
+                    shared.post(Input::Outgoing(id, SourceEvent::Stopped(result)));
+                });
+            }
+            Effect::GiveUp(pass) => {
+                let result = self.give_up(id, pass);
+                self.shared.post(Input::Outgoing(id, SourceEvent::GaveUp(result)));
+            }
+            Effect::TakeBack(back) => {
+                let result = self.take_back(id, back);
+                self.shared.post(Input::Outgoing(id, SourceEvent::TookBack(result)));
+            }
+            Effect::Wait { ms } => {
+                tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_millis(ms)).await;
+                    shared.post(Input::Outgoing(id, SourceEvent::Timer));
+                });
+            }
+            Effect::Restart => self.start_machine(vm, None),
+            Effect::TellCancel => {
+                tokio::spawn(async move {
+                    for _ in 0..5 {
+                        let reason = "the source called the move off".to_owned();
+                        if shared.ask(&peer, matter, RequestBody::Cancel { reason }).await.is_ok() {
+                            return;
+                        }
+                        tokio::time::sleep(Duration::from_secs(2)).await;
+                    }
+                    tracing::warn!(migration = %id, target = %peer.jid, "could not tell the target; its lease will run out");
+                });
+            }
+            Effect::Release { receipt, running, problem, account } => self.release(id, receipt, running, problem, account),
+            Effect::Abandon(denial) => self.abandon(id, denial),
+        }
+    }
+
+    fn initialization(&self, id: MigrationId, pass: Pass) -> Option<RequestBody> {
+        let run = self.outgoing.get(&id)?;
+        let entry = self.vms.get(&run.matter.vm)?;
+        Some(RequestBody::Initialization(Box::new(Initialization {
+            spec: entry.record.spec.clone(),
+            recipe: BASE64.encode(run.recipe.encode()),
+            component_names: run.component_names.clone(),
+            component_bytes: run.checked.as_ref().map_or(0, |c| c.component_bytes),
+            pass,
+            addresses: self.transfer_addresses(),
+            source_key: self.shared.key.public(),
+            ticket: crate::types::Hash::from_bytes(*run.ticket.as_bytes()).to_string(),
+        })))
+    }
+
+    fn ask_target(&mut self, id: MigrationId, request: RequestBody) {
+        let Some(run) = self.outgoing.get(&id) else { return };
+        let (shared, peer, matter) = (self.shared.clone(), run.peer.clone(), run.matter);
+        tokio::spawn(async move {
+            let answer = shared.ask(&peer, matter, request).await;
+            shared.post(Input::apply(move |b| b.outgoing_answered(id, answer)));
+        });
+    }
+
+    fn outgoing_answered(&mut self, id: MigrationId, answer: Result<AnswerBody, AskError>) {
+        let Some(run) = self.outgoing.get_mut(&id) else { return };
+        let event = match answer {
+            Ok(AnswerBody::Started { ref receipt, .. }) if !receipt_fits(receipt, run) => {
+                tracing::warn!(migration = %id, peer = %run.peer.jid, "answered with a receipt that does not fit; ignored");
+                SourceEvent::Unanswered
+            }
+            Ok(body) => {
+                if let AnswerBody::Working(p) = &body {
+                    let now = self.shared.now();
+                    account::progress(&mut run.view.progress, p, now);
+                }
+                if let AnswerBody::Staged { account, .. } = &body {
+                    account::stage(&mut run.view.account, account);
+                }
+                SourceEvent::Answered(Box::new(body))
+            }
+            Err(e) => {
+                tracing::info!(migration = %id, peer = %run.peer.jid, reason = super::problem::chain(&e), "no answer");
+                run.view.progress.detail = format!("{}; trying again", super::problem::chain(&e));
+                SourceEvent::Unanswered
+            }
+        };
+        self.outgoing_event(id, event);
+    }
+
+    fn checked(&mut self, id: MigrationId, result: Result<Checked, Denial>) {
+        let Some(run) = self.outgoing.get_mut(&id) else { return };
+        let event = result.map(|checked| {
+            let a = &mut run.view.account;
+            a.components_needed = checked.components_needed;
+            a.components_held = checked.components_held;
+            a.packs_needed = checked.packs_needed;
+            run.view.progress.bytes_total = checked.component_bytes;
+            run.checked = Some(checked);
+        });
+        self.outgoing_event(id, SourceEvent::Checked(event));
+    }
+
+    fn scanned(&mut self, id: MigrationId, result: Result<Scanned, Denial>) {
+        let Some(run) = self.outgoing.get_mut(&id) else { return };
+        let event = result.map(|s| {
+            run.nodes.extend(s.nodes);
+            run.disks = s.disks;
+            let checked = run.checked.as_ref();
+            self.shared.tickets.serve(
+                run.ticket,
+                Served {
+                    peer: Some(run.peer.key),
+                    recipe: Some(run.recipe.id()),
+                    components: run.recipe.components.iter().copied().collect(),
+                    packs: checked.map(|c| c.packs.clone()).unwrap_or_default(),
+                    nodes: run.nodes.clone(),
+                    blocks: run.disks.iter().map(|d| d.index.clone()).collect(),
+                },
+            );
+            (s.seed.root_delta, s.seed.user_data)
+        });
+        self.outgoing_event(id, SourceEvent::Scanned(event));
+    }
+
+    /// The point of no return: first the durable record, then the signature.
+    fn give_up(&mut self, id: MigrationId, pass: Pass) -> Result<SignedHandOver, Denial> {
+        let missing = || Denial::new(DenialCode::Other, "the VM's record is gone");
+        let run = self.outgoing.get(&id).ok_or_else(missing)?;
+        let entry = self.vms.get_mut(&run.matter.vm).ok_or_else(missing)?;
+        let hand_over = HandOver {
+            vm: run.matter.vm,
+            migration: id,
+            epoch: entry.record.epoch + 1,
+            source: self.shared.me.clone(),
+            source_key: self.shared.key.public(),
+            target: run.peer.jid.clone(),
+            target_key: run.peer.key,
+            recipe: entry.record.spec.recipe,
+            root_delta: pass.root_delta.id(),
+            user_data: pass.user_data.id(),
+            issued: self.shared.now(),
+        };
+        let mut record = entry.record.clone();
+        record.ownership = Ownership::GivenUp(GivenUp {
+            migration: id,
+            to: run.peer.jid.clone(),
+            to_key: run.peer.key,
+            record: hand_over.encode().iter().map(|b| format!("{b:02x}")).collect(),
+            was_running: run.machine.was_running(),
+            since: self.shared.now(),
+            seed: Seed { root_delta: pass.root_delta, user_data: pass.user_data },
+            receipt: None,
+            scrub_after: None,
+        });
+        self.shared
+            .records
+            .save_vm(&record)
+            .map_err(|e| Denial::new(DenialCode::Other, super::problem::chain(&e)))?;
+        entry.record = record;
+        // Found again after a restart even if the answer never comes.
+        let _ = self.shared.records.save_migration(&run.view);
+        tracing::info!(migration = %id, to = %run.peer.jid, epoch = hand_over.epoch, "given up");
+        Ok(hand_over.sign(&self.shared.key))
+    }
+
+    fn take_back(&mut self, id: MigrationId, back: Return) -> Result<(), Denial> {
+        let refuse = |text: String| Denial::new(DenialCode::HandOver, text);
+        let run = self.outgoing.get(&id).ok_or_else(|| refuse("unknown".into()))?;
+        let h = back.verify().map_err(|e| refuse(e.to_string()))?;
+        let entry = self.vms.get_mut(&run.matter.vm).ok_or_else(|| refuse("unknown VM".into()))?;
+        let given = entry.record.given_up().ok_or_else(|| refuse("not given up".into()))?;
+        if given.hand_over().ok().as_ref() != Some(&h) {
+            return Err(refuse("the return is for another hand-over".into()));
+        }
+        let mut record = entry.record.clone();
+        record.ownership = Ownership::Here;
+        record.epoch = h.epoch + 1;
+        self.shared.records.save_vm(&record).map_err(|e| refuse(super::problem::chain(&e)))?;
+        entry.record = record;
+        Ok(())
+    }
+
+    fn release(
+        &mut self,
+        id: MigrationId,
+        receipt: Receipt,
+        running: bool,
+        problem: Option<String>,
+        stage: StageAccount,
+    ) {
+        let now = self.shared.now();
+        let Some(run) = self.outgoing.get_mut(&id) else { return };
+        account::stage(&mut run.view.account, &stage);
+        run.view.account.downtime_ms = run.stopped_at.filter(|_| running).map(|t| now.since(t).as_millis() as u64);
+        if let Some(reason) = problem {
+            run.view.problem = Some(
+                Problem::new(ProblemKind::Failed, format!("VM {}", run.view.progress.vm), format!("handed over, but it does not run there: {reason}"))
+                    .next("let that cloud's operator start it, or move it back"),
+            );
+        }
+        let vm = run.matter.vm;
+        let grace = self.shared.config.migration.grace_period;
+        if let Some(entry) = self.vms.get_mut(&vm) {
+            if let Ownership::GivenUp(g) = &mut entry.record.ownership {
+                g.receipt = Some(receipt);
+                g.scrub_after = Some(now.plus(grace));
+            }
+            entry.busy = None;
+            if let Err(e) = self.shared.records.save_vm(&entry.record) {
+                tracing::error!(vm = %entry.record.spec.name, error = super::problem::chain(&e), "receipt not recorded; it will be asked for again");
+            }
+        }
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            if let Err(e) = shared.driver.undefine(vm).await {
+                tracing::warn!(vm = %vm, error = super::problem::chain(&e), "cannot undefine");
+            }
+        });
+        self.estimate_monolithic(id);
+        self.end_outgoing(id, "completed");
+    }
+
+    /// What a move of the whole disk would have sent, worked out in the background.
+    fn estimate_monolithic(&mut self, id: MigrationId) {
+        let Some(run) = self.outgoing.get_mut(&id) else { return };
+        let (shared, recipe, disks) = (self.shared.clone(), run.recipe.id(), std::mem::take(&mut run.disks));
+        tokio::task::spawn_blocking(move || match account::monolithic(&shared, &recipe, &disks) {
+            Ok((zstd, raw)) => shared.post(Input::apply(move |b| {
+                b.amend_history(id, |a| {
+                    a.monolithic_zstd_bytes = Some(zstd);
+                    a.monolithic_raw_bytes = Some(raw);
+                });
+            })),
+            Err(e) => tracing::info!(migration = %id, error = super::problem::chain(&e), "no estimate of a monolithic move"),
+        });
+    }
+
+    fn abandon(&mut self, id: MigrationId, denial: Denial) {
+        let Some(run) = self.outgoing.get_mut(&id) else { return };
+        let cancelled = denial.text == "cancelled by the operator";
+        let kind = if cancelled { ProblemKind::Cancelled } else { ProblemKind::Refused };
+        run.view.problem =
+            Some(Problem::new(kind, format!("move of {}", run.view.progress.vm), denial.text).next(denial.next_step));
+        if let Some(vm) = self.vms.get_mut(&run.matter.vm) {
+            vm.busy = None;
+        }
+        self.end_outgoing(id, if cancelled { "cancelled" } else { "failed" });
+    }
+
+    fn end_outgoing(&mut self, id: MigrationId, phase: &str) {
+        let Some(run) = self.outgoing.get_mut(&id) else { return };
+        run.view.progress.phase = phase.into();
+        run.view.progress.ended = true;
+        run.view.progress.eta_s = None;
+        self.outgoing_publish(id);
+        let Some(mut run) = self.outgoing.remove(&id) else { return };
+        self.shared.tickets.withdraw(&run.ticket);
+        let outcome = match (&run.view.problem, phase) {
+            (Some(p), "cancelled" | "failed") => Err(p.clone()),
+            _ => Ok(Reply::Migration(Box::new(run.view.clone()))),
+        };
+        match &outcome {
+            Ok(_) => tracing::info!(migration = %id, vm = %run.view.progress.vm, to = %run.peer.jid, "moved"),
+            Err(p) => tracing::warn!(migration = %id, vm = %run.view.progress.vm, reason = %p, "not moved"),
+        }
+        run.waiters.drain(..).for_each(|w| drop(w.send(outcome.clone())));
+        self.remember(run.view);
+        self.presence_changed();
+    }
+}
+
+fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Checking | Phase::Reserving => "negotiate",
+        Phase::Scanning { last: false, .. } => "stage",
+        Phase::Staging(p) if !p.last => "stage",
+        Phase::Stopping | Phase::Scanning { .. } | Phase::Staging(_) | Phase::GivingUp | Phase::TakingBack => "switch-over",
+        Phase::HandingOver => "start",
+        Phase::Released => "completed",
+        Phase::Abandoned => "failed",
+    }
+}
+
+fn receipt_fits(receipt: &Receipt, run: &Outgoing) -> bool {
+    receipt.verify().is_ok_and(|h| {
+        h.migration == run.matter.migration
+            && h.vm == run.matter.vm
+            && h.epoch == run.matter.epoch + 1
+            && h.target == run.peer.jid
+            && h.target_key == run.peer.key
+    })
+}
+
+/// Hashes both disks and stores the chunk maps' nodes. Blocking.
+pub(super) fn scan(
+    shared: &super::Shared,
+    spec: &crate::vm::VmSpec,
+    disks: &DiskPaths,
+) -> Result<Scanned, Denial> {
+    let content = |e: &dyn std::error::Error| Denial::new(DenialCode::Content, super::problem::chain(e));
+    let mut nodes = HashSet::new();
+    let mut found = Vec::new();
+    let mut keep = |map: &ChunkMap| {
+        nodes.extend(map.to_tree().1.into_iter().map(|(hash, _)| hash));
+        shared.repository.put_map(map).map_err(|e| content(&e))
+    };
+    let (map, index) = disk::scan_root(&disks.root, &disks.base).map_err(|e| content(&e))?;
+    let root_delta = keep(&map)?;
+    found.push(ScannedDisk { map: Arc::new(map), index: Arc::new(index) });
+    let user_data = match spec.user_data_size.0 {
+        0 => keep(&ChunkMap::empty(disk::USER_DATA_BLOCK_BYTES, 0))?,
+        _ => {
+            let (map, index) = disk::scan_user_data(&disks.user_data).map_err(|e| content(&e))?;
+            let name = keep(&map)?;
+            found.push(ScannedDisk { map: Arc::new(map), index: Arc::new(index) });
+            name
+        }
+    };
+    Ok(Scanned { seed: Seed { root_delta, user_data }, nodes, disks: found })
+}

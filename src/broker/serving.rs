@@ -1,0 +1,124 @@
+//! What this broker serves to others: the content of VMs that are moving, to the member they
+//! move to, while the migration's ticket is valid.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, RwLock};
+
+use crate::disk::BlockIndex;
+use crate::repository::Repository;
+use crate::transfer::{Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSource, Refusal, Ticket};
+use crate::types::{ComponentId, NodeHash, PackId, PublicKey, RecipeId};
+
+/// The content of one moving VM.
+#[derive(Default)]
+pub struct Served {
+    pub peer: Option<PublicKey>,
+    pub recipe: Option<RecipeId>,
+    pub components: HashSet<ComponentId>,
+    pub packs: HashSet<PackId>,
+    /// Nodes of the chunk maps of all passes so far.
+    pub nodes: HashSet<NodeHash>,
+    /// Where the blocks of the newest pass lie.
+    pub blocks: Vec<Arc<BlockIndex>>,
+}
+
+/// Shared between the owner task, which issues and withdraws tickets, and the transfer endpoint.
+#[derive(Default)]
+pub struct Tickets {
+    members: RwLock<HashSet<PublicKey>>,
+    served: RwLock<HashMap<[u8; 32], Arc<Served>>>,
+}
+
+impl Tickets {
+    /// The keys of trusted members now in the room: nobody else may connect.
+    pub fn set_members(&self, keys: HashSet<PublicKey>) {
+        *write(&self.members) = keys;
+    }
+
+    /// Serves `content` to whoever shows `ticket` and holds the content's peer key.
+    pub fn serve(&self, ticket: Ticket, content: Served) {
+        write(&self.served).insert(*ticket.as_bytes(), Arc::new(content));
+    }
+
+    pub fn withdraw(&self, ticket: &Ticket) {
+        write(&self.served).remove(ticket.as_bytes());
+    }
+
+    fn find(&self, ticket: &Ticket) -> Result<Arc<Served>, Refusal> {
+        read(&self.served).get(ticket.as_bytes()).cloned().ok_or(Refusal::UnknownTicket)
+    }
+}
+
+impl Authority for Tickets {
+    fn admit(&self, peer: &PublicKey) -> Result<(), Refusal> {
+        if read(&self.members).contains(peer) { Ok(()) } else { Err(Refusal::NotMember) }
+    }
+
+    fn check(&self, peer: &PublicKey, ticket: &Ticket, key: &ObjectKey) -> Result<(), Refusal> {
+        let served = self.find(ticket)?;
+        let covered = served.peer == Some(*peer)
+            && match key {
+                ObjectKey::Recipe(id) => served.recipe == Some(*id),
+                ObjectKey::Manifest(id) => served.components.contains(id),
+                ObjectKey::Pack(id) => served.packs.contains(id),
+                ObjectKey::Node(id) => served.nodes.contains(id),
+                // A block is only served if it lies on one of the VM's disks.
+                ObjectKey::Block(_) => true,
+            };
+        if covered { Ok(()) } else { Err(Refusal::OutOfScope) }
+    }
+}
+
+/// The endpoint's view of the repository and of the disks being moved.
+pub struct Store {
+    pub repository: Repository,
+    pub tickets: Arc<Tickets>,
+}
+
+impl ObjectSource for Store {
+    fn open(&self, ticket: &Ticket, key: &ObjectKey) -> Result<ObjectBody, Refusal> {
+        let refuse = |error: &dyn std::error::Error| {
+            tracing::warn!(object = %key, error = super::problem::chain(error), "cannot serve");
+            Refusal::Failed
+        };
+        match key {
+            ObjectKey::Manifest(id) => {
+                self.repository.manifest_bytes(id).map(ObjectBody::plain).map_err(|e| refuse(&e))
+            }
+            ObjectKey::Recipe(id) => {
+                self.repository.recipe_bytes(id).map(ObjectBody::plain).map_err(|e| refuse(&e))
+            }
+            ObjectKey::Node(id) => self.repository.node(id).map(ObjectBody::plain).map_err(|e| refuse(&e)),
+            ObjectKey::Pack(id) => {
+                let stored = self.repository.pack_stored(id).map_err(|e| refuse(&e))?;
+                let content = Content::File {
+                    file: stored.file,
+                    offset_bytes: 0,
+                    size_bytes: stored.stored_size_bytes,
+                };
+                Ok(ObjectBody { encoding: Encoding::StoredPack, content })
+            }
+            ObjectKey::Block(id) => {
+                let served = self.tickets.find(ticket)?;
+                for index in &served.blocks {
+                    match index.read_block(id) {
+                        Ok(bytes) => return Ok(ObjectBody::plain(bytes)),
+                        Err(crate::disk::DiskError::UnknownBlock { .. }) => {}
+                        Err(crate::disk::DiskError::Changed { .. }) => return Err(Refusal::Changed),
+                        Err(e) => return Err(refuse(&e)),
+                    }
+                }
+                Err(Refusal::NotHeld)
+            }
+        }
+    }
+}
+
+// A panic while a lock is held cannot leave these maps half changed.
+fn read<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(|e| e.into_inner())
+}
+
+fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(|e| e.into_inner())
+}

@@ -1,0 +1,139 @@
+//! What the owner task and its effect runners share: resources that are safe to use from anywhere.
+//! State lives in [`super::Broker`] alone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use tokio::sync::mpsc;
+
+use crate::clock::{Clock, UnixMillis};
+use crate::compose::Composer;
+use crate::config::Config;
+use crate::hypervisor::Driver;
+use crate::migration::envelope::{LIFETIME, VERSION};
+use crate::migration::{AnswerBody, Envelope, EnvelopeError, RequestBody};
+use crate::repository::Repository;
+use crate::transfer::Endpoint;
+use crate::types::{IdentityKey, MemberJid, MigrationId, PublicKey, VmId};
+
+use super::Input;
+use super::records::Records;
+use super::serving::Tickets;
+
+/// The way to other brokers: the XMPP session, or a simulated one.
+pub trait Link: Send + Sync {
+    /// Sends a sealed request to a member's broker and waits for its sealed answer.
+    fn request(
+        &self,
+        to: &MemberJid,
+        payload: Vec<u8>,
+        timeout: Duration,
+    ) -> BoxFuture<'static, Result<Vec<u8>, LinkError>>;
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LinkError {
+    #[error("{0} is not online")]
+    NotOnline(MemberJid),
+    #[error("no answer from {to} within {seconds} s")]
+    Timeout { to: MemberJid, seconds: u64 },
+    #[error("{to} refused the request: {reason}")]
+    Refused { to: MemberJid, reason: String },
+    #[error("the XMPP session is down")]
+    Down,
+}
+
+/// Why there is no answer to a request.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error("the answer cannot be trusted")]
+    Answer(#[source] EnvelopeError),
+    #[error("the request cannot be sent")]
+    Request(#[source] EnvelopeError),
+}
+
+/// Another broker, with the key it is trusted by.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Peer {
+    pub jid: MemberJid,
+    pub key: PublicKey,
+}
+
+/// What a negotiation message is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Matter {
+    pub migration: MigrationId,
+    pub vm: VmId,
+    pub epoch: u64,
+}
+
+pub struct Shared {
+    pub config: Config,
+    pub me: MemberJid,
+    pub key: IdentityKey,
+    pub clock: Arc<dyn Clock>,
+    pub repository: Repository,
+    pub composer: Composer,
+    pub driver: Arc<dyn Driver>,
+    pub link: Arc<dyn Link>,
+    pub endpoint: Endpoint,
+    pub tickets: Arc<Tickets>,
+    pub records: Records,
+    pub inbox: mpsc::UnboundedSender<Input>,
+}
+
+/// How long one request may take; unanswered ones are repeated by the machines.
+pub const ASK_TIMEOUT: Duration = Duration::from_secs(10);
+
+impl Shared {
+    pub fn now(&self) -> UnixMillis {
+        self.clock.now()
+    }
+
+    /// Hands an input to the owner task. After shutdown it is dropped: what matters is durable.
+    pub fn post(&self, input: Input) {
+        let _ = self.inbox.send(input);
+    }
+
+    /// Asks a peer, signed, and checks the signature of its answer.
+    pub async fn ask(&self, peer: &Peer, matter: Matter, body: RequestBody) -> Result<AnswerBody, AskError> {
+        let envelope = self.envelope(peer.jid.clone(), matter, body);
+        let nonce = envelope.nonce.clone();
+        let sealed = envelope.seal(&self.key).map_err(AskError::Request)?;
+        let answer = self.link.request(&peer.jid, sealed, ASK_TIMEOUT).await?;
+        let answer: Envelope<AnswerBody> =
+            Envelope::open(&answer, &peer.key, &peer.jid, &self.me, self.now()).map_err(AskError::Answer)?;
+        // An answer repeats its request's nonce, so an old answer cannot be replayed for a new one.
+        if answer.nonce != nonce || answer.migration != matter.migration || answer.vm != matter.vm {
+            return Err(AskError::Answer(EnvelopeError::Replay));
+        }
+        Ok(answer.body)
+    }
+
+    /// Seals the answer to `request`.
+    pub fn answer(&self, request: &Envelope<RequestBody>, body: AnswerBody) -> Result<Vec<u8>, EnvelopeError> {
+        let matter = Matter { migration: request.migration, vm: request.vm, epoch: request.epoch };
+        let mut envelope = self.envelope(request.from.clone(), matter, body);
+        envelope.nonce = request.nonce.clone();
+        envelope.seal(&self.key)
+    }
+
+    fn envelope<T>(&self, to: MemberJid, matter: Matter, body: T) -> Envelope<T> {
+        let now = self.now();
+        Envelope {
+            version: VERSION,
+            from: self.me.clone(),
+            to,
+            migration: matter.migration,
+            vm: matter.vm,
+            epoch: matter.epoch,
+            nonce: uuid::Uuid::new_v4().simple().to_string(),
+            issued: now,
+            expires: now.plus(LIFETIME),
+            body,
+        }
+    }
+}

@@ -1,0 +1,562 @@
+//! Bringing a VM's copy at the target to a given state: fetch what is missing, compose the base,
+//! apply the blocks of both disks.
+
+use std::collections::HashSet;
+use std::fs;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::component::Recipe;
+use crate::disk::{self, BlockIndex, DiskFile, StagedDisk};
+use crate::migration::message::{ADDRESSES_MAX, Initialization, Progress, StageAccount};
+use crate::migration::{Denial, DenialCode};
+use crate::repository::{ObjectId, PackReceiver, Repository};
+use crate::transfer::{
+    Connection, ObjectKey, ObjectSink, PackWriter, Progress as Counter, Refusal, SinkError, Ticket, TransferError, Verified,
+};
+use crate::types::{BlockHash, Hash, PackId, VmId};
+use crate::vm::{ChunkMap, MapRef, VmSpec};
+
+use super::negotiation::blocking;
+use super::shared::{Peer, Shared};
+use super::vms::DiskPaths;
+
+/// Attempts to go on after the data link broke, each after a growing pause.
+const RECONNECTS_MAX: u32 = 12;
+
+/// Both disks as far as they are staged, kept from pass to pass.
+pub struct Staged {
+    pub root: StagedDisk,
+    pub user_data: Option<StagedDisk>,
+    /// Blocks of the copy this cloud kept when the VM left: what comes home need not travel.
+    seeds: Vec<Arc<BlockIndex>>,
+}
+
+pub struct StageJob {
+    pub shared: Arc<Shared>,
+    pub peer: Peer,
+    pub spec: VmSpec,
+    pub init: Initialization,
+    pub dir: PathBuf,
+    /// Disks of a copy that was kept here.
+    pub seeds: Option<DiskPaths>,
+    pub staged: Option<Staged>,
+    /// What earlier passes counted.
+    pub account: StageAccount,
+    pub progress: watch::Sender<Progress>,
+    pub cancel: CancellationToken,
+}
+
+/// Runs one pass. On success the disks are at the pass's state, durable, every block verified (in
+/// a pass before the last, blocks the guest overwrote meanwhile may be missing).
+pub async fn run(job: StageJob) -> Result<(Staged, StageAccount), Denial> {
+    let cancel = job.cancel.clone();
+    let mut pass = Stage::new(job)?;
+    let counters = pass.counters.clone();
+    let reporter = pass.job.progress.clone();
+    let work = pass.run();
+    tokio::pin!(work);
+    let mut tick = tokio::time::interval(Duration::from_millis(200));
+    loop {
+        tokio::select! {
+            result = &mut work => return result,
+            () = cancel.cancelled() => return Err(Denial::new(DenialCode::Other, "cancelled")),
+            _ = tick.tick() => { reporter.send_replace(counters.progress()); }
+        }
+    }
+}
+
+/// Bytes so far by kind, readable while the fetches run.
+#[derive(Default)]
+struct Counters {
+    components: Arc<Counter>,
+    maps: Arc<Counter>,
+    root_delta: Arc<Counter>,
+    user_data: Arc<Counter>,
+    totals: Mutex<(String, u64)>,
+}
+
+impl Counters {
+    fn progress(&self) -> Progress {
+        let done = [&self.components, &self.root_delta, &self.user_data];
+        let bytes_done = done.iter().map(|c| c.snapshot().payload_bytes).sum();
+        let (step, bytes_total) = self.totals.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        Progress { step, bytes_done, bytes_total }
+    }
+    fn expect(&self, step: &str, more_bytes: u64) {
+        let mut totals = self.totals.lock().unwrap_or_else(|e| e.into_inner());
+        totals.0 = step.to_owned();
+        totals.1 += more_bytes;
+    }
+}
+
+struct Stage {
+    job: StageJob,
+    recipe: Arc<Recipe>,
+    ticket: Ticket,
+    addresses: Vec<SocketAddr>,
+    connection: Option<Connection>,
+    /// UDP bytes of connections that were lost.
+    wire_bytes: u64,
+    counters: Arc<Counters>,
+}
+
+impl Stage {
+    fn new(job: StageJob) -> Result<Self, Denial> {
+        let bad = |text: String| Denial::new(DenialCode::Content, text);
+        let bytes = BASE64.decode(&job.init.recipe).map_err(|_| bad("the recipe is not base64".into()))?;
+        let recipe = Recipe::decode(&bytes).map_err(|e| bad(format!("the recipe is malformed: {e}")))?;
+        if recipe.id() != job.spec.recipe || job.init.spec != job.spec {
+            return Err(bad("the recipe or the VM is another than was reserved".into()));
+        }
+        if recipe.disk.virtual_size_bytes != job.spec.root_size.0 {
+            return Err(bad("the recipe's disk has another size than the VM's".into()));
+        }
+        let pass = &job.init.pass;
+        for (map, size) in [(&pass.root_delta, job.spec.root_size), (&pass.user_data, job.spec.user_data_size)] {
+            map.check().map_err(|e| bad(e.to_string()))?;
+            if map.disk_size_bytes != size.0 {
+                return Err(bad("a chunk map's disk has another size than the VM's".into()));
+            }
+        }
+        if job.init.source_key != job.peer.key {
+            return Err(bad("the source's transfer key is not its identity key".into()));
+        }
+        let ticket: Hash = job.init.ticket.parse().map_err(|_| bad("the ticket is malformed".into()))?;
+        let addresses = job.init.addresses.iter().take(ADDRESSES_MAX);
+        let addresses = addresses.filter_map(|a| a.to_socket_addrs().ok()).flatten().collect();
+        Ok(Self {
+            recipe: Arc::new(recipe),
+            ticket: Ticket::from_bytes(*ticket.as_bytes()),
+            addresses,
+            connection: None,
+            wire_bytes: job.account.wire_bytes,
+            counters: Arc::default(),
+            job,
+        })
+    }
+
+    async fn run(&mut self) -> Result<(Staged, StageAccount), Denial> {
+        let begun = Instant::now();
+        let mut account = self.job.account.clone();
+        self.fetch_components(&mut account).await?;
+        let (root_map, user_map) = self.fetch_maps().await?;
+
+        let compose = {
+            let (shared, recipe) = (self.job.shared.clone(), self.recipe.clone());
+            let begun = Instant::now();
+            blocking(move || {
+                let id = shared.repository.put_recipe(&recipe).map_err(|e| content(&e))?;
+                shared.composer.composition(&id).map_err(|e| content(&e))?;
+                Ok(begun.elapsed().as_millis() as u64)
+            })
+        };
+        // The overlay names its base, so the base comes first.
+        self.counters.expect("compose", 0);
+        let compose_ms = compose.await?;
+        let staged = match self.job.staged.take() {
+            Some(staged) => staged,
+            None => self.open_disks().await?,
+        };
+        let staged = self.apply(staged, root_map, user_map).await?;
+
+        account.compose_ms = account.compose_ms.max(compose_ms);
+        account.fetch_ms += begun.elapsed().as_millis() as u64;
+        account.component_bytes += self.counters.components.snapshot().encoded_bytes;
+        account.map_bytes += self.counters.maps.snapshot().encoded_bytes;
+        account.root_delta_bytes += self.counters.root_delta.snapshot().encoded_bytes;
+        account.user_data_bytes += self.counters.user_data.snapshot().encoded_bytes;
+        account.wire_bytes = self.wire_bytes + self.connection.as_ref().map_or(0, wire_bytes_of);
+        self.job.progress.send_replace(self.counters.progress());
+        Ok((staged, account))
+    }
+
+    /// Manifests first, since they name the packs; then the packs that are missing.
+    async fn fetch_components(&mut self, account: &mut StageAccount) -> Result<(), Denial> {
+        let repository = self.job.shared.repository.clone();
+        let components = self.recipe.components.clone();
+        let pin = repository.pin(components.iter().map(|c| ObjectId::Manifest(*c)).collect());
+        let lacking = {
+            let (repository, components) = (repository.clone(), components.clone());
+            blocking(move || Ok(components.into_iter().filter(|c| !repository.has_manifest(c)).collect::<Vec<_>>()))
+                .await?
+        };
+        self.counters.expect("fetch", self.job.init.component_bytes);
+        if !lacking.is_empty() {
+            let keys = lacking.iter().map(|c| ObjectKey::Manifest(*c)).collect();
+            self.fetch(keys, self.counters.components.clone(), None, true).await?;
+        }
+        let (packs, needed, names) = {
+            let (repository, names) = (repository.clone(), self.job.init.component_names.clone());
+            blocking(move || missing_packs(&repository, &components, &names)).await?
+        };
+        account.components_fetched += lacking.len() as u32;
+        account.packs_needed = needed;
+        for name in names {
+            if !account.fetched.contains(&name) {
+                account.fetched.push(name);
+            }
+        }
+        let _packs_pinned = repository.pin(packs.iter().map(|p| ObjectId::Pack(*p)).collect());
+        account.packs_fetched += packs.len() as u32;
+        if !packs.is_empty() {
+            let keys = packs.into_iter().map(ObjectKey::Pack).collect();
+            self.fetch(keys, self.counters.components.clone(), None, true).await?;
+        }
+        // The recipe's own reference keeps all of it from here on.
+        let (recipe, shared) = (self.recipe.clone(), self.job.shared.clone());
+        blocking(move || shared.repository.put_recipe(&recipe).map(drop).map_err(|e| content(&e))).await?;
+        drop(pin);
+        Ok(())
+    }
+
+    async fn fetch_maps(&mut self) -> Result<(ChunkMap, ChunkMap), Denial> {
+        let pass = self.job.init.pass;
+        for map in [pass.root_delta, pass.user_data] {
+            // One round for each level of the tree; equal subtrees end the descent.
+            loop {
+                let repository = self.job.shared.repository.clone();
+                let missing = blocking(move || repository.nodes_missing(&map).map_err(|e| content(&e))).await?;
+                if missing.is_empty() {
+                    break;
+                }
+                let keys = missing.into_iter().map(|(node, _)| ObjectKey::Node(node)).collect();
+                self.fetch(keys, self.counters.maps.clone(), None, true).await?;
+            }
+        }
+        let repository = self.job.shared.repository.clone();
+        blocking(move || {
+            let load = |map: &MapRef| repository.map(map).map_err(|e| content(&e));
+            Ok((load(&pass.root_delta)?, load(&pass.user_data)?))
+        })
+        .await
+    }
+
+    async fn open_disks(&self) -> Result<Staged, Denial> {
+        let (dir, spec, seeds) = (self.job.dir.clone(), self.job.spec.clone(), self.job.seeds.clone());
+        let base = self.job.shared.composer.path_of(&self.recipe.id());
+        let pass = self.job.init.pass;
+        blocking(move || {
+            fs::create_dir_all(&dir).map_err(|e| content(&e))?;
+            let paths = DiskPaths::in_dir(&dir, base);
+            let open = |disk, shape: &MapRef| StagedDisk::open_or_create(disk, shape).map_err(|e| content(&e));
+            let root = open(DiskFile::Root { overlay: paths.root, base: paths.base }, &pass.root_delta)?;
+            let user_data = match spec.user_data_size.0 {
+                0 => None,
+                _ => Some(open(DiskFile::UserData { raw: paths.user_data }, &pass.user_data)?),
+            };
+            // A seed that cannot be read only means that more travels.
+            let mut held = Vec::new();
+            if let Some(old) = seeds {
+                held.extend(disk::scan_root(&old.root, &old.base).ok().map(|(_, index)| Arc::new(index)));
+                if spec.user_data_size.0 > 0 {
+                    held.extend(disk::scan_user_data(&old.user_data).ok().map(|(_, index)| Arc::new(index)));
+                }
+            }
+            Ok(Staged { root, user_data, seeds: held })
+        })
+        .await
+    }
+
+    async fn apply(&mut self, staged: Staged, root_map: ChunkMap, user_map: ChunkMap) -> Result<Staged, Denial> {
+        let last = self.job.init.pass.last;
+        let disks = Arc::new(Disks(Mutex::new(Some(staged))));
+        let (root_map, user_map) = (Arc::new(root_map), Arc::new(user_map));
+        for (which, map) in [(Which::Root, root_map), (Which::UserData, user_map)] {
+            let counter = match which {
+                Which::Root => self.counters.root_delta.clone(),
+                Which::UserData => self.counters.user_data.clone(),
+            };
+            let fetch = {
+                let (disks, map) = (disks.clone(), map.clone());
+                blocking(move || disks.begin(which, &map)).await?
+            };
+            if !fetch.is_empty() {
+                self.counters.expect("fetch", fetch.len() as u64 * u64::from(map.block_size_bytes));
+                let keys = fetch.into_iter().map(ObjectKey::Block).collect();
+                self.fetch(keys, counter, Some((disks.clone(), which)), last).await?;
+            }
+            let disks = disks.clone();
+            blocking(move || disks.finish(which, &map, last)).await?;
+        }
+        disks.take().ok_or_else(|| Denial::new(DenialCode::Other, "cancelled"))
+    }
+
+    /// Fetches all of `keys`, reconnecting where the link breaks. What the source refuses is an
+    /// error if `strict`; else it was overwritten by the running guest and comes in a later pass.
+    async fn fetch(
+        &mut self,
+        mut keys: Vec<ObjectKey>,
+        counter: Arc<Counter>,
+        disks: Option<(Arc<Disks>, Which)>,
+        strict: bool,
+    ) -> Result<(), Denial> {
+        let sink: Arc<dyn ObjectSink> = Arc::new(Sink { repository: self.job.shared.repository.clone(), disks });
+        let mut attempt = 0;
+        loop {
+            let failure = match self.connect().await {
+                Ok(connection) => {
+                    match connection.fetch(&self.ticket, keys.clone(), sink.clone(), counter.clone()).await {
+                        Ok(report) => return settle(&report.refused, strict),
+                        Err(e) => {
+                            settle(&e.report.refused, strict)?;
+                            // Some arrived: the link works, so patience begins anew.
+                            if e.report.missing.len() < keys.len() {
+                                attempt = 0;
+                            }
+                            keys = e.report.missing;
+                            e.source
+                        }
+                    }
+                }
+                Err(e) => e,
+            };
+            attempt += 1;
+            let again = matches!(
+                failure,
+                TransferError::Interrupted { .. }
+                    | TransferError::Stalled { .. }
+                    | TransferError::Unreachable { .. }
+                    | TransferError::Handshake { .. }
+            );
+            if !again || attempt > RECONNECTS_MAX {
+                return Err(content(&failure).next("see that UDP reaches the source's transfer address, then move again"));
+            }
+            tracing::info!(reason = super::problem::chain(&failure), attempt, missing = keys.len(), "transfer goes on after a pause");
+            self.drop_connection();
+            tokio::time::sleep(Duration::from_millis(500 << attempt.min(5))).await;
+        }
+    }
+
+    async fn connect(&mut self) -> Result<Connection, TransferError> {
+        if let Some(connection) = self.connection.as_ref().filter(|c| c.is_open()) {
+            return Ok(connection.clone());
+        }
+        self.drop_connection();
+        let connection = self.job.shared.endpoint.connect(&self.addresses, self.job.peer.key).await?;
+        self.connection = Some(connection.clone());
+        Ok(connection)
+    }
+
+    fn drop_connection(&mut self) {
+        if let Some(lost) = self.connection.take() {
+            self.wire_bytes += wire_bytes_of(&lost);
+            lost.close();
+        }
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.drop_connection();
+    }
+}
+
+fn wire_bytes_of(connection: &Connection) -> u64 {
+    let stats = connection.stats();
+    stats.sent_bytes + stats.received_bytes
+}
+
+fn settle(refused: &[(ObjectKey, Refusal)], strict: bool) -> Result<(), Denial> {
+    let gone = |r: &Refusal| matches!(r, Refusal::Changed | Refusal::NotHeld);
+    match refused.iter().find(|(_, r)| strict || !gone(r)) {
+        Some((key, reason)) => Err(Denial::new(DenialCode::Content, format!("the source does not serve {key}: {reason}"))),
+        None => Ok(()),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Which {
+    Root,
+    UserData,
+}
+
+/// The disks being staged; empty once they are taken out or the job is gone.
+struct Disks(Mutex<Option<Staged>>);
+
+impl Disks {
+    fn with<T>(&self, work: impl FnOnce(&mut Staged) -> Result<T, disk::DiskError>) -> Result<T, disk::DiskError> {
+        let mut guard = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        match guard.as_mut() {
+            Some(staged) => work(staged),
+            None => Err(disk::DiskError::Poisoned { path: PathBuf::from("the staged copy") }),
+        }
+    }
+
+    /// Applies all that needs no fetching and names the blocks that do.
+    fn begin(&self, which: Which, map: &ChunkMap) -> Result<Vec<BlockHash>, Denial> {
+        self.with(|staged| {
+            let seeds = staged.seeds.clone();
+            let Some(disk) = staged.disk(which) else { return Ok(Vec::new()) };
+            let mut fetch = Vec::new();
+            for hash in disk.begin(map)?.fetch {
+                match seeds.iter().find_map(|s| s.read_block(&hash).ok()) {
+                    Some(bytes) => drop(disk.write_block(&hash, &bytes)?),
+                    None => fetch.push(hash),
+                }
+            }
+            Ok(fetch)
+        })
+        .map_err(|e| content(&e))
+    }
+
+    fn finish(&self, which: Which, map: &ChunkMap, last: bool) -> Result<(), Denial> {
+        self.with(|staged| match staged.disk(which) {
+            Some(disk) if last => disk.finish(map),
+            Some(disk) => disk.checkpoint(),
+            None => Ok(()),
+        })
+        .map_err(|e| content(&e))
+    }
+
+    fn take(&self) -> Option<Staged> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner()).take()
+    }
+}
+
+impl Staged {
+    fn disk(&mut self, which: Which) -> Option<&mut StagedDisk> {
+        match which {
+            Which::Root => Some(&mut self.root),
+            Which::UserData => self.user_data.as_mut(),
+        }
+    }
+}
+
+/// Where fetched objects go: the repository, or one of the disks.
+struct Sink {
+    repository: Repository,
+    disks: Option<(Arc<Disks>, Which)>,
+}
+
+impl ObjectSink for Sink {
+    fn deliver(&self, objects: Vec<Verified>) -> Result<(), SinkError> {
+        let mut nodes = Vec::new();
+        for object in objects {
+            match (&object.key, &self.disks) {
+                (ObjectKey::Block(hash), Some((disks, which))) => disks
+                    .with(|staged| match staged.disk(*which) {
+                        Some(disk) => disk.write_block(hash, &object.bytes).map(drop),
+                        None => Ok(()),
+                    })
+                    .map_err(storage)?,
+                (ObjectKey::Manifest(id), _) => {
+                    self.repository.put_manifest_bytes(id, &object.bytes).map_err(pack_error)?;
+                }
+                (ObjectKey::Node(hash), _) => nodes.push((*hash, object.bytes.to_vec())),
+                // Recipes travel in the negotiation, packs through `pack`.
+                _ => {}
+            }
+        }
+        for (hash, bytes) in &nodes {
+            self.repository.put_node(*hash, bytes).map_err(pack_error)?;
+        }
+        self.repository.flush_nodes().map_err(storage)
+    }
+
+    fn pack(&self, pack: &PackId, size_bytes: u64) -> Result<Box<dyn PackWriter>, SinkError> {
+        let receiver = self.repository.pack_receiver(*pack, size_bytes).map_err(storage)?;
+        Ok(Box::new(Receiving(receiver)))
+    }
+}
+
+struct Receiving(PackReceiver);
+
+impl PackWriter for Receiving {
+    fn write(&mut self, stored: &[u8]) -> Result<(), SinkError> {
+        self.0.write(stored).map_err(pack_error)
+    }
+    fn finish(self: Box<Self>) -> Result<(), SinkError> {
+        self.0.finish().map_err(pack_error)
+    }
+}
+
+fn pack_error(e: crate::repository::RepositoryError) -> SinkError {
+    if e.is_content_fault() { SinkError::Content(Box::new(e)) } else { SinkError::Storage(Box::new(e)) }
+}
+
+fn storage(e: impl std::error::Error + Send + Sync + 'static) -> SinkError {
+    SinkError::Storage(Box::new(e))
+}
+
+fn content(e: &(dyn std::error::Error + 'static)) -> Denial {
+    let mut cause = Some(e);
+    while let Some(c) = cause {
+        let full = c.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::StorageFull);
+        if full {
+            return Denial::new(DenialCode::Storage, format!("the disk is full: {}", super::problem::chain(e)))
+                .next("free space at the target, then move again");
+        }
+        cause = c.source();
+    }
+    Denial::new(DenialCode::Content, super::problem::chain(e))
+}
+
+/// Packs of `components` that are not held, the count of all, and the components they belong to.
+fn missing_packs(
+    repository: &Repository,
+    components: &[crate::types::ComponentId],
+    names: &[String],
+) -> Result<(Vec<PackId>, u32, Vec<String>), Denial> {
+    let (mut seen, mut missing, mut incomplete) = (HashSet::new(), Vec::new(), Vec::new());
+    for (i, id) in components.iter().enumerate() {
+        let manifest = repository.manifest(id).map_err(|e| content(&e))?;
+        let before = missing.len();
+        for pack in &manifest.packs {
+            if seen.insert(pack.id) && !repository.has_pack(&pack.id) {
+                missing.push(pack.id);
+            }
+        }
+        if missing.len() > before {
+            incomplete.push(names.get(i).cloned().unwrap_or_else(|| manifest.name.clone()));
+        }
+    }
+    Ok((missing, seen.len() as u32, incomplete))
+}
+
+/// Removes what an abandoned migration staged, and the VM's directory if nothing else is in it.
+pub fn remove_staged(shared: &Shared, vm: VmId, dir: &Path, no_record: bool) {
+    scrub_dir(dir);
+    if no_record {
+        // Fails, as it should, when something else is in it.
+        let _ = fs::remove_dir(shared.records.vm_dir(vm));
+    }
+}
+
+/// Scrubs every disk below `dir`, then removes it.
+pub fn scrub_dir(dir: &Path) {
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for path in entries.flatten().map(|e| e.path()) {
+        if let Err(e) = disk::scrub(&path) {
+            tracing::warn!(path = %path.display(), error = super::problem::chain(&e), "cannot scrub");
+        }
+    }
+    if let Err(e) = fs::remove_dir_all(dir) {
+        tracing::warn!(path = %dir.display(), error = %e, "cannot remove");
+    }
+}
+
+/// Removes disk directories that no record names.
+pub fn remove_leftovers(shared: &Shared, used: &HashSet<PathBuf>) {
+    let Ok(vms) = fs::read_dir(shared.records.vms_dir()) else { return };
+    for vm in vms.flatten().map(|e| e.path()) {
+        let Ok(entries) = fs::read_dir(&vm) else { continue };
+        for dir in entries.flatten().map(|e| e.path()) {
+            let named = dir.file_name().is_some_and(|n| n.to_string_lossy().starts_with("disks-"));
+            if named && !used.contains(&dir) {
+                tracing::info!(path = %dir.display(), "removing a leftover of an unfinished migration");
+                scrub_dir(&dir);
+            }
+        }
+        if !vm.join("record.json").exists() {
+            let _ = fs::remove_dir(&vm);
+        }
+    }
+}

@@ -1,0 +1,503 @@
+//! The VMs of this cloud: create, start, stop, delete, and what is shown of them.
+
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use crate::disk;
+use crate::hypervisor::{DiskFormat, Machine, StopMode};
+use crate::types::{ByteSize, ComponentId, MigrationId, VmId};
+use crate::vm::spec::Nic;
+use crate::vm::{Mac, PowerState, VmSpec};
+
+use super::content;
+use super::interface::{Reply, VmCreate, VmView};
+use super::problem::{Problem, ProblemKind, chain};
+use super::records::VmRecord;
+use super::{Broker, Input, Shared, staging};
+
+/// What guests of our own components print on their console when they have booted.
+pub const READY_LINE: &str = "cicada: guest ready";
+const ROOT_FILE: &str = "root.qcow2";
+const USER_DATA_FILE: &str = "user-data.raw";
+
+/// A VM known here, with what holds it at this moment.
+pub struct Vm {
+    pub record: VmRecord,
+    pub busy: Option<Busy>,
+    /// How it last ended, when not by our doing.
+    pub power_note: Option<String>,
+}
+
+/// Why a VM cannot be touched right now.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Busy {
+    Migration(MigrationId),
+    Verb(&'static str),
+}
+
+/// The disk files of one VM.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DiskPaths {
+    pub root: PathBuf,
+    /// The composition the root disk lies over.
+    pub base: PathBuf,
+    pub user_data: PathBuf,
+}
+
+impl DiskPaths {
+    pub fn in_dir(dir: &Path, base: PathBuf) -> Self {
+        Self { root: dir.join(ROOT_FILE), base, user_data: dir.join(USER_DATA_FILE) }
+    }
+}
+
+type Answer = oneshot::Sender<Result<Reply, Problem>>;
+
+impl Broker {
+    pub(super) fn disk_paths(&self, record: &VmRecord) -> DiskPaths {
+        let dir = self.shared.records.vm_dir(record.spec.id).join(&record.disks);
+        DiskPaths::in_dir(&dir, self.shared.composer.path_of(&record.spec.recipe))
+    }
+
+    pub(super) fn machine(&self, record: &VmRecord) -> Machine {
+        let disks = self.disk_paths(record);
+        let dir = self.shared.records.vm_dir(record.spec.id);
+        Machine {
+            root_format: DiskFormat::Qcow2,
+            root_disk: disks.root,
+            user_data_disk: (record.spec.user_data_size.0 > 0).then_some(disks.user_data),
+            firmware_vars: dir.join(&record.disks).join("firmware-vars.fd"),
+            state_dir: dir.join("run"),
+            spec: record.spec.clone(),
+        }
+    }
+
+    /// A VM by name or UUID. Where a name is both a present VM's and a given-up one's, the present wins.
+    pub(super) fn find_vm(&self, name: &str) -> Result<VmId, Problem> {
+        let by_id = name.parse::<VmId>().ok().filter(|id| self.vms.contains_key(id));
+        let by_name = || {
+            let mut found: Vec<_> =
+                self.vms.values().filter(|vm| vm.record.spec.name.as_str() == name).map(|vm| &vm.record).collect();
+            found.sort_by_key(|r| !r.is_here());
+            found.first().map(|r| r.spec.id)
+        };
+        by_id.or_else(by_name).ok_or_else(|| {
+            Problem::new(ProblemKind::NotFound, format!("VM {name}"), "there is no such VM in this cloud")
+                .next("see 'cicada vm list'")
+        })
+    }
+
+    /// A VM that is ours and that nothing holds.
+    pub(super) fn free_vm(&self, name: &str) -> Result<VmId, Problem> {
+        let id = self.find_vm(name)?;
+        let object = format!("VM {name}");
+        let Some(vm) = self.vms.get(&id) else {
+            return Err(Problem::new(ProblemKind::NotFound, object, "there is no such VM in this cloud"));
+        };
+        if let Some(given) = vm.record.given_up() {
+            let reason = format!("was handed over to {} under epoch {}", given.to, vm.record.epoch + 1);
+            return Err(Problem::new(ProblemKind::Conflict, object, reason)
+                .next("run the command there; the copy here must never be started"));
+        }
+        match &vm.busy {
+            None => Ok(id),
+            Some(Busy::Migration(m)) => Err(Problem::new(ProblemKind::Conflict, object, format!("is being moved by migration {m}"))
+                .next(format!("wait for it, or: cicada migration cancel {m}"))),
+            Some(Busy::Verb(verb)) => {
+                Err(Problem::new(ProblemKind::Conflict, object, format!("is {verb} right now")).next("wait a moment"))
+            }
+        }
+    }
+
+    pub(super) fn vm_view(&self, vm: &Vm) -> VmView {
+        let record = &vm.record;
+        let spec = &record.spec;
+        let disks = self.disk_paths(record);
+        let given = record.given_up();
+        let in_doubt = given.is_some_and(|g| g.receipt.is_none());
+        let power = match given {
+            Some(_) => PowerState::Stopped,
+            None => self.shared.driver.state(spec.id).unwrap_or(PowerState::Stopped),
+        };
+        let machine = self.machine(record);
+        VmView {
+            id: spec.id,
+            name: spec.name.clone(),
+            power,
+            ownership: match given {
+                None => "here",
+                Some(_) if in_doubt => "in-doubt",
+                Some(_) => "given-up",
+            }
+            .into(),
+            owner: given.map(|g| g.to.clone()),
+            epoch: record.epoch,
+            cpus: spec.cpus,
+            memory: spec.memory,
+            root_size: spec.root_size,
+            user_data_size: spec.user_data_size,
+            nics: spec.nics.clone(),
+            recipe: spec.recipe,
+            components: record.components.clone(),
+            root_delta_bytes: allocated_bytes(&disks.root),
+            user_data_bytes: allocated_bytes(&disks.user_data),
+            console_socket: machine.state_dir.join(crate::hypervisor::qemu::args::file::CONSOLE).display().to_string(),
+            console_log: self
+                .shared
+                .driver
+                .console_log(spec.id)
+                .unwrap_or_else(|_| machine.state_dir.join(crate::hypervisor::qemu::args::file::CONSOLE_LOG))
+                .display()
+                .to_string(),
+            migration: match vm.busy {
+                Some(Busy::Migration(id)) => Some(id),
+                _ => None,
+            },
+            spec: spec.clone(),
+        }
+    }
+
+    pub(super) fn create_vm(&mut self, create: VmCreate, reply: Answer) {
+        if let Some(problem) = self.create_problem(&create) {
+            let _ = reply.send(Err(problem));
+            return;
+        }
+        self.names_in_use.insert(create.name.clone());
+        let shared = self.shared.clone();
+        tokio::task::spawn_blocking(move || {
+            let name = create.name.clone();
+            let start = create.start;
+            let result = make_vm(&shared, create);
+            shared.post(Input::apply(move |b| {
+                b.names_in_use.remove(&name);
+                match result {
+                    Ok(record) => b.vm_made(record, start, reply),
+                    Err(problem) => drop(reply.send(Err(problem))),
+                }
+            }));
+        });
+    }
+
+    fn create_problem(&self, create: &VmCreate) -> Option<Problem> {
+        let object = format!("VM {}", create.name);
+        let taken = self.names_in_use.contains(&create.name)
+            || self.vms.values().any(|vm| vm.record.is_here() && vm.record.spec.name == create.name);
+        if taken {
+            return Some(Problem::new(ProblemKind::Conflict, object, "a VM of that name exists").next("choose another name"));
+        }
+        let known = self.networks();
+        if let Some(bad) = create.networks.iter().find(|n| !known.iter().any(|k| k.name == **n)) {
+            let names: Vec<_> = known.iter().map(|n| n.name.as_str()).collect();
+            let reason = format!("there is no network named '{bad}'");
+            let next = format!("networks of this cloud: {}; others go into federation.toml as [[network]]", names.join(", "));
+            return Some(Problem::new(ProblemKind::NotFound, object, reason).next(next));
+        }
+        None
+    }
+
+    fn vm_made(&mut self, record: VmRecord, start: bool, reply: Answer) {
+        let id = record.spec.id;
+        if let Err(e) = self.shared.records.save_vm(&record) {
+            let _ = reply.send(Err(Problem::from_error(ProblemKind::Failed, format!("VM {}", record.spec.name), &e)));
+            return;
+        }
+        tracing::info!(vm = %record.spec.name, id = %id, "created");
+        self.vms.insert(id, Vm { record, busy: None, power_note: None });
+        if start {
+            self.start_vm(id, reply);
+        } else if let Some(vm) = self.vms.get(&id) {
+            let _ = reply.send(Ok(Reply::Vm(Box::new(self.vm_view(vm)))));
+        }
+    }
+
+    pub(super) fn start_vm(&mut self, id: VmId, reply: Answer) {
+        let (room, Some(vm)) = (self.room(&self.shared.me, Some(id)), self.vms.get_mut(&id)) else {
+            return;
+        };
+        let spec = &vm.record.spec;
+        let object = format!("VM {}", spec.name);
+        let running = self.shared.driver.state(id).is_ok_and(|s| s != PowerState::Stopped && s != PowerState::Crashed);
+        if !running && (spec.cpus > room.cpus_free || spec.memory.0 > room.memory_bytes_free) {
+            let reason = format!(
+                "needs {} CPUs and {}; {} CPUs and {} are free",
+                spec.cpus,
+                spec.memory,
+                room.cpus_free,
+                ByteSize(room.memory_bytes_free)
+            );
+            let _ = reply.send(Err(Problem::new(ProblemKind::Refused, object, reason)
+                .next("stop or move another VM, or raise hypervisor.cpus and hypervisor.memory in federation.toml")));
+            return;
+        }
+        vm.record.run = true;
+        vm.power_note = None;
+        if let Err(e) = self.shared.records.save_vm(&vm.record) {
+            let _ = reply.send(Err(Problem::from_error(ProblemKind::Failed, object, &e)));
+            return;
+        }
+        vm.busy = Some(Busy::Verb("starting"));
+        let (machine, shared) = (self.machine_of(id), self.shared.clone());
+        let Some(machine) = machine else { return };
+        tokio::spawn(async move {
+            let result = run_machine(&shared, &machine).await;
+            shared.post(Input::apply(move |b| b.verb_done(id, result, reply)));
+        });
+    }
+
+    fn machine_of(&self, id: VmId) -> Option<Machine> {
+        self.vms.get(&id).map(|vm| self.machine(&vm.record))
+    }
+
+    /// Starts a VM without an operator waiting: at boot, after an abandoned move, or on arrival.
+    pub(super) fn start_machine(&mut self, id: VmId, arrival: Option<MigrationId>) {
+        let Some(vm) = self.vms.get_mut(&id).filter(|vm| vm.record.is_here()) else { return };
+        if !vm.record.run {
+            vm.record.run = true;
+            if let Err(e) = self.shared.records.save_vm(&vm.record) {
+                tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "cannot record that it should run");
+            }
+        }
+        let Some(machine) = self.machine_of(id) else { return };
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            let result = run_machine(&shared, &machine).await.map_err(|p| p.reason);
+            if let Err(reason) = &result {
+                tracing::error!(vm = %machine.spec.name, reason, "does not start");
+            }
+            shared.post(Input::apply(move |b| match arrival {
+                Some(migration) => b.arrival_started(migration, result),
+                None => b.presence_changed(),
+            }));
+        });
+    }
+
+    pub(super) fn stop_vm(&mut self, id: VmId, force: bool, timeout: Duration, reply: Answer) {
+        let Some(vm) = self.vms.get_mut(&id) else { return };
+        vm.busy = Some(Busy::Verb("stopping"));
+        let object = format!("VM {}", vm.record.spec.name);
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            let mode = if force { StopMode::Forced } else { StopMode::Graceful { timeout, escalate: false } };
+            let result = shared.driver.stop(id, mode).await.map_err(|e| {
+                Problem::from_error(ProblemKind::Failed, object, &e).next("use 'cicada vm stop --force' if the guest hangs")
+            });
+            shared.post(Input::apply(move |b| {
+                if let (Ok(()), Some(vm)) = (&result, b.vms.get_mut(&id)) {
+                    vm.record.run = false;
+                    if let Err(e) = b.shared.records.save_vm(&vm.record) {
+                        tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "stop not recorded");
+                    }
+                }
+                b.verb_done(id, result, reply);
+            }));
+        });
+    }
+
+    fn verb_done(&mut self, id: VmId, result: Result<(), Problem>, reply: Answer) {
+        let Some(vm) = self.vms.get_mut(&id) else { return };
+        vm.busy = None;
+        let answer = match (result, self.vms.get(&id)) {
+            (Ok(()), Some(vm)) => Ok(Reply::Vm(Box::new(self.vm_view(vm)))),
+            (Err(problem), _) => Err(problem),
+            (Ok(()), None) => Ok(Reply::Done),
+        };
+        let _ = reply.send(answer);
+        self.presence_changed();
+    }
+
+    /// Deletes a stopped VM, or the kept copy of one that was handed over and acknowledged.
+    pub(super) fn delete_vm(&mut self, name: &str, reply: Answer) {
+        match self.deletable(name) {
+            Err(problem) => drop(reply.send(Err(problem))),
+            Ok(id) => self.remove_vm(id, Some(reply)),
+        }
+    }
+
+    fn deletable(&self, name: &str) -> Result<VmId, Problem> {
+        let id = self.find_vm(name)?;
+        let object = format!("VM {name}");
+        match self.vms.get(&id).and_then(|vm| vm.record.given_up()) {
+            Some(g) if g.receipt.is_none() => {
+                Err(Problem::new(ProblemKind::Conflict, object, "its hand-over is not acknowledged: this may be the only copy")
+                    .next(format!("bring {} online again; the hand-over then completes by itself", g.to)))
+            }
+            Some(_) => Ok(id),
+            None => {
+                let id = self.free_vm(name)?;
+                match self.shared.driver.state(id) {
+                    Ok(PowerState::Stopped | PowerState::Crashed) | Err(_) => Ok(id),
+                    Ok(state) => Err(Problem::new(ProblemKind::Conflict, object, format!("is {state}"))
+                        .next(format!("cicada vm stop {name}"))),
+                }
+            }
+        }
+    }
+
+    /// Scrubs and forgets a VM's copy here.
+    pub(super) fn remove_vm(&mut self, id: VmId, reply: Option<Answer>) {
+        let Some(vm) = self.vms.remove(&id) else { return };
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            let undefined = shared.driver.undefine(id).await;
+            let name = vm.record.spec.name.clone();
+            let work = tokio::task::spawn_blocking(move || {
+                staging::scrub_dir(&shared.records.vm_dir(id).join(&vm.record.disks));
+                shared.records.remove_vm(id)
+            });
+            let object = format!("VM {name}");
+            let result = match (undefined, work.await) {
+                (Err(e), _) => Err(Problem::from_error(ProblemKind::Failed, object, &e)),
+                (_, Ok(Err(e))) => Err(Problem::from_error(ProblemKind::Failed, object, &e)),
+                (_, Err(e)) => Err(Problem::new(ProblemKind::Failed, object, e.to_string())),
+                (Ok(()), Ok(Ok(()))) => Ok(Reply::Done),
+            };
+            tracing::info!(vm = %name, "removed");
+            if let Some(reply) = reply {
+                let _ = reply.send(result);
+            }
+        });
+    }
+
+    /// Scrubs copies whose grace period is over.
+    pub(super) fn scrub_released(&mut self) {
+        let now = self.shared.now();
+        let due: Vec<_> = self
+            .vms
+            .iter()
+            .filter(|(_, vm)| vm.busy.is_none())
+            .filter(|(_, vm)| vm.record.given_up().and_then(|g| g.scrub_after).is_some_and(|t| t <= now))
+            // A copy that is coming home right now serves as its seed.
+            .filter(|(id, _)| !self.incoming.values().any(|r| r.is_unfinished() && r.spec().id == **id))
+            .map(|(id, _)| *id)
+            .collect();
+        due.into_iter().for_each(|id| self.remove_vm(id, None));
+    }
+
+    /// A VM ended or crashed without our doing.
+    pub(super) fn power_event(&mut self, event: &crate::hypervisor::DriverEvent) {
+        use crate::hypervisor::{EventKind, StopReason};
+        let Some(vm) = self.vms.get_mut(&event.vm) else { return };
+        let name = vm.record.spec.name.clone();
+        match &event.kind {
+            EventKind::Stopped { reason: StopReason::Guest } if vm.busy.is_none() => {
+                tracing::info!(vm = %name, "the guest switched itself off");
+                vm.record.run = false;
+                if let Err(e) = self.shared.records.save_vm(&vm.record) {
+                    tracing::warn!(vm = %name, error = chain(&e), "stop not recorded");
+                }
+            }
+            EventKind::Crashed { detail } => {
+                tracing::error!(vm = %name, detail, "the hypervisor process ended unasked");
+                vm.power_note = Some(detail.clone());
+            }
+            EventKind::DiskError { device, reason, paused } => {
+                tracing::error!(vm = %name, device, reason, paused, "disk error");
+            }
+            _ => {}
+        }
+        self.presence_changed();
+    }
+
+    /// VMs that should run and do not: after a restart of the host.
+    pub(super) fn start_wanted(&mut self) {
+        let wanted: Vec<_> =
+            self.vms.values().filter(|vm| vm.record.is_here() && vm.record.run).map(|vm| vm.record.spec.id).collect();
+        wanted.into_iter().for_each(|id| self.start_machine(id, None));
+    }
+
+}
+
+/// Makes sure the composition is there and is the right one, then starts the VM.
+async fn run_machine(shared: &std::sync::Arc<Shared>, machine: &Machine) -> Result<(), Problem> {
+    let object = format!("VM {}", machine.spec.name);
+    let (composer, recipe) = (shared.composer.clone(), machine.spec.recipe);
+    let composed = tokio::task::spawn_blocking(move || composer.composition(&recipe).map(drop)).await;
+    match composed {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => return Err(Problem::from_error(ProblemKind::Damaged, object, &e)),
+        Err(e) => return Err(Problem::new(ProblemKind::Failed, object, e.to_string())),
+    }
+    shared.driver.start(machine).await.map_err(|e| Problem::from_error(ProblemKind::Failed, object, &e))
+}
+
+/// Composes, makes the disks and the record of a new VM. Blocking.
+fn make_vm(shared: &Shared, create: VmCreate) -> Result<VmRecord, Problem> {
+    let object = format!("VM {}", create.name);
+    let failed = |e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, object.clone(), e);
+    let ids: Vec<ComponentId> = content::resolve(&shared.repository, &create.components)?;
+    let (recipe_id, recipe) = shared
+        .composer
+        .make_recipe(&ids, create.ordered, create.root_size, &create.kernel_command_line)
+        .map_err(|e| content::compose_problem(&e))?;
+    let id = VmId::random();
+    let nics = (0u8..).zip(&create.networks).map(|(i, n)| Nic { network: n.clone(), mac: Mac::derived(id, i) }).collect();
+    let spec = VmSpec {
+        id,
+        name: create.name,
+        cpus: create.cpus,
+        memory: create.memory,
+        recipe: recipe_id,
+        root_size: ByteSize(recipe.disk.virtual_size_bytes),
+        user_data_size: create.user_data_size,
+        nics,
+        architecture: content::architecture(&shared.repository, &ids)?,
+        cpu_model: shared.config.hypervisor.cpu_model.clone(),
+    };
+    spec.check().map_err(|reason| {
+        Problem::new(ProblemKind::BadRequest, object.clone(), reason).next("see 'cicada vm create --help'")
+    })?;
+    let record = VmRecord::new(spec, content::names(&shared.repository, &ids)?, "disks-1", shared.now());
+    let dir = shared.records.vm_dir(id).join(&record.disks);
+    std::fs::create_dir_all(&dir).map_err(|e| failed(&e))?;
+    let paths = DiskPaths::in_dir(&dir, shared.composer.path_of(&recipe_id));
+    let made = disk::create_overlay(&paths.root, &paths.base, record.spec.root_size.0).and_then(|()| {
+        match record.spec.user_data_size.0 {
+            0 => Ok(()),
+            size => disk::create_user_data(&paths.user_data, size),
+        }
+    });
+    made.map_err(|e| {
+        let _ = std::fs::remove_dir_all(shared.records.vm_dir(id));
+        failed(&e)
+    })?;
+    Ok(record)
+}
+
+/// Bytes really allocated for a file; zero if it is not there.
+fn allocated_bytes(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |m| m.blocks() * 512)
+}
+
+/// Waits until the guest prints its ready line on the console. False if it does not in time.
+pub async fn watch_boot(log: &Path, patience: Duration) -> bool {
+    let seen = async {
+        let from = tokio::fs::metadata(log).await.map_or(0, |m| m.len());
+        // The log is appended to over restarts; the line of this boot comes after what is there now,
+        // but the guest may already be a little ahead of us.
+        let from = from.saturating_sub(4096);
+        loop {
+            if read_from(log, from).await.is_ok_and(|text| contains(&text, READY_LINE.as_bytes())) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    tokio::time::timeout(patience, seen).await.is_ok()
+}
+
+async fn read_from(path: &Path, from: u64) -> io::Result<Vec<u8>> {
+    use tokio::io::{AsyncReadExt, AsyncSeekExt};
+    let mut file = tokio::fs::File::open(path).await?;
+    file.seek(io::SeekFrom::Start(from)).await?;
+    let mut text = Vec::new();
+    // A guest can print without end; the line comes early.
+    file.take(4 << 20).read_to_end(&mut text).await?;
+    Ok(text)
+}
+
+fn contains(haystack: &[u8], needle: &[u8]) -> bool {
+    haystack.windows(needle.len()).any(|w| w == needle)
+}

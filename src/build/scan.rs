@@ -1,0 +1,283 @@
+//! A directory tree as a list of entries: owner, mode, times, attributes, links, devices. Content
+//! stays where it is until it is packed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
+
+use super::acl;
+use super::error::BuildError;
+use crate::component::manifest::{Meta, limit, path_order, show};
+
+/// A path in the order manifests have.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TreePath(pub Vec<u8>);
+
+impl Ord for TreePath {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        path_order(&self.0, &other.0)
+    }
+}
+
+impl PartialOrd for TreePath {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// What a tree holds, by path; the root has the empty path.
+pub type Tree = BTreeMap<TreePath, Node>;
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Node {
+    pub meta: Meta,
+    /// Sorted by name, ACLs in the stored form.
+    pub xattrs: Vec<(String, Vec<u8>)>,
+    pub kind: NodeKind,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum NodeKind {
+    Directory {
+        /// What the layer below has in it does not show through (overlayfs).
+        opaque: bool,
+    },
+    File {
+        size_bytes: u64,
+    },
+    HardLink {
+        target: Vec<u8>,
+    },
+    Symlink {
+        target: Vec<u8>,
+    },
+    CharDevice {
+        major: u32,
+        minor: u32,
+    },
+    BlockDevice {
+        major: u32,
+        minor: u32,
+    },
+    Fifo,
+    Socket,
+    /// Removes what the layer below has here (overlayfs).
+    Whiteout,
+}
+
+/// A directory being read, and from which content is read later without following links.
+#[derive(Debug)]
+pub struct Root {
+    path: PathBuf,
+    fd: OwnedFd,
+}
+
+impl Root {
+    pub fn open(path: &Path) -> Result<Self, BuildError> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| at(path, b"", e.into()))?;
+        Ok(Self { path: path.to_owned(), fd })
+    }
+
+    /// Opens a regular file; no part of `path` may be a symbolic link.
+    pub fn file(&self, path: &[u8]) -> Result<File, BuildError> {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        rustix::fs::openat2(&self.fd, path, flags, Mode::empty(), resolve)
+            .map(File::from)
+            .map_err(|e| self.at(path, e.into()))
+    }
+
+    pub fn at(&self, path: &[u8], source: io::Error) -> BuildError {
+        at(&self.path, path, source)
+    }
+
+    /// Reads the whole tree. Entries below other mounts are read like any.
+    pub fn scan(&self) -> Result<Tree, BuildError> {
+        let mut walk = Walk { root: self, tree: Tree::new(), first_of: HashMap::new() };
+        let stat = rustix::fs::fstat(&self.fd).map_err(|e| self.at(b"", e.into()))?;
+        let node = walk.directory(&self.fd, b"", &stat)?;
+        walk.tree.insert(TreePath(Vec::new()), node);
+        walk.children(&self.fd, b"")?;
+        Ok(walk.tree)
+    }
+}
+
+fn at(root: &Path, path: &[u8], source: io::Error) -> BuildError {
+    BuildError::Tree { root: root.to_owned(), path: show(path), source }
+}
+
+struct Walk<'a> {
+    root: &'a Root,
+    tree: Tree,
+    /// The first path of every inode with several names.
+    first_of: HashMap<(u64, u64), Vec<u8>>,
+}
+
+impl Walk<'_> {
+    fn children(&mut self, dir: &OwnedFd, path: &[u8]) -> Result<(), BuildError> {
+        let fail = |e: rustix::io::Errno| self.root.at(path, e.into());
+        let mut names = Vec::new();
+        for item in Dir::read_from(dir).map_err(fail)? {
+            let name = item.map_err(fail)?.file_name().to_bytes().to_vec();
+            if name != b"." && name != b".." {
+                names.push(name);
+            }
+        }
+        // The order decides which name of an inode is the file and which are links to it.
+        names.sort();
+        for name in names {
+            let child = if path.is_empty() { name.clone() } else { [path, b"/", &name].concat() };
+            self.child(dir, &name, child)?;
+        }
+        Ok(())
+    }
+
+    fn child(&mut self, dir: &OwnedFd, name: &[u8], path: Vec<u8>) -> Result<(), BuildError> {
+        if path.len() as u64 > limit::PATH_BYTES || self.tree.len() as u64 >= limit::ENTRIES {
+            return Err(BuildError::TooMuch { what: "paths", object: show(&path) });
+        }
+        let fail = |e: rustix::io::Errno| self.root.at(&path, e.into());
+        let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
+        let kind = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => {
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let fd = rustix::fs::openat(dir, name, flags, Mode::empty()).map_err(fail)?;
+                let node = self.directory(&fd, &path, &stat)?;
+                self.tree.insert(TreePath(path.clone()), node);
+                return self.children(&fd, &path);
+            }
+            FileType::RegularFile => {
+                let inode = (stat.st_dev, stat.st_ino);
+                match self.first_of.get(&inode) {
+                    Some(first) => NodeKind::HardLink { target: first.clone() },
+                    None => {
+                        if stat.st_nlink > 1 {
+                            self.first_of.insert(inode, path.clone());
+                        }
+                        NodeKind::File { size_bytes: stat.st_size as u64 }
+                    }
+                }
+            }
+            FileType::Symlink => {
+                let target = rustix::fs::readlinkat(dir, name, Vec::new()).map_err(fail)?;
+                NodeKind::Symlink { target: target.into_bytes() }
+            }
+            FileType::CharacterDevice => match device_of(&stat) {
+                (0, 0) => NodeKind::Whiteout,
+                (major, minor) => NodeKind::CharDevice { major, minor },
+            },
+            FileType::BlockDevice => {
+                let (major, minor) = device_of(&stat);
+                NodeKind::BlockDevice { major, minor }
+            }
+            FileType::Fifo => NodeKind::Fifo,
+            FileType::Socket => NodeKind::Socket,
+            FileType::Unknown => {
+                return Err(self.root.at(&path, io::Error::other("of no file type that can be stored")));
+            }
+        };
+        let xattrs = match kind {
+            NodeKind::File { .. } => attributes(&self.root.file(&path)?).map_err(|e| self.root.at(&path, e))?.0,
+            // The others carry none that matter: `user.` and ACLs are for files and directories.
+            _ => Vec::new(),
+        };
+        self.tree.insert(TreePath(path), Node { meta: meta_of(&stat), xattrs, kind });
+        Ok(())
+    }
+
+    fn directory(&self, fd: &OwnedFd, path: &[u8], stat: &Stat) -> Result<Node, BuildError> {
+        let (xattrs, opaque) = attributes(fd).map_err(|e| self.root.at(path, e))?;
+        Ok(Node { meta: meta_of(stat), xattrs, kind: NodeKind::Directory { opaque } })
+    }
+}
+
+fn device_of(stat: &Stat) -> (u32, u32) {
+    (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev))
+}
+
+fn meta_of(stat: &Stat) -> Meta {
+    Meta { mode: (stat.st_mode & 0o7777) as u16, uid: stat.st_uid, gid: stat.st_gid, mtime_s: stat.st_mtime }
+}
+
+/// The attributes a component keeps, and whether overlayfs marks the directory opaque. What
+/// overlayfs and trusted helpers note for themselves stays behind.
+fn attributes(fd: impl AsFd) -> io::Result<(Vec<(String, Vec<u8>)>, bool)> {
+    let fd = fd.as_fd();
+    let mut names = vec![0u8; 64 << 10];
+    let length = match rustix::fs::flistxattr(fd, &mut names[..]) {
+        Ok(n) => n,
+        Err(rustix::io::Errno::OPNOTSUPP) => 0,
+        Err(e) => return Err(e.into()),
+    };
+    let mut kept = Vec::new();
+    let mut opaque = false;
+    for name in names[..length].split(|b| *b == 0).filter(|n| !n.is_empty()) {
+        let Ok(name) = std::str::from_utf8(name) else {
+            return Err(io::Error::other("has an extended attribute whose name is not UTF-8"));
+        };
+        let mut value = vec![0u8; 64 << 10];
+        let length = rustix::fs::fgetxattr(fd, name, &mut value[..])?;
+        value.truncate(length);
+        if name == "trusted.overlay.opaque" {
+            opaque = value == b"y";
+        } else if let Some(value) = kept_value(name, value)? {
+            kept.push((name.to_owned(), value));
+        }
+    }
+    kept.sort();
+    Ok((kept, opaque))
+}
+
+/// The value to store for an attribute, `None` for those that stay behind.
+pub fn kept_value(name: &str, value: Vec<u8>) -> io::Result<Option<Vec<u8>>> {
+    let value = if acl::is_acl(name) {
+        acl::to_disk(&value).ok_or_else(|| io::Error::other(format!("{name} is no POSIX ACL")))?
+    } else if name.starts_with("user.") || name.starts_with("security.") {
+        value
+    } else {
+        return Ok(None);
+    };
+    if value.len() as u64 > limit::XATTR_VALUE_BYTES {
+        return Err(io::Error::other(format!("{name} is larger than an ext4 block holds")));
+    }
+    Ok(Some(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    #[test]
+    fn sees_everything_in_order_and_follows_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let p = |n: &str| dir.path().join(n);
+        std::fs::create_dir_all(p("d/empty")).unwrap();
+        std::fs::write(p("d/file"), b"12345").unwrap();
+        std::fs::set_permissions(p("d/file"), std::fs::Permissions::from_mode(0o4750)).unwrap();
+        std::fs::hard_link(p("d/file"), p("d.x")).unwrap();
+        symlink("/etc/passwd", p("link")).unwrap();
+        let fifo = FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, p("fifo"), fifo, Mode::RUSR, 0).unwrap();
+        rustix::fs::setxattr(p("d/file"), "user.note", b"v", rustix::fs::XattrFlags::empty()).unwrap();
+
+        let root = Root::open(dir.path()).unwrap();
+        let tree = root.scan().unwrap();
+        let paths: Vec<_> = tree.keys().map(|p| String::from_utf8(p.0.clone()).unwrap()).collect();
+        assert_eq!(paths, ["", "d", "d/empty", "d/file", "d.x", "fifo", "link"]);
+        let node = |n: &str| &tree[&TreePath(n.as_bytes().to_vec())];
+        assert_eq!(node("d/file").kind, NodeKind::File { size_bytes: 5 });
+        assert_eq!(node("d/file").meta.mode, 0o4750);
+        assert_eq!(node("d/file").xattrs, [("user.note".to_owned(), b"v".to_vec())]);
+        assert_eq!(node("d.x").kind, NodeKind::HardLink { target: b"d/file".to_vec() });
+        assert_eq!(node("link").kind, NodeKind::Symlink { target: b"/etc/passwd".to_vec() });
+        assert_eq!(node("fifo").kind, NodeKind::Fifo);
+        assert!(root.file(b"link").is_err(), "a link is not followed");
+        assert!(root.file(b"../x").is_err());
+    }
+}

@@ -1,0 +1,93 @@
+//! The image digest: BLAKE3 over the list of BLAKE3 hashes of the image's 4 MiB segments, the last
+//! one shorter. Holes and zeros hash alike, so sparseness does not matter; the list localises a
+//! mismatch.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use rayon::prelude::*;
+use rustix::fs::SeekFrom;
+
+use crate::types::ImageDigest;
+
+/// Changing this value is a format break.
+pub const SEGMENT_BYTES: u64 = 4 << 20;
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Digest {
+    pub digest: ImageDigest,
+    pub segments: Vec<blake3::Hash>,
+}
+
+pub fn digest_of(path: &Path) -> io::Result<Digest> {
+    digest(&File::open(path)?)
+}
+
+/// Reads what is not a hole, on all cores.
+pub fn digest(file: &File) -> io::Result<Digest> {
+    let len = file.metadata()?.len();
+    let count = len.div_ceil(SEGMENT_BYTES);
+    let mut has_data = vec![false; count as usize];
+    let mut at = 0;
+    while at < len {
+        // Beyond the last data there is none, which is an error code of its own.
+        let Ok(data) = rustix::fs::seek(file, SeekFrom::Data(at)) else { break };
+        let hole = rustix::fs::seek(file, SeekFrom::Hole(data)).unwrap_or(len).min(len);
+        for segment in data / SEGMENT_BYTES..hole.div_ceil(SEGMENT_BYTES) {
+            has_data[segment as usize] = true;
+        }
+        at = hole.max(data + 1);
+    }
+    let segments: Vec<blake3::Hash> = has_data
+        .par_iter()
+        .enumerate()
+        .map_init(
+            || vec![0u8; SEGMENT_BYTES as usize],
+            |buffer, (i, has_data)| {
+                let start = i as u64 * SEGMENT_BYTES;
+                let size = SEGMENT_BYTES.min(len - start);
+                if !has_data && size == SEGMENT_BYTES {
+                    return Ok(zero_segment());
+                }
+                let buffer = &mut buffer[..size as usize];
+                file.read_exact_at(buffer, start)?;
+                Ok(blake3::hash(buffer))
+            },
+        )
+        .collect::<io::Result<_>>()?;
+    let mut list = blake3::Hasher::new();
+    for segment in &segments {
+        list.update(segment.as_bytes());
+    }
+    Ok(Digest { digest: ImageDigest(list.finalize().into()), segments })
+}
+
+fn zero_segment() -> blake3::Hash {
+    static HASH: OnceLock<blake3::Hash> = OnceLock::new();
+    *HASH.get_or_init(|| blake3::hash(&vec![0; SEGMENT_BYTES as usize]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Seek, Write};
+
+    #[test]
+    fn holes_and_zeros_are_the_same() {
+        let mut sparse = tempfile::tempfile().unwrap();
+        sparse.set_len(3 * SEGMENT_BYTES + 5).unwrap();
+        sparse.seek(io::SeekFrom::Start(SEGMENT_BYTES + 7)).unwrap();
+        sparse.write_all(b"cicada").unwrap();
+        let mut full = tempfile::tempfile().unwrap();
+        let mut bytes = vec![0; 3 * SEGMENT_BYTES as usize + 5];
+        bytes[SEGMENT_BYTES as usize + 7..][..6].copy_from_slice(b"cicada");
+        full.write_all(&bytes).unwrap();
+        let (a, b) = (digest(&sparse).unwrap(), digest(&full).unwrap());
+        assert_eq!(a, b);
+        assert_eq!(a.segments[0], zero_segment());
+        assert_eq!(digest(&tempfile::tempfile().unwrap()).unwrap().segments.len(), 0);
+    }
+}

@@ -1,0 +1,52 @@
+//! Why a disk could not be composed.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::component::tree::TreeError;
+use crate::repository::RepositoryError;
+use crate::types::{ByteSize, ImageDigest, RecipeId};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ComposeError {
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    #[error("these components do not make a disk")]
+    Tree(#[from] TreeError),
+    #[error("the repository lacks {}", objects.join(", "))]
+    Missing { objects: Vec<String> },
+    #[error("the recipe was made by composer {wanted}, this is {}: upgrade the older side", super::COMPOSER)]
+    Composer { wanted: String },
+    #[error("a disk of {size} is too small: the components need about {need}")]
+    TooSmall { size: ByteSize, need: ByteSize },
+    #[error("the file system cannot hold {path}")]
+    Layout {
+        path: String,
+        #[source]
+        source: mkext4::Error,
+    },
+    #[error("the file system cannot be laid out")]
+    FileSystem(#[source] mkext4::Error),
+    #[error("{path} does not fit on an EFI system partition")]
+    Esp {
+        path: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "composed {found} where recipe {recipe} promises {expected} (composer {composer}): \
+         run 'cicada repo check', and compare composer versions with the source"
+    )]
+    Digest { recipe: RecipeId, expected: ImageDigest, found: ImageDigest, composer: String },
+    #[error("not enough room in {}: {need} needed, {have} free", dir.display())]
+    NoSpace { dir: PathBuf, need: ByteSize, have: ByteSize },
+    #[error("cannot {what} {}", path.display())]
+    Io {
+        what: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("qemu-img failed: {0}")]
+    Convert(String),
+}

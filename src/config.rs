@@ -1,1 +1,0 @@
-//! Level 2: federation.toml, read, checked and documented.

@@ -1,0 +1,336 @@
+//! `federation.toml` as it is written. [`super::Config`] is what it means.
+//!
+//! Relative paths are relative to the directory of the file. Sizes are numbers of bytes or text
+//! such as `"512M"`; durations are text such as `"90s"`, `"10m"`, `"24h"`, `"7d"`.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::de::{self, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::types::{ByteSize, CloudName, MemberJid, PublicKey};
+
+use super::value::{HumanDuration, Rate, words};
+
+/// The whole file. Unknown sections and fields are refused.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct File {
+    pub cloud: Cloud,
+    pub xmpp: Xmpp,
+    #[serde(default)]
+    pub transfer: Transfer,
+    #[serde(default)]
+    pub hypervisor: Hypervisor,
+    /// Networks VMs can be plugged into. Without any there is one, `default`, of kind `user`.
+    #[serde(default)]
+    pub network: Vec<Network>,
+    #[serde(default)]
+    pub repository: Repository,
+    #[serde(default)]
+    pub trust: Trust,
+    #[serde(default)]
+    pub migration: Migration,
+    #[serde(default)]
+    pub api: Api,
+}
+
+/// `[cloud]`: who this cloud is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cloud {
+    /// Name in the federation and nick in its room: `a-z 0-9 . _ -`, at most 63.
+    pub name: CloudName,
+    /// Where it stands, in words other members understand.
+    #[serde(default)]
+    pub region: String,
+    /// Everything the broker keeps: identity key, repository, VMs.
+    #[serde(default = "default_data_dir")]
+    pub data_dir: PathBuf,
+    /// Carbon intensity of its power, grams CO₂e per kWh.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub carbon_g_per_kwh: Option<f32>,
+    /// Price of a CPU for an hour, in the federation's unit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub price_per_hour: Option<f32>,
+}
+
+/// `[xmpp]`: the account and the room.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Xmpp {
+    /// The cloud's account, `name@domain`.
+    pub jid: MemberJid,
+    /// A file that holds the account's password; only its owner may read it.
+    pub password_file: PathBuf,
+    /// `host:port` of the server, where the domain's own name does not lead there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub server: Option<String>,
+    /// How the connection is protected.
+    #[serde(default)]
+    pub security: Security,
+    /// PEM certificates to trust instead of the system's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// The federation's room, `room@conference.domain`.
+    pub room: String,
+}
+
+words! {
+    /// How the connection to the XMPP server is protected.
+    #[derive(Default)]
+    pub enum Security {
+        /// TLS from the first byte (XEP-0368), port 5223.
+        #[default]
+        DirectTls = "direct-tls",
+        /// TLS negotiated in the stream (RFC 6120), port 5222.
+        Starttls = "starttls",
+        /// No TLS; only to a server on this machine.
+        Plain = "plain",
+    }
+}
+
+/// `[transfer]`: the data link between brokers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Transfer {
+    /// UDP address to listen at.
+    #[serde(deserialize_with = "socket_address")]
+    pub listen: SocketAddr,
+    /// Addresses, with or without a port, at which other clouds reach it. Needed where `listen` names none
+    /// that others can dial.
+    pub advertise: Vec<String>,
+    /// Most that is sent, over all streams: `"100Mbit"` per second, or bytes such as `"12M"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth_limit: Option<Rate>,
+}
+
+/// `[hypervisor]`: what runs the VMs, and how much of this machine it may use.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Hypervisor {
+    pub driver: DriverKind,
+    pub accelerator: Accelerator,
+    /// CPUs that VMs may use together; the machine's if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u32>,
+    /// Memory that VMs may use together; the machine's if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<ByteSize>,
+    /// CPU model of new VMs: a baseline that every member has.
+    pub cpu_model: String,
+    /// A versioned machine type; the driver's own if not set. Members that exchange VMs need the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub machine_type: Option<String>,
+    /// UEFI firmware and the template of its variables, of one build; the distribution's if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub firmware_code: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub firmware_vars: Option<PathBuf>,
+}
+
+words! {
+    #[derive(Default)]
+    pub enum DriverKind {
+        #[default]
+        Qemu = "qemu",
+    }
+}
+
+words! {
+    #[derive(Default)]
+    pub enum Accelerator {
+        /// KVM where it works, else software emulation.
+        #[default]
+        Auto = "auto",
+        Kvm = "kvm",
+        /// Software emulation.
+        Tcg = "tcg",
+    }
+}
+
+/// `[[network]]`: a network of this cloud. A VM can only move to a cloud that has one of the same name.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network {
+    pub name: String,
+    pub kind: NetworkWord,
+    /// The bridge of this host, with kind `bridge`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<String>,
+}
+
+words! {
+    pub enum NetworkWord {
+        /// Address translation inside the hypervisor; outgoing connections only, no privileges needed.
+        User = "user",
+        /// A bridge of this host.
+        Bridge = "bridge",
+        /// A card without a cable.
+        None = "none",
+    }
+}
+
+/// `[repository]`: components and everything else that is kept by content.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Repository {
+    /// `<data_dir>/repository` if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dir: Option<PathBuf>,
+    /// Most that is kept uncompressed to compose from.
+    pub hot_cache_size: ByteSize,
+    /// How old unused content must be before it is collected.
+    pub gc_grace: HumanDuration,
+}
+
+/// `[trust]`: whose identity keys are believed.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Trust {
+    /// Keys known in advance; `cicada identity show` prints a cloud's own.
+    pub pinned: Vec<Pin>,
+    /// Whether the first key a member of the room shows is believed without asking an operator.
+    pub trust_on_first_use: bool,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pin {
+    pub jid: MemberJid,
+    pub key: PublicKey,
+}
+
+/// `[migration]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Migration {
+    /// How long the source keeps its copy of a VM that moved away.
+    pub grace_period: HumanDuration,
+    /// How long a reservation at the target lives without being extended, seconds.
+    pub lease_s: u32,
+    /// How long a guest may take to shut down before it is switched off, seconds.
+    pub stop_timeout_s: u32,
+    /// Migrations that may arrive at once.
+    pub concurrency: u32,
+    /// `"members"`, or the list of members whose VMs are taken.
+    pub accept_from: AcceptFrom,
+}
+
+/// Whose VMs are taken.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum AcceptFrom {
+    /// Every trusted member of the room.
+    #[default]
+    Members,
+    These(Vec<MemberJid>),
+}
+
+/// `[api]`: how this broker's operator talks to it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Api {
+    /// The Unix socket; `<data_dir>/cicada.sock` if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+}
+
+impl AcceptFrom {
+    pub fn accepts(&self, source: &MemberJid) -> bool {
+        match self {
+            AcceptFrom::Members => true,
+            AcceptFrom::These(list) => list.contains(source),
+        }
+    }
+}
+
+fn default_data_dir() -> PathBuf {
+    "/var/lib/cicada".into()
+}
+
+impl Default for Transfer {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([0, 0, 0, 0], 7420)), advertise: Vec::new(), bandwidth_limit: None }
+    }
+}
+
+impl Default for Hypervisor {
+    fn default() -> Self {
+        Self {
+            driver: DriverKind::Qemu,
+            accelerator: Accelerator::Auto,
+            cpus: None,
+            memory: None,
+            cpu_model: "qemu64".into(),
+            machine_type: None,
+            firmware_code: None,
+            firmware_vars: None,
+        }
+    }
+}
+
+impl Default for Repository {
+    fn default() -> Self {
+        Self { dir: None, hot_cache_size: ByteSize::gib(4), gc_grace: HumanDuration::from_secs(600) }
+    }
+}
+
+impl Default for Migration {
+    fn default() -> Self {
+        Self {
+            grace_period: HumanDuration::from_secs(24 * 3600),
+            lease_s: 120,
+            stop_timeout_s: 90,
+            concurrency: 4,
+            accept_from: AcceptFrom::Members,
+        }
+    }
+}
+
+impl Serialize for AcceptFrom {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        match self {
+            AcceptFrom::Members => s.serialize_str("members"),
+            AcceptFrom::These(list) => list.serialize(s),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for AcceptFrom {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Words;
+        impl<'de> Visitor<'de> for Words {
+            type Value = AcceptFrom;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"members\" or a list of member addresses")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<AcceptFrom, E> {
+                match text {
+                    "members" => Ok(AcceptFrom::Members),
+                    _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
+                }
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<AcceptFrom, A::Error> {
+                let mut members = Vec::new();
+                while let Some(member) = list.next_element()? {
+                    members.push(member);
+                }
+                Ok(AcceptFrom::These(members))
+            }
+        }
+        d.deserialize_any(Words)
+    }
+}
+
+fn socket_address<'de, D: Deserializer<'de>>(d: D) -> Result<SocketAddr, D::Error> {
+    let text = String::deserialize(d)?;
+    let bad = || {
+        de::Error::custom(format!(
+            "'{}' is not an address and port such as \"0.0.0.0:7420\"",
+            text.escape_default()
+        ))
+    };
+    text.parse().map_err(|_| bad())
+}

@@ -1,0 +1,529 @@
+//! Level 2: the configuration of one cloud.
+//!
+//! Precedence: `--set` and other flags, then environment variables, then `federation.toml`. A
+//! variable's name is `CICADA_`, the section, two underscores and the field, for example
+//! `CICADA_XMPP__PASSWORD_FILE`; lists are separated by commas.
+
+mod error;
+pub mod file;
+pub mod secrets;
+mod value;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::types::{ByteSize, MemberJid};
+
+pub use error::ConfigError;
+pub use file::{Accelerator, AcceptFrom, Cloud, DriverKind, Pin, Security, Trust};
+pub use secrets::{Password, load_or_create_identity};
+pub use value::{HumanDuration, Rate};
+
+use error::nearest;
+use file::{File, NetworkWord};
+
+/// Looked for in this order when none is named.
+pub const DEFAULT_PATHS: [&str; 2] = ["federation.toml", "/etc/cicada/federation.toml"];
+const LISTS: [&str; 2] = ["transfer.advertise", "migration.accept_from"];
+const SAMPLE: &str = "compare with the annotated sample federation.toml";
+/// `sun_path` less its terminator, `unix(7)`.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// A configuration that was checked: paths are absolute, defaults are filled in.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The file it came from.
+    pub path: PathBuf,
+    pub cloud: Cloud,
+    pub xmpp: Xmpp,
+    pub transfer: Transfer,
+    pub hypervisor: Hypervisor,
+    pub networks: Vec<Network>,
+    pub repository: Repository,
+    pub trust: Trust,
+    pub migration: Migration,
+    pub api: Api,
+    effective: File,
+}
+
+/// See [`file::Xmpp`].
+#[derive(Clone, Debug)]
+pub struct Xmpp {
+    pub jid: MemberJid,
+    pub password_file: PathBuf,
+    /// Host and port, if not to be found by the domain's name.
+    pub server: Option<(String, u16)>,
+    pub security: Security,
+    pub ca_file: Option<PathBuf>,
+    /// The room's bare JID.
+    pub room: String,
+}
+
+/// See [`file::Transfer`].
+#[derive(Clone, Debug)]
+pub struct Transfer {
+    pub listen: SocketAddr,
+    pub advertise: Vec<String>,
+    pub bandwidth_limit_bytes_per_s: Option<u64>,
+}
+
+/// See [`file::Hypervisor`].
+#[derive(Clone, Debug)]
+pub struct Hypervisor {
+    pub driver: DriverKind,
+    pub accelerator: Accelerator,
+    pub cpus: u32,
+    pub memory: ByteSize,
+    pub cpu_model: String,
+    pub machine_type: Option<String>,
+    pub firmware_code: Option<PathBuf>,
+    pub firmware_vars: Option<PathBuf>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Network {
+    pub name: String,
+    pub kind: NetworkKind,
+}
+
+/// How a network is reached from this host. `Display` is the word other clouds see.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum NetworkKind {
+    User,
+    /// The name of the host's bridge.
+    Bridge(String),
+    None,
+}
+
+/// See [`file::Repository`].
+#[derive(Clone, Debug)]
+pub struct Repository {
+    pub dir: PathBuf,
+    pub hot_cache_size: ByteSize,
+    pub gc_grace: Duration,
+}
+
+/// See [`file::Migration`].
+#[derive(Clone, Debug)]
+pub struct Migration {
+    pub grace_period: Duration,
+    pub lease: Duration,
+    pub stop_timeout: Duration,
+    pub concurrency: usize,
+    pub accept_from: AcceptFrom,
+}
+
+#[derive(Clone, Debug)]
+pub struct Api {
+    pub socket: PathBuf,
+}
+
+/// Settings from the command line: `section.field` and its text.
+pub type Overrides = [(String, String)];
+
+impl Config {
+    /// Reads and checks a configuration. `path` is what the operator named; without it the
+    /// default places are searched.
+    pub fn load(path: Option<&Path>, overrides: &Overrides) -> Result<Self, ConfigError> {
+        let environment =
+            std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
+        Self::load_with(path, environment, overrides)
+    }
+
+    /// As [`Config::load`], with the environment given.
+    pub fn load_with(
+        path: Option<&Path>,
+        environment: impl IntoIterator<Item = (String, String)>,
+        overrides: &Overrides,
+    ) -> Result<Self, ConfigError> {
+        let path = find(path)?;
+        let path = std::path::absolute(&path).map_err(|source| ConfigError::Read { path, source })?;
+        let sources = Sources { environment: settings_of(environment), overrides };
+        let file = sources.read(&path)?;
+        let base = path.parent().unwrap_or(Path::new("/")).to_owned();
+        resolve(file, &base, path.clone()).map_err(|e| sources.with_origin(e, &path))
+    }
+
+    /// Checks what the broker will need from this machine beyond the file itself.
+    pub fn check_files(&self) -> Result<(), ConfigError> {
+        self.xmpp.password()?;
+        let named = [&self.xmpp.ca_file, &self.hypervisor.firmware_code, &self.hypervisor.firmware_vars];
+        for path in named.into_iter().flatten() {
+            std::fs::File::open(path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+        }
+        Ok(())
+    }
+
+    /// The settings in effect, defaults included, in the form of the file.
+    pub fn effective(&self) -> &File {
+        &self.effective
+    }
+}
+
+impl Xmpp {
+    /// Reads the password file, which only its owner may read.
+    pub fn password(&self) -> Result<Password, ConfigError> {
+        secrets::read_password(&self.password_file)
+    }
+}
+
+impl Transfer {
+    /// Where others can dial this broker, `host:port`: what is advertised, else what it listens
+    /// at (`local`), else the address of the default route.
+    pub fn addresses(&self, local: Option<SocketAddr>) -> Vec<String> {
+        let local = local.unwrap_or(self.listen);
+        if !self.advertise.is_empty() {
+            return self.advertise.iter().map(|a| with_port(a, local.port())).collect();
+        }
+        let ip = if local.ip().is_unspecified() { outgoing_ip() } else { Some(local.ip()) };
+        ip.map(|ip| SocketAddr::new(ip, local.port()).to_string()).into_iter().collect()
+    }
+}
+
+impl fmt::Display for NetworkKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            NetworkKind::User => "user",
+            NetworkKind::Bridge(_) => "bridge",
+            NetworkKind::None => "none",
+        })
+    }
+}
+
+fn with_port(address: &str, port: u16) -> String {
+    match address.parse::<IpAddr>() {
+        Ok(ip) => SocketAddr::new(ip, port).to_string(),
+        Err(_) if address.rsplit_once(':').is_some_and(|(_, p)| p.parse::<u16>().is_ok()) => {
+            address.to_owned()
+        }
+        Err(_) => format!("{address}:{port}"),
+    }
+}
+
+/// The address the kernel would send from; nothing is sent to find out (192.0.2.1 is RFC 5737's).
+fn outgoing_ip() -> Option<IpAddr> {
+    let socket = UdpSocket::bind(("0.0.0.0", 0)).ok()?;
+    socket.connect(("192.0.2.1", 9)).ok()?;
+    socket.local_addr().ok().map(|a| a.ip()).filter(|ip| !ip.is_unspecified())
+}
+
+fn find(named: Option<&Path>) -> Result<PathBuf, ConfigError> {
+    match named {
+        Some(path) => Ok(path.to_owned()),
+        None => {
+            let searched = DEFAULT_PATHS.map(PathBuf::from);
+            let found = searched.iter().find(|p| p.exists()).cloned();
+            found.ok_or(ConfigError::NotFound { searched: searched.to_vec() })
+        }
+    }
+}
+
+/// Environment variables that are settings: key to (variable, text).
+fn settings_of(
+    environment: impl IntoIterator<Item = (String, String)>,
+) -> BTreeMap<String, (String, String)> {
+    let setting = |(name, text): (String, String)| {
+        let (section, field) = name.strip_prefix("CICADA_")?.split_once("__")?;
+        let key = format!("{}.{}", section.to_lowercase(), field.to_lowercase().replace("__", "."));
+        Some((key, (name, text)))
+    };
+    environment.into_iter().filter_map(setting).collect()
+}
+
+struct Sources<'a> {
+    environment: BTreeMap<String, (String, String)>,
+    overrides: &'a Overrides,
+}
+
+impl Sources<'_> {
+    fn read(&self, path: &Path) -> Result<File, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let environment = self.environment.iter().map(|(k, (_, v))| (k.clone(), v.clone()));
+        let merged = config::Config::builder()
+            .add_source(config::File::from_str(&text, config::FileFormat::Toml))
+            .add_source(texts(environment.collect()))
+            .add_source(texts(self.overrides.iter().cloned().collect()))
+            .build();
+        merged.and_then(config::Config::try_deserialize).map_err(|e| self.explain(e, path))
+    }
+
+    /// Turns the config crate's error into one that names place, reason and next step.
+    fn explain(&self, error: config::ConfigError, path: &Path) -> ConfigError {
+        use config::ConfigError as E;
+        let (key, reason) = match error {
+            E::FileParse { cause, .. } => {
+                // The parser's text is a position, a picture of the line, and what is wrong.
+                let text = cause.to_string();
+                let mut lines = text.lines().map(str::trim);
+                let place = lines.next().unwrap_or_default().trim_start_matches("TOML parse error ");
+                let reason = format!("{place}: {}", lines.next_back().unwrap_or_default());
+                return ConfigError::Syntax { path: path.to_owned(), reason };
+            }
+            E::NotFound(key) => (key, "is missing".to_owned()),
+            E::Type { unexpected, expected, key, .. } => {
+                let expected =
+                    if expected.contains("unsigned") { "a number that is not negative" } else { expected };
+                (key.unwrap_or_default(), format!("{expected} expected, not {unexpected}"))
+            }
+            E::At { error, key, .. } => (key.unwrap_or_default(), error.to_string()),
+            other => (String::new(), other.to_string()),
+        };
+        // The crate writes `network[0]kind`.
+        self.with_origin(spelled_out(key.replace(']', "].").trim_end_matches('.').into(), reason), path)
+    }
+
+    /// Says from which source the field's value came.
+    fn with_origin(&self, mut error: ConfigError, path: &Path) -> ConfigError {
+        if let ConfigError::Field { origin, field, .. } = &mut error {
+            *origin = if self.overrides.iter().any(|(k, _)| k == field) {
+                "the command line".into()
+            } else if let Some((variable, _)) = self.environment.get(field) {
+                format!("the environment variable {variable}")
+            } else {
+                path.display().to_string()
+            };
+        }
+        error
+    }
+}
+
+/// Serde's message about `key`, in an operator's words.
+fn spelled_out(key: String, reason: String) -> ConfigError {
+    let quoted: Vec<&str> = reason.split('`').skip(1).step_by(2).collect();
+    let Some((wrong, known)) = quoted.split_first() else {
+        return ConfigError::field(key, reason).next(SAMPLE);
+    };
+    let next_step = match nearest(wrong, known.iter().copied()) {
+        Some(near) => format!("did you mean '{near}'?"),
+        None => format!("known are: {}", known.join(", ")),
+    };
+    if reason.starts_with("unknown field") {
+        let field = if key.is_empty() { (*wrong).to_owned() } else { format!("{key}.{wrong}") };
+        ConfigError::field(field, "is not a known setting").next(next_step)
+    } else if reason.starts_with("unknown variant") {
+        ConfigError::field(key, format!("'{wrong}' is not possible")).next(next_step)
+    } else {
+        ConfigError::field(key, reason).next(SAMPLE)
+    }
+}
+
+fn texts(settings: HashMap<String, String>) -> config::Environment {
+    let lists = LISTS.into_iter().filter(|l| settings.get(*l).is_some_and(|text| text != "members"));
+    lists
+        .fold(
+            config::Environment::default().separator(".").try_parsing(true).list_separator(","),
+            |source, key| source.with_list_parse_key(key),
+        )
+        .source(Some(settings))
+}
+
+/// Gives a file its meaning, or names the first rule it breaks.
+fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigError> {
+    resolve_paths(&mut file, base)?;
+    let server = match &file.xmpp.server {
+        Some(text) => Some(host_port(text)?),
+        None => None,
+    };
+    check_cloud(&file)?;
+    check_xmpp(&mut file, server.as_ref().map(|(host, _)| host.as_str()))?;
+    check_limits(&file)?;
+    let networks = networks(&mut file)?;
+    let cpus = *file.hypervisor.cpus.get_or_insert_with(machine_cpus);
+    let memory = *file.hypervisor.memory.get_or_insert_with(machine_memory);
+    let f = file.clone();
+    let seconds = |s: u32| Duration::from_secs(s.into());
+    Ok(Config {
+        path,
+        xmpp: Xmpp {
+            jid: f.xmpp.jid,
+            password_file: f.xmpp.password_file,
+            server,
+            security: f.xmpp.security,
+            ca_file: f.xmpp.ca_file,
+            room: f.xmpp.room,
+        },
+        transfer: Transfer {
+            listen: f.transfer.listen,
+            advertise: f.transfer.advertise,
+            bandwidth_limit_bytes_per_s: f.transfer.bandwidth_limit.map(|r| r.bytes_per_s),
+        },
+        hypervisor: Hypervisor {
+            driver: f.hypervisor.driver,
+            accelerator: f.hypervisor.accelerator,
+            cpus,
+            memory,
+            cpu_model: f.hypervisor.cpu_model,
+            machine_type: f.hypervisor.machine_type,
+            firmware_code: f.hypervisor.firmware_code,
+            firmware_vars: f.hypervisor.firmware_vars,
+        },
+        networks,
+        repository: Repository {
+            dir: f.repository.dir.unwrap_or_else(|| f.cloud.data_dir.join("repository")),
+            hot_cache_size: f.repository.hot_cache_size,
+            gc_grace: f.repository.gc_grace.0,
+        },
+        trust: f.trust,
+        migration: Migration {
+            grace_period: f.migration.grace_period.0,
+            lease: seconds(f.migration.lease_s),
+            stop_timeout: seconds(f.migration.stop_timeout_s),
+            concurrency: f.migration.concurrency as usize,
+            accept_from: f.migration.accept_from,
+        },
+        api: Api { socket: f.api.socket.unwrap_or_else(|| f.cloud.data_dir.join("cicada.sock")) },
+        cloud: f.cloud,
+        effective: file,
+    })
+}
+
+fn resolve_paths(file: &mut File, base: &Path) -> Result<(), ConfigError> {
+    for (field, path) in
+        [("cloud.data_dir", &file.cloud.data_dir), ("xmpp.password_file", &file.xmpp.password_file)]
+    {
+        if path.as_os_str().is_empty() {
+            return Err(ConfigError::field(field, "is empty"));
+        }
+    }
+    let data_dir = base.join(&file.cloud.data_dir);
+    file.repository.dir.get_or_insert_with(|| data_dir.join("repository"));
+    file.api.socket.get_or_insert_with(|| data_dir.join("cicada.sock"));
+    let required = [&mut file.cloud.data_dir, &mut file.xmpp.password_file];
+    let optional = [
+        &mut file.xmpp.ca_file,
+        &mut file.hypervisor.firmware_code,
+        &mut file.hypervisor.firmware_vars,
+        &mut file.repository.dir,
+        &mut file.api.socket,
+    ];
+    for path in required.into_iter().chain(optional.into_iter().flatten()) {
+        *path = base.join(&*path);
+    }
+    Ok(())
+}
+
+fn host_port(text: &str) -> Result<(String, u16), ConfigError> {
+    let parts = text.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)));
+    match parts {
+        Some((host, port)) if !host.is_empty() && port != 0 => {
+            Ok((host.trim_start_matches('[').trim_end_matches(']').to_owned(), port))
+        }
+        _ => Err(ConfigError::field("xmpp.server", format!("'{}' is not host:port", text.escape_default()))
+            .next("write for example \"xmpp.example.org:5223\"")),
+    }
+}
+
+fn check_cloud(file: &File) -> Result<(), ConfigError> {
+    let cloud = &file.cloud;
+    for (field, value) in
+        [("cloud.carbon_g_per_kwh", cloud.carbon_g_per_kwh), ("cloud.price_per_hour", cloud.price_per_hour)]
+    {
+        if value.is_some_and(|v| !v.is_finite() || v < 0.0) {
+            return Err(ConfigError::field(field, "must be a number that is not negative"));
+        }
+    }
+    if cloud.region.len() > 100 || cloud.region.chars().any(char::is_control) {
+        return Err(ConfigError::field("cloud.region", "must be one line of at most 100 bytes"));
+    }
+    let socket = file.api.socket.as_ref().map_or(0, |s| s.as_os_str().len());
+    if socket > SOCKET_PATH_BYTES_MAX {
+        let reason =
+            format!("the path has {socket} bytes; a Unix socket's has at most {SOCKET_PATH_BYTES_MAX}");
+        return Err(ConfigError::field("api.socket", reason).next("set a shorter one, for example in /run"));
+    }
+    Ok(())
+}
+
+fn check_xmpp(file: &mut File, host: Option<&str>) -> Result<(), ConfigError> {
+    // A room's address has the same form as an account's.
+    let room = file.xmpp.room.parse::<MemberJid>().map_err(|_| {
+        ConfigError::field("xmpp.room", format!("'{}' names no room", file.xmpp.room.escape_default()))
+            .next("write for example \"federation@conference.example.org\"")
+    })?;
+    file.xmpp.room = room.to_string();
+    if file.xmpp.security == Security::Plain {
+        let domain = file.xmpp.jid.as_str().rsplit('@').next().unwrap_or_default();
+        let host = host.unwrap_or(domain);
+        let loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+        if !loopback {
+            let reason = format!("\"plain\" would send the password unprotected to {host}");
+            return Err(ConfigError::field("xmpp.security", reason)
+                .next("use \"direct-tls\" or \"starttls\"; \"plain\" is for a server on this machine only"));
+        }
+    }
+    Ok(())
+}
+
+fn check_limits(file: &File) -> Result<(), ConfigError> {
+    let positive = [
+        ("hypervisor.cpus", file.hypervisor.cpus.map(u64::from)),
+        ("hypervisor.memory", file.hypervisor.memory.map(|m| m.0)),
+        ("migration.lease_s", Some(file.migration.lease_s.into())),
+        ("migration.stop_timeout_s", Some(file.migration.stop_timeout_s.into())),
+        ("migration.concurrency", Some(file.migration.concurrency.into())),
+    ];
+    for (field, value) in positive {
+        if value == Some(0) {
+            return Err(ConfigError::field(field, "must be more than zero"));
+        }
+    }
+    for address in &file.transfer.advertise {
+        let plain = address.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:[]".contains(&b));
+        if address.is_empty() || !plain {
+            let reason = format!("'{}' is not an address", address.escape_default());
+            return Err(ConfigError::field("transfer.advertise", reason)
+                .next("write for example \"192.0.2.1:7420\" or \"cloud-a.example.org\""));
+        }
+    }
+    for (i, pin) in file.trust.pinned.iter().enumerate() {
+        if file.trust.pinned[..i].iter().any(|p| p.jid == pin.jid) {
+            return Err(ConfigError::field("trust.pinned", format!("{} is there twice", pin.jid)));
+        }
+    }
+    Ok(())
+}
+
+fn networks(file: &mut File) -> Result<Vec<Network>, ConfigError> {
+    if file.network.is_empty() {
+        let default = file::Network { name: "default".into(), kind: NetworkWord::User, bridge: None };
+        file.network.push(default);
+    }
+    let mut networks: Vec<Network> = Vec::new();
+    for n in &file.network {
+        let plain = |s: &str| {
+            (1..=63).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+        };
+        let wrong = |reason: String| Err(ConfigError::field("network", reason));
+        if !plain(&n.name) {
+            return wrong(format!("'{}' is no name: 1 to 63 of a-z A-Z 0-9 . _ -", n.name.escape_default()));
+        }
+        if networks.iter().any(|other| other.name == n.name) {
+            return wrong(format!("'{}' is there twice", n.name));
+        }
+        let kind = match (n.kind, &n.bridge) {
+            (NetworkWord::User, None) => NetworkKind::User,
+            (NetworkWord::None, None) => NetworkKind::None,
+            (NetworkWord::Bridge, Some(bridge)) if plain(bridge) => NetworkKind::Bridge(bridge.clone()),
+            (NetworkWord::Bridge, _) => return wrong(format!("'{}' needs bridge = \"NAME\"", n.name)),
+            (_, Some(_)) => return wrong(format!("'{}' names a bridge but its kind is another", n.name)),
+        };
+        networks.push(Network { name: n.name.clone(), kind });
+    }
+    Ok(networks)
+}
+
+fn machine_cpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| n.get() as u32)
+}
+
+fn machine_memory() -> ByteSize {
+    let info = rustix::system::sysinfo();
+    ByteSize((info.totalram as u64).saturating_mul(info.mem_unit.into()))
+}
+
+#[cfg(test)]
+mod tests;

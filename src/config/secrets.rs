@@ -1,0 +1,136 @@
+//! Files only the broker's user may read: the account's password and the identity key.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+
+use crate::durable;
+use crate::types::IdentityKey;
+
+use super::error::ConfigError;
+
+const SECRET_BYTES_MAX: u64 = 4096;
+
+/// A password. `Debug` hides it, and it cannot be shown by accident.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Password(String);
+
+impl Password {
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Password {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Password(…)")
+    }
+}
+
+/// Reads a password file: its first line, without the line end.
+pub fn read_password(path: &Path) -> Result<Password, ConfigError> {
+    let text = read_secret(path)?;
+    match text.lines().next() {
+        Some(line) if !line.is_empty() => Ok(Password(line.to_owned())),
+        _ => Err(ConfigError::Secret {
+            path: path.to_owned(),
+            reason: "is empty",
+            next_step: "write the account's password into it",
+        }),
+    }
+}
+
+/// Where the identity key lies: base64 of its 32 secret bytes and a line end.
+pub fn identity_path(data_dir: &Path) -> PathBuf {
+    data_dir.join("identity.key")
+}
+
+/// The cloud's identity key; made at the first call, with the data directory if it is not there.
+pub fn load_or_create_identity(data_dir: &Path) -> Result<IdentityKey, ConfigError> {
+    let path = identity_path(data_dir);
+    match read_secret(&path) {
+        Ok(text) => parse_identity(&path, &text),
+        Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            create_identity(data_dir, &path)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn create_identity(data_dir: &Path, path: &Path) -> Result<IdentityKey, ConfigError> {
+    let failed = |source| ConfigError::Write { path: path.to_owned(), source };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(data_dir).map_err(failed)?;
+    let mut secret = [0; 32];
+    getrandom::fill(&mut secret).map_err(|e| failed(io::Error::other(e)))?;
+    durable::write_secret(path, format!("{}\n", BASE64.encode(secret)).as_bytes()).map_err(failed)?;
+    Ok(IdentityKey::from_secret_bytes(&secret))
+}
+
+fn parse_identity(path: &Path, text: &str) -> Result<IdentityKey, ConfigError> {
+    let bytes = BASE64.decode(text.trim()).ok().and_then(|b| <[u8; 32]>::try_from(b).ok());
+    bytes.map(|b| IdentityKey::from_secret_bytes(&b)).ok_or_else(|| ConfigError::Secret {
+        path: path.to_owned(),
+        reason: "is not an identity key: base64 of 32 bytes expected",
+        next_step: "restore it from a backup; with a new key the other members must trust this cloud anew",
+    })
+}
+
+fn read_secret(path: &Path) -> Result<String, ConfigError> {
+    let failed = |source| ConfigError::Read { path: path.to_owned(), source };
+    let file = File::open(path).map_err(failed)?;
+    let mode = file.metadata().map_err(failed)?.permissions().mode() & 0o777;
+    if mode & 0o077 != 0 {
+        return Err(ConfigError::Exposed { path: path.to_owned(), mode });
+    }
+    let mut text = String::new();
+    file.take(SECRET_BYTES_MAX).read_to_string(&mut text).map_err(failed)?;
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(mode: u32, content: &str) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("secret");
+        fs::write(&path, content).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        (dir, path)
+    }
+
+    #[test]
+    fn passwords_are_private_and_hidden() {
+        let (_dir, path) = file(0o600, "s3cret \nmore\n");
+        let password = read_password(&path).unwrap();
+        assert_eq!(password.expose(), "s3cret ");
+        assert!(!format!("{password:?}").contains("s3cret"));
+        for mode in [0o640, 0o604, 0o644] {
+            let (_dir, path) = file(mode, "s3cret");
+            let e = read_password(&path).unwrap_err();
+            assert!(e.to_string().contains("can be read by others"), "{e}");
+            assert_eq!(e.next_step(), format!("chmod 600 {}", path.display()));
+        }
+        let (_dir, path) = file(0o600, "\n");
+        assert_eq!(read_password(&path).unwrap_err().to_string(), "is empty");
+    }
+
+    #[test]
+    fn the_identity_is_made_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("a/b");
+        let key = load_or_create_identity(&data).unwrap();
+        assert_eq!(load_or_create_identity(&data).unwrap().public(), key.public());
+        let path = identity_path(&data);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(matches!(load_or_create_identity(&data), Err(ConfigError::Exposed { .. })));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        fs::write(&path, "nonsense").unwrap();
+        assert!(matches!(load_or_create_identity(&data), Err(ConfigError::Secret { .. })));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "nonsense", "a damaged key is never replaced");
+    }
+}

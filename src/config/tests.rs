@@ -1,0 +1,268 @@
+use std::path::{Path, PathBuf};
+
+use super::*;
+
+const GOOD: &str = r#"
+[cloud]
+name = "a"
+data_dir = "data"
+[xmpp]
+jid = "cloud-a@example.org"
+password_file = "password"
+room = "federation@conference.example.org"
+"#;
+
+/// Every setting there is.
+const FULL: &str = r#"
+[cloud]
+name = "a"
+region = "eu north"
+data_dir = "/d"
+carbon_g_per_kwh = 40
+price_per_hour = 0.02
+[xmpp]
+jid = "a@localhost"
+password_file = "/p"
+server = "[::1]:5222"
+security = "plain"
+ca_file = "/ca"
+room = "r@c"
+[transfer]
+listen = "127.0.0.1:1"
+advertise = []
+bandwidth_limit = "100Mbit"
+[hypervisor]
+driver = "qemu"
+accelerator = "tcg"
+cpus = 4
+memory = "2G"
+cpu_model = "qemu64"
+machine_type = "pc-q35-7.2"
+firmware_code = "/c"
+firmware_vars = "/v"
+[[network]]
+name = "lan"
+kind = "bridge"
+bridge = "br0"
+[repository]
+dir = "/r"
+hot_cache_size = 0
+gc_grace = "1h"
+[trust]
+pinned = [{ jid = "b@x", key = "iojj3XQJ8ZX9UtstPLpdcspnCb8dlBIb83SIAbQPb1w=" }]
+trust_on_first_use = true
+[migration]
+grace_period = "7d"
+accept_from = ["b@x"]
+[api]
+socket = "/run/s"
+"#;
+
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    fn new(text: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("federation.toml"), text).unwrap();
+        Self { dir }
+    }
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("federation.toml")
+    }
+    fn load(&self, environment: &[(&str, &str)], flags: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        let own = |list: &[(&str, &str)]| {
+            list.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect::<Vec<_>>()
+        };
+        Config::load_with(Some(&self.path()), own(environment), &own(flags))
+    }
+}
+
+/// `object: reason (next step)` with the temporary directory and the sample's name left out.
+fn complaint(place: &Place, e: &ConfigError) -> String {
+    let dir = format!("{}/", place.dir.path().display());
+    format!("{}: {e} ({})", e.object(), e.next_step()).replace(&dir, "").replace(SAMPLE, "sample")
+}
+
+#[test]
+fn defaults_are_filled_in_and_paths_absolute() {
+    let place = Place::new(GOOD);
+    let c = place.load(&[], &[]).unwrap();
+    let data = place.dir.path().join("data");
+    assert_eq!(c.cloud.data_dir, data);
+    assert_eq!(c.repository.dir, data.join("repository"));
+    assert_eq!(c.api.socket, data.join("cicada.sock"));
+    assert_eq!(c.xmpp.password_file, place.dir.path().join("password"));
+    assert_eq!(c.xmpp.security, Security::DirectTls);
+    assert_eq!(c.transfer.listen.port(), 7420);
+    assert_eq!(c.networks, [Network { name: "default".into(), kind: NetworkKind::User }]);
+    assert_eq!(c.migration.grace_period, Duration::from_secs(86_400));
+    assert!(c.migration.accept_from.accepts(&"x@y".parse().unwrap()));
+    assert!(c.hypervisor.cpus > 0 && c.hypervisor.memory > ByteSize::mib(64));
+}
+
+#[test]
+fn flags_win_over_environment_over_file() {
+    let place =
+        Place::new(&format!("{GOOD}\n[migration]\nconcurrency = 1\nlease_s = 10\nstop_timeout_s = 11\n"));
+    let environment = [
+        ("CICADA_MIGRATION__CONCURRENCY", "2"),
+        ("CICADA_MIGRATION__LEASE_S", "20"),
+        ("CICADA_TRANSFER__ADVERTISE", "192.0.2.1,cloud-a.example.org:1"),
+        ("CICADA_LOG", "debug"),
+        ("OTHER", "x"),
+    ];
+    let c = place
+        .load(&environment, &[("migration.concurrency", "3"), ("migration.accept_from", "b@x,c@x")])
+        .unwrap();
+    assert_eq!(c.migration.concurrency, 3);
+    assert_eq!(c.migration.lease, Duration::from_secs(20));
+    assert_eq!(c.migration.stop_timeout, Duration::from_secs(11));
+    assert_eq!(c.transfer.addresses(None), ["192.0.2.1:7420", "cloud-a.example.org:1"]);
+    assert!(c.migration.accept_from.accepts(&"b@x".parse().unwrap()));
+    assert!(!c.migration.accept_from.accepts(&"d@x".parse().unwrap()));
+}
+
+#[test]
+fn every_field_can_be_set() {
+    let place = Place::new(FULL);
+    let c = place.load(&[], &[]).unwrap();
+    assert_eq!(c.xmpp.server, Some(("::1".into(), 5222)));
+    assert_eq!(c.transfer.bandwidth_limit_bytes_per_s, Some(12_500_000));
+    assert_eq!(c.transfer.addresses(None), ["127.0.0.1:1"]);
+    assert_eq!(c.networks[0].kind, NetworkKind::Bridge("br0".into()));
+    assert_eq!(c.trust.pinned[0].jid.as_str(), "b@x");
+    assert_eq!(c.repository.gc_grace, Duration::from_secs(3600));
+    // What is shown can be read again and means the same.
+    let shown = toml::to_string(c.effective()).unwrap();
+    let again = Place::new(&shown).load(&[], &[]).unwrap();
+    assert_eq!(toml::to_string(again.effective()).unwrap(), shown);
+}
+
+#[test]
+fn the_sample_is_valid_and_complete() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("federation.toml");
+    Config::load_with(Some(&path), [], &[]).unwrap();
+    let text = std::fs::read_to_string(&path).unwrap();
+    let full = Place::new(FULL).load(&[], &[]).unwrap();
+    let all = toml::Table::try_from(full.effective()).unwrap();
+    for (section, fields) in &all {
+        assert!(text.contains(&format!("[{section}]")), "the sample lacks [{section}]");
+        for field in fields.as_table().into_iter().flat_map(toml::Table::keys) {
+            assert!(text.contains(&format!("{field} =")), "the sample lacks {section}.{field}");
+        }
+    }
+}
+
+/// Each bad file, and all an operator is told about it.
+#[test]
+fn bad_input_is_named_with_reason_and_next_step() {
+    let with = |more: &str| format!("{GOOD}{more}\n");
+    let replaced = |from: &str, to: &str| {
+        assert!(GOOD.contains(from));
+        GOOD.replace(from, to)
+    };
+    let cases = [
+        (with("rom = 1"), r#"xmpp.rom in federation.toml: is not a known setting (did you mean 'room'?)"#),
+        (with("[clod]"), r#"clod in federation.toml: is not a known setting (did you mean 'cloud'?)"#),
+        (
+            with("[hypervisor]\nbogus_and_odd = 1"),
+            r#"hypervisor.bogus_and_odd in federation.toml: is not a known setting (known are: driver, accelerator, cpus, memory, cpu_model, machine_type, firmware_code, firmware_vars)"#,
+        ),
+        (
+            with("[hypervisor]\ncpus = \"many\""),
+            r#"hypervisor.cpus in federation.toml: an integer expected, not string "many" (sample)"#,
+        ),
+        (
+            with("[hypervisor]\ncpus = -1"),
+            r#"hypervisor.cpus in federation.toml: a number that is not negative expected, not 64-bit integer `-1` (sample)"#,
+        ),
+        (
+            with("[hypervisor]\nmemory = \"lots\""),
+            r#"hypervisor.memory in federation.toml: 'lots' is not a size: write bytes, or a number with K, M, G or T, at most 1024P (sample)"#,
+        ),
+        (
+            with("[hypervisor]\nmemory = true"),
+            r#"hypervisor.memory in federation.toml: invalid type: boolean `true`, expected a size such as "256M" or a number of bytes (sample)"#,
+        ),
+        (
+            with("[hypervisor]\naccelerator = \"kwm\""),
+            r#"hypervisor.accelerator in federation.toml: 'kwm' is not possible (did you mean 'kvm'?)"#,
+        ),
+        (
+            with("[migration]\ngrace_period = \"soon\""),
+            r#"migration.grace_period in federation.toml: 'soon' is not a duration: write a number and a unit, such as "90s", "10m", "24h" or "7d" (sample)"#,
+        ),
+        (
+            with("[migration]\nlease_s = 0"),
+            r#"migration.lease_s in federation.toml: must be more than zero ()"#,
+        ),
+        (
+            with("[migration]\naccept_from = \"all\""),
+            r#"migration.accept_from in federation.toml: invalid value: string "all", expected "members" or a list of member addresses (sample)"#,
+        ),
+        (
+            with("[migration]\naccept_from = [\"nobody\"]"),
+            r#"migration.accept_from[0] in federation.toml: 'nobody' is not a valid member address: a bare JID 'name@domain' is expected (sample)"#,
+        ),
+        (
+            with("[transfer]\nlisten = \"here\""),
+            r#"transfer.listen in federation.toml: 'here' is not an address and port such as "0.0.0.0:7420" (sample)"#,
+        ),
+        (
+            with("[transfer]\nbandwidth_limit = \"fast\""),
+            r#"transfer.bandwidth_limit in federation.toml: 'fast' is not a rate: write bits such as "100Mbit" or bytes such as "12M", per second, not zero (sample)"#,
+        ),
+        (
+            with("[[network]]\nname = \"lan\"\nkind = \"bridge\""),
+            r#"network in federation.toml: 'lan' needs bridge = "NAME" ()"#,
+        ),
+        (
+            with("[[network]]\nname = \"lan\"\nkind = \"vlan\""),
+            r#"network[0].kind in federation.toml: 'vlan' is not possible (known are: user, bridge, none)"#,
+        ),
+        (
+            with("[trust]\npinned = [{ jid = \"b@x\", key = \"abc\" }]"),
+            r#"trust.pinned[0].key in federation.toml: 'abc' is not a public key: base64 of 32 bytes expected (sample)"#,
+        ),
+        (
+            with("security = \"plain\""),
+            r#"xmpp.security in federation.toml: "plain" would send the password unprotected to example.org (use "direct-tls" or "starttls"; "plain" is for a server on this machine only)"#,
+        ),
+        (
+            with("server = \"xmpp.example.org\""),
+            r#"xmpp.server in federation.toml: 'xmpp.example.org' is not host:port (write for example "xmpp.example.org:5223")"#,
+        ),
+        (
+            replaced("name = \"a\"", "name = \"A b\""),
+            r#"cloud.name in federation.toml: 'A b' is not a valid cloud name: 1 to 63 characters of a-z 0-9 . _ - beginning with a letter or digit (sample)"#,
+        ),
+        (replaced("name = \"a\"\n", ""), r#"cloud.name in federation.toml: is missing (sample)"#),
+        (
+            replaced("name = \"a\"", "name = "),
+            r#"federation.toml: is not TOML: at line 3, column 8: string values must be quoted, expected literal string (sample)"#,
+        ),
+        (
+            replaced("cloud-a@example.org", "example.org"),
+            r#"xmpp.jid in federation.toml: 'example.org' is not a valid member address: a bare JID 'name@domain' is expected (sample)"#,
+        ),
+        (
+            replaced("federation@conference", "conference"),
+            r#"xmpp.room in federation.toml: 'conference.example.org' names no room (write for example "federation@conference.example.org")"#,
+        ),
+        (
+            replaced("\"data\"", &format!("\"/{}\"", "d".repeat(120))),
+            r#"api.socket in federation.toml: the path has 133 bytes; a Unix socket's has at most 107 (set a shorter one, for example in /run)"#,
+        ),
+        (
+            replaced("[xmpp]", "[xmpp"),
+            r#"federation.toml: is not TOML: at line 5, column 6: unclosed table, expected `]` (sample)"#,
+        ),
+    ];
+    for (text, expected) in cases {
+        let place = Place::new(&text);
+        let e = place.load(&[], &[]).unwrap_err();
+        assert_eq!(complaint(&place, &e), expected, "\n{text}");
+    }
+}

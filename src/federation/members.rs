@@ -1,0 +1,309 @@
+//! Who is in the federation, what they offer, and whether their key is trusted.
+//!
+//! A member is its account's bare JID, which the room's service stamps; nicks and payloads prove
+//! nothing. A key is trusted if it is pinned for that JID, in the configuration or by the
+//! operator; with trust on first use, the first key a JID shows is pinned.
+
+use std::collections::BTreeMap;
+
+use crate::clock::UnixMillis;
+use crate::stanza::Cloud;
+use crate::types::{CloudName, MemberJid, PublicKey};
+
+/// Members remembered at most; beyond it those gone longest are forgotten.
+const MEMBERS_MAX: usize = 10_000;
+
+/// One presence stanza of the room, reduced to what counts.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Presence {
+    /// The real bare JID, from `muc#user`.
+    pub jid: MemberJid,
+    /// Its resource; a member's broker is the one that sends `<cloud/>`.
+    pub resource: String,
+    pub available: bool,
+    pub cloud: Option<Cloud>,
+}
+
+/// What is known of one member.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Member {
+    pub jid: MemberJid,
+    /// The resource its broker is online with; requests go to it.
+    pub resource: Option<String>,
+    pub since: UnixMillis,
+    pub last_seen: UnixMillis,
+    pub name: Option<CloudName>,
+    pub key: Option<PublicKey>,
+    pub cloud: Option<Cloud>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Trust {
+    Trusted,
+    /// Never confirmed.
+    Unknown,
+    /// Another key than the pinned one.
+    Changed { pinned: PublicKey },
+    /// It showed no usable key.
+    NoKey,
+}
+
+impl Member {
+    pub fn is_online(&self) -> bool {
+        self.resource.is_some()
+    }
+}
+
+/// The member table. The room itself is the roster; this is what it showed.
+#[derive(Clone, Debug)]
+pub struct Members {
+    members: BTreeMap<MemberJid, Member>,
+    /// From the configuration: cannot be changed at run time.
+    configured: BTreeMap<MemberJid, PublicKey>,
+    /// Confirmed by the operator, or on first use.
+    pinned: BTreeMap<MemberJid, PublicKey>,
+    trust_on_first_use: bool,
+}
+
+impl Members {
+    pub fn new(
+        configured: BTreeMap<MemberJid, PublicKey>,
+        pinned: BTreeMap<MemberJid, PublicKey>,
+        trust_on_first_use: bool,
+    ) -> Self {
+        Self { members: BTreeMap::new(), configured, pinned, trust_on_first_use }
+    }
+
+    /// Takes in a presence; true if a key was pinned by first use and should be kept.
+    pub fn presence(&mut self, p: Presence, now: UnixMillis) -> bool {
+        let cloud = p.cloud.filter(Cloud::is_bounded);
+        let name: Option<CloudName> = cloud.as_ref().and_then(|c| c.name.parse().ok());
+        // A name belongs to the member that had it first, for as long as that one is here.
+        let taken = name.as_ref().is_some_and(|n| {
+            self.members.values().any(|m| m.jid != p.jid && m.is_online() && m.name.as_ref() == Some(n))
+        });
+        let member = self.members.entry(p.jid.clone()).or_insert_with(|| Member {
+            jid: p.jid.clone(),
+            resource: None,
+            since: now,
+            last_seen: now,
+            name: None,
+            key: None,
+            cloud: None,
+        });
+        member.last_seen = now;
+        if !p.available {
+            if member.resource.as_deref() == Some(&p.resource) {
+                member.resource = None;
+                member.since = now;
+            }
+            return false;
+        }
+        // Only brokers send the payload: an operator watching the room with a chat client does not.
+        let Some(cloud) = cloud else { return false };
+        if !member.is_online() {
+            member.since = now;
+        }
+        member.resource = Some(p.resource);
+        member.key = cloud.key.parse().ok();
+        if !taken {
+            member.name = name;
+        }
+        member.cloud = Some(cloud);
+        let first_use = self.trust_on_first_use
+            && !self.configured.contains_key(&p.jid)
+            && !self.pinned.contains_key(&p.jid);
+        let pinned = match member.key.filter(|_| first_use) {
+            Some(key) => self.pinned.insert(p.jid, key).is_none(),
+            None => false,
+        };
+        self.forget_oldest();
+        pinned
+    }
+
+    /// The session is down: nobody can be said to be here.
+    pub fn disconnected(&mut self, now: UnixMillis) {
+        for member in self.members.values_mut().filter(|m| m.resource.is_some()) {
+            member.resource = None;
+            member.since = now;
+        }
+    }
+
+    pub fn trust_of(&self, jid: &MemberJid) -> Trust {
+        let offered = self.members.get(jid).and_then(|m| m.key);
+        let pinned = self.configured.get(jid).or_else(|| self.pinned.get(jid));
+        match (offered, pinned) {
+            (Some(o), Some(p)) if o == *p => Trust::Trusted,
+            (Some(_), Some(p)) => Trust::Changed { pinned: *p },
+            (Some(_), None) => Trust::Unknown,
+            (None, _) => Trust::NoKey,
+        }
+    }
+
+    /// The key requests of a member must be signed with, or why it is not listened to.
+    pub fn trusted_key(&self, jid: &MemberJid) -> Result<PublicKey, String> {
+        let member = self.members.get(jid).ok_or("is not a member that was seen in the room")?;
+        match (self.trust_of(jid), member.key) {
+            (Trust::Trusted, Some(key)) => Ok(key),
+            (Trust::Changed { pinned }, Some(key)) => {
+                Err(format!("shows the key {} where {} is pinned", key.fingerprint(), pinned.fingerprint()))
+            }
+            (_, Some(key)) => Err(format!("its key {} is not confirmed", key.fingerprint())),
+            (_, None) => Err("shows no identity key".into()),
+        }
+    }
+
+    /// Keys of trusted members that are online.
+    pub fn trusted_keys(&self) -> impl Iterator<Item = PublicKey> + '_ {
+        self.members.values().filter(|m| m.is_online()).filter_map(|m| self.trusted_key(&m.jid).ok())
+    }
+
+    /// Confirms a member's key.
+    pub fn pin(&mut self, jid: &MemberJid, key: PublicKey) -> Result<(), String> {
+        match self.configured.get(jid) {
+            Some(k) if *k != key => Err(format!("the configuration pins another key for {jid}; change trust.pinned there")),
+            Some(_) => Ok(()),
+            None => {
+                self.pinned.insert(jid.clone(), key);
+                Ok(())
+            }
+        }
+    }
+
+    pub fn revoke(&mut self, jid: &MemberJid) -> Result<(), String> {
+        if self.configured.contains_key(jid) {
+            return Err(format!("the configuration pins the key of {jid}; remove it from trust.pinned there"));
+        }
+        match self.pinned.remove(jid) {
+            Some(_) => Ok(()),
+            None => Err(format!("no key of {jid} was confirmed")),
+        }
+    }
+
+    /// Keys confirmed at run time, to be kept.
+    pub fn pinned(&self) -> &BTreeMap<MemberJid, PublicKey> {
+        &self.pinned
+    }
+
+    /// All that were seen, in order of their JIDs.
+    pub fn all(&self) -> impl Iterator<Item = &Member> {
+        self.members.values()
+    }
+
+    pub fn get(&self, jid: &MemberJid) -> Option<&Member> {
+        self.members.get(jid)
+    }
+
+    pub fn online(&self) -> impl Iterator<Item = &MemberJid> {
+        self.members.values().filter(|m| m.is_online()).map(|m| &m.jid)
+    }
+
+    pub fn is_online(&self, jid: &MemberJid) -> bool {
+        self.members.get(jid).is_some_and(Member::is_online)
+    }
+
+    pub fn cloud_of(&self, jid: &MemberJid) -> Option<CloudName> {
+        self.members.get(jid).and_then(|m| m.name.clone())
+    }
+
+    /// A member by cloud name or bare JID.
+    pub fn find(&self, text: &str) -> Option<MemberJid> {
+        let by_name = || self.members.values().find(|m| m.name.as_ref().is_some_and(|n| n.as_str() == text));
+        let by_jid = text.parse::<MemberJid>().ok().and_then(|jid| self.members.get(&jid));
+        by_jid.or_else(by_name).map(|m| m.jid.clone())
+    }
+
+    pub fn memory_bytes_free(&self, jid: &MemberJid) -> u64 {
+        self.members.get(jid).and_then(|m| m.cloud.as_ref()?.capacity).map_or(0, |c| c.memory_free)
+    }
+
+    fn forget_oldest(&mut self) {
+        while self.members.len() > MEMBERS_MAX {
+            let oldest = self.members.values().filter(|m| !m.is_online()).min_by_key(|m| m.last_seen).map(|m| m.jid.clone());
+            match oldest {
+                Some(jid) => drop(self.members.remove(&jid)),
+                None => return,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::IdentityKey;
+
+    fn key(n: u8) -> PublicKey {
+        IdentityKey::from_secret_bytes(&[n; 32]).public()
+    }
+
+    fn jid(text: &str) -> MemberJid {
+        text.parse().unwrap()
+    }
+
+    fn presence(member: &str, name: &str, key: PublicKey) -> Presence {
+        let cloud = Cloud {
+            name: name.into(),
+            key: key.to_string(),
+            versions: "1".into(),
+            software: None,
+            region: None,
+            power: "on".into(),
+            load: None,
+            carbon: None,
+            price: None,
+            capacity: None,
+            features: vec![],
+        };
+        Presence { jid: jid(member), resource: "broker".into(), available: true, cloud: Some(cloud) }
+    }
+
+    #[test]
+    fn a_member_comes_and_goes_with_the_time() {
+        let mut m = Members::new(BTreeMap::new(), BTreeMap::new(), false);
+        m.presence(presence("a@x", "alpine", key(1)), UnixMillis(10));
+        assert!(m.is_online(&jid("a@x")));
+        let gone = Presence { available: false, cloud: None, ..presence("a@x", "alpine", key(1)) };
+        m.presence(Presence { resource: "chat".into(), ..gone.clone() }, UnixMillis(15));
+        assert!(m.is_online(&jid("a@x")), "another client of the account left");
+        m.presence(gone, UnixMillis(20));
+        let member = m.get(&jid("a@x")).unwrap();
+        assert_eq!((member.is_online(), member.since), (false, UnixMillis(20)));
+        assert_eq!(m.find("alpine"), Some(jid("a@x")));
+    }
+
+    #[test]
+    fn keys_are_pinned_by_the_operator_or_on_first_use_only() {
+        let mut m = Members::new(BTreeMap::new(), BTreeMap::new(), false);
+        m.presence(presence("a@x", "alpine", key(1)), UnixMillis(1));
+        assert_eq!(m.trust_of(&jid("a@x")), Trust::Unknown);
+        m.pin(&jid("a@x"), key(1)).unwrap();
+        assert_eq!(m.trusted_key(&jid("a@x")), Ok(key(1)));
+        m.presence(presence("a@x", "alpine", key(2)), UnixMillis(2));
+        assert_eq!(m.trust_of(&jid("a@x")), Trust::Changed { pinned: key(1) });
+        assert_eq!(m.trusted_keys().count(), 0);
+
+        let mut m = Members::new(BTreeMap::new(), BTreeMap::new(), true);
+        assert!(m.presence(presence("a@x", "alpine", key(1)), UnixMillis(1)));
+        assert!(!m.presence(presence("a@x", "alpine", key(2)), UnixMillis(2)));
+        assert!(matches!(m.trust_of(&jid("a@x")), Trust::Changed { .. }));
+    }
+
+    #[test]
+    fn the_configuration_has_the_last_word() {
+        let mut m = Members::new(BTreeMap::from([(jid("a@x"), key(1))]), BTreeMap::new(), true);
+        assert!(m.pin(&jid("a@x"), key(2)).is_err());
+        assert!(m.revoke(&jid("a@x")).is_err());
+        assert!(!m.presence(presence("a@x", "alpine", key(2)), UnixMillis(1)));
+        assert!(m.trusted_key(&jid("a@x")).unwrap_err().contains("is pinned"));
+    }
+
+    #[test]
+    fn nobody_takes_over_a_name_in_use() {
+        let mut m = Members::new(BTreeMap::new(), BTreeMap::new(), false);
+        m.presence(presence("a@x", "alpine", key(1)), UnixMillis(1));
+        m.presence(presence("b@x", "alpine", key(2)), UnixMillis(2));
+        assert_eq!(m.find("alpine"), Some(jid("a@x")));
+        assert_eq!(m.cloud_of(&jid("b@x")), None);
+    }
+}

@@ -1,0 +1,265 @@
+//! The verbs every hypervisor driver offers, and what they speak of.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::{OwnedSemaphorePermit, broadcast};
+
+use super::DriverError;
+use crate::types::{ByteSize, VmId};
+use crate::vm::{PowerState, VmSpec};
+
+pub type DriverFuture<'a, T> = BoxFuture<'a, Result<T, DriverError>>;
+
+/// A VM with everything one host needs to run it. Paths are this host's; the spec travels.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Machine {
+    pub spec: VmSpec,
+    /// The root disk: an overlay on the composition, whose header names its read-only base.
+    pub root_disk: PathBuf,
+    pub root_format: DiskFormat,
+    /// The user-data disk, raw.
+    pub user_data_disk: Option<PathBuf>,
+    /// This VM's own firmware variables; made from the firmware's template if absent.
+    pub firmware_vars: PathBuf,
+    /// The driver's own directory for this VM: sockets, process record, logs. Nothing in it needs
+    /// to travel.
+    pub state_dir: PathBuf,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    Qcow2,
+    Raw,
+}
+
+impl DiskFormat {
+    pub fn name(self) -> &'static str {
+        match self {
+            DiskFormat::Qcow2 => "qcow2",
+            DiskFormat::Raw => "raw",
+        }
+    }
+}
+
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    Kvm,
+    /// QEMU's software emulation.
+    Tcg,
+    /// Nothing: the fake driver.
+    Simulated,
+}
+
+impl fmt::Display for Accelerator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Accelerator::Kvm => "kvm",
+            Accelerator::Tcg => "tcg",
+            Accelerator::Simulated => "simulated",
+        })
+    }
+}
+
+/// Something not every driver can do; a driver lists only what it can do now.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ability {
+    Pause,
+    Console,
+    Suspend,
+    Snapshot,
+    SetCpus,
+    SetMemory,
+    AttachDisk,
+    LivePreCopy,
+    LivePostCopy,
+}
+
+/// What a driver offers on this host. Constant for the driver's life.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Features {
+    pub driver: String,
+    /// Version of the hypervisor itself.
+    pub version: String,
+    pub accelerator: Accelerator,
+    /// Versioned machine type: what hardware the guest sees.
+    pub machine_type: String,
+    /// Debian architecture names.
+    pub architectures: BTreeSet<String>,
+    /// CPU models every feature of which a guest gets here.
+    pub cpu_models: BTreeSet<String>,
+    pub root_formats: BTreeSet<DiskFormat>,
+    /// Names of the networks a VM can be plugged into.
+    pub networks: BTreeSet<String>,
+    pub abilities: BTreeSet<Ability>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StopMode {
+    /// Press the power button and wait. When `timeout` has passed the VM is stopped by force if
+    /// `escalate` is set; else it goes on running and the verb fails with a timeout.
+    Graceful { timeout: Duration, escalate: bool },
+    /// As pulling the plug, except that what the guest has written is kept.
+    Forced,
+}
+
+/// Why a VM stopped without having crashed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StopReason {
+    /// The guest switched itself off, by its own will or because the power button was pressed.
+    Guest,
+    /// [`StopMode::Forced`], or a graceful stop that escalated.
+    Forced,
+    /// The hypervisor was told to end by a signal: as a rule the host is shutting down.
+    Host,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DriverEvent {
+    pub vm: VmId,
+    pub kind: EventKind,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum EventKind {
+    Started,
+    Paused,
+    Resumed,
+    /// The guest rebooted itself.
+    Rebooted,
+    Stopped {
+        reason: StopReason,
+    },
+    /// The hypervisor process ended unasked; `detail` has its exit status and last words.
+    Crashed {
+        detail: String,
+    },
+    /// A disk of the VM failed; `paused` when the VM waits for the operator, as on a full disk.
+    DiskError {
+        device: String,
+        reason: String,
+        paused: bool,
+    },
+}
+
+/// What a running VM has used since its process started.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct MachineStats {
+    /// Processor time of the host, over all its CPUs.
+    pub cpu_time: Duration,
+    /// Host memory in use, the hypervisor's own included.
+    pub resident: ByteSize,
+    pub disk_read: ByteSize,
+    pub disk_written: ByteSize,
+}
+
+/// One hypervisor on this host. Verbs may be called from anywhere at any time: those on one VM
+/// take their turn, those on different VMs run side by side.
+pub trait Driver: Send + Sync {
+    fn features(&self) -> &Features;
+
+    /// Makes a VM known and its state directory and firmware variables ready. If the VM is
+    /// running already, started by an earlier driver in the same state directory, it is taken over
+    /// as it is. Defining the same machine again changes nothing; another shape is taken if the
+    /// VM does not run and refused if it does.
+    fn define<'a>(&'a self, machine: &'a Machine) -> DriverFuture<'a, ()>;
+
+    /// Defines the VM if need be and runs it. On Ok it is running, and was perhaps before.
+    fn start<'a>(&'a self, machine: &'a Machine) -> DriverFuture<'a, ()>;
+
+    /// On Ok the VM does not run, its process is gone, and what it wrote is on stable storage.
+    fn stop(&self, vm: VmId, mode: StopMode) -> DriverFuture<'_, ()>;
+
+    /// On Ok the guest executes nothing until [`Driver::resume`].
+    fn pause(&self, vm: VmId) -> DriverFuture<'_, ()>;
+
+    fn resume(&self, vm: VmId) -> DriverFuture<'_, ()>;
+
+    fn state(&self, vm: VmId) -> Result<PowerState, DriverError>;
+
+    /// All defined VMs, in order of their ids.
+    fn list(&self) -> Vec<(VmId, PowerState)>;
+
+    /// Forgets a VM that does not run and removes its state directory, not its disks or firmware
+    /// variables. A VM that is not known is no error.
+    fn undefine(&self, vm: VmId) -> DriverFuture<'_, ()>;
+
+    /// The guest's serial console. One holder at a time, until the stream is dropped; a holder
+    /// that does not read holds up the guest's output.
+    fn console(&self, vm: VmId) -> DriverFuture<'_, ConsoleStream>;
+
+    /// Where the console's output is kept, over restarts; the file may not exist yet.
+    fn console_log(&self, vm: VmId) -> Result<PathBuf, DriverError>;
+
+    /// Everything that happens from now on. A receiver that lags behind loses the oldest events:
+    /// it should look at [`Driver::list`] then.
+    fn events(&self) -> broadcast::Receiver<DriverEvent>;
+
+    fn stats(&self, vm: VmId) -> DriverFuture<'_, MachineStats>;
+}
+
+/// How many events a receiver may lag behind before it loses some.
+pub const EVENTS_KEPT: usize = 1024;
+
+trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
+
+/// Both directions of a guest's serial console.
+pub struct ConsoleStream {
+    inner: Box<dyn Duplex>,
+    // Held so that nobody else gets a console that would never show anything.
+    _turn: OwnedSemaphorePermit,
+}
+
+impl ConsoleStream {
+    pub(super) fn new(
+        inner: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        turn: OwnedSemaphorePermit,
+    ) -> Self {
+        Self { inner: Box::new(inner), _turn: turn }
+    }
+}
+
+impl fmt::Debug for ConsoleStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ConsoleStream")
+    }
+}
+
+impl AsyncRead for ConsoleStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.inner).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for ConsoleStream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, buf)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}

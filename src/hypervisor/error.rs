@@ -1,0 +1,95 @@
+//! Why a hypervisor did not do as it was told.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::qemu::qmp::QmpError;
+use crate::types::VmId;
+use crate::vm::PowerState;
+
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    // Refusals: nothing was tried.
+    #[error("VM {vm} is not defined here")]
+    UnknownVm { vm: VmId },
+    #[error("VM {vm} is {state}: it cannot be {verb}")]
+    WrongState { vm: VmId, state: PowerState, verb: &'static str },
+    #[error("VM {vm} is {state} in another shape: stop it before it is changed")]
+    Differs { vm: VmId, state: PowerState },
+    #[error("VM {vm}: {what} '{asked}' is not offered here; there is {offered}")]
+    NotOffered { vm: VmId, what: &'static str, asked: String, offered: String },
+    #[error("VM {vm}: {rule}")]
+    BadSpec { vm: VmId, rule: String },
+    #[error("the console of VM {vm} is in use: close the other session first")]
+    ConsoleBusy { vm: VmId },
+    #[error(
+        "the socket path {} of VM {vm} has {length} bytes, {limit} are possible: \
+         choose a shorter state directory", path.display()
+    )]
+    SocketPath { vm: VmId, path: PathBuf, length: usize, limit: usize },
+    #[error("VM {vm}: the path {path:?} is not UTF-8, which QEMU's command line needs")]
+    PathNotUtf8 { vm: VmId, path: PathBuf },
+
+    // What the host lacks.
+    #[error("{tool} was not found: install the package {package}, or set its path in the configuration")]
+    MissingTool { tool: &'static str, package: &'static str },
+    #[error(
+        "the UEFI firmware {} was not found: install the package ovmf, or set firmware_code and firmware_vars",
+        path.display()
+    )]
+    MissingFirmware { path: PathBuf },
+    #[error("{} is QEMU {found}; {need} or later is needed", path.display())]
+    TooOld { path: PathBuf, found: String, need: &'static str },
+    #[error("{} does not have the machine type {machine_type}: set machine_type to one of {offered}", path.display())]
+    MachineType { path: PathBuf, machine_type: String, offered: String },
+    #[error("KVM was demanded but does not work here: {reason}; set accelerator to \"auto\" or \"tcg\"")]
+    NoKvm { reason: String },
+    #[error("QEMU could not be asked what it offers: {detail}")]
+    Probe { detail: String },
+
+    // Failures.
+    #[error("VM {vm}: cannot {action} {}", path.display())]
+    Io {
+        vm: VmId,
+        action: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot run {}", path.display())]
+    Run {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "the firmware variables {} of VM {vm} have {found} bytes, this firmware's have {expected}: \
+         they were made by another build of the firmware; remove the file to begin with fresh ones",
+        path.display()
+    )]
+    FirmwareVars { vm: VmId, path: PathBuf, found: u64, expected: u64 },
+    #[error("a disk of VM {vm} is in use by another process: {detail}")]
+    DiskInUse { vm: VmId, detail: String },
+    #[error("QEMU of VM {vm} ended while starting, {status}: {stderr}")]
+    EndedAtStart { vm: VmId, status: String, stderr: String },
+    #[error("VM {vm} was not {verb} within {} s; it is still {state}; {next_step}", after.as_secs_f32())]
+    Timeout { vm: VmId, verb: &'static str, state: PowerState, after: Duration, next_step: &'static str },
+    #[error("QEMU of VM {vm} (process {pid}) failed the driver")]
+    Qmp {
+        vm: VmId,
+        pid: i32,
+        #[source]
+        source: QmpError,
+    },
+    #[error("process {pid} answers for VM {vm} but says it is {says}: stop that process by hand")]
+    WrongIdentity { vm: VmId, pid: i32, says: String },
+    #[error("VM {vm} refused to be {verb}: a fault injected by a test")]
+    Injected { vm: VmId, verb: &'static str },
+}
+
+/// Names, as the messages above show them.
+pub(super) fn list<'a>(names: impl IntoIterator<Item = &'a String>) -> String {
+    let names: Vec<&str> = names.into_iter().map(String::as_str).collect();
+    if names.is_empty() { "none".into() } else { names.join(", ") }
+}

@@ -1,0 +1,441 @@
+//! A driver without a hypervisor, for simulation and fault tests.
+//!
+//! VMs are entries in memory that change state at once; no time passes and no process exists. Files
+//! are kept as a real driver keeps them (state directory, firmware variables), and a test can act
+//! as the guest: write to the disks, speak on the console, switch itself off. Any verb can be told
+//! to fail.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures::future::ready;
+use tokio::io::DuplexStream;
+use tokio::sync::{Semaphore, broadcast};
+
+use super::driver::EVENTS_KEPT;
+use super::{
+    Ability, Accelerator, ConsoleStream, DiskFormat, Driver, DriverError, DriverEvent, DriverFuture,
+    EventKind, Features, Machine, MachineStats, StopMode, StopReason,
+};
+use crate::clock::{Clock, UnixMillis};
+use crate::durable;
+use crate::types::{ByteSize, VmId};
+use crate::vm::PowerState;
+
+/// What the fake firmware's variables look like before a VM has any of its own.
+pub const VARS_TEMPLATE: &[u8] = b"fake firmware variables\n";
+const CONSOLE_BYTES: usize = 64 << 10;
+
+/// A verb that can be told to fail.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Verb {
+    Define,
+    Start,
+    Stop,
+    Pause,
+    Resume,
+    Undefine,
+    Console,
+    Stats,
+}
+
+impl Verb {
+    fn participle(self) -> &'static str {
+        match self {
+            Verb::Define => "defined",
+            Verb::Start => "started",
+            Verb::Stop => "stopped",
+            Verb::Pause => "paused",
+            Verb::Resume => "resumed",
+            Verb::Undefine => "undefined",
+            Verb::Console => "looked at through its console",
+            Verb::Stats => "measured",
+        }
+    }
+}
+
+/// Which disk a guest writes to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum GuestDisk {
+    Root,
+    UserData,
+}
+
+#[derive(Clone)]
+pub struct FakeDriver {
+    features: Arc<Features>,
+    clock: Arc<dyn Clock>,
+    events: broadcast::Sender<DriverEvent>,
+    inner: Arc<Mutex<Inner>>,
+}
+
+#[derive(Default)]
+struct Inner {
+    vms: BTreeMap<VmId, Entry>,
+    deaf: BTreeSet<VmId>,
+    /// How many of the next calls of a verb fail.
+    failing: BTreeMap<Verb, u32>,
+}
+
+struct Entry {
+    machine: Machine,
+    state: PowerState,
+    started: UnixMillis,
+    written: ByteSize,
+    console: Arc<Semaphore>,
+    /// The guest's end of the console somebody holds.
+    guest_console: Option<DuplexStream>,
+}
+
+impl FakeDriver {
+    pub fn new(clock: Arc<dyn Clock>) -> Self {
+        let features = Features {
+            driver: "fake".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            accelerator: Accelerator::Simulated,
+            machine_type: super::qemu::config::MACHINE_TYPE.into(),
+            architectures: ["amd64".to_owned()].into(),
+            cpu_models: ["qemu64".to_owned()].into(),
+            root_formats: [DiskFormat::Qcow2, DiskFormat::Raw].into(),
+            networks: ["default".to_owned()].into(),
+            abilities: [Ability::Pause, Ability::Console].into(),
+        };
+        Self::with_features(clock, features)
+    }
+
+    /// A fake that claims to be some other driver.
+    pub fn with_features(clock: Arc<dyn Clock>, features: Features) -> Self {
+        Self {
+            features: Arc::new(features),
+            clock,
+            events: broadcast::Sender::new(EVENTS_KEPT),
+            inner: Arc::default(),
+        }
+    }
+
+    // What a test does.
+
+    /// The next `count` calls of `verb` fail without having changed anything.
+    pub fn fail_next(&self, verb: Verb, count: u32) {
+        self.inner().failing.insert(verb, count);
+    }
+
+    /// Whether the guest ignores its power button. It need not be defined yet. Graceful stops of a
+    /// deaf guest time out at once.
+    pub fn set_deaf(&self, vm: VmId, deaf: bool) {
+        let mut inner = self.inner();
+        if deaf {
+            inner.deaf.insert(vm);
+        } else {
+            inner.deaf.remove(&vm);
+        }
+    }
+
+    /// The guest writes to a raw disk. Only one that runs can.
+    pub fn guest_writes(
+        &self,
+        vm: VmId,
+        disk: GuestDisk,
+        offset_bytes: u64,
+        bytes: &[u8],
+    ) -> Result<(), DriverError> {
+        let path = self.with(vm, |entry| {
+            if entry.state != PowerState::Running {
+                return Err(wrong_state(entry, "writing"));
+            }
+            let machine = &entry.machine;
+            let path = match disk {
+                GuestDisk::Root if machine.root_format == DiskFormat::Raw => Some(machine.root_disk.clone()),
+                GuestDisk::Root => None,
+                GuestDisk::UserData => machine.user_data_disk.clone(),
+            };
+            entry.written.0 += bytes.len() as u64;
+            path.ok_or_else(|| DriverError::BadSpec {
+                vm,
+                rule: "the fake guest writes to raw disks only, and there is none".into(),
+            })
+        })?;
+        let write = || OpenOptions::new().write(true).open(&path)?.write_all_at(bytes, offset_bytes);
+        write().map_err(|source| DriverError::Io {
+            vm,
+            action: "write to the disk",
+            path: path.clone(),
+            source,
+        })
+    }
+
+    /// The guest switches itself off. Does nothing if it does not run.
+    pub fn guest_switches_off(&self, vm: VmId) {
+        self.end(vm, EventKind::Stopped { reason: StopReason::Guest });
+    }
+
+    /// The hypervisor process dies. Does nothing if there is none.
+    pub fn crash(&self, vm: VmId) {
+        self.end(vm, EventKind::Crashed { detail: "a crash made by a test".into() });
+    }
+
+    /// The guest's end of the console, once, while somebody holds the other.
+    pub fn take_guest_console(&self, vm: VmId) -> Option<DuplexStream> {
+        self.inner().vms.get_mut(&vm)?.guest_console.take()
+    }
+
+    // What the verbs are made of.
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn emit(&self, vm: VmId, kind: EventKind) {
+        let _ = self.events.send(DriverEvent { vm, kind });
+    }
+
+    fn may_fail(&self, vm: VmId, verb: Verb) -> Result<(), DriverError> {
+        match self.inner().failing.get_mut(&verb) {
+            Some(left) if *left > 0 => {
+                *left -= 1;
+                Err(DriverError::Injected { vm, verb: verb.participle() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn with<T>(
+        &self,
+        vm: VmId,
+        work: impl FnOnce(&mut Entry) -> Result<T, DriverError>,
+    ) -> Result<T, DriverError> {
+        work(self.inner().vms.get_mut(&vm).ok_or(DriverError::UnknownVm { vm })?)
+    }
+
+    fn end(&self, vm: VmId, kind: EventKind) {
+        {
+            let mut inner = self.inner();
+            let Some(entry) = inner.vms.get_mut(&vm).filter(|entry| has_process(entry)) else { return };
+            entry.state = match kind {
+                EventKind::Crashed { .. } => PowerState::Crashed,
+                _ => PowerState::Stopped,
+            };
+            entry.guest_console = None;
+        }
+        self.emit(vm, kind);
+    }
+
+    fn define_now(&self, machine: &Machine) -> Result<(), DriverError> {
+        let (vm, spec) = (machine.spec.id, &machine.spec);
+        self.may_fail(vm, Verb::Define)?;
+        spec.check().map_err(|rule| DriverError::BadSpec { vm, rule })?;
+        let offers = [
+            ("the architecture", &self.features.architectures, vec![&spec.architecture]),
+            ("the CPU model", &self.features.cpu_models, vec![&spec.cpu_model]),
+            ("the network", &self.features.networks, spec.nics.iter().map(|n| &n.network).collect()),
+        ];
+        for (what, offered, asked) in offers {
+            if let Some(asked) = asked.into_iter().find(|asked| !offered.contains(*asked)) {
+                let offered = super::error::list(offered);
+                return Err(DriverError::NotOffered { vm, what, asked: asked.clone(), offered });
+            }
+        }
+        let mut inner = self.inner();
+        match inner.vms.get_mut(&vm) {
+            Some(entry) if entry.machine == *machine => return Ok(()),
+            Some(entry) if has_process(entry) => {
+                return Err(DriverError::Differs { vm, state: entry.state });
+            }
+            Some(entry) => entry.machine = machine.clone(),
+            None => {}
+        }
+        let failed = |action, path: &PathBuf| {
+            let path = path.clone();
+            move |source| DriverError::Io { vm, action, path, source }
+        };
+        fs::create_dir_all(&machine.state_dir).map_err(failed("make the directory", &machine.state_dir))?;
+        if !machine.firmware_vars.exists() {
+            durable::write(&machine.firmware_vars, VARS_TEMPLATE)
+                .map_err(failed("write the firmware variables", &machine.firmware_vars))?;
+        }
+        inner.vms.entry(vm).or_insert_with(|| Entry {
+            machine: machine.clone(),
+            state: PowerState::Stopped,
+            started: UnixMillis::default(),
+            written: ByteSize(0),
+            console: Arc::new(Semaphore::new(1)),
+            guest_console: None,
+        });
+        Ok(())
+    }
+
+    fn start_now(&self, machine: &Machine) -> Result<(), DriverError> {
+        self.define_now(machine)?;
+        let vm = machine.spec.id;
+        self.may_fail(vm, Verb::Start)?;
+        let now = self.clock.now();
+        let kind = self.with(vm, |entry| {
+            let kind = match entry.state {
+                PowerState::Running => return Ok(None),
+                PowerState::Paused => EventKind::Resumed,
+                _ => {
+                    (entry.started, entry.written) = (now, ByteSize(0));
+                    EventKind::Started
+                }
+            };
+            entry.state = PowerState::Running;
+            Ok(Some(kind))
+        })?;
+        if let Some(kind) = kind {
+            self.emit(vm, kind);
+        }
+        Ok(())
+    }
+
+    fn stop_now(&self, vm: VmId, mode: StopMode) -> Result<(), DriverError> {
+        self.may_fail(vm, Verb::Stop)?;
+        let is_deaf = self.inner().deaf.contains(&vm);
+        let reason = self.with(vm, |entry| match mode {
+            StopMode::Graceful { timeout, escalate: false } if is_deaf && has_process(entry) => {
+                // The button press would have made a paused guest go on.
+                entry.state = PowerState::Running;
+                Err(DriverError::Timeout {
+                    vm,
+                    verb: "stopped",
+                    state: entry.state,
+                    after: timeout,
+                    next_step: "its guest ignores the power button; stop it by force or from within",
+                })
+            }
+            StopMode::Graceful { .. } if !is_deaf => Ok(StopReason::Guest),
+            _ => Ok(StopReason::Forced),
+        })?;
+        self.end(vm, EventKind::Stopped { reason });
+        Ok(())
+    }
+
+    fn switch(
+        &self,
+        vm: VmId,
+        verb: Verb,
+        from: PowerState,
+        to: PowerState,
+        kind: EventKind,
+    ) -> Result<(), DriverError> {
+        self.may_fail(vm, verb)?;
+        let changed = self.with(vm, |entry| match entry.state {
+            state if state == to => Ok(false),
+            state if state == from => {
+                entry.state = to;
+                Ok(true)
+            }
+            _ => Err(wrong_state(entry, verb.participle())),
+        })?;
+        if changed {
+            self.emit(vm, kind);
+        }
+        Ok(())
+    }
+
+    fn undefine_now(&self, vm: VmId) -> Result<(), DriverError> {
+        self.may_fail(vm, Verb::Undefine)?;
+        let mut inner = self.inner();
+        let Some(entry) = inner.vms.get(&vm) else { return Ok(()) };
+        if has_process(entry) {
+            return Err(wrong_state(entry, Verb::Undefine.participle()));
+        }
+        let path = &entry.machine.state_dir;
+        match fs::remove_dir(path) {
+            Err(source)
+                if !matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) =>
+            {
+                return Err(DriverError::Io { vm, action: "remove", path: path.clone(), source });
+            }
+            _ => {}
+        }
+        inner.vms.remove(&vm);
+        Ok(())
+    }
+
+    fn console_now(&self, vm: VmId) -> Result<ConsoleStream, DriverError> {
+        self.may_fail(vm, Verb::Console)?;
+        self.with(vm, |entry| {
+            if !has_process(entry) {
+                return Err(wrong_state(entry, Verb::Console.participle()));
+            }
+            let turn =
+                entry.console.clone().try_acquire_owned().map_err(|_| DriverError::ConsoleBusy { vm })?;
+            let (ours, guests) = tokio::io::duplex(CONSOLE_BYTES);
+            entry.guest_console = Some(guests);
+            Ok(ConsoleStream::new(ours, turn))
+        })
+    }
+
+    fn stats_now(&self, vm: VmId) -> Result<MachineStats, DriverError> {
+        self.may_fail(vm, Verb::Stats)?;
+        let now = self.clock.now();
+        self.with(vm, |entry| {
+            if !has_process(entry) {
+                return Err(wrong_state(entry, Verb::Stats.participle()));
+            }
+            let spec = &entry.machine.spec;
+            Ok(MachineStats {
+                cpu_time: now.since(entry.started) * spec.cpus,
+                resident: spec.memory,
+                disk_read: ByteSize(0),
+                disk_written: entry.written,
+            })
+        })
+    }
+}
+
+fn has_process(entry: &Entry) -> bool {
+    !matches!(entry.state, PowerState::Stopped | PowerState::Crashed)
+}
+
+fn wrong_state(entry: &Entry, verb: &'static str) -> DriverError {
+    DriverError::WrongState { vm: entry.machine.spec.id, state: entry.state, verb }
+}
+
+impl Driver for FakeDriver {
+    fn features(&self) -> &Features {
+        &self.features
+    }
+    fn define<'a>(&'a self, machine: &'a Machine) -> DriverFuture<'a, ()> {
+        Box::pin(ready(self.define_now(machine)))
+    }
+    fn start<'a>(&'a self, machine: &'a Machine) -> DriverFuture<'a, ()> {
+        Box::pin(ready(self.start_now(machine)))
+    }
+    fn stop(&self, vm: VmId, mode: StopMode) -> DriverFuture<'_, ()> {
+        Box::pin(ready(self.stop_now(vm, mode)))
+    }
+    fn pause(&self, vm: VmId) -> DriverFuture<'_, ()> {
+        let (from, to) = (PowerState::Running, PowerState::Paused);
+        Box::pin(ready(self.switch(vm, Verb::Pause, from, to, EventKind::Paused)))
+    }
+    fn resume(&self, vm: VmId) -> DriverFuture<'_, ()> {
+        let (from, to) = (PowerState::Paused, PowerState::Running);
+        Box::pin(ready(self.switch(vm, Verb::Resume, from, to, EventKind::Resumed)))
+    }
+    fn state(&self, vm: VmId) -> Result<PowerState, DriverError> {
+        self.with(vm, |entry| Ok(entry.state))
+    }
+    fn list(&self) -> Vec<(VmId, PowerState)> {
+        self.inner().vms.iter().map(|(id, entry)| (*id, entry.state)).collect()
+    }
+    fn undefine(&self, vm: VmId) -> DriverFuture<'_, ()> {
+        Box::pin(ready(self.undefine_now(vm)))
+    }
+    fn console(&self, vm: VmId) -> DriverFuture<'_, ConsoleStream> {
+        Box::pin(ready(self.console_now(vm)))
+    }
+    fn console_log(&self, vm: VmId) -> Result<PathBuf, DriverError> {
+        self.with(vm, |entry| Ok(entry.machine.state_dir.join(super::qemu::args::file::CONSOLE_LOG)))
+    }
+    fn events(&self) -> broadcast::Receiver<DriverEvent> {
+        self.events.subscribe()
+    }
+    fn stats(&self, vm: VmId) -> DriverFuture<'_, MachineStats> {
+        Box::pin(ready(self.stats_now(vm)))
+    }
+}

@@ -1,0 +1,335 @@
+//! A machine as QEMU's command line. Pure.
+//!
+//! What the guest sees (machine type, CPU, devices and their PCI slots) depends on the machine
+//! alone, never on the host: it stays the same wherever the VM runs, and when a disk is added.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::config::NetworkBackend;
+use crate::hypervisor::error::list;
+use crate::hypervisor::{Accelerator, DriverError, Machine};
+use crate::types::VmId;
+use crate::vm::Mac;
+
+/// Names inside a VM's state directory, short because socket paths are: see `STATE.md`.
+pub mod file {
+    pub const QMP: &str = "qmp.sock";
+    pub const CONSOLE: &str = "con.sock";
+    pub const AGENT: &str = "qga.sock";
+    pub const CONSOLE_LOG: &str = "console.log";
+    pub const STDERR_LOG: &str = "qemu.log";
+    pub const RECORD: &str = "qemu.pid";
+}
+
+/// PCI slots. Linux names network cards by theirs.
+mod slot {
+    pub const ROOT: usize = 0x02;
+    pub const USER_DATA: usize = 0x03;
+    pub const RNG: usize = 0x04;
+    pub const SERIAL: usize = 0x05;
+    pub const NIC_FIRST: usize = 0x08;
+}
+
+/// What the host adds to a machine.
+#[derive(Clone, Debug)]
+pub struct Host {
+    pub accelerator: Accelerator,
+    pub machine_type: String,
+    pub firmware_code: PathBuf,
+    pub networks: BTreeMap<String, NetworkBackend>,
+    pub bridge_helper: PathBuf,
+    /// Whether QEMU can confine itself by seccomp here.
+    pub sandbox: bool,
+}
+
+/// The command line, without the program's name.
+pub fn argv(machine: &Machine, host: &Host) -> Result<Vec<String>, DriverError> {
+    let vm = machine.spec.id;
+    let mut a = Args { vm, out: Vec::new() };
+    a.general(machine, host);
+    a.firmware(machine, host)?;
+    a.control(machine)?;
+    a.disk("root", slot::ROOT, machine.root_format.name(), &machine.root_disk)?;
+    if let Some(path) = &machine.user_data_disk {
+        a.disk("user-data", slot::USER_DATA, "raw", path)?;
+    }
+    a.json("-object", json!({"qom-type": "rng-random", "id": "rng", "filename": "/dev/urandom"}));
+    a.device("virtio-rng-pci", slot::RNG, json!({"id": "rng0", "rng": "rng"}));
+    a.console_and_agent(machine)?;
+    for (i, nic) in machine.spec.nics.iter().enumerate() {
+        a.nic(i, &nic.network, nic.mac, host)?;
+    }
+    Ok(a.out)
+}
+
+struct Args {
+    vm: VmId,
+    out: Vec<String>,
+}
+
+impl Args {
+    fn arg(&mut self, flag: &str, value: impl Into<String>) {
+        self.out.extend([flag.to_owned(), value.into()]);
+    }
+
+    fn json(&mut self, flag: &str, value: Value) {
+        self.arg(flag, value.to_string());
+    }
+
+    fn device(&mut self, driver: &str, slot: usize, mut rest: Value) {
+        rest["driver"] = driver.into();
+        rest["bus"] = "pcie.0".into();
+        rest["addr"] = format!("{slot:#x}").into();
+        self.json("-device", rest);
+    }
+
+    fn text<'p>(&self, path: &'p Path) -> Result<&'p str, DriverError> {
+        path.to_str().ok_or_else(|| DriverError::PathNotUtf8 { vm: self.vm, path: path.to_owned() })
+    }
+
+    fn general(&mut self, machine: &Machine, host: &Host) {
+        let spec = &machine.spec;
+        self.arg("-name", format!("guest={},debug-threads=on", spec.name));
+        self.arg("-uuid", spec.id.to_string());
+        self.out.extend(["-nodefaults", "-no-user-config"].map(String::from));
+        self.arg("-display", "none");
+        self.arg(
+            "-machine",
+            format!(
+                "{},smm=off,vmport=off,dump-guest-core=off,pflash0=firmware-code,pflash1=firmware-vars",
+                host.machine_type
+            ),
+        );
+        self.arg(
+            "-accel",
+            match host.accelerator {
+                Accelerator::Kvm => "kvm",
+                Accelerator::Tcg | Accelerator::Simulated => "tcg,thread=multi",
+            },
+        );
+        // A guest must find what its model promises, or it cannot move.
+        self.arg("-cpu", format!("{},enforce", spec.cpu_model));
+        self.arg("-smp", format!("cpus={0},sockets=1,cores={0},threads=1", spec.cpus));
+        self.arg("-m", format!("size={}M", spec.memory.mib_ceil()));
+        self.arg("-rtc", "base=utc");
+        self.arg("-boot", "strict=on");
+        self.arg("-smbios", format!("type=11,value=cicada.name={}", spec.name));
+        if host.sandbox {
+            self.arg("-sandbox", sandbox(machine, host));
+        }
+    }
+
+    fn firmware(&mut self, machine: &Machine, host: &Host) -> Result<(), DriverError> {
+        let code = self.text(&host.firmware_code)?.to_owned();
+        let vars = self.text(&machine.firmware_vars)?.to_owned();
+        self.json(
+            "-blockdev",
+            json!({"driver": "raw", "node-name": "firmware-code", "read-only": true,
+                   "file": {"driver": "file", "filename": code}}),
+        );
+        self.json(
+            "-blockdev",
+            json!({"driver": "raw", "node-name": "firmware-vars",
+                   "file": {"driver": "file", "filename": vars}}),
+        );
+        Ok(())
+    }
+
+    fn socket(&mut self, id: &str, machine: &Machine, name: &str, more: &str) -> Result<(), DriverError> {
+        let path = machine.state_dir.join(name);
+        self.text(&path)?;
+        self.arg("-chardev", socket_chardev(id, &path) + more);
+        Ok(())
+    }
+
+    fn control(&mut self, machine: &Machine) -> Result<(), DriverError> {
+        self.socket("qmp", machine, file::QMP, "")?;
+        self.arg("-mon", "chardev=qmp,mode=control");
+        Ok(())
+    }
+
+    fn disk(&mut self, name: &str, slot: usize, format: &str, path: &Path) -> Result<(), DriverError> {
+        let path = self.text(path)?.to_owned();
+        self.json(
+            "-blockdev",
+            json!({"driver": format, "node-name": name, "discard": "unmap", "detect-zeroes": "unmap",
+                   "file": {"driver": "file", "filename": path, "discard": "unmap"}}),
+        );
+        let mut device = json!({"id": format!("{name}-disk"), "drive": name, "serial": name});
+        if name == "root" {
+            device["bootindex"] = 1.into();
+        }
+        self.device("virtio-blk-pci", slot, device);
+        Ok(())
+    }
+
+    fn console_and_agent(&mut self, machine: &Machine) -> Result<(), DriverError> {
+        let log = machine.state_dir.join(file::CONSOLE_LOG);
+        let log = format!(",logfile={},logappend=on", escape_commas(self.text(&log)?));
+        self.socket("console", machine, file::CONSOLE, &log)?;
+        self.json("-device", json!({"driver": "isa-serial", "id": "serial0", "chardev": "console"}));
+        self.socket("agent", machine, file::AGENT, "")?;
+        self.device("virtio-serial-pci", slot::SERIAL, json!({"id": "ports"}));
+        self.json(
+            "-device",
+            json!({"driver": "virtserialport", "id": "agent0", "bus": "ports.0", "chardev": "agent",
+                   "name": "org.qemu.guest_agent.0"}),
+        );
+        Ok(())
+    }
+
+    fn nic(&mut self, index: usize, network: &str, mac: Mac, host: &Host) -> Result<(), DriverError> {
+        let backend = host.networks.get(network).ok_or_else(|| DriverError::NotOffered {
+            vm: self.vm,
+            what: "the network",
+            asked: network.to_owned(),
+            offered: list(host.networks.keys()),
+        })?;
+        let netdev = format!("net{index}");
+        // No option ROM: guests boot from their disk, and the ROM would have to travel.
+        let mut device = json!({"id": format!("nic{index}"), "mac": mac.to_string(), "romfile": ""});
+        match backend {
+            NetworkBackend::User => self.json("-netdev", json!({"type": "user", "id": netdev})),
+            NetworkBackend::Bridge(bridge) => {
+                let helper = self.text(&host.bridge_helper)?;
+                self.json("-netdev", json!({"type": "bridge", "id": netdev, "br": bridge, "helper": helper}));
+            }
+            NetworkBackend::None => {}
+        }
+        if *backend != NetworkBackend::None {
+            device["netdev"] = netdev.into();
+        }
+        self.device("virtio-net-pci", slot::NIC_FIRST + index, device);
+        Ok(())
+    }
+}
+
+/// As tight as the VM's networks allow: the bridge helper is a set-uid program QEMU must start.
+pub fn sandbox(machine: &Machine, host: &Host) -> &'static str {
+    let is_bridge = |name: &String| matches!(host.networks.get(name), Some(NetworkBackend::Bridge(_)));
+    if machine.spec.nics.iter().any(|nic| is_bridge(&nic.network)) {
+        "on,obsolete=deny,resourcecontrol=deny"
+    } else {
+        SANDBOX
+    }
+}
+
+pub const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+fn socket_chardev(id: &str, path: &Path) -> String {
+    format!("socket,id={id},path={},server=on,wait=off", escape_commas(&path.to_string_lossy()))
+}
+
+/// Two arguments by which the QEMU of one VM in one state directory is recognised: the same VM may
+/// well run on this host for another broker.
+pub fn marks(vm: VmId, state_dir: &Path) -> [String; 2] {
+    [vm.to_string(), socket_chardev("qmp", &state_dir.join(file::QMP))]
+}
+
+/// In QEMU's older option syntax a comma in a value is written twice.
+fn escape_commas(text: &str) -> String {
+    text.replace(',', ",,")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hypervisor::DiskFormat;
+    use crate::types::{ByteSize, RecipeId};
+    use crate::vm::VmSpec;
+    use crate::vm::spec::Nic;
+
+    fn machine() -> Machine {
+        let id: VmId = "7f3c2a10-52d4-4b7e-9a37-0c1d2e3f4a5b".parse().unwrap();
+        let nic = |network: &str, n| Nic { network: network.into(), mac: Mac([0x52, 0x54, 0, 0, 0, n]) };
+        Machine {
+            spec: VmSpec {
+                id,
+                name: "web-1".parse().unwrap(),
+                cpus: 2,
+                memory: ByteSize::mib(512),
+                recipe: RecipeId::of(b""),
+                root_size: ByteSize::gib(2),
+                user_data_size: ByteSize::mib(256),
+                nics: vec![nic("default", 1), nic("lan", 2), nic("lab", 3)],
+                architecture: "amd64".into(),
+                cpu_model: "qemu64".into(),
+            },
+            root_disk: "/srv/vm/web,1/root.qcow2".into(),
+            root_format: DiskFormat::Qcow2,
+            user_data_disk: Some("/srv/vm/web,1/user-data.raw".into()),
+            firmware_vars: "/srv/vm/web,1/vars.fd".into(),
+            state_dir: "/run/vm/web,1".into(),
+        }
+    }
+
+    fn host() -> Host {
+        Host {
+            accelerator: Accelerator::Tcg,
+            machine_type: "pc-q35-7.2".into(),
+            firmware_code: "/usr/share/OVMF/OVMF_CODE_4M.fd".into(),
+            networks: [
+                ("default".into(), NetworkBackend::User),
+                ("lan".into(), NetworkBackend::Bridge("br0".into())),
+                ("lab".into(), NetworkBackend::None),
+            ]
+            .into(),
+            bridge_helper: "/usr/lib/qemu/qemu-bridge-helper".into(),
+            sandbox: true,
+        }
+    }
+
+    #[test]
+    fn the_whole_command_line_is_as_recorded() {
+        let args = argv(&machine(), &host()).unwrap();
+        let lines: String = args
+            .iter()
+            .enumerate()
+            .map(|(i, a)| match (i, a.starts_with('-')) {
+                (0, _) => a.clone(),
+                (_, true) => format!("\n{a}"),
+                (_, false) => format!(" {a}"),
+            })
+            .collect();
+        assert_eq!(lines + "\n", include_str!("../../../fixtures/hypervisor/argv.txt"));
+    }
+
+    #[test]
+    fn the_guest_sees_the_same_slots_without_the_second_disk() {
+        let mut machine = machine();
+        let with = argv(&machine, &host()).unwrap();
+        machine.user_data_disk = None;
+        let without = argv(&machine, &host()).unwrap();
+        let gone: Vec<_> = with.iter().filter(|a| !without.contains(a)).collect();
+        assert_eq!(gone.len(), 2, "{gone:?}");
+        assert!(without.iter().all(|a| with.contains(a)));
+    }
+
+    #[test]
+    fn a_command_line_bears_its_marks() {
+        let machine = machine();
+        let args = argv(&machine, &host()).unwrap();
+        for mark in marks(machine.spec.id, &machine.state_dir) {
+            assert!(args.contains(&mark), "{mark}");
+        }
+    }
+
+    #[test]
+    fn the_sandbox_forbids_children_unless_a_bridge_needs_one() {
+        let (mut machine, host) = (machine(), host());
+        assert!(!sandbox(&machine, &host).contains("spawn=deny"));
+        machine.spec.nics.retain(|n| n.network != "lan");
+        assert!(sandbox(&machine, &host).contains("spawn=deny"));
+    }
+
+    #[test]
+    fn an_unknown_network_is_refused_by_name() {
+        let mut machine = machine();
+        machine.spec.nics[0].network = "dmz".into();
+        let error = argv(&machine, &host()).unwrap_err().to_string();
+        assert!(error.contains("'dmz'") && error.contains("default, lab, lan"), "{error}");
+    }
+}

@@ -1,0 +1,283 @@
+//! The QEMU driver: one QEMU process per VM, commanded over QMP, with no daemon in between.
+//!
+//! The processes are nobody's children for long: they run in sessions of their own, and a broker
+//! that starts again finds them by what it left in their state directories (`STATE.md`). Dropping
+//! the driver leaves all VMs running. A service manager must be told not to end them with the
+//! broker (systemd: `KillMode=process`).
+#![doc = include_str!("STATE.md")]
+
+pub mod args;
+pub mod config;
+mod prepare;
+mod probe;
+mod process;
+pub mod qmp;
+mod tools;
+mod vm;
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::broadcast;
+
+pub use config::{AcceleratorChoice, NetworkBackend, QemuConfig};
+pub use tools::{QemuTools, QemuVersion, find_configured, find_qemu};
+
+use super::driver::EVENTS_KEPT;
+use super::error::list;
+use super::{
+    Ability, ConsoleStream, DiskFormat, Driver, DriverError, DriverEvent, DriverFuture, Features, Machine,
+    MachineStats, StopMode,
+};
+use crate::types::{ByteSize, VmId};
+use crate::vm::PowerState;
+use vm::Vm;
+
+pub struct QemuDriver {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    system: PathBuf,
+    host: args::Host,
+    features: Features,
+    vars_template: PathBuf,
+    log_max: ByteSize,
+    vms: Mutex<BTreeMap<VmId, Arc<Vm>>>,
+    events: broadcast::Sender<DriverEvent>,
+}
+
+impl QemuDriver {
+    /// Finds QEMU and its firmware and tries out what they can do here. Takes a fraction of a
+    /// second; what is found holds for the driver's life.
+    pub async fn open(config: QemuConfig) -> Result<Self, DriverError> {
+        let for_search = config.clone();
+        let tools = blocking(move || {
+            for path in [&for_search.firmware_code, &for_search.firmware_vars] {
+                if !path.is_file() {
+                    return Err(DriverError::MissingFirmware { path: path.clone() });
+                }
+            }
+            find_configured(&for_search)
+        })
+        .await?;
+        let machine_type = config.machine_type;
+        let accelerator = probe::accelerator(&tools.system, &machine_type, config.accelerator).await?;
+        let offer = probe::ask(&tools.system, accelerator).await?;
+        if !offer.machine_types.contains(&machine_type) {
+            let q35 = offer.machine_types.iter().filter(|name| name.starts_with("pc-q35-"));
+            let offered = list(q35);
+            return Err(DriverError::MachineType { path: tools.system, machine_type, offered });
+        }
+        let features = Features {
+            driver: "qemu".into(),
+            version: tools.version.to_string(),
+            accelerator,
+            machine_type: machine_type.clone(),
+            architectures: ["amd64".to_owned()].into(),
+            cpu_models: offer.cpu_models,
+            root_formats: [DiskFormat::Qcow2, DiskFormat::Raw].into(),
+            networks: config.networks.keys().cloned().collect(),
+            abilities: [Ability::Pause, Ability::Console].into(),
+        };
+        tracing::info!(version = %features.version, %accelerator, machine_type, "QEMU is ready");
+        Ok(Self {
+            shared: Arc::new(Shared {
+                system: tools.system,
+                host: args::Host {
+                    accelerator,
+                    machine_type,
+                    firmware_code: config.firmware_code,
+                    networks: config.networks,
+                    bridge_helper: config.bridge_helper,
+                    sandbox: offer.sandbox,
+                },
+                features,
+                vars_template: config.firmware_vars,
+                log_max: config.console_log_max,
+                vms: Mutex::default(),
+                events: broadcast::Sender::new(EVENTS_KEPT),
+            }),
+        })
+    }
+}
+
+impl Shared {
+    fn vms(&self) -> MutexGuard<'_, BTreeMap<VmId, Arc<Vm>>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn defined(&self, id: VmId) -> Result<Arc<Vm>, DriverError> {
+        let vm = self.vms().get(&id).cloned();
+        vm.filter(|vm| vm.machine().is_some()).ok_or(DriverError::UnknownVm { vm: id })
+    }
+
+    /// Refuses, without touching anything, what this host does not offer; gives the command line.
+    fn check(&self, machine: &Machine) -> Result<Vec<String>, DriverError> {
+        let (spec, features) = (&machine.spec, &self.features);
+        let vm = spec.id;
+        spec.check().map_err(|rule| DriverError::BadSpec { vm, rule })?;
+        let not_offered = |what, asked: &String, offered| {
+            let offered = list(offered);
+            Err(DriverError::NotOffered { vm, what, asked: asked.clone(), offered })
+        };
+        if !features.architectures.contains(&spec.architecture) {
+            return not_offered("the architecture", &spec.architecture, &features.architectures);
+        }
+        if !features.cpu_models.contains(&spec.cpu_model) {
+            return not_offered("the CPU model", &spec.cpu_model, &features.cpu_models);
+        }
+        prepare::check_paths(machine)?;
+        args::argv(machine, &self.host)
+    }
+
+    /// Runs `verb` with the VM's turn taken, making the VM known if it is not.
+    async fn defining<T>(
+        &self,
+        machine: &Machine,
+        verb: impl AsyncFnOnce(Arc<Vm>) -> Result<T, DriverError>,
+    ) -> Result<T, DriverError> {
+        let id = machine.spec.id;
+        loop {
+            let vm = self
+                .vms()
+                .entry(id)
+                .or_insert_with(|| Arc::new(Vm::new(id, self.events.clone(), self.log_max)))
+                .clone();
+            let _turn = vm.verbs.lock().await;
+            // It may have been undefined while this waited for its turn.
+            if !self.vms().get(&id).is_some_and(|now| Arc::ptr_eq(now, &vm)) {
+                continue;
+            }
+            let defined = vm.define(machine, self.vars_template.clone()).await;
+            if vm.machine().is_none() {
+                self.vms().remove(&id);
+            }
+            defined?;
+            return verb(vm.clone()).await;
+        }
+    }
+
+    async fn stop(&self, id: VmId, mode: StopMode) -> Result<(), DriverError> {
+        let vm = self.defined(id)?;
+        match mode {
+            StopMode::Graceful { timeout, escalate } => vm.stop_gracefully(timeout, escalate).await?,
+            StopMode::Forced => vm.stop_by_force().await?,
+        }
+        match vm.machine() {
+            Some(machine) => blocking(move || prepare::sync_disks(&machine)).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn undefine(&self, id: VmId) -> Result<(), DriverError> {
+        let Ok(vm) = self.defined(id) else { return Ok(()) };
+        let _turn = vm.verbs.lock().await;
+        let state = vm.state();
+        if !matches!(state, PowerState::Stopped | PowerState::Crashed) {
+            return Err(DriverError::WrongState { vm: id, state, verb: "undefined" });
+        }
+        if let Some(machine) = vm.machine() {
+            blocking(move || prepare::remove_state_dir(&machine)).await?;
+        }
+        self.vms().remove(&id);
+        Ok(())
+    }
+}
+
+impl Driver for QemuDriver {
+    fn features(&self) -> &Features {
+        &self.shared.features
+    }
+
+    fn define<'a>(&'a self, machine: &'a Machine) -> DriverFuture<'a, ()> {
+        let (shared, machine) = (self.shared.clone(), machine.clone());
+        to_its_end(async move {
+            shared.check(&machine)?;
+            shared.defining(&machine, async |_| Ok(())).await
+        })
+    }
+
+    fn start<'a>(&'a self, machine: &'a Machine) -> DriverFuture<'a, ()> {
+        let (shared, machine) = (self.shared.clone(), machine.clone());
+        to_its_end(async move {
+            let args = shared.check(&machine)?;
+            let system = shared.system.clone();
+            shared.defining(&machine, async |vm| vm.start(system, args).await).await
+        })
+    }
+
+    fn stop(&self, vm: VmId, mode: StopMode) -> DriverFuture<'_, ()> {
+        let shared = self.shared.clone();
+        to_its_end(async move { shared.stop(vm, mode).await })
+    }
+
+    fn pause(&self, vm: VmId) -> DriverFuture<'_, ()> {
+        Box::pin(async move {
+            let vm = self.shared.defined(vm)?;
+            let _turn = vm.verbs.lock().await;
+            vm.pause().await
+        })
+    }
+
+    fn resume(&self, vm: VmId) -> DriverFuture<'_, ()> {
+        Box::pin(async move {
+            let vm = self.shared.defined(vm)?;
+            let _turn = vm.verbs.lock().await;
+            vm.resume().await
+        })
+    }
+
+    fn state(&self, vm: VmId) -> Result<PowerState, DriverError> {
+        Ok(self.shared.defined(vm)?.state())
+    }
+
+    fn list(&self) -> Vec<(VmId, PowerState)> {
+        let vms = self.shared.vms();
+        vms.iter().filter(|(_, vm)| vm.machine().is_some()).map(|(id, vm)| (*id, vm.state())).collect()
+    }
+
+    fn undefine(&self, vm: VmId) -> DriverFuture<'_, ()> {
+        let shared = self.shared.clone();
+        to_its_end(async move { shared.undefine(vm).await })
+    }
+
+    fn console(&self, vm: VmId) -> DriverFuture<'_, ConsoleStream> {
+        Box::pin(async move { self.shared.defined(vm)?.console().await })
+    }
+
+    fn console_log(&self, vm: VmId) -> Result<PathBuf, DriverError> {
+        let machine = self.shared.defined(vm)?.machine().ok_or(DriverError::UnknownVm { vm })?;
+        Ok(machine.state_dir.join(args::file::CONSOLE_LOG))
+    }
+
+    fn events(&self) -> broadcast::Receiver<DriverEvent> {
+        self.shared.events.subscribe()
+    }
+
+    fn stats(&self, vm: VmId) -> DriverFuture<'_, MachineStats> {
+        Box::pin(async move { self.shared.defined(vm)?.stats().await })
+    }
+}
+
+/// Runs a verb in a task, so that it is finished or undone even if nobody waits for it any more.
+fn to_its_end<T: Send + 'static>(
+    verb: impl Future<Output = Result<T, DriverError>> + Send + 'static,
+) -> DriverFuture<'static, T> {
+    Box::pin(async move { joined(tokio::spawn(verb)).await })
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    joined(tokio::task::spawn_blocking(work)).await
+}
+
+async fn joined<T>(task: tokio::task::JoinHandle<T>) -> T {
+    match task.await {
+        Ok(value) => value,
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        // Only a runtime that shuts down cancels these tasks, and then nobody is there to be told.
+        Err(_) => std::future::pending().await,
+    }
+}

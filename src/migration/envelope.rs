@@ -1,0 +1,192 @@
+//! The signed envelope every negotiation message travels in. XMPP servers stamp addresses but do
+//! not authenticate payloads, so each message is bound to its sender, recipient, VM and epoch by
+//! the sender's identity key and refused when stale or seen before.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::UnixMillis;
+use crate::types::{IdentityKey, MemberJid, MigrationId, PublicKey, Signature, VmId};
+
+/// The protocol version this code speaks.
+pub const VERSION: u32 = 1;
+/// The largest sealed message.
+pub const SEALED_BYTES_MAX: usize = 128 << 10;
+/// How long a message is valid after it was signed.
+pub const LIFETIME: Duration = Duration::from_secs(120);
+/// How far two clouds' clocks may differ.
+pub const SKEW: Duration = Duration::from_secs(120);
+/// Nonces remembered at once; beyond that new messages are refused rather than old ones forgotten.
+const NONCES_MAX: usize = 100_000;
+/// Separates these signatures from every other use of the key.
+const CONTEXT: &[u8] = b"cicada negotiation 1\0";
+
+/// A message with all it is bound to.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Envelope<T> {
+    pub version: u32,
+    pub from: MemberJid,
+    pub to: MemberJid,
+    pub migration: MigrationId,
+    pub vm: VmId,
+    /// The VM's epoch as the sender knows it.
+    pub epoch: u64,
+    /// Random, 32 hex digits.
+    pub nonce: String,
+    pub issued: UnixMillis,
+    pub expires: UnixMillis,
+    pub body: T,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum EnvelopeError {
+    #[error("message of {0} bytes exceeds the limit of {SEALED_BYTES_MAX}")]
+    TooLarge(usize),
+    #[error("message is too short to carry a signature")]
+    TooShort,
+    #[error("signature does not match the sender's identity key")]
+    Signature,
+    #[error("malformed message")]
+    Malformed(#[source] serde_json::Error),
+    #[error("protocol version {0} is not spoken here, only {VERSION}")]
+    Version(u32),
+    #[error("message is addressed to {0}")]
+    WrongRecipient(MemberJid),
+    #[error("message names {claimed} as sender but came from {actual}")]
+    WrongSender { claimed: MemberJid, actual: MemberJid },
+    #[error("message expired, or the clocks of the two clouds differ by more than {} s", SKEW.as_secs())]
+    Expired,
+    #[error("message was seen before")]
+    Replay,
+    #[error("too many messages at once")]
+    Flood,
+}
+
+impl<T: Serialize> Envelope<T> {
+    /// 64 bytes of signature, then the JSON the signature covers.
+    pub fn seal(&self, key: &IdentityKey) -> Result<Vec<u8>, EnvelopeError> {
+        let json = serde_json::to_vec(self).map_err(EnvelopeError::Malformed)?;
+        let signature = key.sign(&[CONTEXT, &json].concat());
+        let sealed = [signature.as_bytes().as_slice(), &json].concat();
+        if sealed.len() > SEALED_BYTES_MAX {
+            return Err(EnvelopeError::TooLarge(sealed.len()));
+        }
+        Ok(sealed)
+    }
+}
+
+impl<T: DeserializeOwned> Envelope<T> {
+    /// Checks everything but replay: signature first, before a byte of JSON is read.
+    pub fn open(
+        sealed: &[u8],
+        key: &PublicKey,
+        sender: &MemberJid,
+        recipient: &MemberJid,
+        now: UnixMillis,
+    ) -> Result<Self, EnvelopeError> {
+        if sealed.len() > SEALED_BYTES_MAX {
+            return Err(EnvelopeError::TooLarge(sealed.len()));
+        }
+        let (signature, json) = sealed.split_first_chunk::<64>().ok_or(EnvelopeError::TooShort)?;
+        key.verify(&[CONTEXT, json].concat(), &Signature::from_bytes(*signature))
+            .map_err(|_| EnvelopeError::Signature)?;
+        // The version is read alone first: a later version may change everything else.
+        #[derive(Deserialize)]
+        struct Version {
+            version: u32,
+        }
+        let version = serde_json::from_slice::<Version>(json).map_err(EnvelopeError::Malformed)?.version;
+        if version != VERSION {
+            return Err(EnvelopeError::Version(version));
+        }
+        let e: Self = serde_json::from_slice(json).map_err(EnvelopeError::Malformed)?;
+        if e.from != *sender {
+            return Err(EnvelopeError::WrongSender { claimed: e.from, actual: sender.clone() });
+        }
+        if e.to != *recipient {
+            return Err(EnvelopeError::WrongRecipient(e.to));
+        }
+        let fresh = e.issued <= now.plus(SKEW)
+            && now <= e.expires.plus(SKEW)
+            && e.expires <= e.issued.plus(LIFETIME)
+            && e.nonce.len() == 32;
+        if fresh { Ok(e) } else { Err(EnvelopeError::Expired) }
+    }
+}
+
+/// Remembers nonces for as long as their messages could be accepted.
+#[derive(Debug, Default)]
+pub struct ReplayGuard {
+    seen: BTreeMap<(MemberJid, String), UnixMillis>,
+    swept: UnixMillis,
+}
+
+impl ReplayGuard {
+    /// Admits a message once.
+    pub fn admit<T>(&mut self, e: &Envelope<T>, now: UnixMillis) -> Result<(), EnvelopeError> {
+        if now.since(self.swept) > Duration::from_secs(10) || self.seen.len() >= NONCES_MAX {
+            self.seen.retain(|_, expires| now <= expires.plus(SKEW));
+            self.swept = now;
+        }
+        if self.seen.len() >= NONCES_MAX {
+            return Err(EnvelopeError::Flood);
+        }
+        match self.seen.insert((e.from.clone(), e.nonce.clone()), e.expires) {
+            None => Ok(()),
+            Some(_) => Err(EnvelopeError::Replay),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn envelope(now: UnixMillis) -> Envelope<String> {
+        Envelope {
+            version: VERSION,
+            from: "a@x".parse().unwrap(),
+            to: "b@x".parse().unwrap(),
+            migration: MigrationId::random(),
+            vm: VmId::random(),
+            epoch: 1,
+            nonce: "0".repeat(32),
+            issued: now,
+            expires: now.plus(LIFETIME),
+            body: "hello".into(),
+        }
+    }
+
+    #[test]
+    fn only_the_right_message_opens() {
+        let now = UnixMillis(1_000_000_000);
+        let (key, other) =
+            (IdentityKey::from_secret_bytes(&[1; 32]), IdentityKey::from_secret_bytes(&[2; 32]));
+        let (a, b): (MemberJid, MemberJid) = ("a@x".parse().unwrap(), "b@x".parse().unwrap());
+        let e = envelope(now);
+        let sealed = e.seal(&key).unwrap();
+        let open = |s: &[u8], k: &IdentityKey, from: &MemberJid, to: &MemberJid, t| {
+            Envelope::<String>::open(s, &k.public(), from, to, t)
+        };
+        assert_eq!(open(&sealed, &key, &a, &b, now).unwrap(), e);
+        assert!(matches!(open(&sealed, &other, &a, &b, now), Err(EnvelopeError::Signature)));
+        assert!(matches!(open(&sealed, &key, &b, &b, now), Err(EnvelopeError::WrongSender { .. })));
+        assert!(matches!(open(&sealed, &key, &a, &a, now), Err(EnvelopeError::WrongRecipient(_))));
+        let late = now.plus(LIFETIME + SKEW * 2);
+        assert!(matches!(open(&sealed, &key, &a, &b, late), Err(EnvelopeError::Expired)));
+        assert!(matches!(open(&sealed, &key, &a, &b, UnixMillis(0)), Err(EnvelopeError::Expired)));
+        for i in 0..sealed.len() {
+            let mut bad = sealed.clone();
+            bad[i] ^= 1;
+            assert!(open(&bad, &key, &a, &b, now).is_err(), "{i}");
+        }
+        let old = Envelope { version: 7, ..e.clone() }.seal(&key).unwrap();
+        assert!(matches!(open(&old, &key, &a, &b, now), Err(EnvelopeError::Version(7))));
+        let mut guard = ReplayGuard::default();
+        guard.admit(&e, now).unwrap();
+        assert!(matches!(guard.admit(&e, now), Err(EnvelopeError::Replay)));
+    }
+}

@@ -1,0 +1,221 @@
+//! The signed hand-over: the responsibility transfer point. The target may run a VM under epoch
+//! n+1 only with the source's signature over this record, and the source may run it again only
+//! with the target's signed return under n+2.
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::UnixMillis;
+use crate::types::codec::{CodecError, Reader, Writer};
+use crate::types::{IdentityKey, MapId, MemberJid, MigrationId, PublicKey, RecipeId, Signature, VmId};
+
+const MAGIC: &[u8; 8] = b"CICHOV\x00\x01";
+const JID_BYTES_MAX: u64 = 3071;
+
+/// Who gives which VM, in which exact state, to whom.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HandOver {
+    pub vm: VmId,
+    pub migration: MigrationId,
+    /// The epoch the target will own the VM under.
+    pub epoch: u64,
+    pub source: MemberJid,
+    pub source_key: PublicKey,
+    pub target: MemberJid,
+    pub target_key: PublicKey,
+    pub recipe: RecipeId,
+    /// The final root delta and user data; what the target holds must match them.
+    pub root_delta: MapId,
+    pub user_data: MapId,
+    pub issued: UnixMillis,
+}
+
+impl HandOver {
+    /// The canonical bytes both sides sign.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::with_magic(MAGIC);
+        w.fixed(self.vm.0.as_bytes());
+        w.fixed(self.migration.0.as_bytes());
+        w.u64(self.epoch);
+        w.str(self.source.as_str());
+        w.fixed(self.source_key.as_bytes());
+        w.str(self.target.as_str());
+        w.fixed(self.target_key.as_bytes());
+        for hash in [self.recipe.as_bytes(), self.root_delta.as_bytes(), self.user_data.as_bytes()] {
+            w.fixed(hash);
+        }
+        w.u64(self.issued.0);
+        w.into_bytes()
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, CodecError> {
+        let mut r = Reader::with_magic(bytes, MAGIC, "hand-over record of version 1")?;
+        let invalid = |what| move |_| CodecError::Invalid { what, rule: "malformed".into() };
+        let vm = VmId(uuid::Uuid::from_bytes(r.array("vm")?));
+        let migration = MigrationId(uuid::Uuid::from_bytes(r.array("migration")?));
+        let epoch = r.u64("epoch")?;
+        let mut party = || {
+            let jid = r.str("member", JID_BYTES_MAX)?.parse().map_err(invalid("member"))?;
+            let key = PublicKey::from_bytes(r.array("key")?)
+                .map_err(|_| CodecError::Invalid { what: "key", rule: "no ed25519 key".into() })?;
+            Ok::<_, CodecError>((jid, key))
+        };
+        let (source, source_key) = party()?;
+        let (target, target_key) = party()?;
+        let out = Self {
+            vm,
+            migration,
+            epoch,
+            source,
+            source_key,
+            target,
+            target_key,
+            recipe: RecipeId::from_bytes(r.array("recipe")?),
+            root_delta: MapId::from_bytes(r.array("root delta")?),
+            user_data: MapId::from_bytes(r.array("user data")?),
+            issued: UnixMillis(r.u64("issued")?),
+        };
+        r.end()?;
+        Ok(out)
+    }
+
+    /// The source gives the VM up. Call it only after that was durably recorded.
+    pub fn sign(self, key: &IdentityKey) -> SignedHandOver {
+        let bytes = self.encode();
+        let signature = key.sign(&bytes);
+        SignedHandOver { record: hex(&bytes), signature }
+    }
+}
+
+/// A hand-over with the source's signature, as it travels and as it is kept.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SignedHandOver {
+    /// The canonical bytes, in hex.
+    pub record: String,
+    pub signature: Signature,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum HandOverError {
+    #[error("hand-over record is malformed")]
+    Malformed(#[source] CodecError),
+    #[error("hand-over record is not hex")]
+    NotHex,
+    #[error("hand-over is not signed by the {0}")]
+    Signature(&'static str),
+    #[error("hand-over is for another {0}")]
+    Mismatch(&'static str),
+}
+
+impl SignedHandOver {
+    /// The record, if the source it names signed it.
+    pub fn verify(&self) -> Result<HandOver, HandOverError> {
+        let bytes = unhex(&self.record).ok_or(HandOverError::NotHex)?;
+        let record = HandOver::decode(&bytes).map_err(HandOverError::Malformed)?;
+        record.source_key.verify(&bytes, &self.signature).map_err(|_| HandOverError::Signature("source"))?;
+        Ok(record)
+    }
+
+    fn countersigned_bytes(&self, context: &[u8]) -> Vec<u8> {
+        [context, self.record.as_bytes(), self.signature.as_bytes()].concat()
+    }
+
+    /// The target takes the VM over. Call it only after that was durably recorded.
+    pub fn accept(self, key: &IdentityKey) -> Receipt {
+        let signature = key.sign(&self.countersigned_bytes(ACCEPT));
+        Receipt { hand_over: self, signature }
+    }
+
+    /// The target gives the VM back and promises never to run it under this record's epoch. Call it
+    /// only after that promise was durably recorded.
+    pub fn give_back(self, key: &IdentityKey) -> Return {
+        let signature = key.sign(&self.countersigned_bytes(RETURN));
+        Return { hand_over: self, signature }
+    }
+}
+
+const ACCEPT: &[u8] = b"cicada hand-over accepted 1\0";
+const RETURN: &[u8] = b"cicada hand-over returned 1\0";
+
+/// The doubly signed record: the target owns the VM.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Receipt {
+    pub hand_over: SignedHandOver,
+    pub signature: Signature,
+}
+
+/// The doubly signed opposite: the target never ran the VM and never will under this epoch; the
+/// source owns it again under the next.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Return {
+    pub hand_over: SignedHandOver,
+    pub signature: Signature,
+}
+
+impl Receipt {
+    pub fn verify(&self) -> Result<HandOver, HandOverError> {
+        verify_second(&self.hand_over, &self.signature, ACCEPT)
+    }
+}
+
+impl Return {
+    pub fn verify(&self) -> Result<HandOver, HandOverError> {
+        verify_second(&self.hand_over, &self.signature, RETURN)
+    }
+}
+
+fn verify_second(
+    signed: &SignedHandOver,
+    signature: &Signature,
+    context: &[u8],
+) -> Result<HandOver, HandOverError> {
+    let record = signed.verify()?;
+    record
+        .target_key
+        .verify(&signed.countersigned_bytes(context), signature)
+        .map_err(|_| HandOverError::Signature("target"))?;
+    Ok(record)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    if !text.len().is_multiple_of(2) || text.len() > 32 << 10 || !text.is_ascii() {
+        return None;
+    }
+    (0..text.len()).step_by(2).map(|i| u8::from_str_radix(&text[i..i + 2], 16).ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_signature_proves_one_thing() {
+        let (a, b) = (IdentityKey::from_secret_bytes(&[1; 32]), IdentityKey::from_secret_bytes(&[2; 32]));
+        let record = HandOver {
+            vm: VmId::random(),
+            migration: MigrationId::random(),
+            epoch: 2,
+            source: "a@x".parse().unwrap(),
+            source_key: a.public(),
+            target: "b@x".parse().unwrap(),
+            target_key: b.public(),
+            recipe: RecipeId::of(b"r"),
+            root_delta: MapId::of(b"d"),
+            user_data: MapId::of(b"u"),
+            issued: UnixMillis(5),
+        };
+        let signed = record.clone().sign(&a);
+        assert_eq!(signed.verify(), Ok(record.clone()));
+        assert!(record.clone().sign(&b).verify().is_err());
+        let receipt = signed.clone().accept(&b);
+        assert_eq!(receipt.verify(), Ok(record.clone()));
+        assert!(signed.clone().accept(&a).verify().is_err());
+        // A receipt is no return and the other way round.
+        let back = Return { hand_over: receipt.hand_over.clone(), signature: receipt.signature };
+        assert!(back.verify().is_err());
+        assert_eq!(signed.give_back(&b).verify(), Ok(record));
+    }
+}

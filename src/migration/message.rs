@@ -1,0 +1,224 @@
+//! The bodies of negotiation messages: the seven request/answer pairs of the ODCA process message
+//! table, and cancellation. JSON inside a signed [`super::Envelope`]; unknown fields are ignored,
+//! so a later minor version can add some.
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::{ComponentId, MemberJid, PackId, PublicKey};
+use crate::vm::{MapRef, VmSpec};
+
+use super::handover::{Receipt, Return, SignedHandOver};
+
+/// Ids one check may ask about at once; more are asked in further checks.
+pub const CHECK_IDS_MAX: usize = 1000;
+/// Addresses a source may offer.
+pub const ADDRESSES_MAX: usize = 16;
+
+/// What one broker asks of another. Every request may be repeated: the answer is the same, or
+/// tells what became of it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum RequestBody {
+    /// To the target: could you take this VM, and what of it do you hold? Changes nothing there.
+    Configuration { spec: VmSpec, components: Vec<ComponentId>, packs: Vec<PackId> },
+    /// To the target: keep room for it.
+    Reservation { spec: VmSpec },
+    /// To the target: bring your copy to this state. Repeated to learn how far it is.
+    Initialization(Box<Initialization>),
+    /// To the target: it is yours; start it. Repeated until a receipt or a return comes back.
+    Start { hand_over: SignedHandOver, run: bool },
+    /// To the target: forget this migration and remove what was made for it.
+    Cancel { reason: String },
+    /// To the source: pause the VM (live modes).
+    Suspend,
+    /// To the source: stop the VM.
+    Stop,
+    /// To the source: the VM runs here; release your copy. Tells how long the guest took to boot.
+    Delete { boot_ms: Option<u64> },
+}
+
+/// One pass of staging. The components follow from the recipe; the maps name the disks' state.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Initialization {
+    pub spec: VmSpec,
+    /// The recipe's canonical bytes, base64.
+    pub recipe: String,
+    /// Names of the recipe's components, in its order, for accounts and error messages.
+    pub component_names: Vec<String>,
+    /// Stored bytes of the components the target lacked when it was checked, for its progress.
+    #[serde(default)]
+    pub component_bytes: u64,
+    pub pass: Pass,
+    /// Where the source serves content: `host:port`.
+    pub addresses: Vec<String>,
+    pub source_key: PublicKey,
+    /// The capability that content requests must carry, 64 hex digits.
+    pub ticket: String,
+}
+
+/// The disks' state one staging pass aims at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Pass {
+    /// Counts from 1.
+    pub number: u32,
+    /// The VM is stopped: these maps are final.
+    pub last: bool,
+    pub root_delta: MapRef,
+    pub user_data: MapRef,
+}
+
+/// What comes back.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum AnswerBody {
+    Configuration(CheckAnswer),
+    Reserved {
+        expires_in_s: u64,
+    },
+    /// Not finished yet; ask again.
+    Working(Progress),
+    /// The pass of this number is complete and verified.
+    Staged {
+        pass: u32,
+        account: StageAccount,
+    },
+    /// The target owns the VM.
+    Started {
+        receipt: Receipt,
+        running: bool,
+        /// Why it does not run although it was taken over.
+        problem: Option<String>,
+        account: StageAccount,
+    },
+    /// The target never took the VM and never will under this epoch.
+    Returned {
+        back: Return,
+        denial: Denial,
+    },
+    Cancelled,
+    /// The source's copy is gone, or will be in so many seconds.
+    Deleted {
+        grace_s: u64,
+    },
+    Denied(Denial),
+}
+
+/// An answer as it is sealed.
+pub type Answer = AnswerBody;
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct CheckAnswer {
+    /// What would be other than here; empty means exactly the same.
+    pub differences: Vec<Denial>,
+    /// Why not; empty means yes.
+    pub blockers: Vec<Denial>,
+    /// Positions in the request's lists of what is not held.
+    pub components_lacking: Vec<u32>,
+    pub packs_lacking: Vec<u32>,
+    /// The disks' state the member last held of this VM: what is equal need not travel.
+    pub seed: Option<Seed>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Seed {
+    pub root_delta: MapRef,
+    pub user_data: MapRef,
+}
+
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct Progress {
+    /// `fetch`, `compose` or `start`.
+    pub step: String,
+    pub bytes_done: u64,
+    pub bytes_total: u64,
+}
+
+/// What staging cost so far, as the target counted it.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct StageAccount {
+    pub components_fetched: u32,
+    pub packs_needed: u32,
+    pub packs_fetched: u32,
+    /// Names of components that travelled, wholly or in part.
+    pub fetched: Vec<String>,
+    pub component_bytes: u64,
+    pub root_delta_bytes: u64,
+    pub user_data_bytes: u64,
+    /// Manifests, recipe and chunk-map nodes.
+    pub map_bytes: u64,
+    pub wire_bytes: u64,
+    pub fetch_ms: u64,
+    pub compose_ms: u64,
+}
+
+/// A refusal with its reason. Codes are stable; the text is for people.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Denial {
+    pub code: DenialCode,
+    pub text: String,
+    #[serde(default)]
+    pub next_step: String,
+}
+
+impl Denial {
+    pub fn new(code: DenialCode, text: impl Into<String>) -> Self {
+        Self { code, text: text.into(), next_step: String::new() }
+    }
+    pub fn next(mut self, step: impl Into<String>) -> Self {
+        self.next_step = step.into();
+        self
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DenialCode {
+    /// The member does not accept VMs from this cloud.
+    Policy,
+    Cpus,
+    Memory,
+    Storage,
+    Architecture,
+    CpuModel,
+    Network,
+    NetworkKind,
+    Hypervisor,
+    Accelerator,
+    /// A VM of this id or name is already there.
+    AlreadyThere,
+    /// The member is too busy with other migrations.
+    Busy,
+    /// The lease ran out, or the member restarted and forgot an unfinished migration.
+    UnknownMigration,
+    /// A request that does not fit the migration's state.
+    OutOfOrder,
+    /// The hand-over is malformed, forged, stale or for another VM.
+    HandOver,
+    /// Content could not be fetched, did not verify or could not be composed.
+    Content,
+    /// The hypervisor failed.
+    Start,
+    /// The sender may not ask this.
+    NotYours,
+    /// This mode of migration is not supported here.
+    Unsupported,
+    #[serde(other)]
+    Other,
+}
+
+impl DenialCode {
+    /// The code as it travels.
+    pub fn as_str(self) -> String {
+        match serde_json::to_value(self) {
+            Ok(serde_json::Value::String(s)) => s,
+            _ => "other".into(),
+        }
+    }
+}
+
+/// Where a VM went or came from.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Party {
+    pub jid: MemberJid,
+    pub key: PublicKey,
+}

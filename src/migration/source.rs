@@ -1,0 +1,394 @@
+//! The source's side of a cold migration: a pure machine.
+//!
+//! ```text
+//!  Checking -> Reserving -> Scanning(1) -> Staging(1) -> ... more passes while they carry much ...
+//!                                              |
+//!                                              v
+//!              Stopping -> Scanning(last) -> Staging(last) -> GivingUp -> HandingOver -> Released
+//!                                                                              |
+//!   before GivingUp every denial, failure or cancel leads to                   v
+//!   Abandoned: target told, VM runs here again if it ran                   TakingBack -> Abandoned
+//! ```
+//!
+//! The point of no return is the effect [`Effect::GiveUp`]: its runner records durably that the VM
+//! is no longer ours and only then signs. From there the machine asks the target for ever, until
+//! a receipt or a signed return comes back; no silence, no denial and no restart ends it.
+
+use crate::vm::MapRef;
+
+use super::handover::{Receipt, Return, SignedHandOver};
+use super::message::{Answer, Denial, DenialCode, Pass, StageAccount};
+
+/// Pre-passes while the VM runs; each carries what changed during the one before.
+const PRE_PASSES_MAX: u32 = 4;
+/// A pass that carried less than this is followed by the switch-over.
+const PASS_BYTES_SMALL: u64 = 8 << 20;
+/// Unanswered requests in a row before an unfinished move is abandoned.
+const UNANSWERED_MAX: u32 = 40;
+/// Times the whole staging is begun again because the target forgot it.
+const RESTARTS_MAX: u32 = 3;
+const WAIT_MS: u64 = 250;
+const WAIT_SWITCH_OVER_MS: u64 = 50;
+const WAIT_UNANSWERED_MS: u64 = 2000;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Phase {
+    Checking,
+    Reserving,
+    Scanning { pass: u32, last: bool },
+    Staging(Pass),
+    Stopping,
+    GivingUp,
+    HandingOver,
+    TakingBack,
+    Released,
+    Abandoned,
+}
+
+impl Phase {
+    /// Whether the hand-over can still be called off.
+    pub fn can_cancel(self) -> bool {
+        !matches!(
+            self,
+            Phase::GivingUp | Phase::HandingOver | Phase::TakingBack | Phase::Released | Phase::Abandoned
+        )
+    }
+
+    pub fn ended(self) -> bool {
+        matches!(self, Phase::Released | Phase::Abandoned)
+    }
+}
+
+/// What happened.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Event {
+    Begin,
+    Checked(Result<(), Denial>),
+    Answered(Box<Answer>),
+    /// No answer in time, or the target is not online.
+    Unanswered,
+    Scanned(Result<(MapRef, MapRef), Denial>),
+    Stopped(Result<(), Denial>),
+    GaveUp(Result<SignedHandOver, Denial>),
+    TookBack(Result<(), Denial>),
+    /// The wait asked for is over.
+    Timer,
+    Cancel,
+}
+
+/// What to do; each effect but the last four is answered by one event.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Effect {
+    /// Ask the target whether it can take the VM.
+    Check,
+    AskReservation,
+    /// Hash the disks; the VM is stopped when `last`.
+    Scan {
+        pass: u32,
+        last: bool,
+    },
+    AskInitialization(Pass),
+    Stop,
+    /// Record durably that the VM is the target's under the next epoch, then sign.
+    GiveUp(Pass),
+    AskStart(SignedHandOver),
+    /// Record durably that the VM is ours again, under the epoch after the returned one.
+    TakeBack(Return),
+    Wait {
+        ms: u64,
+    },
+    /// Start the VM again: it ran when the migration began.
+    Restart,
+    TellCancel,
+    /// The target owns it: keep the copy for the grace period, then scrub it.
+    Release {
+        receipt: Receipt,
+        running: bool,
+        problem: Option<String>,
+        account: StageAccount,
+    },
+    /// Over, without a hand-over.
+    Abandon(Denial),
+}
+
+/// The machine. `step` never blocks, never fails and treats an event that does not fit as noise:
+/// a late answer of an earlier try must not disturb.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Source {
+    phase: Phase,
+    was_running: bool,
+    stopped: bool,
+    unanswered: u32,
+    restarts: u32,
+    next_pass: u32,
+    delivered_bytes: u64,
+    signed: Option<SignedHandOver>,
+    denial: Option<Denial>,
+}
+
+impl Source {
+    /// A migration about to begin. `was_running` decides whether the VM is stopped, and started again.
+    pub fn new(was_running: bool) -> Self {
+        Self {
+            phase: Phase::Checking,
+            was_running,
+            stopped: !was_running,
+            unanswered: 0,
+            restarts: 0,
+            next_pass: 1,
+            delivered_bytes: 0,
+            signed: None,
+            denial: None,
+        }
+    }
+
+    /// A migration found after a restart of the broker, given up but not acknowledged.
+    pub fn resume(was_running: bool, signed: SignedHandOver) -> (Self, Vec<Effect>) {
+        let mut s = Self::new(was_running);
+        s.phase = Phase::HandingOver;
+        s.stopped = true;
+        s.signed = Some(signed.clone());
+        (s, vec![Effect::AskStart(signed)])
+    }
+
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    pub fn was_running(&self) -> bool {
+        self.was_running
+    }
+
+    /// Unanswered requests in a row: more than a few mean the owner is in doubt while handing over.
+    pub fn unanswered(&self) -> u32 {
+        self.unanswered
+    }
+
+    pub fn step(&mut self, event: Event) -> Vec<Effect> {
+        if matches!(event, Event::Answered(_)) {
+            self.unanswered = 0;
+        }
+        match (self.phase, event) {
+            (Phase::Checking, Event::Begin) => vec![Effect::Check],
+            (Phase::Checking, Event::Checked(Ok(()))) => self.reserve(),
+            (_, Event::Checked(Err(d)) | Event::Scanned(Err(d)) | Event::Stopped(Err(d)))
+                if self.phase.can_cancel() =>
+            {
+                self.abandon(d)
+            }
+
+            (phase, Event::Cancel) if phase.can_cancel() => {
+                self.abandon(Denial::new(DenialCode::Other, "cancelled by the operator"))
+            }
+
+            (Phase::Reserving, Event::Answered(a)) => match *a {
+                Answer::Reserved { .. } => self.scan(),
+                other => self.unexpected(other),
+            },
+
+            (Phase::Scanning { pass, last }, Event::Scanned(Ok((root_delta, user_data)))) => {
+                let pass = Pass { number: pass, last, root_delta, user_data };
+                self.phase = Phase::Staging(pass);
+                vec![Effect::AskInitialization(pass)]
+            }
+
+            (Phase::Staging(pass), Event::Answered(a)) => match *a {
+                Answer::Working(_) => {
+                    vec![Effect::Wait { ms: if pass.last { WAIT_SWITCH_OVER_MS } else { WAIT_MS } }]
+                }
+                Answer::Staged { pass: n, account } if n == pass.number => self.staged(pass, account),
+                other => self.unexpected(other),
+            },
+            (Phase::Staging(pass), Event::Timer) => vec![Effect::AskInitialization(pass)],
+            (Phase::Reserving, Event::Timer) => vec![Effect::AskReservation],
+
+            (Phase::Reserving | Phase::Staging(_), Event::Unanswered) => {
+                self.unanswered += 1;
+                if self.unanswered < UNANSWERED_MAX {
+                    vec![Effect::Wait { ms: WAIT_UNANSWERED_MS }]
+                } else {
+                    self.abandon(Denial::new(DenialCode::Other, "the target stopped answering"))
+                }
+            }
+
+            (Phase::Stopping, Event::Stopped(Ok(()))) => {
+                self.stopped = true;
+                self.scan()
+            }
+
+            (Phase::GivingUp, Event::GaveUp(Ok(signed))) => {
+                self.phase = Phase::HandingOver;
+                self.signed = Some(signed.clone());
+                vec![Effect::AskStart(signed)]
+            }
+            // Nothing was signed, so nothing was given up.
+            (Phase::GivingUp, Event::GaveUp(Err(d))) => self.abandon(d),
+
+            (Phase::HandingOver, Event::Answered(a)) => match *a {
+                Answer::Started { receipt, running, problem, account } => {
+                    self.phase = Phase::Released;
+                    vec![Effect::Release { receipt, running, problem, account }]
+                }
+                Answer::Returned { back, denial } => {
+                    self.phase = Phase::TakingBack;
+                    self.denial = Some(denial);
+                    vec![Effect::TakeBack(back)]
+                }
+                Answer::Working(_) => vec![Effect::Wait { ms: WAIT_SWITCH_OVER_MS }],
+                // Only a signed return ends this; a bare denial proves nothing.
+                _ => vec![Effect::Wait { ms: WAIT_UNANSWERED_MS }],
+            },
+            (Phase::HandingOver, Event::Unanswered) => {
+                self.unanswered += 1;
+                vec![Effect::Wait { ms: WAIT_UNANSWERED_MS }]
+            }
+            (Phase::HandingOver, Event::Timer) => {
+                self.signed.clone().map(Effect::AskStart).into_iter().collect()
+            }
+
+            (Phase::TakingBack, Event::TookBack(Ok(()))) => {
+                let denial = self
+                    .denial
+                    .take()
+                    .unwrap_or_else(|| Denial::new(DenialCode::Other, "the target gave the VM back"));
+                self.phase = Phase::Abandoned;
+                let mut effects = vec![Effect::Abandon(denial)];
+                if self.was_running {
+                    effects.insert(0, Effect::Restart);
+                }
+                effects
+            }
+            // The return could not be recorded, or is not valid: keep asking.
+            (Phase::TakingBack, Event::TookBack(Err(_))) => {
+                self.phase = Phase::HandingOver;
+                vec![Effect::Wait { ms: WAIT_UNANSWERED_MS }]
+            }
+
+            _ => Vec::new(),
+        }
+    }
+
+    fn reserve(&mut self) -> Vec<Effect> {
+        self.phase = Phase::Reserving;
+        vec![Effect::AskReservation]
+    }
+
+    /// The next look at the disks: the last one once the VM is stopped.
+    fn scan(&mut self) -> Vec<Effect> {
+        let (pass, last) = (self.next_pass, self.stopped);
+        self.next_pass += 1;
+        self.phase = Phase::Scanning { pass, last };
+        vec![Effect::Scan { pass, last }]
+    }
+
+    fn staged(&mut self, pass: Pass, account: StageAccount) -> Vec<Effect> {
+        if pass.last {
+            self.phase = Phase::GivingUp;
+            return vec![Effect::GiveUp(pass)];
+        }
+        let delivered = account.root_delta_bytes + account.user_data_bytes;
+        let carried = delivered.saturating_sub(self.delivered_bytes);
+        self.delivered_bytes = delivered;
+        if carried > PASS_BYTES_SMALL && pass.number < PRE_PASSES_MAX {
+            return self.scan();
+        }
+        self.phase = Phase::Stopping;
+        vec![Effect::Stop]
+    }
+
+    fn unexpected(&mut self, answer: Answer) -> Vec<Effect> {
+        match answer {
+            // It restarted or the lease ran out: what it fetched is still in its repository, so
+            // beginning again costs little.
+            Answer::Denied(d) if d.code == DenialCode::UnknownMigration && self.restarts < RESTARTS_MAX => {
+                self.restarts += 1;
+                self.delivered_bytes = 0;
+                self.reserve()
+            }
+            Answer::Denied(d) => self.abandon(d),
+            // An answer to an earlier request that was repeated.
+            _ => vec![Effect::Wait { ms: WAIT_MS }],
+        }
+    }
+
+    fn abandon(&mut self, denial: Denial) -> Vec<Effect> {
+        let mut effects = vec![Effect::TellCancel];
+        // A stop that is under way may still succeed: the runner of Restart waits for it.
+        if self.was_running && (self.stopped || self.phase == Phase::Stopping) {
+            effects.push(Effect::Restart);
+        }
+        self.phase = Phase::Abandoned;
+        effects.push(Effect::Abandon(denial));
+        effects
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map() -> MapRef {
+        MapRef { block_size_bytes: 4096, disk_size_bytes: 1 << 20, root: None }
+    }
+
+    fn answered(a: Answer) -> Event {
+        Event::Answered(Box::new(a))
+    }
+
+    fn until_staging(was_running: bool) -> Source {
+        let mut s = Source::new(was_running);
+        assert_eq!(s.step(Event::Begin), [Effect::Check]);
+        assert_eq!(s.step(Event::Checked(Ok(()))), [Effect::AskReservation]);
+        let scan = s.step(answered(Answer::Reserved { expires_in_s: 60 }));
+        assert_eq!(scan, [Effect::Scan { pass: 1, last: !was_running }]);
+        assert!(matches!(s.step(Event::Scanned(Ok((map(), map()))))[..], [Effect::AskInitialization(_)]));
+        s
+    }
+
+    fn staged(pass: u32, bytes: u64) -> Event {
+        let account = StageAccount { user_data_bytes: bytes, ..Default::default() };
+        answered(Answer::Staged { pass, account })
+    }
+
+    #[test]
+    fn passes_repeat_while_they_carry_much() {
+        let mut s = until_staging(true);
+        assert_eq!(s.step(staged(1, 1 << 30)), [Effect::Scan { pass: 2, last: false }]);
+        s.step(Event::Scanned(Ok((map(), map()))));
+        assert_eq!(s.step(staged(2, (1 << 30) + 5)), [Effect::Stop]);
+        assert_eq!(s.step(Event::Stopped(Ok(()))), [Effect::Scan { pass: 3, last: true }]);
+        s.step(Event::Scanned(Ok((map(), map()))));
+        assert!(matches!(s.step(staged(3, 1 << 31))[..], [Effect::GiveUp(_)]));
+        assert!(s.step(Event::Cancel).is_empty(), "too late");
+    }
+
+    #[test]
+    fn a_stopped_vm_is_staged_once_and_not_started_again() {
+        let mut s = until_staging(false);
+        let effects = s.step(Event::Cancel);
+        assert!(matches!(effects[..], [Effect::TellCancel, Effect::Abandon(_)]), "{effects:?}");
+    }
+
+    #[test]
+    fn every_denial_before_the_hand_over_leaves_the_vm_running() {
+        let denied = || answered(Answer::Denied(Denial::new(DenialCode::Memory, "none")));
+        let mut s = until_staging(true);
+        assert!(matches!(s.step(denied())[..], [Effect::TellCancel, Effect::Abandon(_)]));
+        let mut s = until_staging(true);
+        s.step(staged(1, 0));
+        s.step(Event::Stopped(Ok(())));
+        s.step(Event::Scanned(Ok((map(), map()))));
+        assert!(matches!(s.step(denied())[..], [Effect::TellCancel, Effect::Restart, Effect::Abandon(_)]));
+        assert!(s.step(staged(2, 0)).is_empty(), "a late answer changes nothing");
+    }
+
+    #[test]
+    fn a_target_that_forgot_is_asked_again_a_few_times() {
+        let forgot = || answered(Answer::Denied(Denial::new(DenialCode::UnknownMigration, "?")));
+        let mut s = until_staging(true);
+        for n in 0..RESTARTS_MAX {
+            assert_eq!(s.step(forgot()), [Effect::AskReservation], "{n}");
+        }
+        assert!(matches!(s.step(forgot())[..], [Effect::TellCancel, Effect::Abandon(_)]));
+    }
+}

@@ -1,0 +1,156 @@
+//! Whether a VM fits into this cloud now: the target's side of a check.
+
+use crate::migration::{Denial, DenialCode};
+use crate::types::{MemberJid, VmId, VmName};
+use crate::vm::VmSpec;
+
+/// What this cloud has and allows at one instant.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Room {
+    pub cpus_free: u32,
+    pub memory_bytes_free: u64,
+    pub storage_bytes_free: u64,
+    pub architecture: String,
+    pub cpu_models: Vec<String>,
+    pub networks: Vec<NetworkOffer>,
+    /// How the hypervisor runs guests here, for example `tcg` or `kvm`.
+    pub accelerator: String,
+    /// Whether VMs from this source are taken.
+    pub accepts_source: bool,
+    /// VMs owned or arriving here, by id and name.
+    pub present: Vec<(VmId, VmName)>,
+    /// Unfinished incoming migrations, and how many are allowed at once.
+    pub incoming: usize,
+    pub incoming_max: usize,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NetworkOffer {
+    pub name: String,
+    /// `user`, `bridge` or `none`.
+    pub kind: String,
+}
+
+/// Blockers and differences for `spec` coming from `source`; both empty means a plain yes.
+/// Staging needs room for the composition, the delta and the user data: `storage_bytes_needed`.
+pub fn assess(
+    room: &Room,
+    spec: &VmSpec,
+    source: &MemberJid,
+    storage_bytes_needed: u64,
+) -> (Vec<Denial>, Vec<Denial>) {
+    let mut blockers = Vec::new();
+    let differences = Vec::new();
+    let mut no = |code, text: String, next: String| blockers.push(Denial::new(code, text).next(next));
+    if !room.accepts_source {
+        let next = format!("let its operator add {source} to migration.accept_from");
+        no(DenialCode::Policy, format!("VMs from {source} are not accepted"), next);
+    }
+    if room.present.iter().any(|(id, _)| *id == spec.id) {
+        no(DenialCode::AlreadyThere, format!("VM {} is already there", spec.id.short()), String::new());
+    } else if room.present.iter().any(|(_, name)| *name == spec.name) {
+        let next = "rename or move the other VM first".into();
+        no(DenialCode::AlreadyThere, format!("another VM named {} is there", spec.name), next);
+    }
+    if room.incoming >= room.incoming_max {
+        let text = format!("{} migrations are arriving already", room.incoming);
+        no(DenialCode::Busy, text, "try again when they are done".into());
+    }
+    if room.architecture != spec.architecture {
+        let text = format!("the VM is {}, the hosts are {}", spec.architecture, room.architecture);
+        no(DenialCode::Architecture, text, String::new());
+    }
+    if !room.cpu_models.contains(&spec.cpu_model) {
+        let text =
+            format!("CPU model {} is not offered (offered: {})", spec.cpu_model, room.cpu_models.join(", "));
+        no(DenialCode::CpuModel, text, String::new());
+    }
+    if spec.cpus > room.cpus_free {
+        let text = format!("needs {} CPUs, {} are free", spec.cpus, room.cpus_free);
+        no(DenialCode::Cpus, text, "free CPUs there or choose another member".into());
+    }
+    let memory = crate::types::ByteSize(room.memory_bytes_free);
+    if spec.memory > memory {
+        let text = format!("needs {} of memory, {memory} are free", spec.memory);
+        no(DenialCode::Memory, text, "free memory there or choose another member".into());
+    }
+    if storage_bytes_needed > room.storage_bytes_free {
+        let (need, have) =
+            (crate::types::ByteSize(storage_bytes_needed), crate::types::ByteSize(room.storage_bytes_free));
+        let text = format!("needs up to {need} of storage, {have} are free");
+        no(DenialCode::Storage, text, "free storage there or choose another member".into());
+    }
+    for nic in &spec.nics {
+        if !room.networks.iter().any(|n| n.name == nic.network) {
+            let text = format!("there is no network named {}", nic.network);
+            let next = format!("let its operator define [[network]] name = \"{}\"", nic.network);
+            no(DenialCode::Network, text, next);
+        }
+    }
+    (blockers, differences)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{ByteSize, RecipeId};
+    use crate::vm::Mac;
+    use crate::vm::spec::Nic;
+
+    fn spec() -> VmSpec {
+        let id = VmId::random();
+        VmSpec {
+            id,
+            name: "web".parse().unwrap(),
+            cpus: 2,
+            memory: ByteSize::mib(512),
+            recipe: RecipeId::of(b"r"),
+            root_size: ByteSize::gib(2),
+            user_data_size: ByteSize::mib(64),
+            nics: vec![Nic { network: "lan".into(), mac: Mac::derived(id, 0) }],
+            architecture: "amd64".into(),
+            cpu_model: "qemu64".into(),
+        }
+    }
+
+    fn room() -> Room {
+        Room {
+            cpus_free: 4,
+            memory_bytes_free: 1 << 30,
+            storage_bytes_free: 10 << 30,
+            architecture: "amd64".into(),
+            cpu_models: vec!["qemu64".into()],
+            networks: vec![NetworkOffer { name: "lan".into(), kind: "user".into() }],
+            accelerator: "tcg".into(),
+            accepts_source: true,
+            present: vec![],
+            incoming: 0,
+            incoming_max: 2,
+        }
+    }
+
+    #[test]
+    fn each_violated_fact_is_named() {
+        let source: MemberJid = "a@x".parse().unwrap();
+        let vm = spec();
+        assert_eq!(assess(&room(), &vm, &source, 1).0, []);
+        type Spoil = fn(&mut Room, &VmSpec);
+        let table: [(DenialCode, Spoil); 9] = [
+            (DenialCode::Cpus, |r, _| r.cpus_free = 1),
+            (DenialCode::Memory, |r, _| r.memory_bytes_free = 1),
+            (DenialCode::Storage, |r, _| r.storage_bytes_free = 0),
+            (DenialCode::Architecture, |r, _| r.architecture = "arm64".into()),
+            (DenialCode::CpuModel, |r, _| r.cpu_models.clear()),
+            (DenialCode::Network, |r, _| r.networks.clear()),
+            (DenialCode::Policy, |r, _| r.accepts_source = false),
+            (DenialCode::AlreadyThere, |r, s| r.present.push((s.id, "other".parse().unwrap()))),
+            (DenialCode::Busy, |r, _| r.incoming = 2),
+        ];
+        for (code, spoil) in table {
+            let mut r = room();
+            spoil(&mut r, &vm);
+            let codes: Vec<_> = assess(&r, &vm, &source, 1).0.iter().map(|d| d.code).collect();
+            assert_eq!(codes, [code]);
+        }
+    }
+}

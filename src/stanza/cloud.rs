@@ -1,0 +1,97 @@
+//! `<cloud/>`: what a cloud says of itself in the room. Compact, since every member receives it.
+
+use xmpp_parsers::presence::PresencePayload;
+use xso::{AsXml, FromXml};
+
+use super::ns;
+
+/// Limits of what is taken from a stranger's presence.
+pub mod limit {
+    pub const TEXT_BYTES: usize = 256;
+    pub const FEATURES: usize = 64;
+}
+
+#[derive(FromXml, AsXml, Debug, Clone, PartialEq)]
+#[xml(namespace = ns::CLOUD, name = "cloud")]
+pub struct Cloud {
+    /// The cloud's name in the federation.
+    #[xml(attribute)]
+    pub name: String,
+    /// Public identity key, base64 of 32 bytes.
+    #[xml(attribute)]
+    pub key: String,
+    /// Negotiation versions spoken, comma-separated, newest first.
+    #[xml(attribute)]
+    pub versions: String,
+    #[xml(attribute(default))]
+    pub software: Option<String>,
+    #[xml(attribute(default))]
+    pub region: Option<String>,
+    /// `on`, `saving` or `off`.
+    #[xml(attribute)]
+    pub power: String,
+    /// Load of the hosts in percent of what may be given to VMs.
+    #[xml(attribute(default))]
+    pub load: Option<u32>,
+    /// Carbon intensity, gCO2e per kWh.
+    #[xml(attribute(default))]
+    pub carbon: Option<f32>,
+    /// Price of a CPU hour, in the federation's unit.
+    #[xml(attribute(default))]
+    pub price: Option<f32>,
+    #[xml(child(default))]
+    pub capacity: Option<Capacity>,
+    #[xml(extract(n = .., name = "feature", fields(text(type_ = String))))]
+    pub features: Vec<String>,
+}
+
+impl PresencePayload for Cloud {}
+
+/// What VMs may use in all, and what of it is free.
+#[derive(FromXml, AsXml, Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[xml(namespace = ns::CLOUD, name = "capacity")]
+pub struct Capacity {
+    #[xml(attribute)]
+    pub cpus: u64,
+    #[xml(attribute(name = "cpus-free"))]
+    pub cpus_free: u64,
+    /// Bytes.
+    #[xml(attribute)]
+    pub memory: u64,
+    #[xml(attribute(name = "memory-free"))]
+    pub memory_free: u64,
+    #[xml(attribute)]
+    pub storage: u64,
+    #[xml(attribute(name = "storage-free"))]
+    pub storage_free: u64,
+}
+
+impl Cloud {
+    /// Refuses texts of absurd length.
+    pub fn is_bounded(&self) -> bool {
+        let texts = [Some(&self.name), Some(&self.key), Some(&self.versions), Some(&self.power), self.software.as_ref(), self.region.as_ref()];
+        texts.into_iter().flatten().chain(&self.features).all(|t| t.len() <= limit::TEXT_BYTES)
+            && self.features.len() <= limit::FEATURES
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use xmpp_parsers::minidom::Element;
+
+    #[test]
+    fn reads_what_it_writes_and_ignores_what_it_does_not_know() {
+        let text = "<cloud xmlns='urn:cicada:cloud:1' name='alpine' key='AAAA' versions='1' power='on' load='7'>\
+                    <capacity cpus='4' cpus-free='3' memory='1024' memory-free='512' storage='9' storage-free='8'/>\
+                    <feature>tcg</feature><feature>network:lan</feature><later xmlns='urn:x'/></cloud>";
+        let cloud = Cloud::try_from(text.parse::<Element>().unwrap()).unwrap();
+        assert_eq!((cloud.load, cloud.carbon), (Some(7), None));
+        assert_eq!(cloud.capacity.unwrap().memory_free, 512);
+        assert_eq!(cloud.features, ["tcg", "network:lan"]);
+        assert!(cloud.is_bounded());
+        let again = Cloud::try_from(Element::from(cloud.clone())).unwrap();
+        assert_eq!(again, cloud);
+        assert!(!Cloud { region: Some("x".repeat(300)), ..cloud }.is_bounded());
+    }
+}

@@ -1,0 +1,349 @@
+//! Answering requests: read, admit each object, open it, pack small ones together, send. The
+//! store is read on the blocking pool, one step ahead of the wire.
+
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use quinn::{ReadToEndError, RecvStream, SendStream, WriteError};
+use tokio::sync::Semaphore;
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::timeout;
+
+use super::batch::{self, Effort};
+use super::error::{Refusal, close};
+use super::frame::{Frame, Request, limit, size_limit_bytes};
+use super::object::{Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSource, Ticket};
+use crate::types::PublicKey;
+
+/// How much of a large object is read, and written, at a time.
+const CHUNK_BYTES: usize = 256 << 10;
+/// A stream that takes nothing is given up when the whole connection moved less than this, too.
+const STALL_BYTES: u64 = 32 << 10;
+
+/// What an endpoint serves from, shared by its connections.
+pub struct Server {
+    pub authority: Arc<dyn Authority>,
+    pub source: Arc<dyn ObjectSource>,
+    /// Requests answered at the same time, over all connections.
+    pub permits: Semaphore,
+    pub stall_timeout: Duration,
+}
+
+/// Serves whatever the peer asks for until the connection ends.
+pub async fn serve(server: Arc<Server>, connection: quinn::Connection, peer: PublicKey) {
+    let session = Arc::new(Session { server, connection, peer, logged: AtomicU64::new(0) });
+    let mut requests = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = session.connection.accept_bi() => match accepted {
+                Ok((send, recv)) => {
+                    requests.spawn(session.clone().answer(send, recv));
+                }
+                Err(_) => return,
+            },
+            Some(_) = requests.join_next() => {}
+        }
+    }
+}
+
+struct Session {
+    server: Arc<Server>,
+    connection: quinn::Connection,
+    peer: PublicKey,
+    /// Reasons of refusal already logged, one bit per code: a line each per connection.
+    logged: AtomicU64,
+}
+
+/// Why an answer was not sent to its end.
+enum Unanswered {
+    /// The asker stopped the stream or went away.
+    Gone,
+    /// The asker takes nothing any more.
+    Stalled,
+    /// The object cannot be sent to its end.
+    Refused(Refusal),
+}
+
+impl From<WriteError> for Unanswered {
+    fn from(_: WriteError) -> Self {
+        Unanswered::Gone
+    }
+}
+
+impl Session {
+    fn address(&self) -> SocketAddr {
+        self.connection.remote_address()
+    }
+
+    async fn answer(self: Arc<Self>, mut send: SendStream, mut recv: RecvStream) {
+        // Requests are answered in the order they were made: the asker gets whole objects soon,
+        // and the next request is there before this one is done.
+        let index = i32::try_from(send.id().index()).unwrap_or(i32::MAX);
+        let _ = send.set_priority(-index);
+        let request = match timeout(self.server.stall_timeout, recv.read_to_end(limit::REQUEST_BYTES)).await {
+            Ok(Ok(bytes)) => Request::decode(&bytes).map_err(|e| e.to_string()),
+            Ok(Err(ReadToEndError::TooLong)) => {
+                Err(format!("a request is longer than {} bytes", limit::REQUEST_BYTES))
+            }
+            Ok(Err(ReadToEndError::Read(_))) => return,
+            Err(_) => {
+                let _ = send.reset(close::STALLED);
+                return;
+            }
+        };
+        let request = match request {
+            Ok(request) => request,
+            Err(reason) => {
+                tracing::warn!(peer = ?self.peer, address = %self.address(), reason, "cut off a peer that broke the transfer protocol");
+                self.connection.close(close::MISBEHAVED, reason.as_bytes());
+                return;
+            }
+        };
+        let done = match self.server.permits.try_acquire() {
+            Ok(_permit) => self.clone().send_objects(&mut send, request).await,
+            Err(_) => {
+                let all = Frame::Refused { reason: Refusal::TooMany, count: request.keys.len() };
+                self.log_refusal(Refusal::TooMany, &request.keys[0]);
+                self.write(&mut send, all.encode().into()).await
+            }
+        };
+        let _ = match done {
+            Ok(()) => send.finish(),
+            Err(Unanswered::Gone) => send.reset(close::DONE),
+            Err(Unanswered::Stalled) => {
+                tracing::warn!(peer = ?self.peer, address = %self.address(), "gave up a request: the peer takes nothing any more");
+                send.reset(close::STALLED)
+            }
+            Err(Unanswered::Refused(reason)) => send.reset(close::refused(reason)),
+        };
+    }
+
+    async fn send_objects(
+        self: Arc<Self>,
+        send: &mut SendStream,
+        request: Request,
+    ) -> Result<(), Unanswered> {
+        let producer = Producer {
+            session: self.clone(),
+            ticket: request.ticket,
+            keys: request.keys.into_iter(),
+            ahead: None,
+            effort: Effort::default(),
+        };
+        let mut last_write = Duration::ZERO;
+        let mut next = spawn_blocking(move || producer.step());
+        loop {
+            let waiting = Instant::now();
+            let Ok((answer, mut producer)) = next.await else {
+                return Err(Unanswered::Refused(Refusal::Failed));
+            };
+            let Some(answer) = answer else { return Ok(()) };
+            producer.effort.wire_is_slower = last_write > waiting.elapsed();
+            next = spawn_blocking(move || producer.step());
+            let writing = Instant::now();
+            match answer {
+                Answer::Frame(frame) => self.write(send, frame.into()).await?,
+                Answer::Large(key, body) => self.send_large(send, key, body).await?,
+            }
+            last_write = writing.elapsed();
+        }
+    }
+
+    async fn send_large(
+        &self,
+        send: &mut SendStream,
+        key: ObjectKey,
+        body: ObjectBody,
+    ) -> Result<(), Unanswered> {
+        let size_bytes = body.size_bytes();
+        self.write(send, Frame::Large { encoding: body.encoding, size_bytes }.encode().into()).await?;
+        match body.content {
+            Content::Bytes(bytes) => self.write(send, bytes).await,
+            Content::File { file, offset_bytes, size_bytes } => {
+                let file = Arc::new(file);
+                let end = offset_bytes.saturating_add(size_bytes);
+                let mut at = offset_bytes;
+                let mut next = read_ahead(&file, at, end);
+                while at < end {
+                    let chunk = match next.await {
+                        Ok(Ok(chunk)) => chunk,
+                        Ok(Err(error)) => {
+                            tracing::warn!(%key, %error, "an object could not be read to its end while it was sent");
+                            return Err(Unanswered::Refused(Refusal::Changed));
+                        }
+                        Err(_) => return Err(Unanswered::Refused(Refusal::Failed)),
+                    };
+                    at += chunk.len() as u64;
+                    next = read_ahead(&file, at, end);
+                    self.write(send, chunk).await?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    async fn write(&self, send: &mut SendStream, bytes: Bytes) -> Result<(), Unanswered> {
+        let mut rest = [bytes];
+        while !rest[0].is_empty() {
+            let before = self.connection.stats().udp_tx.bytes;
+            match timeout(self.server.stall_timeout, send.write_chunks(&mut rest)).await {
+                Ok(written) => {
+                    written?;
+                }
+                // Other streams may be ahead of this one, and the cap may be low: only when
+                // nothing moves has the peer stalled.
+                Err(_) if self.connection.stats().udp_tx.bytes - before >= STALL_BYTES => {}
+                Err(_) => return Err(Unanswered::Stalled),
+            }
+        }
+        Ok(())
+    }
+
+    fn log_refusal(&self, reason: Refusal, key: &ObjectKey) {
+        let bit = 1 << u32::from(reason.code()).min(63);
+        if self.logged.fetch_or(bit, Ordering::Relaxed) & bit == 0 {
+            tracing::warn!(peer = ?self.peer, address = %self.address(), %reason, object = %key, "refused to serve a peer");
+        }
+    }
+}
+
+fn read_ahead(file: &Arc<File>, at: u64, end: u64) -> tokio::task::JoinHandle<io::Result<Bytes>> {
+    let file = file.clone();
+    let length = (end - at).min(CHUNK_BYTES as u64) as usize;
+    spawn_blocking(move || {
+        let mut chunk = vec![0; length];
+        file.read_exact_at(&mut chunk, at)?;
+        Ok(chunk.into())
+    })
+}
+
+/// What one step of a request sends.
+enum Answer {
+    Frame(Vec<u8>),
+    Large(ObjectKey, ObjectBody),
+}
+
+/// One object, as far as the store goes.
+enum Opened {
+    Refused(Refusal),
+    Small(Bytes),
+    Large(ObjectKey, ObjectBody),
+}
+
+/// Turns a request into answers, step by step. Runs on the blocking pool.
+struct Producer {
+    session: Arc<Session>,
+    ticket: Ticket,
+    keys: std::vec::IntoIter<ObjectKey>,
+    /// Opened, but belongs to the next step.
+    ahead: Option<Opened>,
+    effort: Effort,
+}
+
+impl Producer {
+    fn step(mut self) -> (Option<Answer>, Self) {
+        let answer = match self.take() {
+            None => None,
+            Some(Opened::Large(key, body)) => Some(Answer::Large(key, body)),
+            Some(Opened::Refused(reason)) => {
+                let mut count = 1;
+                while self.take_if(|o| matches!(o, Opened::Refused(r) if *r == reason)).is_some() {
+                    count += 1;
+                }
+                Some(Answer::Frame(Frame::Refused { reason, count }.encode()))
+            }
+            Some(Opened::Small(bytes)) => {
+                let mut sizes_bytes = vec![bytes.len() as u32];
+                let mut plain = Vec::from(bytes);
+                let room = |plain: &[u8], o: &Opened| matches!(o, Opened::Small(b) if plain.len() + b.len() <= limit::BATCH_BYTES);
+                while let Some(Opened::Small(bytes)) = self.take_if(|o| room(&plain, o)) {
+                    sizes_bytes.push(bytes.len() as u32);
+                    plain.extend_from_slice(&bytes);
+                }
+                Some(Answer::Frame(self.effort.pack(plain, sizes_bytes).encode()))
+            }
+        };
+        (answer, self)
+    }
+
+    fn take(&mut self) -> Option<Opened> {
+        self.ahead.take().or_else(|| {
+            let key = self.keys.next()?;
+            Some(self.open(&key).unwrap_or_else(|reason| {
+                self.session.log_refusal(reason, &key);
+                Opened::Refused(reason)
+            }))
+        })
+    }
+
+    fn take_if(&mut self, wanted: impl Fn(&Opened) -> bool) -> Option<Opened> {
+        let opened = self.take()?;
+        if wanted(&opened) {
+            return Some(opened);
+        }
+        self.ahead = Some(opened);
+        None
+    }
+
+    fn open(&self, key: &ObjectKey) -> Result<Opened, Refusal> {
+        let Server { authority, source, .. } = &*self.session.server;
+        authority.check(&self.session.peer, &self.ticket, key)?;
+        let body = source.open(&self.ticket, key)?;
+        let failed = |reason: &dyn std::fmt::Display| {
+            tracing::error!(object = %key, %reason, "an object that is held cannot be served");
+            Refusal::Failed
+        };
+        let plain_size_bytes = match body.encoding {
+            Encoding::Plain | Encoding::StoredPack => body.size_bytes(),
+            Encoding::Zstd { plain_size_bytes } => plain_size_bytes,
+        };
+        if plain_size_bytes > size_limit_bytes(key) || body.size_bytes() > size_limit_bytes(key) {
+            return Err(failed(&format!("{plain_size_bytes} bytes are over the limit")));
+        }
+        match (key.is_pack(), body.encoding) {
+            (true, Encoding::StoredPack) => Ok(Opened::Large(*key, body)),
+            (true, _) | (_, Encoding::StoredPack) => Err(failed(&"it is not in the form its kind has")),
+            (false, Encoding::Zstd { .. }) => {
+                let packed = read(&body.content).map_err(|e| failed(&e))?;
+                if plain_size_bytes > limit::SMALL_BYTES as u64 {
+                    let content = Content::Bytes(packed);
+                    return Ok(Opened::Large(*key, ObjectBody { content, ..body }));
+                }
+                let plain = batch::unpack(&packed, plain_size_bytes);
+                plain.map(|p| Opened::Small(p.into())).ok_or_else(|| failed(&"it does not unpack"))
+            }
+            (false, Encoding::Plain) => {
+                let plain = read(&body.content).map_err(|e| failed(&e))?;
+                if plain.len() <= limit::SMALL_BYTES {
+                    return Ok(Opened::Small(plain));
+                }
+                let body = match zstd::bulk::compress(&plain, 1) {
+                    Ok(packed) if packed.len() < plain.len() => ObjectBody {
+                        encoding: Encoding::Zstd { plain_size_bytes },
+                        content: Content::Bytes(packed.into()),
+                    },
+                    _ => ObjectBody::plain(plain),
+                };
+                Ok(Opened::Large(*key, body))
+            }
+        }
+    }
+}
+
+fn read(content: &Content) -> io::Result<Bytes> {
+    match content {
+        Content::Bytes(bytes) => Ok(bytes.clone()),
+        Content::File { file, offset_bytes, size_bytes } => {
+            // The caller checked the size against the limit of the object's kind.
+            let mut bytes = vec![0; *size_bytes as usize];
+            file.read_exact_at(&mut bytes, *offset_bytes)?;
+            Ok(bytes.into())
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Getting a stream: TCP, TLS with our own roots, SASL. The crate's own connectors can neither take
+//! a private CA nor report a wrong password.
+
+use std::borrow::Cow;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures::{SinkExt, StreamExt};
+use sasl::common::{ChannelBinding, Credentials};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncRead, AsyncWrite, BufStream};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
+use tokio_rustls::rustls::{self, ClientConfig, RootCertStore};
+use tokio_xmpp::Error;
+use tokio_xmpp::xmlstream::{StreamHeader, Timeouts, XmppStream, XmppStreamElement, initiate_stream};
+use xmpp_parsers::jid::Jid;
+use xmpp_parsers::stream_features::StreamFeatures;
+use xmpp_parsers::{ns, starttls};
+
+/// Where the system keeps its certificate authorities (Debian's ca-certificates).
+const SYSTEM_ROOTS: &str = "/etc/ssl/certs/ca-certificates.crt";
+const PORT_STARTTLS: u16 = 5222;
+/// XEP-0368.
+const PORT_DIRECT_TLS: u16 = 5223;
+
+/// How the connection to the server is protected.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Security {
+    DirectTls,
+    Starttls,
+    /// Only to a server on this machine.
+    Plain,
+}
+
+pub trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Io for T {}
+
+type Stream = XmppStream<BufStream<Box<dyn Io>>>;
+
+/// How to reach one server.
+#[derive(Clone)]
+pub struct Connector {
+    address: String,
+    security: Security,
+    tls: Arc<ClientConfig>,
+}
+
+impl Connector {
+    /// `server` is `host` or `host:port`; without it the account's domain is the host.
+    pub fn new(domain: &str, server: Option<&str>, security: Security, ca_file: Option<&Path>) -> io::Result<Self> {
+        let port = if security == Security::DirectTls { PORT_DIRECT_TLS } else { PORT_STARTTLS };
+        let host = server.unwrap_or(domain);
+        let has_port = host.rsplit_once(':').is_some_and(|(_, p)| p.parse::<u16>().is_ok());
+        let address = if has_port { host.to_owned() } else { format!("{host}:{port}") };
+        let mut roots = RootCertStore::empty();
+        if security != Security::Plain {
+            let file = ca_file.map_or_else(|| PathBuf::from(SYSTEM_ROOTS), Path::to_owned);
+            let named = |e: String| io::Error::other(format!("certificate authorities in {}: {e}", file.display()));
+            for certificate in CertificateDer::pem_file_iter(&file).map_err(|e| named(e.to_string()))? {
+                // A system's bundle may hold a root this library does not read.
+                if let Err(e) = certificate.map_err(|e| e.to_string()).and_then(|c| roots.add(c).map_err(|e| e.to_string())) {
+                    if ca_file.is_some() {
+                        return Err(named(e));
+                    }
+                }
+            }
+            if roots.is_empty() {
+                return Err(named("there are none".into()));
+            }
+        }
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let tls = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(io::Error::other)?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        Ok(Self { address, security, tls: Arc::new(tls) })
+    }
+
+    /// Connects and logs in. PLAIN is never offered, whatever the server says.
+    pub async fn login(&self, jid: &Jid, password: &str) -> Result<(StreamFeatures, Stream), Error> {
+        let timeouts = Timeouts::tight();
+        let domain = jid.domain().as_str();
+        let header = || StreamHeader { to: Some(Cow::Owned(domain.to_owned())), from: None, id: None };
+        let tcp = TcpStream::connect(&self.address).await?;
+        tcp.set_nodelay(true)?;
+        let (io, binding): (Box<dyn Io>, _) = match self.security {
+            Security::Plain if !tcp.peer_addr()?.ip().is_loopback() => {
+                return Err(io::Error::other("an unprotected session is possible only to a server on this machine").into());
+            }
+            Security::Plain => (Box::new(tcp), ChannelBinding::None),
+            Security::DirectTls => self.tls(tcp, domain).await?,
+            Security::Starttls => {
+                let stream = initiate_stream(BufStream::new(tcp), ns::JABBER_CLIENT, header(), timeouts).await?;
+                let (features, stream) = stream.recv_features().await?;
+                self.starttls(features, stream, domain).await?
+            }
+        };
+        let stream = initiate_stream(BufStream::new(io), ns::JABBER_CLIENT, header(), timeouts).await?;
+        let (features, stream) = stream.recv_features().await?;
+        let mut mechanisms = features.sasl_mechanisms;
+        mechanisms.remove("PLAIN");
+        mechanisms.remove("ANONYMOUS");
+        // Given a binding, the library tries only -PLUS mechanisms.
+        let binding = if mechanisms.iter().any(|m| m.ends_with("-PLUS")) { binding } else { ChannelBinding::None };
+        let user = jid.node().map(|n| n.as_str().to_owned()).unwrap_or_default();
+        let credentials =
+            Credentials::default().with_username(user).with_password(password.to_owned()).with_channel_binding(binding);
+        let stream = tokio_xmpp::client_login(stream, mechanisms, credentials).await?;
+        Ok(stream.send_header(header()).await?.recv_features().await?)
+    }
+
+    async fn starttls(
+        &self,
+        features: StreamFeatures,
+        mut stream: XmppStream<BufStream<TcpStream>>,
+        domain: &str,
+    ) -> Result<(Box<dyn Io>, ChannelBinding), Error> {
+        if !features.can_starttls() {
+            return Err(tokio_xmpp::error::ProtocolError::NoTls.into());
+        }
+        stream.send(&XmppStreamElement::Starttls(starttls::Nonza::Request(starttls::Request))).await?;
+        match stream.next().await.map(|v| v.map(|v| v.into_read_error()).and_then(|x| x)) {
+            Some(Ok(XmppStreamElement::Starttls(starttls::Nonza::Proceed(_)))) => {}
+            Some(Ok(_)) => return Err(io::Error::other("the server does not proceed with TLS").into()),
+            Some(Err(e)) => return Err(io::Error::other(format!("{e:?}")).into()),
+            None => return Err(Error::Disconnected),
+        }
+        self.tls(stream.into_inner().into_inner(), domain).await
+    }
+
+    async fn tls(&self, tcp: TcpStream, domain: &str) -> Result<(Box<dyn Io>, ChannelBinding), Error> {
+        let name = ServerName::try_from(domain.to_owned()).map_err(io::Error::other)?;
+        let stream = TlsConnector::from(self.tls.clone()).connect(name, tcp).await?;
+        let connection = stream.get_ref().1;
+        // RFC 9266; with TLS 1.2 there is no exporter binding worth having.
+        let binding = match connection.protocol_version() {
+            Some(rustls::ProtocolVersion::TLSv1_3) => ChannelBinding::TlsExporter(
+                connection
+                    .export_keying_material(vec![0u8; 32], b"EXPORTER-Channel-Binding", None)
+                    .map_err(io::Error::other)?,
+            ),
+            _ => ChannelBinding::None,
+        };
+        Ok((Box::new(stream), binding))
+    }
+}

@@ -1,0 +1,452 @@
+//! Both drivers pass the conformance suite; QEMU also keeps its promises about processes, disks,
+//! guests and restarts of the broker.
+
+#[path = "hypervisor/guest.rs"]
+mod guest;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cicada::clock::ManualClock;
+use cicada::hypervisor::conformance::{self, Bench};
+use cicada::hypervisor::fake::{FakeDriver, GuestDisk, Verb};
+use cicada::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, QemuConfig, QemuDriver};
+use cicada::hypervisor::{
+    DiskFormat, Driver, DriverError, EventKind, Machine, StopMode, StopReason, find_qemu,
+};
+use cicada::types::{ByteSize, RecipeId, VmId};
+use cicada::vm::spec::Nic;
+use cicada::vm::{Mac, PowerState, VmSpec};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+const MIB: u64 = 1 << 20;
+
+/// A machine in `dir` with raw disks, empty unless they are there already.
+fn machine_in(dir: &Path) -> Machine {
+    machine_with(dir, VmId::random())
+}
+
+fn machine_with(dir: &Path, id: VmId) -> Machine {
+    let home = dir.join(id.short());
+    fs::create_dir_all(&home).unwrap();
+    let disk = |name: &str, size_bytes| {
+        let path = home.join(name);
+        let file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+        file.unwrap().set_len(size_bytes).unwrap();
+        path
+    };
+    Machine {
+        spec: VmSpec {
+            id,
+            name: format!("vm-{}", id.short()).parse().unwrap(),
+            cpus: 1,
+            memory: ByteSize::mib(96),
+            recipe: RecipeId::of(b""),
+            root_size: ByteSize::mib(4),
+            user_data_size: ByteSize::mib(1),
+            nics: vec![Nic { network: "default".into(), mac: Mac::derived(id, 0) }],
+            architecture: "amd64".into(),
+            cpu_model: "qemu64".into(),
+        },
+        root_disk: disk("root.raw", 4 * MIB),
+        root_format: DiskFormat::Raw,
+        user_data_disk: Some(disk("user-data.raw", MIB)),
+        firmware_vars: home.join("vars.fd"),
+        state_dir: home.join("run"),
+    }
+}
+
+fn config() -> QemuConfig {
+    let networks =
+        [("default".to_owned(), NetworkBackend::User), ("unplugged".to_owned(), NetworkBackend::None)];
+    QemuConfig { networks: networks.into(), ..QemuConfig::default() }
+}
+
+/// A driver and a scratch directory, or None, said loudly, where QEMU or its firmware is missing.
+async fn qemu() -> Option<(QemuDriver, TempDir)> {
+    match QemuDriver::open(config()).await {
+        Ok(driver) => Some((driver, tempfile::tempdir().unwrap())),
+        Err(missing @ (DriverError::MissingTool { .. } | DriverError::MissingFirmware { .. })) => {
+            println!("SKIPPED: {missing}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Process ids of the QEMUs of a VM, by their command lines.
+fn processes_of(vm: VmId) -> Vec<i32> {
+    fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+        .filter(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.split(|b| *b == 0).any(|arg| arg == vm.to_string().as_bytes())
+        })
+        .collect()
+}
+
+fn signal(vm: VmId, signal: rustix::process::Signal) {
+    for pid in processes_of(vm) {
+        rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), signal).unwrap();
+    }
+}
+
+fn kill(vm: VmId) {
+    signal(vm, rustix::process::Signal::KILL);
+}
+
+/// Waits until `holds`; for things that have no event.
+async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < Duration::from_secs(60), "never: {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn the_fake_driver_conforms() {
+    let dir = tempfile::tempdir().unwrap();
+    let driver = FakeDriver::new(Arc::new(ManualClock::default()));
+    let make_machine = || {
+        let machine = machine_in(dir.path());
+        driver.set_deaf(machine.spec.id, true);
+        machine
+    };
+    let crash = |vm| driver.crash(vm);
+    conformance::run(&Bench { driver: &driver, make_machine: &make_machine, crash: &crash }).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_qemu_driver_conforms() {
+    let Some((driver, dir)) = qemu().await else { return };
+    println!("{:?}", driver.features());
+    let make_machine = || machine_in(dir.path());
+    let crash = |vm| kill(vm);
+    conformance::run(&Bench { driver: &driver, make_machine: &make_machine, crash: &crash }).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_fake_guest_writes_and_verbs_fail_on_demand() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::default();
+    let driver = FakeDriver::new(Arc::new(clock.clone()));
+    let machine = machine_in(dir.path());
+    let vm = machine.spec.id;
+    driver.fail_next(Verb::Start, 2);
+    for _ in 0..2 {
+        assert!(matches!(driver.start(&machine).await, Err(DriverError::Injected { .. })));
+        assert_eq!(driver.state(vm).unwrap(), PowerState::Stopped);
+        assert!(driver.guest_writes(vm, GuestDisk::Root, 0, b"too early").is_err());
+    }
+    driver.start(&machine).await.unwrap();
+    driver.guest_writes(vm, GuestDisk::Root, 4096, b"root").unwrap();
+    driver.guest_writes(vm, GuestDisk::UserData, 0, b"data").unwrap();
+    assert_eq!(&fs::read(&machine.root_disk).unwrap()[4096..4100], b"root");
+    assert_eq!(&fs::read(machine.user_data_disk.as_ref().unwrap()).unwrap()[..4], b"data");
+    clock.advance(Duration::from_secs(3));
+    let stats = driver.stats(vm).await.unwrap();
+    assert_eq!((stats.cpu_time, stats.disk_written), (Duration::from_secs(3), ByteSize(8)));
+
+    let mut console = driver.console(vm).await.unwrap();
+    let mut guest = driver.take_guest_console(vm).unwrap();
+    guest.write_all(b"login: ").await.unwrap();
+    let mut said = [0; 7];
+    console.read_exact(&mut said).await.unwrap();
+    assert_eq!(&said, b"login: ");
+
+    driver.stop(vm, StopMode::Graceful { timeout: Duration::ZERO, escalate: false }).await.unwrap();
+    assert_eq!(driver.state(vm).unwrap(), PowerState::Stopped);
+}
+
+/// The operator's promise: nothing is left of a VM that was stopped, however often.
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_starts_and_stops_leave_nothing() {
+    let Some((driver, dir)) = qemu().await else { return };
+    let machine = machine_in(dir.path());
+    let vm = machine.spec.id;
+    let (mut starting, mut stopping) = (Duration::ZERO, Duration::ZERO);
+    let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
+    driver.define(&machine).await.unwrap();
+    let before = descriptors();
+    for _ in 0..20 {
+        let begin = Instant::now();
+        driver.start(&machine).await.unwrap();
+        starting += begin.elapsed();
+        assert_eq!(processes_of(vm).len(), 1);
+        let begin = Instant::now();
+        driver.stop(vm, StopMode::Forced).await.unwrap();
+        stopping += begin.elapsed();
+        assert!(processes_of(vm).is_empty());
+        let mut left: Vec<_> =
+            fs::read_dir(&machine.state_dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["console.log", "qemu.log"]);
+    }
+    eventually("no descriptors are left", || descriptors() <= before).await;
+    println!("20 rounds: start {:?}, stop {:?} on average", starting / 20, stopping / 20);
+}
+
+/// The guest boots from its disk by UEFI, talks on the console, and obeys the power button.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_boots_talks_and_switches_itself_off() {
+    let Some((driver, dir)) = qemu().await else { return };
+    let machine = machine_in(dir.path());
+    let vm = machine.spec.id;
+    fs::write(&machine.root_disk, guest::disk(4 * MIB)).unwrap();
+    for round in 1..=2 {
+        let mut events = driver.events();
+        driver.start(&machine).await.unwrap();
+        let log = driver.console_log(vm).unwrap();
+        let greetings = || fs::read_to_string(&log).unwrap_or_default().matches(guest::GREETING).count();
+        eventually("the guest greets on its console", || greetings() == round).await;
+
+        let mut console = driver.console(vm).await.unwrap();
+        console.write_all(b"x").await.unwrap();
+        let mut echo = [0];
+        console.read_exact(&mut echo).await.unwrap();
+        assert_eq!(&echo, b"X", "the guest answers in capitals");
+
+        assert!(driver.stats(vm).await.unwrap().disk_read.0 > 0);
+        // A paused guest is made to go on, so that it can obey.
+        driver.pause(vm).await.unwrap();
+        let graceful = StopMode::Graceful { timeout: Duration::from_secs(30), escalate: false };
+        driver.stop(vm, graceful).await.unwrap();
+        assert_eq!(driver.state(vm).unwrap(), PowerState::Stopped);
+        assert!(processes_of(vm).is_empty());
+        let mut last = None;
+        while let Ok(event) = events.try_recv() {
+            last = Some(event.kind);
+        }
+        assert_eq!(last, Some(EventKind::Stopped { reason: StopReason::Guest }));
+    }
+}
+
+/// What a guest has written is on disk when a forced stop returns, in either format, and a base
+/// shared by two VMs stays as it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forced_stop_keeps_what_the_guest_wrote() {
+    let Some((driver, dir)) = qemu().await else { return };
+    let base = dir.path().join("base.raw");
+    let content = guest::writing_disk(4 * MIB);
+    fs::write(&base, &content).unwrap();
+    fs::set_permissions(&base, std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
+
+    let raw = machine_in(dir.path());
+    fs::copy(&base, &raw.root_disk).unwrap();
+    fs::set_permissions(&raw.root_disk, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    let mut machines = vec![raw];
+    let tools = find_qemu().unwrap();
+    match tools.img() {
+        Ok(img) => {
+            for _ in 0..2 {
+                let mut machine = machine_in(dir.path());
+                machine.root_format = DiskFormat::Qcow2;
+                let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
+                run(Command::new(img).args(create).args([&base, &machine.root_disk]));
+                machines.push(machine);
+            }
+        }
+        Err(error) => println!("SKIPPED: overlays, because {error}"),
+    }
+    for machine in &machines {
+        driver.start(machine).await.unwrap();
+    }
+    for machine in &machines {
+        let vm = machine.spec.id;
+        let log = driver.console_log(vm).unwrap();
+        let greets = || fs::read_to_string(&log).unwrap_or_default().contains(guest::GREETING.trim());
+        eventually("the guest has written", greets).await;
+        assert!(driver.stats(vm).await.unwrap().disk_written.0 > 0);
+        driver.stop(vm, StopMode::Forced).await.unwrap();
+        let image = match machine.root_format {
+            DiskFormat::Raw => fs::read(&machine.root_disk).unwrap(),
+            DiskFormat::Qcow2 => {
+                let flat = machine.root_disk.with_extension("flat");
+                let img = tools.img().unwrap();
+                run(Command::new(img).arg("check").arg(&machine.root_disk));
+                let convert = ["convert", "-O", "raw"];
+                run(Command::new(img).args(convert).args([&machine.root_disk, &flat]));
+                fs::read(flat).unwrap()
+            }
+        };
+        assert_eq!(guest::read_back(image).trim(), guest::WRITTEN);
+    }
+    assert!(fs::read(&base).unwrap() == content, "the shared base has changed");
+}
+
+fn run(command: &mut Command) {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A broker that restarts takes its VMs over: by the record, by the process list where it died
+/// before the record was complete, and not at all where the process is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_driver_takes_over_what_an_earlier_one_started() {
+    let Some((driver, dir)) = qemu().await else { return };
+    let machine = machine_in(dir.path());
+    let vm = machine.spec.id;
+    let record = machine.state_dir.join("qemu.pid");
+    driver.start(&machine).await.unwrap();
+    let process = processes_of(vm);
+    driver.pause(vm).await.unwrap();
+    drop(driver);
+
+    let driver = QemuDriver::open(config()).await.unwrap();
+    driver.define(&machine).await.unwrap();
+    assert_eq!(driver.state(vm).unwrap(), PowerState::Paused);
+    driver.start(&machine).await.unwrap();
+    assert_eq!(driver.state(vm).unwrap(), PowerState::Running);
+    assert_eq!(processes_of(vm), process, "it is the same process");
+    drop(driver);
+
+    fs::write(&record, "starting\n").unwrap();
+    let driver = QemuDriver::open(config()).await.unwrap();
+    let mut events = driver.events();
+    driver.define(&machine).await.unwrap();
+    assert_eq!(driver.state(vm).unwrap(), PowerState::Running);
+    kill(vm);
+    let event = tokio::time::timeout(Duration::from_secs(10), events.recv()).await.unwrap().unwrap();
+    assert!(matches!(event.kind, EventKind::Crashed { .. }), "{event:?}");
+    assert!(!record.exists());
+
+    driver.start(&machine).await.unwrap();
+    drop(driver);
+    kill(vm);
+    eventually("the process is gone", || processes_of(vm).is_empty()).await;
+    let driver = QemuDriver::open(config()).await.unwrap();
+    driver.define(&machine).await.unwrap();
+    assert_eq!(driver.state(vm).unwrap(), PowerState::Crashed);
+    assert!(!record.exists());
+    driver.start(&machine).await.unwrap();
+    driver.stop(vm, StopMode::Forced).await.unwrap();
+}
+
+/// Set for the process that plays the broker below: the directory and the id of the VM to start.
+const BROKER_DIR: &str = "CICADA_TEST_BROKER_DIR";
+const BROKER_VM: &str = "CICADA_TEST_BROKER_VM";
+
+/// Starts a VM and waits to be killed. Does nothing unless run by the test below.
+#[tokio::test(flavor = "multi_thread")]
+async fn broker_to_be_killed() {
+    let (Ok(dir), Ok(vm)) = (std::env::var(BROKER_DIR), std::env::var(BROKER_VM)) else { return };
+    let driver = QemuDriver::open(config()).await.unwrap();
+    driver.start(&machine_with(Path::new(&dir), vm.parse().unwrap())).await.unwrap();
+    println!("\nstarted");
+    std::future::pending().await
+}
+
+/// kill -9 of the broker and everything in its process group leaves the VM running, and the next
+/// broker stops it without a trace.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_survives_the_death_of_its_broker() {
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::process::CommandExt;
+    let Some((driver, dir)) = qemu().await else { return };
+    let vm = VmId::random();
+    let mut broker = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "broker_to_be_killed", "--nocapture"])
+        .envs([(BROKER_DIR, dir.path().to_str().unwrap()), (BROKER_VM, &vm.to_string())])
+        .stdout(std::process::Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(broker.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap() == "started"));
+    let group = rustix::process::Pid::from_raw(broker.id() as i32).unwrap();
+    rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
+    broker.wait().unwrap();
+    assert_eq!(processes_of(vm).len(), 1);
+
+    let machine = machine_with(dir.path(), vm);
+    driver.define(&machine).await.unwrap();
+    assert_eq!(driver.state(vm).unwrap(), PowerState::Running);
+    driver.stop(vm, StopMode::Forced).await.unwrap();
+    assert!(processes_of(vm).is_empty());
+    driver.undefine(vm).await.unwrap();
+    assert!(!machine.state_dir.exists());
+}
+
+/// QEMU that hangs is ended all the same, also by a driver that could never talk to it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hanging_qemu_is_killed() {
+    let Some((driver, dir)) = qemu().await else { return };
+    let machine = machine_in(dir.path());
+    let vm = machine.spec.id;
+    driver.start(&machine).await.unwrap();
+    signal(vm, rustix::process::Signal::STOP);
+    let begin = Instant::now();
+    driver.stop(vm, StopMode::Forced).await.unwrap();
+    assert!(processes_of(vm).is_empty());
+    assert_eq!(driver.state(vm).unwrap(), PowerState::Stopped);
+    println!("a hanging QEMU was ended after {:?}", begin.elapsed());
+}
+
+/// A host that shuts down tells every process to end: that is no crash.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_shuts_down_is_no_crash() {
+    let Some((driver, dir)) = qemu().await else { return };
+    let machine = machine_in(dir.path());
+    let vm = machine.spec.id;
+    driver.start(&machine).await.unwrap();
+    let mut events = driver.events();
+    signal(vm, rustix::process::Signal::TERM);
+    let event = tokio::time::timeout(Duration::from_secs(10), events.recv()).await.unwrap().unwrap();
+    assert_eq!(event.kind, EventKind::Stopped { reason: StopReason::Host });
+    assert_eq!(driver.state(vm).unwrap(), PowerState::Stopped);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_name_what_to_do() {
+    let Some((driver, dir)) = qemu().await else { return };
+
+    // Somebody else has the disk.
+    let (first, mut second) = (machine_in(dir.path()), machine_in(dir.path()));
+    second.root_disk = first.root_disk.clone();
+    driver.start(&first).await.unwrap();
+    let refused = driver.start(&second).await;
+    assert!(matches!(refused, Err(DriverError::DiskInUse { .. })), "{refused:?}");
+    assert_eq!(driver.state(second.spec.id).unwrap(), PowerState::Stopped);
+    assert!(processes_of(second.spec.id).is_empty());
+
+    // A disk that is not there: QEMU's own words.
+    let mut no_disk = machine_in(dir.path());
+    no_disk.root_disk = dir.path().join("nowhere.raw");
+    let error = driver.start(&no_disk).await.unwrap_err().to_string();
+    assert!(error.contains("exit status: 1") && error.contains("nowhere.raw"), "{error}");
+
+    // Firmware variables of another build.
+    let odd_vars = machine_in(dir.path());
+    fs::write(&odd_vars.firmware_vars, "short").unwrap();
+    let refused = driver.define(&odd_vars).await;
+    assert!(matches!(refused, Err(DriverError::FirmwareVars { found: 5, .. })), "{refused:?}");
+    assert!(driver.state(odd_vars.spec.id).is_err());
+
+    // A state directory whose sockets would have too long a name.
+    let mut deep = machine_in(dir.path());
+    deep.state_dir = deep.state_dir.join("d".repeat(100));
+    let error = driver.define(&deep).await.unwrap_err().to_string();
+    assert!(error.contains("choose a shorter state directory"), "{error}");
+
+    driver.stop(first.spec.id, StopMode::Forced).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_host_that_lacks_something_is_told_what() {
+    let missing = |config: QemuConfig| async move { QemuDriver::open(config).await.err().unwrap() };
+    let error = missing(QemuConfig { firmware_code: "/nowhere/code.fd".into(), ..config() }).await;
+    assert!(error.to_string().contains("install the package ovmf"), "{error}");
+    let Some(_) = qemu().await else { return };
+    let error = missing(QemuConfig { system: Some("/nowhere/qemu".into()), ..config() }).await;
+    assert!(error.to_string().contains("install the package qemu-system-x86"), "{error}");
+    let tcg = AcceleratorChoice::Tcg;
+    let error = missing(QemuConfig { machine_type: "pc-q35-1.0".into(), accelerator: tcg, ..config() }).await;
+    assert!(error.to_string().contains("pc-q35-7.2"), "{error}");
+    println!("{:?}", find_qemu().unwrap());
+}
