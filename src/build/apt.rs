@@ -38,7 +38,8 @@ impl Apt {
         let dir = fs::canonicalize(&dir).map_err(BuildError::read(&dir))?;
         let mut apt = Self { dir, architecture: architecture.to_owned(), fingerprint: Hash::of(b"") };
         let sources = sources::for_suite(suite)?;
-        crate::durable::write(&apt.sources(), sources.as_bytes()).map_err(BuildError::write(apt.sources()))?;
+        crate::durable::write(&apt.sources(), sources.as_bytes())
+            .map_err(BuildError::write(apt.sources()))?;
         let mut command = apt.get(None)?;
         command.args(["-o", "APT::Update::Error-Mode=any", "update"]);
         let updated = sandbox.command("fetching the package lists", "apt-get", "apt", command);
@@ -65,7 +66,12 @@ impl Apt {
 
     /// The packages that installing `wanted` would add to a system with this dpkg status file.
     /// Asked once for a state of the lists.
-    pub fn resolve(&self, status: &[u8], wanted: &[String], sandbox: &Sandbox) -> Result<Packages, BuildError> {
+    pub fn resolve(
+        &self,
+        status: &[u8],
+        wanted: &[String],
+        sandbox: &Sandbox,
+    ) -> Result<Packages, BuildError> {
         let mut question = self.fingerprint.as_bytes().to_vec();
         question.extend_from_slice(Hash::of(status).as_bytes());
         question.extend_from_slice(wanted.join(" ").as_bytes());
@@ -108,7 +114,12 @@ impl Apt {
     }
 
     /// Downloads just these packages into `target`, without what they depend on.
-    pub fn download_only(&self, wanted: &[String], target: &Path, sandbox: &Sandbox) -> Result<(), BuildError> {
+    pub fn download_only(
+        &self,
+        wanted: &[String],
+        target: &Path,
+        sandbox: &Sandbox,
+    ) -> Result<(), BuildError> {
         fs::create_dir_all(target).map_err(BuildError::write(target))?;
         let mut command = self.get(None)?;
         command.arg("download").args(wanted).current_dir(target);
@@ -236,7 +247,8 @@ pub mod sources {
         let mut words = rest.split_whitespace();
         let (uri, suite) = (words.next()?, words.next()?);
         let components: Vec<&str> = words.collect();
-        let mut out = format!("Types: deb\nURIs: {uri}\nSuites: {suite}\nComponents: {}\n", components.join(" "));
+        let mut out =
+            format!("Types: deb\nURIs: {uri}\nSuites: {suite}\nComponents: {}\n", components.join(" "));
         for option in options.split_whitespace() {
             match option.split_once('=')? {
                 ("signed-by", key) => out += &format!("Signed-By: {key}\n"),
@@ -250,7 +262,10 @@ pub mod sources {
     /// The stanza restricted to release `from` and its updates and security suites, renamed to `to`.
     pub(super) fn select(stanza: &str, from: &str, to: &str) -> Option<String> {
         let field = |name: &str| {
-            stanza.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':').map(str::trim)).unwrap_or_default()
+            stanza
+                .lines()
+                .find_map(|l| l.strip_prefix(name)?.strip_prefix(':').map(str::trim))
+                .unwrap_or_default()
         };
         let has = |value: &str, word: &str| value.split_whitespace().any(|w| w == word);
         if !has(field("Types"), "deb") || !has(field("Components"), "main") || field("Enabled") == "no" {
@@ -294,7 +309,8 @@ mod tests {
 
     #[test]
     fn takes_the_suite_out_of_any_form_of_sources() {
-        let line = "deb [arch=amd64 signed-by=/k.gpg] http://archive.invalid/debian bookworm main contrib # x";
+        let line =
+            "deb [arch=amd64 signed-by=/k.gpg] http://archive.invalid/debian bookworm main contrib # x";
         let stanza = sources::stanza_of_line(line).unwrap();
         let selected = sources::select(&stanza, "bookworm", "bookworm").unwrap();
         assert_eq!(
@@ -302,7 +318,8 @@ mod tests {
             "Types: deb\nURIs: http://archive.invalid/debian\nSuites: bookworm\nComponents: main\nSigned-By: /k.gpg\n"
         );
         assert!(sources::select(&stanza, "trixie", "bookworm").is_none());
-        let many = "Types: deb deb-src\nURIs: x\nSuites: trixie trixie-updates trixie-backports\nComponents: main\n";
+        let many =
+            "Types: deb deb-src\nURIs: x\nSuites: trixie trixie-updates trixie-backports\nComponents: main\n";
         let selected = sources::select(many, "trixie", "bookworm").unwrap();
         assert!(selected.contains("Suites: bookworm bookworm-updates\n"), "{selected}");
         assert!(sources::select(&format!("{many}Enabled: no\n"), "trixie", "trixie").is_none());

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::component::definition::DefinitionError;
+use crate::component::fragment::FragmentError;
 use crate::repository::RepositoryError;
 use crate::types::codec::CodecError;
 
@@ -17,7 +18,9 @@ pub enum BuildError {
     Definition { path: PathBuf, source: DefinitionError },
     #[error("definitions {} and {} both define '{name}': give one of them", first.display(), second.display())]
     DefinedTwice { name: String, first: PathBuf, second: PathBuf },
-    #[error("'{component}' is built on OS component '{os}', which is neither given nor in the repository: build its definition too")]
+    #[error(
+        "'{component}' is built on OS component '{os}', which is neither given nor in the repository: build its definition too"
+    )]
     OsMissing { component: String, os: String },
     #[error("'{component}' is built on '{os}', which is a {kind}, not an os")]
     OsOfOtherKind { component: String, os: String, kind: String },
@@ -27,7 +30,9 @@ pub enum BuildError {
     ToolMissing { tool: &'static str, package: &'static str, source: io::Error },
     #[error("cache directory {}: {reason}", path.display())]
     CacheDirectory { path: PathBuf, reason: &'static str },
-    #[error("this machine's apt sources name no Debian archive to take '{suite}' from: add one to /etc/apt/sources.list.d")]
+    #[error(
+        "this machine's apt sources name no Debian archive to take '{suite}' from: add one to /etc/apt/sources.list.d"
+    )]
     NoSources { suite: String },
     #[error("building '{component}' failed at: {step}\n{output}\nThe whole log is in {}", log.display())]
     Step { component: String, step: String, output: String, log: PathBuf },
@@ -42,8 +47,8 @@ pub enum BuildError {
     /// Refused: a component is shared by all VMs that have it, so nothing secret may be in it.
     #[error("{path} is {what}, and a component must not carry secrets or identity: remove it from the source{}", more(*further))]
     Secret { path: String, what: String, further: usize },
-    #[error("{path}: {reason}")]
-    Fragment { path: String, reason: String },
+    #[error("the aggregated file {path}")]
+    Fragment { path: String, source: FragmentError },
     #[error("{}: {path}: {reason}", archive.display())]
     Archive { archive: PathBuf, path: String, reason: String },
     #[error("{} is neither a directory nor a tar archive (.tar or .tar.zst)", path.display())]

@@ -1,19 +1,25 @@
-//! Aggregated files, which many packages write together: a component holds its share of each.
+//! Aggregated files, which many packages write together: a component holds its share of each. The
+//! rules are [`crate::component::fragment`]'s; which file follows which is said here.
 
 use super::error::BuildError;
+use crate::component::fragment::{self, FragmentError, Part};
 use crate::component::manifest::{Fragment, FragmentRule, Manifest, Meta, show};
 
 /// The rule of an aggregated file, by its path.
 pub fn rule_of(path: &[u8]) -> Option<FragmentRule> {
+    // dpkg keeps one file of interested packages for each named trigger.
+    let trigger = path.strip_prefix(b"var/lib/dpkg/triggers/");
     Some(match path {
         b"etc/passwd" => FragmentRule::Accounts,
         b"etc/group" => FragmentRule::Groups,
         b"etc/shadow" | b"etc/subuid" | b"etc/subgid" => FragmentRule::Lines,
         b"etc/gshadow" => FragmentRule::GroupShadow,
-        b"var/lib/dpkg/status" => FragmentRule::Stanzas,
-        b"var/lib/dpkg/statoverride" | b"var/lib/dpkg/triggers/File" => FragmentRule::Set,
+        b"etc/shells" | b"var/lib/dpkg/statoverride" => FragmentRule::Set,
         b"var/lib/dpkg/diversions" => FragmentRule::Triples,
-        b"var/cache/debconf/config.dat" | b"var/cache/debconf/templates.dat" => FragmentRule::Stanzas,
+        b"var/lib/dpkg/status" | b"var/cache/debconf/config.dat" | b"var/cache/debconf/templates.dat" => {
+            FragmentRule::Stanzas
+        }
+        _ if trigger.is_some_and(|name| name != b"Unincorp" && name != b"Lock") => FragmentRule::Set,
         _ => return None,
     })
 }
@@ -26,40 +32,21 @@ pub fn share(
     content: &[u8],
     base: Option<&Manifest>,
 ) -> Result<Option<Fragment>, BuildError> {
-    let mut records = parse(rule, content).map_err(|reason| BuildError::Fragment { path: show(&path), reason })?;
-    if let Some(base) = base.and_then(|b| b.fragments.iter().find(|f| f.path == path)) {
-        records.retain(|r| base.records.binary_search(r).is_err());
-        if records.is_empty() && base.meta == meta {
-            return Ok(None);
-        }
-    }
-    Ok(Some(Fragment { path, rule, meta, records }))
-}
-
-type Records = Vec<(Vec<u8>, Vec<u8>)>;
-
-fn parse(rule: FragmentRule, content: &[u8]) -> Result<Records, String> {
-    let lines = || content.split(|b| *b == b'\n').filter(|l| !l.is_empty());
-    let mut records: Records = match rule {
-        FragmentRule::Stanzas => {
-            let text = String::from_utf8(content.to_vec()).map_err(|e| e.to_string())?;
-            text.split("\n\n").map(|s| s.trim_matches('\n')).filter(|s| !s.is_empty())
-                .map(|s| (s.lines().next().unwrap_or_default().as_bytes().to_vec(), s.as_bytes().to_vec())).collect()
-        }
-        FragmentRule::Set => lines().map(|l| (l.to_vec(), l.to_vec())).collect(),
-        FragmentRule::Triples => lines().collect::<Vec<_>>().chunks(3).map(|c| (c[0].to_vec(), c.join(&b'\n'))).collect(),
-        _ => lines().map(|l| (l.split(|b| *b == b':').next().unwrap_or_default().to_vec(), l.to_vec())).collect(),
+    let fail = |source| BuildError::Fragment { path: show(&path), source };
+    let full = fragment::parse(rule, content).map_err(fail)?;
+    let Some(before) = base.and_then(|b| b.fragments.iter().find(|f| f.path == path)) else {
+        return Ok(Some(Fragment { path, rule, meta, records: full }));
     };
-    records.sort();
-    Ok(records)
+    let records = fragment::difference(&before.records, &full).map_err(fail)?;
+    // The OS's owner and mode stand for all shares.
+    Ok((!records.is_empty()).then_some(Fragment { path, rule, meta: before.meta, records }))
 }
 
 /// The file that a single fragment stands for.
 pub fn render(fragment: &Fragment) -> Result<Vec<u8>, BuildError> {
-    let end: &[u8] = if fragment.rule == FragmentRule::Stanzas { b"\n\n" } else { b"\n" };
-    let mut records: Vec<&[u8]> = fragment.records.iter().map(|(_, r)| &r[..]).collect();
-    if matches!(fragment.rule, FragmentRule::Accounts | FragmentRule::Groups) {
-        records.sort_by_key(|r| r.split(|b| *b == b':').nth(2).and_then(|n| std::str::from_utf8(n).ok()?.parse::<u32>().ok()));
-    }
-    Ok(records.into_iter().flat_map(|r| [r, end].concat()).collect())
+    let part = Part { component: "", number: 0, records: &fragment.records };
+    fragment::merge(fragment.rule, &fragment.path, &[part], &|_, _| false, false).map_err(|conflict| {
+        let source = FragmentError::Twice { key: conflict.what };
+        BuildError::Fragment { path: show(&fragment.path), source }
+    })
 }

@@ -68,14 +68,8 @@ fn store(
         conflicts: Vec::new(),
     };
     let owners = Owners::read(&tree, contents)?;
-    let layer = Layer {
-        tree,
-        contents,
-        base: base.as_deref(),
-        owners,
-        exclude: &[],
-        secrets: Secrets::Refuse,
-    };
+    let layer =
+        Layer { tree, contents, base: base.as_deref(), owners, exclude: &[], secrets: Secrets::Refuse };
     let manifest = layer.store(repository, identity, &mut |_, _| {})?;
     let id = repository.put_manifest(&manifest)?;
     repository.bind_component(&manifest, id)?;
@@ -159,7 +153,9 @@ impl Archive {
         for dir in above {
             let there = tree.entry(TreePath(dir.clone())).or_insert_with(directory);
             if !matches!(there.kind, NodeKind::Directory { .. }) {
-                return Err(self.refuse(&path, format!("it lies below {}, which is no directory", show(&dir))));
+                return Err(
+                    self.refuse(&path, format!("it lies below {}, which is no directory", show(&dir)))
+                );
             }
         }
         tree.insert(TreePath(path), node);
@@ -200,7 +196,8 @@ impl Archive {
             gid: number(header.gid())?,
             mtime_s: i64::try_from(header.mtime().unwrap_or(0)).unwrap_or(i64::MAX),
         };
-        let device = || -> Option<(u32, u32)> { Some((header.device_major().ok()??, header.device_minor().ok()??)) };
+        let device =
+            || -> Option<(u32, u32)> { Some((header.device_major().ok()??, header.device_minor().ok()??)) };
         let device = || device().ok_or_else(|| self.refuse(path, "a device without a number"));
         let link = entry.link_name_bytes().map(|l| l.into_owned());
         let link = || link.clone().ok_or_else(|| self.refuse(path, "a link without a target"));
@@ -258,9 +255,14 @@ impl Archive {
     fn check_links(&self, tree: &Tree) -> Result<(), BuildError> {
         for (path, node) in tree {
             if let NodeKind::HardLink { target } = &node.kind
-                && !matches!(tree.get(&TreePath(target.clone())).map(|n| &n.kind), Some(NodeKind::File { .. }))
+                && !matches!(
+                    tree.get(&TreePath(target.clone())).map(|n| &n.kind),
+                    Some(NodeKind::File { .. })
+                )
             {
-                return Err(self.refuse(&path.0, format!("links to {}, which is no file in it", show(target))));
+                return Err(
+                    self.refuse(&path.0, format!("links to {}, which is no file in it", show(target)))
+                );
             }
         }
         Ok(())

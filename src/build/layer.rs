@@ -10,7 +10,9 @@ use super::owner::Owners;
 use super::scan::{Node, NodeKind, Tree, TreePath};
 use super::withhold;
 use crate::component::definition::matches;
-use crate::component::manifest::{Entry, EntryKind, Kind, Manifest, Meta, PackRef, parent_of, path_order, show};
+use crate::component::manifest::{
+    Entry, EntryKind, Kind, Manifest, Meta, PackRef, parent_of, path_order, show,
+};
 use crate::component::recipe::EPOCH_S;
 use crate::repository::Repository;
 use crate::types::{ComponentId, Hash};
@@ -208,7 +210,8 @@ impl Layer<'_> {
     fn changed(&self) -> Result<BTreeSet<TreePath>, BuildError> {
         let mut changed = BTreeSet::new();
         let Some(base) = self.base else {
-            return Ok(self.tree.keys().cloned().collect());
+            let kept = self.tree.iter().filter(|(_, n)| n.kind != NodeKind::Whiteout);
+            return Ok(kept.map(|(p, _)| p.clone()).collect());
         };
         for (path, node) in &self.tree {
             let before = find(base, &path.0);
@@ -231,7 +234,9 @@ impl Layer<'_> {
             // Nothing to remove where the base has nothing.
             return Ok(node.kind != NodeKind::Whiteout);
         };
-        if let (NodeKind::HardLink { target }, EntryKind::HardLink { target: old }) = (&node.kind, &before.kind) {
+        if let (NodeKind::HardLink { target }, EntryKind::HardLink { target: old }) =
+            (&node.kind, &before.kind)
+        {
             return Ok(target != old);
         }
         if node.meta != before.meta || node.xattrs != before.xattrs {

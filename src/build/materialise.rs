@@ -99,7 +99,11 @@ fn write_entry(packs: &[File], entry: &Entry, target: &Path) -> io::Result<()> {
 
 fn copy_range(pack: &File, offset_bytes: u64, size_bytes: u64, target: &mut File) -> io::Result<()> {
     let mut reader = RangeReader { file: pack, at: offset_bytes, left: size_bytes };
-    if io::copy(&mut reader, target)? == size_bytes { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    if io::copy(&mut reader, target)? == size_bytes {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
 }
 
 /// Reads a part of a file without moving its position, so several can read it.

@@ -57,13 +57,30 @@ pub struct BuildOptions {
 /// What a build reports while it runs.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum BuildEvent {
-    Begun { component: String, number: usize, total: usize },
-    Step { component: String, step: String },
+    Begun {
+        component: String,
+        number: usize,
+        total: usize,
+    },
+    Step {
+        component: String,
+        step: String,
+    },
     /// Something secret that the package tools made was left out.
-    LeftOut { component: String, path: String, what: String },
+    LeftOut {
+        component: String,
+        path: String,
+        what: String,
+    },
     /// The package lists could not be fetched: those of last time are used.
-    StaleLists { reason: String },
-    Finished { component: String, id: ComponentId, reused: bool },
+    StaleLists {
+        reason: String,
+    },
+    Finished {
+        component: String,
+        id: ComponentId,
+        reused: bool,
+    },
 }
 
 /// A component that was built, or found built.
@@ -95,8 +112,7 @@ pub fn build(
     }
     let cache = &options.cache_dir;
     fs::create_dir_all(cache).map_err(BuildError::write(cache))?;
-    let mut builder =
-        Builder { repository, options, progress, apts: HashMap::new(), os_ids: HashMap::new() };
+    let mut builder = Builder { repository, options, progress, apts: HashMap::new(), os_ids: HashMap::new() };
     let total = sources.len();
     let mut out = Vec::new();
     for (index, source) in sources.iter().enumerate() {
@@ -292,7 +308,13 @@ impl Builder<'_> {
     }
 }
 
-fn built_of(id: ComponentId, manifest: &Manifest, reused: bool, seconds_tools: f64, seconds_ingest: f64) -> Built {
+fn built_of(
+    id: ComponentId,
+    manifest: &Manifest,
+    reused: bool,
+    seconds_tools: f64,
+    seconds_ingest: f64,
+) -> Built {
     Built {
         id,
         name: manifest.name.clone(),
@@ -336,11 +358,8 @@ fn status_of(manifest: &Manifest) -> Result<Vec<u8>, BuildError> {
 fn version_of(definition: &Definition, owners: &Owners) -> Result<String, BuildError> {
     match &definition.version {
         VersionRule::Explicit(version) => Ok(version.clone()),
-        VersionRule::FromPackage(package) => {
-            owners.version_of(package).map(str::to_owned).ok_or_else(|| BuildError::VersionUnknown {
-                component: definition.name.clone(),
-                package: package.clone(),
-            })
-        }
+        VersionRule::FromPackage(package) => owners.version_of(package).map(str::to_owned).ok_or_else(|| {
+            BuildError::VersionUnknown { component: definition.name.clone(), package: package.clone() }
+        }),
     }
 }

@@ -112,7 +112,10 @@ mod tests {
         put("etc/made-by-script", "x");
         put("var/lib/dpkg/info/coreutils:amd64.list", "/.\n/bin\n/bin/ls\n/etc/ls.conf\n");
         put("var/lib/dpkg/info/coreutils:amd64.postinst", "#!/bin/sh\n");
-        put("var/lib/dpkg/status", "Package: coreutils\nStatus: x\nVersion: 9.1-1\n\nPackage: a\nVersion: 2\n");
+        put(
+            "var/lib/dpkg/status",
+            "Package: coreutils\nStatus: x\nVersion: 9.1-1\n\nPackage: a\nVersion: 2\n",
+        );
         let root = Root::open(dir.path()).unwrap();
         let owners = Owners::read(&root.scan().unwrap(), &root).unwrap();
         for p in ["usr/bin/ls", "etc/ls.conf", "var/lib/dpkg/info/coreutils:amd64.postinst"] {

@@ -141,8 +141,7 @@ impl Sandbox {
             .stderr(handle(&file)?)
             .env("SOURCE_DATE_EPOCH", EPOCH_S.to_string())
             .env("LC_ALL", "C.UTF-8");
-        let status =
-            command.status().map_err(|source| BuildError::ToolMissing { tool, package, source })?;
+        let status = command.status().map_err(|source| BuildError::ToolMissing { tool, package, source })?;
         if status.success() {
             return Ok(());
         }

@@ -182,7 +182,9 @@ impl Walk<'_> {
             }
         };
         let xattrs = match kind {
-            NodeKind::File { .. } => attributes(&self.root.file(&path)?).map_err(|e| self.root.at(&path, e))?.0,
+            NodeKind::File { .. } => {
+                attributes(&self.root.file(&path)?).map_err(|e| self.root.at(&path, e))?.0
+            }
             // The others carry none that matter: `user.` and ACLs are for files and directories.
             _ => Vec::new(),
         };

@@ -72,7 +72,11 @@ pub fn make_tree(
     place(source, sandbox, false, &mut unpacked)?;
     for run in definition.runs.iter().filter(|r| definition.has_option(r.option.as_deref())) {
         note("running the definition's script");
-        sandbox.run("the definition's script", &format!("in_tree /bin/sh -euc {}", quoted(&run.script)), &[])?;
+        sandbox.run(
+            "the definition's script",
+            &format!("in_tree /bin/sh -euc {}", quoted(&run.script)),
+            &[],
+        )?;
     }
     Ok(unpacked)
 }
@@ -156,7 +160,9 @@ fn bootstrap(definition: &Definition, sandbox: &Sandbox, apt: &Apt) -> Result<()
 pub fn wanted(definition: &Definition) -> Vec<String> {
     let packages = definition.packages.iter().map(|p| p.argument());
     match definition.method {
-        Method::Bootstrap => ["?essential".to_owned(), "apt".to_owned()].into_iter().chain(packages).collect(),
+        Method::Bootstrap => {
+            ["?essential".to_owned(), "apt".to_owned()].into_iter().chain(packages).collect()
+        }
         Method::Install | Method::Unpack => packages.collect(),
     }
 }
@@ -175,14 +181,23 @@ fn make_accounts(definition: &Definition, sandbox: &Sandbox) -> Result<(), Build
             quoted(&u.home),
             quoted(&u.shell),
             quoted(&u.comment),
-            if u.groups.is_empty() { String::new() } else { format!("--groups {}", quoted(&u.groups.join(","))) },
+            if u.groups.is_empty() {
+                String::new()
+            } else {
+                format!("--groups {}", quoted(&u.groups.join(",")))
+            },
             quoted(&u.name)
         );
     }
     if script.is_empty() { Ok(()) } else { sandbox.run("making accounts", &script, &[]) }
 }
 
-fn install(definition: &Definition, sandbox: &Sandbox, apt: &Apt, os_status: &[u8]) -> Result<(), BuildError> {
+fn install(
+    definition: &Definition,
+    sandbox: &Sandbox,
+    apt: &Apt,
+    os_status: &[u8],
+) -> Result<(), BuildError> {
     let wanted = wanted(definition);
     apt.download(os_status, &wanted, sandbox)?;
     let sources = sandbox.shared().join("distribution.sources");

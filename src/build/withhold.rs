@@ -49,6 +49,8 @@ const LEFTOVERS: &[&str] = &[
     "etc/subuid-",
     "etc/subgid-",
     "etc/hostname",
+    // The build machine's name servers, as systemd-resolved found and kept them.
+    "etc/.resolv.conf.systemd-resolved.bak",
     // Depends on every library in the composition; the OS writes it at first boot.
     "etc/ld.so.cache",
     "var/cache/ldconfig/aux-cache",
@@ -69,10 +71,9 @@ pub fn secret(path: &TreePath, kind: &NodeKind) -> Option<&'static str> {
     match kind {
         // There is nothing to tell in an empty file; systemd fills an empty machine id at first boot.
         NodeKind::File { size_bytes: 0 } => None,
-        NodeKind::File { .. } | NodeKind::HardLink { .. } | NodeKind::Fifo | NodeKind::Socket => SECRETS
-            .iter()
-            .find(|(pattern, _)| matches(pattern.as_bytes(), &path.0))
-            .map(|(_, what)| *what),
+        NodeKind::File { .. } | NodeKind::HardLink { .. } | NodeKind::Fifo | NodeKind::Socket => {
+            SECRETS.iter().find(|(pattern, _)| matches(pattern.as_bytes(), &path.0)).map(|(_, what)| *what)
+        }
         _ => None,
     }
 }
@@ -85,11 +86,9 @@ pub fn is_leftover(path: &TreePath, kind: &NodeKind) -> bool {
             matches!(kind, NodeKind::Socket) || LEFTOVERS.iter().any(|p| matches(p.as_bytes(), path))
         }
         // mkdir in /run or /tmp is as passing as a file there; elsewhere directories stay.
-        NodeKind::Directory { .. } => {
-            ["dev/**", "proc/**", "run/**", "sys/**", "tmp/**", "var/tmp/**"]
-                .iter()
-                .any(|p| matches(p.as_bytes(), path))
-        }
+        NodeKind::Directory { .. } => ["dev/**", "proc/**", "run/**", "sys/**", "tmp/**", "var/tmp/**"]
+            .iter()
+            .any(|p| matches(p.as_bytes(), path)),
         NodeKind::File { .. } | NodeKind::HardLink { .. } => {
             path == b"etc/resolv.conf"
                 || matches(b"var/log/**", path)
@@ -103,7 +102,8 @@ pub fn is_leftover(path: &TreePath, kind: &NodeKind) -> bool {
 /// theirs. What packages ship elsewhere (examples, test data) is public.
 pub fn is_searched(path: &TreePath, size_bytes: u64) -> bool {
     let first = path.0.split(|b| *b == b'/').next().unwrap_or_default();
-    size_bytes <= SEARCHED_BYTES_MAX && [&b"etc"[..], b"root", b"home", b"srv", b"opt", b"var"].contains(&first)
+    size_bytes <= SEARCHED_BYTES_MAX
+        && [&b"etc"[..], b"root", b"home", b"srv", b"opt", b"var"].contains(&first)
 }
 
 /// What secret a file's content is, if it looks like one.

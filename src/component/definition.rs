@@ -323,7 +323,9 @@ impl Definition {
         }
         match self.method {
             Method::Install if self.os.is_none() => Err(invalid("method", "'install' needs 'os'")),
-            Method::Bootstrap if self.os.is_some() => Err(invalid("method", "'bootstrap' begins without 'os'")),
+            Method::Bootstrap if self.os.is_some() => {
+                Err(invalid("method", "'bootstrap' begins without 'os'"))
+            }
             Method::Bootstrap if !self.suite.as_deref().is_some_and(is_suite_name) => {
                 Err(invalid("suite", "'bootstrap' needs the release's name, for example \"bookworm\""))
             }
@@ -454,7 +456,8 @@ pub fn matches(pattern: &[u8], path: &[u8]) -> bool {
 }
 
 fn check_path(field: &str, path: &str) -> Result<(), DefinitionError> {
-    let parts_fit = path.split('/').all(|p| !p.is_empty() && p != "." && p != ".." && p.len() <= limit::NAME_BYTES);
+    let parts_fit =
+        path.split('/').all(|p| !p.is_empty() && p != "." && p != ".." && p.len() <= limit::NAME_BYTES);
     // Paths are handed to a shell script line by line.
     if !parts_fit || path.len() as u64 > limit::PATH_BYTES || path.contains(['\0', '\n']) {
         return Err(invalid(field, format!("'{path}' is not a plain relative path")));
