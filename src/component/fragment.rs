@@ -40,10 +40,8 @@ pub enum MergeError {
 pub struct Part<'a> {
     /// For people.
     pub component: &'a str,
-    /// The component's place in the recipe.
-    pub index: usize,
-    /// Places of all components that this one requires, directly or through others.
-    pub requires: &'a BTreeSet<usize>,
+    /// The component's number in the set, for `overrides`.
+    pub number: usize,
     /// As in a manifest: sorted by key, unique.
     pub records: &'a [Record],
 }
@@ -95,14 +93,16 @@ pub fn difference(
 
 /// Unites the shares of several components and renders the file.
 ///
-/// Of several claims to one key those of components that another claimant requires step back. If the
-/// remaining ones differ that is a conflict, unless `ordered`: then the component named last wins.
+/// Of several claims to one key those of components that another claimant was built on, which
+/// `overrides(claimant, other)` tells, step back. If the remaining ones differ that is a conflict,
+/// unless `ordered`: then the highest number wins.
 /// Member lists are united over all claims. An id belongs to one name (aliases of id 0 within one
 /// component excepted), again unless `ordered`.
 pub fn merge(
     rule: FragmentRule,
     path: &[u8],
     parts: &[Part<'_>],
+    overrides: &dyn Fn(usize, usize) -> bool,
     ordered: bool,
 ) -> Result<Vec<u8>, MergeError> {
     let mut claims: BTreeMap<&[u8], Vec<Claim<'_>>> = BTreeMap::new();
@@ -114,14 +114,25 @@ pub fn merge(
     }
     let mut merged = Vec::with_capacity(claims.len());
     for (key, claims) in &claims {
-        let (owner, record) = resolve(rule, path, key, claims, ordered)?;
-        merged.push(Merged { key, id: id_of(rule, &record), record, owner });
+        let winner = resolve(claims, rule, overrides, ordered).map_err(|(first, second)| {
+            let (first, second) = (first.component.to_owned(), second.component.to_owned());
+            MergeError::Content { path: show(path), key: text(key), first, second }
+        })?;
+        let record = with_all_members(rule, winner.1, claims);
+        merged.push(Merged { key, id: id_of(rule, &record), record, owner: winner.0 });
     }
     merged.sort_by(|a, b| (a.id, a.key).cmp(&(b.id, b.key)));
     if !ordered {
         check_ids(path, &merged)?;
     }
-    Ok(render(rule, merged.iter().map(|m| &m.record[..])))
+    Ok(lines_of(rule, merged.iter().map(|m| &m.record[..])))
+}
+
+/// The file that one component's records make alone.
+pub fn render(rule: FragmentRule, records: &[Record]) -> Vec<u8> {
+    let mut sorted: Vec<_> = records.iter().map(|(key, record)| (id_of(rule, record), key, record)).collect();
+    sorted.sort();
+    lines_of(rule, sorted.into_iter().map(|(_, _, record)| &record[..]))
 }
 
 struct Merged<'a> {
@@ -134,45 +145,33 @@ struct Merged<'a> {
 
 type Claim<'a> = (Part<'a>, &'a [u8]);
 
-/// The component whose claim to a key stands, and the record as it will be written.
+/// The claim that stands, or the two components that disagree.
 fn resolve<'a>(
-    rule: FragmentRule,
-    path: &[u8],
-    key: &[u8],
     claims: &[Claim<'a>],
+    rule: FragmentRule,
+    overrides: &dyn Fn(usize, usize) -> bool,
     ordered: bool,
-) -> Result<(Part<'a>, Vec<u8>), MergeError> {
-    let standing: Vec<&Claim<'a>> = claims
-        .iter()
-        .filter(|(part, _)| !claims.iter().any(|(other, _)| other.requires.contains(&part.index)))
-        .collect();
+) -> Result<Claim<'a>, (Part<'a>, Part<'a>)> {
+    let is_overridden =
+        |part: &Part<'_>| claims.iter().any(|(other, _)| overrides(other.number, part.number));
+    let standing: Vec<Claim<'a>> = claims.iter().filter(|(part, _)| !is_overridden(part)).copied().collect();
     // Components cannot require each other in a ring: an id is the hash of what it requires.
-    let Some((first, rest)) = standing.split_first() else {
-        return Ok((claims[0].0, claims[0].1.to_vec()));
-    };
-    let differing = rest.iter().find(|(_, record)| !same_but_members(rule, first.1, record));
-    let winner = match differing {
-        None => first,
-        Some(_) if ordered => standing.iter().max_by_key(|(part, _)| part.index).unwrap_or(first),
-        Some((second, _)) => {
-            return Err(MergeError::Content {
-                path: show(path),
-                key: text(key),
-                first: first.0.component.to_owned(),
-                second: second.component.to_owned(),
-            });
+    let Some((first, rest)) = standing.split_first() else { return Ok(claims[0]) };
+    match rest.iter().find(|(_, record)| !same_but_members(rule, first.1, record)) {
+        None => Ok(*first),
+        Some(_) if ordered => {
+            Ok(standing.iter().max_by_key(|(part, _)| part.number).copied().unwrap_or(*first))
         }
-    };
-    let record = match Membered::of(rule, winner.1) {
-        None => winner.1.to_vec(),
-        Some(mut united) => {
-            for (_, record) in claims {
-                united.members.extend(Membered::of(rule, record).into_iter().flat_map(|m| m.members));
-            }
-            united.render()
-        }
-    };
-    Ok((winner.0, record))
+        Some((second, _)) => Err((first.0, *second)),
+    }
+}
+
+fn with_all_members(rule: FragmentRule, record: &[u8], claims: &[Claim<'_>]) -> Vec<u8> {
+    let Some(mut united) = Membered::of(rule, record) else { return record.to_vec() };
+    for (_, record) in claims {
+        united.members.extend(Membered::of(rule, record).into_iter().flat_map(|m| m.members));
+    }
+    united.render()
 }
 
 /// One id, one name. `merged` is sorted by id.
@@ -180,7 +179,7 @@ fn check_ids(path: &[u8], merged: &[Merged<'_>]) -> Result<(), MergeError> {
     for pair in merged.windows(2) {
         let [a, b] = pair else { continue };
         let (Some(id), true) = (a.id, a.id == b.id) else { continue };
-        if id == 0 && a.owner.index == b.owner.index {
+        if id == 0 && a.owner.number == b.owner.number {
             continue;
         }
         return Err(MergeError::SharedId {
@@ -204,7 +203,7 @@ fn check_record(
     key: &[u8],
     record: &[u8],
 ) -> Result<(), MergeError> {
-    let bytes = render(rule, std::iter::once(record));
+    let bytes = lines_of(rule, std::iter::once(record));
     match parse(rule, &bytes).as_deref() {
         Ok([(k, r)]) if k == key && r == record => Ok(()),
         _ => Err(MergeError::BadRecord {
@@ -216,7 +215,7 @@ fn check_record(
 }
 
 /// The file's bytes. Stanzas are each followed by a blank line, as dpkg and debconf write them.
-fn render<'a>(rule: FragmentRule, records: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
+fn lines_of<'a>(rule: FragmentRule, records: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
     let mut out = Vec::new();
     for record in records {
         out.extend_from_slice(record);
@@ -375,18 +374,13 @@ mod tests {
         ordered: bool,
     ) -> Result<String, MergeError> {
         let records: Vec<_> = files.iter().map(|f| parse(rule, f.2.as_bytes()).unwrap()).collect();
-        let requires: Vec<BTreeSet<usize>> = files.iter().map(|f| f.1.iter().copied().collect()).collect();
         let parts: Vec<_> = files
             .iter()
             .enumerate()
-            .map(|(index, f)| Part {
-                component: f.0,
-                index,
-                requires: &requires[index],
-                records: &records[index],
-            })
+            .map(|(number, f)| Part { component: f.0, number, records: &records[number] })
             .collect();
-        merge(rule, b"etc/file", &parts, ordered).map(|b| String::from_utf8(b).unwrap())
+        let overrides = |a: usize, b: usize| files[a].1.contains(&b);
+        merge(rule, b"etc/file", &parts, &overrides, ordered).map(|b| String::from_utf8(b).unwrap())
     }
 
     #[test]
@@ -434,6 +428,7 @@ mod tests {
             // What was merged comes apart into the same again.
             let again = unite(rule, &[("all", &[], expected)], false);
             assert_eq!(again.as_deref(), Ok(expected), "{rule:?}");
+            assert_eq!(render(rule, &parse(rule, expected.as_bytes()).unwrap()), expected.as_bytes());
         }
     }
 
@@ -515,7 +510,6 @@ mod tests {
 
     #[test]
     fn a_record_cannot_smuggle_another() {
-        let none = BTreeSet::new();
         let table: [(FragmentRule, &str, &str); 6] = [
             (Lines, "redis", "redis:!:\nroot::1"),
             (Accounts, "redis", "root:x:0:0::/:/x"),
@@ -526,8 +520,8 @@ mod tests {
         ];
         for (rule, key, record) in table {
             let records = vec![(key.as_bytes().to_vec(), record.as_bytes().to_vec())];
-            let part = Part { component: "stranger", index: 0, requires: &none, records: &records };
-            let refused = merge(rule, b"etc/file", &[part], false);
+            let part = Part { component: "stranger", number: 0, records: &records };
+            let refused = merge(rule, b"etc/file", &[part], &|_, _| false, false);
             assert!(matches!(refused, Err(MergeError::BadRecord { .. })), "{record}");
         }
     }

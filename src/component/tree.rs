@@ -22,7 +22,7 @@ use std::sync::Arc;
 use super::fragment::{self, MergeError, Part};
 use super::manifest::{Meta, parent_of, path_order, show};
 use super::{Entry, EntryKind, Fragment, Kind, Manifest};
-use crate::types::{ComponentId, Hash};
+use crate::types::{ComponentId, Hash, PackId};
 
 /// Components whose architecture is this go with every other.
 const ARCHITECTURE_ALL: &str = "all";
@@ -76,9 +76,14 @@ pub struct Node {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum NodeKind {
     Directory,
-    /// Content that lies in a pack.
-    File(PackedFile),
-    /// A merged file.
+    /// Content of a pack; never empty.
+    File {
+        pack: PackId,
+        offset_bytes: u64,
+        size_bytes: u64,
+        hash: Hash,
+    },
+    /// Content that is here: merged fragments, and empty files.
     Literal(Vec<u8>),
     Symlink {
         target: Vec<u8>,
@@ -99,32 +104,10 @@ pub enum NodeKind {
     Socket,
 }
 
-/// Where a file's content lies.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct PackedFile {
-    /// Place in the set.
-    pub component: usize,
-    /// Place among that component's packs; 0 for an empty file.
-    pub pack: u32,
-    pub offset_bytes: u64,
-    pub size_bytes: u64,
-    pub hash: Hash,
-}
-
 impl Tree {
     pub fn find(&self, path: &[u8]) -> Option<&Node> {
         let found = self.nodes.binary_search_by(|n| path_order(&n.path, path));
         found.ok().map(|i| &self.nodes[i])
-    }
-
-    /// Bytes of all file contents.
-    pub fn content_bytes(&self) -> u64 {
-        let size = |n: &Node| match &n.kind {
-            NodeKind::File(f) => f.size_bytes,
-            NodeKind::Literal(bytes) => bytes.len() as u64,
-            _ => 0,
-        };
-        self.nodes.iter().map(size).sum()
     }
 }
 
@@ -229,14 +212,11 @@ impl<'a> Set<'a> {
         for (i, owner) in owners.iter().enumerate() {
             let NodeKind::HardLink { target } = &tree.nodes[i].kind else { continue };
             let Some(original) = self.entry(*owner, target) else { continue };
-            let Some(file) = packed(*owner, original) else { continue };
-            let is_same = tree.find(target).is_some_and(|n| match &n.kind {
-                NodeKind::File(f) => {
-                    (f.size_bytes, f.hash) == (file.size_bytes, file.hash)
-                        && difference_of_meta(&n.meta, &original.meta).is_none()
-                        && n.xattrs == original.xattrs
-                }
-                _ => false,
+            let Some(content) = self.content(*owner, original) else { continue };
+            let is_same = tree.find(target).is_some_and(|n| {
+                is_same_content(&n.kind, &content)
+                    && difference_of_meta(&n.meta, &original.meta).is_none()
+                    && n.xattrs == original.xattrs
             });
             if is_same {
                 continue;
@@ -246,9 +226,21 @@ impl<'a> Set<'a> {
                 Some(first) => NodeKind::HardLink { target: first.clone() },
                 None => {
                     renamed.insert(key, tree.nodes[i].path.clone());
-                    NodeKind::File(file)
+                    content
                 }
             };
+        }
+    }
+
+    /// What a file entry becomes; `None` for any other.
+    fn content(&self, component: usize, entry: &Entry) -> Option<NodeKind> {
+        match entry.kind {
+            EntryKind::File { size_bytes: 0, .. } => Some(NodeKind::Literal(Vec::new())),
+            EntryKind::File { size_bytes, hash, pack, offset_bytes } => {
+                let pack = self.manifest(component).packs.get(pack as usize)?.id;
+                Some(NodeKind::File { pack, offset_bytes, size_bytes, hash })
+            }
+            _ => None,
         }
     }
 
@@ -432,8 +424,9 @@ impl<'a> Builder<'_, 'a> {
         let kind = match &entry.kind {
             EntryKind::Whiteout => return Ok(None),
             EntryKind::Directory => NodeKind::Directory,
-            EntryKind::File { .. } => match packed(owner, entry) {
-                Some(file) => NodeKind::File(file),
+            EntryKind::File { .. } => match self.set.content(owner, entry) {
+                Some(content) => content,
+                // A checked manifest names no pack that it lacks.
                 None => return Ok(None),
             },
             EntryKind::Symlink { target } => NodeKind::Symlink { target: target.clone() },
@@ -475,14 +468,10 @@ impl<'a> Builder<'_, 'a> {
         let parts: Vec<Part<'_>> = all
             .iter()
             .zip(&labels)
-            .map(|((index, f), component)| Part {
-                component,
-                index: *index,
-                requires: &self.set.requires[*index],
-                records: &f.records,
-            })
+            .map(|((number, f), component)| Part { component, number: *number, records: &f.records })
             .collect();
-        let bytes = fragment::merge(fragment.rule, &fragment.path, &parts, self.set.ordered)?;
+        let overrides = |a, b| self.set.requires(a, b);
+        let bytes = fragment::merge(fragment.rule, &fragment.path, &parts, &overrides, self.set.ordered)?;
         let mtime_s = all.iter().map(|(_, f)| f.meta.mtime_s).max();
         let meta = Meta { mtime_s: mtime_s.unwrap_or(fragment.meta.mtime_s), ..fragment.meta };
         let path = fragment.path.clone();
@@ -572,12 +561,15 @@ fn difference_of_meta(a: &Meta, b: &Meta) -> Option<&'static str> {
     (a.mode != b.mode).then_some("mode")
 }
 
-fn packed(component: usize, entry: &Entry) -> Option<PackedFile> {
-    match entry.kind {
-        EntryKind::File { size_bytes, hash, pack, offset_bytes } => {
-            Some(PackedFile { component, pack, offset_bytes, size_bytes, hash })
-        }
-        _ => None,
+/// Wherever it lies.
+fn is_same_content(a: &NodeKind, b: &NodeKind) -> bool {
+    match (a, b) {
+        (
+            NodeKind::File { hash, size_bytes, .. },
+            NodeKind::File { hash: other, size_bytes: other_size, .. },
+        ) => (hash, size_bytes) == (other, other_size),
+        (NodeKind::Literal(a), NodeKind::Literal(b)) => a == b,
+        _ => false,
     }
 }
 

@@ -59,7 +59,8 @@ pub fn layout(nodes: &[&Node], disk: &DiskParameters) -> Result<Partition, Compo
         let fs = FileSystem::new(&mut volume, FsOptions::new()).map_err(fail("the file system"))?;
         let root = fs.root_dir();
         let command_line = disk.kernel_command_line.replace('\'', "");
-        let config = format!("set cicada_root_uuid={}\nset cicada_cmdline='{command_line}'\n", disk.filesystem_uuid);
+        let config =
+            format!("set cicada_root_uuid={}\nset cicada_cmdline='{command_line}'\n", disk.filesystem_uuid);
         for dir in ["EFI", "EFI/cicada"] {
             root.create_dir(dir).map_err(fail(dir))?;
         }
@@ -78,7 +79,12 @@ pub fn layout(nodes: &[&Node], disk: &DiskParameters) -> Result<Partition, Compo
                 NodeKind::File { size_bytes, .. } => {
                     let mut file = root.create_file(path).map_err(fail(&name))?;
                     for cluster in 0..size_bytes.div_ceil(CLUSTER_BYTES.into()) {
-                        let mut content = vec![0; (CLUSTER_BYTES as usize).min((size_bytes - cluster * u64::from(CLUSTER_BYTES)) as usize)];
+                        let mut content = vec![
+                            0;
+                            (CLUSTER_BYTES as usize).min(
+                                (size_bytes - cluster * u64::from(CLUSTER_BYTES)) as usize
+                            )
+                        ];
                         let marker = marker(number, cluster);
                         let len = content.len().min(marker.len());
                         content[..len].copy_from_slice(&marker[..len]);
@@ -134,7 +140,9 @@ impl Volume {
         let mut extents = Vec::new();
         for (i, sector) in self.cursor.get_mut().chunks_mut(SECTOR_BYTES).enumerate() {
             let (head, _) = sector.split_at_mut(MARKER_BYTES);
-            let Some((pack, pack_offset_bytes)) = <[u8; MARKER_BYTES]>::try_from(&*head).ok().and_then(|k| places.remove(&k)) else {
+            let Some((pack, pack_offset_bytes)) =
+                <[u8; MARKER_BYTES]>::try_from(&*head).ok().and_then(|k| places.remove(&k))
+            else {
                 continue;
             };
             head.fill(0);

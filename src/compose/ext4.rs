@@ -33,15 +33,21 @@ pub fn layout(nodes: &[&Node], disk: &DiskParameters, size_bytes: u64) -> Result
             links.push((*node, target.as_slice()));
             continue;
         }
-        let handle = declare(&mut builder, &handles, node, disk.epoch_s).map_err(|source| layout_error(node, source))?;
+        let handle = declare(&mut builder, &handles, node, disk.epoch_s)
+            .map_err(|source| layout_error(node, source))?;
         for (name, value) in &node.xattrs {
             builder.set_xattr(handle, name, value).map_err(|source| layout_error(node, source))?;
         }
         handles.insert(&node.path, handle);
     }
     for (node, target) in links {
-        let (Some(parent), Some(target)) = (parent_of(&node.path).and_then(|p| handles.get(p)), handles.get(target)) else {
-            return Err(layout_error(node, mkext4::Error::Invalid("a link without its file or directory".into())));
+        let (Some(parent), Some(target)) =
+            (parent_of(&node.path).and_then(|p| handles.get(p)), handles.get(target))
+        else {
+            return Err(layout_error(
+                node,
+                mkext4::Error::Invalid("a link without its file or directory".into()),
+            ));
         };
         let linked = name_of(&node.path).and_then(|name| builder.hardlink(*parent, name, *target));
         linked.map_err(|source| layout_error(node, source))?;
@@ -58,7 +64,12 @@ pub fn layout(nodes: &[&Node], disk: &DiskParameters, size_bytes: u64) -> Result
                 for (image_offset_bytes, len) in sealed.extents(*handle) {
                     // Packs are padded with zeros, so whole blocks are copied.
                     let len_bytes = len.next_multiple_of(BLOCK_BYTES);
-                    out.extents.push(Extent { pack: *pack, pack_offset_bytes: at, image_offset_bytes, len_bytes });
+                    out.extents.push(Extent {
+                        pack: *pack,
+                        pack_offset_bytes: at,
+                        image_offset_bytes,
+                        len_bytes,
+                    });
                     at += len_bytes;
                 }
             }

@@ -19,10 +19,8 @@ const LINUX_ROOT_X86_64: Uuid = uuid!("4f68bce3-e8cd-4db1-96e7-fbcaf984b709");
 pub fn write(disk: &DiskParameters, esp: Range<u64>, root: Range<u64>) -> Vec<(u64, Vec<u8>)> {
     let sectors = disk.virtual_size_bytes / SECTOR_BYTES;
     let mut entries = vec![0u8; ENTRY_COUNT * ENTRY_BYTES];
-    let partitions = [
-        (EFI_SYSTEM, disk.esp_guid, esp, "EFI system"),
-        (LINUX_ROOT_X86_64, disk.root_guid, root, "root"),
-    ];
+    let partitions =
+        [(EFI_SYSTEM, disk.esp_guid, esp, "EFI system"), (LINUX_ROOT_X86_64, disk.root_guid, root, "root")];
     for (slot, (kind, guid, range, name)) in entries.chunks_mut(ENTRY_BYTES).zip(partitions) {
         slot[..16].copy_from_slice(&kind.to_bytes_le());
         slot[16..32].copy_from_slice(&guid.to_bytes_le());

@@ -89,7 +89,12 @@ fn reflinks(image: &File) -> bool {
 }
 
 /// Unpacks a pack once, every piece to all places it belongs to. The pack is verified on the way.
-fn copy_pack(repository: &Repository, id: &PackId, extents: &[Extent], image: &File) -> Result<(), ComposeError> {
+fn copy_pack(
+    repository: &Repository,
+    id: &PackId,
+    extents: &[Extent],
+    image: &File,
+) -> Result<(), ComposeError> {
     // Sorted by pack offset; a pack range may appear at several places in the image.
     let mut sorted = extents.to_vec();
     sorted.sort_by_key(|e| e.pack_offset_bytes);
@@ -113,11 +118,18 @@ fn copy_pack(repository: &Repository, id: &PackId, extents: &[Extent], image: &F
 }
 
 fn require_space(dir: &Path, need_bytes: u64) -> Result<(), ComposeError> {
-    let stat = rustix::fs::statvfs(dir)
-        .map_err(|e| ComposeError::Io { what: "look at", path: dir.to_owned(), source: e.into() })?;
+    let stat = rustix::fs::statvfs(dir).map_err(|e| ComposeError::Io {
+        what: "look at",
+        path: dir.to_owned(),
+        source: e.into(),
+    })?;
     let have = stat.f_bavail * stat.f_frsize;
     if have < need_bytes {
-        return Err(ComposeError::NoSpace { dir: dir.to_owned(), need: ByteSize(need_bytes), have: ByteSize(have) });
+        return Err(ComposeError::NoSpace {
+            dir: dir.to_owned(),
+            need: ByteSize(need_bytes),
+            have: ByteSize(have),
+        });
     }
     Ok(())
 }

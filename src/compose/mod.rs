@@ -128,11 +128,17 @@ impl Composer {
     pub fn verify(&self, id: &RecipeId) -> Result<(), ComposeError> {
         let recipe = self.repository.recipe(id)?;
         let path = self.path_of(id);
-        let found = digest_of(&path).map_err(|source| ComposeError::Io { what: "read", path, source })?.digest;
+        let found =
+            digest_of(&path).map_err(|source| ComposeError::Io { what: "read", path, source })?.digest;
         if found == recipe.image_digest {
             return Ok(());
         }
-        Err(ComposeError::Digest { recipe: *id, expected: recipe.image_digest, found, composer: recipe.composer })
+        Err(ComposeError::Digest {
+            recipe: *id,
+            expected: recipe.image_digest,
+            found,
+            composer: recipe.composer,
+        })
     }
 
     /// Writes the composed disk to `output` in another hypervisor's format.
@@ -156,7 +162,10 @@ impl Composer {
         Ok(tree::unite(&set, ordered)?)
     }
 
-    fn manifests(&self, components: &[ComponentId]) -> Result<Vec<(ComponentId, Arc<Manifest>)>, ComposeError> {
+    fn manifests(
+        &self,
+        components: &[ComponentId],
+    ) -> Result<Vec<(ComponentId, Arc<Manifest>)>, ComposeError> {
         let lacking: Vec<_> = components.iter().filter(|c| !self.repository.has_manifest(c)).collect();
         if !lacking.is_empty() {
             let objects = lacking.into_iter().map(|c| ObjectId::Manifest(*c).to_string()).collect();
@@ -169,7 +178,9 @@ impl Composer {
         let mut objects = Vec::new();
         for (_, m) in &set {
             let packs = m.packs.iter().filter(|p| !self.repository.has_pack(&p.id));
-            objects.extend(packs.map(|p| format!("pack {} ({} of component {})", p.id.short(), p.package, m.name)));
+            objects.extend(
+                packs.map(|p| format!("pack {} ({} of component {})", p.id.short(), p.package, m.name)),
+            );
         }
         if objects.is_empty() { Ok(set) } else { Err(ComposeError::Missing { objects }) }
     }

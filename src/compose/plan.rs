@@ -63,7 +63,9 @@ pub fn plan(tree: &Tree, disk: &DiskParameters) -> Result<Plan, ComposeError> {
     let root = ext4::layout(&root_files, disk, root_end - root_start)?;
     metadata.extend(root.metadata.into_iter().map(|(at, bytes)| (root_start + at, bytes)));
     extents.extend(
-        root.extents.into_iter().map(|e| Extent { image_offset_bytes: e.image_offset_bytes + root_start, ..e }),
+        root.extents
+            .into_iter()
+            .map(|e| Extent { image_offset_bytes: e.image_offset_bytes + root_start, ..e }),
     );
     metadata.sort_by_key(|(at, _)| *at);
     Ok(Plan { virtual_size_bytes: disk.virtual_size_bytes, metadata, extents: joined(extents) })

@@ -68,7 +68,10 @@ fn shown(set: &[Member], ordered: bool) -> Result<Vec<String>, String> {
         .map(|n| {
             let kind = match &n.kind {
                 NodeKind::Directory => "dir".to_owned(),
-                NodeKind::File(f) => set[f.component].1.name.clone(),
+                NodeKind::File { pack, .. } => {
+                    let owner = set.iter().find(|(_, m)| m.packs[0].id == *pack);
+                    owner.map_or("nobody", |(_, m)| &m.name).to_owned()
+                }
                 NodeKind::Literal(b) => String::from_utf8_lossy(b).trim_end().replace('\n', "|"),
                 NodeKind::Symlink { target } => format!("-> {}", String::from_utf8_lossy(target)),
                 NodeKind::HardLink { target } => format!("= {}", String::from_utf8_lossy(target)),
