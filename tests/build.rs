@@ -311,6 +311,10 @@ fn the_tiny_guest_builds_the_same_twice_and_is_reused() {
         assert_eq!(ids(&built), ids(&again));
         let left: Vec<_> = fs::read_dir(dir.path().join("cache/work")).unwrap().collect();
         assert!(left.is_empty(), "{left:?}");
+        let held = fs::File::open(dir.path().join("cache/lock")).unwrap();
+        rustix::fs::flock(&held, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+        let error = build(&repository, &files, &options, &mut |_| {}).unwrap_err();
+        assert!(matches!(error, BuildError::CacheDirectory { .. }), "one build at a time: {error}");
         outcomes.push(ids(&built));
     }
     assert_eq!(outcomes[0], outcomes[1], "same definitions and packages, same ids");

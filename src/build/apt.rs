@@ -46,7 +46,7 @@ impl Apt {
         apt.fingerprint = apt.fingerprint_of_lists()?;
         match updated {
             Ok(()) => Ok((apt, None)),
-            Err(_) if apt.fingerprint == Hash::of(b"") => Err(updated.expect_err("matched")),
+            Err(failure) if apt.fingerprint == Hash::of(b"") => Err(failure),
             Err(stale) => Ok((apt, Some(stale))),
         }
     }

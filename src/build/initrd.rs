@@ -92,19 +92,16 @@ mod tests {
         assert_eq!(bytes.len() % BLOCK_BYTES, 0);
         let mut names = Vec::new();
         let mut at = 0;
-        loop {
-            assert_eq!(&bytes[at..at + 6], b"070701");
+        while names.last().is_none_or(|n| n != "TRAILER!!!") {
+            let header = &bytes[at..at + 110];
+            assert_eq!(&header[..6], b"070701");
             let field = |n: usize| {
-                let text = std::str::from_utf8(&bytes[at + 6 + 8 * n..at + 14 + 8 * n]).unwrap();
-                usize::from_str_radix(text, 16).unwrap()
+                usize::from_str_radix(std::str::from_utf8(&header[6 + 8 * n..14 + 8 * n]).unwrap(), 16)
+                    .unwrap()
             };
-            let name = &bytes[at + 110..at + 110 + field(11) - 1];
-            names.push(String::from_utf8(name.to_vec()).unwrap());
-            if name == b"TRAILER!!!" {
-                break;
-            }
-            at = (at + 110 + field(11)).next_multiple_of(4);
-            at = (at + field(6)).next_multiple_of(4);
+            let content = (at + 110 + field(11)).next_multiple_of(4);
+            names.push(String::from_utf8(bytes[at + 110..at + 109 + field(11)].to_vec()).unwrap());
+            at = (content + field(6)).next_multiple_of(4);
         }
         assert_eq!(names[6..10], ["dev/console", "bin/busybox", "bin/sh", "init"]);
         assert_eq!(names[10], "modules/00-virtio.ko");

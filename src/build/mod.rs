@@ -48,7 +48,7 @@ pub struct BuildOptions {
     /// Package lists, packages, OS trees and work in progress; may be removed at any time no build
     /// runs. Gigabytes.
     pub cache_dir: PathBuf,
-    /// Leave a failed build's tree in the cache for inspection.
+    /// Leave a failed build's tree in `failed/NAME` of the cache for inspection.
     pub keep_failed: bool,
     /// Build even what an earlier build of the same inputs made.
     pub rebuild: bool,
@@ -110,8 +110,7 @@ pub fn build(
     if !rustix::process::geteuid().is_root() {
         return Err(BuildError::NotRoot);
     }
-    let cache = &options.cache_dir;
-    fs::create_dir_all(cache).map_err(BuildError::write(cache))?;
+    let _lock = lock_cache(&options.cache_dir)?;
     let mut builder = Builder { repository, options, progress, apts: HashMap::new(), os_ids: HashMap::new() };
     let total = sources.len();
     let mut out = Vec::new();
@@ -123,6 +122,22 @@ pub fn build(
         out.push(built);
     }
     Ok(out)
+}
+
+/// Makes the cache this build's alone until the file is closed, and clears what a killed one left.
+fn lock_cache(cache: &Path) -> Result<fs::File, BuildError> {
+    fs::create_dir_all(cache).map_err(BuildError::write(cache))?;
+    let path = cache.join("lock");
+    let file = fs::File::create(&path).map_err(BuildError::write(&path))?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        let reason = "another build is using it: wait for it, or give another directory";
+        BuildError::CacheDirectory { path: cache.to_owned(), reason }
+    })?;
+    let work = sandbox::work_dir(cache);
+    if work.exists() {
+        fs::remove_dir_all(&work).map_err(BuildError::write(&work))?;
+    }
+    Ok(file)
 }
 
 struct Builder<'a> {
@@ -169,7 +184,7 @@ impl Builder<'_> {
         let inputs = steps::Inputs { source, apt: apt.as_deref(), os_status: &status, packages: &packages };
         let result = self.make(&inputs, base, &sandbox, begun);
         if result.is_err() && self.options.keep_failed {
-            sandbox.keep();
+            sandbox.keep(&self.options.cache_dir.join("failed").join(&definition.name))?;
         }
         let built = result?;
         let text = format!("{}\n", built.id);

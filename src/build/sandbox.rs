@@ -65,7 +65,7 @@ impl Sandbox {
             let reason = "its name has characters that mount options cannot carry";
             return Err(BuildError::CacheDirectory { path: cache, reason });
         }
-        let work = cache.join("work");
+        let work = work_dir(&cache);
         fs::create_dir_all(&work).map_err(BuildError::write(&work))?;
         let dir = tempfile::Builder::new().prefix(&format!("{component}-")).tempdir_in(&work);
         let dir = dir.map_err(BuildError::write(&work))?;
@@ -101,9 +101,12 @@ impl Sandbox {
         self.dir.path().join(name)
     }
 
-    /// Leaves the directory for inspection.
-    pub fn keep(&mut self) {
-        self.dir.disable_cleanup(true);
+    /// Moves everything to `target` for inspection.
+    pub fn keep(self, target: &Path) -> Result<(), BuildError> {
+        let moved = fs::create_dir_all(target.parent().unwrap_or(target))
+            .and_then(|()| if target.exists() { fs::remove_dir_all(target) } else { Ok(()) })
+            .and_then(|()| fs::rename(self.dir.path(), target));
+        moved.map_err(BuildError::write(target))
     }
 
     /// Runs a shell script in the sandbox, outside the tree `$ROOT`; `in_tree` runs inside it.
@@ -148,6 +151,11 @@ impl Sandbox {
         let output = tail(&mut file, begin).map_err(BuildError::read(&log))?;
         Err(BuildError::Step { component: self.component.clone(), step: step.to_owned(), output, log })
     }
+}
+
+/// Where trees are made. Whatever is in it when no build runs is a dead one's leftover.
+pub fn work_dir(cache: &Path) -> PathBuf {
+    cache.join("work")
 }
 
 const TAIL_LINES: usize = 15;

@@ -32,11 +32,13 @@ impl PartialOrd for TreePath {
 /// What a tree holds, by path; the root has the empty path.
 pub type Tree = BTreeMap<TreePath, Node>;
 
+/// Extended attributes, sorted by name, ACLs in the stored form.
+pub type Attributes = Vec<(String, Vec<u8>)>;
+
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Node {
     pub meta: Meta,
-    /// Sorted by name, ACLs in the stored form.
-    pub xattrs: Vec<(String, Vec<u8>)>,
+    pub xattrs: Attributes,
     pub kind: NodeKind,
 }
 
@@ -208,7 +210,7 @@ fn meta_of(stat: &Stat) -> Meta {
 
 /// The attributes a component keeps, and whether overlayfs marks the directory opaque. What
 /// overlayfs and trusted helpers note for themselves stays behind.
-fn attributes(fd: impl AsFd) -> io::Result<(Vec<(String, Vec<u8>)>, bool)> {
+fn attributes(fd: impl AsFd) -> io::Result<(Attributes, bool)> {
     let fd = fd.as_fd();
     let mut names = vec![0u8; 64 << 10];
     let length = match rustix::fs::flistxattr(fd, &mut names[..]) {
