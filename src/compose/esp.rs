@@ -70,6 +70,7 @@ pub fn layout(nodes: &[&Node], disk: &DiskParameters) -> Result<Partition, Compo
             files.add(number, node).map_err(refused)?;
         }
     }
+    volume.repair_dot_entries();
     let extents = volume.take_marked(nodes);
     Ok(Partition { metadata: volume.into_regions(), extents })
 }
@@ -196,6 +197,22 @@ impl Volume {
             extents.push(Extent { pack, pack_offset_bytes, image_offset_bytes, len_bytes: CLUSTER_BYTES });
         }
         extents
+    }
+
+    /// `fatfs` 0.3 gives `.` and `..` long names, which the FAT specification forbids and checkers call
+    /// damage. They are the first four slots of a directory.
+    fn repair_dot_entries(&mut self) {
+        const SLOT_BYTES: usize = 32;
+        const LONG_NAME: u8 = 0x0f;
+        const FREE: u8 = 0xe5;
+        for sector in self.sectors.values_mut() {
+            let [long_a, dot, long_b, dot_dot, ..] = sector.as_chunks_mut::<SLOT_BYTES>().0 else { continue };
+            let are_names = dot.starts_with(b".          ") && dot_dot.starts_with(b"..         ");
+            if are_names && long_a[11] == LONG_NAME && long_b[11] == LONG_NAME {
+                (*long_a, *dot) = (*dot, *dot_dot);
+                (long_b[0], dot_dot[0]) = (FREE, FREE);
+            }
+        }
     }
 
     fn into_regions(self) -> Vec<(u64, Vec<u8>)> {

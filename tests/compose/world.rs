@@ -192,6 +192,9 @@ pub fn kernel() -> Draft {
         .with("boot/vmlinuz", file(noise(2, 5 << 20)))
 }
 
+/// Revision 2 of the attribute of linux/capability.h: effective, `cap_net_raw` permitted.
+const CAP_NET_RAW: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
 /// An operating system with one entry of every kind.
 pub fn os() -> Draft {
     let with_xattrs = |mut thing: Thing, xattrs: &[(&str, &[u8])]| {
@@ -230,7 +233,7 @@ pub fn os() -> Draft {
         .with("usr", directory())
         .with("usr/bin", directory())
         .with("usr/bin/links", linked(file(noise(4, 20_000)), 3))
-        .with("usr/bin/ping", with_xattrs(file(noise(5, 4096)), &[("security.capability", &[1; 20])]))
+        .with("usr/bin/ping", with_xattrs(file(noise(5, 4096)), &[("security.capability", CAP_NET_RAW)]))
         .with("usr/bin/sudo", thing(0o4755, What::File(noise(6, 4097))))
         .with("usr/lib", with_xattrs(directory(), &[("user.a", b"1"), ("user.b", &[7; 3000])]))
         .with("usr/lib/link", linked(thing(0, What::HardLink(b"usr/bin/links".to_vec())), 3))
