@@ -104,7 +104,11 @@ fn only_what_is_missing_travels() {
     let mut by_name: std::collections::BTreeMap<_, _> =
         [format, kernel, os, redis, nginx, jq].into_iter().map(|id| (name(id), id)).collect();
     let mut take = |part: &str| {
-        let key = by_name.keys().find(|k| k.contains(part)).cloned().unwrap_or_else(|| panic!("{part} in {by_name:?}"));
+        let key = by_name
+            .keys()
+            .find(|k| k.contains(part))
+            .cloned()
+            .unwrap_or_else(|| panic!("{part} in {by_name:?}"));
         by_name.remove(&key).unwrap()
     };
     let (a, b, c) = (take("uefi"), take("redis"), take("nginx"));
@@ -159,7 +163,10 @@ fn only_what_is_missing_travels() {
             account.wire_bytes
         );
         assert!((4 << 20..5 << 20).contains(&account.user_data_bytes), "{vm}: {}", account.user_data_bytes);
-        println!("{vm}: components {}, user data {}, wire {} bytes", account.component_bytes, account.user_data_bytes, account.wire_bytes);
+        println!(
+            "{vm}: components {}, user data {}, wire {} bytes",
+            account.component_bytes, account.user_data_bytes, account.wire_bytes
+        );
     };
 
     // Worst case: the target holds nothing, everything travels.
@@ -204,7 +211,9 @@ fn a_cancelled_move_leaves_the_vm_running_and_nothing_behind() {
         })
     });
     let staging = |w: &World| match w.call(0, &Request::MigrationList) {
-        Ok(Reply::Migrations(list)) => list.into_iter().find(|m| m.progress.phase == "stage" && m.progress.bytes_done > 0),
+        Ok(Reply::Migrations(list)) => {
+            list.into_iter().find(|m| m.progress.phase == "stage" && m.progress.bytes_done > 0)
+        }
         other => panic!("{other:?}"),
     };
     world.wait("it is being staged", 30, |w| staging(w).is_some());
@@ -239,12 +248,15 @@ fn brokers_survive_bad_surroundings() {
     assert!(world.log(0).contains("in use") || world.log(0).contains("another broker"), "{}", world.log(0));
 
     // A recipe that cannot be.
-    let missing = world.call(0, &Request::RecipeCreate {
-        components: vec![built.ids[0].to_string()],
-        ordered: false,
-        root_size: ByteSize::mib(512),
-        kernel_command_line: String::new(),
-    });
+    let missing = world.call(
+        0,
+        &Request::RecipeCreate {
+            components: vec![built.ids[0].to_string()],
+            ordered: false,
+            root_size: ByteSize::mib(512),
+            kernel_command_line: String::new(),
+        },
+    );
     assert_eq!(missing.unwrap_err().kind, ProblemKind::Refused);
     let unknown = world.call(0, &Request::ComponentShow { component: "nonsense".into(), entries: false });
     assert_eq!(unknown.unwrap_err().kind, ProblemKind::NotFound);
@@ -272,7 +284,8 @@ fn brokers_survive_bad_surroundings() {
     assert_eq!(offline.kind, ProblemKind::Conflict, "given up VMs are not planned: {offline}");
     world.server(&["restart"]);
     world.wait("both are back", 60, |w| {
-        w.status(0).link == "online" && w.members(0).iter().any(|m| m.state == "online" && m.trust == "trusted")
+        w.status(0).link == "online"
+            && w.members(0).iter().any(|m| m.state == "online" && m.trust == "trusted")
             && w.members(1).iter().any(|m| m.state == "online")
     });
     world.move_vm(1, "two", "alpine");

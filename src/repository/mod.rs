@@ -34,8 +34,8 @@ use crate::durable::PendingFile;
 
 pub use check::{CheckReport, Damage, MissingObject};
 pub use components::{ComponentSummary, MissingReport};
-pub use frame::LEVEL as RECORD_LEVEL;
 pub use error::{ObjectId, ObjectKind, RepositoryError};
+pub use frame::LEVEL as RECORD_LEVEL;
 pub use gc::GcReport;
 pub use hot::HOT_BYTES_DEFAULT;
 pub use pack_reader::StoredPack;
