@@ -19,7 +19,8 @@ const LIMIT: f64 = 2.0;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let megabytes = std::env::var("CICADA_BENCH_MB").map_or(Ok(600), |m| m.parse::<usize>())?;
-    let mut paths: Vec<PathBuf> = std::env::args_os().skip(1).filter(|a| a != "--bench").map(Into::into).collect();
+    let mut paths: Vec<PathBuf> =
+        std::env::args_os().skip(1).filter(|a| a != "--bench").map(Into::into).collect();
     if paths.is_empty() {
         paths.push("/usr/lib".into());
     }
@@ -38,7 +39,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let dir = tempfile::tempdir_in(".")?;
         let repository = Repository::create(dir.path())?;
         let hash_s = timed(|| {
-            content.bytes.par_chunks(FRAME_BYTES).for_each(|c| drop(std::hint::black_box(blake3::hash(c))));
+            content.bytes.par_chunks(FRAME_BYTES).for_each(|c| {
+                std::hint::black_box(blake3::hash(c));
+            });
             Ok(())
         })?;
         let zstd_s = timed(|| {
@@ -82,7 +85,8 @@ impl Content {
     fn read(&mut self, path: &Path, bytes_max: usize) -> io::Result<()> {
         let meta = path.symlink_metadata()?;
         if meta.is_dir() {
-            let mut inside: Vec<_> = path.read_dir()?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
+            let mut inside: Vec<_> =
+                path.read_dir()?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
             inside.sort();
             return inside.iter().try_for_each(|p| self.read(p, bytes_max));
         }

@@ -8,7 +8,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::{VmCreate, Verdict};
+use cicada::broker::interface::{Verdict, VmCreate};
 use cicada::broker::negotiation::holdings;
 use cicada::broker::{Reply, Request};
 use cicada::clock::{Clock, SystemClock};
@@ -16,10 +16,9 @@ use cicada::migration::envelope::{LIFETIME, VERSION};
 use cicada::migration::message::CheckAnswer;
 use cicada::migration::{AnswerBody, Envelope, ReplayGuard, RequestBody};
 use cicada::repository::Repository;
-use cicada::types::{
-    ByteSize, ComponentId, IdentityKey, MemberJid, MigrationId, PackId, RecipeId, VmId,
-};
-use cicada::vm::{Mac, Nic, VmSpec};
+use cicada::types::{ByteSize, ComponentId, IdentityKey, MemberJid, MigrationId, PackId, RecipeId, VmId};
+use cicada::vm::spec::Nic;
+use cicada::vm::{Mac, VmSpec};
 use common::world::{World, components, missing_tool};
 use common::{Result, end, percentile, synthetic_components};
 
@@ -49,7 +48,8 @@ fn in_process() -> Result<()> {
     let cold = Instant::now();
     holdings(&repository, &held, &[]);
     println!("holdings of {COMPONENTS} held components, first time: {:.1} ms", ms(cold.elapsed()));
-    let packs: Vec<PackId> = held.iter().map(packs_of).collect::<Result<Vec<_>>>()?.into_iter().flatten().take(1000).collect();
+    let packs: Vec<PackId> =
+        held.iter().map(packs_of).collect::<Result<Vec<_>>>()?.into_iter().flatten().take(1000).collect();
     for (what, components, packs) in [
         ("held components", held.as_slice(), &[] as &[PackId]),
         ("unknown components", lacking.as_slice(), &[]),
@@ -57,7 +57,13 @@ fn in_process() -> Result<()> {
     ] {
         let mut answer = exchange(&repository, components, packs);
         let times = (0..ROUNDS).map(|_| answer()).collect::<Result<Vec<f64>>>()?;
-        print(&format!("in process, {} {what}: seal, open, look up, seal, open", components.len() + packs.len()), times);
+        print(
+            &format!(
+                "in process, {} {what}: seal, open, look up, seal, open",
+                components.len() + packs.len()
+            ),
+            times,
+        );
     }
     Ok(())
 }
@@ -68,7 +74,8 @@ fn exchange<'a>(
     components: &'a [ComponentId],
     packs: &'a [PackId],
 ) -> impl FnMut() -> Result<f64> + 'a {
-    let (asker, answerer) = (IdentityKey::from_secret_bytes(&[1; 32]), IdentityKey::from_secret_bytes(&[2; 32]));
+    let (asker, answerer) =
+        (IdentityKey::from_secret_bytes(&[1; 32]), IdentityKey::from_secret_bytes(&[2; 32]));
     let a: MemberJid = "a@federation.test".parse().expect("a JID");
     let b: MemberJid = "b@federation.test".parse().expect("a JID");
     let (migration, spec) = (MigrationId::random(), spec());
@@ -78,7 +85,11 @@ fn exchange<'a>(
         nonce += 1;
         let begun = Instant::now();
         let now = SystemClock.now();
-        let body = RequestBody::Configuration { spec: spec.clone(), components: components.to_vec(), packs: packs.to_vec() };
+        let body = RequestBody::Configuration {
+            spec: spec.clone(),
+            components: components.to_vec(),
+            packs: packs.to_vec(),
+        };
         let request = Envelope {
             version: VERSION,
             from: a.clone(),
@@ -94,12 +105,31 @@ fn exchange<'a>(
         let sealed = request.seal(&asker)?;
         let asked: Envelope<RequestBody> = Envelope::open(&sealed, &asker.public(), &a, &b, now)?;
         replay.admit(&asked, now)?;
-        let RequestBody::Configuration { components, packs, .. } = &asked.body else { return Err("another body".into()) };
+        let RequestBody::Configuration { components, packs, .. } = &asked.body else {
+            return Err("another body".into());
+        };
         let (components_lacking, packs_lacking) = holdings(repository, components, packs);
         let (differences, blockers) = (Vec::new(), Vec::new());
-        let body = AnswerBody::Configuration(CheckAnswer { differences, blockers, components_lacking, packs_lacking, seed: None });
+        let body = AnswerBody::Configuration(CheckAnswer {
+            differences,
+            blockers,
+            components_lacking,
+            packs_lacking,
+            seed: None,
+        });
         let (from, to) = (b.clone(), a.clone());
-        let answer = Envelope { version: VERSION, from, to, migration, vm: spec.id, epoch: 1, nonce: asked.nonce, issued: now, expires: now.plus(LIFETIME), body };
+        let answer = Envelope {
+            version: VERSION,
+            from,
+            to,
+            migration,
+            vm: spec.id,
+            epoch: 1,
+            nonce: asked.nonce,
+            issued: now,
+            expires: now.plus(LIFETIME),
+            body,
+        };
         let sealed = answer.seal(&answerer)?;
         Envelope::<AnswerBody>::open(&sealed, &answerer.public(), &b, &a, now)?;
         Ok(ms(begun.elapsed()))
@@ -140,7 +170,11 @@ fn between_brokers() -> Result<()> {
         world.push(cloud, &tiny, &tiny.ids);
     }
     world.wait("the members see each other again", 60, |w| {
-        (0..2).all(|c| w.members(c).iter().any(|m| m.state == "online" && m.trust == "trusted" && !m.jid.as_str().starts_with(&w.clouds[c].name)))
+        (0..2).all(|c| {
+            w.members(c).iter().any(|m| {
+                m.state == "online" && m.trust == "trusted" && !m.jid.as_str().starts_with(&w.clouds[c].name)
+            })
+        })
     });
     let all: Vec<ComponentId> = tiny.ids.iter().chain(&synthetic).copied().collect();
     let create = |name: &str, ids: &[ComponentId]| VmCreate {
@@ -155,7 +189,12 @@ fn between_brokers() -> Result<()> {
         kernel_command_line: "console=ttyS0 quiet".into(),
         start: false,
     };
-    let held: Vec<ComponentId> = tiny.ids.iter().chain(synthetic.iter().enumerate().filter(|(i, _)| i % 10 != 9).map(|(_, id)| id)).copied().collect();
+    let held: Vec<ComponentId> = tiny
+        .ids
+        .iter()
+        .chain(synthetic.iter().enumerate().filter(|(i, _)| i % 10 != 9).map(|(_, id)| id))
+        .copied()
+        .collect();
     for (name, ids, what) in [("held", &held, "all held"), ("part", &all, "every tenth lacking")] {
         let made = world.call(0, &Request::VmCreate(create(name, ids)));
         if let Err(problem) = made {
@@ -164,7 +203,9 @@ fn between_brokers() -> Result<()> {
         let (mut answers, mut plans) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             let begun = Instant::now();
-            let Reply::Plan(plan) = world.call(0, &Request::Plan { vm: name.into(), to: None })? else { return Err("no plan".into()) };
+            let Reply::Plan(plan) = world.call(0, &Request::Plan { vm: name.into(), to: None })? else {
+                return Err("no plan".into());
+            };
             plans.push(ms(begun.elapsed()));
             let row = plan.candidates.first().ok_or("no candidate")?;
             if matches!(row.verdict, Verdict::No { .. }) {
@@ -172,8 +213,17 @@ fn between_brokers() -> Result<()> {
             }
             answers.push(row.answer_ms);
         }
-        print(&format!("between brokers, {} components, {what}: the other broker's answer", ids.len()), answers);
-        print(&format!("between brokers, {} components, {what}: the whole plan as the operator waits for it", ids.len()), plans);
+        print(
+            &format!("between brokers, {} components, {what}: the other broker's answer", ids.len()),
+            answers,
+        );
+        print(
+            &format!(
+                "between brokers, {} components, {what}: the whole plan as the operator waits for it",
+                ids.len()
+            ),
+            plans,
+        );
     }
     end(world)
 }
@@ -182,7 +232,10 @@ fn print(what: &str, mut times_ms: Vec<f64>) {
     times_ms.sort_by(f64::total_cmp);
     let (p50, p99) = (percentile(&times_ms, 50.0), percentile(&times_ms, 99.0));
     let verdict = if p99 < LIMIT_MS { "holds" } else { "BROKEN" };
-    println!("{what}: p50 {p50:.1} ms, p99 {p99:.1} ms, most {:.1} ms; limit {LIMIT_MS} ms: {verdict}", times_ms[times_ms.len() - 1]);
+    println!(
+        "{what}: p50 {p50:.1} ms, p99 {p99:.1} ms, most {:.1} ms; limit {LIMIT_MS} ms: {verdict}",
+        times_ms[times_ms.len() - 1]
+    );
 }
 
 fn ms(d: Duration) -> f64 {

@@ -14,7 +14,11 @@ pub mod world;
 pub type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
 /// Stores program components of small files, one in each pack, and binds their names.
-pub fn synthetic_components(repository: &Repository, count: u32, packs_each: u32) -> Result<Vec<ComponentId>> {
+pub fn synthetic_components(
+    repository: &Repository,
+    count: u32,
+    packs_each: u32,
+) -> Result<Vec<ComponentId>> {
     (0..count).map(|n| synthetic_component(repository, n, packs_each)).collect()
 }
 
@@ -34,7 +38,12 @@ fn synthetic_component(repository: &Repository, n: u32, packs: u32) -> Result<Co
         fragments: Vec::new(),
     };
     for dir in ["opt".to_owned(), format!("opt/synthetic-{n}")] {
-        manifest.entries.push(Entry { path: dir.into(), meta: meta(0o755), xattrs: Vec::new(), kind: EntryKind::Directory });
+        manifest.entries.push(Entry {
+            path: dir.into(),
+            meta: meta(0o755),
+            xattrs: Vec::new(),
+            kind: EntryKind::Directory,
+        });
     }
     for pack in 0..packs {
         let content = format!("file {pack} of component {n}\n").repeat(20);

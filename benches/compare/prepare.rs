@@ -150,7 +150,8 @@ async fn transfer(
     let (serving, asking) = (endpoint(&keys[0], source, &from)?, endpoint(&keys[1], target, &to)?);
     let connection = asking.connect(&[serving.local_addr()?], keys[0].public()).await?;
     let sink = Arc::new(Sink(target.clone()));
-    let manifests = components.iter().filter(|id| !target.has_manifest(id)).map(|id| ObjectKey::Manifest(*id));
+    let manifests =
+        components.iter().filter(|id| !target.has_manifest(id)).map(|id| ObjectKey::Manifest(*id));
     let manifests: Vec<_> = manifests.collect();
     connection.fetch(&ticket, manifests, sink.clone(), Arc::new(Progress::default())).await?;
     let mut packs: Vec<_> = all.into_iter().flatten().filter(|p| !target.has_pack(p)).collect();
