@@ -11,8 +11,8 @@ use crate::types::{CloudName, MemberJid, MigrationId, RecipeId};
 use crate::vm::{Block, VmSpec};
 
 use super::Shared;
-use super::outgoing::ScannedDisk;
 use super::interface::{Account, MigrationProgress, MigrationView};
+use super::outgoing::ScannedDisk;
 
 /// zstd level a monolithic tool would use.
 const MONOLITHIC_LEVEL: i32 = 3;
@@ -71,6 +71,10 @@ pub fn progress(view: &mut MigrationProgress, p: &Progress, now: UnixMillis) {
 
 /// Takes over the target's count; it is cumulative over all passes.
 pub fn stage(account: &mut Account, s: &StageAccount) {
+    // A target that restarted has forgotten its count.
+    if s.wire_bytes < account.wire_bytes {
+        return;
+    }
     account.components_fetched = s.components_fetched;
     account.packs_needed = account.packs_needed.max(s.packs_needed);
     account.packs_fetched = s.packs_fetched;

@@ -17,7 +17,7 @@ use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::source::{Effect, Event as SourceEvent, Phase, Source};
 use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
 use crate::transfer::Ticket;
-use crate::types::{CloudName, MigrationId, NodeHash, VmId};
+use crate::types::{CloudName, MigrationId, NodeHash, PackId, VmId};
 use crate::vm::ChunkMap;
 
 use super::account::{self, new_view};
@@ -30,6 +30,8 @@ use super::shared::{AskError, Matter, Peer};
 use super::vms::{Busy, DiskPaths};
 use super::{Broker, Input};
 
+/// Packed firmware variables that fit into a message beside everything else.
+const FIRMWARE_BYTES_MAX: usize = 48 << 10;
 /// Unanswered hand-over requests after which the owner is said to be in doubt.
 const IN_DOUBT_AFTER: u32 = 5;
 
@@ -57,6 +59,8 @@ pub struct Scanned {
     pub seed: Seed,
     pub nodes: HashSet<NodeHash>,
     pub disks: Vec<ScannedDisk>,
+    /// Packs of all components: a target may find one of its own damaged, too.
+    pub packs: HashSet<PackId>,
 }
 
 /// One disk's chunk map, and where its blocks lie.
@@ -120,7 +124,9 @@ impl Broker {
         let pending: Vec<_> = self
             .vms
             .values()
-            .filter_map(|vm| vm.record.given_up().filter(|g| g.receipt.is_none()).map(|g| (vm.record.clone(), g.clone())))
+            .filter_map(|vm| {
+                vm.record.given_up().filter(|g| g.receipt.is_none()).map(|g| (vm.record.clone(), g.clone()))
+            })
             .collect();
         for (record, given) in pending {
             let (Ok(hand_over), Ok(recipe), Ok(ticket)) =
@@ -180,7 +186,9 @@ impl Broker {
     /// Calls a migration off, if the hand-over has not begun.
     pub(super) fn cancel_outgoing(&mut self, id: MigrationId) -> Result<(), Problem> {
         let run = self.outgoing.get(&id);
-        let run = run.ok_or_else(|| Problem::new(ProblemKind::NotFound, format!("migration {id}"), "is not running"))?;
+        let run = run.ok_or_else(|| {
+            Problem::new(ProblemKind::NotFound, format!("migration {id}"), "is not running")
+        })?;
         if !run.machine.phase().can_cancel() {
             return Err(Problem::new(
                 ProblemKind::Conflict,
@@ -210,7 +218,8 @@ impl Broker {
         let after = run.machine.phase();
         let (old, new) = (phase_name(before), phase_name(after));
         if old != new {
-            *run.view.account.phase_ms.entry(old.into()).or_default() += now.since(run.phase_since).as_millis() as u64;
+            *run.view.account.phase_ms.entry(old.into()).or_default() +=
+                now.since(run.phase_since).as_millis() as u64;
             run.phase_since = now;
         }
         let in_doubt = after == Phase::HandingOver && run.machine.unanswered() >= IN_DOUBT_AFTER;
@@ -256,7 +265,8 @@ impl Broker {
         if let Some(run) = self.outgoing.get_mut(&id) {
             let event = Event::Migration(run.view.progress.clone());
             // A subscriber that is slow misses lines; one that is gone is forgotten.
-            run.subscribers.retain(|s| !matches!(s.try_send(event.clone()), Err(mpsc::error::TrySendError::Closed(_))));
+            run.subscribers
+                .retain(|s| !matches!(s.try_send(event.clone()), Err(mpsc::error::TrySendError::Closed(_))));
         }
     }
 
@@ -302,8 +312,11 @@ impl Broker {
                 tokio::spawn(async move {
                     let mode = StopMode::Graceful { timeout, escalate: false };
                     let result = shared.driver.stop(vm, mode).await.map_err(|e| {
-                        Denial::new(DenialCode::Other, format!("the VM does not stop: {}", super::problem::chain(&e)))
-                            .next("look at its console; or stop it with 'cicada vm stop --force', then move it")
+                        Denial::new(
+                            DenialCode::Other,
+                            format!("the VM does not stop: {}", super::problem::chain(&e)),
+                        )
+                        .next("look at its console; or stop it with 'cicada vm stop --force', then move it")
                     });
                     shared.post(Input::Outgoing(id, SourceEvent::Stopped(result)));
                 });
@@ -335,7 +348,9 @@ impl Broker {
                     tracing::warn!(migration = %id, target = %peer.jid, "could not tell the target; its lease will run out");
                 });
             }
-            Effect::Release { receipt, running, problem, account } => self.release(id, receipt, running, problem, account),
+            Effect::Release { receipt, running, problem, account } => {
+                self.release(id, receipt, running, problem, account)
+            }
             Effect::Abandon(denial) => self.abandon(id, denial),
         }
     }
@@ -352,7 +367,19 @@ impl Broker {
             addresses: self.transfer_addresses(),
             source_key: self.shared.key.public(),
             ticket: crate::types::Hash::from_bytes(*run.ticket.as_bytes()).to_string(),
+            firmware: if pass.last { self.firmware_of(&entry.record) } else { None },
         })))
+    }
+
+    /// The firmware's variables, packed. A VM that never ran has none.
+    fn firmware_of(&self, record: &super::records::VmRecord) -> Option<String> {
+        let bytes = std::fs::read(self.machine(record).firmware_vars).ok()?;
+        let packed = zstd::bulk::compress(&bytes, 9).ok()?;
+        if packed.len() > FIRMWARE_BYTES_MAX {
+            tracing::warn!(vm = %record.spec.name, "its firmware variables are too large to travel; the target begins with fresh ones");
+            return None;
+        }
+        Some(BASE64.encode(packed))
     }
 
     fn ask_target(&mut self, id: MigrationId, request: RequestBody) {
@@ -408,14 +435,13 @@ impl Broker {
         let event = result.map(|s| {
             run.nodes.extend(s.nodes);
             run.disks = s.disks;
-            let checked = run.checked.as_ref();
             self.shared.tickets.serve(
                 run.ticket,
                 Served {
                     peer: Some(run.peer.key),
                     recipe: Some(run.recipe.id()),
                     components: run.recipe.components.iter().copied().collect(),
-                    packs: checked.map(|c| c.packs.clone()).unwrap_or_default(),
+                    packs: s.packs,
                     nodes: run.nodes.clone(),
                     blocks: run.disks.iter().map(|d| d.index.clone()).collect(),
                 },
@@ -494,11 +520,16 @@ impl Broker {
         let now = self.shared.now();
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         account::stage(&mut run.view.account, &stage);
-        run.view.account.downtime_ms = run.stopped_at.filter(|_| running).map(|t| now.since(t).as_millis() as u64);
+        run.view.account.downtime_ms =
+            run.stopped_at.filter(|_| running).map(|t| now.since(t).as_millis() as u64);
         if let Some(reason) = problem {
             run.view.problem = Some(
-                Problem::new(ProblemKind::Failed, format!("VM {}", run.view.progress.vm), format!("handed over, but it does not run there: {reason}"))
-                    .next("let that cloud's operator start it, or move it back"),
+                Problem::new(
+                    ProblemKind::Failed,
+                    format!("VM {}", run.view.progress.vm),
+                    format!("handed over, but it does not run there: {reason}"),
+                )
+                .next("let that cloud's operator start it, or move it back"),
             );
         }
         let vm = run.matter.vm;
@@ -519,6 +550,9 @@ impl Broker {
                 tracing::warn!(vm = %vm, error = super::problem::chain(&e), "cannot undefine");
             }
         });
+        let staging_ms: u64 =
+            ["stage", "switch-over"].iter().filter_map(|p| run.view.account.phase_ms.get(*p)).sum();
+        self.rates.record(&run.peer.jid, run.view.account.wire_bytes, staging_ms as f64 / 1000.0);
         self.estimate_monolithic(id);
         self.end_outgoing(id, "completed");
     }
@@ -534,7 +568,9 @@ impl Broker {
                     a.monolithic_raw_bytes = Some(raw);
                 });
             })),
-            Err(e) => tracing::info!(migration = %id, error = super::problem::chain(&e), "no estimate of a monolithic move"),
+            Err(e) => {
+                tracing::info!(migration = %id, error = super::problem::chain(&e), "no estimate of a monolithic move")
+            }
         });
     }
 
@@ -542,8 +578,10 @@ impl Broker {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let cancelled = denial.text == "cancelled by the operator";
         let kind = if cancelled { ProblemKind::Cancelled } else { ProblemKind::Refused };
-        run.view.problem =
-            Some(Problem::new(kind, format!("move of {}", run.view.progress.vm), denial.text).next(denial.next_step));
+        run.view.problem = Some(
+            Problem::new(kind, format!("move of {}", run.view.progress.vm), denial.text)
+                .next(denial.next_step),
+        );
         if let Some(vm) = self.vms.get_mut(&run.matter.vm) {
             vm.busy = None;
         }
@@ -577,7 +615,11 @@ fn phase_name(phase: Phase) -> &'static str {
         Phase::Checking | Phase::Reserving => "negotiate",
         Phase::Scanning { last: false, .. } => "stage",
         Phase::Staging(p) if !p.last => "stage",
-        Phase::Stopping | Phase::Scanning { .. } | Phase::Staging(_) | Phase::GivingUp | Phase::TakingBack => "switch-over",
+        Phase::Stopping
+        | Phase::Scanning { .. }
+        | Phase::Staging(_)
+        | Phase::GivingUp
+        | Phase::TakingBack => "switch-over",
         Phase::HandingOver => "start",
         Phase::Released => "completed",
         Phase::Abandoned => "failed",
@@ -619,5 +661,11 @@ pub(super) fn scan(
             name
         }
     };
-    Ok(Scanned { seed: Seed { root_delta, user_data }, nodes, disks: found })
+    let recipe = shared.repository.recipe(&spec.recipe).map_err(|e| content(&e))?;
+    let mut packs = HashSet::new();
+    for component in &recipe.components {
+        let manifest = shared.repository.manifest(component).map_err(|e| content(&e))?;
+        packs.extend(manifest.packs.iter().map(|p| p.id));
+    }
+    Ok(Scanned { seed: Seed { root_delta, user_data }, nodes, disks: found, packs })
 }

@@ -1,7 +1,7 @@
 //! Bringing a VM's copy at the target to a given state: fetch what is missing, compose the base,
 //! apply the blocks of both disks.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
@@ -19,7 +19,8 @@ use crate::migration::message::{ADDRESSES_MAX, Initialization, Progress, StageAc
 use crate::migration::{Denial, DenialCode};
 use crate::repository::{ObjectId, PackReceiver, Repository};
 use crate::transfer::{
-    Connection, ObjectKey, ObjectSink, PackWriter, Progress as Counter, Refusal, SinkError, Ticket, TransferError, Verified,
+    Connection, ObjectKey, ObjectSink, PackWriter, Progress as Counter, Refusal, SinkError, Ticket,
+    TransferError, Verified,
 };
 use crate::types::{BlockHash, Hash, PackId, VmId};
 use crate::vm::{ChunkMap, MapRef, VmSpec};
@@ -28,6 +29,8 @@ use super::negotiation::blocking;
 use super::shared::{Peer, Shared};
 use super::vms::DiskPaths;
 
+/// Unpacked firmware variables.
+const FIRMWARE_BYTES_MAX: usize = 4 << 20;
 /// Attempts to go on after the data link broke, each after a growing pause.
 const RECONNECTS_MAX: u32 = 12;
 
@@ -37,6 +40,8 @@ pub struct Staged {
     pub user_data: Option<StagedDisk>,
     /// Blocks of the copy this cloud kept when the VM left: what comes home need not travel.
     seeds: Vec<Arc<BlockIndex>>,
+    /// What the passes so far reported, so that the next goes on from there.
+    reported: Progress,
 }
 
 pub struct StageJob {
@@ -81,12 +86,14 @@ struct Counters {
     root_delta: Arc<Counter>,
     user_data: Arc<Counter>,
     totals: Mutex<(String, u64)>,
+    /// Delivered by earlier passes.
+    before_bytes: u64,
 }
 
 impl Counters {
     fn progress(&self) -> Progress {
         let done = [&self.components, &self.root_delta, &self.user_data];
-        let bytes_done = done.iter().map(|c| c.snapshot().payload_bytes).sum();
+        let bytes_done = self.before_bytes + done.iter().map(|c| c.snapshot().payload_bytes).sum::<u64>();
         let (step, bytes_total) = self.totals.lock().unwrap_or_else(|e| e.into_inner()).clone();
         Progress { step, bytes_done, bytes_total }
     }
@@ -106,6 +113,7 @@ struct Stage {
     /// UDP bytes of connections that were lost.
     wire_bytes: u64,
     counters: Arc<Counters>,
+    pack_sizes: Arc<HashMap<PackId, u64>>,
 }
 
 impl Stage {
@@ -120,7 +128,9 @@ impl Stage {
             return Err(bad("the recipe's disk has another size than the VM's".into()));
         }
         let pass = &job.init.pass;
-        for (map, size) in [(&pass.root_delta, job.spec.root_size), (&pass.user_data, job.spec.user_data_size)] {
+        for (map, size) in
+            [(&pass.root_delta, job.spec.root_size), (&pass.user_data, job.spec.user_data_size)]
+        {
             map.check().map_err(|e| bad(e.to_string()))?;
             if map.disk_size_bytes != size.0 {
                 return Err(bad("a chunk map's disk has another size than the VM's".into()));
@@ -129,6 +139,7 @@ impl Stage {
         if job.init.source_key != job.peer.key {
             return Err(bad("the source's transfer key is not its identity key".into()));
         }
+        let before = job.staged.as_ref().map(|s| s.reported.clone()).unwrap_or_default();
         let ticket: Hash = job.init.ticket.parse().map_err(|_| bad("the ticket is malformed".into()))?;
         let addresses = job.init.addresses.iter().take(ADDRESSES_MAX);
         let addresses = addresses.filter_map(|a| a.to_socket_addrs().ok()).flatten().collect();
@@ -138,7 +149,12 @@ impl Stage {
             addresses,
             connection: None,
             wire_bytes: job.account.wire_bytes,
-            counters: Arc::default(),
+            counters: Arc::new(Counters {
+                before_bytes: before.bytes_done,
+                totals: Mutex::new((String::new(), before.bytes_total)),
+                ..Counters::default()
+            }),
+            pack_sizes: Arc::default(),
             job,
         })
     }
@@ -149,23 +165,22 @@ impl Stage {
         self.fetch_components(&mut account).await?;
         let (root_map, user_map) = self.fetch_maps().await?;
 
-        let compose = {
-            let (shared, recipe) = (self.job.shared.clone(), self.recipe.clone());
-            let begun = Instant::now();
-            blocking(move || {
-                let id = shared.repository.put_recipe(&recipe).map_err(|e| content(&e))?;
-                shared.composer.composition(&id).map_err(|e| content(&e))?;
-                Ok(begun.elapsed().as_millis() as u64)
-            })
-        };
         // The overlay names its base, so the base comes first.
         self.counters.expect("compose", 0);
-        let compose_ms = compose.await?;
+        let compose_begun = Instant::now();
+        if let Err(denial) = self.compose().await {
+            // A pack that was damaged here is set aside now, and so counts as missing.
+            tracing::warn!(reason = denial.text, "composing failed; fetching what is damaged again");
+            self.fetch_components(&mut account).await?;
+            self.compose().await?;
+        }
+        let compose_ms = compose_begun.elapsed().as_millis() as u64;
         let staged = match self.job.staged.take() {
             Some(staged) => staged,
             None => self.open_disks().await?,
         };
-        let staged = self.apply(staged, root_map, user_map).await?;
+        let mut staged = self.apply(staged, root_map, user_map).await?;
+        self.place_firmware().await?;
 
         account.compose_ms = account.compose_ms.max(compose_ms);
         account.fetch_ms += begun.elapsed().as_millis() as u64;
@@ -174,7 +189,8 @@ impl Stage {
         account.root_delta_bytes += self.counters.root_delta.snapshot().encoded_bytes;
         account.user_data_bytes += self.counters.user_data.snapshot().encoded_bytes;
         account.wire_bytes = self.wire_bytes + self.connection.as_ref().map_or(0, wire_bytes_of);
-        self.job.progress.send_replace(self.counters.progress());
+        staged.reported = self.counters.progress();
+        self.job.progress.send_replace(staged.reported.clone());
         Ok((staged, account))
     }
 
@@ -185,10 +201,13 @@ impl Stage {
         let pin = repository.pin(components.iter().map(|c| ObjectId::Manifest(*c)).collect());
         let lacking = {
             let (repository, components) = (repository.clone(), components.clone());
-            blocking(move || Ok(components.into_iter().filter(|c| !repository.has_manifest(c)).collect::<Vec<_>>()))
-                .await?
+            blocking(move || {
+                Ok(components.into_iter().filter(|c| !repository.has_manifest(c)).collect::<Vec<_>>())
+            })
+            .await?
         };
-        self.counters.expect("fetch", self.job.init.component_bytes);
+        let components_bytes = if self.job.staged.is_none() { self.job.init.component_bytes } else { 0 };
+        self.counters.expect("fetch", components_bytes);
         if !lacking.is_empty() {
             let keys = lacking.iter().map(|c| ObjectKey::Manifest(*c)).collect();
             self.fetch(keys, self.counters.components.clone(), None, true).await?;
@@ -198,16 +217,18 @@ impl Stage {
             blocking(move || missing_packs(&repository, &components, &names)).await?
         };
         account.components_fetched += lacking.len() as u32;
-        account.packs_needed = needed;
+        account.packs_needed = account.packs_needed.max(needed);
         for name in names {
             if !account.fetched.contains(&name) {
                 account.fetched.push(name);
             }
         }
-        let _packs_pinned = repository.pin(packs.iter().map(|p| ObjectId::Pack(*p)).collect());
+        let _packs_pinned = repository.pin(packs.keys().map(|p| ObjectId::Pack(*p)).collect());
         account.packs_fetched += packs.len() as u32;
         if !packs.is_empty() {
-            let keys = packs.into_iter().map(ObjectKey::Pack).collect();
+            let mut keys: Vec<_> = packs.keys().map(|p| ObjectKey::Pack(*p)).collect();
+            keys.sort_unstable();
+            self.pack_sizes = Arc::new(packs);
             self.fetch(keys, self.counters.components.clone(), None, true).await?;
         }
         // The recipe's own reference keeps all of it from here on.
@@ -217,13 +238,19 @@ impl Stage {
         Ok(())
     }
 
+    async fn compose(&self) -> Result<(), Denial> {
+        let (shared, recipe) = (self.job.shared.clone(), self.recipe.id());
+        blocking(move || shared.composer.composition(&recipe).map(drop).map_err(|e| content(&e))).await
+    }
+
     async fn fetch_maps(&mut self) -> Result<(ChunkMap, ChunkMap), Denial> {
         let pass = self.job.init.pass;
         for map in [pass.root_delta, pass.user_data] {
             // One round for each level of the tree; equal subtrees end the descent.
             loop {
                 let repository = self.job.shared.repository.clone();
-                let missing = blocking(move || repository.nodes_missing(&map).map_err(|e| content(&e))).await?;
+                let missing =
+                    blocking(move || repository.nodes_missing(&map).map_err(|e| content(&e))).await?;
                 if missing.is_empty() {
                     break;
                 }
@@ -246,7 +273,8 @@ impl Stage {
         blocking(move || {
             fs::create_dir_all(&dir).map_err(|e| content(&e))?;
             let paths = DiskPaths::in_dir(&dir, base);
-            let open = |disk, shape: &MapRef| StagedDisk::open_or_create(disk, shape).map_err(|e| content(&e));
+            let open =
+                |disk, shape: &MapRef| StagedDisk::open_or_create(disk, shape).map_err(|e| content(&e));
             let root = open(DiskFile::Root { overlay: paths.root, base: paths.base }, &pass.root_delta)?;
             let user_data = match spec.user_data_size.0 {
                 0 => None,
@@ -260,12 +288,17 @@ impl Stage {
                     held.extend(disk::scan_user_data(&old.user_data).ok().map(|(_, index)| Arc::new(index)));
                 }
             }
-            Ok(Staged { root, user_data, seeds: held })
+            Ok(Staged { root, user_data, seeds: held, reported: Progress::default() })
         })
         .await
     }
 
-    async fn apply(&mut self, staged: Staged, root_map: ChunkMap, user_map: ChunkMap) -> Result<Staged, Denial> {
+    async fn apply(
+        &mut self,
+        staged: Staged,
+        root_map: ChunkMap,
+        user_map: ChunkMap,
+    ) -> Result<Staged, Denial> {
         let last = self.job.init.pass.last;
         let disks = Arc::new(Disks(Mutex::new(Some(staged))));
         let (root_map, user_map) = (Arc::new(root_map), Arc::new(user_map));
@@ -289,6 +322,19 @@ impl Stage {
         disks.take().ok_or_else(|| Denial::new(DenialCode::Other, "cancelled"))
     }
 
+    async fn place_firmware(&self) -> Result<(), Denial> {
+        let Some(packed) = self.job.init.firmware.clone() else { return Ok(()) };
+        let path = DiskPaths::firmware_in(&self.job.dir);
+        blocking(move || {
+            let bad = |text: &str| Denial::new(DenialCode::Content, format!("the firmware variables {text}"));
+            let packed = BASE64.decode(packed).map_err(|_| bad("are not base64"))?;
+            let bytes =
+                zstd::bulk::decompress(&packed, FIRMWARE_BYTES_MAX).map_err(|_| bad("do not unpack"))?;
+            crate::durable::write(&path, &bytes).map_err(|e| content(&e))
+        })
+        .await
+    }
+
     /// Fetches all of `keys`, reconnecting where the link breaks. What the source refuses is an
     /// error if `strict`; else it was overwritten by the running guest and comes in a later pass.
     async fn fetch(
@@ -298,7 +344,8 @@ impl Stage {
         disks: Option<(Arc<Disks>, Which)>,
         strict: bool,
     ) -> Result<(), Denial> {
-        let sink: Arc<dyn ObjectSink> = Arc::new(Sink { repository: self.job.shared.repository.clone(), disks });
+        let (repository, sizes) = (self.job.shared.repository.clone(), self.pack_sizes.clone());
+        let sink: Arc<dyn ObjectSink> = Arc::new(Sink { repository, sizes, disks });
         let mut attempt = 0;
         loop {
             let failure = match self.connect().await {
@@ -327,9 +374,15 @@ impl Stage {
                     | TransferError::Handshake { .. }
             );
             if !again || attempt > RECONNECTS_MAX {
-                return Err(content(&failure).next("see that UDP reaches the source's transfer address, then move again"));
+                return Err(content(&failure)
+                    .next("see that UDP reaches the source's transfer address, then move again"));
             }
-            tracing::info!(reason = super::problem::chain(&failure), attempt, missing = keys.len(), "transfer goes on after a pause");
+            tracing::info!(
+                reason = super::problem::chain(&failure),
+                attempt,
+                missing = keys.len(),
+                "transfer goes on after a pause"
+            );
             self.drop_connection();
             tokio::time::sleep(Duration::from_millis(500 << attempt.min(5))).await;
         }
@@ -367,7 +420,9 @@ fn wire_bytes_of(connection: &Connection) -> u64 {
 fn settle(refused: &[(ObjectKey, Refusal)], strict: bool) -> Result<(), Denial> {
     let gone = |r: &Refusal| matches!(r, Refusal::Changed | Refusal::NotHeld);
     match refused.iter().find(|(_, r)| strict || !gone(r)) {
-        Some((key, reason)) => Err(Denial::new(DenialCode::Content, format!("the source does not serve {key}: {reason}"))),
+        Some((key, reason)) => {
+            Err(Denial::new(DenialCode::Content, format!("the source does not serve {key}: {reason}")))
+        }
         None => Ok(()),
     }
 }
@@ -382,7 +437,10 @@ enum Which {
 struct Disks(Mutex<Option<Staged>>);
 
 impl Disks {
-    fn with<T>(&self, work: impl FnOnce(&mut Staged) -> Result<T, disk::DiskError>) -> Result<T, disk::DiskError> {
+    fn with<T>(
+        &self,
+        work: impl FnOnce(&mut Staged) -> Result<T, disk::DiskError>,
+    ) -> Result<T, disk::DiskError> {
         let mut guard = self.0.lock().unwrap_or_else(|e| e.into_inner());
         match guard.as_mut() {
             Some(staged) => work(staged),
@@ -433,6 +491,8 @@ impl Staged {
 /// Where fetched objects go: the repository, or one of the disks.
 struct Sink {
     repository: Repository,
+    /// Plain sizes the manifests promise: no pack may unpack to more.
+    sizes: Arc<HashMap<PackId, u64>>,
     disks: Option<(Arc<Disks>, Which)>,
 }
 
@@ -463,7 +523,11 @@ impl ObjectSink for Sink {
 
     fn pack(&self, pack: &PackId, size_bytes: u64) -> Result<Box<dyn PackWriter>, SinkError> {
         let receiver = self.repository.pack_receiver(*pack, size_bytes).map_err(storage)?;
-        Ok(Box::new(Receiving(receiver)))
+        let size = self.sizes.get(pack).copied();
+        Ok(Box::new(Receiving(match size {
+            Some(plain_bytes) => receiver.expect_plain_size(plain_bytes),
+            None => receiver,
+        })))
     }
 }
 
@@ -489,34 +553,49 @@ fn storage(e: impl std::error::Error + Send + Sync + 'static) -> SinkError {
 fn content(e: &(dyn std::error::Error + 'static)) -> Denial {
     let mut cause = Some(e);
     while let Some(c) = cause {
-        let full = c.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::StorageFull);
+        let full =
+            c.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::StorageFull);
         if full {
-            return Denial::new(DenialCode::Storage, format!("the disk is full: {}", super::problem::chain(e)))
-                .next("free space at the target, then move again");
+            return Denial::new(
+                DenialCode::Storage,
+                format!("the disk is full: {}", super::problem::chain(e)),
+            )
+            .next("free space at the target, then move again");
         }
         cause = c.source();
     }
     Denial::new(DenialCode::Content, super::problem::chain(e))
 }
 
-/// Packs of `components` that are not held, the count of all, and the components they belong to.
+/// Packs of `components` that are not held with their plain sizes, the count of all, and the
+/// components they belong to.
 fn missing_packs(
     repository: &Repository,
     components: &[crate::types::ComponentId],
     names: &[String],
-) -> Result<(Vec<PackId>, u32, Vec<String>), Denial> {
-    let (mut seen, mut missing, mut incomplete) = (HashSet::new(), Vec::new(), Vec::new());
+) -> Result<(HashMap<PackId, u64>, u32, Vec<String>), Denial> {
+    let (mut seen, mut missing, mut incomplete) = (HashSet::new(), HashMap::new(), Vec::new());
+    let mut held_bytes = 0;
     for (i, id) in components.iter().enumerate() {
         let manifest = repository.manifest(id).map_err(|e| content(&e))?;
         let before = missing.len();
         for pack in &manifest.packs {
-            if seen.insert(pack.id) && !repository.has_pack(&pack.id) {
-                missing.push(pack.id);
+            if !seen.insert(pack.id) {
+                continue;
+            }
+            if repository.has_pack(&pack.id) {
+                held_bytes += pack.size_bytes;
+            } else {
+                missing.insert(pack.id, pack.size_bytes);
             }
         }
         if missing.len() > before {
             incomplete.push(names.get(i).cloned().unwrap_or_else(|| manifest.name.clone()));
         }
+    }
+    // How the repository learns: what it did not have to fetch.
+    if let Err(e) = repository.record_lookup(held_bytes, missing.values().sum()) {
+        tracing::warn!(error = super::problem::chain(&e), "lookup not counted");
     }
     Ok((missing, seen.len() as u32, incomplete))
 }

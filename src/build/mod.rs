@@ -38,7 +38,7 @@ use source::Source;
 
 /// Names what this module makes of a definition: with another builder, equal definitions and
 /// packages may give another component, so nothing built by the other is reused.
-const BUILDER: &str = "cicada-build/1";
+const BUILDER: &str = "cicada-build/2";
 /// Whose packages are unpacked where a definition is built on no OS.
 const SUITE_DEFAULT: &str = "bookworm";
 

@@ -1,1 +1,218 @@
-//! Level 6: one file per subcommand, printer, exit codes.
+//! Level 6: the command line. One file per group of subcommands; parsing does no work, results go
+//! to stdout and everything else to stderr.
+
+mod account;
+mod broker;
+mod component;
+mod config;
+mod console;
+mod context;
+mod federation;
+mod format;
+mod generate;
+mod identity;
+mod members;
+mod migration;
+mod moving;
+mod plan;
+mod printer;
+mod progress;
+mod push;
+mod recipe;
+mod repo;
+mod table;
+mod target;
+mod vm;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::broker::problem::{Problem, ProblemKind};
+use crate::telemetry;
+
+use context::Context;
+use printer::{ColorChoice, Failure, Outcome, Printer};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    something failed that should not have
+  2    the request or the configuration is wrong
+  3    no VM, member, component, recipe or migration of that name
+  4    the object is in a state in which this cannot be done
+  5    refused: a policy, a lack of resources, another cloud said no, or an expected text did not come
+  6    not allowed: not a member, unknown key, wrong credentials, another user's file
+  7    a broker, member or server that is needed cannot be reached
+  8    content is missing or does not match its hash
+  9    a disk is full
+  10   a program or file this machine needs is missing
+  130  cancelled
+
+Settings come from flags, then from the environment (CICADA_XMPP__ROOM sets room in [xmpp]), then
+from the configuration file: --config or CICADA_CONFIG, else ./federation.toml, else
+/etc/cicada/federation.toml.";
+
+/// A federated cloud broker: moves virtual machines between independent clouds.
+///
+/// 'cicada broker' is the daemon of one cloud; the other commands talk to it through its socket,
+/// except where they say that they work without it.
+#[derive(Parser)]
+#[command(name = "cicada", version, after_help = EXIT_CODES, max_term_width = 110)]
+pub struct Cli {
+    #[command(flatten)]
+    globals: Globals,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args)]
+pub struct Globals {
+    /// The configuration file
+    #[arg(long, global = true, env = "CICADA_CONFIG", value_name = "FILE", help_heading = "Everywhere")]
+    config: Option<PathBuf>,
+    /// Set one field of the configuration, for example transfer.listen=0.0.0.0:7421
+    #[arg(long, global = true, value_name = "FIELD=VALUE", value_parser = setting, help_heading = "Everywhere")]
+    set: Vec<(String, String)>,
+    /// The broker's socket; without it the configuration names it
+    #[arg(long, global = true, env = "CICADA_SOCKET", value_name = "PATH", help_heading = "Everywhere")]
+    socket: Option<PathBuf>,
+    /// Print JSON: one value, or for long work one line per event and then the result
+    #[arg(long, global = true, help_heading = "Everywhere")]
+    json: bool,
+    /// Print results and errors only
+    #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = "Everywhere")]
+    quiet: bool,
+    /// Print whole ids and more columns
+    #[arg(short, long, global = true, help_heading = "Everywhere")]
+    verbose: bool,
+    /// When to use colour; NO_COLOR is respected
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t,
+        value_name = "WHEN",
+        help_heading = "Everywhere"
+    )]
+    color: ColorChoice,
+    /// What to log to stderr: a level, or directives such as info,cicada::transfer=debug
+    #[arg(long, global = true, env = "CICADA_LOG", value_name = "FILTER", help_heading = "Everywhere")]
+    log: Option<String>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run this cloud's broker
+    Broker,
+    /// Check or show the configuration (without a broker)
+    #[command(subcommand)]
+    Config(config::Command),
+    /// This cloud's identity key, and whose keys it trusts
+    #[command(subcommand)]
+    Identity(identity::Command),
+    /// Make the federation's room and its list of members (without a broker)
+    #[command(subcommand)]
+    Federation(federation::Command),
+    /// Who is in the federation and what they offer
+    Members(members::Members),
+    /// How this cloud's broker is
+    Status,
+    /// Build, import and look at components
+    #[command(subcommand)]
+    Component(component::Command),
+    /// Sets of components that make a disk
+    #[command(subcommand)]
+    Recipe(recipe::Command),
+    /// Write the disk image of a recipe
+    Compose(recipe::Compose),
+    /// The repository of components and other content
+    #[command(subcommand)]
+    Repo(repo::Command),
+    /// Virtual machines of this cloud
+    #[command(subcommand)]
+    Vm(Box<vm::Command>),
+    /// Which members can take a VM, and what they lack of it
+    Plan(plan::Plan),
+    /// Move a VM to another cloud
+    Move(moving::Move),
+    /// Moves that run or ended
+    #[command(subcommand)]
+    Migration(migration::Command),
+    /// Print completions for a shell (without a broker)
+    Completions(generate::Completions),
+    /// Write the manual pages (without a broker)
+    Man(generate::Man),
+}
+
+/// Parses the process's arguments, runs the command and returns its exit code.
+pub fn run() -> ExitCode {
+    let Cli { globals, command } = Cli::parse();
+    let printer = Printer::new(globals.color, globals.json, globals.quiet, globals.verbose);
+    match execute(globals, command, printer.clone()) {
+        Ok(()) | Err(Failure::BrokenPipe) => ExitCode::SUCCESS,
+        Err(Failure::Problem(problem)) => {
+            printer.problem(&problem);
+            ExitCode::from(problem.kind.exit_code())
+        }
+    }
+}
+
+fn execute(globals: Globals, command: Command, printer: Printer) -> Outcome {
+    let is_broker = matches!(command, Command::Broker);
+    let default = if is_broker { telemetry::BROKER_FILTER } else { telemetry::COMMAND_FILTER };
+    telemetry::start(globals.log.as_deref().unwrap_or(default)).map_err(|e| {
+        Problem::from_error(ProblemKind::BadRequest, "--log", &e).next("write for example: --log info")
+    })?;
+    let mut runtime = match is_broker {
+        true => tokio::runtime::Builder::new_multi_thread(),
+        false => tokio::runtime::Builder::new_current_thread(),
+    };
+    let runtime = runtime
+        .enable_all()
+        .build()
+        .map_err(|e| Problem::from_error(ProblemKind::Failed, "this process", &e))?;
+    let result = runtime.block_on(dispatch(Context::new(globals, printer), command));
+    // A read of the terminal cannot be cancelled; it must not keep the process alive.
+    runtime.shutdown_background();
+    result
+}
+
+async fn dispatch(ctx: Context, command: Command) -> Outcome {
+    match command {
+        Command::Broker => broker::run(&ctx).await,
+        Command::Config(c) => config::run(&ctx, c),
+        Command::Identity(c) => identity::run(&ctx, c).await,
+        Command::Federation(c) => federation::run(&ctx, c).await,
+        Command::Members(c) => members::run(&ctx, c).await,
+        Command::Status => members::status(&ctx).await,
+        Command::Component(c) => component::run(&ctx, c).await,
+        Command::Recipe(c) => recipe::run(&ctx, c).await,
+        Command::Compose(c) => recipe::compose(&ctx, c).await,
+        Command::Repo(c) => repo::run(&ctx, c).await,
+        Command::Vm(c) => vm::run(&ctx, *c).await,
+        Command::Plan(c) => plan::run(&ctx, c).await,
+        Command::Move(c) => moving::run(&ctx, c).await,
+        Command::Migration(c) => migration::run(&ctx, c).await,
+        Command::Completions(c) => generate::completions(&ctx, &c),
+        Command::Man(c) => generate::man(&ctx, &c),
+    }
+}
+
+fn setting(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((field, value)) if field.contains('.') => Ok((field.trim().to_owned(), value.trim().to_owned())),
+        _ => Err("write section.field=value, for example transfer.listen=0.0.0.0:7421".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

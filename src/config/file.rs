@@ -211,7 +211,7 @@ pub struct Migration {
     pub grace_period: HumanDuration,
     /// How long a reservation at the target lives without being extended, seconds.
     pub lease_s: u32,
-    /// How long a guest may take to shut down before it is switched off, seconds.
+    /// How long a guest may take to shut down before the move is called off, seconds.
     pub stop_timeout_s: u32,
     /// Migrations that may arrive at once.
     pub concurrency: u32,

@@ -43,7 +43,9 @@ pub enum Trust {
     /// Never confirmed.
     Unknown,
     /// Another key than the pinned one.
-    Changed { pinned: PublicKey },
+    Changed {
+        pinned: PublicKey,
+    },
     /// It showed no usable key.
     NoKey,
 }
@@ -77,11 +79,6 @@ impl Members {
     /// Takes in a presence; true if a key was pinned by first use and should be kept.
     pub fn presence(&mut self, p: Presence, now: UnixMillis) -> bool {
         let cloud = p.cloud.filter(Cloud::is_bounded);
-        let name: Option<CloudName> = cloud.as_ref().and_then(|c| c.name.parse().ok());
-        // A name belongs to the member that had it first, for as long as that one is here.
-        let taken = name.as_ref().is_some_and(|n| {
-            self.members.values().any(|m| m.jid != p.jid && m.is_online() && m.name.as_ref() == Some(n))
-        });
         let member = self.members.entry(p.jid.clone()).or_insert_with(|| Member {
             jid: p.jid.clone(),
             resource: None,
@@ -106,19 +103,34 @@ impl Members {
         }
         member.resource = Some(p.resource);
         member.key = cloud.key.parse().ok();
-        if !taken {
-            member.name = name;
-        }
+        let name = cloud.name.parse().ok();
         member.cloud = Some(cloud);
         let first_use = self.trust_on_first_use
             && !self.configured.contains_key(&p.jid)
             && !self.pinned.contains_key(&p.jid);
         let pinned = match member.key.filter(|_| first_use) {
-            Some(key) => self.pinned.insert(p.jid, key).is_none(),
+            Some(key) => self.pinned.insert(p.jid.clone(), key).is_none(),
             None => false,
         };
+        self.bind_name(&p.jid, name);
         self.forget_oldest();
         pinned
+    }
+
+    /// A name stays with the member that had it first, gone or not, so that nobody takes another's
+    /// place while it is away. Only a trusted member gets a name that an untrusted one holds.
+    fn bind_name(&mut self, jid: &MemberJid, name: Option<CloudName>) {
+        let holder = self.members.values().find(|m| m.jid != *jid && m.name.is_some() && m.name == name);
+        let holder = holder.map(|m| m.jid.clone());
+        let is_trusted = |jid: &MemberJid| self.trust_of(jid) == Trust::Trusted;
+        let yields = holder.as_ref().is_some_and(|h| is_trusted(jid) && !is_trusted(h));
+        let bound = if holder.is_some() && !yields { None } else { name };
+        if let Some(loser) = holder.filter(|_| yields).and_then(|h| self.members.get_mut(&h)) {
+            loser.name = None;
+        }
+        if let Some(member) = self.members.get_mut(jid) {
+            member.name = bound;
+        }
     }
 
     /// The session is down: nobody can be said to be here.
@@ -161,7 +173,9 @@ impl Members {
     /// Confirms a member's key.
     pub fn pin(&mut self, jid: &MemberJid, key: PublicKey) -> Result<(), String> {
         match self.configured.get(jid) {
-            Some(k) if *k != key => Err(format!("the configuration pins another key for {jid}; change trust.pinned there")),
+            Some(k) if *k != key => {
+                Err(format!("the configuration pins another key for {jid}; change trust.pinned there"))
+            }
             Some(_) => Ok(()),
             None => {
                 self.pinned.insert(jid.clone(), key);
@@ -172,7 +186,9 @@ impl Members {
 
     pub fn revoke(&mut self, jid: &MemberJid) -> Result<(), String> {
         if self.configured.contains_key(jid) {
-            return Err(format!("the configuration pins the key of {jid}; remove it from trust.pinned there"));
+            return Err(format!(
+                "the configuration pins the key of {jid}; remove it from trust.pinned there"
+            ));
         }
         match self.pinned.remove(jid) {
             Some(_) => Ok(()),
@@ -219,7 +235,12 @@ impl Members {
 
     fn forget_oldest(&mut self) {
         while self.members.len() > MEMBERS_MAX {
-            let oldest = self.members.values().filter(|m| !m.is_online()).min_by_key(|m| m.last_seen).map(|m| m.jid.clone());
+            let oldest = self
+                .members
+                .values()
+                .filter(|m| !m.is_online())
+                .min_by_key(|m| m.last_seen)
+                .map(|m| m.jid.clone());
             match oldest {
                 Some(jid) => drop(self.members.remove(&jid)),
                 None => return,
@@ -246,14 +267,8 @@ mod tests {
             name: name.into(),
             key: key.to_string(),
             versions: "1".into(),
-            software: None,
-            region: None,
             power: "on".into(),
-            load: None,
-            carbon: None,
-            price: None,
-            capacity: None,
-            features: vec![],
+            ..Cloud::default()
         };
         Presence { jid: jid(member), resource: "broker".into(), available: true, cloud: Some(cloud) }
     }
@@ -299,11 +314,32 @@ mod tests {
     }
 
     #[test]
-    fn nobody_takes_over_a_name_in_use() {
-        let mut m = Members::new(BTreeMap::new(), BTreeMap::new(), false);
+    fn nobody_takes_over_a_name() {
+        let mut m = Members::new(BTreeMap::from([(jid("c@x"), key(3))]), BTreeMap::new(), false);
         m.presence(presence("a@x", "alpine", key(1)), UnixMillis(1));
         m.presence(presence("b@x", "alpine", key(2)), UnixMillis(2));
         assert_eq!(m.find("alpine"), Some(jid("a@x")));
         assert_eq!(m.cloud_of(&jid("b@x")), None);
+        m.disconnected(UnixMillis(3));
+        m.presence(presence("b@x", "alpine", key(2)), UnixMillis(4));
+        assert_eq!(m.find("alpine"), Some(jid("a@x")), "it is only away");
+        m.presence(presence("c@x", "alpine", key(3)), UnixMillis(5));
+        assert_eq!(m.find("alpine"), Some(jid("c@x")), "a squatter yields to a trusted member");
+        m.presence(presence("a@x", "alpine", key(1)), UnixMillis(6));
+        assert_eq!((m.find("alpine"), m.cloud_of(&jid("a@x"))), (Some(jid("c@x")), None));
+        m.presence(presence("c@x", "other", key(3)), UnixMillis(7));
+        assert_eq!(m.find("alpine"), None, "a payload is needed to take a name");
+        m.presence(presence("a@x", "alpine", key(1)), UnixMillis(8));
+        assert_eq!(m.find("alpine"), Some(jid("a@x")));
+    }
+
+    #[test]
+    fn a_payload_without_measure_is_not_looked_at() {
+        let mut m = Members::new(BTreeMap::new(), BTreeMap::new(), true);
+        let mut p = presence("a@x", "alpine", key(1));
+        p.cloud = p.cloud.map(|c| Cloud { carbon: Some(f32::INFINITY), ..c });
+        assert!(!m.presence(p, UnixMillis(1)));
+        assert!(!m.is_online(&jid("a@x")));
+        assert_eq!(m.trust_of(&jid("a@x")), Trust::NoKey);
     }
 }

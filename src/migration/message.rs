@@ -54,6 +54,9 @@ pub struct Initialization {
     pub source_key: PublicKey,
     /// The capability that content requests must carry, 64 hex digits.
     pub ticket: String,
+    /// With the last pass: the firmware's variables, base64 of a zstd frame of at most 4 MiB.
+    #[serde(default)]
+    pub firmware: Option<String>,
 }
 
 /// The disks' state one staging pass aims at.

@@ -9,9 +9,12 @@ use super::ns;
 pub mod limit {
     pub const TEXT_BYTES: usize = 256;
     pub const FEATURES: usize = 64;
+    pub const LOAD_PERCENT: u32 = 100;
+    /// Of carbon intensity and price.
+    pub const RATE: f32 = 1e6;
 }
 
-#[derive(FromXml, AsXml, Debug, Clone, PartialEq)]
+#[derive(FromXml, AsXml, Debug, Clone, PartialEq, Default)]
 #[xml(namespace = ns::CLOUD, name = "cloud")]
 pub struct Cloud {
     /// The cloud's name in the federation.
@@ -67,11 +70,23 @@ pub struct Capacity {
 }
 
 impl Cloud {
-    /// Refuses texts of absurd length.
+    /// Whether texts, counts and numbers keep within what `PROTOCOL.md` allows. What is not bounded
+    /// is not looked at.
     pub fn is_bounded(&self) -> bool {
-        let texts = [Some(&self.name), Some(&self.key), Some(&self.versions), Some(&self.power), self.software.as_ref(), self.region.as_ref()];
-        texts.into_iter().flatten().chain(&self.features).all(|t| t.len() <= limit::TEXT_BYTES)
+        let texts = [&self.name, &self.key, &self.versions, &self.power];
+        let optional = [&self.software, &self.region].into_iter().flatten();
+        texts.into_iter().chain(optional).chain(&self.features).all(|t| t.len() <= limit::TEXT_BYTES)
             && self.features.len() <= limit::FEATURES
+            && self.load.is_none_or(|l| l <= limit::LOAD_PERCENT)
+            && [self.carbon, self.price].into_iter().flatten().all(|n| (0.0..=limit::RATE).contains(&n))
+            && self.capacity.is_none_or(|c| c.is_possible())
+    }
+}
+
+impl Capacity {
+    /// No more is free than there is.
+    fn is_possible(&self) -> bool {
+        self.cpus_free <= self.cpus && self.memory_free <= self.memory && self.storage_free <= self.storage
     }
 }
 
@@ -80,18 +95,39 @@ mod tests {
     use super::*;
     use xmpp_parsers::minidom::Element;
 
+    const TEXT: &str = "<cloud xmlns='urn:cicada:cloud:1' name='alpine' key='AAAA' versions='1' power='on' \
+         load='7' later='x'>\
+         <capacity cpus='4' cpus-free='3' memory='1024' memory-free='512' storage='9' storage-free='8'/>\
+         <feature>tcg</feature><feature>network:lan</feature><later xmlns='urn:x'/></cloud>";
+
+    fn parse(text: &str) -> Option<Cloud> {
+        Cloud::try_from(text.parse::<Element>().unwrap()).ok()
+    }
+
     #[test]
     fn reads_what_it_writes_and_ignores_what_it_does_not_know() {
-        let text = "<cloud xmlns='urn:cicada:cloud:1' name='alpine' key='AAAA' versions='1' power='on' load='7'>\
-                    <capacity cpus='4' cpus-free='3' memory='1024' memory-free='512' storage='9' storage-free='8'/>\
-                    <feature>tcg</feature><feature>network:lan</feature><later xmlns='urn:x'/></cloud>";
-        let cloud = Cloud::try_from(text.parse::<Element>().unwrap()).unwrap();
+        let cloud = parse(TEXT).unwrap();
         assert_eq!((cloud.load, cloud.carbon), (Some(7), None));
         assert_eq!(cloud.capacity.unwrap().memory_free, 512);
         assert_eq!(cloud.features, ["tcg", "network:lan"]);
         assert!(cloud.is_bounded());
-        let again = Cloud::try_from(Element::from(cloud.clone())).unwrap();
-        assert_eq!(again, cloud);
-        assert!(!Cloud { region: Some("x".repeat(300)), ..cloud }.is_bounded());
+        assert_eq!(Cloud::try_from(Element::from(cloud.clone())).unwrap(), cloud);
+    }
+
+    #[test]
+    fn absurd_texts_and_numbers_are_not_taken() {
+        let cloud = parse(TEXT).unwrap();
+        for absurd in [
+            Cloud { region: Some("x".repeat(300)), ..cloud.clone() },
+            Cloud { features: vec!["f".into(); 65], ..cloud.clone() },
+            Cloud { load: Some(101), ..cloud.clone() },
+            Cloud { carbon: Some(f32::NAN), ..cloud.clone() },
+            Cloud { price: Some(-1.0), ..cloud.clone() },
+            Cloud { capacity: Some(Capacity { cpus: 1, cpus_free: 2, ..Capacity::default() }), ..cloud },
+        ] {
+            assert!(!absurd.is_bounded(), "{absurd:?}");
+        }
+        assert!(parse(&TEXT.replace("load='7'", "load='-1'")).is_none());
+        assert!(parse(&TEXT.replace("name='alpine'", "")).is_none());
     }
 }

@@ -40,3 +40,28 @@ pub struct AdminItem {
     #[xml(attribute(default))]
     pub jid: Option<BareJid>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use xmpp_parsers::minidom::Element;
+
+    #[test]
+    fn affiliation_lists_are_read_whatever_else_they_hold() {
+        let text = "<query xmlns='http://jabber.org/protocol/muc#admin'>\
+                    <item affiliation='owner' jid='admin@example.org' nick='x'><reason>r</reason></item>\
+                    <item affiliation='member' jid='a@example.org'/><later xmlns='urn:x'/></query>";
+        let query = AdminQuery::try_from(text.parse::<Element>().unwrap()).unwrap();
+        let read: Vec<_> = query.items.iter().map(|i| i.affiliation.clone()).collect();
+        assert_eq!(read, [Affiliation::Owner, Affiliation::Member]);
+        let ask = AdminQuery { items: vec![AdminItem { affiliation: Affiliation::Member, jid: None }] };
+        let element = Element::from(ask);
+        assert_eq!(element.children().next().and_then(|i| i.attr("affiliation")), Some("member"));
+    }
+
+    #[test]
+    fn a_room_without_a_form_is_read_as_such() {
+        let text = "<query xmlns='http://jabber.org/protocol/muc#owner'/>";
+        assert_eq!(OwnerQuery::try_from(text.parse::<Element>().unwrap()).unwrap().form, None);
+    }
+}

@@ -5,6 +5,9 @@ use xso::{AsXml, FromXml};
 
 use super::ns;
 
+/// Longest sealed message, before base64. Servers end a session over stanzas of 256 KiB and more.
+pub const SEALED_BYTES_MAX: usize = 128 << 10;
+
 #[derive(FromXml, AsXml, Debug, Clone, PartialEq)]
 #[xml(namespace = ns::NEGOTIATION, name = "request")]
 pub struct Request {
@@ -34,6 +37,12 @@ mod tests {
         let element = Element::from(request.clone());
         assert!(element.is("request", ns::NEGOTIATION));
         assert_eq!(Request::try_from(element).unwrap(), request);
-        assert!(Request::try_from("<request xmlns='urn:cicada:negotiation:1'>!</request>".parse::<Element>().unwrap()).is_err());
+        let bad: Element = "<request xmlns='urn:cicada:negotiation:1'>!</request>".parse().unwrap();
+        assert!(Request::try_from(bad).is_err());
+        let later: Element =
+            "<answer xmlns='urn:cicada:negotiation:1' v='2'>AAE=<later xmlns='urn:x'/></answer>"
+                .parse()
+                .unwrap();
+        assert_eq!(Answer::try_from(later).unwrap().sealed, [0, 1]);
     }
 }

@@ -1,10 +1,20 @@
-//! Level 2: the XMPP session: connector, the one task that owns the stream, the room, and the
-//! administration of rooms.
+//! Level 2: the XMPP session and the administration of rooms.
+//!
+//! One task owns the stanza stream (`session`) and stays joined to the room. Below it: the stream's
+//! connections (`connector`, `link`), what waits to be sent or answered (`outbox`, `pending`), the
+//! room's presence (`room`) and requests of outsiders (`refusals`). The rest of the program holds a
+//! `Handle` and reads events.
 
 pub mod admin;
 mod connector;
+mod handle;
+mod link;
+mod outbox;
+mod pending;
+mod refusals;
 mod room;
 mod session;
 
 pub use connector::Security;
-pub use session::{Handle, IncomingRequest, RequestError, Settings, XmppEvent, connect};
+pub use handle::{Handle, IncomingRequest, IqReply, RequestError, Settings, XmppEvent};
+pub use session::connect;

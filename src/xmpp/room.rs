@@ -4,52 +4,69 @@ use xmpp_parsers::caps;
 use xmpp_parsers::disco::{DiscoInfoResult, Identity};
 use xmpp_parsers::hashes::Algo;
 use xmpp_parsers::jid::Jid;
+use xmpp_parsers::message::Message;
 use xmpp_parsers::minidom::Element;
 use xmpp_parsers::muc::Muc;
 use xmpp_parsers::muc::muc::History;
 use xmpp_parsers::presence::{Presence as Stanza, Type};
+use xmpp_parsers::version::VersionResult;
 
 use crate::federation::Presence;
+use crate::stanza::error::condition_in;
 use crate::stanza::{Cloud, ns};
 use crate::types::MemberJid;
 
 /// Features a room must have; without them outsiders could listen, or members hide.
-const REQUIRED: [&str; 2] = ["muc_membersonly", "muc_nonanonymous"];
+const REQUIRED: [(&str, &str); 2] =
+    [("muc_membersonly", "not members-only"), ("muc_nonanonymous", "anonymous")];
+
+/// The resource a broker's session has. One per account: a broker that crashed and came back takes
+/// the place of its former session at once, instead of standing beside it until that times out.
+pub const RESOURCE: &str = "cicada";
 
 /// What a presence stanza from the room says.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RoomPresence {
     /// Our own, reflected: the join is complete.
-    Myself(Option<Presence>),
+    Entered,
+    /// We are out of the room; why.
+    Removed(String),
     Member(Presence),
-    /// The room does not let us in.
+    /// The room does not let us in, or does not know us any more.
     Refused(String),
     Irrelevant,
 }
 
 /// What this software is, for XEP-0030 and XEP-0115.
 pub fn disco(node: Option<String>) -> DiscoInfoResult {
+    let features =
+        [ns::DISCO_INFO, xmpp_parsers::ns::CAPS, ns::PING, ns::VERSION, ns::CLOUD, ns::NEGOTIATION, ns::MUC];
     DiscoInfoResult {
         node,
         identities: vec![Identity::new("automation", "broker", "en", "cicada")],
-        features: [ns::DISCO_INFO, xmpp_parsers::ns::CAPS, ns::PING, ns::CLOUD, ns::NEGOTIATION, ns::MUC]
-            .iter()
-            .map(|s| (*s).to_owned())
-            .collect(),
+        features: features.iter().map(|s| (*s).to_owned()).collect(),
         extensions: Vec::new(),
     }
 }
 
-/// Presence to the room, with the payload.
-pub fn presence(occupant: Jid, cloud: Cloud) -> Stanza {
-    let mut stanza = Stanza::available()
-        .with_to(occupant)
-        .with_payload(Muc::new().with_history(History::new().with_maxstanzas(0)))
-        .with_payload(cloud);
-    if let Ok(hash) = caps::hash_caps(&caps::compute_disco(&disco(None)), Algo::Sha_1) {
-        stanza = stanza.with_payload(caps::Caps::new(ns::CAPS_NODE, hash));
+/// What this software is, for XEP-0092.
+pub fn version() -> VersionResult {
+    VersionResult { name: "cicada".into(), version: env!("CARGO_PKG_VERSION").into(), os: None }
+}
+
+/// Presence that enters the room. To one who is in it already, the room would send everybody's
+/// presence again.
+pub fn enter(occupant: Jid, cloud: Cloud) -> Stanza {
+    update(occupant, cloud).with_payload(Muc::new().with_history(History::new().with_maxstanzas(0)))
+}
+
+/// Presence that tells a room we are in what changed.
+pub fn update(occupant: Jid, cloud: Cloud) -> Stanza {
+    let stanza = Stanza::available().with_to(occupant).with_payload(cloud);
+    match caps::hash_caps(&caps::compute_disco(&disco(None)), Algo::Sha_1) {
+        Ok(hash) => stanza.with_payload(caps::Caps::new(ns::CAPS_NODE, hash)),
+        Err(_) => stanza,
     }
-    stanza
 }
 
 pub fn leave(occupant: Jid) -> Stanza {
@@ -58,50 +75,99 @@ pub fn leave(occupant: Jid) -> Stanza {
 
 /// Why a room of these features must not be used; `None` if it may.
 pub fn fault(features: &DiscoInfoResult) -> Option<String> {
-    let lacking: Vec<_> = REQUIRED.iter().filter(|f| !features.features.contains(**f)).copied().collect();
-    if lacking.is_empty() {
-        return None;
-    }
-    let words = lacking.iter().map(|f| match *f {
-        "muc_membersonly" => "not members-only",
-        _ => "anonymous",
-    });
-    Some(format!("the room is {}", words.collect::<Vec<_>>().join(" and ")))
+    let lacking = REQUIRED.iter().filter(|(feature, _)| !features.features.contains(*feature));
+    let words: Vec<_> = lacking.map(|(_, word)| *word).collect();
+    (!words.is_empty()).then(|| format!("the room is {}", words.join(" and ")))
 }
 
-/// Reads a presence from the room. `xmpp_parsers`' own type refuses status codes it does not know,
-/// so the few parts that matter are taken from the raw element.
-pub fn read(stanza: &Stanza) -> RoomPresence {
+/// What a room's refusal means, by its error condition.
+pub fn refusal_in_words(condition: &str) -> String {
+    match condition {
+        "registration-required" => "this account is not a member of the room".into(),
+        "forbidden" => "this account is banned from the room".into(),
+        "item-not-found" | "gone" => "there is no such room".into(),
+        "not-allowed" => "there is no such room, and this account may not make it".into(),
+        "conflict" => "the nick is in use by another account".into(),
+        "remote-server-not-found" | "remote-server-timeout" => "the room's service is not reachable".into(),
+        other => format!("the room answers {other}"),
+    }
+}
+
+/// Whether a message of the room announces that its configuration changed.
+pub fn configuration_changed(message: &Message) -> bool {
+    let user = message.payloads.iter().find(|p| p.is("x", ns::MUC_USER));
+    // XEP-0045, section 10.2.1: privacy-related or not, and who sees real addresses.
+    user.is_some_and(|x| statuses(x).any(|code| matches!(code, "104" | "172" | "173" | "174")))
+}
+
+/// Reads a presence from the room, in which `me` is our full JID. `xmpp_parsers`' own type refuses
+/// status codes it does not know, so the few parts that matter are taken from the raw element.
+pub fn read(stanza: &Stanza, me: &Jid) -> RoomPresence {
     if stanza.type_ == Type::Error {
         let error = stanza.payloads.iter().find(|p| p.name() == "error");
-        let condition = error.and_then(|e| e.children().find(|c| c.name() != "text").map(|c| c.name().to_owned()));
-        return RoomPresence::Refused(match condition.as_deref() {
-            Some("registration-required") => "this account is not a member of the room".into(),
-            Some("forbidden") => "this account is banned from the room".into(),
-            Some("item-not-found") => "there is no such room".into(),
-            Some("conflict") => "the nick is in use by another account".into(),
-            Some(other) => format!("the room answers {other}"),
-            None => "the room answers with an error".into(),
-        });
+        let condition = error.and_then(condition_in).unwrap_or("an error");
+        return RoomPresence::Refused(refusal_in_words(condition));
     }
-    let Some(user) = stanza.payloads.iter().find(|p| p.is("x", ns::MUC_USER)) else { return RoomPresence::Irrelevant };
-    let myself = user.children().any(|c| c.name() == "status" && c.attr("code") == Some("110"));
-    let presence = real_jid(user).map(|(jid, resource)| Presence {
-        jid,
-        resource,
-        available: stanza.type_ != Type::Unavailable,
-        cloud: stanza.payloads.iter().find(|p| p.is("cloud", ns::CLOUD)).and_then(|p| Cloud::try_from(p.clone()).ok()),
-    });
-    match presence {
-        p if myself => RoomPresence::Myself(p),
-        Some(p) => RoomPresence::Member(p),
-        None => RoomPresence::Irrelevant,
+    let Some(user) = stanza.payloads.iter().find(|p| p.is("x", ns::MUC_USER)) else {
+        return RoomPresence::Irrelevant;
+    };
+    let available = stanza.type_ == Type::None;
+    if !available && stanza.type_ != Type::Unavailable {
+        return RoomPresence::Irrelevant;
+    }
+    let myself = statuses(user).any(|code| code == "110");
+    match (myself, available) {
+        (true, true) => RoomPresence::Entered,
+        (true, false) => RoomPresence::Removed(removal_in_words(user)),
+        (false, _) => match occupant(user, available) {
+            // Another client of our own account is no other member.
+            Some((jid, _)) if jid.as_str() == me.to_bare().as_str() => RoomPresence::Irrelevant,
+            Some((jid, resource)) => {
+                RoomPresence::Member(Presence { jid, resource, available, cloud: cloud_in(stanza) })
+            }
+            None => RoomPresence::Irrelevant,
+        },
     }
 }
 
-fn real_jid(user: &Element) -> Option<(MemberJid, String)> {
-    let item = user.children().find(|c| c.name() == "item")?;
-    let jid = Jid::new(item.attr("jid")?).ok()?;
+fn cloud_in(stanza: &Stanza) -> Option<Cloud> {
+    let payload = stanza.payloads.iter().find(|p| p.is("cloud", ns::CLOUD))?;
+    Cloud::try_from(payload.clone()).ok()
+}
+
+fn statuses(user: &Element) -> impl Iterator<Item = &str> {
+    user.children().filter(|c| c.name() == "status").filter_map(|c| c.attr("code"))
+}
+
+/// XEP-0045, section 15.6.2.
+fn removal_in_words(user: &Element) -> String {
+    let why = statuses(user).find_map(|code| match code {
+        "301" => Some("we were banned from the room"),
+        "307" => Some("we were thrown out of the room"),
+        "321" => Some("this account is no member of the room any more"),
+        "322" => Some("the room became members-only, and this account is no member"),
+        "332" => Some("the room's service shuts down"),
+        "333" => Some("the room's service lost us"),
+        _ => None,
+    });
+    why.unwrap_or("we are out of the room").to_owned()
+}
+
+/// The real address behind an occupant. Somebody may be in the room as an account's second session
+/// under the same nick: of several, the broker's counts.
+fn occupant(user: &Element, available: bool) -> Option<(MemberJid, String)> {
+    let items = user.children().filter(|c| c.name() == "item" && (!available || is_member(c)));
+    let mut sessions: Vec<_> = items.filter_map(|item| real_jid(item.attr("jid")?)).collect();
+    let broker = sessions.iter().position(|(_, resource)| resource == RESOURCE).unwrap_or(0);
+    (!sessions.is_empty()).then(|| sessions.swap_remove(broker))
+}
+
+fn is_member(item: &Element) -> bool {
+    matches!(item.attr("affiliation"), Some("member" | "admin" | "owner"))
+}
+
+fn real_jid(text: &str) -> Option<(MemberJid, String)> {
+    let jid = Jid::new(text).ok()?;
     let resource = jid.resource()?.as_str().to_owned();
     Some((jid.to_bare().to_string().parse().ok()?, resource))
 }
@@ -110,30 +176,89 @@ fn real_jid(user: &Element) -> Option<(MemberJid, String)> {
 mod tests {
     use super::*;
 
-    fn stanza(text: &str) -> Stanza {
+    fn stanza(payload: &str, kind: &str) -> Stanza {
+        let text = format!("<presence xmlns='jabber:client' from='room@r/nick' {kind}>{payload}</presence>");
         Stanza::try_from(text.parse::<Element>().unwrap()).unwrap()
+    }
+
+    fn of_room(items: &str, kind: &str) -> RoomPresence {
+        let user = format!("<x xmlns='http://jabber.org/protocol/muc#user'>{items}</x>");
+        let cloud = "<cloud xmlns='urn:cicada:cloud:1' name='n' key='k' versions='1' power='on'/>";
+        read(&stanza(&format!("{user}{cloud}"), kind), &Jid::new("me@example.org/cicada").unwrap())
     }
 
     #[test]
     fn the_real_jid_counts_and_unknown_status_codes_do_not_harm() {
-        let p = stanza(
-            "<presence xmlns='jabber:client' from='room@r/nick'><x xmlns='http://jabber.org/protocol/muc#user'>\
-             <item affiliation='member' role='participant' jid='A@Example.org/broker'/><status code='9999'/></x>\
-             <cloud xmlns='urn:cicada:cloud:1' name='n' key='k' versions='1' power='on'/></presence>",
+        let presence = of_room(
+            "<item affiliation='member' role='participant' jid='A@Example.org/cicada'/><status code='9999'/>",
+            "",
         );
-        let RoomPresence::Member(member) = read(&p) else { panic!("{:?}", read(&p)) };
-        assert_eq!((member.jid.as_str(), member.resource.as_str(), member.available), ("a@example.org", "broker", true));
-        assert!(member.cloud.is_some());
+        let RoomPresence::Member(member) = presence else { panic!("{presence:?}") };
+        assert_eq!((member.jid.as_str(), member.resource.as_str()), ("a@example.org", "cicada"));
+        assert!(member.available && member.cloud.is_some());
+    }
+
+    #[test]
+    fn of_several_sessions_under_one_nick_the_brokers_counts() {
+        let items = "<item affiliation='member' role='participant' jid='a@example.org/phone'/>\
+                     <item affiliation='member' role='participant' jid='a@example.org/cicada'/>";
+        let RoomPresence::Member(member) = of_room(items, "") else { panic!() };
+        assert_eq!(member.resource, RESOURCE);
+    }
+
+    #[test]
+    fn who_has_no_address_or_affiliation_is_nobody() {
+        for item in [
+            "<item affiliation='member' role='participant'/>",
+            "<item affiliation='none' role='participant' jid='a@example.org/cicada'/>",
+            "<item affiliation='member' role='participant' jid='a@example.org'/>",
+            "<item affiliation='member' role='participant' jid='me@example.org/phone'/>",
+            "",
+        ] {
+            assert_eq!(of_room(item, ""), RoomPresence::Irrelevant, "{item}");
+        }
+        let gone = of_room(
+            "<item affiliation='none' role='none' jid='a@example.org/cicada'/>",
+            "type='unavailable'",
+        );
+        assert!(matches!(gone, RoomPresence::Member(Presence { available: false, .. })), "{gone:?}");
+    }
+
+    #[test]
+    fn our_own_coming_and_going() {
+        let item =
+            "<item affiliation='member' role='participant' jid='me@example.org/cicada'/><status code='110'/>";
+        assert_eq!(of_room(item, ""), RoomPresence::Entered);
+        let removed = of_room(&format!("{item}<status code='321'/>"), "type='unavailable'");
+        assert_eq!(removed, RoomPresence::Removed("this account is no member of the room any more".into()));
     }
 
     #[test]
     fn refusals_are_told_in_words() {
         let p = stanza(
-            "<presence xmlns='jabber:client' from='room@r/nick' type='error'><error type='auth'>\
-             <registration-required xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></error></presence>",
+            "<error type='auth'><registration-required xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></error>",
+            "type='error'",
         );
-        assert_eq!(read(&p), RoomPresence::Refused("this account is not a member of the room".into()));
-        let open = DiscoInfoResult { node: None, identities: vec![], features: Default::default(), extensions: vec![] };
-        assert_eq!(fault(&open).unwrap(), "the room is not members-only and anonymous");
+        let me = Jid::new("me@example.org/cicada").unwrap();
+        assert_eq!(read(&p, &me), RoomPresence::Refused("this account is not a member of the room".into()));
+        let mut room = disco(None);
+        assert_eq!(fault(&room).unwrap(), "the room is not members-only and anonymous");
+        room.features.insert("muc_membersonly".into());
+        assert_eq!(fault(&room).unwrap(), "the room is anonymous");
+        room.features.insert("muc_nonanonymous".into());
+        assert_eq!(fault(&room), None);
+    }
+
+    #[test]
+    fn a_changed_configuration_is_noticed() {
+        let message = |code: &str| {
+            let text = format!(
+                "<message xmlns='jabber:client' type='groupchat'><x xmlns='http://jabber.org/protocol/muc#user'>\
+                 <status code='{code}'/></x></message>"
+            );
+            Message::try_from(text.parse::<Element>().unwrap()).unwrap()
+        };
+        assert!(configuration_changed(&message("173")));
+        assert!(!configuration_changed(&message("100")));
     }
 }

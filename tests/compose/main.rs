@@ -160,7 +160,8 @@ fn foreign_tools_find_the_disk_in_order() {
     }
     if has_tool("blkid") {
         let probe = |path: &Path, tag: &str| {
-            let out = Command::new("blkid").args(["-p", "-o", "value", "-s", tag]).arg(path).output().unwrap();
+            let out =
+                Command::new("blkid").args(["-p", "-o", "value", "-s", tag]).arg(path).output().unwrap();
             String::from_utf8(out.stdout).unwrap().trim().to_owned()
         };
         assert_eq!(probe(&disk, "PTTYPE"), "gpt");
@@ -215,7 +216,8 @@ fn a_composition_is_made_once() {
     assert!(matches!(world.composer.verify(&id), Err(ComposeError::NotComposed { .. })));
 
     let made: Vec<bool> = std::thread::scope(|scope| {
-        let tasks: Vec<_> = (0..4).map(|_| scope.spawn(|| world.composer.composition(&id).unwrap())).collect();
+        let tasks: Vec<_> =
+            (0..4).map(|_| scope.spawn(|| world.composer.composition(&id).unwrap())).collect();
         tasks.into_iter().map(|t| !t.join().unwrap().reused).collect()
     });
     assert_eq!(made.iter().filter(|m| **m).count(), 1);
@@ -303,7 +305,8 @@ fn what_cannot_be_composed_is_refused_by_name() {
     ];
     for (expected, change) in table {
         let bad = change(Draft::new("bad", Kind::Program)).store(&world.repository);
-        let error = world.composer.make_recipe(&[set.clone(), vec![bad]].concat(), false, SIZE, "").unwrap_err();
+        let error =
+            world.composer.make_recipe(&[set.clone(), vec![bad]].concat(), false, SIZE, "").unwrap_err();
         match &error {
             ComposeError::Layout { path, .. } | ComposeError::Esp { path, .. } => assert_eq!(path, expected),
             other => panic!("{expected}: {other:?}"),
@@ -453,7 +456,8 @@ fn a_full_disk_says_what_is_needed_and_leaves_nothing() {
         skipped("no right to mount a small file system");
         return;
     };
-    let world = World::with_repository(Repository::create(&mount.0.join("r")).unwrap(), tempfile::tempdir().unwrap());
+    let world =
+        World::with_repository(Repository::create(&mount.0.join("r")).unwrap(), tempfile::tempdir().unwrap());
     let error = world.composer.make_recipe(&world.set(), false, SIZE, "").unwrap_err();
     let ComposeError::NoSpace { need, have, .. } = &error else { panic!("{error:?}") };
     assert!(need > have && *have < ByteSize::mib(24), "{error}");
@@ -472,7 +476,8 @@ fn shared_blocks_give_the_same_disk() {
         skipped("no mkfs.xfs (xfsprogs), or no right to mount its file system");
         return;
     };
-    let world = World::with_repository(Repository::create(&mount.0.join("r")).unwrap(), tempfile::tempdir().unwrap());
+    let world =
+        World::with_repository(Repository::create(&mount.0.join("r")).unwrap(), tempfile::tempdir().unwrap());
     let (id, recipe) = world.composer.make_recipe(&world.set(), false, SIZE, COMMAND_LINE).unwrap();
     assert_eq!(recipe.image_digest.to_string(), GOLDEN_DIGEST);
     world.composer.verify(&id).unwrap();

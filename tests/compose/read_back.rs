@@ -90,7 +90,9 @@ pub fn root_tree(disk: &Path) -> (BTreeMap<Vec<u8>, Thing>, BTreeMap<Vec<u8>, u3
         let thing = read_thing(&fs, ino);
         if thing.what == What::Directory {
             for entry in fs.read_dir(ino).unwrap() {
-                let is_own = entry.name == b"." || entry.name == b".." || path.is_empty() && entry.name == b"lost+found";
+                let is_own = entry.name == b"."
+                    || entry.name == b".."
+                    || path.is_empty() && entry.name == b"lost+found";
                 if !is_own {
                     let separator: &[u8] = if path.is_empty() { b"" } else { b"/" };
                     open.push(([&path[..], separator, &entry.name].concat(), entry.inode));

@@ -187,9 +187,7 @@ pub fn format() -> Draft {
 }
 
 pub fn kernel() -> Draft {
-    Draft::new("kernel", Kind::Kernel)
-        .with("boot", directory())
-        .with("boot/vmlinuz", file(noise(2, 5 << 20)))
+    Draft::new("kernel", Kind::Kernel).with("boot", directory()).with("boot/vmlinuz", file(noise(2, 5 << 20)))
 }
 
 /// Revision 2 of the attribute of linux/capability.h: effective, `cap_net_raw` permitted.
@@ -210,9 +208,8 @@ pub fn os() -> Draft {
         thing
     };
     // The form ext4 stores: version 1, then user::rw-, user:70000:r--, group::r--, mask::r--, other::---.
-    let acl: &[u8] = &[
-        1, 0, 0, 0, 1, 0, 6, 0, 2, 0, 4, 0, 0x70, 0x11, 1, 0, 4, 0, 4, 0, 0x10, 0, 4, 0, 0x20, 0, 0, 0,
-    ];
+    let acl: &[u8] =
+        &[1, 0, 0, 0, 1, 0, 6, 0, 2, 0, 4, 0, 0x70, 0x11, 1, 0, 4, 0, 4, 0, 0x10, 0, 4, 0, 0x20, 0, 0, 0];
     let mut sparse = noise(3, 9 << 20);
     sparse[1 << 20..8 << 20].fill(0);
     let mut os = Draft::new("os", Kind::Os)
@@ -286,14 +283,8 @@ pub fn expected() -> BTreeMap<Vec<u8>, Thing> {
     }
     all.retain(|path, _| !path.starts_with(b"boot/efi/") && !path.starts_with(b"usr/share/doc"));
     let literal = |content: &str| Thing { meta: meta(0o644), ..file(content) };
-    all.insert(
-        b"etc/passwd".to_vec(),
-        literal("root:x:0:0::/root:/bin/sh\nredis:x:120:120::/:/bin/false\n"),
-    );
-    all.insert(
-        b"var/status".to_vec(),
-        literal("Package: os\nStatus: ok\n\nPackage: redis\nStatus: ok\n\n"),
-    );
+    all.insert(b"etc/passwd".to_vec(), literal("root:x:0:0::/root:/bin/sh\nredis:x:120:120::/:/bin/false\n"));
+    all.insert(b"var/status".to_vec(), literal("Package: os\nStatus: ok\n\nPackage: redis\nStatus: ok\n\n"));
     let links = all[&b"usr/bin/links"[..]].clone();
     for path in [b"usr/lib/link".to_vec(), b"usr/lib/link2".to_vec()] {
         all.insert(path, links.clone());

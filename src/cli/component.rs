@@ -1,0 +1,326 @@
+//! `cicada component`
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use crate::broker::content;
+use crate::broker::interface::{ComponentDetail, ComponentDiff, ComponentView, Message, Reply, Request};
+use crate::broker::problem::{Problem, ProblemKind};
+use crate::build::{self, BuildError, BuildEvent, BuildOptions, Built, ImportIdentity};
+use crate::component::Kind;
+use crate::repository::Repository;
+use crate::types::ComponentId;
+
+use super::context::Context;
+use super::format::{bytes, seconds};
+use super::printer::{Outcome, Printer, unexpected};
+use super::table::{Table, card};
+use super::{push, target};
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Build components from definitions and hand them to the broker (works without a broker;
+    /// needs root)
+    ///
+    /// Building happens in a repository of its own; what the broker lacks goes to it through its
+    /// socket, or into its repository while it does not run.
+    Build {
+        /// Component definitions
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+        #[command(flatten)]
+        place: Place,
+        /// Build even what an earlier build of the same inputs made
+        #[arg(long)]
+        rebuild: bool,
+        /// Leave a failed build's tree for inspection
+        #[arg(long)]
+        keep_failed: bool,
+    },
+    /// Make a component of a directory or a tar archive (works without a broker)
+    Import(Import),
+    /// List the components by name
+    List,
+    /// Show one component
+    Show {
+        /// A name, name@version or the beginning of an id
+        component: String,
+        /// List the paths in it
+        #[arg(long)]
+        entries: bool,
+    },
+    /// Compare two components
+    Diff { from: String, to: String },
+    /// Forget a component's name; 'cicada repo gc' frees what nothing else needs
+    Remove { component: String },
+}
+
+#[derive(Args)]
+pub struct Place {
+    /// Where building happens: packages, work in progress, what was built; <data_dir>/build if not given
+    #[arg(long, value_name = "DIR")]
+    build_dir: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct Import {
+    /// A directory, or a .tar or .tar.zst archive
+    source: PathBuf,
+    #[arg(long)]
+    name: String,
+    #[arg(long)]
+    version: String,
+    /// format, kernel, os or program
+    #[arg(long, default_value = "program")]
+    kind: Kind,
+    /// Debian architecture name
+    #[arg(long, default_value = "amd64")]
+    architecture: String,
+    /// A component it was made on; what that has already is left out. Built or imported here before
+    #[arg(long, value_name = "COMPONENT")]
+    requires: Vec<String>,
+    #[command(flatten)]
+    place: Place,
+}
+
+pub async fn run(ctx: &Context, command: Command) -> Outcome {
+    match command {
+        Command::Build { files, place, rebuild, keep_failed } => {
+            run_build(ctx, files, &place, rebuild, keep_failed).await
+        }
+        Command::Import(import) => run_import(ctx, import).await,
+        Command::List => ctx.read(&Request::ComponentList, print_list).await,
+        Command::Show { component, entries } => {
+            ctx.read(&Request::ComponentShow { component, entries }, |printer, reply| match reply {
+                Reply::Component(detail) => print_detail(printer, &detail),
+                other => Err(unexpected(&other)),
+            })
+            .await
+        }
+        Command::Diff { from, to } => {
+            ctx.read(&Request::ComponentDiff { from, to }, |printer, reply| match reply {
+                Reply::ComponentDiff(diff) => print_diff(printer, &diff),
+                other => Err(unexpected(&other)),
+            })
+            .await
+        }
+        Command::Remove { component } => {
+            ctx.ask(&Request::ComponentRemove { component: component.clone() }).await?;
+            ctx.printer
+                .note(format!("{component} is removed; 'cicada repo gc' frees what nothing else needs"));
+            Ok(())
+        }
+    }
+}
+
+impl Place {
+    fn dir(&self, ctx: &Context) -> Result<PathBuf, Problem> {
+        match &self.build_dir {
+            Some(dir) => Ok(dir.clone()),
+            None => Ok(ctx.config()?.cloud.data_dir.join("build")),
+        }
+    }
+
+    fn repository(&self, ctx: &Context) -> Result<Repository, Problem> {
+        let dir = self.dir(ctx)?.join("repository");
+        std::fs::create_dir_all(&dir).map_err(|e| {
+            Problem::from_error(ProblemKind::Failed, format!("directory {}", dir.display()), &e)
+        })?;
+        Repository::open_or_create(&dir).map_err(|e| {
+            let problem = content::repository_problem(&e);
+            Problem { object: format!("build repository {}", dir.display()), ..problem }
+                .next("wait for the other build, or name another --build-dir")
+        })
+    }
+}
+
+async fn run_build(
+    ctx: &Context,
+    files: Vec<PathBuf>,
+    place: &Place,
+    rebuild: bool,
+    keep_failed: bool,
+) -> Outcome {
+    let repository = place.repository(ctx)?;
+    let options = BuildOptions { cache_dir: place.dir(ctx)?.join("cache"), keep_failed, rebuild };
+    let (events, mut seen) = tokio::sync::mpsc::unbounded_channel();
+    let builder = repository.clone();
+    let work = tokio::task::spawn_blocking(move || {
+        build::build(&builder, &files, &options, &mut |event| drop(events.send(event)))
+    });
+    while let Some(event) = seen.recv().await {
+        if let Some(text) = event_text(event) {
+            ctx.step(text)?;
+        }
+    }
+    let built = work
+        .await
+        .map_err(|e| Problem::from_error(ProblemKind::Failed, "component build", &e))?
+        .map_err(|e| build_problem(&e))?;
+    let ids: Vec<_> = built.iter().map(|b| b.id).collect();
+    push::hand_over(ctx, &repository, &ids).await?;
+    print_built(ctx, &repository, &built)
+}
+
+fn event_text(event: BuildEvent) -> Option<String> {
+    Some(match event {
+        BuildEvent::Begun { component, number, total } => {
+            format!("{component}: building ({number} of {total})")
+        }
+        BuildEvent::Step { component, step } => format!("{component}: {step}"),
+        BuildEvent::LeftOut { component, path, what } => {
+            format!("{component}: left out {path}, which is {what}")
+        }
+        BuildEvent::StaleLists { reason } => {
+            format!("the package lists could not be fetched, those of last time are used: {reason}")
+        }
+        BuildEvent::Finished { component, reused: true, .. } => format!("{component}: built before"),
+        BuildEvent::Finished { .. } => return None,
+    })
+}
+
+fn print_built(ctx: &Context, repository: &Repository, built: &[Built]) -> Outcome {
+    if ctx.printer.json {
+        let all = content::components(repository)?;
+        let views = built.iter().filter_map(|b| all.iter().find(|v| v.id == b.id).cloned()).collect();
+        return ctx.printer.json_message(&Message::Reply(Box::new(Reply::Components(views))));
+    }
+    let mut table = Table::new(["NAME", "VERSION", "KIND", "ID", ">SIZE", ">TOOLS", ">PACKING"]);
+    for b in built {
+        table.row([
+            b.name.clone(),
+            b.version.clone(),
+            b.kind.to_string(),
+            id_text(&ctx.printer, &b.id),
+            bytes(b.plain_bytes),
+            if b.reused { "-".into() } else { seconds(b.seconds_tools) },
+            if b.reused { "-".into() } else { seconds(b.seconds_ingest) },
+        ]);
+    }
+    table.print(&ctx.printer)
+}
+
+async fn run_import(ctx: &Context, import: Import) -> Outcome {
+    let repository = import.place.repository(ctx)?;
+    let identity = ImportIdentity {
+        name: import.name.clone(),
+        version: import.version.clone(),
+        kind: import.kind,
+        architecture: import.architecture,
+        requires: content::resolve(&repository, &import.requires)?,
+    };
+    let (builder, source) = (repository.clone(), import.source);
+    let id = target::blocking(move || build::import(&builder, &source, identity))
+        .await?
+        .map_err(|e| build_problem(&e))?;
+    push::hand_over(ctx, &repository, &[id]).await?;
+    let text = format!("{}@{} {}", import.name, import.version, id_text(&ctx.printer, &id));
+    match ctx.printer.json {
+        true => {
+            let views = content::components(&repository)?.into_iter().filter(|v| v.id == id).collect();
+            ctx.printer.json_message(&Message::Reply(Box::new(Reply::Components(views))))
+        }
+        false => ctx.printer.line(text),
+    }
+}
+
+fn build_problem(e: &BuildError) -> Problem {
+    let (kind, next) = match e {
+        BuildError::Definition { .. }
+        | BuildError::DefinedTwice { .. }
+        | BuildError::OsMissing { .. }
+        | BuildError::OsOfOtherKind { .. }
+        | BuildError::Archive { .. }
+        | BuildError::UnknownSource { .. }
+        | BuildError::CacheDirectory { .. } => (ProblemKind::BadRequest, ""),
+        BuildError::Read { .. } => (ProblemKind::Missing, "check the path and who may read it"),
+        BuildError::NotRoot => (ProblemKind::Forbidden, "run it with sudo; the broker itself needs no root"),
+        BuildError::ToolMissing { .. } | BuildError::NoSources { .. } => {
+            (ProblemKind::Missing, "deploy/install installs what is needed")
+        }
+        BuildError::Secret { .. } | BuildError::Fragment { .. } => (ProblemKind::Refused, ""),
+        BuildError::Repository(e) => return content::repository_problem(e),
+        BuildError::Step { .. } => (ProblemKind::Failed, "--keep-failed leaves the tree for inspection"),
+        BuildError::Write { .. }
+        | BuildError::VersionUnknown { .. }
+        | BuildError::UnpackedMatch { .. }
+        | BuildError::Tree { .. }
+        | BuildError::TooMuch { .. }
+        | BuildError::Manifest(_) => (ProblemKind::Failed, ""),
+    };
+    Problem::from_error(kind, "component", e).next(next)
+}
+
+pub fn id_text(printer: &Printer, id: &ComponentId) -> String {
+    if printer.verbose { id.to_string() } else { id.short() }
+}
+
+fn print_list(printer: &Printer, reply: Reply) -> Outcome {
+    let Reply::Components(components) = reply else { return Err(unexpected(&reply)) };
+    let mut table =
+        Table::new(["NAME", "VERSION", "KIND", "ARCHITECTURE", "ID", ">PACKS", ">PLAIN", ">STORED"]);
+    for c in &components {
+        table.row([
+            c.name.clone(),
+            c.version.clone(),
+            c.kind.to_string(),
+            c.architecture.clone(),
+            id_text(printer, &c.id),
+            c.packs.to_string(),
+            bytes(c.plain_bytes),
+            bytes(c.stored_bytes),
+        ]);
+    }
+    if table.is_empty() {
+        printer.note("there are no components; 'cicada component build components/*.toml' makes some");
+    }
+    table.print(printer)
+}
+
+fn print_detail(printer: &Printer, d: &ComponentDetail) -> Outcome {
+    let c: &ComponentView = &d.component;
+    card(
+        printer,
+        &[
+            ("name", c.name.clone()),
+            ("version", c.version.clone()),
+            ("kind", c.kind.to_string()),
+            ("architecture", c.architecture.clone()),
+            ("id", c.id.to_string()),
+            ("origin", d.origin.clone()),
+            ("licences", d.licences.join(", ")),
+            ("requires", d.requires.iter().map(|id| id_text(printer, id)).collect::<Vec<_>>().join(", ")),
+            ("conflicts", d.conflicts.join(", ")),
+            ("size", format!("{} plain, {} stored", bytes(c.plain_bytes), bytes(c.stored_bytes))),
+            ("entries", d.entry_count.to_string()),
+            ("merged files", d.fragments.join(", ")),
+        ],
+    )?;
+    if !d.packs.is_empty() {
+        printer.line("")?;
+    }
+    let mut table = Table::new(["PACKAGE", "VERSION", ">PLAIN", "PACK"]);
+    for p in &d.packs {
+        let id = if printer.verbose { p.id.clone() } else { p.id.chars().take(10).collect() };
+        table.row([p.package.clone(), p.package_version.clone(), bytes(p.plain_bytes), id]);
+    }
+    table.print(printer)?;
+    if !d.entries.is_empty() {
+        printer.line("")?;
+    }
+    d.entries.iter().try_for_each(|path| printer.line(path))
+}
+
+fn print_diff(printer: &Printer, d: &ComponentDiff) -> Outcome {
+    for (sign, paths) in [("-", &d.removed), ("+", &d.added), ("~", &d.changed)] {
+        paths.iter().try_for_each(|path| printer.line(format!("{sign} {path}")))?;
+    }
+    printer.line(format!(
+        "{} added, {} removed, {} changed; {} in packs that the first lacks",
+        d.added.len(),
+        d.removed.len(),
+        d.changed.len(),
+        bytes(d.bytes_missing)
+    ))
+}

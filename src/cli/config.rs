@@ -1,0 +1,35 @@
+//! `cicada config`
+
+use clap::Subcommand;
+
+use crate::broker::problem::{Problem, ProblemKind};
+
+use super::context::{Context, config_problem};
+use super::printer::Outcome;
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Check the configuration and the files it names (works without a broker)
+    Check,
+    /// Print the settings in effect, defaults included (works without a broker)
+    Show,
+}
+
+pub fn run(ctx: &Context, command: Command) -> Outcome {
+    let config = ctx.config()?;
+    match command {
+        Command::Check => {
+            config.check_files().map_err(|e| config_problem(&e))?;
+            if ctx.printer.json {
+                return ctx.printer.json_line(&serde_json::json!({ "file": config.path, "good": true }));
+            }
+            ctx.printer.line(format!("{}: good", config.path.display()))
+        }
+        Command::Show if ctx.printer.json => ctx.printer.json_line(config.effective()),
+        Command::Show => {
+            let text = toml::to_string(config.effective())
+                .map_err(|e| Problem::from_error(ProblemKind::Failed, "configuration", &e))?;
+            ctx.printer.line(format!("# {}\n{}", config.path.display(), text.trim_end()))
+        }
+    }
+}

@@ -1,0 +1,393 @@
+//! `cicada vm console`: a terminal on a VM's serial console, or a script that types and waits.
+
+use std::io::{self, IsTerminal, SeekFrom};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::Duration;
+
+use clap::{ArgMatches, Args, Command, FromArgMatches, error::ErrorKind};
+use regex::bytes::Regex;
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::Instant;
+
+use crate::broker::interface::{Reply, Request, VmView};
+use crate::broker::problem::{Problem, ProblemKind};
+use crate::config::HumanDuration;
+
+use super::context::Context;
+use super::printer::{Outcome, Printer, unexpected};
+
+/// Ctrl-], as in telnet and `virsh console`.
+const ESCAPE: u8 = 0x1d;
+/// Output that is searched for an expected text; more than any screen.
+const SEARCHED_BYTES_MAX: usize = 1 << 20;
+const LOG_POLL: Duration = Duration::from_millis(100);
+const EXPECT_TIMEOUT: HumanDuration = HumanDuration::from_secs(60);
+
+/// With --send and --expect it does what they say, in their order, and ends. Else it connects the
+/// terminal; or, if standard input is none, sends that and prints what comes until the console
+/// closes or --timeout is over.
+#[derive(Args)]
+pub struct Console {
+    /// The VM's name or UUID
+    vm: String,
+    #[command(flatten)]
+    script: Script,
+    /// How long each expected text may take (60s if not given)
+    #[arg(long, value_name = "DURATION")]
+    timeout: Option<HumanDuration>,
+    /// Begin with what the console has printed before, from its log
+    #[arg(long)]
+    history: bool,
+}
+
+pub async fn run(ctx: &Context, args: Console) -> Outcome {
+    let vm = match ctx.ask(&Request::VmShow { vm: args.vm }).await? {
+        Reply::Vm(vm) => vm,
+        other => return Err(unexpected(&other)),
+    };
+    let mut ends = Ends::open(&vm, &args.script, args.history).await?;
+    if !args.script.steps.is_empty() {
+        let timeout = args.timeout.unwrap_or(EXPECT_TIMEOUT).0;
+        return run_script(&ctx.printer, &vm, &mut ends, &args.script.steps, timeout).await;
+    }
+    if io::stdin().is_terminal() {
+        ctx.printer.note(format!("connected to {}; Ctrl-] leaves", vm.name));
+        let raw = RawMode::enter()?;
+        let result = interact(&ctx.printer, &mut ends).await;
+        drop(raw);
+        ctx.printer.note("");
+        return result;
+    }
+    pipe(&ctx.printer, &mut ends, args.timeout.map(|t| t.0)).await
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Send(Vec<u8>),
+    Expect(Regex, String),
+}
+
+/// `--send` and `--expect` in the order in which they were given, which derived arguments lose.
+#[derive(Clone, Debug)]
+struct Script {
+    steps: Vec<Step>,
+}
+
+impl Args for Script {
+    fn augment_args(command: Command) -> Command {
+        let text = |name: &'static str, help: &'static str| {
+            clap::Arg::new(name)
+                .long(name)
+                .value_name("TEXT")
+                .action(clap::ArgAction::Append)
+                .allow_hyphen_values(true)
+                .help(help)
+        };
+        command
+            .arg(text("send", "Type TEXT; \\n \\r \\t \\e \\\\ and \\xNN are understood, nothing is added"))
+            .arg(text("expect", "Print output until TEXT is seen; exit code 5 if it is not in time"))
+            .arg(text("expect-regex", "As --expect, with a regular expression"))
+    }
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for Script {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut steps = Vec::new();
+        for name in ["send", "expect", "expect-regex"] {
+            let indices = matches.indices_of(name).into_iter().flatten();
+            let texts = matches.get_many::<String>(name).into_iter().flatten();
+            for (index, text) in indices.zip(texts) {
+                let step = step(name, text).map_err(|e| {
+                    clap::Error::raw(ErrorKind::ValueValidation, format!("--{name} '{text}': {e}\n"))
+                })?;
+                steps.push((index, step));
+            }
+        }
+        steps.sort_by_key(|(index, _)| *index);
+        Ok(Self { steps: steps.into_iter().map(|(_, step)| step).collect() })
+    }
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+fn step(name: &str, text: &str) -> Result<Step, String> {
+    match name {
+        "send" => unescape(text).map(Step::Send),
+        "expect" => {
+            Regex::new(&regex::escape(text)).map(|r| Step::Expect(r, text.into())).map_err(|e| e.to_string())
+        }
+        _ => Regex::new(text).map(|r| Step::Expect(r, text.into())).map_err(|e| e.to_string()),
+    }
+}
+
+fn unescape(text: &str) -> Result<Vec<u8>, String> {
+    let mut out = Vec::new();
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        if c != '\\' {
+            out.extend(c.encode_utf8(&mut [0; 4]).bytes());
+            continue;
+        }
+        out.push(match chars.next() {
+            Some('n') => b'\n',
+            Some('r') => b'\r',
+            Some('t') => b'\t',
+            Some('e') => 0x1b,
+            Some('\\') => b'\\',
+            Some('x') => {
+                let hex: String = chars.by_ref().take(2).collect();
+                let two = hex.len() == 2 && hex.bytes().all(|b| b.is_ascii_hexdigit());
+                let byte = u8::from_str_radix(&hex, 16).ok().filter(|_| two);
+                byte.ok_or_else(|| format!("\\x{hex} is not two hex digits"))?
+            }
+            other => return Err(format!("\\{} is not known", other.map_or(String::new(), String::from))),
+        });
+    }
+    Ok(out)
+}
+
+/// Where the console's output comes from and what is typed goes to.
+struct Ends {
+    output: Output,
+    input: Option<OwnedWriteHalf>,
+}
+
+enum Output {
+    Socket(OwnedReadHalf),
+    /// The log has all that the console ever printed, and goes on.
+    Log(tokio::fs::File),
+}
+
+impl Ends {
+    async fn open(vm: &VmView, script: &Script, history: bool) -> Result<Self, Problem> {
+        let only_reads =
+            script.steps.iter().all(|s| matches!(s, Step::Expect(..))) && !script.steps.is_empty();
+        if history && only_reads {
+            return Ok(Self { output: Output::open_log(vm).await?, input: None });
+        }
+        let (read, write) = connect(vm).await?.into_split();
+        let output = if history { Output::open_log(vm).await? } else { Output::Socket(read) };
+        Ok(Self { output, input: Some(write) })
+    }
+
+    async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match &mut self.input {
+            Some(input) => input.write_all(bytes).await,
+            None => Ok(()),
+        }
+    }
+}
+
+impl Output {
+    async fn open_log(vm: &VmView) -> Result<Self, Problem> {
+        let file = tokio::fs::File::open(Path::new(&vm.console_log)).await;
+        file.map(Output::Log).map_err(|e| {
+            Problem::from_error(ProblemKind::Missing, format!("console log {}", vm.console_log), &e)
+                .next(format!("start the VM with: cicada vm start {}", vm.name))
+        })
+    }
+
+    /// Waits for output; zero bytes is the console's end. Safe to drop between calls.
+    async fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Output::Socket(socket) => socket.read(buffer).await,
+            Output::Log(file) => loop {
+                let n = file.read(buffer).await?;
+                if n > 0 {
+                    return Ok(n);
+                }
+                // A log that was cut begins anew.
+                if file.metadata().await?.len() < file.stream_position().await? {
+                    file.seek(SeekFrom::Start(0)).await?;
+                }
+                tokio::time::sleep(LOG_POLL).await;
+            },
+        }
+    }
+}
+
+async fn connect(vm: &VmView) -> Result<UnixStream, Problem> {
+    UnixStream::connect(&vm.console_socket).await.map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Problem::new(
+            ProblemKind::Conflict,
+            format!("VM {}", vm.name),
+            format!("has no console: it is {}", vm.power),
+        )
+        .next(format!("start it with: cicada vm start {}", vm.name)),
+        _ => Problem::from_error(ProblemKind::Failed, format!("console of VM {}", vm.name), &e),
+    })
+}
+
+async fn run_script(
+    printer: &Printer,
+    vm: &VmView,
+    ends: &mut Ends,
+    steps: &[Step],
+    timeout: Duration,
+) -> Outcome {
+    let object = format!("console of VM {}", vm.name);
+    let mut seen = Vec::new();
+    for step in steps {
+        match step {
+            Step::Send(bytes) => ends
+                .send(bytes)
+                .await
+                .map_err(|e| Problem::from_error(ProblemKind::Failed, object.clone(), &e))?,
+            Step::Expect(pattern, text) => {
+                let deadline = Instant::now() + timeout;
+                if !expect(printer, ends, &mut seen, pattern, deadline, &object).await? {
+                    let reason = format!("'{text}' was not seen within {}", HumanDuration(timeout));
+                    return Err(Problem::new(ProblemKind::Refused, object, reason)
+                        .next(format!("all it printed is in {}", vm.console_log))
+                        .into());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Prints output until `pattern` is in it. `seen` holds what came after the last match.
+async fn expect(
+    printer: &Printer,
+    ends: &mut Ends,
+    seen: &mut Vec<u8>,
+    pattern: &Regex,
+    deadline: Instant,
+    object: &str,
+) -> Outcome<bool> {
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        if let Some(found) = pattern.find(seen) {
+            let end = found.end();
+            seen.drain(..end);
+            return Ok(true);
+        }
+        let Ok(read) = tokio::time::timeout_at(deadline, ends.output.read(&mut buffer)).await else {
+            return Ok(false);
+        };
+        let n = read.map_err(|e| Problem::from_error(ProblemKind::Failed, object, &e))?;
+        if n == 0 {
+            return Ok(false);
+        }
+        show(printer, &buffer[..n])?;
+        seen.extend_from_slice(&buffer[..n]);
+        let excess = seen.len().saturating_sub(SEARCHED_BYTES_MAX);
+        seen.drain(..excess);
+    }
+}
+
+/// The terminal and the console, until Ctrl-] or the console's end.
+async fn interact(printer: &Printer, ends: &mut Ends) -> Outcome {
+    let failed = |e: io::Error| Problem::from_error(ProblemKind::Failed, "console", &e);
+    let mut stdin = tokio::io::stdin();
+    let (mut typed, mut printed) = (vec![0; 1024], vec![0; 16 << 10]);
+    loop {
+        tokio::select! {
+            n = stdin.read(&mut typed) => {
+                let n = n.map_err(failed)?;
+                let escape = typed[..n].iter().position(|b| *b == ESCAPE);
+                ends.send(&typed[..escape.unwrap_or(n)]).await.map_err(failed)?;
+                if n == 0 || escape.is_some() {
+                    return Ok(());
+                }
+            }
+            n = ends.output.read(&mut printed) => match n.map_err(failed)? {
+                0 => return Ok(()),
+                n => printer.raw(&printed[..n])?,
+            }
+        }
+    }
+}
+
+/// Standard input to the console, and its output to standard output.
+async fn pipe(printer: &Printer, ends: &mut Ends, timeout: Option<Duration>) -> Outcome {
+    let failed = |e: io::Error| Problem::from_error(ProblemKind::Failed, "console", &e);
+    let mut stdin = tokio::io::stdin();
+    let (mut given, mut printed) = (vec![0; 16 << 10], vec![0; 16 << 10]);
+    let mut more = true;
+    let over = async {
+        match timeout {
+            Some(t) => tokio::time::sleep(t).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(over);
+    loop {
+        tokio::select! {
+            n = stdin.read(&mut given), if more => {
+                let n = n.map_err(failed)?;
+                more = n > 0;
+                ends.send(&given[..n]).await.map_err(failed)?;
+            }
+            n = ends.output.read(&mut printed) => match n.map_err(failed)? {
+                0 => return Ok(()),
+                n => printer.raw(&printed[..n])?,
+            },
+            () = &mut over => return Ok(()),
+        }
+    }
+}
+
+fn show(printer: &Printer, bytes: &[u8]) -> Outcome {
+    if printer.quiet { Ok(()) } else { printer.raw(bytes) }
+}
+
+/// The terminal hands on every key at once while this lives.
+struct RawMode(Termios);
+
+impl RawMode {
+    fn enter() -> Result<Self, Problem> {
+        let failed =
+            |e: rustix::io::Errno| Problem::from_error(ProblemKind::Failed, "terminal", &io::Error::from(e));
+        let stdin = io::stdin();
+        let saved = tcgetattr(stdin.as_fd()).map_err(failed)?;
+        let mut raw = saved.clone();
+        raw.make_raw();
+        tcsetattr(stdin.as_fd(), OptionalActions::Now, &raw).map_err(failed)?;
+        Ok(Self(saved))
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        let _ = tcsetattr(io::stdin().as_fd(), OptionalActions::Now, &self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn typed_text_may_hold_escapes() {
+        assert_eq!(unescape(r"a\n\x41\\\eé").unwrap(), "a\nA\\\u{1b}é".as_bytes());
+        for bad in [r"\q", r"\x4", r"\xzz", r"\"] {
+            assert!(unescape(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn steps_keep_their_order() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            script: Script,
+        }
+        let line =
+            ["x", "--expect", "login:", "--send", "root\\n", "--expect-regex", "[#$] ", "--send", "-x"];
+        let parsed = <Line as clap::Parser>::try_parse_from(line).unwrap();
+        let kinds: Vec<_> = parsed.script.steps.iter().map(|s| matches!(s, Step::Send(_))).collect();
+        assert_eq!(kinds, [false, true, false, true]);
+        assert!(<Line as clap::Parser>::try_parse_from(["x", "--expect-regex", "("]).is_err());
+    }
+}

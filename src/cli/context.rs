@@ -1,0 +1,132 @@
+//! What every command has at hand: configuration, the broker, the printer.
+
+use std::path::PathBuf;
+
+use crate::broker::interface::{Event, Message, Reply, Request};
+use crate::broker::problem::{Problem, ProblemKind, chain};
+use crate::client::Client;
+use crate::config::{Config, ConfigError};
+
+use super::Globals;
+use super::printer::{Failure, Outcome, Printer};
+use super::progress::Progress;
+use super::target::Target;
+
+pub struct Context {
+    globals: Globals,
+    pub printer: Printer,
+}
+
+impl Context {
+    pub fn new(globals: Globals, printer: Printer) -> Self {
+        Self { globals, printer }
+    }
+
+    pub fn config(&self) -> Result<Config, Problem> {
+        let mut overrides = self.globals.set.clone();
+        if let Some(socket) = &self.globals.socket {
+            // A path on the command line is relative to where it was typed.
+            let socket = std::path::absolute(socket).unwrap_or_else(|_| socket.clone());
+            overrides.push(("api.socket".into(), socket.display().to_string()));
+        }
+        Config::load(self.globals.config.as_deref(), &overrides).map_err(|e| config_problem(&e))
+    }
+
+    /// The broker's socket: named, or found in the configuration.
+    fn socket(&self) -> Result<PathBuf, Problem> {
+        match &self.globals.socket {
+            Some(socket) => Ok(socket.clone()),
+            None => Ok(self.config()?.api.socket),
+        }
+    }
+
+    /// The running broker.
+    pub async fn client(&self) -> Result<Client, Problem> {
+        Client::connect(&self.socket()?).await
+    }
+
+    /// The running broker, or its repository while none runs.
+    pub async fn target(&self) -> Result<Target, Problem> {
+        match self.client().await {
+            Ok(client) => Ok(Target::Broker(client)),
+            Err(p) if p.kind == ProblemKind::Unavailable => Target::offline(&self.config()?),
+            Err(p) => Err(p),
+        }
+    }
+
+    /// Asks for something that is there at once.
+    pub async fn ask(&self, request: &Request) -> Result<Reply, Problem> {
+        let target = self.target_for(request).await?;
+        target.call(request, |_| ()).await
+    }
+
+    /// Asks, and prints the answer for programs or with `people`.
+    pub async fn read(&self, request: &Request, people: impl FnOnce(&Printer, Reply) -> Outcome) -> Outcome {
+        let reply = self.ask(request).await?;
+        if self.printer.json { self.printer.json_reply(&reply) } else { people(&self.printer, reply) }
+    }
+
+    /// Asks for something that takes long, shows how it goes on, and prints its end.
+    pub async fn work(&self, request: &Request, people: impl FnOnce(&Printer, Reply) -> Outcome) -> Outcome {
+        let result = self.follow(request).await;
+        self.end(result, people)
+    }
+
+    /// Asks for something that takes long and shows how it goes on.
+    pub async fn follow(&self, request: &Request) -> Result<Reply, Problem> {
+        let target = self.target_for(request).await?;
+        let mut progress = Progress::new(&self.printer);
+        let result = target.call(request, |event| progress.event(&event)).await;
+        progress.end();
+        result
+    }
+
+    /// Prints the end of long work: the last line of the stream, or for people.
+    pub fn end(
+        &self,
+        result: Result<Reply, Problem>,
+        people: impl FnOnce(&Printer, Reply) -> Outcome,
+    ) -> Outcome {
+        if !self.printer.json {
+            return people(&self.printer, result?);
+        }
+        match result {
+            Ok(reply) => self.printer.json_message(&Message::Reply(Box::new(reply))),
+            Err(problem) => {
+                self.printer.json_message(&Message::Problem(problem.clone()))?;
+                Err(Failure::Problem(problem))
+            }
+        }
+    }
+
+    /// A step of a command's own work.
+    pub fn step(&self, text: impl Into<String>) -> Outcome {
+        let text = text.into();
+        if self.printer.json {
+            return self.printer.json_message(&Message::Event(Event::Note { text }));
+        }
+        self.printer.note(text);
+        Ok(())
+    }
+
+    async fn target_for(&self, request: &Request) -> Result<Target, Problem> {
+        if Target::answers_offline(request) {
+            self.target().await
+        } else {
+            Ok(Target::Broker(self.client().await?))
+        }
+    }
+}
+
+/// A configuration error with the class an operator acts on.
+pub fn config_problem(e: &ConfigError) -> Problem {
+    let kind = match e {
+        ConfigError::NotFound { .. } | ConfigError::Read { .. } => ProblemKind::Missing,
+        ConfigError::Exposed { .. } => ProblemKind::Forbidden,
+        ConfigError::Write { .. } => ProblemKind::Failed,
+        ConfigError::Syntax { .. } | ConfigError::Field { .. } | ConfigError::Secret { .. } => {
+            ProblemKind::BadRequest
+        }
+    };
+    Problem::new(kind, e.object(), chain(e)).next(e.next_step())
+}

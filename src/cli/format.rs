@@ -1,0 +1,81 @@
+//! Sizes, times and rates for people.
+
+use crate::broker::interface::Resource;
+use crate::clock::{Clock, SystemClock, UnixMillis};
+use crate::types::ByteSize;
+
+pub fn bytes(n: u64) -> String {
+    ByteSize(n).to_string()
+}
+
+/// `free/total`.
+pub fn resource(r: Resource, show: impl Fn(u64) -> String) -> String {
+    format!("{}/{}", show(r.free), show(r.total))
+}
+
+pub fn seconds(s: f64) -> String {
+    match s {
+        s if s < 9.95 => format!("{s:.1} s"),
+        s if s < 119.5 => format!("{s:.0} s"),
+        s if s < 7200.0 => format!("{} min {:.0} s", (s / 60.0).floor(), s % 60.0),
+        s => format!("{} h {:.0} min", (s / 3600.0).floor(), s % 3600.0 / 60.0),
+    }
+}
+
+pub fn millis(ms: u64) -> String {
+    if ms < 1000 { format!("{ms} ms") } else { seconds(ms as f64 / 1000.0) }
+}
+
+/// How long ago, roughly.
+pub fn ago(then: UnixMillis) -> String {
+    if then.0 == 0 {
+        return String::new();
+    }
+    let s = SystemClock.now().since(then).as_secs();
+    match s {
+        0..=1 => "now".into(),
+        2..=119 => format!("{s} s ago"),
+        120..=7199 => format!("{} min ago", s / 60),
+        7200..=172_799 => format!("{} h ago", s / 3600),
+        _ => format!("{} d ago", s / 86_400),
+    }
+}
+
+/// `2026-11-21 07:19:51 UTC`.
+pub fn utc(t: UnixMillis) -> String {
+    let s = t.0 / 1000;
+    let (year, month, day) = civil(s / 86_400);
+    let (h, m, s) = (s / 3600 % 24, s / 60 % 60, s % 60);
+    format!("{year:04}-{month:02}-{day:02} {h:02}:{m:02}:{s:02} UTC")
+}
+
+/// Year, month and day of a day counted from 1970-01-01, in the Gregorian calendar: years are
+/// taken from March on, in eras of 400 of them (146,097 days).
+fn civil(day: u64) -> (u64, u64, u64) {
+    let shifted = day + 719_468;
+    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    (era * 400 + year_of_era + u64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_read_as_people_expect() {
+        assert_eq!(utc(UnixMillis(0)), "1970-01-01 00:00:00 UTC");
+        assert_eq!(utc(UnixMillis(951_782_400_000)), "2000-02-29 00:00:00 UTC");
+        assert_eq!(utc(UnixMillis(1_700_000_000_000)), "2023-11-14 22:13:20 UTC");
+        assert_eq!(utc(UnixMillis(4_107_542_399_000)), "2100-02-28 23:59:59 UTC");
+        for (s, text) in
+            [(0.04, "0.0 s"), (9.9, "9.9 s"), (42.4, "42 s"), (200.0, "3 min 20 s"), (7260.0, "2 h 1 min")]
+        {
+            assert_eq!(seconds(s), text);
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! `cicada members` and `cicada status`
+
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::broker::interface::{MemberView, Reply, Request, StatusView};
+
+use super::context::Context;
+use super::format::{ago, bytes, resource};
+use super::printer::{Outcome, Printer, unexpected};
+use super::table::{Table, card};
+
+const WATCH_EVERY: Duration = Duration::from_secs(2);
+
+#[derive(Args)]
+pub struct Members {
+    /// Print the list again whenever it changes, until stopped
+    #[arg(long)]
+    watch: bool,
+}
+
+pub async fn run(ctx: &Context, args: Members) -> Outcome {
+    if !args.watch {
+        return ctx.read(&Request::Members, print_members).await;
+    }
+    let mut last = None;
+    loop {
+        let reply = ctx.ask(&Request::Members).await?;
+        let seen = without_moments(&reply);
+        if last.as_ref() != Some(&seen) {
+            if last.is_some() && !ctx.printer.json {
+                ctx.printer.line("")?;
+            }
+            last = Some(seen);
+            if ctx.printer.json {
+                ctx.printer.json_reply(&reply)?
+            } else {
+                print_members(&ctx.printer, reply)?
+            }
+        }
+        tokio::time::sleep(WATCH_EVERY).await;
+    }
+}
+
+/// The members without what changes at every look.
+fn without_moments(reply: &Reply) -> Reply {
+    let mut reply = reply.clone();
+    if let Reply::Members(members) = &mut reply {
+        members.iter_mut().for_each(|m| m.last_seen = m.since);
+    }
+    reply
+}
+
+fn print_members(printer: &Printer, reply: Reply) -> Outcome {
+    let Reply::Members(members) = reply else { return Err(unexpected(&reply)) };
+    let mut table = Table::new([
+        "CLOUD", "MEMBER", "STATE", "SINCE", "TRUST", ">CPUS", ">MEMORY", ">STORAGE", ">LOAD", "REGION",
+    ]);
+    for m in &members {
+        table.row([
+            m.cloud.as_ref().map_or("-".into(), ToString::to_string),
+            m.jid.to_string(),
+            m.state.clone(),
+            ago(m.since),
+            m.trust.clone(),
+            resource(m.cpus, |n| n.to_string()),
+            resource(m.memory_bytes, bytes),
+            resource(m.storage_bytes, bytes),
+            format!("{:.0} %", m.load_percent),
+            m.region.clone(),
+        ]);
+    }
+    table.print(printer)?;
+    if table.is_empty() {
+        printer.note("no other member has been seen");
+    }
+    if printer.verbose {
+        for m in &members {
+            printer.line("")?;
+            details(printer, m)?;
+        }
+    }
+    for (m, key) in members.iter().filter(|m| m.trust != "trusted").filter_map(|m| Some((m, m.key?))) {
+        printer.note(format!(
+            "{} shows the key {}, which is not trusted. If its operator confirms that: cicada identity trust {} {key}",
+            m.jid,
+            key.fingerprint(),
+            m.jid
+        ));
+    }
+    Ok(())
+}
+
+fn details(printer: &Printer, m: &MemberView) -> Outcome {
+    card(
+        printer,
+        &[
+            ("member", m.jid.to_string()),
+            ("key", m.key.map(|k| k.to_string()).unwrap_or_default()),
+            ("fingerprint", m.fingerprint.clone()),
+            ("software", m.software.clone()),
+            ("features", m.features.join(", ")),
+            ("power", m.power.clone()),
+            ("carbon", m.carbon_g_per_kwh.map(|c| format!("{c} g/kWh")).unwrap_or_default()),
+            ("price", m.price_per_hour.map(|p| format!("{p} per CPU and hour")).unwrap_or_default()),
+            ("last seen", ago(m.last_seen)),
+        ],
+    )
+}
+
+pub async fn status(ctx: &Context) -> Outcome {
+    ctx.read(&Request::Status, |printer, reply| match reply {
+        Reply::Status(status) => print_status(printer, &status),
+        other => Err(unexpected(&other)),
+    })
+    .await
+}
+
+fn print_status(printer: &Printer, s: &StatusView) -> Outcome {
+    let free = |text: String| format!("{text} free");
+    let link = if s.link == "online" { printer.good(&s.link) } else { printer.bad(&s.link) };
+    card(
+        printer,
+        &[
+            ("cloud", s.cloud.to_string()),
+            ("member", s.jid.to_string()),
+            ("key", format!("{} ({})", s.key, s.fingerprint)),
+            ("room", format!("{} ({link})", s.room)),
+            ("version", s.version.clone()),
+            ("hypervisor", format!("{} ({})", s.driver, s.accelerator)),
+            ("CPUs", free(resource(s.cpus, |n| n.to_string()))),
+            ("memory", free(resource(s.memory_bytes, bytes))),
+            ("storage", free(resource(s.storage_bytes, bytes))),
+            ("transfer", s.transfer_addresses.join(", ")),
+            ("VMs running", s.vms_running.to_string()),
+            ("moves running", s.migrations_running.to_string()),
+            ("broker's memory", bytes(s.resident_bytes)),
+        ],
+    )
+}

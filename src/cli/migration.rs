@@ -1,0 +1,116 @@
+//! `cicada migration`
+
+use clap::Subcommand;
+
+use crate::broker::interface::{Message, MigrationView, Reply, Request};
+use crate::broker::problem::Problem;
+
+use super::account;
+use super::context::Context;
+use super::format::{ago, bytes, utc};
+use super::printer::{Failure, Outcome, Printer, unexpected};
+use super::table::{Table, card};
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// List the moves that run, then those that ended
+    List,
+    /// Show a move and what it cost
+    Show {
+        /// Its id, or the beginning of it
+        id: String,
+    },
+    /// Cancel a move; possible until the VM is handed over
+    Cancel { id: String },
+    /// Follow a move until it ends
+    Watch { id: String },
+}
+
+pub async fn run(ctx: &Context, command: Command) -> Outcome {
+    match command {
+        Command::List => ctx.read(&Request::MigrationList, print_list).await,
+        Command::Show { id } => {
+            ctx.read(&Request::MigrationShow { id }, |printer, reply| match reply {
+                Reply::Migration(view) => print_view(printer, &view),
+                other => Err(unexpected(&other)),
+            })
+            .await
+        }
+        Command::Cancel { id } => {
+            ctx.ask(&Request::MigrationCancel { id: id.clone() }).await?;
+            ctx.printer.note(format!("{id} is being cancelled"));
+            Ok(())
+        }
+        Command::Watch { id } => {
+            let result = ctx.follow(&Request::MigrationWatch { id }).await;
+            end(ctx, result)
+        }
+    }
+}
+
+/// Prints the end of a migration that was followed. One that ended without a hand-over is a failure.
+pub fn end(ctx: &Context, result: Result<Reply, Problem>) -> Outcome {
+    let (view, problem) = match result {
+        Ok(Reply::Migration(view)) => {
+            let problem = view.problem.clone();
+            (view, problem)
+        }
+        Ok(other) => return Err(unexpected(&other)),
+        Err(problem) => return ctx.end(Err(problem), |_, _| Ok(())),
+    };
+    match problem {
+        None => ctx.end(Ok(Reply::Migration(view)), |printer, reply| match reply {
+            Reply::Migration(view) => account::print_end(printer, &view),
+            other => Err(unexpected(&other)),
+        }),
+        Some(problem) => {
+            if ctx.printer.json {
+                ctx.printer.json_message(&Message::Reply(Box::new(Reply::Migration(view))))?;
+            }
+            Err(Failure::Problem(problem))
+        }
+    }
+}
+
+fn print_list(printer: &Printer, reply: Reply) -> Outcome {
+    let Reply::Migrations(views) = reply else { return Err(unexpected(&reply)) };
+    let mut table = Table::new(["MIGRATION", "VM", "", "PEER", "PHASE", ">DONE", ">SENT", "STARTED"]);
+    for MigrationView { progress: p, .. } in &views {
+        table.row([
+            if printer.verbose { p.id.to_string() } else { p.id.short() },
+            p.vm.to_string(),
+            if p.role == "target" { "from".into() } else { "to".into() },
+            p.peer_cloud.as_ref().map_or_else(|| p.peer.to_string(), ToString::to_string),
+            p.phase.clone(),
+            if p.ended { "-".into() } else { format!("{:.0} %", p.fraction * 100.0) },
+            bytes(p.bytes_done),
+            ago(p.started),
+        ]);
+    }
+    if table.is_empty() {
+        printer.note("nothing has been moved yet");
+    }
+    table.print(printer)
+}
+
+fn print_view(printer: &Printer, view: &MigrationView) -> Outcome {
+    let p = &view.progress;
+    let peer = p.peer_cloud.as_ref().map_or_else(String::new, |cloud| format!("{cloud} "));
+    let problem = view.problem.as_ref();
+    card(
+        printer,
+        &[
+            ("migration", p.id.to_string()),
+            ("VM", format!("{} ({})", p.vm, p.vm_id)),
+            (if p.role == "target" { "from" } else { "to" }, format!("{peer}({})", p.peer)),
+            ("phase", p.phase.clone()),
+            ("now", if p.ended { String::new() } else { p.detail.clone() }),
+            ("started", utc(p.started)),
+            (if p.ended { "ended" } else { "last change" }, utc(p.updated)),
+            ("problem", problem.map(ToString::to_string).unwrap_or_default()),
+            ("next step", problem.map(|p| p.next_step.clone()).unwrap_or_default()),
+        ],
+    )?;
+    printer.line("")?;
+    account::print(printer, &view.account)
+}

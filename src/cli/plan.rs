@@ -1,0 +1,125 @@
+//! `cicada plan`
+
+use clap::Args;
+
+use crate::broker::interface::{Candidate, PlanView, Reason, Reply, Request, Verdict};
+
+use super::context::Context;
+use super::format::{bytes, seconds};
+use super::printer::{Outcome, Printer, unexpected};
+use super::table::Table;
+
+#[derive(Args)]
+pub struct Plan {
+    /// The VM's name or UUID
+    vm: String,
+    /// Ask only this member: a cloud's name or an address
+    #[arg(long, value_name = "CLOUD")]
+    to: Option<String>,
+}
+
+pub async fn run(ctx: &Context, args: Plan) -> Outcome {
+    ctx.read(&Request::Plan { vm: args.vm, to: args.to }, print_reply).await
+}
+
+pub fn print_reply(printer: &Printer, reply: Reply) -> Outcome {
+    match reply {
+        Reply::Plan(plan) => print_plan(printer, &plan),
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn print_plan(printer: &Printer, plan: &PlanView) -> Outcome {
+    let mut table = Table::new([
+        "CLOUD",
+        "ANSWER",
+        ">HELD",
+        ">COMPONENTS",
+        ">ROOT DELTA",
+        ">USER DATA",
+        ">TIME",
+        ">ANSWERED IN",
+    ]);
+    for c in &plan.candidates {
+        table.row([
+            name(c),
+            word(&c.verdict).into(),
+            format!("{}/{}", c.components_held, c.components_needed),
+            bytes(c.component_bytes_missing),
+            format!("≤ {}", bytes(c.root_delta_bytes_missing)),
+            format!("≤ {}", bytes(c.user_data_bytes_missing)),
+            duration(c),
+            format!("{:.0} ms", c.answer_ms),
+        ]);
+    }
+    table.print(printer)?;
+    if table.is_empty() {
+        printer.note(format!("no other member is there to take {}", plan.vm));
+    }
+    for c in &plan.candidates {
+        for r in reasons(&c.verdict) {
+            printer.line(format!("{}: {}", name(c), reason_text(r)))?;
+        }
+    }
+    Ok(())
+}
+
+/// The plan in one line: where to, what travels, how long.
+pub fn line(plan: &PlanView, c: &Candidate) -> String {
+    let missing = match c.component_bytes_missing {
+        0 => "all components are there".into(),
+        n => {
+            format!(
+                "{} of {} components are there, {} are missing",
+                c.components_held,
+                c.components_needed,
+                bytes(n)
+            )
+        }
+    };
+    let time = duration(c);
+    let time = if time == "?" { String::new() } else { format!("; {time}") };
+    let differences: String =
+        reasons(&c.verdict).iter().map(|r| format!("\n  with a difference: {}", reason_text(r))).collect();
+    format!(
+        "plan: {} to {}: {missing}, at most {} of root delta and {} of user data{time}{differences}",
+        plan.vm,
+        name(c),
+        bytes(c.root_delta_bytes_missing),
+        bytes(c.user_data_bytes_missing),
+    )
+}
+
+fn name(c: &Candidate) -> String {
+    c.cloud.as_ref().map_or_else(|| c.jid.to_string(), ToString::to_string)
+}
+
+fn word(v: &Verdict) -> &'static str {
+    match v {
+        Verdict::Yes => "yes",
+        Verdict::WithDifferences { .. } => "yes, with differences",
+        Verdict::No { .. } => "no",
+    }
+}
+
+fn reasons(v: &Verdict) -> &[Reason] {
+    match v {
+        Verdict::Yes => &[],
+        Verdict::WithDifferences { differences } => differences,
+        Verdict::No { reasons } => reasons,
+    }
+}
+
+fn reason_text(r: &Reason) -> String {
+    match r.next_step.as_str() {
+        "" => format!("{} [{}]", r.text, r.code),
+        next => format!("{} [{}]; {next}", r.text, r.code),
+    }
+}
+
+fn duration(c: &Candidate) -> String {
+    match (c.seconds_low, c.seconds_high) {
+        (Some(low), Some(high)) => format!("{} to {}", seconds(low), seconds(high)),
+        _ => "?".into(),
+    }
+}

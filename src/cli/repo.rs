@@ -1,0 +1,71 @@
+//! `cicada repo`
+
+use clap::Subcommand;
+
+use crate::broker::interface::{Reply, ReportLine, Request};
+use crate::broker::problem::{Problem, ProblemKind};
+
+use super::context::Context;
+use super::format::bytes;
+use super::printer::{Outcome, Printer, unexpected};
+use super::table::Table;
+
+/// They work without a broker too: then they open its repository themselves.
+#[derive(Subcommand)]
+pub enum Command {
+    /// What is kept, and how much it saves
+    Stats,
+    /// Read and verify everything; damaged objects are set aside
+    Check,
+    /// Remove what no name, VM or running transfer needs
+    Gc {
+        /// Only say what would be removed
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Make the index anew from the objects
+    RebuildIndex,
+}
+
+pub async fn run(ctx: &Context, command: Command) -> Outcome {
+    match command {
+        Command::Stats => ctx.read(&Request::RepoStats, print_report).await,
+        Command::Check => {
+            let result = ctx.follow(&Request::RepoCheck).await;
+            let faults = result.as_ref().map_or(0, count_faults);
+            ctx.end(result, print_report)?;
+            if faults > 0 {
+                return Err(Problem::new(
+                    ProblemKind::Damaged,
+                    "repository",
+                    format!("{faults} faults were found"),
+                )
+                .next("build or import the components again, or fetch them from a member that has them")
+                .into());
+            }
+            Ok(())
+        }
+        Command::Gc { dry_run } => ctx.work(&Request::RepoGc { dry_run }, print_report).await,
+        Command::RebuildIndex => ctx.work(&Request::RepoRebuildIndex, print_report).await,
+    }
+}
+
+fn count_faults(reply: &Reply) -> u64 {
+    let Reply::Report(lines) = reply else { return 0 };
+    lines.iter().filter(|l| !l.detail.is_empty() && l.name != "good").map(|l| l.value).sum()
+}
+
+fn print_report(printer: &Printer, reply: Reply) -> Outcome {
+    let Reply::Report(lines) = reply else { return Err(unexpected(&reply)) };
+    let mut table = Table::new(["", ">", ""]);
+    for ReportLine { name, value, unit, detail } in lines {
+        let value = match unit.as_str() {
+            "bytes" => bytes(value),
+            "percent" => format!("{value} %"),
+            "" => value.to_string(),
+            _ => format!("{value} {unit}"),
+        };
+        table.row([name, value, detail]);
+    }
+    table.print(printer)
+}

@@ -1,0 +1,184 @@
+//! `cicada vm`
+
+use clap::{Args, Subcommand};
+
+use crate::broker::interface::{Reply, Request, VmCreate, VmView};
+use crate::config::HumanDuration;
+use crate::types::{ByteSize, VmName};
+use crate::vm::PowerState;
+
+use super::console;
+use super::context::Context;
+use super::format::bytes;
+use super::printer::{Outcome, Printer, unexpected};
+use super::recipe::Ingredients;
+use super::table::{Table, card};
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Make a VM of components
+    Create(Create),
+    /// List the VMs
+    List,
+    /// Show one VM
+    Show {
+        /// Its name or UUID
+        vm: String,
+    },
+    /// Start a VM
+    Start { vm: String },
+    /// Shut a VM down
+    Stop {
+        vm: String,
+        /// Switch it off without asking the guest
+        #[arg(long)]
+        force: bool,
+        /// How long the guest may take
+        #[arg(long, default_value = "90s", value_name = "DURATION")]
+        timeout: HumanDuration,
+    },
+    /// Delete a stopped VM with its disks
+    Delete { vm: String },
+    /// Connect to a VM's console; Ctrl-] leaves it
+    Console(console::Console),
+}
+
+#[derive(Args)]
+pub struct Create {
+    /// 1 to 63 of a-z 0-9 . _ -
+    name: VmName,
+    #[command(flatten)]
+    ingredients: Ingredients,
+    /// Size of the disk for the owner's data; 0 for none
+    #[arg(long, default_value = "0", value_name = "SIZE")]
+    user_data: ByteSize,
+    #[arg(long, default_value = "512M", value_name = "SIZE")]
+    memory: ByteSize,
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    cpus: u32,
+    /// A network of the configuration to plug it into; may be repeated
+    #[arg(long = "network", value_name = "NAME")]
+    networks: Vec<String>,
+    /// Start it at once
+    #[arg(long)]
+    start: bool,
+}
+
+pub async fn run(ctx: &Context, command: Command) -> Outcome {
+    match command {
+        Command::Create(create) => ctx.work(&create.request(), print_vm).await,
+        Command::List => ctx.read(&Request::VmList, print_list).await,
+        Command::Show { vm } => ctx.read(&Request::VmShow { vm }, print_vm).await,
+        Command::Start { vm } => {
+            done(ctx, Request::VmStart { vm: vm.clone() }, format!("{vm} is started")).await
+        }
+        Command::Stop { vm, force, timeout } => {
+            // Whole seconds, and not zero of them for a short time.
+            let timeout_s = timeout.0.as_millis().div_ceil(1000) as u64;
+            done(ctx, Request::VmStop { vm: vm.clone(), force, timeout_s }, format!("{vm} is stopped")).await
+        }
+        Command::Delete { vm } => {
+            done(ctx, Request::VmDelete { vm: vm.clone() }, format!("{vm} is deleted")).await
+        }
+        Command::Console(args) => console::run(ctx, args).await,
+    }
+}
+
+impl Create {
+    fn request(self) -> Request {
+        let i = self.ingredients;
+        Request::VmCreate(VmCreate {
+            name: self.name,
+            components: i.components,
+            ordered: i.ordered,
+            root_size: i.root_size,
+            user_data_size: self.user_data,
+            memory: self.memory,
+            cpus: self.cpus,
+            networks: self.networks,
+            kernel_command_line: i.kernel_command_line,
+            start: self.start,
+        })
+    }
+}
+
+async fn done(ctx: &Context, request: Request, text: String) -> Outcome {
+    ctx.work(&request, |printer, _| {
+        printer.note(text);
+        Ok(())
+    })
+    .await
+}
+
+fn print_list(printer: &Printer, reply: Reply) -> Outcome {
+    let Reply::Vms(vms) = reply else { return Err(unexpected(&reply)) };
+    let mut table = Table::new([
+        "NAME",
+        "ID",
+        "POWER",
+        "WHERE",
+        ">CPUS",
+        ">MEMORY",
+        ">ROOT DELTA",
+        ">USER DATA",
+        "MIGRATION",
+    ]);
+    for vm in &vms {
+        table.row([
+            vm.name.to_string(),
+            if printer.verbose { vm.id.to_string() } else { vm.id.short() },
+            vm.power.to_string(),
+            place(vm),
+            vm.cpus.to_string(),
+            vm.memory.to_string(),
+            bytes(vm.root_delta_bytes),
+            bytes(vm.user_data_bytes),
+            vm.migration.map(|m| m.short()).unwrap_or_default(),
+        ]);
+    }
+    if table.is_empty() {
+        printer.note("there are no VMs; 'cicada vm create' makes one");
+    }
+    table.print(printer)
+}
+
+fn place(vm: &VmView) -> String {
+    match &vm.owner {
+        Some(owner) => format!("{} ({owner})", vm.ownership),
+        None => vm.ownership.clone(),
+    }
+}
+
+fn print_vm(printer: &Printer, reply: Reply) -> Outcome {
+    let Reply::Vm(vm) = reply else { return Err(unexpected(&reply)) };
+    let power = match vm.power {
+        PowerState::Running => printer.good("running"),
+        PowerState::Crashed => printer.bad("crashed"),
+        other => other.to_string(),
+    };
+    let nics: Vec<_> = vm.nics.iter().map(|n| format!("{} {}", n.network, n.mac)).collect();
+    let user_data = match vm.user_data_size.0 {
+        0 => "none".into(),
+        _ => format!("{}, {} in use", vm.user_data_size, bytes(vm.user_data_bytes)),
+    };
+    card(
+        printer,
+        &[
+            ("name", vm.name.to_string()),
+            ("id", vm.id.to_string()),
+            ("power", power),
+            ("where", place(&vm)),
+            ("epoch", vm.epoch.to_string()),
+            ("CPUs", vm.cpus.to_string()),
+            ("memory", vm.memory.to_string()),
+            ("networks", nics.join(", ")),
+            ("components", vm.components.join(", ")),
+            ("recipe", vm.recipe.to_string()),
+            ("root disk", format!("{}, {} of delta in use", vm.root_size, bytes(vm.root_delta_bytes))),
+            ("user data", user_data),
+            ("console", vm.console_socket.clone()),
+            ("console log", vm.console_log.clone()),
+            ("migration", vm.migration.map(|m| m.to_string()).unwrap_or_default()),
+        ],
+    )
+}

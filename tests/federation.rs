@@ -1,0 +1,314 @@
+//! The main job for real: two clouds, Prosody, QEMU, components from the distribution's packages.
+
+#[path = "federation/world.rs"]
+mod world;
+
+use cicada::broker::interface::{Event, Verdict, VmCreate};
+use cicada::broker::{ProblemKind, Reply, Request};
+use cicada::types::ByteSize;
+use world::{World, components, missing_tool, turn};
+
+const TINY: [&str; 3] = ["format-uefi-gpt", "kernel-tiny", "os-tiny"];
+
+#[test]
+fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let built = components(&TINY);
+    let world = World::start(&["alpine", "boreal"]);
+    world.push(0, &built, &built.ids);
+    let born = world.create_vm(0, "web", &built.ids, 64, true);
+    world.wait_booted(0, "web", 120);
+    world.guest(0, "web", "dd if=/dev/urandom of=/data/proof bs=1k count=300 2>/dev/null; sha256sum /data/proof >/root/sum; sync");
+
+    // Refusals before anything happens.
+    let refused = |request: Request| world.call(0, &request).unwrap_err();
+    let to = |member: &str| Request::Move { vm: "web".into(), to: Some(member.into()), dry_run: false };
+    assert_eq!(refused(to("nowhere")).kind, ProblemKind::NotFound);
+    assert_eq!(refused(to("nobody@federation.test")).kind, ProblemKind::NotFound);
+    let none = Request::Move { vm: "none".into(), to: None, dry_run: false };
+    assert_eq!(refused(none).kind, ProblemKind::NotFound);
+
+    // The plan is exact, a dry run changes nothing.
+    let plan = world.plan(0, "web");
+    assert_eq!(plan.candidates.len(), 1);
+    assert_eq!(plan.candidates[0].verdict, Verdict::Yes);
+    let whole: u64 = built.ids.iter().map(|id| built.stored_bytes(id)).sum();
+    assert_eq!(plan.candidates[0].component_bytes_missing, whole);
+    world.call(0, &Request::Move { vm: "web".into(), to: None, dry_run: true }).unwrap();
+    assert_eq!(world.vm_files(1), Vec::<std::path::PathBuf>::new());
+
+    let mut fractions = Vec::new();
+    let request = Request::Move { vm: "web".into(), to: None, dry_run: false };
+    let reply = world.call_with(0, &request, |event| {
+        if let Event::Migration(p) = event {
+            fractions.push(p.fraction);
+        }
+    });
+    let Ok(Reply::Migration(moved)) = reply else { panic!("{reply:?}\n{}\n{}", world.log(0), world.log(1)) };
+    assert!(fractions.is_sorted(), "progress runs backwards: {fractions:?}");
+    assert_eq!(fractions.last(), Some(&1.0));
+    let account = &moved.account;
+    assert_eq!((account.components_needed, account.components_held, account.components_fetched), (3, 0, 3));
+    assert!(account.component_bytes.abs_diff(whole) < 4096, "{} against {whole}", account.component_bytes);
+    assert!(account.downtime_ms.is_some());
+
+    // The same VM, there and only there.
+    world.wait_booted(1, "web", 120);
+    let there = world.vm(1, "web");
+    assert_eq!(there.spec, born.spec, "id, name, MAC, CPUs and memory are the same");
+    assert_eq!((there.epoch, there.ownership.as_str()), (2, "here"));
+    world.guest(1, "web", "sha256sum -c /root/sum");
+    let here = world.vm(0, "web");
+    assert_eq!(here.ownership, "given-up");
+    let start = world.call(0, &Request::VmStart { vm: "web".into() }).unwrap_err();
+    assert_eq!(start.kind, ProblemKind::Conflict, "{start}");
+
+    // Home again: the repository has learned, and the kept copy is the seed.
+    world.guest(1, "web", "echo away > /data/away; sync");
+    let home = world.move_vm(1, "web", "alpine");
+    assert_eq!((home.account.components_held, home.account.packs_fetched), (3, 0));
+    assert!(home.account.wire_bytes < 256 << 10, "the way home took {} bytes", home.account.wire_bytes);
+    world.wait_booted(0, "web", 120);
+    world.guest(0, "web", "sha256sum -c /root/sum && cat /data/away");
+    assert_eq!(world.vm(0, "web").epoch, 3);
+
+    // The brokers restart while the VM runs on.
+    world.guest(0, "web", "cp /proc/sys/kernel/random/boot_id /run/before");
+    let mut world = world;
+    world.stop_broker(0, true);
+    world.start_broker(0);
+    world.wait("the VM is taken over", 20, |w| w.vm(0, "web").power == cicada::vm::PowerState::Running);
+    world.guest(0, "web", "cmp /proc/sys/kernel/random/boot_id /run/before");
+}
+
+#[test]
+fn only_what_is_missing_travels() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let built = components(&[
+        "format-uefi-gpt",
+        "kernel-cloud-6.1",
+        "os-debian-12-minimal",
+        "program-redis",
+        "program-nginx",
+        "program-jq",
+    ]);
+    let [format, kernel, os, redis, nginx, jq] = built.ids[..] else { panic!("{:?}", built.ids) };
+    // Definitions are built in order of dependency, so the ids may be in another one.
+    let name = |id| built.name(&id).split('@').next().unwrap().to_owned();
+    let mut by_name: std::collections::BTreeMap<_, _> =
+        [format, kernel, os, redis, nginx, jq].into_iter().map(|id| (name(id), id)).collect();
+    let mut take = |part: &str| {
+        let key = by_name
+            .keys()
+            .find(|k| k.contains(part))
+            .cloned()
+            .unwrap_or_else(|| panic!("{part} in {by_name:?}"));
+        by_name.remove(&key).unwrap()
+    };
+    let (a, b, c) = (take("uefi"), take("redis"), take("nginx"));
+    let (g, kernel, os) = (take("jq"), take("linux"), take("debian"));
+
+    let world = World::start(&["alpine", "boreal"]);
+    world.push(0, &built, &built.ids);
+    let create = |name: &str, ids: &[cicada::types::ComponentId]| {
+        let request = Request::VmCreate(VmCreate {
+            name: name.parse().unwrap(),
+            components: ids.iter().map(ToString::to_string).collect(),
+            ordered: false,
+            root_size: ByteSize::gib(2),
+            user_data_size: ByteSize::mib(32),
+            memory: ByteSize::mib(512),
+            cpus: 1,
+            networks: vec![],
+            kernel_command_line: "console=ttyS0".into(),
+            start: false,
+        });
+        match world.call(0, &request) {
+            Ok(Reply::Vm(v)) => *v,
+            other => panic!("{other:?}\n{}", world.log(0)),
+        }
+    };
+    let fill = |vm: &cicada::broker::interface::VmView, seed: u8| {
+        // User data as a guest would leave it, of incompressible bytes.
+        let dir = world.clouds[0].dir.join("data/vms").join(vm.id.to_string()).join("disks-1/user-data.raw");
+        let file = std::fs::OpenOptions::new().write(true).open(dir).unwrap();
+        let mut bytes = vec![0u8; 4 << 20];
+        blake3::Hasher::new().update(&[seed]).finalize_xof().fill(&mut bytes);
+        std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 8 << 20).unwrap();
+    };
+    let total = |ids: &[cicada::types::ComponentId]| ids.iter().map(|id| built.stored_bytes(id)).sum::<u64>();
+    let check = |vm: &str, travels: &[cicada::types::ComponentId], needed: u32| {
+        let plan = world.plan(0, vm).candidates.remove(0);
+        assert_eq!(plan.component_bytes_missing, total(travels), "{vm}: the plan is exact");
+        let account = world.move_vm(0, vm, "boreal").account;
+        assert_eq!(account.components_needed, needed);
+        assert_eq!(account.components_held, needed - travels.len() as u32);
+        let mut names: Vec<_> = travels.iter().map(|id| built.name(id)).collect();
+        let mut fetched = account.fetched.clone();
+        names.sort();
+        fetched.sort();
+        assert_eq!(fetched, names, "{vm}: exactly these components travel");
+        let payload = total(travels) + account.user_data_bytes + account.root_delta_bytes;
+        assert!(account.component_bytes <= total(travels) + 4096);
+        // On the wire: what is missing and the user data, and at most 5 % and 256 KiB of framing.
+        assert!(
+            account.wire_bytes < payload + payload / 20 + (256 << 10),
+            "{vm}: {} bytes on the wire for {payload} of content",
+            account.wire_bytes
+        );
+        assert!((4 << 20..5 << 20).contains(&account.user_data_bytes), "{vm}: {}", account.user_data_bytes);
+        println!(
+            "{vm}: components {}, user data {}, wire {} bytes",
+            account.component_bytes, account.user_data_bytes, account.wire_bytes
+        );
+    };
+
+    // Worst case: the target holds nothing, everything travels.
+    let worst = create("worst", &[a, kernel, os, b]);
+    fill(&worst, 1);
+    check("worst", &[a, kernel, os, b], 4);
+    // Average case: the target holds {format, kernel, OS, redis}; of {format, kernel, OS, nginx, jq}
+    // only the two programs travel.
+    let average = create("average", &[a, kernel, os, c, g]);
+    fill(&average, 2);
+    check("average", &[c, g], 5);
+    // Best case: all of it was seen before, if never together; only user data travels.
+    let best = create("best", &[a, kernel, os, b, c, g]);
+    fill(&best, 3);
+    check("best", &[], 6);
+}
+
+#[test]
+fn a_cancelled_move_leaves_the_vm_running_and_nothing_behind() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let built = components(&TINY);
+    let mut world = World::start(&["alpine", "boreal"]);
+    world.stop_broker(0, false);
+    // Slow enough to be caught in the act.
+    world.configure(0, "[transfer]\nlisten = \"127.0.0.1:0\"\nbandwidth_limit = \"8Mbit\"\n");
+    world.start_broker(0);
+    world.wait("the members see each other again", 30, |w| {
+        w.members(0).iter().any(|m| m.state == "online") && w.members(1).iter().any(|m| m.state == "online")
+    });
+    world.push(0, &built, &built.ids);
+    world.create_vm(0, "web", &built.ids, 32, true);
+    world.wait_booted(0, "web", 120);
+    let socket = world.socket(0);
+    let mover = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(async {
+            let client = cicada::client::Client::connect(&socket).await.unwrap();
+            client.call(&Request::Move { vm: "web".into(), to: None, dry_run: false }, |_| {}).await
+        })
+    });
+    let staging = |w: &World| match w.call(0, &Request::MigrationList) {
+        Ok(Reply::Migrations(list)) => {
+            list.into_iter().find(|m| m.progress.phase == "stage" && m.progress.bytes_done > 0)
+        }
+        other => panic!("{other:?}"),
+    };
+    world.wait("it is being staged", 30, |w| staging(w).is_some());
+    let id = staging(&world).unwrap().progress.id;
+    let busy = world.call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: 5 }).unwrap_err();
+    assert_eq!(busy.kind, ProblemKind::Conflict);
+    world.call(0, &Request::MigrationCancel { id: id.to_string() }).unwrap();
+    let outcome = mover.join().unwrap().unwrap_err();
+    assert_eq!(outcome.kind, ProblemKind::Cancelled, "{outcome}");
+    assert_eq!(world.vm(0, "web").power, cicada::vm::PowerState::Running);
+    world.guest(0, "web", "true");
+    world.wait("nothing is left at the target", 20, |w| {
+        w.vm_files(1).is_empty() && w.status(1).cpus.free == 4 && w.vms(1).is_empty()
+    });
+    // And it can still be moved.
+    world.move_vm(0, "web", "boreal");
+}
+
+#[test]
+fn brokers_survive_bad_surroundings() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let built = components(&TINY);
+    let mut world = World::start(&["alpine", "boreal"]);
+    world.push(0, &built, &built.ids);
+
+    // A second broker on the same repository.
+    let mut second = world.spawn_broker(0);
+    assert!(!second.wait().unwrap().success());
+    assert!(world.log(0).contains("in use") || world.log(0).contains("another broker"), "{}", world.log(0));
+
+    // A recipe that cannot be.
+    let missing = world.call(
+        0,
+        &Request::RecipeCreate {
+            components: vec![built.ids[0].to_string()],
+            ordered: false,
+            root_size: ByteSize::mib(512),
+            kernel_command_line: String::new(),
+        },
+    );
+    assert_eq!(missing.unwrap_err().kind, ProblemKind::Refused);
+    let unknown = world.call(0, &Request::ComponentShow { component: "nonsense".into(), entries: false });
+    assert_eq!(unknown.unwrap_err().kind, ProblemKind::NotFound);
+
+    // A damaged pack at the target is noticed when it is needed, and fetched again.
+    world.create_vm(0, "one", &built.ids, 0, false);
+    world.move_vm(0, "one", "boreal");
+    let compositions = world.clouds[1].dir.join("data/repository/compositions");
+    for file in std::fs::read_dir(&compositions).unwrap().flatten() {
+        std::fs::remove_file(file.path()).unwrap();
+    }
+    let damaged = largest_file(&world.clouds[1].dir.join("data/repository/packs"));
+    let mut bytes = std::fs::read(&damaged).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&damaged, bytes).unwrap();
+    world.create_vm(0, "two", &built.ids, 0, false);
+    let again = world.move_vm(0, "two", "boreal");
+    assert_eq!(again.account.packs_fetched, 1, "{:?}", again.account);
+
+    // The XMPP server dies and comes back.
+    world.server(&["stop"]);
+    world.wait("the loss is noticed", 30, |w| w.status(0).link != "online");
+    let offline = world.call(0, &Request::Plan { vm: "one".into(), to: None }).unwrap_err();
+    assert_eq!(offline.kind, ProblemKind::Conflict, "given up VMs are not planned: {offline}");
+    world.server(&["restart"]);
+    world.wait("both are back", 60, |w| {
+        w.status(0).link == "online"
+            && w.members(0).iter().any(|m| m.state == "online" && m.trust == "trusted")
+            && w.members(1).iter().any(|m| m.state == "online")
+    });
+    world.move_vm(1, "two", "alpine");
+
+    // A member that dies is seen gone.
+    world.stop_broker(1, true);
+    world.wait("it is seen gone", 60, |w| w.members(0).iter().all(|m| m.state == "gone"));
+    let gone = world.call(0, &Request::Move { vm: "two".into(), to: Some("boreal".into()), dry_run: false });
+    assert_eq!(gone.unwrap_err().kind, ProblemKind::Unavailable);
+}
+
+fn largest_file(dir: &std::path::Path) -> std::path::PathBuf {
+    let mut best = (0, dir.to_owned());
+    let mut todo = vec![dir.to_owned()];
+    while let Some(dir) = todo.pop() {
+        for entry in std::fs::read_dir(dir).unwrap().flatten() {
+            let size = entry.metadata().unwrap().len();
+            if entry.path().is_dir() {
+                todo.push(entry.path());
+            } else if size > best.0 {
+                best = (size, entry.path());
+            }
+        }
+    }
+    best.1
+}

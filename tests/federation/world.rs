@@ -1,0 +1,416 @@
+//! Real clouds for tests: Prosody, broker processes, QEMU guests and components built from the
+//! distribution's packages, all below one directory that goes away with the test.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant};
+
+use cicada::broker::handle::ObjectKind;
+use cicada::broker::interface::{Event, MemberView, MigrationView, PlanView, StatusView, VmCreate, VmView};
+use cicada::broker::{Problem, Reply, Request};
+use cicada::build::{BuildOptions, build};
+use cicada::client::Client;
+use cicada::repository::Repository;
+use cicada::types::{ByteSize, ComponentId};
+use cicada::xmpp::Security;
+use cicada::xmpp::admin::Admin;
+use futures::StreamExt;
+
+const ROOM: &str = "lobby@rooms.federation.test";
+
+/// Says loudly why a test cannot run here.
+pub fn missing_tool() -> bool {
+    let tools = ["prosody", "qemu-system-x86_64", "qemu-img", "mmdebstrap", "openssl"];
+    let found = |tool: &&str| {
+        Command::new("sh")
+            .args(["-c", &format!("command -v {tool}")])
+            .stdout(Stdio::null())
+            .status()
+            .is_ok_and(|s| s.success())
+    };
+    let missing: Vec<_> = tools.iter().filter(|t| !found(t)).copied().collect();
+    let root = rustix::process::geteuid().is_root();
+    if missing.is_empty() && root {
+        return false;
+    }
+    if !root {
+        eprintln!("SKIPPED: building components needs root");
+    } else {
+        eprintln!("SKIPPED: not installed: {} (deploy/install installs them)", missing.join(", "));
+    }
+    true
+}
+
+/// Guests run in software emulation on few cores: one world at a time.
+pub fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// The components of these definition files, built once a test run and kept between runs.
+pub struct Built {
+    pub repository: Repository,
+    pub ids: Vec<ComponentId>,
+}
+
+pub fn components(files: &[&str]) -> Built {
+    static OPEN: OnceLock<Repository> = OnceLock::new();
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("components");
+    let repository =
+        OPEN.get_or_init(|| Repository::open_or_create(&dir.join("repository")).unwrap()).clone();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("components");
+    let files: Vec<PathBuf> = files.iter().map(|f| root.join(format!("{f}.toml"))).collect();
+    let options = BuildOptions { cache_dir: dir.join("cache"), keep_failed: false, rebuild: false };
+    let built = build(&repository, &files, &options, &mut |event| eprintln!("  {event:?}"))
+        .expect("components build");
+    Built { repository, ids: built.into_iter().map(|b| b.id).collect() }
+}
+
+impl Built {
+    /// Stored bytes of a component: what its worst case costs on the wire, manifest included.
+    pub fn stored_bytes(&self, id: &ComponentId) -> u64 {
+        let m = self.repository.manifest(id).unwrap();
+        let packs: u64 =
+            m.packs.iter().map(|p| self.repository.pack_stored(&p.id).unwrap().stored_size_bytes).sum();
+        packs + self.repository.manifest_stored_bytes(id).unwrap()
+    }
+
+    pub fn name(&self, id: &ComponentId) -> String {
+        let m = self.repository.manifest(id).unwrap();
+        format!("{}@{}", m.name, m.version)
+    }
+}
+
+/// Everything of one test: a directory, an XMPP server and some clouds.
+pub struct World {
+    pub dir: tempfile::TempDir,
+    port: u16,
+    pub clouds: Vec<Cloud>,
+    runtime: tokio::runtime::Runtime,
+}
+
+pub struct Cloud {
+    pub name: String,
+    pub dir: PathBuf,
+    broker: Option<Child>,
+}
+
+impl World {
+    /// Starts a server and brokers of these names, all members of one room that trust each other.
+    pub fn start(names: &[&str]) -> Self {
+        let dir = tempfile::Builder::new().prefix("cicada-").tempdir().unwrap();
+        let port = free_port();
+        let mut world =
+            Self { port, clouds: Vec::new(), runtime: tokio::runtime::Runtime::new().unwrap(), dir };
+        world.server(&[
+            "start",
+            "--accounts",
+            &format!("{},outsider", names.join(",")),
+            "--port",
+            &port.to_string(),
+        ]);
+        world.runtime.block_on(async {
+            let admin = Admin::open(world.account("admin")).await.unwrap();
+            admin.create_room("lobby").await.unwrap();
+            for name in names {
+                admin.add_member(&format!("{name}@federation.test").parse().unwrap()).await.unwrap();
+            }
+            admin.close().await;
+        });
+        for name in names {
+            let dir = world.dir.path().join(name);
+            std::fs::create_dir_all(&dir).unwrap();
+            world.clouds.push(Cloud { name: (*name).into(), dir, broker: None });
+            world.configure(world.clouds.len() - 1, "");
+            world.start_broker(world.clouds.len() - 1);
+        }
+        world.wait("all members see each other", 30, |w| {
+            (0..names.len()).all(|i| {
+                let members = w.members(i);
+                names.iter().enumerate().filter(|(j, _)| *j != i).all(|(_, n)| {
+                    members
+                        .iter()
+                        .any(|m| m.jid.as_str().starts_with(n) && m.state == "online" && m.trust == "trusted")
+                })
+            })
+        });
+        world
+    }
+
+    pub fn account(&self, name: &str) -> cicada::xmpp::Settings {
+        let dir = self.dir.path().join("xmpp");
+        let password = std::fs::read_to_string(dir.join(format!("accounts/{name}.password"))).unwrap();
+        cicada::xmpp::Settings {
+            jid: format!("{name}@federation.test").parse().unwrap(),
+            password: password.trim().into(),
+            server: Some(format!("127.0.0.1:{}", self.port)),
+            security: Security::DirectTls,
+            ca_file: Some(dir.join("ca.crt")),
+            room: Some(ROOM.into()),
+            nick: name.parse().unwrap(),
+        }
+    }
+
+    /// `deploy/xmpp/server VERB DIR …`
+    pub fn server(&self, arguments: &[&str]) {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/xmpp/server");
+        let (verb, rest) = arguments.split_first().unwrap();
+        let status =
+            Command::new(script).arg(verb).arg(self.dir.path().join("xmpp")).args(rest).status().unwrap();
+        assert!(status.success(), "server {arguments:?}");
+    }
+
+    /// Writes a cloud's configuration, with `extra` appended.
+    pub fn configure(&self, cloud: usize, extra: &str) {
+        let c = &self.clouds[cloud];
+        let (name, xmpp, port) = (&c.name, self.dir.path().join("xmpp"), self.port);
+        let (data, xmpp) = (c.dir.join("data").display().to_string(), xmpp.display());
+        let text = format!(
+            "[cloud]\nname = \"{name}\"\ndata_dir = \"{data}\"\n\
+             [xmpp]\njid = \"{name}@federation.test\"\npassword_file = \"{xmpp}/accounts/{name}.password\"\n\
+             server = \"127.0.0.1:{port}\"\nca_file = \"{xmpp}/ca.crt\"\nroom = \"{ROOM}\"\n\
+             [hypervisor]\ncpus = 4\nmemory = \"2G\"\n[[network]]\nname = \"lan\"\nkind = \"user\"\n\
+             [trust]\ntrust_on_first_use = true\n{extra}\n"
+        );
+        let transfer =
+            if extra.contains("[transfer]") { "" } else { "[transfer]\nlisten = \"127.0.0.1:0\"\n" };
+        std::fs::write(c.dir.join("federation.toml"), text + transfer).unwrap();
+    }
+
+    pub fn spawn_broker(&self, cloud: usize) -> Child {
+        let c = &self.clouds[cloud];
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(c.dir.join("log")).unwrap();
+        Command::new(env!("CARGO_BIN_EXE_cicada"))
+            .args(["--config", &c.dir.join("federation.toml").display().to_string(), "broker"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap()
+    }
+
+    pub fn start_broker(&mut self, cloud: usize) {
+        self.clouds[cloud].broker = Some(self.spawn_broker(cloud));
+        self.wait("the broker answers", 30, |w| w.call(cloud, &Request::Status).is_ok());
+    }
+
+    /// Ends a broker: with TERM, or as a crash.
+    pub fn stop_broker(&mut self, cloud: usize, crash: bool) {
+        let Some(mut child) = self.clouds[cloud].broker.take() else { return };
+        if crash {
+            child.kill().unwrap();
+        } else {
+            let pid = rustix::process::Pid::from_child(&child);
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        }
+        child.wait().unwrap();
+    }
+
+    pub fn socket(&self, cloud: usize) -> PathBuf {
+        self.clouds[cloud].dir.join("data/cicada.sock")
+    }
+
+    pub fn log(&self, cloud: usize) -> String {
+        std::fs::read_to_string(self.clouds[cloud].dir.join("log")).unwrap_or_default()
+    }
+
+    pub fn call(&self, cloud: usize, request: &Request) -> Result<Reply, Problem> {
+        self.call_with(cloud, request, |_| {})
+    }
+
+    pub fn call_with(
+        &self,
+        cloud: usize,
+        request: &Request,
+        on_event: impl FnMut(Event),
+    ) -> Result<Reply, Problem> {
+        let socket = self.socket(cloud);
+        self.runtime.block_on(async { Client::connect(&socket).await?.call(request, on_event).await })
+    }
+
+    pub fn members(&self, cloud: usize) -> Vec<MemberView> {
+        match self.call(cloud, &Request::Members) {
+            Ok(Reply::Members(m)) => m,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn status(&self, cloud: usize) -> StatusView {
+        match self.call(cloud, &Request::Status) {
+            Ok(Reply::Status(s)) => s,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn vms(&self, cloud: usize) -> Vec<VmView> {
+        match self.call(cloud, &Request::VmList) {
+            Ok(Reply::Vms(v)) => v,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn vm(&self, cloud: usize, name: &str) -> VmView {
+        match self.call(cloud, &Request::VmShow { vm: name.into() }) {
+            Ok(Reply::Vm(v)) => *v,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn plan(&self, cloud: usize, vm: &str) -> PlanView {
+        match self.call(cloud, &Request::Plan { vm: vm.into(), to: None }) {
+            Ok(Reply::Plan(p)) => p,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Moves a VM and returns the account.
+    pub fn move_vm(&self, cloud: usize, vm: &str, to: &str) -> MigrationView {
+        let request = Request::Move { vm: vm.into(), to: Some(to.into()), dry_run: false };
+        match self.call(cloud, &request) {
+            Ok(Reply::Migration(m)) => *m,
+            other => panic!("{other:?}\n--- source log\n{}", self.log(cloud)),
+        }
+    }
+
+    /// Puts components into a cloud's repository, as `component build` does.
+    pub fn push(&self, cloud: usize, built: &Built, ids: &[ComponentId]) {
+        let socket = self.socket(cloud);
+        self.runtime.block_on(async {
+            let client = Client::connect(&socket).await.unwrap();
+            for id in ids {
+                let manifest = built.repository.manifest(id).unwrap();
+                for pack in &manifest.packs {
+                    let stored = built.repository.pack_stored(&pack.id).unwrap();
+                    let file = tokio::fs::File::from_std(stored.file);
+                    let body = tokio_util::io::ReaderStream::with_capacity(file, 256 << 10).boxed();
+                    client
+                        .put_object(ObjectKind::Pack, pack.id.0, stored.stored_size_bytes, body)
+                        .await
+                        .unwrap();
+                }
+                let bytes = built.repository.manifest_bytes(id).unwrap();
+                let size = bytes.len() as u64;
+                let body = futures::stream::iter([Ok(bytes.into())]).boxed();
+                client.put_object(ObjectKind::Manifest, id.0, size, body).await.unwrap();
+                client.call(&Request::ComponentBind { id: *id }, |_| {}).await.unwrap();
+            }
+        });
+    }
+
+    pub fn create_vm(
+        &self,
+        cloud: usize,
+        name: &str,
+        ids: &[ComponentId],
+        user_data_mib: u64,
+        start: bool,
+    ) -> VmView {
+        let request = Request::VmCreate(VmCreate {
+            name: name.parse().unwrap(),
+            components: ids.iter().map(ToString::to_string).collect(),
+            ordered: false,
+            root_size: ByteSize::mib(512),
+            user_data_size: ByteSize::mib(user_data_mib),
+            memory: ByteSize::mib(256),
+            cpus: 1,
+            networks: vec!["lan".into()],
+            kernel_command_line: "console=ttyS0 quiet".into(),
+            start,
+        });
+        match self.call(cloud, &request) {
+            Ok(Reply::Vm(v)) => *v,
+            other => panic!("{other:?}\n{}", self.log(cloud)),
+        }
+    }
+
+    /// Waits for the guest's own ready line.
+    pub fn wait_booted(&self, cloud: usize, vm: &str, seconds: u64) {
+        let log = self.vm(cloud, vm).console_log;
+        self.wait("the guest is ready", seconds, |_| {
+            std::fs::read(&log).is_ok_and(|text| {
+                text.windows(cicada::broker::READY_LINE.len())
+                    .any(|w| w == cicada::broker::READY_LINE.as_bytes())
+            })
+        });
+    }
+
+    pub fn wait(&self, what: &str, seconds: u64, condition: impl Fn(&Self) -> bool) {
+        let begun = Instant::now();
+        while !condition(self) {
+            if begun.elapsed() > Duration::from_secs(seconds) {
+                let logs: Vec<_> = (0..self.clouds.len()).map(|i| self.log(i)).collect();
+                panic!("not within {seconds} s: {what}\n{}", logs.join("\n---\n"));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Types a command at the guest's console and returns what it printed until the marker.
+    pub fn guest(&self, cloud: usize, vm: &str, command: &str) -> String {
+        let mut console = UnixStream::connect(self.vm(cloud, vm).console_socket).unwrap();
+        console.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        // The echo of the command must not look like its end.
+        console.write_all(format!("\n{command}; echo mark''er-$?\n").as_bytes()).unwrap();
+        let (mut seen, begun) = (Vec::new(), Instant::now());
+        while begun.elapsed() < Duration::from_secs(60) {
+            let mut buffer = [0; 4096];
+            if let Ok(n) = console.read(&mut buffer) {
+                seen.extend_from_slice(&buffer[..n]);
+            }
+            let text = String::from_utf8_lossy(&seen).into_owned();
+            if let Some(end) = text.find("marker-") {
+                let Some(code) = text[end..].strip_prefix("marker-").and_then(|t| t.chars().next()) else {
+                    continue;
+                };
+                assert_eq!(code, '0', "failed in the guest: {text}");
+                return text[..end].to_owned();
+            }
+        }
+        panic!("the guest does not answer: {}", String::from_utf8_lossy(&seen));
+    }
+
+    /// Files below a cloud's VM directories, without what a running VM has.
+    pub fn vm_files(&self, cloud: usize) -> Vec<PathBuf> {
+        let mut out = Vec::new();
+        let mut todo = vec![self.clouds[cloud].dir.join("data/vms")];
+        while let Some(dir) = todo.pop() {
+            for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+                if entry.path().is_dir() { todo.push(entry.path()) } else { out.push(entry.path()) }
+            }
+        }
+        out
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        for cloud in 0..self.clouds.len() {
+            for vm in self.clouds[cloud]
+                .broker
+                .is_some()
+                .then(|| self.call(cloud, &Request::VmList))
+                .into_iter()
+                .flatten()
+            {
+                let Reply::Vms(vms) = vm else { continue };
+                for vm in vms.iter().filter(|v| v.ownership == "here") {
+                    let _ = self
+                        .call(cloud, &Request::VmStop { vm: vm.name.to_string(), force: true, timeout_s: 5 });
+                }
+            }
+            self.stop_broker(cloud, false);
+        }
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/xmpp/server");
+        let _ = Command::new(script).arg("stop").arg(self.dir.path().join("xmpp")).status();
+        // Guests of a test that failed half-way.
+        let _ = Command::new("pkill").args(["-9", "-f", &self.dir.path().display().to_string()]).status();
+    }
+}
+
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
