@@ -52,7 +52,10 @@ fn main() -> ExitCode {
     hot.print("packs in plain form");
 
     let ratio = hot.ratio();
-    println!("compose / cp --sparse=always: {ratio:.2} (limit {RATIO_MAX}); packs compressed only: {:.2}", cold.ratio());
+    println!(
+        "compose / cp --sparse=always: {ratio:.2} (limit {RATIO_MAX}); packs compressed only: {:.2}",
+        cold.ratio()
+    );
     if ratio <= RATIO_MAX { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
@@ -71,8 +74,12 @@ impl Rounds {
     /// The median of the ratios of each round. `cp` does not wait for the disk, so neither side's
     /// waiting counts; hashing the image does.
     fn ratio(&self) -> f64 {
-        let mut ratios: Vec<f64> =
-            self.compose.iter().zip(&self.copy).map(|(a, b)| work(a).as_secs_f64() / b.as_secs_f64()).collect();
+        let mut ratios: Vec<f64> = self
+            .compose
+            .iter()
+            .zip(&self.copy)
+            .map(|(a, b)| work(a).as_secs_f64() / b.as_secs_f64())
+            .collect();
         ratios.sort_by(f64::total_cmp);
         ratios[ratios.len() / 2]
     }
@@ -82,7 +89,11 @@ impl Rounds {
         for (t, copy) in self.compose.iter().zip(&self.copy) {
             println!(
                 "  plan {:>7.1?}  place {:>7.1?}  write and hash {:>7.1?}  = {:>7.1?}  (then sync {:>7.1?})  cp {copy:>7.1?}",
-                t.plan, t.place, t.write, work(t), t.sync
+                t.plan,
+                t.place,
+                t.write,
+                work(t),
+                t.sync
             );
         }
     }
@@ -162,13 +173,24 @@ fn add_pack(repository: &Repository, m: &mut Manifest, package: &str, files: &[(
         for (at, _) in path.match_indices('/') {
             let path = path.as_bytes()[..at].to_vec();
             if !m.entries.iter().any(|e| e.path == path) {
-                m.entries.push(Entry { path, meta: meta(0o755), xattrs: Vec::new(), kind: EntryKind::Directory });
+                m.entries.push(Entry {
+                    path,
+                    meta: meta(0o755),
+                    xattrs: Vec::new(),
+                    kind: EntryKind::Directory,
+                });
             }
         }
         let content = text(seed << 20 | i as u64, *size_bytes as usize);
         let (offset_bytes, hash) = writer.append(&mut &content[..], *size_bytes).expect("to append");
-        let kind = EntryKind::File { size_bytes: *size_bytes, hash, pack: m.packs.len() as u32, offset_bytes };
-        m.entries.push(Entry { path: path.clone().into_bytes(), meta: meta(0o644), xattrs: Vec::new(), kind });
+        let kind =
+            EntryKind::File { size_bytes: *size_bytes, hash, pack: m.packs.len() as u32, offset_bytes };
+        m.entries.push(Entry {
+            path: path.clone().into_bytes(),
+            meta: meta(0o644),
+            xattrs: Vec::new(),
+            kind,
+        });
     }
     let (id, size_bytes) = writer.finish().expect("a pack").expect("content");
     m.packs.push(PackRef { id, size_bytes, package: package.into(), package_version: "1".into() });
