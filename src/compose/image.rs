@@ -39,6 +39,15 @@ pub struct PendingImage {
     pub timing: Timing,
 }
 
+/// How plain copies of packs are used. They were verified when they were made, which may be long ago.
+#[derive(Clone, Copy, Debug)]
+pub struct PlainCopies {
+    /// Their blocks can be shared with the image, so one is made of every pack.
+    pub clones: bool,
+    /// Read them through before, and unpack anew what is damaged: for when no expected digest tells.
+    pub verified: bool,
+}
+
 /// Where the time of a composition went.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timing {
@@ -56,12 +65,12 @@ pub struct Timing {
 pub fn write(
     repository: &Repository,
     plan: &Plan,
-    clones: bool,
+    copies: PlainCopies,
     progress: Progress<'_>,
 ) -> Result<PendingImage, ComposeError> {
     let dir = repository.temporary_dir();
-    let writer = Writer { repository, plan, dir, progress, done_bytes: AtomicU64::new(0) };
-    let new_bytes = if clones { plan.metadata_bytes() } else { plan.data_bytes() };
+    let writer = Writer { repository, plan, copies, dir, progress, done_bytes: AtomicU64::new(0) };
+    let new_bytes = if copies.clones { plan.metadata_bytes() } else { plan.data_bytes() };
     writer.require_space(new_bytes)?;
     let target = dir.join("composition");
     let mut pending = PendingFile::create(&target).map_err(|e| writer.error("create", &target, e))?;
@@ -70,7 +79,7 @@ pub fn write(
     image.set_len(plan.virtual_size_bytes).map_err(|e| writer.error("size", &path, e))?;
 
     let begun = Instant::now();
-    let mut pieces = writer.place_packs(image, &path, clones)?;
+    let mut pieces = writer.place_packs(image, &path)?;
     let place = begun.elapsed();
 
     let begun = Instant::now();
@@ -122,6 +131,7 @@ enum Source<'a> {
 struct Writer<'a> {
     repository: &'a Repository,
     plan: &'a Plan,
+    copies: PlainCopies,
     dir: &'a Path,
     progress: Progress<'a>,
     done_bytes: AtomicU64,
@@ -129,7 +139,7 @@ struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     /// Brings every pack's extents into the image, or says from which file they can be read.
-    fn place_packs(&self, image: &File, path: &Path, clones: bool) -> Result<Vec<Piece<'a>>, ComposeError> {
+    fn place_packs(&self, image: &File, path: &Path) -> Result<Vec<Piece<'a>>, ComposeError> {
         let mut by_pack: HashMap<PackId, Vec<Extent>> = HashMap::new();
         for extent in &self.plan.extents {
             by_pack.entry(extent.pack).or_default().push(*extent);
@@ -141,8 +151,8 @@ impl<'a> Writer<'a> {
         let pieces: Vec<Vec<Piece<'a>>> = packs
             .par_iter()
             .enumerate()
-            .map(|(i, (id, extents))| match self.plain_copy(id, clones)? {
-                Some(pack) if clones => Ok(clone_extents(pack, extents, image)),
+            .map(|(i, (id, extents))| match self.plain_copy(id)? {
+                Some(pack) if self.copies.clones => Ok(clone_extents(pack, extents, image)),
                 Some(pack) if i < OPEN_PACKS_MAX => Ok(from_pack(&Arc::new(pack), extents)),
                 Some(pack) => {
                     copy_extents(&pack, extents, image).map_err(|e| self.error("write", path, e))?;
@@ -158,12 +168,16 @@ impl<'a> Writer<'a> {
     }
 
     /// Only where blocks can be shared is a plain copy worth making; one that is there is used.
-    fn plain_copy(&self, id: &PackId, clones: bool) -> Result<Option<File>, ComposeError> {
-        if clones {
-            Ok(Some(self.repository.hot_pack(id)?))
-        } else {
-            Ok(self.repository.held_hot_pack(id)?)
+    fn plain_copy(&self, id: &PackId) -> Result<Option<File>, ComposeError> {
+        let held = self.repository.held_hot_pack(id)?;
+        if let Some(pack) = held {
+            if !self.copies.verified || is_pack(&pack, id).map_err(|e| self.error("read", self.dir, e))? {
+                return Ok(Some(pack));
+            }
+            tracing::warn!(pack = %id, "its plain copy is damaged: run `cicada repo check`; unpacking it anew");
+            return Ok(None);
         }
+        if self.copies.clones { Ok(Some(self.repository.hot_pack(id)?)) } else { Ok(None) }
     }
 
     /// Unpacks a pack once, every run to all places it belongs to. The pack is verified on the way.
@@ -313,6 +327,12 @@ fn clone_extents<'a>(pack: File, extents: &[Extent], image: &File) -> Vec<Piece<
         pieces.extend(if cloned.is_ok() { in_image(one) } else { from_pack(&pack, one) });
     }
     pieces
+}
+
+fn is_pack(mut file: &File, id: &PackId) -> io::Result<bool> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(&mut file)?;
+    Ok(PackId(hasher.finalize().into()) == *id)
 }
 
 fn copy_extents(pack: &File, extents: &[Extent], image: &File) -> io::Result<()> {

@@ -28,7 +28,7 @@ pub use export::ImageFormat;
 pub use image::{Progress, Timing};
 pub use plan::{Extent, Plan};
 
-use image::PendingImage;
+use image::{PendingImage, PlainCopies};
 
 /// Names the layout. A recipe of another composer would give another disk and is refused.
 pub const COMPOSER: &str = "cicada-ext4/1";
@@ -114,7 +114,7 @@ impl Composer {
             return Ok((known.id(), known));
         }
         let plan = plan::plan(&tree, &recipe.disk)?;
-        let mut pending = self.write(&plan, progress)?;
+        let mut pending = self.write(&plan, true, progress)?;
         pending.timing.plan = begun.elapsed().saturating_sub(pending.timing.place + pending.timing.write);
         recipe.image_digest = pending.digest.digest;
         let id = self.repository.put_recipe(&recipe)?;
@@ -152,7 +152,11 @@ impl Composer {
         let planning = Instant::now();
         let plan = self.plan(&recipe)?;
         let plan_time = planning.elapsed();
-        let pending = self.write(&plan, progress)?;
+        let mut pending = self.write(&plan, false, progress)?;
+        if pending.digest.digest != digest {
+            // A plain copy may be damaged: once more, looking closely.
+            pending = self.write(&plan, true, progress)?;
+        }
         let found = pending.digest.digest;
         if found != digest {
             let composer = recipe.composer;
@@ -249,10 +253,15 @@ impl Composer {
         Ok(None)
     }
 
-    fn write(&self, plan: &Plan, progress: Progress<'_>) -> Result<PendingImage, ComposeError> {
-        let clones =
-            *self.shared.clones.get_or_init(|| reflink::is_possible(self.repository.temporary_dir()));
-        image::write(&self.repository, plan, clones, progress)
+    fn write(
+        &self,
+        plan: &Plan,
+        verified: bool,
+        progress: Progress<'_>,
+    ) -> Result<PendingImage, ComposeError> {
+        let dir = self.repository.temporary_dir();
+        let clones = *self.shared.clones.get_or_init(|| reflink::is_possible(dir));
+        image::write(&self.repository, plan, PlainCopies { clones, verified }, progress)
     }
 
     fn keep(&self, pending: PendingImage, id: &RecipeId) -> Result<Timing, ComposeError> {

@@ -369,6 +369,21 @@ fn a_damaged_pack_is_named_and_nothing_is_left() {
 }
 
 #[test]
+fn damaged_plain_copies_do_not_spoil_a_disk() {
+    let world = World::new();
+    let set = world.set();
+    let pack = world.repository.manifest(&set[0]).unwrap().packs[1].id;
+    world.repository.hot_pack(&pack).unwrap();
+    let hot = file_named(&world.repository.dir().join("hot"), &pack.to_string()).unwrap();
+    OpenOptions::new().write(true).open(hot).unwrap().write_all_at(b"damage", 4000).unwrap();
+    let (id, recipe) = world.composer.make_recipe(&set, false, SIZE, COMMAND_LINE).unwrap();
+    assert_eq!(recipe.image_digest.to_string(), GOLDEN_DIGEST);
+    world.composer.remove(&id).unwrap();
+    world.composer.composition(&id).unwrap();
+    world.composer.verify(&id).unwrap();
+}
+
+#[test]
 fn a_recipe_that_promises_another_disk_is_not_kept() {
     let world = World::new();
     let (_, recipe) = world.composer.make_recipe(&world.set(), false, SIZE, "").unwrap();
