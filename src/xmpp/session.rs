@@ -88,7 +88,8 @@ pub fn connect(settings: Settings) -> std::io::Result<(Handle, mpsc::Receiver<Xm
     let (events, outbox) = mpsc::channel(EVENTS_DEPTH);
     let (presence, wanted) = watch::channel(None);
     let (troubles, told) = mpsc::unbounded_channel();
-    let stream = link::stanza_stream(connector, me.clone(), settings.password, troubles);
+    let ready = link::Ready::default();
+    let stream = link::stanza_stream(connector, me.clone(), settings.password, ready.clone(), troubles);
     let session = Session {
         me,
         occupant,
@@ -100,6 +101,7 @@ pub fn connect(settings: Settings) -> std::io::Result<(Handle, mpsc::Receiver<Xm
         announcer: Announcer::default(),
         started: Instant::now(),
         occupants: HashMap::new(),
+        ready,
         bound: false,
         pinged: Instant::now(),
         answering: Arc::default(),
@@ -141,6 +143,8 @@ struct Session {
     started: Instant,
     /// Members in the room with their sessions, by resource. Nobody else may ask us anything.
     occupants: HashMap<MemberJid, HashMap<String, Presence>>,
+    /// Tells the link that its connection became a session.
+    ready: link::Ready,
     /// Whether there ever was a session.
     bound: bool,
     pinged: Instant,
@@ -200,6 +204,7 @@ impl Session {
     async fn stream_event(&mut self, event: StreamEvent) {
         match event {
             StreamEvent::Reset { .. } => {
+                self.ready.store(true, Ordering::SeqCst);
                 // Before the first session nothing was under way: it is sent now.
                 if std::mem::replace(&mut self.bound, true) {
                     self.pending.abandon();
@@ -212,6 +217,7 @@ impl Session {
             }
             StreamEvent::Suspended => tracing::info!("XMPP connection lost; trying to resume"),
             StreamEvent::Resumed => {
+                self.ready.store(true, Ordering::SeqCst);
                 tracing::info!("XMPP session resumed");
                 // It took so long that everybody was declared absent.
                 if matches!(self.place, Place::Offline) {
