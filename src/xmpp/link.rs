@@ -145,7 +145,7 @@ impl Backoff {
     /// as the other waits: a life counts as long only well beyond the last wait.
     fn after_life(&mut self, lived: Duration) -> Duration {
         let last = if self.short_lives == 0 { Duration::ZERO } else { nth_wait(self.short_lives) };
-        if lived >= SHORT_LIFE.max(2 * last) {
+        if lived >= SHORT_LIFE.max(4 * last) {
             self.short_lives = 0;
             return Duration::ZERO;
         }
