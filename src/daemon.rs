@@ -37,23 +37,26 @@ const EXIT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Runs a broker until a signal or a shutdown request ends it.
 pub async fn run(config: Config) -> Result<(), Problem> {
-    let failed = |object: &str, e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, object, e);
+    let failed =
+        |object: &str, e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, object, e);
     std::fs::create_dir_all(&config.cloud.data_dir).map_err(|e| failed("data directory", &e))?;
-    let key = config::load_or_create_identity(&config.cloud.data_dir)
-        .map_err(|e| failed("identity", &e))?;
+    let key = config::load_or_create_identity(&config.cloud.data_dir).map_err(|e| failed("identity", &e))?;
     let password = config.xmpp.password().map_err(|e| failed("configuration", &e))?;
     let records = Records::open(&config.cloud.data_dir).map_err(|e| failed("records", &e))?;
     let repository =
         Repository::open_or_create(&config.repository.dir).map_err(|e| content::repository_problem(&e))?;
-    repository.set_hot_limit(config.repository.hot_cache_size.0).map_err(|e| content::repository_problem(&e))?;
+    repository
+        .set_hot_limit(config.repository.hot_cache_size.0)
+        .map_err(|e| content::repository_problem(&e))?;
     let driver: Arc<dyn Driver> = Arc::new(open_driver(&config).await?);
 
     let tickets = Arc::new(Tickets::default());
     let store = Arc::new(Store { repository: repository.clone(), tickets: tickets.clone() });
     let limiter = Limiter::new(config.transfer.bandwidth_limit_bytes_per_s);
-    let endpoint = Endpoint::bind(config.transfer.listen, &key, tickets.clone(), store, limiter).map_err(|e| {
-        failed("transfer", &e).next("stop the other broker, or set transfer.listen to a free port")
-    })?;
+    let endpoint =
+        Endpoint::bind(config.transfer.listen, &key, tickets.clone(), store, limiter).map_err(|e| {
+            failed("transfer", &e).next("stop the other broker, or set transfer.listen to a free port")
+        })?;
 
     let (session, room_events) = xmpp::connect(xmpp_settings(&config, password.expose().to_owned()))
         .map_err(|e| failed("XMPP", &e).next("see the section [xmpp] of federation.toml"))?;
@@ -79,7 +82,8 @@ pub async fn run(config: Config) -> Result<(), Problem> {
     });
     let announcer = session.clone();
     let announce = move |broker: &Broker| announcer.set_presence(presence(broker));
-    let broker = Broker::open(shared.clone(), members, Box::new(announce)).map_err(|e| failed("records", &e))?;
+    let broker =
+        Broker::open(shared.clone(), members, Box::new(announce)).map_err(|e| failed("records", &e))?;
 
     let listener = crate::api::bind(&socket).await?;
     let (stop_api, api_stopped) = tokio::sync::watch::channel(false);
@@ -114,7 +118,8 @@ async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
     }
     qemu.networks = config.networks.iter().map(|n| (n.name.clone(), network(&n.kind))).collect();
     QemuDriver::open(qemu).await.map_err(|e| {
-        Problem::from_error(ProblemKind::Missing, "hypervisor", &e).next("deploy/install installs what is needed")
+        Problem::from_error(ProblemKind::Missing, "hypervisor", &e)
+            .next("deploy/install installs what is needed")
     })
 }
 
@@ -272,7 +277,11 @@ struct BrokerService {
 }
 
 impl Service for BrokerService {
-    fn call(&self, request: Request, events: mpsc::Sender<Event>) -> BoxFuture<'static, Result<Reply, Problem>> {
+    fn call(
+        &self,
+        request: Request,
+        events: mpsc::Sender<Event>,
+    ) -> BoxFuture<'static, Result<Reply, Problem>> {
         let inbox = self.inbox.clone();
         async move {
             let stopping = || Problem::new(ProblemKind::Unavailable, "broker", "is shutting down");
@@ -294,7 +303,11 @@ impl Service for BrokerService {
         async move { put_object(repository, kind, id, size_bytes, body).await }.boxed()
     }
 
-    fn has_objects(&self, kind: ObjectKind, ids: Vec<Hash>) -> BoxFuture<'static, Result<Vec<bool>, Problem>> {
+    fn has_objects(
+        &self,
+        kind: ObjectKind,
+        ids: Vec<Hash>,
+    ) -> BoxFuture<'static, Result<Vec<bool>, Problem>> {
         let repository = self.repository.clone();
         async move {
             let held = tokio::task::spawn_blocking(move || {

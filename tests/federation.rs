@@ -104,7 +104,11 @@ fn only_what_is_missing_travels() {
     let mut by_name: std::collections::BTreeMap<_, _> =
         [format, kernel, os, redis, nginx, jq].into_iter().map(|id| (name(id), id)).collect();
     let mut take = |part: &str| {
-        let key = by_name.keys().find(|k| k.contains(part)).cloned().unwrap_or_else(|| panic!("{part} in {by_name:?}"));
+        let key = by_name
+            .keys()
+            .find(|k| k.contains(part))
+            .cloned()
+            .unwrap_or_else(|| panic!("{part} in {by_name:?}"));
         by_name.remove(&key).unwrap()
     };
     let (a, b, c) = (take("uefi"), take("redis"), take("nginx"));
@@ -159,7 +163,10 @@ fn only_what_is_missing_travels() {
             account.wire_bytes
         );
         assert!((4 << 20..5 << 20).contains(&account.user_data_bytes), "{vm}: {}", account.user_data_bytes);
-        println!("{vm}: components {}, user data {}, wire {} bytes", account.component_bytes, account.user_data_bytes, account.wire_bytes);
+        println!(
+            "{vm}: components {}, user data {}, wire {} bytes",
+            account.component_bytes, account.user_data_bytes, account.wire_bytes
+        );
     };
 
     // Worst case: the target holds nothing, everything travels.
@@ -204,7 +211,9 @@ fn a_cancelled_move_leaves_the_vm_running_and_nothing_behind() {
         })
     });
     let staging = |w: &World| match w.call(0, &Request::MigrationList) {
-        Ok(Reply::Migrations(list)) => list.into_iter().find(|m| m.progress.phase == "stage" && m.progress.bytes_done > 0),
+        Ok(Reply::Migrations(list)) => {
+            list.into_iter().find(|m| m.progress.phase == "stage" && m.progress.bytes_done > 0)
+        }
         other => panic!("{other:?}"),
     };
     world.wait("it is being staged", 30, |w| staging(w).is_some());
@@ -239,12 +248,15 @@ fn brokers_survive_bad_surroundings() {
     assert!(world.log(0).contains("in use") || world.log(0).contains("another broker"), "{}", world.log(0));
 
     // A recipe that cannot be.
-    let missing = world.call(0, &Request::RecipeCreate {
-        components: vec![built.ids[0].to_string()],
-        ordered: false,
-        root_size: ByteSize::mib(512),
-        kernel_command_line: String::new(),
-    });
+    let missing = world.call(
+        0,
+        &Request::RecipeCreate {
+            components: vec![built.ids[0].to_string()],
+            ordered: false,
+            root_size: ByteSize::mib(512),
+            kernel_command_line: String::new(),
+        },
+    );
     assert_eq!(missing.unwrap_err().kind, ProblemKind::Refused);
     let unknown = world.call(0, &Request::ComponentShow { component: "nonsense".into(), entries: false });
     assert_eq!(unknown.unwrap_err().kind, ProblemKind::NotFound);
@@ -272,7 +284,8 @@ fn brokers_survive_bad_surroundings() {
     assert_eq!(offline.kind, ProblemKind::Conflict, "given up VMs are not planned: {offline}");
     world.server(&["restart"]);
     world.wait("both are back", 60, |w| {
-        w.status(0).link == "online" && w.members(0).iter().any(|m| m.state == "online" && m.trust == "trusted")
+        w.status(0).link == "online"
+            && w.members(0).iter().any(|m| m.state == "online" && m.trust == "trusted")
             && w.members(1).iter().any(|m| m.state == "online")
     });
     world.move_vm(1, "two", "alpine");
@@ -298,4 +311,51 @@ fn largest_file(dir: &std::path::Path) -> std::path::PathBuf {
         }
     }
     best.1
+}
+
+#[test]
+fn a_full_disk_at_the_target_ends_the_move_cleanly() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let built = components(&TINY);
+    let mut world = World::start(&["alpine", "boreal"]);
+    world.push(0, &built, &built.ids);
+    world.create_vm(0, "web", &built.ids, 0, false);
+    world.stop_broker(1, false);
+    let repository = world.clouds[1].dir.join("data/repository");
+    std::fs::remove_dir_all(&repository).unwrap();
+    let Some(_small) = SmallDisk::mount(&repository, 8) else {
+        eprintln!("SKIPPED: a small file system cannot be mounted here");
+        return;
+    };
+    world.start_broker(1);
+    world.wait("the members see each other again", 30, |w| {
+        w.members(0).iter().any(|m| m.state == "online") && w.members(1).iter().any(|m| m.state == "online")
+    });
+    let problem = world.call(0, &Request::Move { vm: "web".into(), to: None, dry_run: false }).unwrap_err();
+    assert!(problem.reason.contains("no space left") && problem.reason.contains("needed"), "{problem}");
+    let vm = world.vm(0, "web");
+    assert_eq!((vm.ownership.as_str(), vm.epoch), ("here", 1));
+    world.wait("nothing is left at the target", 20, |w| w.vm_files(1).is_empty() && w.status(1).cpus.free == 4);
+    world.call(0, &Request::VmStart { vm: "web".into() }).unwrap();
+}
+
+/// A file system of a few MiB, as long as it is held.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(at: &std::path::Path, size_mib: u32) -> Option<Self> {
+        std::fs::create_dir_all(at).unwrap();
+        let options = format!("size={size_mib}m,mode=700");
+        let mounted = std::process::Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).status();
+        mounted.is_ok_and(|s| s.success()).then(|| Self(at.to_owned()))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
 }

@@ -32,7 +32,8 @@ const ROOMS: &[(&str, u8, &[&str])] = &[
 ];
 
 /// What pure modules never mention outside their tests.
-const IMPURE: &[&str] = &["std::fs", "std::net", "std::process", "std::thread", "tokio::", "SystemTime", "Instant::now"];
+const IMPURE: &[&str] =
+    &["std::fs", "std::net", "std::process", "std::thread", "tokio::", "SystemTime", "Instant::now"];
 
 fn sources(dir: &Path, out: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()) {
@@ -76,7 +77,9 @@ fn dependencies_point_down() {
                 continue;
             }
             let Some((used_level, _)) = rooms.get(name.as_str()) else { continue };
-            let allowed = name == room || used_level < level || (used_level == level && siblings.contains(&name.as_str()));
+            let allowed = name == room
+                || used_level < level
+                || (used_level == level && siblings.contains(&name.as_str()));
             if !allowed {
                 broken.push(format!("{} (level {level}) uses {name} (level {used_level})", path.display()));
             }

@@ -11,8 +11,8 @@ use crate::types::{CloudName, MemberJid, MigrationId, RecipeId};
 use crate::vm::{Block, VmSpec};
 
 use super::Shared;
-use super::outgoing::ScannedDisk;
 use super::interface::{Account, MigrationProgress, MigrationView};
+use super::outgoing::ScannedDisk;
 
 /// zstd level a monolithic tool would use.
 const MONOLITHIC_LEVEL: i32 = 3;

@@ -10,7 +10,9 @@ use crate::federation::{Member, Trust};
 use crate::placement::{Offer, rank};
 use crate::types::{CloudName, MigrationId, VmId};
 
-use super::interface::{Candidate, Event, MemberView, MigrationView, PlanView, Reply, Request, Resource, StatusView, Verdict};
+use super::interface::{
+    Candidate, Event, MemberView, MigrationView, PlanView, Reply, Request, Resource, StatusView, Verdict,
+};
 use super::negotiation;
 use super::outgoing::scan;
 use super::problem::{Problem, ProblemKind};
@@ -40,7 +42,9 @@ impl Broker {
             Request::VmDelete { vm } => return self.delete_vm(&vm, reply),
             Request::Plan { vm, to } => return self.plan(&vm, to.as_deref(), reply),
             Request::Move { vm, to, dry_run: true } => return self.plan(&vm, to.as_deref(), reply),
-            Request::Move { vm, to, dry_run: false } => return self.move_vm(&vm, to.as_deref(), events, reply),
+            Request::Move { vm, to, dry_run: false } => {
+                return self.move_vm(&vm, to.as_deref(), events, reply);
+            }
             Request::MigrationList => Ok(Reply::Migrations(self.migrations())),
             Request::MigrationShow { id } => self.migration(&id).map(|v| Reply::Migration(Box::new(v))),
             Request::MigrationWatch { id } => match self.migration(&id) {
@@ -50,7 +54,9 @@ impl Broker {
                 Ok(v) => Ok(Reply::Migration(Box::new(v))),
                 Err(p) => Err(p),
             },
-            Request::MigrationCancel { id } => self.migration(&id).and_then(|v| self.cancel(&v)).map(|()| Reply::Done),
+            Request::MigrationCancel { id } => {
+                self.migration(&id).and_then(|v| self.cancel(&v)).map(|()| Reply::Done)
+            }
             Request::Shutdown => {
                 self.shared.post(Input::Shutdown);
                 Ok(Reply::Done)
@@ -92,11 +98,15 @@ impl Broker {
             accelerator: features.accelerator.to_string(),
             cpus,
             memory_bytes,
-            storage_bytes: storage
-                .map_or(Resource::default(), |s| Resource { total: s.f_blocks * s.f_frsize, free: s.f_bavail * s.f_frsize }),
+            storage_bytes: storage.map_or(Resource::default(), |s| Resource {
+                total: s.f_blocks * s.f_frsize,
+                free: s.f_bavail * s.f_frsize,
+            }),
             transfer_addresses: self.transfer_addresses(),
             vms_running: self.vms_running(),
-            migrations_running: (self.outgoing.len() + self.incoming.values().filter(|r| r.is_unfinished()).count()) as u32,
+            migrations_running: (self.outgoing.len()
+                + self.incoming.values().filter(|r| r.is_unfinished()).count())
+                as u32,
             resident_bytes: resident_bytes(),
         }
     }
@@ -149,10 +159,7 @@ impl Broker {
         }
     }
 
-    fn trust(
-        &mut self,
-        change: impl FnOnce(&mut Self) -> Result<(), String>,
-    ) -> Result<Reply, Problem> {
+    fn trust(&mut self, change: impl FnOnce(&mut Self) -> Result<(), String>) -> Result<Reply, Problem> {
         change(self).map_err(|reason| Problem::new(ProblemKind::BadRequest, "identity", reason))?;
         let pinned = self.members.pinned().clone();
         self.shared
@@ -186,11 +193,11 @@ impl Broker {
         match (found.pop(), found.len()) {
             (Some(view), 0) => Ok(view),
             (Some(_), n) => {
-                Err(Problem::new(ProblemKind::BadRequest, object, format!("{} migrations begin so", n + 1)).next("write more digits"))
+                Err(Problem::new(ProblemKind::BadRequest, object, format!("{} migrations begin so", n + 1))
+                    .next("write more digits"))
             }
-            (None, _) => {
-                Err(Problem::new(ProblemKind::NotFound, object, "there is no such migration").next("see 'cicada migration list'"))
-            }
+            (None, _) => Err(Problem::new(ProblemKind::NotFound, object, "there is no such migration")
+                .next("see 'cicada migration list'")),
         }
     }
 
@@ -201,32 +208,50 @@ impl Broker {
         }
         let object = format!("migration {id}");
         if view.progress.ended {
-            return Err(Problem::new(ProblemKind::Conflict, object, format!("has ended: {}", view.progress.phase)));
+            return Err(Problem::new(
+                ProblemKind::Conflict,
+                object,
+                format!("has ended: {}", view.progress.phase),
+            ));
         }
-        Err(Problem::new(ProblemKind::Conflict, object, "is driven by its source").next(format!("cancel it at {}", view.progress.peer)))
+        Err(Problem::new(ProblemKind::Conflict, object, "is driven by its source")
+            .next(format!("cancel it at {}", view.progress.peer)))
     }
 
     /// Members that could be asked: the one named, or all that are online.
     fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
         let with = |jid: &crate::types::MemberJid| {
             let key = self.members.trusted_key(jid).map_err(|reason| {
-                Problem::new(ProblemKind::Forbidden, format!("member {jid}"), reason)
-                    .next(format!("compare fingerprints with its operator, then: cicada identity trust {jid} KEY"))
+                Problem::new(ProblemKind::Forbidden, format!("member {jid}"), reason).next(format!(
+                    "compare fingerprints with its operator, then: cicada identity trust {jid} KEY"
+                ))
             })?;
             Ok((Peer { jid: jid.clone(), key }, self.members.cloud_of(jid)))
         };
         match to {
             Some(name) => {
                 let jid = self.members.find(name).ok_or_else(|| {
-                    Problem::new(ProblemKind::NotFound, format!("member {name}"), "no such member was ever seen in the room")
-                        .next("see 'cicada members'")
+                    Problem::new(
+                        ProblemKind::NotFound,
+                        format!("member {name}"),
+                        "no such member was ever seen in the room",
+                    )
+                    .next("see 'cicada members'")
                 })?;
                 if jid == self.shared.me {
-                    return Err(Problem::new(ProblemKind::BadRequest, format!("member {name}"), "is this cloud itself"));
+                    return Err(Problem::new(
+                        ProblemKind::BadRequest,
+                        format!("member {name}"),
+                        "is this cloud itself",
+                    ));
                 }
                 if !self.members.is_online(&jid) {
-                    return Err(Problem::new(ProblemKind::Unavailable, format!("member {name}"), "is not online now")
-                        .next("see 'cicada members' for since when"));
+                    return Err(Problem::new(
+                        ProblemKind::Unavailable,
+                        format!("member {name}"),
+                        "is not online now",
+                    )
+                    .next("see 'cicada members' for since when"));
                 }
                 Ok(vec![with(&jid)?])
             }
@@ -234,8 +259,12 @@ impl Broker {
                 let online = self.members.online().filter(|jid| **jid != self.shared.me);
                 let peers: Vec<_> = online.filter_map(|jid| with(&jid).ok()).collect();
                 if peers.is_empty() {
-                    return Err(Problem::new(ProblemKind::Unavailable, "federation", "no trusted member is online")
-                        .next("see 'cicada members'"));
+                    return Err(Problem::new(
+                        ProblemKind::Unavailable,
+                        "federation",
+                        "no trusted member is online",
+                    )
+                    .next("see 'cicada members'"));
                 }
                 Ok(peers)
             }
@@ -273,8 +302,12 @@ impl Broker {
                 match best {
                     Some(Candidate { verdict: Verdict::No { reasons }, jid, .. }) => {
                         let why: Vec<_> = reasons.iter().map(|r| r.text.as_str()).collect();
-                        Err(Problem::new(ProblemKind::Refused, format!("move of {}", plan.vm), format!("no member can take it; {jid}: {}", why.join("; ")))
-                            .next("see 'cicada plan' for every member's reasons"))
+                        Err(Problem::new(
+                            ProblemKind::Refused,
+                            format!("move of {}", plan.vm),
+                            format!("no member can take it; {jid}: {}", why.join("; ")),
+                        )
+                        .next("see 'cicada plan' for every member's reasons"))
                     }
                     Some(c) => Ok(known.into_iter().find(|(p, _)| p.jid == c.jid)),
                     None => Ok(None),
@@ -282,16 +315,28 @@ impl Broker {
             });
             match chosen {
                 Ok(Some((peer, cloud))) => broker.move_to(id, peer, cloud, events, reply),
-                Ok(None) => drop(reply.send(Err(Problem::new(ProblemKind::Unavailable, "federation", "no member answered")))),
+                Ok(None) => drop(reply.send(Err(Problem::new(
+                    ProblemKind::Unavailable,
+                    "federation",
+                    "no member answered",
+                )))),
                 Err(problem) => drop(reply.send(Err(problem))),
             }
         });
     }
 
-    fn move_to(&mut self, id: VmId, peer: Peer, cloud: Option<CloudName>, events: mpsc::Sender<Event>, reply: Answer) {
+    fn move_to(
+        &mut self,
+        id: VmId,
+        peer: Peer,
+        cloud: Option<CloudName>,
+        events: mpsc::Sender<Event>,
+        reply: Answer,
+    ) {
         let still_free = self.vms.get(&id).filter(|vm| vm.busy.is_none() && vm.record.is_here());
         let Some(vm) = still_free else {
-            let problem = Problem::new(ProblemKind::Conflict, "VM", "is held by another command").next("try again");
+            let problem =
+                Problem::new(ProblemKind::Conflict, "VM", "is held by another command").next("try again");
             return drop(reply.send(Err(problem)));
         };
         match self.shared.repository.recipe(&vm.record.spec.recipe) {
@@ -323,7 +368,8 @@ impl Broker {
                         let matter = Matter { migration: MigrationId::random(), vm: spec.id, epoch };
                         let (shared, spec, recipe): (_, _, &Arc<_>) = (&shared, &spec, &recipe);
                         async move {
-                            negotiation::candidate(shared, peer, cloud.clone(), matter, spec, recipe, seed).await
+                            negotiation::candidate(shared, peer, cloud.clone(), matter, spec, recipe, seed)
+                                .await
                         }
                     });
                     Ok(join_all(ask).await)
@@ -347,7 +393,9 @@ impl Broker {
                     Verdict::WithDifferences { differences } => differences.len(),
                     _ => 0,
                 },
-                bytes_missing: row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing,
+                bytes_missing: row.component_bytes_missing
+                    + row.root_delta_bytes_missing
+                    + row.user_data_bytes_missing,
                 memory_bytes_free: self.members.memory_bytes_free(&row.jid),
             })
             .collect();

@@ -17,7 +17,8 @@ use crate::types::{ByteSize, ComponentId, Hash, PackId, RecipeId};
 use super::handle::ObjectKind;
 
 use super::interface::{
-    ComponentDetail, ComponentDiff, ComponentView, ComposedView, Event, PackView, RecipeView, Reply, ReportLine, Request,
+    ComponentDetail, ComponentDiff, ComponentView, ComposedView, Event, PackView, RecipeView, Reply,
+    ReportLine, Request,
 };
 use super::problem::{Problem, ProblemKind};
 
@@ -39,7 +40,8 @@ pub fn call(
         Request::ComponentRemove { component } => remove(repository, component).map(|()| Reply::Done),
         Request::ComponentBind { id } => bind(repository, *id).map(|()| Reply::Done),
         Request::RecipeCreate { components, ordered, root_size, kernel_command_line } => {
-            recipe_create(repository, composer, components, *ordered, *root_size, kernel_command_line).map(Reply::Recipe)
+            recipe_create(repository, composer, components, *ordered, *root_size, kernel_command_line)
+                .map(Reply::Recipe)
         }
         Request::RecipeList => recipes(repository, composer).map(Reply::Recipes),
         Request::Compose { recipe, output, format } => {
@@ -99,7 +101,8 @@ pub fn names(repository: &Repository, ids: &[ComponentId]) -> Result<Vec<String>
 /// The one architecture of a set; the composer has checked that there is only one.
 pub fn architecture(repository: &Repository, ids: &[ComponentId]) -> Result<String, Problem> {
     let first = ids.first().ok_or_else(|| {
-        Problem::new(ProblemKind::BadRequest, "VM", "no components were named").next("name them with --component")
+        Problem::new(ProblemKind::BadRequest, "VM", "no components were named")
+            .next("name them with --component")
     })?;
     Ok(manifest(repository, first)?.architecture.clone())
 }
@@ -168,13 +171,18 @@ fn diff(repository: &Repository, from: &str, to: &str) -> Result<ComponentDiff, 
         }
         (e.meta, e.xattrs, e.kind)
     };
-    let index = |m: &Manifest| m.entries.iter().map(|e| (e.path.clone(), facts(e))).collect::<BTreeMap<_, _>>();
+    let index =
+        |m: &Manifest| m.entries.iter().map(|e| (e.path.clone(), facts(e))).collect::<BTreeMap<_, _>>();
     let (left, right) = (index(&a), index(&b));
     let held: HashSet<_> = a.packs.iter().map(|p| p.id).collect();
     Ok(ComponentDiff {
         added: right.keys().filter(|p| !left.contains_key(*p)).map(|p| show(p)).collect(),
         removed: left.keys().filter(|p| !right.contains_key(*p)).map(|p| show(p)).collect(),
-        changed: right.iter().filter(|(p, f)| left.get(*p).is_some_and(|l| l != *f)).map(|(p, _)| show(p)).collect(),
+        changed: right
+            .iter()
+            .filter(|(p, f)| left.get(*p).is_some_and(|l| l != *f))
+            .map(|(p, _)| show(p))
+            .collect(),
         bytes_missing: b.packs.iter().filter(|p| !held.contains(&p.id)).map(|p| p.size_bytes).sum(),
     })
 }
@@ -189,10 +197,12 @@ fn remove(repository: &Repository, component: &str) -> Result<(), Problem> {
 
 pub fn bind(repository: &Repository, id: ComponentId) -> Result<(), Problem> {
     let m = manifest(repository, &id)?;
-    let missing: Vec<_> = m.packs.iter().filter(|p| !repository.has_pack(&p.id)).map(|p| p.package.clone()).collect();
+    let missing: Vec<_> =
+        m.packs.iter().filter(|p| !repository.has_pack(&p.id)).map(|p| p.package.clone()).collect();
     if !missing.is_empty() {
         let reason = format!("packs are missing: {}", missing.join(", "));
-        return Err(Problem::new(ProblemKind::Damaged, format!("component {}", m.name), reason).next("send them first"));
+        return Err(Problem::new(ProblemKind::Damaged, format!("component {}", m.name), reason)
+            .next("send them first"));
     }
     repository.bind_component(&m, id).map(drop).map_err(|e| repository_problem(&e))
 }
@@ -204,7 +214,9 @@ fn recipe_view(repository: &Repository, composer: &Composer, id: RecipeId) -> Re
         components: recipe
             .components
             .iter()
-            .map(|c| repository.manifest(c).map_or_else(|_| c.short(), |m| format!("{}@{}", m.name, m.version)))
+            .map(|c| {
+                repository.manifest(c).map_or_else(|_| c.short(), |m| format!("{}@{}", m.name, m.version))
+            })
             .collect(),
         root_size: ByteSize(recipe.disk.virtual_size_bytes),
         kernel_command_line: recipe.disk.kernel_command_line.clone(),
@@ -222,8 +234,9 @@ fn recipe_create(
     kernel_command_line: &str,
 ) -> Result<RecipeView, Problem> {
     let ids = resolve(repository, components)?;
-    let (id, _) =
-        composer.make_recipe(&ids, ordered, root_size, kernel_command_line).map_err(|e| compose_problem(&e))?;
+    let (id, _) = composer
+        .make_recipe(&ids, ordered, root_size, kernel_command_line)
+        .map_err(|e| compose_problem(&e))?;
     recipe_view(repository, composer, id)
 }
 
@@ -235,11 +248,14 @@ fn recipes(repository: &Repository, composer: &Composer) -> Result<Vec<RecipeVie
 fn resolve_recipe(repository: &Repository, text: &str) -> Result<RecipeId, Problem> {
     let object = format!("recipe {text}");
     let all = repository.recipes().map_err(|e| repository_problem(&e))?;
-    let found: Vec<_> = all.into_iter().filter(|id| text.len() >= 6 && id.to_string().starts_with(text)).collect();
+    let found: Vec<_> =
+        all.into_iter().filter(|id| text.len() >= 6 && id.to_string().starts_with(text)).collect();
     match found[..] {
         [id] => Ok(id),
-        [] => Err(Problem::new(ProblemKind::NotFound, object, "there is no such recipe").next("see 'cicada recipe list'")),
-        _ => Err(Problem::new(ProblemKind::BadRequest, object, format!("{} recipes begin so", found.len())).next("write more digits")),
+        [] => Err(Problem::new(ProblemKind::NotFound, object, "there is no such recipe")
+            .next("see 'cicada recipe list'")),
+        _ => Err(Problem::new(ProblemKind::BadRequest, object, format!("{} recipes begin so", found.len()))
+            .next("write more digits")),
     }
 }
 
@@ -273,13 +289,28 @@ fn line(name: &str, value: u64, unit: &str, detail: impl Into<String>) -> Report
 fn stats(repository: &Repository) -> Result<Vec<ReportLine>, Problem> {
     let s = repository.stats().map_err(|e| repository_problem(&e))?;
     let mut lines = vec![line("components", s.components, "objects", "")];
-    for (name, t) in [("manifests", s.objects.manifests), ("recipes", s.objects.recipes), ("packs", s.objects.packs), ("chunk-map nodes", s.objects.nodes)] {
+    for (name, t) in [
+        ("manifests", s.objects.manifests),
+        ("recipes", s.objects.recipes),
+        ("packs", s.objects.packs),
+        ("chunk-map nodes", s.objects.nodes),
+    ] {
         lines.push(line(name, t.count, "objects", ""));
         lines.push(line(&format!("{name} plain"), t.plain_bytes, "bytes", ""));
         lines.push(line(&format!("{name} stored"), t.stored_bytes, "bytes", ""));
     }
-    lines.push(line("shared between components", s.shared_bytes, "bytes", "would be stored again without sharing"));
-    for (name, d) in [("compositions", s.compositions), ("hot packs", s.hot), ("temporary", s.temporary), ("quarantine", s.quarantine)] {
+    lines.push(line(
+        "shared between components",
+        s.shared_bytes,
+        "bytes",
+        "would be stored again without sharing",
+    ));
+    for (name, d) in [
+        ("compositions", s.compositions),
+        ("hot packs", s.hot),
+        ("temporary", s.temporary),
+        ("quarantine", s.quarantine),
+    ] {
         lines.push(line(name, d.files, "files", ""));
         lines.push(line(&format!("{name} allocated"), d.allocated_bytes, "bytes", ""));
     }
@@ -304,7 +335,12 @@ fn check(repository: &Repository, events: &mut dyn FnMut(Event)) -> Result<Vec<R
         line("damaged references", report.damaged_refs.len() as u64, "objects", ""),
     ];
     lines.extend(report.damaged.iter().map(|d| {
-        line("damaged", 1, "objects", format!("{}: {}; set aside as {}", d.object, d.reason, d.path.display()))
+        line(
+            "damaged",
+            1,
+            "objects",
+            format!("{}: {}; set aside as {}", d.object, d.reason, d.path.display()),
+        )
     }));
     lines.extend(report.missing.iter().map(|m| {
         line("missing", 1, "objects", format!("{}, needed by {}", m.object, m.needed_by.join(", ")))
@@ -335,7 +371,6 @@ fn rebuild(repository: &Repository) -> Result<Vec<ReportLine>, Problem> {
     let objects = repository.rebuild_index().map_err(|e| repository_problem(&e))?;
     Ok(vec![line("indexed", objects, "objects", "")])
 }
-
 
 /// Whether an object is held.
 pub fn holds(repository: &Repository, kind: ObjectKind, id: Hash) -> bool {

@@ -195,7 +195,11 @@ impl Broker {
         if h.source != peer.jid || h.source_key != peer.key {
             return deny(DenialCode::HandOver, "the hand-over is another source's");
         }
-        let arrived = self.vms.get(&h.vm).and_then(|vm| vm.record.arrival.as_ref()).filter(|a| a.migration == h.migration);
+        let arrived = self
+            .vms
+            .get(&h.vm)
+            .and_then(|vm| vm.record.arrival.as_ref())
+            .filter(|a| a.migration == h.migration);
         if let Some(arrival) = arrived {
             let running = self.shared.driver.state(h.vm).is_ok_and(|s| s == crate::vm::PowerState::Running);
             return AnswerBody::Started {
@@ -210,18 +214,28 @@ impl Broker {
         match self.shared.records.save_return(&promise) {
             Ok(()) => {
                 tracing::info!(migration = %h.migration, vm = %h.vm, "hand-over returned: its staged copy is gone");
-                let denial = Denial::new(DenialCode::UnknownMigration, "the target restarted and had forgotten the migration");
+                let denial = Denial::new(
+                    DenialCode::UnknownMigration,
+                    "the target restarted and had forgotten the migration",
+                );
                 AnswerBody::Returned { back: signed.clone().give_back(&self.shared.key), denial }
             }
             Err(e) => deny(DenialCode::Other, &super::problem::chain(&e)),
         }
     }
 
-    fn answer_delete(&mut self, peer: &Peer, request: &Envelope<RequestBody>, boot_ms: Option<u64>) -> AnswerBody {
+    fn answer_delete(
+        &mut self,
+        peer: &Peer,
+        request: &Envelope<RequestBody>,
+        boot_ms: Option<u64>,
+    ) -> AnswerBody {
         let given = self.vms.get(&request.vm).and_then(|vm| vm.record.given_up());
         match given {
             Some(g) if g.migration == request.migration && g.to == peer.jid => {
-                let grace = g.scrub_after.map_or(self.shared.config.migration.grace_period, |t| t.since(self.shared.now()));
+                let grace = g
+                    .scrub_after
+                    .map_or(self.shared.config.migration.grace_period, |t| t.since(self.shared.now()));
                 self.amend_history(request.migration, |a| {
                     a.boot_ms = boot_ms;
                     if let Some(ms) = boot_ms {
@@ -264,7 +278,10 @@ impl Broker {
                 other => self.incoming_effect(id, other),
             }
         }
-        let ended = self.incoming.get(&id).is_some_and(|r| matches!(r.machine.phase(), Phase::Owned | Phase::Abandoned));
+        let ended = self
+            .incoming
+            .get(&id)
+            .is_some_and(|r| matches!(r.machine.phase(), Phase::Owned | Phase::Abandoned));
         if ended {
             self.incoming_ended(id);
         }
@@ -315,7 +332,8 @@ impl Broker {
     fn stage(&mut self, id: MigrationId, init: Initialization) {
         let Some(run) = self.incoming.get_mut(&id) else { return };
         run.component_names = init.component_names.clone();
-        let seeds = self.vms.get(&run.matter.vm).filter(|vm| !vm.record.is_here()).map(|vm| vm.record.clone());
+        let seeds =
+            self.vms.get(&run.matter.vm).filter(|vm| !vm.record.is_here()).map(|vm| vm.record.clone());
         let seeds = seeds.map(|record| self.disk_paths(&record));
         let Some(run) = self.incoming.get_mut(&id) else { return };
         let (progress, mut reports) = tokio::sync::watch::channel(Default::default());
@@ -407,7 +425,9 @@ impl Broker {
             tokio::spawn(async move {
                 let log = shared.driver.console_log(vm).ok();
                 let boot_ms = match log {
-                    Some(log) => super::vms::watch_boot(&log, BOOT_WATCH).await.then(|| begun.elapsed().as_millis() as u64),
+                    Some(log) => super::vms::watch_boot(&log, BOOT_WATCH)
+                        .await
+                        .then(|| begun.elapsed().as_millis() as u64),
                     None => None,
                 };
                 shared.post(Input::Incoming(id, TargetEvent::Booted { boot_ms }));
@@ -436,7 +456,10 @@ impl Broker {
         run.view.progress.ended = true;
         if let Some(reason) = run.machine.problem() {
             let vm = format!("VM {}", run.spec.name);
-            run.view.problem = Some(Problem::new(ProblemKind::Failed, vm, reason).next("see its console log, then 'cicada vm start'"));
+            run.view.problem = Some(
+                Problem::new(ProblemKind::Failed, vm, reason)
+                    .next("see its console log, then 'cicada vm start'"),
+            );
         }
         let seconds = now.since(run.begun).as_secs_f64();
         self.rates.record(&run.peer.jid, run.view.account.wire_bytes, seconds);
@@ -458,10 +481,16 @@ impl Broker {
             .filter_map(|vm| vm.record.arrival.as_ref().filter(|a| a.acknowledged).map(|a| a.migration))
             .collect();
         self.incoming.retain(|id, run| {
-            run.is_unfinished() || !acknowledged.contains(id) || now.since(run.view.progress.updated) < KEPT_AFTER_END
+            run.is_unfinished()
+                || !acknowledged.contains(id)
+                || now.since(run.view.progress.updated) < KEPT_AFTER_END
         });
-        let over: Vec<_> =
-            self.incoming.iter().filter(|(_, r)| r.machine.leased() && r.lease_until < now).map(|(id, _)| *id).collect();
+        let over: Vec<_> = self
+            .incoming
+            .iter()
+            .filter(|(_, r)| r.machine.leased() && r.lease_until < now)
+            .map(|(id, _)| *id)
+            .collect();
         for id in over {
             tracing::info!(migration = %id, "lease ran out");
             self.incoming_event(id, TargetEvent::LeaseExpired);
@@ -474,7 +503,13 @@ impl Broker {
             .vms
             .values()
             .filter(|vm| vm.record.is_here())
-            .filter_map(|vm| vm.record.arrival.clone().filter(|a| !a.acknowledged).map(|a| (vm.record.spec.id, a, vm.record.epoch)))
+            .filter_map(|vm| {
+                vm.record
+                    .arrival
+                    .clone()
+                    .filter(|a| !a.acknowledged)
+                    .map(|a| (vm.record.spec.id, a, vm.record.epoch))
+            })
             .collect();
         for (vm, arrival, epoch) in arrived {
             let peer = Peer { jid: arrival.from.clone(), key: arrival.from_key };
@@ -495,8 +530,11 @@ impl Broker {
 
     /// Directories of staging that belong to no migration: leftovers of a crash.
     pub(super) fn remove_leftovers(&self) {
-        let used: HashSet<PathBuf> =
-            self.vms.values().map(|vm| self.shared.records.vm_dir(vm.record.spec.id).join(&vm.record.disks)).collect();
+        let used: HashSet<PathBuf> = self
+            .vms
+            .values()
+            .map(|vm| self.shared.records.vm_dir(vm.record.spec.id).join(&vm.record.disks))
+            .collect();
         let shared = self.shared.clone();
         tokio::task::spawn_blocking(move || staging::remove_leftovers(&shared, &used));
     }
@@ -505,4 +543,3 @@ impl Broker {
 fn deny(code: DenialCode, text: &str) -> AnswerBody {
     AnswerBody::Denied(Denial::new(code, text))
 }
-

@@ -55,7 +55,11 @@ pub enum Input {
         reply: oneshot::Sender<Result<Reply, Problem>>,
     },
     /// Another broker's sealed request; `None` in reply refuses it without a word.
-    Asked { from: MemberJid, payload: Vec<u8>, reply: oneshot::Sender<Option<Vec<u8>>> },
+    Asked {
+        from: MemberJid,
+        payload: Vec<u8>,
+        reply: oneshot::Sender<Option<Vec<u8>>>,
+    },
     /// The room as the XMPP session sees it.
     Room(RoomInput),
     Driver(DriverEvent),
@@ -111,7 +115,10 @@ impl Broker {
         announce: Box<dyn Fn(&Broker) + Send>,
     ) -> Result<Self, RecordError> {
         let vms = shared.records.vms()?;
-        let vms = vms.into_iter().map(|record| (record.spec.id, Vm { record, busy: None, power_note: None })).collect();
+        let vms = vms
+            .into_iter()
+            .map(|record| (record.spec.id, Vm { record, busy: None, power_note: None }))
+            .collect();
         let history = shared.records.migrations()?.into_iter().map(|v| (v.progress.id, v)).collect();
         Ok(Self {
             shared,
@@ -167,7 +174,10 @@ impl Broker {
             RoomInput::Presence(presence) => {
                 if self.members.presence(presence, now) {
                     if let Err(e) = self.shared.records.save_trust(self.members.pinned()) {
-                        tracing::warn!(error = problem::chain(&e), "a key pinned on first use is not recorded");
+                        tracing::warn!(
+                            error = problem::chain(&e),
+                            "a key pinned on first use is not recorded"
+                        );
                     }
                 }
                 let keys: HashSet<_> = self.members.trusted_keys().collect();
@@ -229,9 +239,9 @@ impl Broker {
         });
         let used = running.map(|(_, vm)| (vm.record.spec.cpus, vm.record.spec.memory.0));
         let reserved = self.incoming.values().map(Incoming::reserved);
-        let (cpus, memory) = used.chain(reserved).fold((0u64, 0u64), |(c, m), (cpus, memory)| {
-            (c + u64::from(cpus), m.saturating_add(memory))
-        });
+        let (cpus, memory) = used
+            .chain(reserved)
+            .fold((0u64, 0u64), |(c, m), (cpus, memory)| (c + u64::from(cpus), m.saturating_add(memory)));
         let resource = |total: u64, used: u64| Resource { total, free: total.saturating_sub(used) };
         (resource(config.cpus.into(), cpus), resource(config.memory.0, memory))
     }

@@ -92,7 +92,9 @@ async fn ask(
             }
         },
         Ok(AnswerBody::Denied(d)) => Err(d),
-        Ok(_) => Err(Denial::new(DenialCode::Other, format!("{} gave an answer that fits no check", peer.jid))),
+        Ok(_) => {
+            Err(Denial::new(DenialCode::Other, format!("{} gave an answer that fits no check", peer.jid)))
+        }
         Err(e) => Err(Denial::new(DenialCode::Other, super::problem::chain(&e))
             .next(format!("see 'cicada members' for whether {} is online and trusted", peer.jid))),
     }
@@ -176,13 +178,19 @@ pub async fn candidate(
             row.packs_missing = checked.packs_missing;
             row.answer_ms = checked.answer_ms;
             if !checked.differences.is_empty() {
-                row.verdict = Verdict::WithDifferences { differences: checked.differences.iter().map(reason).collect() };
+                row.verdict = Verdict::WithDifferences {
+                    differences: checked.differences.iter().map(reason).collect(),
+                };
             }
             if let Some(now) = disks {
                 let (repository, seed) = (shared.repository.clone(), checked.seed);
                 let sizes = blocking(move || {
-                    let root = bytes_missing(&repository, &now.root_delta, seed.as_ref().map(|s| &s.root_delta))?;
-                    Ok((root, bytes_missing(&repository, &now.user_data, seed.as_ref().map(|s| &s.user_data))?))
+                    let root =
+                        bytes_missing(&repository, &now.root_delta, seed.as_ref().map(|s| &s.root_delta))?;
+                    Ok((
+                        root,
+                        bytes_missing(&repository, &now.user_data, seed.as_ref().map(|s| &s.user_data))?,
+                    ))
                 });
                 if let Ok((root, user)) = sizes.await {
                     (row.root_delta_bytes_missing, row.user_data_bytes_missing) = (root, user);
@@ -228,7 +236,8 @@ impl Rates {
     /// Fills in the predicted interval of a candidate.
     pub fn predict(&self, row: &mut Candidate) {
         if let Some((slow, fast)) = self.seen.get(&row.jid) {
-            let bytes = row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;
+            let bytes =
+                row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;
             row.seconds_low = Some(bytes as f64 / fast);
             row.seconds_high = Some(bytes as f64 / slow * 1.5 + 5.0);
         }

@@ -124,7 +124,9 @@ impl Broker {
         let pending: Vec<_> = self
             .vms
             .values()
-            .filter_map(|vm| vm.record.given_up().filter(|g| g.receipt.is_none()).map(|g| (vm.record.clone(), g.clone())))
+            .filter_map(|vm| {
+                vm.record.given_up().filter(|g| g.receipt.is_none()).map(|g| (vm.record.clone(), g.clone()))
+            })
             .collect();
         for (record, given) in pending {
             let (Ok(hand_over), Ok(recipe), Ok(ticket)) =
@@ -184,7 +186,9 @@ impl Broker {
     /// Calls a migration off, if the hand-over has not begun.
     pub(super) fn cancel_outgoing(&mut self, id: MigrationId) -> Result<(), Problem> {
         let run = self.outgoing.get(&id);
-        let run = run.ok_or_else(|| Problem::new(ProblemKind::NotFound, format!("migration {id}"), "is not running"))?;
+        let run = run.ok_or_else(|| {
+            Problem::new(ProblemKind::NotFound, format!("migration {id}"), "is not running")
+        })?;
         if !run.machine.phase().can_cancel() {
             return Err(Problem::new(
                 ProblemKind::Conflict,
@@ -214,7 +218,8 @@ impl Broker {
         let after = run.machine.phase();
         let (old, new) = (phase_name(before), phase_name(after));
         if old != new {
-            *run.view.account.phase_ms.entry(old.into()).or_default() += now.since(run.phase_since).as_millis() as u64;
+            *run.view.account.phase_ms.entry(old.into()).or_default() +=
+                now.since(run.phase_since).as_millis() as u64;
             run.phase_since = now;
         }
         let in_doubt = after == Phase::HandingOver && run.machine.unanswered() >= IN_DOUBT_AFTER;
@@ -253,14 +258,18 @@ impl Broker {
             Phase::Released | Phase::Abandoned => 1.0,
         };
         p.fraction = p.fraction.max(fraction);
-        self.outgoing_publish(id);
+        // How it ended is said once, by who ends it.
+        if !after.ended() {
+            self.outgoing_publish(id);
+        }
     }
 
     fn outgoing_publish(&mut self, id: MigrationId) {
         if let Some(run) = self.outgoing.get_mut(&id) {
             let event = Event::Migration(run.view.progress.clone());
             // A subscriber that is slow misses lines; one that is gone is forgotten.
-            run.subscribers.retain(|s| !matches!(s.try_send(event.clone()), Err(mpsc::error::TrySendError::Closed(_))));
+            run.subscribers
+                .retain(|s| !matches!(s.try_send(event.clone()), Err(mpsc::error::TrySendError::Closed(_))));
         }
     }
 
@@ -306,8 +315,11 @@ impl Broker {
                 tokio::spawn(async move {
                     let mode = StopMode::Graceful { timeout, escalate: false };
                     let result = shared.driver.stop(vm, mode).await.map_err(|e| {
-                        Denial::new(DenialCode::Other, format!("the VM does not stop: {}", super::problem::chain(&e)))
-                            .next("look at its console; or stop it with 'cicada vm stop --force', then move it")
+                        Denial::new(
+                            DenialCode::Other,
+                            format!("the VM does not stop: {}", super::problem::chain(&e)),
+                        )
+                        .next("look at its console; or stop it with 'cicada vm stop --force', then move it")
                     });
                     shared.post(Input::Outgoing(id, SourceEvent::Stopped(result)));
                 });
@@ -339,7 +351,9 @@ impl Broker {
                     tracing::warn!(migration = %id, target = %peer.jid, "could not tell the target; its lease will run out");
                 });
             }
-            Effect::Release { receipt, running, problem, account } => self.release(id, receipt, running, problem, account),
+            Effect::Release { receipt, running, problem, account } => {
+                self.release(id, receipt, running, problem, account)
+            }
             Effect::Abandon(denial) => self.abandon(id, denial),
         }
     }
@@ -509,11 +523,16 @@ impl Broker {
         let now = self.shared.now();
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         account::stage(&mut run.view.account, &stage);
-        run.view.account.downtime_ms = run.stopped_at.filter(|_| running).map(|t| now.since(t).as_millis() as u64);
+        run.view.account.downtime_ms =
+            run.stopped_at.filter(|_| running).map(|t| now.since(t).as_millis() as u64);
         if let Some(reason) = problem {
             run.view.problem = Some(
-                Problem::new(ProblemKind::Failed, format!("VM {}", run.view.progress.vm), format!("handed over, but it does not run there: {reason}"))
-                    .next("let that cloud's operator start it, or move it back"),
+                Problem::new(
+                    ProblemKind::Failed,
+                    format!("VM {}", run.view.progress.vm),
+                    format!("handed over, but it does not run there: {reason}"),
+                )
+                .next("let that cloud's operator start it, or move it back"),
             );
         }
         let vm = run.matter.vm;
@@ -534,7 +553,8 @@ impl Broker {
                 tracing::warn!(vm = %vm, error = super::problem::chain(&e), "cannot undefine");
             }
         });
-        let staging_ms: u64 = ["stage", "switch-over"].iter().filter_map(|p| run.view.account.phase_ms.get(*p)).sum();
+        let staging_ms: u64 =
+            ["stage", "switch-over"].iter().filter_map(|p| run.view.account.phase_ms.get(*p)).sum();
         self.rates.record(&run.peer.jid, run.view.account.wire_bytes, staging_ms as f64 / 1000.0);
         self.estimate_monolithic(id);
         self.end_outgoing(id, "completed");
@@ -551,7 +571,9 @@ impl Broker {
                     a.monolithic_raw_bytes = Some(raw);
                 });
             })),
-            Err(e) => tracing::info!(migration = %id, error = super::problem::chain(&e), "no estimate of a monolithic move"),
+            Err(e) => {
+                tracing::info!(migration = %id, error = super::problem::chain(&e), "no estimate of a monolithic move")
+            }
         });
     }
 
@@ -559,8 +581,10 @@ impl Broker {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let cancelled = denial.text == "cancelled by the operator";
         let kind = if cancelled { ProblemKind::Cancelled } else { ProblemKind::Refused };
-        run.view.problem =
-            Some(Problem::new(kind, format!("move of {}", run.view.progress.vm), denial.text).next(denial.next_step));
+        run.view.problem = Some(
+            Problem::new(kind, format!("move of {}", run.view.progress.vm), denial.text)
+                .next(denial.next_step),
+        );
         if let Some(vm) = self.vms.get_mut(&run.matter.vm) {
             vm.busy = None;
         }
@@ -594,7 +618,11 @@ fn phase_name(phase: Phase) -> &'static str {
         Phase::Checking | Phase::Reserving => "negotiate",
         Phase::Scanning { last: false, .. } => "stage",
         Phase::Staging(p) if !p.last => "stage",
-        Phase::Stopping | Phase::Scanning { .. } | Phase::Staging(_) | Phase::GivingUp | Phase::TakingBack => "switch-over",
+        Phase::Stopping
+        | Phase::Scanning { .. }
+        | Phase::Staging(_)
+        | Phase::GivingUp
+        | Phase::TakingBack => "switch-over",
         Phase::HandingOver => "start",
         Phase::Released => "completed",
         Phase::Abandoned => "failed",

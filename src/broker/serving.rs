@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, RwLock};
 
 use crate::disk::BlockIndex;
-use crate::repository::Repository;
+use crate::repository::{RECORD_LEVEL, Repository};
 use crate::transfer::{Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSource, Refusal, Ticket};
 use crate::types::{ComponentId, NodeHash, PackId, PublicKey, RecipeId};
 
@@ -83,7 +83,11 @@ impl ObjectSource for Store {
         };
         match key {
             ObjectKey::Manifest(id) => {
-                self.repository.manifest_bytes(id).map(ObjectBody::plain).map_err(|e| refuse(&e))
+                // Packed as it is stored, so that plans are exact about it.
+                let bytes = self.repository.manifest_bytes(id).map_err(|e| refuse(&e))?;
+                let packed = zstd::bulk::compress(&bytes, RECORD_LEVEL).map_err(|e| refuse(&e))?;
+                let encoding = Encoding::Zstd { plain_size_bytes: bytes.len() as u64 };
+                Ok(ObjectBody { encoding, content: Content::Bytes(packed.into()) })
             }
             ObjectKey::Recipe(id) => {
                 self.repository.recipe_bytes(id).map(ObjectBody::plain).map_err(|e| refuse(&e))

@@ -19,7 +19,8 @@ use crate::migration::message::{ADDRESSES_MAX, Initialization, Progress, StageAc
 use crate::migration::{Denial, DenialCode};
 use crate::repository::{ObjectId, PackReceiver, Repository};
 use crate::transfer::{
-    Connection, ObjectKey, ObjectSink, PackWriter, Progress as Counter, Refusal, SinkError, Ticket, TransferError, Verified,
+    Connection, ObjectKey, ObjectSink, PackWriter, Progress as Counter, Refusal, SinkError, Ticket,
+    TransferError, Verified,
 };
 use crate::types::{BlockHash, Hash, PackId, VmId};
 use crate::vm::{ChunkMap, MapRef, VmSpec};
@@ -127,7 +128,9 @@ impl Stage {
             return Err(bad("the recipe's disk has another size than the VM's".into()));
         }
         let pass = &job.init.pass;
-        for (map, size) in [(&pass.root_delta, job.spec.root_size), (&pass.user_data, job.spec.user_data_size)] {
+        for (map, size) in
+            [(&pass.root_delta, job.spec.root_size), (&pass.user_data, job.spec.user_data_size)]
+        {
             map.check().map_err(|e| bad(e.to_string()))?;
             if map.disk_size_bytes != size.0 {
                 return Err(bad("a chunk map's disk has another size than the VM's".into()));
@@ -198,8 +201,10 @@ impl Stage {
         let pin = repository.pin(components.iter().map(|c| ObjectId::Manifest(*c)).collect());
         let lacking = {
             let (repository, components) = (repository.clone(), components.clone());
-            blocking(move || Ok(components.into_iter().filter(|c| !repository.has_manifest(c)).collect::<Vec<_>>()))
-                .await?
+            blocking(move || {
+                Ok(components.into_iter().filter(|c| !repository.has_manifest(c)).collect::<Vec<_>>())
+            })
+            .await?
         };
         let components_bytes = if self.job.staged.is_none() { self.job.init.component_bytes } else { 0 };
         self.counters.expect("fetch", components_bytes);
@@ -244,7 +249,8 @@ impl Stage {
             // One round for each level of the tree; equal subtrees end the descent.
             loop {
                 let repository = self.job.shared.repository.clone();
-                let missing = blocking(move || repository.nodes_missing(&map).map_err(|e| content(&e))).await?;
+                let missing =
+                    blocking(move || repository.nodes_missing(&map).map_err(|e| content(&e))).await?;
                 if missing.is_empty() {
                     break;
                 }
@@ -267,7 +273,8 @@ impl Stage {
         blocking(move || {
             fs::create_dir_all(&dir).map_err(|e| content(&e))?;
             let paths = DiskPaths::in_dir(&dir, base);
-            let open = |disk, shape: &MapRef| StagedDisk::open_or_create(disk, shape).map_err(|e| content(&e));
+            let open =
+                |disk, shape: &MapRef| StagedDisk::open_or_create(disk, shape).map_err(|e| content(&e));
             let root = open(DiskFile::Root { overlay: paths.root, base: paths.base }, &pass.root_delta)?;
             let user_data = match spec.user_data_size.0 {
                 0 => None,
@@ -286,7 +293,12 @@ impl Stage {
         .await
     }
 
-    async fn apply(&mut self, staged: Staged, root_map: ChunkMap, user_map: ChunkMap) -> Result<Staged, Denial> {
+    async fn apply(
+        &mut self,
+        staged: Staged,
+        root_map: ChunkMap,
+        user_map: ChunkMap,
+    ) -> Result<Staged, Denial> {
         let last = self.job.init.pass.last;
         let disks = Arc::new(Disks(Mutex::new(Some(staged))));
         let (root_map, user_map) = (Arc::new(root_map), Arc::new(user_map));
@@ -316,7 +328,8 @@ impl Stage {
         blocking(move || {
             let bad = |text: &str| Denial::new(DenialCode::Content, format!("the firmware variables {text}"));
             let packed = BASE64.decode(packed).map_err(|_| bad("are not base64"))?;
-            let bytes = zstd::bulk::decompress(&packed, FIRMWARE_BYTES_MAX).map_err(|_| bad("do not unpack"))?;
+            let bytes =
+                zstd::bulk::decompress(&packed, FIRMWARE_BYTES_MAX).map_err(|_| bad("do not unpack"))?;
             crate::durable::write(&path, &bytes).map_err(|e| content(&e))
         })
         .await
@@ -361,9 +374,15 @@ impl Stage {
                     | TransferError::Handshake { .. }
             );
             if !again || attempt > RECONNECTS_MAX {
-                return Err(content(&failure).next("see that UDP reaches the source's transfer address, then move again"));
+                return Err(content(&failure)
+                    .next("see that UDP reaches the source's transfer address, then move again"));
             }
-            tracing::info!(reason = super::problem::chain(&failure), attempt, missing = keys.len(), "transfer goes on after a pause");
+            tracing::info!(
+                reason = super::problem::chain(&failure),
+                attempt,
+                missing = keys.len(),
+                "transfer goes on after a pause"
+            );
             self.drop_connection();
             tokio::time::sleep(Duration::from_millis(500 << attempt.min(5))).await;
         }
@@ -401,7 +420,9 @@ fn wire_bytes_of(connection: &Connection) -> u64 {
 fn settle(refused: &[(ObjectKey, Refusal)], strict: bool) -> Result<(), Denial> {
     let gone = |r: &Refusal| matches!(r, Refusal::Changed | Refusal::NotHeld);
     match refused.iter().find(|(_, r)| strict || !gone(r)) {
-        Some((key, reason)) => Err(Denial::new(DenialCode::Content, format!("the source does not serve {key}: {reason}"))),
+        Some((key, reason)) => {
+            Err(Denial::new(DenialCode::Content, format!("the source does not serve {key}: {reason}")))
+        }
         None => Ok(()),
     }
 }
@@ -416,7 +437,10 @@ enum Which {
 struct Disks(Mutex<Option<Staged>>);
 
 impl Disks {
-    fn with<T>(&self, work: impl FnOnce(&mut Staged) -> Result<T, disk::DiskError>) -> Result<T, disk::DiskError> {
+    fn with<T>(
+        &self,
+        work: impl FnOnce(&mut Staged) -> Result<T, disk::DiskError>,
+    ) -> Result<T, disk::DiskError> {
         let mut guard = self.0.lock().unwrap_or_else(|e| e.into_inner());
         match guard.as_mut() {
             Some(staged) => work(staged),
@@ -529,10 +553,14 @@ fn storage(e: impl std::error::Error + Send + Sync + 'static) -> SinkError {
 fn content(e: &(dyn std::error::Error + 'static)) -> Denial {
     let mut cause = Some(e);
     while let Some(c) = cause {
-        let full = c.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::StorageFull);
+        let full =
+            c.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::StorageFull);
         if full {
-            return Denial::new(DenialCode::Storage, format!("the disk is full: {}", super::problem::chain(e)))
-                .next("free space at the target, then move again");
+            return Denial::new(
+                DenialCode::Storage,
+                format!("the disk is full: {}", super::problem::chain(e)),
+            )
+            .next("free space at the target, then move again");
         }
         cause = c.source();
     }

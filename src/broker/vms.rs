@@ -84,8 +84,12 @@ impl Broker {
     pub(super) fn find_vm(&self, name: &str) -> Result<VmId, Problem> {
         let by_id = name.parse::<VmId>().ok().filter(|id| self.vms.contains_key(id));
         let by_name = || {
-            let mut found: Vec<_> =
-                self.vms.values().filter(|vm| vm.record.spec.name.as_str() == name).map(|vm| &vm.record).collect();
+            let mut found: Vec<_> = self
+                .vms
+                .values()
+                .filter(|vm| vm.record.spec.name.as_str() == name)
+                .map(|vm| &vm.record)
+                .collect();
             found.sort_by_key(|r| !r.is_here());
             found.first().map(|r| r.spec.id)
         };
@@ -109,10 +113,13 @@ impl Broker {
         }
         match &vm.busy {
             None => Ok(id),
-            Some(Busy::Migration(m)) => Err(Problem::new(ProblemKind::Conflict, object, format!("is being moved by migration {m}"))
-                .next(format!("wait for it, or: cicada migration cancel {m}"))),
+            Some(Busy::Migration(m)) => {
+                Err(Problem::new(ProblemKind::Conflict, object, format!("is being moved by migration {m}"))
+                    .next(format!("wait for it, or: cicada migration cancel {m}")))
+            }
             Some(Busy::Verb(verb)) => {
-                Err(Problem::new(ProblemKind::Conflict, object, format!("is {verb} right now")).next("wait a moment"))
+                Err(Problem::new(ProblemKind::Conflict, object, format!("is {verb} right now"))
+                    .next("wait a moment"))
             }
         }
     }
@@ -149,7 +156,11 @@ impl Broker {
             components: record.components.clone(),
             root_delta_bytes: allocated_bytes(&disks.root),
             user_data_bytes: allocated_bytes(&disks.user_data),
-            console_socket: machine.state_dir.join(crate::hypervisor::qemu::args::file::CONSOLE).display().to_string(),
+            console_socket: machine
+                .state_dir
+                .join(crate::hypervisor::qemu::args::file::CONSOLE)
+                .display()
+                .to_string(),
             console_log: self
                 .shared
                 .driver
@@ -191,13 +202,19 @@ impl Broker {
         let taken = self.names_in_use.contains(&create.name)
             || self.vms.values().any(|vm| vm.record.is_here() && vm.record.spec.name == create.name);
         if taken {
-            return Some(Problem::new(ProblemKind::Conflict, object, "a VM of that name exists").next("choose another name"));
+            return Some(
+                Problem::new(ProblemKind::Conflict, object, "a VM of that name exists")
+                    .next("choose another name"),
+            );
         }
         let known = self.networks();
         if let Some(bad) = create.networks.iter().find(|n| !known.iter().any(|k| k.name == **n)) {
             let names: Vec<_> = known.iter().map(|n| n.name.as_str()).collect();
             let reason = format!("there is no network named '{bad}'");
-            let next = format!("networks of this cloud: {}; others go into federation.toml as [[network]]", names.join(", "));
+            let next = format!(
+                "networks of this cloud: {}; others go into federation.toml as [[network]]",
+                names.join(", ")
+            );
             return Some(Problem::new(ProblemKind::NotFound, object, reason).next(next));
         }
         None
@@ -206,7 +223,11 @@ impl Broker {
     fn vm_made(&mut self, record: VmRecord, start: bool, reply: Answer) {
         let id = record.spec.id;
         if let Err(e) = self.shared.records.save_vm(&record) {
-            let _ = reply.send(Err(Problem::from_error(ProblemKind::Failed, format!("VM {}", record.spec.name), &e)));
+            let _ = reply.send(Err(Problem::from_error(
+                ProblemKind::Failed,
+                format!("VM {}", record.spec.name),
+                &e,
+            )));
             return;
         }
         tracing::info!(vm = %record.spec.name, id = %id, "created");
@@ -224,7 +245,8 @@ impl Broker {
         };
         let spec = &vm.record.spec;
         let object = format!("VM {}", spec.name);
-        let running = self.shared.driver.state(id).is_ok_and(|s| s != PowerState::Stopped && s != PowerState::Crashed);
+        let running =
+            self.shared.driver.state(id).is_ok_and(|s| s != PowerState::Stopped && s != PowerState::Crashed);
         if !running && (spec.cpus > room.cpus_free || spec.memory.0 > room.memory_bytes_free) {
             let reason = format!(
                 "needs {} CPUs and {}; {} CPUs and {} are free",
@@ -233,8 +255,9 @@ impl Broker {
                 room.cpus_free,
                 ByteSize(room.memory_bytes_free)
             );
-            let _ = reply.send(Err(Problem::new(ProblemKind::Refused, object, reason)
-                .next("stop or move another VM, or raise hypervisor.cpus and hypervisor.memory in federation.toml")));
+            let _ = reply.send(Err(Problem::new(ProblemKind::Refused, object, reason).next(
+                "stop or move another VM, or raise hypervisor.cpus and hypervisor.memory in federation.toml",
+            )));
             return;
         }
         vm.record.run = true;
@@ -287,7 +310,8 @@ impl Broker {
         tokio::spawn(async move {
             let mode = if force { StopMode::Forced } else { StopMode::Graceful { timeout, escalate: false } };
             let result = shared.driver.stop(id, mode).await.map_err(|e| {
-                Problem::from_error(ProblemKind::Failed, object, &e).next("use 'cicada vm stop --force' if the guest hangs")
+                Problem::from_error(ProblemKind::Failed, object, &e)
+                    .next("use 'cicada vm stop --force' if the guest hangs")
             });
             shared.post(Input::apply(move |b| {
                 if let (Ok(()), Some(vm)) = (&result, b.vms.get_mut(&id)) {
@@ -325,10 +349,12 @@ impl Broker {
         let id = self.find_vm(name)?;
         let object = format!("VM {name}");
         match self.vms.get(&id).and_then(|vm| vm.record.given_up()) {
-            Some(g) if g.receipt.is_none() => {
-                Err(Problem::new(ProblemKind::Conflict, object, "its hand-over is not acknowledged: this may be the only copy")
-                    .next(format!("bring {} online again; the hand-over then completes by itself", g.to)))
-            }
+            Some(g) if g.receipt.is_none() => Err(Problem::new(
+                ProblemKind::Conflict,
+                object,
+                "its hand-over is not acknowledged: this may be the only copy",
+            )
+            .next(format!("bring {} online again; the hand-over then completes by itself", g.to))),
             Some(_) => Ok(id),
             None => {
                 let id = self.free_vm(name)?;
@@ -408,11 +434,14 @@ impl Broker {
 
     /// VMs that should run and do not: after a restart of the host.
     pub(super) fn start_wanted(&mut self) {
-        let wanted: Vec<_> =
-            self.vms.values().filter(|vm| vm.record.is_here() && vm.record.run).map(|vm| vm.record.spec.id).collect();
+        let wanted: Vec<_> = self
+            .vms
+            .values()
+            .filter(|vm| vm.record.is_here() && vm.record.run)
+            .map(|vm| vm.record.spec.id)
+            .collect();
         wanted.into_iter().for_each(|id| self.start_machine(id, None));
     }
-
 }
 
 /// Makes sure the composition is there and is the right one, then starts the VM.
@@ -438,7 +467,10 @@ fn make_vm(shared: &Shared, create: VmCreate) -> Result<VmRecord, Problem> {
         .make_recipe(&ids, create.ordered, create.root_size, &create.kernel_command_line)
         .map_err(|e| content::compose_problem(&e))?;
     let id = VmId::random();
-    let nics = (0u8..).zip(&create.networks).map(|(i, n)| Nic { network: n.clone(), mac: Mac::derived(id, i) }).collect();
+    let nics = (0u8..)
+        .zip(&create.networks)
+        .map(|(i, n)| Nic { network: n.clone(), mac: Mac::derived(id, i) })
+        .collect();
     let spec = VmSpec {
         id,
         name: create.name,

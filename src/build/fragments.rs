@@ -2,7 +2,7 @@
 //! rules are [`crate::component::fragment`]'s; which file follows which is said here.
 
 use super::error::BuildError;
-use crate::component::fragment::{self, FragmentError, Part};
+use crate::component::fragment;
 use crate::component::manifest::{Fragment, FragmentRule, Manifest, Meta, show};
 
 /// The rule of an aggregated file, by its path.
@@ -37,16 +37,12 @@ pub fn share(
     let Some(before) = base.and_then(|b| b.fragments.iter().find(|f| f.path == path)) else {
         return Ok(Some(Fragment { path, rule, meta, records: full }));
     };
-    let records = fragment::difference(&before.records, &full).map_err(fail)?;
+    let records = fragment::difference(rule, &before.records, &full).map_err(fail)?;
     // The OS's owner and mode stand for all shares.
     Ok((!records.is_empty()).then_some(Fragment { path, rule, meta: before.meta, records }))
 }
 
 /// The file that a single fragment stands for.
-pub fn render(fragment: &Fragment) -> Result<Vec<u8>, BuildError> {
-    let part = Part { component: "", number: 0, records: &fragment.records };
-    fragment::merge(fragment.rule, &fragment.path, &[part], &|_, _| false, false).map_err(|conflict| {
-        let source = FragmentError::Twice { key: conflict.what };
-        BuildError::Fragment { path: show(&fragment.path), source }
-    })
+pub fn render(fragment: &Fragment) -> Vec<u8> {
+    fragment::render(fragment.rule, &fragment.records)
 }

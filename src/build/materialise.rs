@@ -48,7 +48,7 @@ pub fn materialise(repository: &Repository, manifest: &Manifest, target: &Path) 
     }
     for fragment in &manifest.fragments {
         let path = target.join(as_path(&fragment.path));
-        let content = fragments::render(fragment)?;
+        let content = fragments::render(fragment);
         let written = fs::write(&path, content).and_then(|()| set_meta(&path, &fragment.meta));
         written.map_err(BuildError::write(&path))?;
     }

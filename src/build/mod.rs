@@ -167,7 +167,7 @@ impl Builder<'_> {
         let base = self.base_of(definition)?;
         let mut sandbox = Sandbox::new(&definition.name, &self.options.cache_dir)?;
         let apt = self.apt_of(definition, &sandbox)?;
-        let status = base.as_ref().map_or(Ok(Vec::new()), |b| status_of(&b.manifest))?;
+        let status = base.as_ref().map_or(Vec::new(), |b| status_of(&b.manifest));
         let packages = match &apt {
             Some(apt) => resolve(definition, apt, &status, &sandbox)?,
             None => Packages::new(),
@@ -365,9 +365,9 @@ fn resolve(
 }
 
 /// dpkg's status file as it is in the OS.
-fn status_of(manifest: &Manifest) -> Result<Vec<u8>, BuildError> {
+fn status_of(manifest: &Manifest) -> Vec<u8> {
     let status = manifest.fragments.iter().find(|f| f.path == b"var/lib/dpkg/status");
-    status.map_or(Ok(Vec::new()), fragments::render)
+    status.map_or(Vec::new(), fragments::render)
 }
 
 fn version_of(definition: &Definition, owners: &Owners) -> Result<String, BuildError> {

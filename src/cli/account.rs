@@ -25,10 +25,12 @@ pub fn print(printer: &Printer, a: &Account) -> Outcome {
     components(printer, a)?;
     printer.line("")?;
     traffic(printer, a)?;
-    if !a.phase_ms.is_empty() {
-        printer.line("")?;
-    }
     times(printer, a)
+}
+
+/// Payload of all kinds.
+pub fn sent_bytes(a: &Account) -> u64 {
+    a.component_bytes + a.root_delta_bytes + a.user_data_bytes + a.control_bytes
 }
 
 fn components(printer: &Printer, a: &Account) -> Outcome {
@@ -47,7 +49,7 @@ fn components(printer: &Printer, a: &Account) -> Outcome {
 }
 
 fn traffic(printer: &Printer, a: &Account) -> Outcome {
-    let sent = a.component_bytes + a.root_delta_bytes + a.user_data_bytes + a.control_bytes;
+    let sent = sent_bytes(a);
     let mut table = Table::new(["SENT", ">BYTES", ">"]);
     for (name, n) in [
         ("components", a.component_bytes),
@@ -88,6 +90,9 @@ fn times(printer: &Printer, a: &Account) -> Outcome {
     let more = [("VM down", a.downtime_ms), ("guest ready after its start", a.boot_ms)];
     for (name, ms) in more.into_iter().filter_map(|(name, ms)| Some((name, ms?))) {
         table.row([name.into(), millis(ms)]);
+    }
+    if !table.is_empty() {
+        printer.line("")?;
     }
     table.print(printer)
 }

@@ -145,7 +145,9 @@ fn unescape(text: &str) -> Result<Vec<u8>, String> {
             Some('\\') => b'\\',
             Some('x') => {
                 let hex: String = chars.by_ref().take(2).collect();
-                u8::from_str_radix(&hex, 16).map_err(|_| format!("\\x{hex} is not two hex digits"))?
+                let two = hex.len() == 2 && hex.bytes().all(|b| b.is_ascii_hexdigit());
+                let byte = u8::from_str_radix(&hex, 16).ok().filter(|_| two);
+                byte.ok_or_else(|| format!("\\x{hex} is not two hex digits"))?
             }
             other => return Err(format!("\\{} is not known", other.map_or(String::new(), String::from))),
         });

@@ -59,7 +59,7 @@ from the configuration file: --config or CICADA_CONFIG, else ./federation.toml, 
 /// 'cicada broker' is the daemon of one cloud; the other commands talk to it through its socket,
 /// except where they say that they work without it.
 #[derive(Parser)]
-#[command(name = "cicada", version, after_help = EXIT_CODES, max_term_width = 110, propagate_version = true)]
+#[command(name = "cicada", version, after_help = EXIT_CODES, max_term_width = 110)]
 pub struct Cli {
     #[command(flatten)]
     globals: Globals,
@@ -105,6 +105,9 @@ pub struct Globals {
 #[derive(Subcommand)]
 enum Command {
     /// Run this cloud's broker
+    ///
+    /// It runs in the foreground and logs to stderr. TERM and INT stop it: VMs keep running, and moves go on
+    /// when it starts again.
     Broker,
     /// Check or show the configuration (without a broker)
     #[command(subcommand)]

@@ -1,48 +1,72 @@
-//! Uniting a set of components into one file tree, or naming the two that cannot share a disk.
+//! The set of components becomes one file tree. The rules, for each path:
 //!
-//! A component may change what it was built on: its entry wins over one of a component it
-//! requires, directly or not. Directories several components bring are one directory, with the
-//! metadata of the component lowest in that order. Anything else that two components claim
-//! differently is a conflict, unless the recipe states an order: then the later one wins.
+//! - A component's claim stands aside for that of a component which requires it, directly or through
+//!   others: a program may replace what its operating system brings.
+//! - If the claims that remain are equal (content, owner, mode, attributes; of differing times the
+//!   latest is taken) they are one. If they differ it is a conflict that names both components,
+//!   unless the recipe states that order settles conflicts: then the component named last wins.
+//! - Directories follow the same rules, so shared ones need equal owners and modes, and what is in
+//!   them unites.
+//! - A whiteout, or anything but a directory, takes away what the required components have at and
+//!   below its path.
+//! - Hard links hold within a component. Where the file one leads to was replaced, the link keeps its
+//!   own component's content.
+//! - Fragments merge as [`super::fragment`] says.
+//!
+//! The order of components matters only where a recipe says so.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
+use super::fragment::{self, MergeError, Part};
+use super::manifest::{Meta, parent_of, path_order, show};
+use super::{Entry, EntryKind, Fragment, Kind, Manifest};
 use crate::types::{ComponentId, Hash, PackId};
 
-use super::fragment::{self, Conflict, Part};
-use super::manifest::{Entry, EntryKind, Fragment, Kind, Manifest, Meta, parent_of, path_order, show};
+/// Components whose architecture is this go with every other.
+const ARCHITECTURE_ALL: &str = "all";
 
+/// Why a set of components makes no tree.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TreeError {
-    #[error("the set is empty")]
-    Empty,
-    #[error("component {component} is in the set twice")]
-    Twice { component: String },
-    #[error("component {component} was built on component {missing}, which is not in the set")]
-    Requires { component: String, missing: String },
-    #[error("components require each other in a circle: {components}")]
-    Cycle { components: String },
-    #[error("component {component} refuses to share a disk with {other}")]
-    Refuses { component: String, other: String },
-    #[error("component {component} is for {architecture}, the others are for {other}")]
-    Architecture { component: String, architecture: String, other: String },
-    #[error("components {left} and {right} both bring {path}, differently")]
-    Path { left: String, right: String, path: String },
+    #[error("{component} is named twice")]
+    Repeated { component: String },
+    #[error("{component} was built on components that are not in the set: {}", list(missing))]
+    MissingRequired { component: String, missing: Vec<ComponentId> },
+    #[error("{component} refuses to share a disk with {refused}")]
+    Refused { component: String, refused: String },
+    #[error("{first} is for {first_architecture}, but {second} is for {second_architecture}")]
+    Architecture { first: String, first_architecture: String, second: String, second_architecture: String },
+    #[error("a disk that starts needs exactly one {kind} component, not {}", count(found))]
+    NotBootable { kind: Kind, found: Vec<String> },
+    #[error(
+        "{first} and {second} both bring {path}, with different {difference}: leave one out, or let the \
+         recipe's order decide"
+    )]
+    Path { path: String, first: String, second: String, difference: &'static str },
+    #[error("{path} of {component} lies below {parent}, which {owner} brings as no directory")]
+    BelowNoDirectory { path: String, component: String, parent: String, owner: String },
+    #[error("{whole} brings {path} as a whole file, but {part} shares it with others as a fragment")]
+    WholeAndFragment { path: String, whole: String, part: String },
+    #[error("{first} and {second} merge {path} by different rules")]
+    Rules { path: String, first: String, second: String },
     #[error(transparent)]
-    Fragment(#[from] Conflict),
-    #[error("component {component} brings {path} below something that is no directory")]
-    NoDirectory { component: String, path: String },
-    #[error("{path} of component {component} is a hard link to a file that another component replaced")]
-    HardLink { component: String, path: String },
-    #[error("a disk that boots needs exactly one component of kind {kind}, the set has {count}")]
-    NotBootable { kind: Kind, count: usize },
+    Merge(#[from] MergeError),
 }
 
-/// One path of the united tree.
+/// A component of the set and its verified manifest.
+pub type Member = (ComponentId, Arc<Manifest>);
+
+/// What a disk's root holds. Sorted by path, each directory before what is in it.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Tree {
+    pub nodes: Vec<Node>,
+}
+
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Node {
+    /// As in a manifest; the root's is empty.
     pub path: Vec<u8>,
     pub meta: Meta,
     pub xattrs: Vec<(String, Vec<u8>)>,
@@ -64,6 +88,7 @@ pub enum NodeKind {
     Symlink {
         target: Vec<u8>,
     },
+    /// Another name of the file at `target`, which precedes or follows.
     HardLink {
         target: Vec<u8>,
     },
@@ -79,376 +104,490 @@ pub enum NodeKind {
     Socket,
 }
 
-/// The whole tree, sorted by path, directories before what is in them.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Tree {
-    pub nodes: Vec<Node>,
-}
-
-/// A path with the order of entries.
-#[derive(Clone, PartialEq, Eq, Debug)]
-struct Path(Vec<u8>);
-
-impl Ord for Path {
-    fn cmp(&self, other: &Self) -> Ordering {
-        path_order(&self.0, &other.0)
+impl Tree {
+    pub fn find(&self, path: &[u8]) -> Option<&Node> {
+        let found = self.nodes.binary_search_by(|n| path_order(&n.path, path));
+        found.ok().map(|i| &self.nodes[i])
     }
 }
 
-impl PartialOrd for Path {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
+/// Unites components into one tree. Checks what holds for every set; whether a disk could start from
+/// it says [`check_bootable`].
+pub fn unite(components: &[Member], ordered: bool) -> Result<Tree, TreeError> {
+    let set = Set::new(components, ordered)?;
+    let mut claims = set.claims();
+    // Stable: claims to one path stay in the order of the set.
+    claims.sort_by(|a, b| path_order(a.path(), b.path()));
+    let mut builder = Builder { set: &set, nodes: Vec::new(), shadows: Vec::new() };
+    for group in claims.chunk_by(|a, b| a.path() == b.path()) {
+        builder.add(group)?;
     }
+    let owners: Vec<usize> = builder.nodes.iter().map(|(owner, _)| *owner).collect();
+    let mut tree = Tree { nodes: builder.nodes.into_iter().map(|(_, node)| node).collect() };
+    set.relink(&mut tree, &owners);
+    Ok(tree)
 }
 
-/// Whether the set can boot: one format, one kernel, one operating system.
-pub fn check_bootable(components: &[(ComponentId, Arc<Manifest>)]) -> Result<(), TreeError> {
+/// A disk that starts has exactly one format, one kernel and one operating system.
+pub fn check_bootable(components: &[Member]) -> Result<(), TreeError> {
     for kind in [Kind::Format, Kind::Kernel, Kind::Os] {
-        let count = components.iter().filter(|(_, m)| m.kind == kind).count();
-        if count != 1 {
-            return Err(TreeError::NotBootable { kind, count });
+        let found: Vec<String> =
+            components.iter().filter(|(_, m)| m.kind == kind).map(|(_, m)| label(m)).collect();
+        if found.len() != 1 {
+            return Err(TreeError::NotBootable { kind, found });
         }
     }
     Ok(())
 }
 
-/// Unites components into one tree. The order of the slice matters only if `ordered`.
-pub fn unite(components: &[(ComponentId, Arc<Manifest>)], ordered: bool) -> Result<Tree, TreeError> {
-    let order = Order::new(components)?;
-    let name = |number: usize| components[number].1.name.clone();
-    let mut tree: BTreeMap<Path, (usize, Node)> = BTreeMap::new();
-    for &number in &order.sequence {
-        for entry in &components[number].1.entries {
-            place(&mut tree, number, entry, components, &order, ordered)?;
-        }
-    }
-    merge_fragments(&mut tree, components, &order, ordered)?;
-    for (Path(path), (number, node)) in &tree {
-        let at = |p: &[u8]| tree.get(&Path(p.to_vec()));
-        match parent_of(path).filter(|p| !p.is_empty()).map(at) {
-            None | Some(Some((_, Node { kind: NodeKind::Directory, .. }))) => {}
-            _ => return Err(TreeError::NoDirectory { component: name(*number), path: show(path) }),
-        }
-        if let NodeKind::HardLink { target } = &node.kind {
-            match at(target) {
-                Some((owner, Node { kind: NodeKind::File { .. } | NodeKind::Literal(_), .. }))
-                    if owner == number => {}
-                _ => return Err(TreeError::HardLink { component: name(*number), path: show(path) }),
-            }
-        }
-    }
-    Ok(Tree { nodes: tree.into_values().map(|(_, node)| node).collect() })
+/// How a component is called in messages.
+pub fn label(manifest: &Manifest) -> String {
+    format!("{}@{}", manifest.name, manifest.version)
 }
 
-/// Who was built on whom.
-struct Order {
-    /// Component numbers, required ones first, otherwise in the order they were stated.
-    sequence: Vec<usize>,
-    /// All that each component requires, directly or not.
-    below: Vec<HashSet<usize>>,
-}
-
-impl Order {
-    fn new(components: &[(ComponentId, Arc<Manifest>)]) -> Result<Self, TreeError> {
-        let first = &components.first().ok_or(TreeError::Empty)?.1;
-        let mut numbers = HashMap::new();
-        for (i, (id, m)) in components.iter().enumerate() {
-            if numbers.insert(*id, i).is_some() {
-                return Err(TreeError::Twice { component: m.name.clone() });
-            }
-            if m.architecture != first.architecture {
-                return Err(TreeError::Architecture {
-                    component: m.name.clone(),
-                    architecture: m.architecture.clone(),
-                    other: first.architecture.clone(),
-                });
-            }
-            if let Some((_, other)) = components.iter().find(|(_, o)| m.conflicts.contains(&o.name)) {
-                return Err(TreeError::Refuses { component: m.name.clone(), other: other.name.clone() });
-            }
-        }
-        let mut direct = Vec::new();
-        for (_, m) in components {
-            let mut needs = Vec::new();
-            for id in &m.requires {
-                let missing = || TreeError::Requires { component: m.name.clone(), missing: id.short() };
-                needs.push(*numbers.get(id).ok_or_else(missing)?);
-            }
-            direct.push(needs);
-        }
-        let mut below: Vec<HashSet<usize>> = vec![HashSet::new(); components.len()];
-        let mut sequence: Vec<usize> = Vec::new();
-        while sequence.len() < components.len() {
-            let ready = (0..components.len())
-                .find(|i| !sequence.contains(i) && direct[*i].iter().all(|d| sequence.contains(d)));
-            let Some(next) = ready else {
-                let stuck = (0..components.len()).filter(|i| !sequence.contains(i));
-                let names: Vec<_> = stuck.map(|i| components[i].1.name.as_str()).collect();
-                return Err(TreeError::Cycle { components: names.join(", ") });
-            };
-            for d in &direct[next] {
-                let deeper: Vec<usize> = below[*d].iter().copied().collect();
-                below[next].insert(*d);
-                below[next].extend(deeper);
-            }
-            sequence.push(next);
-        }
-        Ok(Self { sequence, below })
-    }
-
-    fn overrides(&self, upper: usize, lower: usize) -> bool {
-        self.below[upper].contains(&lower)
-    }
-}
-
-fn place(
-    tree: &mut BTreeMap<Path, (usize, Node)>,
-    number: usize,
-    entry: &Entry,
-    components: &[(ComponentId, Arc<Manifest>)],
-    order: &Order,
+/// The checked set and who requires whom.
+struct Set<'a> {
+    members: &'a [Member],
     ordered: bool,
-) -> Result<(), TreeError> {
-    let manifest = &components[number].1;
-    let path = Path(entry.path.clone());
-    let held = tree.get(&path);
-    let Some(node) = node_of(manifest, entry) else {
-        // A whiteout: takes away what the component was built on, with all below it.
-        let gone: Vec<Path> = tree
-            .range(path.clone()..)
-            .take_while(|(p, _)| is_below(&p.0, &entry.path))
-            .filter(|(_, (owner, _))| order.overrides(number, *owner) || ordered)
-            .map(|(p, _)| p.clone())
-            .collect();
-        gone.iter().for_each(|p| drop(tree.remove(p)));
-        return Ok(());
-    };
-    let conflict = |owner: usize| TreeError::Path {
-        left: components[owner].1.name.clone(),
-        right: manifest.name.clone(),
-        path: show(&entry.path),
-    };
-    match held {
-        None => {}
-        Some((owner, old)) if same(old, &node, *owner == number) => return Ok(()),
-        Some((owner, Node { kind: NodeKind::Directory, .. })) if node.kind == NodeKind::Directory => {
-            // Only the time differs, or the lower component decides; two siblings must agree.
-            let (owner, old) = (*owner, &tree[&path].1);
-            let only_time =
-                Meta { mtime_s: old.meta.mtime_s, ..node.meta } == old.meta && old.xattrs == node.xattrs;
-            if only_time {
-                return Ok(());
-            }
-            if !order.overrides(number, owner) && !ordered {
-                return Err(conflict(owner));
+    /// For each component the places of all it requires, directly or through others.
+    requires: Vec<BTreeSet<usize>>,
+}
+
+impl<'a> Set<'a> {
+    fn new(members: &'a [Member], ordered: bool) -> Result<Self, TreeError> {
+        let mut places = HashMap::new();
+        for (i, (id, manifest)) in members.iter().enumerate() {
+            if places.insert(*id, i).is_some() {
+                return Err(TreeError::Repeated { component: label(manifest) });
             }
         }
-        Some((owner, old)) => {
-            let was_directory = old.kind == NodeKind::Directory;
-            if was_directory || !(order.overrides(number, *owner) || ordered) {
-                return Err(conflict(*owner));
-            }
-        }
-    }
-    tree.insert(path, (number, node));
-    Ok(())
-}
-
-fn same(a: &Node, b: &Node, same_component: bool) -> bool {
-    let content = match (&a.kind, &b.kind) {
-        // The same content may lie in different packs.
-        (NodeKind::File { hash: x, size_bytes: n, .. }, NodeKind::File { hash: y, size_bytes: m, .. }) => {
-            x == y && n == m
-        }
-        (x, y) => x == y,
-    };
-    // Links stay within their component, so an equal entry of another is not the same inode.
-    let linked = matches!(a.kind, NodeKind::HardLink { .. });
-    content && a.meta == b.meta && a.xattrs == b.xattrs && (!linked || same_component)
-}
-
-/// `None` for a whiteout.
-fn node_of(manifest: &Manifest, entry: &Entry) -> Option<Node> {
-    let kind = match &entry.kind {
-        EntryKind::Directory => NodeKind::Directory,
-        EntryKind::File { size_bytes: 0, .. } => NodeKind::Literal(Vec::new()),
-        EntryKind::File { size_bytes, hash, pack, offset_bytes } => NodeKind::File {
-            // `Manifest::check` has seen that the pack exists and holds the range.
-            pack: manifest.packs.get(*pack as usize)?.id,
-            offset_bytes: *offset_bytes,
-            size_bytes: *size_bytes,
-            hash: *hash,
-        },
-        EntryKind::Symlink { target } => NodeKind::Symlink { target: target.clone() },
-        EntryKind::HardLink { target } => NodeKind::HardLink { target: target.clone() },
-        EntryKind::CharDevice { major, minor } => NodeKind::CharDevice { major: *major, minor: *minor },
-        EntryKind::BlockDevice { major, minor } => NodeKind::BlockDevice { major: *major, minor: *minor },
-        EntryKind::Fifo => NodeKind::Fifo,
-        EntryKind::Socket => NodeKind::Socket,
-        EntryKind::Whiteout => return None,
-    };
-    Some(Node { path: entry.path.clone(), meta: entry.meta, xattrs: entry.xattrs.clone(), kind })
-}
-
-fn is_below(path: &[u8], dir: &[u8]) -> bool {
-    path.strip_prefix(dir).is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
-}
-
-fn merge_fragments(
-    tree: &mut BTreeMap<Path, (usize, Node)>,
-    components: &[(ComponentId, Arc<Manifest>)],
-    order: &Order,
-    ordered: bool,
-) -> Result<(), TreeError> {
-    let mut files: BTreeMap<&[u8], Vec<(usize, &Fragment)>> = BTreeMap::new();
-    for &number in &order.sequence {
-        for fragment in &components[number].1.fragments {
-            files.entry(&fragment.path).or_default().push((number, fragment));
-        }
-    }
-    for (path, shares) in files {
-        let name = |number: usize| components[number].1.name.as_str();
-        let (owner, first) = shares[0];
-        let clash = |left: usize, right: usize| TreeError::Path {
-            left: name(left).into(),
-            right: name(right).into(),
-            path: show(path),
-        };
-        if let Some((other, _)) = tree.get(&Path(path.to_vec())) {
-            return Err(clash(*other, owner));
-        }
-        if let Some((other, _)) = shares.iter().find(|(_, f)| f.rule != first.rule) {
-            return Err(clash(owner, *other));
-        }
-        let parts: Vec<_> = shares
+        check_required(members, &places)?;
+        check_conflicts(members)?;
+        check_architecture(members)?;
+        let direct: Vec<Vec<usize>> = members
             .iter()
-            .map(|(number, f)| Part { component: name(*number), number: *number, records: &f.records })
+            .map(|(_, m)| m.requires.iter().filter_map(|id| places.get(id).copied()).collect())
             .collect();
-        let overrides = |upper, lower| order.overrides(upper, lower);
-        let bytes = fragment::merge(first.rule, path, &parts, &overrides, ordered)?;
-        let node = Node {
-            path: path.to_vec(),
-            meta: first.meta,
-            xattrs: Vec::new(),
-            kind: NodeKind::Literal(bytes),
-        };
-        tree.insert(Path(path.to_vec()), (owner, node));
+        let requires = (0..members.len()).map(|i| reachable(i, &direct)).collect();
+        Ok(Self { members, ordered, requires })
+    }
+
+    fn claims(&self) -> Vec<Claim<'a>> {
+        let mut claims = Vec::new();
+        for (component, (_, manifest)) in self.members.iter().enumerate() {
+            claims.extend(manifest.entries.iter().map(|e| Claim { component, what: What::Entry(e) }));
+            claims.extend(manifest.fragments.iter().map(|f| Claim { component, what: What::Fragment(f) }));
+        }
+        claims
+    }
+
+    fn manifest(&self, component: usize) -> &'a Manifest {
+        &self.members[component].1
+    }
+
+    fn label(&self, component: usize) -> String {
+        label(self.manifest(component))
+    }
+
+    fn requires(&self, a: usize, b: usize) -> bool {
+        self.requires[a].contains(&b)
+    }
+
+    /// The file of the same component that a claim is a name of.
+    fn file(&self, component: usize, entry: &'a Entry) -> &'a Entry {
+        match &entry.kind {
+            EntryKind::HardLink { target } => {
+                let entries = &self.manifest(component).entries;
+                entries.binary_search_by(|e| path_order(&e.path, target)).map_or(entry, |i| &entries[i])
+            }
+            _ => entry,
+        }
+    }
+
+    /// Gives every group of hard links in the finished tree one name that is the file. A link leads to
+    /// the path its component says, if that still is this very file; otherwise the first name
+    /// that is left becomes the file.
+    fn relink(&self, tree: &mut Tree, owners: &[usize]) {
+        let mut renamed: HashMap<(usize, Vec<u8>), Vec<u8>> = HashMap::new();
+        for (i, owner) in owners.iter().enumerate() {
+            let NodeKind::HardLink { target } = &tree.nodes[i].kind else { continue };
+            let Some(original) = self.entry(*owner, target) else { continue };
+            let Some(content) = self.content(*owner, original) else { continue };
+            let is_same = tree.find(target).is_some_and(|n| {
+                is_same_content(&n.kind, &content)
+                    && difference_of_meta(&n.meta, &original.meta).is_none()
+                    && n.xattrs == original.xattrs
+            });
+            if is_same {
+                continue;
+            }
+            let key = (*owner, target.clone());
+            tree.nodes[i].kind = match renamed.get(&key) {
+                Some(first) => NodeKind::HardLink { target: first.clone() },
+                None => {
+                    renamed.insert(key, tree.nodes[i].path.clone());
+                    content
+                }
+            };
+        }
+    }
+
+    /// What a file entry becomes; `None` for any other.
+    fn content(&self, component: usize, entry: &Entry) -> Option<NodeKind> {
+        match entry.kind {
+            EntryKind::File { size_bytes: 0, .. } => Some(NodeKind::Literal(Vec::new())),
+            EntryKind::File { size_bytes, hash, pack, offset_bytes } => {
+                let pack = self.manifest(component).packs.get(pack as usize)?.id;
+                Some(NodeKind::File { pack, offset_bytes, size_bytes, hash })
+            }
+            _ => None,
+        }
+    }
+
+    fn entry(&self, component: usize, path: &[u8]) -> Option<&'a Entry> {
+        let entries = &self.manifest(component).entries;
+        entries.binary_search_by(|e| path_order(&e.path, path)).ok().map(|i| &entries[i])
+    }
+}
+
+fn check_required(members: &[Member], places: &HashMap<ComponentId, usize>) -> Result<(), TreeError> {
+    for (_, manifest) in members {
+        let missing: Vec<ComponentId> =
+            manifest.requires.iter().filter(|id| !places.contains_key(id)).copied().collect();
+        if !missing.is_empty() {
+            return Err(TreeError::MissingRequired { component: label(manifest), missing });
+        }
     }
     Ok(())
+}
+
+fn check_conflicts(members: &[Member]) -> Result<(), TreeError> {
+    let mut by_name: HashMap<&str, Vec<&Member>> = HashMap::new();
+    for member in members {
+        by_name.entry(&member.1.name).or_default().push(member);
+    }
+    for (id, manifest) in members {
+        let named = manifest.conflicts.iter().filter_map(|name| by_name.get(&name[..])).flatten();
+        // Naming itself, a component refuses other versions of it.
+        if let Some((_, other)) = named.into_iter().find(|(other, _)| other != id) {
+            return Err(TreeError::Refused { component: label(manifest), refused: label(other) });
+        }
+    }
+    Ok(())
+}
+
+fn check_architecture(members: &[Member]) -> Result<(), TreeError> {
+    let mut bound = members.iter().map(|(_, m)| m).filter(|m| m.architecture != ARCHITECTURE_ALL);
+    let Some(first) = bound.next() else { return Ok(()) };
+    match bound.find(|m| m.architecture != first.architecture) {
+        None => Ok(()),
+        Some(second) => Err(TreeError::Architecture {
+            first: label(first),
+            first_architecture: first.architecture.clone(),
+            second: label(second),
+            second_architecture: second.architecture.clone(),
+        }),
+    }
+}
+
+fn reachable(from: usize, direct: &[Vec<usize>]) -> BTreeSet<usize> {
+    let mut found = BTreeSet::new();
+    let mut open = direct[from].clone();
+    while let Some(next) = open.pop() {
+        if found.insert(next) {
+            open.extend(&direct[next]);
+        }
+    }
+    found
+}
+
+/// That a component wants something at a path.
+#[derive(Clone, Copy)]
+struct Claim<'a> {
+    component: usize,
+    what: What<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum What<'a> {
+    Entry(&'a Entry),
+    Fragment(&'a Fragment),
+}
+
+impl<'a> Claim<'a> {
+    fn path(&self) -> &'a [u8] {
+        match self.what {
+            What::Entry(e) => &e.path,
+            What::Fragment(f) => &f.path,
+        }
+    }
+
+    fn is_directory(&self) -> bool {
+        matches!(self.what, What::Entry(Entry { kind: EntryKind::Directory, .. }))
+    }
+
+    fn is_entry(&self) -> bool {
+        matches!(self.what, What::Entry(_))
+    }
+}
+
+/// What is no directory at `path` hides what its component requires below it.
+struct Shadow<'a> {
+    path: &'a [u8],
+    component: usize,
+}
+
+/// Resolves paths in order. Everything below a path follows it directly.
+struct Builder<'s, 'a> {
+    set: &'s Set<'a>,
+    /// With the component whose claim stands.
+    nodes: Vec<(usize, Node)>,
+    shadows: Vec<Shadow<'a>>,
+}
+
+impl<'a> Builder<'_, 'a> {
+    fn add(&mut self, group: &[Claim<'a>]) -> Result<(), TreeError> {
+        let path = group[0].path();
+        self.shadows.retain(|s| is_below(path, s.path));
+        let visible: Vec<Claim<'a>> = group
+            .iter()
+            .filter(|c| !self.shadows.iter().any(|s| self.set.requires(s.component, c.component)))
+            .copied()
+            .collect();
+        let standing = self.standing(&visible);
+        // What order overrules hides nothing.
+        let last = standing.last().map(|c| c.component);
+        let is_overruled = |c: &Claim| {
+            self.set.ordered
+                && Some(c.component) != last
+                && standing.iter().any(|s| s.component == c.component)
+        };
+        let shadows: Vec<Shadow<'a>> = visible
+            .iter()
+            .filter(|c| !c.is_directory() && !is_overruled(c))
+            .map(|c| Shadow { path, component: c.component })
+            .collect();
+        self.shadows.extend(shadows);
+        let Some((owner, node)) = self.resolve(&visible, &standing)? else { return Ok(()) };
+        if self.is_placeable(owner, path)? {
+            self.nodes.push((owner, node));
+        }
+        Ok(())
+    }
+
+    /// The claims of components that no other claimant requires.
+    fn standing(&self, claims: &[Claim<'a>]) -> Vec<Claim<'a>> {
+        claims
+            .iter()
+            .filter(|c| !claims.iter().any(|o| self.set.requires(o.component, c.component)))
+            .copied()
+            .collect()
+    }
+
+    /// The node that the claims to one path make, `None` for a whiteout or no claim.
+    fn resolve(
+        &self,
+        claims: &[Claim<'a>],
+        standing: &[Claim<'a>],
+    ) -> Result<Option<(usize, Node)>, TreeError> {
+        let Some(first) = standing.first() else { return Ok(None) };
+        if standing.iter().all(Claim::is_entry) {
+            return self.resolve_entries(standing);
+        }
+        if let Some(whole) = claims.iter().find(|c| c.is_entry()) {
+            let part = claims.iter().find(|c| !c.is_entry()).unwrap_or(whole);
+            return Err(TreeError::WholeAndFragment {
+                path: show(first.path()),
+                whole: self.set.label(whole.component),
+                part: self.set.label(part.component),
+            });
+        }
+        self.merge_fragments(claims, standing).map(Some)
+    }
+
+    fn resolve_entries(&self, standing: &[Claim<'a>]) -> Result<Option<(usize, Node)>, TreeError> {
+        let entries: Vec<(usize, &Entry)> = standing
+            .iter()
+            .filter_map(|c| match c.what {
+                What::Entry(e) => Some((c.component, e)),
+                What::Fragment(_) => None,
+            })
+            .collect();
+        let differences = |a: &(usize, &'a Entry), b: &(usize, &'a Entry)| {
+            difference(self.set.file(a.0, a.1), self.set.file(b.0, b.1))
+        };
+        let (owner, entry) = self.choose(&entries, differences)?;
+        let file = self.set.file(owner, entry);
+        let equal = entries.iter().filter(|(c, e)| differences(&(owner, entry), &(*c, e)).is_none());
+        let mtime_s = equal.map(|(c, e)| self.set.file(*c, e).meta.mtime_s).max();
+        let meta = Meta { mtime_s: mtime_s.unwrap_or(file.meta.mtime_s), ..file.meta };
+        let kind = match &entry.kind {
+            EntryKind::Whiteout => return Ok(None),
+            EntryKind::Directory => NodeKind::Directory,
+            EntryKind::File { .. } => match self.set.content(owner, entry) {
+                Some(content) => content,
+                // A checked manifest names no pack that it lacks.
+                None => return Ok(None),
+            },
+            EntryKind::Symlink { target } => NodeKind::Symlink { target: target.clone() },
+            EntryKind::HardLink { target } => NodeKind::HardLink { target: target.clone() },
+            EntryKind::CharDevice { major, minor } => NodeKind::CharDevice { major: *major, minor: *minor },
+            EntryKind::BlockDevice { major, minor } => NodeKind::BlockDevice { major: *major, minor: *minor },
+            EntryKind::Fifo => NodeKind::Fifo,
+            EntryKind::Socket => NodeKind::Socket,
+        };
+        let node = Node { path: entry.path.clone(), meta, xattrs: file.xattrs.clone(), kind };
+        Ok(Some((owner, node)))
+    }
+
+    fn merge_fragments(
+        &self,
+        claims: &[Claim<'a>],
+        standing: &[Claim<'a>],
+    ) -> Result<(usize, Node), TreeError> {
+        let fragments = |claims: &[Claim<'a>]| -> Vec<(usize, &'a Fragment)> {
+            claims
+                .iter()
+                .filter_map(|c| match c.what {
+                    What::Fragment(f) => Some((c.component, f)),
+                    What::Entry(_) => None,
+                })
+                .collect()
+        };
+        let all = fragments(claims);
+        let standing = fragments(standing);
+        let (owner, fragment) = self.choose(&standing, |a, b| difference_of_meta(&a.1.meta, &b.1.meta))?;
+        if let Some((other, _)) = all.iter().find(|(_, f)| f.rule != fragment.rule) {
+            return Err(TreeError::Rules {
+                path: show(&fragment.path),
+                first: self.set.label(owner),
+                second: self.set.label(*other),
+            });
+        }
+        let labels: Vec<String> = all.iter().map(|(c, _)| self.set.label(*c)).collect();
+        let parts: Vec<Part<'_>> = all
+            .iter()
+            .zip(&labels)
+            .map(|((number, f), component)| Part { component, number: *number, records: &f.records })
+            .collect();
+        let overrides = |a, b| self.set.requires(a, b);
+        let bytes = fragment::merge(fragment.rule, &fragment.path, &parts, &overrides, self.set.ordered)?;
+        let mtime_s = all.iter().map(|(_, f)| f.meta.mtime_s).max();
+        let meta = Meta { mtime_s: mtime_s.unwrap_or(fragment.meta.mtime_s), ..fragment.meta };
+        let path = fragment.path.clone();
+        Ok((owner, Node { path, meta, xattrs: Vec::new(), kind: NodeKind::Literal(bytes) }))
+    }
+
+    /// The first of equal claims, or the last one where order decides.
+    fn choose<T: Copy + ClaimPath>(
+        &self,
+        claims: &[(usize, T)],
+        differ: impl Fn(&(usize, T), &(usize, T)) -> Option<&'static str>,
+    ) -> Result<(usize, T), TreeError> {
+        let first = claims[0];
+        let conflict = claims[1..].iter().find_map(|c| Some((c.0, differ(&first, c)?)));
+        match conflict {
+            None => Ok(first),
+            Some(_) if self.set.ordered => Ok(claims[claims.len() - 1]),
+            Some((second, difference)) => Err(TreeError::Path {
+                path: show(first.1.path()),
+                first: self.set.label(first.0),
+                second: self.set.label(second),
+                difference,
+            }),
+        }
+    }
+
+    /// Whether the parent is a directory of the tree. Where it is not, order has settled it, or it is
+    /// a conflict.
+    fn is_placeable(&self, owner: usize, path: &[u8]) -> Result<bool, TreeError> {
+        let Some(parent) = parent_of(path).filter(|p| !p.is_empty()) else { return Ok(true) };
+        let found = self.nodes.binary_search_by(|(_, n)| path_order(&n.path, parent)).ok();
+        let holder = found.map(|i| &self.nodes[i]);
+        match holder {
+            Some((_, Node { kind: NodeKind::Directory, .. })) => Ok(true),
+            _ if self.set.ordered => Ok(false),
+            _ => {
+                let remover = self.shadows.iter().find(|s| s.path == parent).map(|s| s.component);
+                let by = holder.map(|(c, _)| *c).or(remover).unwrap_or(owner);
+                Err(TreeError::BelowNoDirectory {
+                    path: show(path),
+                    component: self.set.label(owner),
+                    parent: show(parent),
+                    owner: self.set.label(by),
+                })
+            }
+        }
+    }
+}
+
+trait ClaimPath {
+    fn path(&self) -> &[u8];
+}
+
+impl ClaimPath for &Entry {
+    fn path(&self) -> &[u8] {
+        &self.path
+    }
+}
+
+impl ClaimPath for &Fragment {
+    fn path(&self) -> &[u8] {
+        &self.path
+    }
+}
+
+/// In what two entries differ, times aside. Where content lies in a pack is no difference.
+fn difference(a: &Entry, b: &Entry) -> Option<&'static str> {
+    use EntryKind::*;
+    let content = match (&a.kind, &b.kind) {
+        (File { size_bytes, hash, .. }, File { size_bytes: other_size, hash: other_hash, .. }) => {
+            ((size_bytes, hash) != (other_size, other_hash)).then_some("content")
+        }
+        (Whiteout, Whiteout) => return None,
+        (Symlink { target }, Symlink { target: other }) => (target != other).then_some("target"),
+        (a, b) if std::mem::discriminant(a) != std::mem::discriminant(b) => Some("kind"),
+        (a, b) => (a != b).then_some("device numbers"),
+    };
+    content
+        .or_else(|| difference_of_meta(&a.meta, &b.meta))
+        .or_else(|| (a.xattrs != b.xattrs).then_some("extended attributes"))
+}
+
+fn difference_of_meta(a: &Meta, b: &Meta) -> Option<&'static str> {
+    if (a.uid, a.gid) != (b.uid, b.gid) {
+        return Some("owner");
+    }
+    (a.mode != b.mode).then_some("mode")
+}
+
+/// Wherever it lies.
+fn is_same_content(a: &NodeKind, b: &NodeKind) -> bool {
+    match (a, b) {
+        (
+            NodeKind::File { hash, size_bytes, .. },
+            NodeKind::File { hash: other, size_bytes: other_size, .. },
+        ) => (hash, size_bytes) == (other, other_size),
+        (NodeKind::Literal(a), NodeKind::Literal(b)) => a == b,
+        _ => false,
+    }
+}
+
+fn is_below(path: &[u8], directory: &[u8]) -> bool {
+    match path.len().cmp(&directory.len()) {
+        Ordering::Greater if directory.is_empty() => true,
+        Ordering::Greater => path.starts_with(directory) && path[directory.len()] == b'/',
+        _ => false,
+    }
+}
+
+fn list(ids: &[ComponentId]) -> String {
+    ids.iter().map(ComponentId::short).collect::<Vec<_>>().join(", ")
+}
+
+fn count(found: &[String]) -> String {
+    if found.is_empty() { "none".to_owned() } else { found.join(" and ") }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::component::manifest::{FragmentRule, PackRef};
-
-    fn meta(mode: u16) -> Meta {
-        Meta { mode, uid: 0, gid: 0, mtime_s: 0 }
-    }
-
-    fn dir(path: &str) -> Entry {
-        Entry { path: path.into(), meta: meta(0o755), xattrs: vec![], kind: EntryKind::Directory }
-    }
-
-    fn file(path: &str, content: &str) -> Entry {
-        let kind =
-            EntryKind::File { size_bytes: 4, hash: Hash::of(content.as_bytes()), pack: 0, offset_bytes: 0 };
-        Entry { path: path.into(), meta: meta(0o644), xattrs: vec![], kind }
-    }
-
-    fn whiteout(path: &str) -> Entry {
-        Entry { path: path.into(), meta: meta(0), xattrs: vec![], kind: EntryKind::Whiteout }
-    }
-
-    fn component(
-        name: &str,
-        requires: &[ComponentId],
-        mut entries: Vec<Entry>,
-    ) -> (ComponentId, Arc<Manifest>) {
-        entries.sort_by(|a, b| path_order(&a.path, &b.path));
-        let m = Manifest {
-            name: name.into(),
-            version: "1".into(),
-            kind: Kind::Program,
-            architecture: "amd64".into(),
-            origin: String::new(),
-            licences: vec![],
-            requires: requires.to_vec(),
-            conflicts: vec![],
-            packs: vec![PackRef {
-                id: PackId::of(name.as_bytes()),
-                size_bytes: 4096,
-                package: "p".into(),
-                package_version: "1".into(),
-            }],
-            entries,
-            fragments: vec![],
-        };
-        m.check().unwrap();
-        (m.id(), Arc::new(m))
-    }
-
-    fn paths(tree: &Tree) -> Vec<String> {
-        tree.nodes.iter().map(|n| String::from_utf8(n.path.clone()).unwrap()).collect()
-    }
-
-    #[test]
-    fn a_program_changes_and_removes_what_it_was_built_on() {
-        let os = component("os", &[], vec![dir("a"), dir("a/b"), file("a/b/c", "1"), file("a/x", "1")]);
-        let redis = component("redis", &[os.0], vec![dir("a"), file("a/x", "2"), whiteout("a/b")]);
-        let tree = unite(&[redis, os], false).unwrap();
-        assert_eq!(paths(&tree), ["a", "a/x"]);
-        assert!(matches!(&tree.nodes[1].kind, NodeKind::File { hash, .. } if *hash == Hash::of(b"2")));
-    }
-
-    #[test]
-    fn siblings_that_disagree_are_named_unless_ordered() {
-        let os = component("os", &[], vec![dir("a")]);
-        let redis = component("redis", &[os.0], vec![dir("a"), file("a/x", "1")]);
-        let nginx = component("nginx", &[os.0], vec![dir("a"), file("a/x", "2")]);
-        let set = [os, redis, nginx];
-        let error = unite(&set, false).unwrap_err();
-        assert_eq!(error.to_string(), "components redis and nginx both bring /a/x, differently");
-        let tree = unite(&set, true).unwrap();
-        assert!(matches!(&tree.nodes[1].kind, NodeKind::File { hash, .. } if *hash == Hash::of(b"2")));
-    }
-
-    #[test]
-    fn missing_and_refused_companions_are_named() {
-        let os = component("os", &[], vec![]);
-        let redis = component("redis", &[os.0], vec![]);
-        assert!(matches!(unite(std::slice::from_ref(&redis), false), Err(TreeError::Requires { .. })));
-        let mut m = (*component("nginx", &[], vec![]).1).clone();
-        m.conflicts = vec!["redis".into()];
-        let refused = unite(&[os.clone(), redis, (m.id(), Arc::new(m))], false);
-        assert!(matches!(refused, Err(TreeError::Refuses { .. })));
-        assert!(matches!(unite(&[os.clone(), os], false), Err(TreeError::Twice { .. })));
-        assert_eq!(unite(&[], false), Err(TreeError::Empty));
-    }
-
-    #[test]
-    fn a_file_where_another_has_a_directory_is_a_conflict() {
-        let os = component("os", &[], vec![dir("a"), file("a/b", "1")]);
-        let bad = component("bad", &[os.0], vec![file("a", "1")]);
-        assert!(matches!(unite(&[os, bad], false), Err(TreeError::Path { .. })));
-    }
-
-    #[test]
-    fn fragments_become_one_file() {
-        let with = |name: &str, requires: &[ComponentId], line: &str| {
-            let (_, m) = component(name, requires, vec![dir("etc")]);
-            let mut m = (*m).clone();
-            m.fragments = vec![Fragment {
-                path: b"etc/passwd".to_vec(),
-                rule: FragmentRule::Accounts,
-                meta: meta(0o644),
-                records: fragment::parse(FragmentRule::Accounts, line.as_bytes()).unwrap(),
-            }];
-            (m.id(), Arc::new(m))
-        };
-        let os = with("os", &[], "root:x:0:0:");
-        let redis = with("redis", &[os.0], "redis:x:100:100:");
-        let tree = unite(&[os, redis], false).unwrap();
-        assert_eq!(tree.nodes[1].kind, NodeKind::Literal(b"root:x:0:0:\nredis:x:100:100:\n".to_vec()));
-    }
-}
+mod tests;

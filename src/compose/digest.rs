@@ -58,14 +58,39 @@ pub fn digest(file: &File) -> io::Result<Digest> {
             },
         )
         .collect::<io::Result<_>>()?;
-    let mut list = blake3::Hasher::new();
-    for segment in &segments {
-        list.update(segment.as_bytes());
-    }
-    Ok(Digest { digest: ImageDigest(list.finalize().into()), segments })
+    Ok(Digest::of_segments(segments))
 }
 
-fn zero_segment() -> blake3::Hash {
+impl Digest {
+    pub fn of_segments(segments: Vec<blake3::Hash>) -> Self {
+        let mut list = blake3::Hasher::new();
+        for segment in &segments {
+            list.update(segment.as_bytes());
+        }
+        Self { digest: ImageDigest(list.finalize().into()), segments }
+    }
+
+    /// The list of segment hashes, to be kept beside an image.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.segments.iter().flat_map(|s| *s.as_bytes()).collect()
+    }
+
+    /// A kept list; `None` if it is damaged.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (segments, rest) = bytes.as_chunks::<{ blake3::OUT_LEN }>();
+        rest.is_empty()
+            .then(|| Self::of_segments(segments.iter().map(|s| blake3::Hash::from_bytes(*s)).collect()))
+    }
+
+    /// Numbers of the segments that differ.
+    pub fn differing(&self, other: &Digest) -> Vec<u64> {
+        let count = self.segments.len().max(other.segments.len());
+        (0..count).filter(|i| self.segments.get(*i) != other.segments.get(*i)).map(|i| i as u64).collect()
+    }
+}
+
+/// What a segment of zeros hashes to.
+pub fn zero_segment() -> blake3::Hash {
     static HASH: OnceLock<blake3::Hash> = OnceLock::new();
     *HASH.get_or_init(|| blake3::hash(&vec![0; SEGMENT_BYTES as usize]))
 }

@@ -19,6 +19,8 @@ pub enum ComposeError {
     Composer { wanted: String },
     #[error("a disk of {size} is too small: the components need about {need}")]
     TooSmall { size: ByteSize, need: ByteSize },
+    #[error("a disk of {size} is too large: this composer lays out up to {limit}")]
+    TooLarge { size: ByteSize, limit: ByteSize },
     #[error("the file system cannot hold {path}")]
     Layout {
         path: String,
@@ -33,11 +35,20 @@ pub enum ComposeError {
         #[source]
         source: io::Error,
     },
+    /// What was composed is not what the recipe promises.
     #[error(
         "composed {found} where recipe {recipe} promises {expected} (composer {composer}): \
          run 'cicada repo check', and compare composer versions with the source"
     )]
     Digest { recipe: RecipeId, expected: ImageDigest, found: ImageDigest, composer: String },
+    /// A kept composition is not what it was; the numbers are of segments of 4 MiB.
+    #[error(
+        "the composition {} is damaged{}: stop the VMs that use it, remove the file, and it is composed \
+         anew", path.display(), at(segments)
+    )]
+    Damaged { path: PathBuf, recipe: RecipeId, composer: String, segments: Vec<u64> },
+    #[error("recipe {recipe} was never composed here")]
+    NotComposed { recipe: RecipeId },
     #[error("not enough room in {}: {need} needed, {have} free", dir.display())]
     NoSpace { dir: PathBuf, need: ByteSize, have: ByteSize },
     #[error("cannot {what} {}", path.display())]
@@ -49,4 +60,15 @@ pub enum ComposeError {
     },
     #[error("qemu-img failed: {0}")]
     Convert(String),
+}
+
+/// Names the first few segments.
+fn at(segments: &[u64]) -> String {
+    const SHOWN_MAX: usize = 8;
+    if segments.is_empty() {
+        return String::new();
+    }
+    let shown: Vec<String> = segments.iter().take(SHOWN_MAX).map(u64::to_string).collect();
+    let more = if segments.len() > SHOWN_MAX { " and more" } else { "" };
+    format!(" in its 4 MiB segments {}{more}", shown.join(", "))
 }

@@ -19,8 +19,14 @@ pub enum ImageFormat {
 }
 
 impl ImageFormat {
-    pub const ALL: [ImageFormat; 6] =
-        [ImageFormat::Raw, ImageFormat::Qcow2, ImageFormat::Vmdk, ImageFormat::Vhdx, ImageFormat::Vpc, ImageFormat::Vdi];
+    pub const ALL: [ImageFormat; 6] = [
+        ImageFormat::Raw,
+        ImageFormat::Qcow2,
+        ImageFormat::Vmdk,
+        ImageFormat::Vhdx,
+        ImageFormat::Vpc,
+        ImageFormat::Vdi,
+    ];
 }
 
 impl fmt::Display for ImageFormat {
@@ -63,8 +69,11 @@ pub fn convert(composition: &Path, output: &Path, format: ImageFormat) -> Result
         Ok(o) if !o.status.success() => {
             Err(ComposeError::Convert(String::from_utf8_lossy(&o.stderr).trim().to_owned()))
         }
-        Ok(_) => std::fs::rename(part, output)
-            .map_err(|source| ComposeError::Io { what: "rename to", path: output.to_owned(), source }),
+        Ok(_) => std::fs::rename(part, output).map_err(|source| ComposeError::Io {
+            what: "rename to",
+            path: output.to_owned(),
+            source,
+        }),
     };
     if done.is_err() {
         let _ = std::fs::remove_file(part);

@@ -12,17 +12,14 @@ const ENTRY_COUNT: usize = 128;
 const ENTRY_BYTES: usize = 128;
 const TABLE_SECTORS: u64 = (ENTRY_COUNT * ENTRY_BYTES) as u64 / SECTOR_BYTES;
 const EFI_SYSTEM: Uuid = uuid!("c12a7328-f81f-11d2-ba4b-00a0c93ec93b");
-/// Root partition for x86-64 (Discoverable Partitions Specification).
-const LINUX_ROOT_X86_64: Uuid = uuid!("4f68bce3-e8cd-4db1-96e7-fbcaf984b709");
+/// Linux file system data: the same on every architecture, and nothing mounts it unasked.
+const LINUX: Uuid = uuid!("0fc63daf-8483-4772-8e79-3d69d8477de4");
 
 /// Offset and bytes of the table's pieces. Ranges are in bytes, multiples of the sector size.
 pub fn write(disk: &DiskParameters, esp: Range<u64>, root: Range<u64>) -> Vec<(u64, Vec<u8>)> {
     let sectors = disk.virtual_size_bytes / SECTOR_BYTES;
     let mut entries = vec![0u8; ENTRY_COUNT * ENTRY_BYTES];
-    let partitions = [
-        (EFI_SYSTEM, disk.esp_guid, esp, "EFI system"),
-        (LINUX_ROOT_X86_64, disk.root_guid, root, "root"),
-    ];
+    let partitions = [(EFI_SYSTEM, disk.esp_guid, esp, "EFI system"), (LINUX, disk.root_guid, root, "root")];
     for (slot, (kind, guid, range, name)) in entries.chunks_mut(ENTRY_BYTES).zip(partitions) {
         slot[..16].copy_from_slice(&kind.to_bytes_le());
         slot[16..32].copy_from_slice(&guid.to_bytes_le());

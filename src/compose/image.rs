@@ -1,163 +1,349 @@
-//! Writing a plan: metadata, then the extents, from reflinks where the file system has them, else
-//! decompressed straight into place, several packs at once.
+//! Writing a plan. First the packs that cannot be read from anywhere are put in place: blocks shared
+//! with the pack's plain copy where the file system can, else unpacked straight into the image. Then
+//! the image is gone through once, segment by segment on all cores: what is still missing is read
+//! from the plan or from plain copies of packs and written, and every segment is hashed on the way.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
 use crate::durable::PendingFile;
-use crate::repository::{Repository, RepositoryError};
+use crate::repository::Repository;
 use crate::types::{ByteSize, PackId};
 
-use super::digest::{self, Digest};
+use super::digest::{Digest, SEGMENT_BYTES, zero_segment};
 use super::error::ComposeError;
 use super::plan::{Extent, Plan};
+use super::reflink;
 
-/// An image that is complete but has no name yet.
+/// Plain copies kept open during the pass over the image; those of smaller packs are copied before.
+const OPEN_PACKS_MAX: usize = 256;
+/// Zeros in runs of this size stay holes.
+const HOLE_BYTES: usize = 64 << 10;
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// Called with the bytes done and the bytes to do, from any thread.
+pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
+
+/// An image that is complete but has no name yet. Dropped, it is gone.
 pub struct PendingImage {
     file: PendingFile,
-    temporary: PathBuf,
     pub digest: Digest,
+    pub timing: Timing,
 }
 
-/// Writes the image into the compositions' directory under a temporary name.
-pub fn write(repository: &Repository, plan: &Plan) -> Result<PendingImage, ComposeError> {
-    let dir = repository.compositions_dir();
-    require_space(dir, plan.data_bytes())?;
+/// Where the time of a composition went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timing {
+    /// From components to the plan.
+    pub plan: Duration,
+    /// Cloning, and unpacking what has no plain copy.
+    pub place: Duration,
+    /// Writing the rest and hashing everything.
+    pub write: Duration,
+    /// Making it durable.
+    pub sync: Duration,
+}
+
+/// Writes the image under a temporary name.
+pub fn write(
+    repository: &Repository,
+    plan: &Plan,
+    clones: bool,
+    progress: Progress<'_>,
+) -> Result<PendingImage, ComposeError> {
+    let dir = repository.temporary_dir();
+    let writer = Writer { repository, plan, dir, progress, done_bytes: AtomicU64::new(0) };
+    let new_bytes = if clones { plan.metadata_bytes() } else { plan.data_bytes() };
+    writer.require_space(new_bytes)?;
     let target = dir.join("composition");
-    let io = |what, path: &Path| {
-        let path = path.to_owned();
-        move |source: io::Error| no_space_or(source, what, path, plan.data_bytes())
-    };
-    let mut pending = PendingFile::create(&target).map_err(io("create", &target))?;
-    let temporary = pending.temporary_path().to_owned();
-    let file = pending.file();
-    file.set_len(plan.virtual_size_bytes).map_err(io("size", &temporary))?;
-    for (offset, bytes) in &plan.metadata {
-        file.write_all_at(bytes, *offset).map_err(io("write", &temporary))?;
-    }
-    let mut by_pack: HashMap<PackId, Vec<Extent>> = HashMap::new();
-    for extent in &plan.extents {
-        by_pack.entry(extent.pack).or_default().push(*extent);
-    }
-    let mut packs: Vec<(PackId, Vec<Extent>)> = by_pack.into_iter().collect();
-    // The largest first, so that no core idles at the end.
-    packs.sort_by_key(|(id, extents)| (u64::MAX - extents.iter().map(|e| e.len_bytes).sum::<u64>(), *id));
-    let file: &File = file;
-    let clones = packs.first().is_some_and(|(id, extents)| clone_pack(repository, id, extents, file));
-    packs.par_iter().try_for_each(|(id, extents)| {
-        if clones && clone_pack(repository, id, extents, file) {
-            return Ok(());
-        }
-        copy_pack(repository, id, extents, file)
-    })?;
-    let digest = digest::digest(file).map_err(io("read", &temporary))?;
-    Ok(PendingImage { file: pending, temporary, digest })
+    let mut pending = PendingFile::create(&target).map_err(|e| writer.error("create", &target, e))?;
+    let path = pending.temporary_path().to_owned();
+    let image: &File = pending.file();
+    image.set_len(plan.virtual_size_bytes).map_err(|e| writer.error("size", &path, e))?;
+
+    let begun = Instant::now();
+    let mut pieces = writer.place_packs(image, &path, clones)?;
+    let place = begun.elapsed();
+
+    let begun = Instant::now();
+    let held = plan.metadata.iter().map(|(offset, bytes)| Piece {
+        image_offset_bytes: *offset,
+        len_bytes: bytes.len() as u64,
+        source: Source::Bytes(bytes),
+    });
+    pieces.extend(held);
+    pieces.sort_by_key(|p| p.image_offset_bytes);
+    let digest = writer.write_segments(image, &path, &pieces)?;
+    let timing = Timing { place, write: begun.elapsed(), ..Timing::default() };
+    Ok(PendingImage { file: pending, digest, timing })
 }
 
 impl PendingImage {
     /// Makes it the composition, durable and read-only.
-    pub fn keep(self, path: &Path) -> Result<(), ComposeError> {
+    pub fn keep(self, path: &Path) -> Result<Timing, ComposeError> {
         let error = |source| ComposeError::Io { what: "keep", path: path.to_owned(), source };
-        fs::set_permissions(&self.temporary, fs::Permissions::from_mode(0o444)).map_err(error)?;
-        self.file.commit_as(path).map_err(error)
+        let begun = Instant::now();
+        let permissions = fs::Permissions::from_mode(0o444);
+        fs::set_permissions(self.file.temporary_path(), permissions).map_err(error)?;
+        self.file.commit_as(path).map_err(error)?;
+        Ok(Timing { sync: begun.elapsed(), ..self.timing })
     }
 }
 
-/// Shares the pack's blocks with the image; false where the file system cannot.
-fn clone_pack(repository: &Repository, id: &PackId, extents: &[Extent], image: &File) -> bool {
-    if !reflinks(image) {
-        return false;
+/// A run of the image's bytes and where they are to be had.
+struct Piece<'a> {
+    image_offset_bytes: u64,
+    len_bytes: u64,
+    source: Source<'a>,
+}
+
+impl Piece<'_> {
+    fn end_bytes(&self) -> u64 {
+        self.image_offset_bytes + self.len_bytes
     }
-    let Ok(hot) = repository.hot_pack(id) else { return false };
-    extents.iter().all(|e| {
-        reflink::clone_range(&hot, e.pack_offset_bytes, image, e.image_offset_bytes, e.len_bytes).is_ok()
-    })
 }
 
-/// Whether the image's file system can share blocks at all: btrfs, XFS and bcachefs can, and only
-/// there is a plain copy of every pack worth having.
-fn reflinks(image: &File) -> bool {
-    const BTRFS: i64 = 0x9123_683e;
-    const XFS: i64 = 0x5846_5342;
-    const BCACHEFS: i64 = 0xca45_1a4e;
-    rustix::fs::fstatfs(image).is_ok_and(|s| [BTRFS, XFS, BCACHEFS].contains(&(s.f_type as i64)))
+enum Source<'a> {
+    Bytes(&'a [u8]),
+    /// A plain copy of a pack, with the offset of the piece in it.
+    Pack(Arc<File>, u64),
+    /// They are in the image already.
+    Image,
 }
 
-/// Unpacks a pack once, every piece to all places it belongs to. The pack is verified on the way.
-fn copy_pack(repository: &Repository, id: &PackId, extents: &[Extent], image: &File) -> Result<(), ComposeError> {
-    // Sorted by pack offset; a pack range may appear at several places in the image.
-    let mut sorted = extents.to_vec();
-    sorted.sort_by_key(|e| e.pack_offset_bytes);
-    let mut first = 0;
-    let placed = repository.read_pack(id, &mut |offset, bytes| {
-        let end = offset + bytes.len() as u64;
-        while first < sorted.len() && sorted[first].pack_offset_bytes + sorted[first].len_bytes <= offset {
-            first += 1;
+struct Writer<'a> {
+    repository: &'a Repository,
+    plan: &'a Plan,
+    dir: &'a Path,
+    progress: Progress<'a>,
+    done_bytes: AtomicU64,
+}
+
+impl<'a> Writer<'a> {
+    /// Brings every pack's extents into the image, or says from which file they can be read.
+    fn place_packs(&self, image: &File, path: &Path, clones: bool) -> Result<Vec<Piece<'a>>, ComposeError> {
+        let mut by_pack: HashMap<PackId, Vec<Extent>> = HashMap::new();
+        for extent in &self.plan.extents {
+            by_pack.entry(extent.pack).or_default().push(*extent);
         }
-        for e in sorted[first..].iter().take_while(|e| e.pack_offset_bytes < end) {
-            let from = e.pack_offset_bytes.max(offset);
-            let to = (e.pack_offset_bytes + e.len_bytes).min(end);
-            if from < to {
-                let piece = &bytes[(from - offset) as usize..(to - offset) as usize];
-                image.write_all_at(piece, e.image_offset_bytes + (from - e.pack_offset_bytes))?;
+        let mut packs: Vec<(PackId, Vec<Extent>)> = by_pack.into_iter().collect();
+        // The largest first, so that no core idles at the end.
+        let size = |extents: &[Extent]| extents.iter().map(|e| e.len_bytes).sum::<u64>();
+        packs.sort_by_key(|(id, extents)| (u64::MAX - size(extents), *id));
+        let pieces: Vec<Vec<Piece<'a>>> = packs
+            .par_iter()
+            .enumerate()
+            .map(|(i, (id, extents))| match self.plain_copy(id, clones)? {
+                Some(pack) if clones => Ok(clone_extents(pack, extents, image)),
+                Some(pack) if i < OPEN_PACKS_MAX => Ok(from_pack(&Arc::new(pack), extents)),
+                Some(pack) => {
+                    copy_extents(&pack, extents, image).map_err(|e| self.error("write", path, e))?;
+                    Ok(in_image(extents))
+                }
+                None => {
+                    self.unpack(id, extents, image)?;
+                    Ok(in_image(extents))
+                }
+            })
+            .collect::<Result<_, ComposeError>>()?;
+        Ok(pieces.into_iter().flatten().collect())
+    }
+
+    /// Only where blocks can be shared is a plain copy worth making; one that is there is used.
+    fn plain_copy(&self, id: &PackId, clones: bool) -> Result<Option<File>, ComposeError> {
+        if clones {
+            Ok(Some(self.repository.hot_pack(id)?))
+        } else {
+            Ok(self.repository.held_hot_pack(id)?)
+        }
+    }
+
+    /// Unpacks a pack once, every run to all places it belongs to. The pack is verified on the way.
+    fn unpack(&self, id: &PackId, extents: &[Extent], image: &File) -> Result<(), ComposeError> {
+        let mut coming = extents.to_vec();
+        coming.sort_by_key(|e| u64::MAX - e.pack_offset_bytes);
+        let mut current: Vec<Extent> = Vec::new();
+        let mut failure = None;
+        let unpacked = self.repository.read_pack(id, &mut |offset, bytes| {
+            let end = offset + bytes.len() as u64;
+            while coming.last().is_some_and(|e| e.pack_offset_bytes < end) {
+                current.extend(coming.pop());
             }
+            for e in &current {
+                let from = e.pack_offset_bytes.max(offset);
+                let to = (e.pack_offset_bytes + e.len_bytes).min(end);
+                let run = &bytes[(from - offset) as usize..(to - offset) as usize];
+                let written = write_sparse(image, run, e.image_offset_bytes + (from - e.pack_offset_bytes));
+                written.map_err(|error| {
+                    let kind = error.kind();
+                    failure = Some(error);
+                    io::Error::from(kind)
+                })?;
+            }
+            current.retain(|e| e.pack_offset_bytes + e.len_bytes > end);
+            Ok(())
+        });
+        match (unpacked, failure) {
+            (Err(_), Some(error)) => Err(self.error("write", &self.dir.join("composition"), error)),
+            (unpacked, _) => unpacked.map_err(ComposeError::Repository),
         }
-        Ok(())
-    });
-    placed.map_err(|e: RepositoryError| ComposeError::Repository(e))
+    }
+
+    /// One pass over the image: writes what is not in it yet and hashes all of it.
+    fn write_segments(
+        &self,
+        image: &File,
+        path: &Path,
+        pieces: &[Piece<'_>],
+    ) -> Result<Digest, ComposeError> {
+        let size_bytes = self.plan.virtual_size_bytes;
+        let segments = (0..size_bytes.div_ceil(SEGMENT_BYTES))
+            .into_par_iter()
+            .map_init(
+                || vec![0u8; SEGMENT_BYTES as usize],
+                |buffer, i| {
+                    let start = i * SEGMENT_BYTES;
+                    let len = SEGMENT_BYTES.min(size_bytes - start);
+                    let end = start + len;
+                    let first = pieces.partition_point(|p| p.end_bytes() <= start);
+                    let mine = &pieces[first..];
+                    let mine = &mine[..mine.partition_point(|p| p.image_offset_bytes < end)];
+                    if mine.is_empty() && len == SEGMENT_BYTES {
+                        return Ok(zero_segment());
+                    }
+                    let buffer = &mut buffer[..len as usize];
+                    write_segment(image, buffer, start, mine).map_err(|e| self.error("write", path, e))?;
+                    self.report(mine, start, end);
+                    Ok(blake3::hash(buffer))
+                },
+            )
+            .collect::<Result<Vec<_>, ComposeError>>()?;
+        Ok(Digest::of_segments(segments))
+    }
+
+    fn report(&self, pieces: &[Piece<'_>], start: u64, end: u64) {
+        let inside = |p: &Piece<'_>| p.end_bytes().min(end) - p.image_offset_bytes.max(start);
+        let bytes: u64 = pieces.iter().map(inside).sum();
+        let done = self.done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        (self.progress)(done, self.plan.data_bytes());
+    }
+
+    fn require_space(&self, need_bytes: u64) -> Result<(), ComposeError> {
+        let have_bytes = self.repository.free_bytes()?;
+        if have_bytes < need_bytes { Err(self.no_space(need_bytes, have_bytes)) } else { Ok(()) }
+    }
+
+    fn no_space(&self, need_bytes: u64, have_bytes: u64) -> ComposeError {
+        ComposeError::NoSpace {
+            dir: self.dir.to_owned(),
+            need: ByteSize(need_bytes),
+            have: ByteSize(have_bytes),
+        }
+    }
+
+    fn error(&self, what: &'static str, path: &Path, source: io::Error) -> ComposeError {
+        if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+            return self.no_space(self.plan.data_bytes(), self.repository.free_bytes().unwrap_or(0));
+        }
+        ComposeError::Io { what, path: path.to_owned(), source }
+    }
 }
 
-fn require_space(dir: &Path, need_bytes: u64) -> Result<(), ComposeError> {
-    let stat = rustix::fs::statvfs(dir)
-        .map_err(|e| ComposeError::Io { what: "look at", path: dir.to_owned(), source: e.into() })?;
-    let have = stat.f_bavail * stat.f_frsize;
-    if have < need_bytes {
-        return Err(ComposeError::NoSpace { dir: dir.to_owned(), need: ByteSize(need_bytes), have: ByteSize(have) });
+/// Fills `buffer` with the segment at `start` and writes what is new of it.
+fn write_segment(image: &File, buffer: &mut [u8], start: u64, pieces: &[Piece<'_>]) -> io::Result<()> {
+    let end = start + buffer.len() as u64;
+    let mut cursor = 0;
+    let mut written = 0..0;
+    for piece in pieces {
+        let from = piece.image_offset_bytes.max(start);
+        let to = piece.end_bytes().min(end);
+        let range = (from - start) as usize..(to - start) as usize;
+        let skipped = from - piece.image_offset_bytes;
+        buffer[cursor..range.start].fill(0);
+        let room = &mut buffer[range.clone()];
+        match &piece.source {
+            Source::Bytes(bytes) => room.copy_from_slice(&bytes[skipped as usize..][..room.len()]),
+            Source::Pack(pack, offset) => pack.read_exact_at(room, offset + skipped)?,
+            Source::Image => image.read_exact_at(room, from)?,
+        }
+        if !matches!(piece.source, Source::Image) {
+            if written.end != range.start {
+                write_sparse(image, &buffer[written.clone()], start + written.start as u64)?;
+                written.start = range.start;
+            }
+            written.end = range.end;
+        }
+        cursor = range.end;
+    }
+    buffer[cursor..].fill(0);
+    write_sparse(image, &buffer[written.clone()], start + written.start as u64)
+}
+
+/// Writes `bytes` except for long runs of zeros. The image is new: what is not written is zero.
+fn write_sparse(image: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    let is_hole = |run: &[u8]| run.len() == HOLE_BYTES && run.iter().all(|b| *b == 0);
+    let mut at = 0;
+    let runs: Vec<&[u8]> = bytes.chunks(HOLE_BYTES).collect();
+    for group in runs.chunk_by(|a, b| is_hole(a) == is_hole(b)) {
+        let len = group.iter().map(|run| run.len()).sum::<usize>();
+        if !is_hole(group[0]) {
+            image.write_all_at(&bytes[at..at + len], offset + at as u64)?;
+        }
+        at += len;
     }
     Ok(())
 }
 
-fn no_space_or(source: io::Error, what: &'static str, path: PathBuf, need_bytes: u64) -> ComposeError {
-    if source.kind() == io::ErrorKind::StorageFull {
-        let dir = path.parent().unwrap_or(&path).to_owned();
-        return ComposeError::NoSpace { dir, need: ByteSize(need_bytes), have: ByteSize(0) };
+/// Shares the blocks of what can be shared; the rest is left to be read from the pack.
+fn clone_extents<'a>(pack: File, extents: &[Extent], image: &File) -> Vec<Piece<'a>> {
+    let pack = Arc::new(pack);
+    let mut pieces = Vec::with_capacity(extents.len());
+    for e in extents {
+        let cloned =
+            reflink::clone_range(&pack, e.pack_offset_bytes, image, e.image_offset_bytes, e.len_bytes);
+        let one = std::slice::from_ref(e);
+        pieces.extend(if cloned.is_ok() { in_image(one) } else { from_pack(&pack, one) });
     }
-    ComposeError::Io { what, path, source }
+    pieces
 }
 
-mod reflink {
-    use std::fs::File;
-    use std::io;
-    use std::os::fd::AsRawFd;
-
-    use rustix::ioctl::{Setter, ioctl, opcode};
-
-    /// `struct file_clone_range` of linux/fs.h.
-    #[repr(C)]
-    struct FileCloneRange {
-        src_fd: i64,
-        src_offset: u64,
-        src_length: u64,
-        dest_offset: u64,
+fn copy_extents(pack: &File, extents: &[Extent], image: &File) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER_BYTES];
+    for e in extents {
+        let mut at = 0;
+        while at < e.len_bytes {
+            let len = (e.len_bytes - at).min(BUFFER_BYTES as u64);
+            let room = &mut buffer[..len as usize];
+            pack.read_exact_at(room, e.pack_offset_bytes + at)?;
+            write_sparse(image, room, e.image_offset_bytes + at)?;
+            at += len;
+        }
     }
+    Ok(())
+}
 
-    const FICLONERANGE: rustix::ioctl::Opcode = opcode::write::<FileCloneRange>(0x94, 13);
+fn from_pack<'a>(pack: &Arc<File>, extents: &[Extent]) -> Vec<Piece<'a>> {
+    let piece = |e: &Extent| Piece {
+        image_offset_bytes: e.image_offset_bytes,
+        len_bytes: e.len_bytes,
+        source: Source::Pack(pack.clone(), e.pack_offset_bytes),
+    };
+    extents.iter().map(piece).collect()
+}
 
-    /// Makes a range of `to` share the blocks of a range of `from`.
-    pub fn clone_range(from: &File, from_offset: u64, to: &File, to_offset: u64, len: u64) -> io::Result<()> {
-        let range = FileCloneRange {
-            src_fd: from.as_raw_fd().into(),
-            src_offset: from_offset,
-            src_length: len,
-            dest_offset: to_offset,
-        };
-        // SAFETY: FICLONERANGE reads one `file_clone_range`, which `range` is; both descriptors
-        // are open for as long as the call takes.
-        unsafe { ioctl(to, Setter::<FICLONERANGE, FileCloneRange>::new(range)) }.map_err(io::Error::from)
-    }
+fn in_image<'a>(extents: &[Extent]) -> Vec<Piece<'a>> {
+    let piece = |e: &Extent| Piece {
+        image_offset_bytes: e.image_offset_bytes,
+        len_bytes: e.len_bytes,
+        source: Source::Image,
+    };
+    extents.iter().map(piece).collect()
 }

@@ -9,21 +9,26 @@ mod ext4;
 mod gpt;
 mod image;
 mod plan;
+mod reflink;
 
-use std::collections::HashMap;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
-use crate::component::tree::{self, Tree};
-use crate::component::{DiskParameters, Manifest, Recipe};
+use crate::component::tree::{self, Member, Tree};
+use crate::component::{DiskParameters, Recipe};
+use crate::durable;
 use crate::repository::{ObjectId, Repository};
 use crate::types::{ByteSize, ComponentId, ImageDigest, RecipeId};
 
-pub use digest::{SEGMENT_BYTES, digest_of};
+pub use digest::{Digest, SEGMENT_BYTES, digest_of};
 pub use error::ComposeError;
 pub use export::ImageFormat;
+pub use image::{Progress, Timing};
 pub use plan::{Extent, Plan};
+
+use image::PendingImage;
 
 /// Names the layout. A recipe of another composer would give another disk and is refused.
 pub const COMPOSER: &str = "cicada-ext4/1";
@@ -32,8 +37,15 @@ pub const COMPOSER: &str = "cicada-ext4/1";
 #[derive(Clone)]
 pub struct Composer {
     repository: Repository,
-    /// One lock a recipe: concurrent askers wait for one composition instead of making several.
-    under_way: Arc<Mutex<HashMap<RecipeId, Arc<Mutex<()>>>>>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// One composition at a time: it uses all cores, and who waited may find it done.
+    composing: Mutex<()>,
+    /// Whether the repository's file system shares blocks between files.
+    clones: OnceLock<bool>,
 }
 
 /// A finished base image.
@@ -44,11 +56,13 @@ pub struct Composition {
     /// It was there already.
     pub reused: bool,
     pub elapsed: Duration,
+    /// All zero when it was there already.
+    pub timing: Timing,
 }
 
 impl Composer {
     pub fn new(repository: Repository) -> Self {
-        Self { repository, under_way: Arc::default() }
+        Self { repository, shared: Arc::default() }
     }
 
     /// Where the composition of a recipe lies, or will lie.
@@ -60,8 +74,9 @@ impl Composer {
         self.path_of(recipe).exists()
     }
 
-    /// Composes a set once to learn its digest, stores the recipe and keeps the composition. A set
-    /// that was composed before costs nothing but the plan.
+    /// The recipe of a set of components. Composes it once to learn its digest, stores the recipe and
+    /// keeps the composition; a set that was composed before costs nothing but a look. Unless `ordered`
+    /// the components' order does not matter: equal sets give equal recipes.
     pub fn make_recipe(
         &self,
         components: &[ComponentId],
@@ -69,76 +84,122 @@ impl Composer {
         virtual_size: ByteSize,
         kernel_command_line: &str,
     ) -> Result<(RecipeId, Recipe), ComposeError> {
-        let esp_size_bytes = self.esp_size_bytes(components, ordered)?;
-        let disk = DiskParameters::derived(components, virtual_size.0, esp_size_bytes, kernel_command_line);
-        if let Some(known) = self.known_recipe(components, ordered, &disk)? {
-            self.composition(&known.id())?;
+        self.make_recipe_reporting(components, ordered, virtual_size, kernel_command_line, &|_, _| {})
+    }
+
+    /// As [`Composer::make_recipe`], telling how far it is.
+    pub fn make_recipe_reporting(
+        &self,
+        components: &[ComponentId],
+        ordered: bool,
+        virtual_size: ByteSize,
+        kernel_command_line: &str,
+        progress: Progress<'_>,
+    ) -> Result<(RecipeId, Recipe), ComposeError> {
+        let begun = Instant::now();
+        let _kept = self.repository.pin(components.iter().map(|c| ObjectId::Manifest(*c)).collect());
+        let mut set = self.members(components)?;
+        if !ordered {
+            set.sort_by(|(a_id, a), (b_id, b)| (a.kind, &a.name, a_id).cmp(&(b.kind, &b.name, b_id)));
+        }
+        let components: Vec<ComponentId> = set.iter().map(|(id, _)| *id).collect();
+        let tree = unite(&set, ordered)?;
+        let esp_size_bytes = esp::size_for(&tree);
+        let disk = DiskParameters::derived(&components, virtual_size.0, esp_size_bytes, kernel_command_line);
+        let image_digest = ImageDigest::from_bytes([0; 32]);
+        let mut recipe = Recipe { composer: COMPOSER.into(), components, ordered, disk, image_digest };
+
+        let _turn = self.turn();
+        if let Some(known) = self.composed_recipe(&recipe)? {
             return Ok((known.id(), known));
         }
-        let mut recipe = Recipe {
-            composer: COMPOSER.into(),
-            components: components.to_vec(),
-            ordered,
-            disk,
-            image_digest: ImageDigest::from_bytes([0; 32]),
-        };
-        let plan = self.plan(&recipe)?;
-        let pending = image::write(&self.repository, &plan)?;
+        let plan = plan::plan(&tree, &recipe.disk)?;
+        let mut pending = self.write(&plan, progress)?;
+        pending.timing.plan = begun.elapsed().saturating_sub(pending.timing.place + pending.timing.write);
         recipe.image_digest = pending.digest.digest;
         let id = self.repository.put_recipe(&recipe)?;
-        pending.keep(&self.path_of(&id))?;
+        self.keep(pending, &id)?;
         Ok((id, recipe))
     }
 
-    /// The composition of a recipe, made now if it is not there, and verified before use.
+    /// The composition of a recipe, made now if it is not there, and verified before it gets its name.
     pub fn composition(&self, id: &RecipeId) -> Result<Composition, ComposeError> {
-        let begun = Instant::now();
-        let recipe = self.repository.recipe(id)?;
-        let path = self.path_of(id);
-        let done = |reused| Composition {
-            path: path.clone(),
-            digest: recipe.image_digest,
-            reused,
-            elapsed: begun.elapsed(),
-        };
-        if path.exists() {
-            return Ok(done(true));
-        }
-        let lock = lock(&self.under_way).entry(*id).or_default().clone();
-        let _turn = lock.lock().unwrap_or_else(|e| e.into_inner());
-        if path.exists() {
-            return Ok(done(true));
-        }
-        let plan = self.plan(&recipe)?;
-        let pending = image::write(&self.repository, &plan)?;
-        if pending.digest.digest != recipe.image_digest {
-            return Err(ComposeError::Digest {
-                recipe: *id,
-                expected: recipe.image_digest,
-                found: pending.digest.digest,
-                composer: recipe.composer.clone(),
-            });
-        }
-        pending.keep(&path)?;
-        self.under_way.lock().unwrap_or_else(|e| e.into_inner()).remove(id);
-        Ok(done(false))
+        self.composition_reporting(id, &|_, _| {})
     }
 
-    /// Reads a kept composition again and compares its digest.
+    /// As [`Composer::composition`], telling how far it is.
+    pub fn composition_reporting(
+        &self,
+        id: &RecipeId,
+        progress: Progress<'_>,
+    ) -> Result<Composition, ComposeError> {
+        let begun = Instant::now();
+        let _kept = self.repository.pin(vec![ObjectId::Recipe(*id)]);
+        let recipe = self.repository.recipe(id)?;
+        let path = self.path_of(id);
+        let digest = recipe.image_digest;
+        let done = |reused, timing| {
+            let path = path.clone();
+            Ok(Composition { path, digest, reused, elapsed: begun.elapsed(), timing })
+        };
+        if path.exists() {
+            return done(true, Timing::default());
+        }
+        let _turn = self.turn();
+        if path.exists() {
+            return done(true, Timing::default());
+        }
+        let planning = Instant::now();
+        let plan = self.plan(&recipe)?;
+        let plan_time = planning.elapsed();
+        let pending = self.write(&plan, progress)?;
+        let found = pending.digest.digest;
+        if found != digest {
+            let composer = recipe.composer;
+            return Err(ComposeError::Digest { recipe: *id, expected: digest, found, composer });
+        }
+        let timing = self.keep(pending, id)?;
+        done(false, Timing { plan: plan_time, ..timing })
+    }
+
+    /// Reads a kept composition again and compares it with what was composed.
     pub fn verify(&self, id: &RecipeId) -> Result<(), ComposeError> {
         let recipe = self.repository.recipe(id)?;
         let path = self.path_of(id);
-        let found = digest_of(&path).map_err(|source| ComposeError::Io { what: "read", path, source })?.digest;
-        if found == recipe.image_digest {
+        if !path.exists() {
+            return Err(ComposeError::NotComposed { recipe: *id });
+        }
+        let found = digest_of(&path).map_err(|source| ComposeError::Io {
+            what: "read",
+            path: path.clone(),
+            source,
+        })?;
+        if found.digest == recipe.image_digest {
             return Ok(());
         }
-        Err(ComposeError::Digest { recipe: *id, expected: recipe.image_digest, found, composer: recipe.composer })
+        // Without a good list it is only known that something is wrong, not where.
+        let list = fs::read(self.segments_path(id)).ok().and_then(|bytes| Digest::from_bytes(&bytes));
+        let list = list.filter(|list| list.digest == recipe.image_digest);
+        let segments = list.map_or(Vec::new(), |list| list.differing(&found));
+        Err(ComposeError::Damaged { path, recipe: *id, composer: recipe.composer, segments })
     }
 
     /// Writes the composed disk to `output` in another hypervisor's format.
     pub fn export(&self, id: &RecipeId, output: &Path, format: ImageFormat) -> Result<(), ComposeError> {
         let composition = self.composition(id)?;
         export::convert(&composition.path, output, format)
+    }
+
+    /// Removes a composition that nothing uses any more; tells whether there was one. The recipe stays,
+    /// so it can be composed again.
+    pub fn remove(&self, id: &RecipeId) -> Result<bool, ComposeError> {
+        let _turn = self.turn();
+        let path = self.path_of(id);
+        let existed = path.exists();
+        for path in [path, self.segments_path(id)] {
+            durable::remove(&path).map_err(|source| ComposeError::Io { what: "remove", path, source })?;
+        }
+        Ok(existed)
     }
 
     /// What goes where; nothing is written.
@@ -151,53 +212,70 @@ impl Composer {
 
     /// The files of a set of components, all of them held, that can boot.
     pub fn tree(&self, components: &[ComponentId], ordered: bool) -> Result<Tree, ComposeError> {
-        let set = self.manifests(components)?;
-        tree::check_bootable(&set)?;
-        Ok(tree::unite(&set, ordered)?)
+        unite(&self.members(components)?, ordered)
     }
 
-    fn manifests(&self, components: &[ComponentId]) -> Result<Vec<(ComponentId, Arc<Manifest>)>, ComposeError> {
-        let lacking: Vec<_> = components.iter().filter(|c| !self.repository.has_manifest(c)).collect();
-        if !lacking.is_empty() {
-            let objects = lacking.into_iter().map(|c| ObjectId::Manifest(*c).to_string()).collect();
-            return Err(ComposeError::Missing { objects });
-        }
-        let set: Vec<_> = components
-            .iter()
-            .map(|id| self.repository.manifest(id).map(|m| (*id, m)))
-            .collect::<Result<_, _>>()?;
+    /// The set with its manifests; what is not held is named, all of it at once.
+    fn members(&self, components: &[ComponentId]) -> Result<Vec<Member>, ComposeError> {
+        let mut set = Vec::with_capacity(components.len());
         let mut objects = Vec::new();
-        for (_, m) in &set {
-            let packs = m.packs.iter().filter(|p| !self.repository.has_pack(&p.id));
-            objects.extend(packs.map(|p| format!("pack {} ({} of component {})", p.id.short(), p.package, m.name)));
+        for id in components {
+            if !self.repository.has_manifest(id) {
+                objects.push(ObjectId::Manifest(*id).to_string());
+                continue;
+            }
+            let manifest = self.repository.manifest(id)?;
+            let lacking = manifest.packs.iter().filter(|p| !self.repository.has_pack(&p.id));
+            objects.extend(
+                lacking
+                    .map(|p| format!("pack {} ({} of {})", p.id.short(), p.package, tree::label(&manifest))),
+            );
+            set.push((*id, manifest));
         }
         if objects.is_empty() { Ok(set) } else { Err(ComposeError::Missing { objects }) }
     }
 
-    fn esp_size_bytes(&self, components: &[ComponentId], ordered: bool) -> Result<u64, ComposeError> {
-        Ok(esp::size_for(&self.tree(components, ordered)?))
-    }
-
-    fn known_recipe(
-        &self,
-        components: &[ComponentId],
-        ordered: bool,
-        disk: &DiskParameters,
-    ) -> Result<Option<Recipe>, ComposeError> {
+    /// A recipe that differs from `wanted` in the digest at most and is composed already.
+    fn composed_recipe(&self, wanted: &Recipe) -> Result<Option<Recipe>, ComposeError> {
         for id in self.repository.recipes()? {
+            if !self.is_composed(&id) {
+                continue;
+            }
             let recipe = self.repository.recipe(&id)?;
-            let equal = recipe.composer == COMPOSER
-                && recipe.components == components
-                && recipe.ordered == ordered
-                && recipe.disk == *disk;
-            if equal {
+            if (Recipe { image_digest: recipe.image_digest, ..wanted.clone() }) == recipe {
                 return Ok(Some(recipe));
             }
         }
         Ok(None)
     }
+
+    fn write(&self, plan: &Plan, progress: Progress<'_>) -> Result<PendingImage, ComposeError> {
+        let clones =
+            *self.shared.clones.get_or_init(|| reflink::is_possible(self.repository.temporary_dir()));
+        image::write(&self.repository, plan, clones, progress)
+    }
+
+    fn keep(&self, pending: PendingImage, id: &RecipeId) -> Result<Timing, ComposeError> {
+        let path = self.segments_path(id);
+        durable::write(&path, &pending.digest.to_bytes()).map_err(|source| ComposeError::Io {
+            what: "write",
+            path,
+            source,
+        })?;
+        pending.keep(&self.path_of(id))
+    }
+
+    /// The hashes of the segments, kept beside the image to say where it was damaged.
+    fn segments_path(&self, id: &RecipeId) -> PathBuf {
+        self.repository.compositions_dir().join(format!("{id}.segments"))
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.shared.composing.lock().unwrap_or_else(|e| e.into_inner())
+    }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
+fn unite(set: &[Member], ordered: bool) -> Result<Tree, ComposeError> {
+    tree::check_bootable(set)?;
+    Ok(tree::unite(set, ordered)?)
 }

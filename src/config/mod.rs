@@ -27,7 +27,7 @@ use file::{File, NetworkWord};
 
 /// Looked for in this order when none is named.
 pub const DEFAULT_PATHS: [&str; 2] = ["federation.toml", "/etc/cicada/federation.toml"];
-const LISTS: [&str; 2] = ["transfer.advertise", "migration.accept_from"];
+const ACCEPT_FROM: &str = "migration.accept_from";
 const SAMPLE: &str = "compare with the annotated sample federation.toml";
 /// `sun_path` less its terminator, `unix(7)`.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
@@ -311,14 +311,18 @@ fn spelled_out(key: String, reason: String) -> ConfigError {
     }
 }
 
+/// Settings given as text. The lists among them must be named, or all would be read as lists.
 fn texts(settings: HashMap<String, String>) -> config::Environment {
-    let lists = LISTS.into_iter().filter(|l| settings.get(*l).is_some_and(|text| text != "members"));
-    lists
-        .fold(
-            config::Environment::default().separator(".").try_parsing(true).list_separator(","),
-            |source, key| source.with_list_parse_key(key),
-        )
-        .source(Some(settings))
+    let source = config::Environment::default()
+        .separator(".")
+        .try_parsing(true)
+        .list_separator(",")
+        .with_list_parse_key("transfer.advertise");
+    let source = match settings.get(ACCEPT_FROM) {
+        Some(text) if text != "members" => source.with_list_parse_key(ACCEPT_FROM),
+        _ => source,
+    };
+    source.source(Some(settings))
 }
 
 /// Gives a file its meaning, or names the first rule it breaks.

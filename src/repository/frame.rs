@@ -17,7 +17,7 @@ pub(super) const FRAME_BYTES: usize = 1 << 20;
 /// A pack is never larger than the largest a manifest may name.
 pub(super) const PACK_BYTES_MAX: u64 = limit::FILE_BYTES;
 /// The quick level packs are made with; ids do not depend on it.
-pub(super) const LEVEL: i32 = 3;
+pub const LEVEL: i32 = 3;
 
 pub(super) fn header(plain_bytes: u64) -> [u8; HEADER_BYTES] {
     let mut out = [0; HEADER_BYTES];

@@ -78,6 +78,11 @@ impl Repository {
             .ok_or_else(|| RepositoryError::io("open", &path, 0, io::Error::from(io::ErrorKind::NotFound)))
     }
 
+    /// As [`Repository::hot_pack`], if that file was made before.
+    pub fn held_hot_pack(&self, id: &PackId) -> Result<Option<File>> {
+        lease(&self.hot_path(id))
+    }
+
     /// Re-reads every hot file and removes those that are not their pack.
     pub(super) fn check_hot(&self) -> Result<u64> {
         let mut removed = 0;

@@ -35,6 +35,7 @@ use crate::durable::PendingFile;
 pub use check::{CheckReport, Damage, MissingObject};
 pub use components::{ComponentSummary, MissingReport};
 pub use error::{ObjectId, ObjectKind, RepositoryError};
+pub use frame::LEVEL as RECORD_LEVEL;
 pub use gc::GcReport;
 pub use hot::HOT_BYTES_DEFAULT;
 pub use pack_reader::StoredPack;

@@ -27,6 +27,9 @@ impl Repository {
 impl RepositoryError {
     /// Whether what was handed in is at fault, rather than this machine.
     pub fn is_content_fault(&self) -> bool {
-        matches!(self, RepositoryError::Refused { .. } | RepositoryError::Codec { .. } | RepositoryError::Invalid { .. })
+        matches!(
+            self,
+            RepositoryError::Refused { .. } | RepositoryError::Codec { .. } | RepositoryError::Invalid { .. }
+        )
     }
 }

@@ -25,7 +25,11 @@ const ROOM: &str = "lobby@rooms.federation.test";
 pub fn missing_tool() -> bool {
     let tools = ["prosody", "qemu-system-x86_64", "qemu-img", "mmdebstrap", "openssl"];
     let found = |tool: &&str| {
-        Command::new("sh").args(["-c", &format!("command -v {tool}")]).stdout(Stdio::null()).status().is_ok_and(|s| s.success())
+        Command::new("sh")
+            .args(["-c", &format!("command -v {tool}")])
+            .stdout(Stdio::null())
+            .status()
+            .is_ok_and(|s| s.success())
     };
     let missing: Vec<_> = tools.iter().filter(|t| !found(t)).copied().collect();
     let root = rustix::process::geteuid().is_root();
@@ -55,11 +59,13 @@ pub struct Built {
 pub fn components(files: &[&str]) -> Built {
     static OPEN: OnceLock<Repository> = OnceLock::new();
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("components");
-    let repository = OPEN.get_or_init(|| Repository::open_or_create(&dir.join("repository")).unwrap()).clone();
+    let repository =
+        OPEN.get_or_init(|| Repository::open_or_create(&dir.join("repository")).unwrap()).clone();
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("components");
     let files: Vec<PathBuf> = files.iter().map(|f| root.join(format!("{f}.toml"))).collect();
     let options = BuildOptions { cache_dir: dir.join("cache"), keep_failed: false, rebuild: false };
-    let built = build(&repository, &files, &options, &mut |event| eprintln!("  {event:?}")).expect("components build");
+    let built = build(&repository, &files, &options, &mut |event| eprintln!("  {event:?}"))
+        .expect("components build");
     Built { repository, ids: built.into_iter().map(|b| b.id).collect() }
 }
 
@@ -67,7 +73,8 @@ impl Built {
     /// Stored bytes of a component: what its worst case costs on the wire, manifest included.
     pub fn stored_bytes(&self, id: &ComponentId) -> u64 {
         let m = self.repository.manifest(id).unwrap();
-        let packs: u64 = m.packs.iter().map(|p| self.repository.pack_stored(&p.id).unwrap().stored_size_bytes).sum();
+        let packs: u64 =
+            m.packs.iter().map(|p| self.repository.pack_stored(&p.id).unwrap().stored_size_bytes).sum();
         packs + self.repository.manifest_stored_bytes(id).unwrap()
     }
 
@@ -96,8 +103,15 @@ impl World {
     pub fn start(names: &[&str]) -> Self {
         let dir = tempfile::Builder::new().prefix("cicada-").tempdir().unwrap();
         let port = free_port();
-        let mut world = Self { port, clouds: Vec::new(), runtime: tokio::runtime::Runtime::new().unwrap(), dir };
-        world.server(&["start", "--accounts", &format!("{},outsider", names.join(",")), "--port", &port.to_string()]);
+        let mut world =
+            Self { port, clouds: Vec::new(), runtime: tokio::runtime::Runtime::new().unwrap(), dir };
+        world.server(&[
+            "start",
+            "--accounts",
+            &format!("{},outsider", names.join(",")),
+            "--port",
+            &port.to_string(),
+        ]);
         world.runtime.block_on(async {
             let admin = Admin::open(world.account("admin")).await.unwrap();
             admin.create_room("lobby").await.unwrap();
@@ -117,7 +131,9 @@ impl World {
             (0..names.len()).all(|i| {
                 let members = w.members(i);
                 names.iter().enumerate().filter(|(j, _)| *j != i).all(|(_, n)| {
-                    members.iter().any(|m| m.jid.as_str().starts_with(n) && m.state == "online" && m.trust == "trusted")
+                    members
+                        .iter()
+                        .any(|m| m.jid.as_str().starts_with(n) && m.state == "online" && m.trust == "trusted")
                 })
             })
         });
@@ -142,7 +158,8 @@ impl World {
     pub fn server(&self, arguments: &[&str]) {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/xmpp/server");
         let (verb, rest) = arguments.split_first().unwrap();
-        let status = Command::new(script).arg(verb).arg(self.dir.path().join("xmpp")).args(rest).status().unwrap();
+        let status =
+            Command::new(script).arg(verb).arg(self.dir.path().join("xmpp")).args(rest).status().unwrap();
         assert!(status.success(), "server {arguments:?}");
     }
 
@@ -158,7 +175,8 @@ impl World {
              [hypervisor]\ncpus = 4\nmemory = \"2G\"\n[[network]]\nname = \"lan\"\nkind = \"user\"\n\
              [trust]\ntrust_on_first_use = true\n{extra}\n"
         );
-        let transfer = if extra.contains("[transfer]") { "" } else { "[transfer]\nlisten = \"127.0.0.1:0\"\n" };
+        let transfer =
+            if extra.contains("[transfer]") { "" } else { "[transfer]\nlisten = \"127.0.0.1:0\"\n" };
         std::fs::write(c.dir.join("federation.toml"), text + transfer).unwrap();
     }
 
@@ -203,7 +221,12 @@ impl World {
         self.call_with(cloud, request, |_| {})
     }
 
-    pub fn call_with(&self, cloud: usize, request: &Request, on_event: impl FnMut(Event)) -> Result<Reply, Problem> {
+    pub fn call_with(
+        &self,
+        cloud: usize,
+        request: &Request,
+        on_event: impl FnMut(Event),
+    ) -> Result<Reply, Problem> {
         let socket = self.socket(cloud);
         self.runtime.block_on(async { Client::connect(&socket).await?.call(request, on_event).await })
     }
@@ -263,7 +286,10 @@ impl World {
                     let stored = built.repository.pack_stored(&pack.id).unwrap();
                     let file = tokio::fs::File::from_std(stored.file);
                     let body = tokio_util::io::ReaderStream::with_capacity(file, 256 << 10).boxed();
-                    client.put_object(ObjectKind::Pack, pack.id.0, stored.stored_size_bytes, body).await.unwrap();
+                    client
+                        .put_object(ObjectKind::Pack, pack.id.0, stored.stored_size_bytes, body)
+                        .await
+                        .unwrap();
                 }
                 let bytes = built.repository.manifest_bytes(id).unwrap();
                 let size = bytes.len() as u64;
@@ -274,7 +300,14 @@ impl World {
         });
     }
 
-    pub fn create_vm(&self, cloud: usize, name: &str, ids: &[ComponentId], user_data_mib: u64, start: bool) -> VmView {
+    pub fn create_vm(
+        &self,
+        cloud: usize,
+        name: &str,
+        ids: &[ComponentId],
+        user_data_mib: u64,
+        start: bool,
+    ) -> VmView {
         let request = Request::VmCreate(VmCreate {
             name: name.parse().unwrap(),
             components: ids.iter().map(ToString::to_string).collect(),
@@ -298,7 +331,8 @@ impl World {
         let log = self.vm(cloud, vm).console_log;
         self.wait("the guest is ready", seconds, |_| {
             std::fs::read(&log).is_ok_and(|text| {
-                text.windows(cicada::broker::READY_LINE.len()).any(|w| w == cicada::broker::READY_LINE.as_bytes())
+                text.windows(cicada::broker::READY_LINE.len())
+                    .any(|w| w == cicada::broker::READY_LINE.as_bytes())
             })
         });
     }
@@ -328,7 +362,9 @@ impl World {
             }
             let text = String::from_utf8_lossy(&seen).into_owned();
             if let Some(end) = text.find("marker-") {
-                let Some(code) = text[end..].strip_prefix("marker-").and_then(|t| t.chars().next()) else { continue };
+                let Some(code) = text[end..].strip_prefix("marker-").and_then(|t| t.chars().next()) else {
+                    continue;
+                };
                 assert_eq!(code, '0', "failed in the guest: {text}");
                 return text[..end].to_owned();
             }
@@ -352,10 +388,17 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         for cloud in 0..self.clouds.len() {
-            for vm in self.clouds[cloud].broker.is_some().then(|| self.call(cloud, &Request::VmList)).into_iter().flatten() {
+            for vm in self.clouds[cloud]
+                .broker
+                .is_some()
+                .then(|| self.call(cloud, &Request::VmList))
+                .into_iter()
+                .flatten()
+            {
                 let Reply::Vms(vms) = vm else { continue };
                 for vm in vms.iter().filter(|v| v.ownership == "here") {
-                    let _ = self.call(cloud, &Request::VmStop { vm: vm.name.to_string(), force: true, timeout_s: 5 });
+                    let _ = self
+                        .call(cloud, &Request::VmStop { vm: vm.name.to_string(), force: true, timeout_s: 5 });
                 }
             }
             self.stop_broker(cloud, false);
