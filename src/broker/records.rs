@@ -46,7 +46,7 @@ pub struct VmRecord {
 pub enum Ownership {
     Here,
     /// Given to another cloud under `epoch + 1`; never to be run here under this epoch.
-    GivenUp(GivenUp),
+    GivenUp(Box<GivenUp>),
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
