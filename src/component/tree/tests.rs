@@ -178,7 +178,7 @@ fn nothing_lies_below_what_is_no_directory() {
 #[test]
 fn hard_links_keep_their_own_content() {
     let os = component("os", &[], &[('f', "a", "1"), ('h', "b", "a"), ('h', "c", "a")]);
-    assert_eq!(shown(&[os.clone()], false).unwrap(), ["a os", "b = a", "c = a"]);
+    assert_eq!(shown(std::slice::from_ref(&os), false).unwrap(), ["a os", "b = a", "c = a"]);
     let new = component("new", &[&os], &[('f', "a", "2")]);
     assert_eq!(shown(&[os.clone(), new], false).unwrap(), ["a new", "b os", "c = b"]);
     let without = component("without", &[&os], &[('w', "a", "")]);
@@ -211,7 +211,7 @@ fn fragments_merge_and_refuse_whole_files() {
 fn sets_that_do_not_belong_together_are_refused_by_name() {
     let os = component("os", &[], &[]);
     let a = component("a", &[&os], &[]);
-    let error = unite(&[a.clone()], false).unwrap_err().to_string();
+    let error = unite(std::slice::from_ref(&a), false).unwrap_err().to_string();
     assert_eq!(error, format!("a@1 was built on components that are not in the set: {}", os.0.short()));
     assert_eq!(unite(&[os.clone(), os.clone()], false).unwrap_err().to_string(), "os@1 is named twice");
     let no_os = changed(&a, |m| (m.requires.clear(), m.conflicts = vec!["os".into()]).1);
