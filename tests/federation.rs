@@ -312,3 +312,50 @@ fn largest_file(dir: &std::path::Path) -> std::path::PathBuf {
     }
     best.1
 }
+
+#[test]
+fn a_full_disk_at_the_target_ends_the_move_cleanly() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let built = components(&TINY);
+    let mut world = World::start(&["alpine", "boreal"]);
+    world.push(0, &built, &built.ids);
+    world.create_vm(0, "web", &built.ids, 0, false);
+    world.stop_broker(1, false);
+    let repository = world.clouds[1].dir.join("data/repository");
+    std::fs::remove_dir_all(&repository).unwrap();
+    let Some(_small) = SmallDisk::mount(&repository, 8) else {
+        eprintln!("SKIPPED: a small file system cannot be mounted here");
+        return;
+    };
+    world.start_broker(1);
+    world.wait("the members see each other again", 30, |w| {
+        w.members(0).iter().any(|m| m.state == "online") && w.members(1).iter().any(|m| m.state == "online")
+    });
+    let problem = world.call(0, &Request::Move { vm: "web".into(), to: None, dry_run: false }).unwrap_err();
+    assert!(problem.reason.contains("no space left") && problem.reason.contains("needed"), "{problem}");
+    let vm = world.vm(0, "web");
+    assert_eq!((vm.ownership.as_str(), vm.epoch), ("here", 1));
+    world.wait("nothing is left at the target", 20, |w| w.vm_files(1).is_empty() && w.status(1).cpus.free == 4);
+    world.call(0, &Request::VmStart { vm: "web".into() }).unwrap();
+}
+
+/// A file system of a few MiB, as long as it is held.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(at: &std::path::Path, size_mib: u32) -> Option<Self> {
+        std::fs::create_dir_all(at).unwrap();
+        let options = format!("size={size_mib}m,mode=700");
+        let mounted = std::process::Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).status();
+        mounted.is_ok_and(|s| s.success()).then(|| Self(at.to_owned()))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}

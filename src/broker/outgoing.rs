@@ -258,7 +258,10 @@ impl Broker {
             Phase::Released | Phase::Abandoned => 1.0,
         };
         p.fraction = p.fraction.max(fraction);
-        self.outgoing_publish(id);
+        // How it ended is said once, by who ends it.
+        if !after.ended() {
+            self.outgoing_publish(id);
+        }
     }
 
     fn outgoing_publish(&mut self, id: MigrationId) {

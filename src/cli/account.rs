@@ -28,6 +28,11 @@ pub fn print(printer: &Printer, a: &Account) -> Outcome {
     times(printer, a)
 }
 
+/// Payload of all kinds.
+pub fn sent_bytes(a: &Account) -> u64 {
+    a.component_bytes + a.root_delta_bytes + a.user_data_bytes + a.control_bytes
+}
+
 fn components(printer: &Printer, a: &Account) -> Outcome {
     let mut table = Table::new(["", ">NEEDED", ">HELD", ">FETCHED", ""]);
     let count = |n: u32| n.to_string();
@@ -44,7 +49,7 @@ fn components(printer: &Printer, a: &Account) -> Outcome {
 }
 
 fn traffic(printer: &Printer, a: &Account) -> Outcome {
-    let sent = a.component_bytes + a.root_delta_bytes + a.user_data_bytes + a.control_bytes;
+    let sent = sent_bytes(a);
     let mut table = Table::new(["SENT", ">BYTES", ">"]);
     for (name, n) in [
         ("components", a.component_bytes),

@@ -142,6 +142,8 @@ async fn run_build(
     rebuild: bool,
     keep_failed: bool,
 ) -> Outcome {
+    // What would go wrong at the end is better known before minutes of work.
+    drop(ctx.target().await?);
     let repository = place.repository(ctx)?;
     let options = BuildOptions { cache_dir: place.dir(ctx)?.join("cache"), keep_failed, rebuild };
     let (events, mut seen) = tokio::sync::mpsc::unbounded_channel();

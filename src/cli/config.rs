@@ -21,11 +21,11 @@ pub fn run(ctx: &Context, command: Command) -> Outcome {
         Command::Check => {
             config.check_files().map_err(|e| config_problem(&e))?;
             if ctx.printer.json {
-                return ctx.printer.json_line(&serde_json::json!({ "file": config.path, "good": true }));
+                return ctx.printer.json_value(&serde_json::json!({ "file": config.path, "good": true }));
             }
             ctx.printer.line(format!("{}: good", config.path.display()))
         }
-        Command::Show if ctx.printer.json => ctx.printer.json_line(config.effective()),
+        Command::Show if ctx.printer.json => ctx.printer.json_value(config.effective()),
         Command::Show => {
             let text = toml::to_string(config.effective())
                 .map_err(|e| Problem::from_error(ProblemKind::Failed, "configuration", &e))?;

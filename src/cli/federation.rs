@@ -133,7 +133,7 @@ impl Session {
 fn print_list(ctx: &Context, members: Vec<(MemberJid, String)>) -> Outcome {
     if ctx.printer.json {
         let list = members.into_iter().map(|(member, affiliation)| Affiliation { member, affiliation });
-        return ctx.printer.json_line(&list.collect::<Vec<_>>());
+        return ctx.printer.json_value(&list.collect::<Vec<_>>());
     }
     let mut table = Table::new(["MEMBER", "AFFILIATION"]);
     members.into_iter().for_each(|(member, affiliation)| table.row([member.to_string(), affiliation]));
@@ -159,10 +159,18 @@ async fn step<T>(
 
 fn admin_problem(object: String, owner: &MemberJid, e: &AdminError) -> Problem {
     let (kind, next) = match e {
-        AdminError::Connect(_) => (ProblemKind::Unavailable, "check [xmpp] server and security".to_owned()),
+        AdminError::Connect(_) => (
+            ProblemKind::Unavailable,
+            "check [xmpp] server and security, and the account's password".to_owned(),
+        ),
         AdminError::Room(_) => (ProblemKind::BadRequest, "correct [xmpp] room".to_owned()),
         AdminError::NotTaken(_) => {
             (ProblemKind::Refused, "use a room service that allows it; deploy/ has a sample".to_owned())
+        }
+        AdminError::Request { source: RequestError::Refused { condition, .. }, .. }
+            if condition == "item-not-found" =>
+        {
+            (ProblemKind::NotFound, "make the room with: cicada federation create".to_owned())
         }
         AdminError::Request { source: RequestError::Refused { .. }, .. } => (
             ProblemKind::Forbidden,

@@ -55,7 +55,7 @@ fn show(ctx: &Context) -> Outcome {
     let key = load_or_create_identity(&config.cloud.data_dir).map_err(|e| config_problem(&e))?.public();
     let identity = Identity { jid: config.xmpp.jid, key, fingerprint: key.fingerprint() };
     if ctx.printer.json {
-        return ctx.printer.json_line(&identity);
+        return ctx.printer.json_value(&identity);
     }
     card(
         &ctx.printer,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::broker::interface::{MemberView, Reply, Request, StatusView};
+use crate::broker::interface::{MemberView, Message, Reply, Request, StatusView};
 
 use super::context::Context;
 use super::format::{ago, bytes, resource};
@@ -34,7 +34,7 @@ pub async fn run(ctx: &Context, args: Members) -> Outcome {
             }
             last = Some(seen);
             if ctx.printer.json {
-                ctx.printer.json_reply(&reply)?
+                ctx.printer.json_message(&Message::Reply(Box::new(reply)))?
             } else {
                 print_members(&ctx.printer, reply)?
             }

@@ -75,7 +75,7 @@ pub fn end(ctx: &Context, result: Result<Reply, Problem>) -> Outcome {
 fn print_list(printer: &Printer, reply: Reply) -> Outcome {
     let Reply::Migrations(views) = reply else { return Err(unexpected(&reply)) };
     let mut table = Table::new(["MIGRATION", "VM", "", "PEER", "PHASE", ">DONE", ">SENT", "STARTED"]);
-    for MigrationView { progress: p, .. } in &views {
+    for MigrationView { progress: p, account, .. } in &views {
         table.row([
             if printer.verbose { p.id.to_string() } else { p.id.short() },
             p.vm.to_string(),
@@ -83,7 +83,7 @@ fn print_list(printer: &Printer, reply: Reply) -> Outcome {
             p.peer_cloud.as_ref().map_or_else(|| p.peer.to_string(), ToString::to_string),
             p.phase.clone(),
             if p.ended { "-".into() } else { format!("{:.0} %", p.fraction * 100.0) },
-            bytes(p.bytes_done),
+            bytes(account::sent_bytes(account)),
             ago(p.started),
         ]);
     }

@@ -105,6 +105,9 @@ pub struct Globals {
 #[derive(Subcommand)]
 enum Command {
     /// Run this cloud's broker
+    ///
+    /// It runs in the foreground and logs to stderr. TERM and INT stop it: VMs keep running, and moves go on
+    /// when it starts again.
     Broker,
     /// Check or show the configuration (without a broker)
     #[command(subcommand)]

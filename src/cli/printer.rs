@@ -77,9 +77,9 @@ impl Printer {
         })
     }
 
-    /// A value as one line of JSON, on stdout.
-    pub fn json_line(&self, value: &impl Serialize) -> Outcome {
-        let text = serde_json::to_string(value)
+    /// A value as JSON, on stdout.
+    pub fn json_value(&self, value: &impl Serialize) -> Outcome {
+        let text = serde_json::to_string_pretty(value)
             .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
         self.line(text)
     }
@@ -88,12 +88,14 @@ impl Printer {
     pub fn json_reply(&self, reply: &Reply) -> Outcome {
         let value = serde_json::to_value(reply)
             .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
-        self.json_line(value.get("value").unwrap_or(&serde_json::Value::Null))
+        self.json_value(value.get("value").unwrap_or(&serde_json::Value::Null))
     }
 
     /// One line of a stream of events and their end.
     pub fn json_message(&self, message: &Message) -> Outcome {
-        self.json_line(message)
+        let text = serde_json::to_string(message)
+            .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
+        self.line(text)
     }
 
     /// Something to know that is no result, on stderr.

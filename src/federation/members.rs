@@ -21,7 +21,7 @@ pub struct Presence {
     /// Its resource; a member's broker is the one that sends `<cloud/>`.
     pub resource: String,
     pub available: bool,
-    pub cloud: Option<Cloud>,
+    pub cloud: Option<Box<Cloud>>,
 }
 
 /// What is known of one member.
@@ -78,7 +78,7 @@ impl Members {
 
     /// Takes in a presence; true if a key was pinned by first use and should be kept.
     pub fn presence(&mut self, p: Presence, now: UnixMillis) -> bool {
-        let cloud = p.cloud.filter(Cloud::is_bounded);
+        let cloud = p.cloud.filter(|c| c.is_bounded());
         let member = self.members.entry(p.jid.clone()).or_insert_with(|| Member {
             jid: p.jid.clone(),
             resource: None,
@@ -104,7 +104,7 @@ impl Members {
         member.resource = Some(p.resource);
         member.key = cloud.key.parse().ok();
         let name = cloud.name.parse().ok();
-        member.cloud = Some(cloud);
+        member.cloud = Some(*cloud);
         let first_use = self.trust_on_first_use
             && !self.configured.contains_key(&p.jid)
             && !self.pinned.contains_key(&p.jid);
@@ -270,7 +270,12 @@ mod tests {
             power: "on".into(),
             ..Cloud::default()
         };
-        Presence { jid: jid(member), resource: "broker".into(), available: true, cloud: Some(cloud) }
+        Presence {
+            jid: jid(member),
+            resource: "broker".into(),
+            available: true,
+            cloud: Some(Box::new(cloud)),
+        }
     }
 
     #[test]
@@ -337,7 +342,7 @@ mod tests {
     fn a_payload_without_measure_is_not_looked_at() {
         let mut m = Members::new(BTreeMap::new(), BTreeMap::new(), true);
         let mut p = presence("a@x", "alpine", key(1));
-        p.cloud = p.cloud.map(|c| Cloud { carbon: Some(f32::INFINITY), ..c });
+        p.cloud = p.cloud.map(|c| Box::new(Cloud { carbon: Some(f32::INFINITY), ..*c }));
         assert!(!m.presence(p, UnixMillis(1)));
         assert!(!m.is_online(&jid("a@x")));
         assert_eq!(m.trust_of(&jid("a@x")), Trust::NoKey);

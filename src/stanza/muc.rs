@@ -1,10 +1,12 @@
 //! The parts of XEP-0045 that administer a room.
 
+use std::borrow::Cow;
+
 use xmpp_parsers::data_forms::DataForm;
 use xmpp_parsers::iq::{IqGetPayload, IqResultPayload, IqSetPayload};
 use xmpp_parsers::jid::BareJid;
-use xmpp_parsers::muc::user::Affiliation;
-use xso::{AsXml, FromXml};
+use xso::error::Error;
+use xso::{AsXml, AsXmlText, FromXml, FromXmlText};
 
 use super::ns;
 
@@ -41,6 +43,44 @@ pub struct AdminItem {
     pub jid: Option<BareJid>,
 }
 
+/// What an account is to a room (section 5.2). Unlike in `xmpp_parsers`, `none` is spelled out: that
+/// is how a member is removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Affiliation {
+    Owner,
+    Admin,
+    Member,
+    Outcast,
+    None,
+}
+
+impl Affiliation {
+    pub const ALL: [Self; 5] = [Self::Owner, Self::Admin, Self::Member, Self::Outcast, Self::None];
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Owner => "owner",
+            Self::Admin => "admin",
+            Self::Member => "member",
+            Self::Outcast => "outcast",
+            Self::None => "none",
+        }
+    }
+}
+
+impl AsXmlText for Affiliation {
+    fn as_xml_text(&self) -> Result<Cow<'_, str>, Error> {
+        Ok(Cow::Borrowed(self.as_str()))
+    }
+}
+
+impl FromXmlText for Affiliation {
+    fn from_xml_text(text: String) -> Result<Self, Error> {
+        let found = Self::ALL.into_iter().find(|a| a.as_str() == text);
+        found.ok_or(Error::Other("unknown affiliation"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,11 +92,13 @@ mod tests {
                     <item affiliation='owner' jid='admin@example.org' nick='x'><reason>r</reason></item>\
                     <item affiliation='member' jid='a@example.org'/><later xmlns='urn:x'/></query>";
         let query = AdminQuery::try_from(text.parse::<Element>().unwrap()).unwrap();
-        let read: Vec<_> = query.items.iter().map(|i| i.affiliation.clone()).collect();
+        let read: Vec<_> = query.items.iter().map(|i| i.affiliation).collect();
         assert_eq!(read, [Affiliation::Owner, Affiliation::Member]);
-        let ask = AdminQuery { items: vec![AdminItem { affiliation: Affiliation::Member, jid: None }] };
-        let element = Element::from(ask);
-        assert_eq!(element.children().next().and_then(|i| i.attr("affiliation")), Some("member"));
+        for affiliation in Affiliation::ALL {
+            let element = Element::from(AdminQuery { items: vec![AdminItem { affiliation, jid: None }] });
+            let item = element.children().next().unwrap();
+            assert_eq!(item.attr("affiliation"), Some(affiliation.as_str()));
+        }
     }
 
     #[test]

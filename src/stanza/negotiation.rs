@@ -5,9 +5,6 @@ use xso::{AsXml, FromXml};
 
 use super::ns;
 
-/// Longest sealed message, before base64. Servers end a session over stanzas of 256 KiB and more.
-pub const SEALED_BYTES_MAX: usize = 128 << 10;
-
 #[derive(FromXml, AsXml, Debug, Clone, PartialEq)]
 #[xml(namespace = ns::NEGOTIATION, name = "request")]
 pub struct Request {

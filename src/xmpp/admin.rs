@@ -5,10 +5,9 @@ use xmpp_parsers::disco::{DiscoInfoQuery, DiscoInfoResult};
 use xmpp_parsers::jid::{BareJid, Jid};
 use xmpp_parsers::minidom::Element;
 use xmpp_parsers::muc::Muc;
-use xmpp_parsers::muc::user::Affiliation;
 use xmpp_parsers::presence::Presence;
 
-use crate::stanza::muc::{AdminItem, AdminQuery, OwnerQuery};
+use crate::stanza::muc::{AdminItem, AdminQuery, Affiliation, OwnerQuery};
 use crate::stanza::ns;
 use crate::types::MemberJid;
 
@@ -137,15 +136,13 @@ impl Admin {
     /// Members and owners, with their affiliation.
     pub async fn list_members(&self) -> Result<Vec<(MemberJid, String)>, AdminError> {
         let mut out = Vec::new();
-        for (affiliation, name) in
-            [(Affiliation::Owner, "owner"), (Affiliation::Admin, "admin"), (Affiliation::Member, "member")]
-        {
+        for affiliation in [Affiliation::Owner, Affiliation::Admin, Affiliation::Member] {
             let query = AdminQuery { items: vec![AdminItem { affiliation, jid: None }] };
             let answer = self.ask("list members", false, query).await?;
             let items =
                 answer.and_then(|e| AdminQuery::try_from(e).ok()).map(|q| q.items).unwrap_or_default();
             let jids = items.into_iter().filter_map(|i| i.jid.and_then(|j| j.to_string().parse().ok()));
-            out.extend(jids.map(|jid| (jid, name.to_owned())));
+            out.extend(jids.map(|jid| (jid, affiliation.as_str().to_owned())));
         }
         Ok(out)
     }

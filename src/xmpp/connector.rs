@@ -84,21 +84,18 @@ impl Connector {
         let mut roots = RootCertStore::empty();
         if security != Security::Plain {
             let file = ca_file.map_or_else(|| PathBuf::from(SYSTEM_ROOTS), Path::to_owned);
-            let named =
-                |e: String| io::Error::other(format!("certificate authorities in {}: {e}", file.display()));
-            for certificate in CertificateDer::pem_file_iter(&file).map_err(|e| named(e.to_string()))? {
+            let named = |e: &dyn std::fmt::Display| {
+                io::Error::other(format!("certificate authorities in {}: {e}", file.display()))
+            };
+            for certificate in CertificateDer::pem_file_iter(&file).map_err(|e| named(&e))? {
+                let added = roots.add(certificate.map_err(|e| named(&e))?);
                 // A system's bundle may hold a root this library does not read.
-                if let Err(e) = certificate
-                    .map_err(|e| e.to_string())
-                    .and_then(|c| roots.add(c).map_err(|e| e.to_string()))
-                {
-                    if ca_file.is_some() {
-                        return Err(named(e));
-                    }
+                if ca_file.is_some() {
+                    added.map_err(|e| named(&e))?;
                 }
             }
             if roots.is_empty() {
-                return Err(named("there are none".into()));
+                return Err(named(&"there are none"));
             }
         }
         let provider = Arc::new(rustls::crypto::ring::default_provider());

@@ -1,6 +1,7 @@
 //! Keeping the stanza stream connected: logs in again after every loss, and backs off across
 //! failed and short-lived logins alike.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -28,14 +29,18 @@ pub struct Trouble {
     pub refused: bool,
 }
 
+/// Set by the session when a connection became a session, so that one that never did is known.
+pub type Ready = Arc<AtomicBool>;
+
 /// The stream of `jid`, a full JID. Troubles are told by `troubles`, at the pace of the attempts.
 pub fn stanza_stream(
     connector: Connector,
     jid: Jid,
     password: String,
+    ready: Ready,
     troubles: mpsc::UnboundedSender<Trouble>,
 ) -> StanzaStream {
-    let link = Arc::new(Link { connector, jid, password, troubles, history: Mutex::default() });
+    let link = Arc::new(Link { connector, jid, password, ready, troubles, history: Mutex::default() });
     let connect = move |_location, slot| drop(tokio::spawn(link.clone().connect(slot)));
     StanzaStream::new(Box::new(connect), STREAM_DEPTH)
 }
@@ -44,6 +49,7 @@ struct Link {
     connector: Connector,
     jid: Jid,
     password: String,
+    ready: Ready,
     troubles: mpsc::UnboundedSender<Trouble>,
     history: Mutex<History>,
 }
@@ -57,16 +63,17 @@ struct History {
 impl Link {
     /// Fills the slot, however long it takes: a dropped slot ends the stream.
     async fn connect(self: Arc<Self>, mut slot: oneshot::Sender<Connection>) {
-        let (wait, died_at_once) = self.end_of_life();
+        let (wait, stillborn) = self.end_of_life();
         tokio::time::sleep(jittered(wait)).await;
         loop {
             match self.connector.login(&self.jid, &self.password).await {
                 Ok((mut features, stream)) => {
                     // A restarted server refuses to resume in a form that xmpp-parsers 0.23 cannot
-                    // read, and the link dies at once: bind afresh then.
-                    if died_at_once {
+                    // read, which ends the connection: bind afresh then.
+                    if stillborn {
                         features.stream_management = None;
                     }
+                    self.ready.store(false, Ordering::SeqCst);
                     self.with_history(|h| {
                         h.connected = Some(Instant::now());
                         h.backoff.logged_in();
@@ -89,12 +96,13 @@ impl Link {
         }
     }
 
-    /// Looks back on the last connection: how long to wait now, and whether it died at once.
+    /// Looks back on the last connection: how long to wait now, and whether it died before it
+    /// became a session.
     fn end_of_life(&self) -> (Duration, bool) {
-        let (lived, wait, short_lives) = self.with_history(|h| {
-            let lived = h.connected.take().map(|t| t.elapsed());
-            let wait = lived.map_or(Duration::ZERO, |lived| h.backoff.after_life(lived));
-            (lived, wait, h.backoff.short_lives)
+        let (connected, wait, short_lives) = self.with_history(|h| {
+            let connected = h.connected.take();
+            let wait = connected.map_or(Duration::ZERO, |t| h.backoff.after_life(t.elapsed()));
+            (connected, wait, h.backoff.short_lives)
         });
         if short_lives >= SHORT_LIVES_TOLD {
             let reason = format!(
@@ -103,7 +111,7 @@ impl Link {
             );
             self.tell(reason, false);
         }
-        (wait, lived.is_some_and(|lived| lived < SHORT_LIFE))
+        (wait, connected.is_some() && !self.ready.load(Ordering::SeqCst))
     }
 
     fn tell(&self, reason: String, refused: bool) {
@@ -137,7 +145,7 @@ impl Backoff {
     /// as the other waits: a life counts as long only well beyond the last wait.
     fn after_life(&mut self, lived: Duration) -> Duration {
         let last = if self.short_lives == 0 { Duration::ZERO } else { nth_wait(self.short_lives) };
-        if lived >= SHORT_LIFE.max(2 * last) {
+        if lived >= SHORT_LIFE.max(4 * last) {
             self.short_lives = 0;
             return Duration::ZERO;
         }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use xmpp_parsers::jid::Jid;
 
+use crate::migration::envelope::SEALED_BYTES_MAX;
 use crate::stanza::Answer;
 
 use super::handle::{IqReply, RequestError};
@@ -86,7 +87,8 @@ impl Waiting {
             Waiting::Request(reply) => {
                 let bad = || RequestError::Refused { condition: "bad answer".into(), text: String::new() };
                 let sealed = result.and_then(|element| {
-                    element.and_then(|e| Answer::try_from(e).ok()).map(|a| a.sealed).ok_or_else(bad)
+                    let answer = element.and_then(|e| Answer::try_from(e).ok()).map(|a| a.sealed);
+                    answer.filter(|sealed| sealed.len() <= SEALED_BYTES_MAX).ok_or_else(bad)
                 });
                 drop(reply.send(sealed));
             }

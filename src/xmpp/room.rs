@@ -130,9 +130,9 @@ pub fn read(stanza: &Stanza, me: &Jid) -> RoomPresence {
     }
 }
 
-fn cloud_in(stanza: &Stanza) -> Option<Cloud> {
+fn cloud_in(stanza: &Stanza) -> Option<Box<Cloud>> {
     let payload = stanza.payloads.iter().find(|p| p.is("cloud", ns::CLOUD))?;
-    Cloud::try_from(payload.clone()).ok()
+    Cloud::try_from(payload.clone()).ok().map(Box::new)
 }
 
 fn statuses(user: &Element) -> impl Iterator<Item = &str> {

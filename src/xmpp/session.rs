@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_xmpp::Stanza;
 use tokio_xmpp::stanzastream::{Event, StanzaStream, StreamEvent};
 use xmpp_parsers::disco::{DiscoInfoQuery, DiscoInfoResult};
@@ -25,23 +25,22 @@ use xmpp_parsers::jid::Jid;
 use xmpp_parsers::minidom::Element;
 use xmpp_parsers::ping::Ping;
 use xmpp_parsers::presence::Presence as PresenceStanza;
-use xmpp_parsers::stanza_error::{DefinedCondition, StanzaError};
 
 use crate::federation::{Announcer, Presence};
-use crate::stanza::error::{condition_name, refusal, text_of};
-use crate::stanza::negotiation::SEALED_BYTES_MAX;
-use crate::stanza::{Answer, Cloud, Request, ns};
+use crate::migration::envelope::SEALED_BYTES_MAX;
+use crate::stanza::error::{condition_name, text_of};
+use crate::stanza::{Cloud, Request};
 use crate::types::MemberJid;
 
 use super::connector::Connector;
-use super::handle::{
-    Command, Handle, IQ_TIMEOUT, IncomingRequest, IqReply, RequestError, Settings, XmppEvent,
-};
+use super::handle::{Command, Handle, IQ_TIMEOUT, IqReply, RequestError, Settings, XmppEvent};
 use super::link::{self, Trouble};
 use super::outbox::Outbox;
 use super::pending::{Pending, Waiting};
 use super::refusals::Refusals;
 use super::room::{self, RoomPresence};
+
+mod asked;
 
 /// How long to wait before a room that did not let us in, or may not be used, is asked again.
 const REJOIN_AFTER: Duration = Duration::from_secs(15);
@@ -50,10 +49,6 @@ const SELF_PING_EVERY: Duration = Duration::from_secs(60);
 /// Presence is sent at most this often; up to half as long again at random, so that members whose
 /// state changes together do not all speak at once.
 const PRESENCE_PAUSE: Duration = Duration::from_secs(2);
-/// How long the broker may take to answer another's request.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-/// Requests of others being answered at once; more are told to wait.
-const ANSWERING_MAX: usize = 256;
 /// Accounts in the room that are told apart; a room of more is none of ours.
 const OCCUPANTS_MAX: usize = 10_000;
 const COMMANDS_DEPTH: usize = 256;
@@ -88,7 +83,8 @@ pub fn connect(settings: Settings) -> std::io::Result<(Handle, mpsc::Receiver<Xm
     let (events, outbox) = mpsc::channel(EVENTS_DEPTH);
     let (presence, wanted) = watch::channel(None);
     let (troubles, told) = mpsc::unbounded_channel();
-    let stream = link::stanza_stream(connector, me.clone(), settings.password, troubles);
+    let ready = link::Ready::default();
+    let stream = link::stanza_stream(connector, me.clone(), settings.password, ready.clone(), troubles);
     let session = Session {
         me,
         occupant,
@@ -100,6 +96,7 @@ pub fn connect(settings: Settings) -> std::io::Result<(Handle, mpsc::Receiver<Xm
         announcer: Announcer::default(),
         started: Instant::now(),
         occupants: HashMap::new(),
+        ready,
         bound: false,
         pinged: Instant::now(),
         answering: Arc::default(),
@@ -141,6 +138,8 @@ struct Session {
     started: Instant,
     /// Members in the room with their sessions, by resource. Nobody else may ask us anything.
     occupants: HashMap<MemberJid, HashMap<String, Presence>>,
+    /// Tells the link that its connection became a session.
+    ready: link::Ready,
     /// Whether there ever was a session.
     bound: bool,
     pinged: Instant,
@@ -200,6 +199,7 @@ impl Session {
     async fn stream_event(&mut self, event: StreamEvent) {
         match event {
             StreamEvent::Reset { .. } => {
+                self.ready.store(true, Ordering::SeqCst);
                 // Before the first session nothing was under way: it is sent now.
                 if std::mem::replace(&mut self.bound, true) {
                     self.pending.abandon();
@@ -212,6 +212,7 @@ impl Session {
             }
             StreamEvent::Suspended => tracing::info!("XMPP connection lost; trying to resume"),
             StreamEvent::Resumed => {
+                self.ready.store(true, Ordering::SeqCst);
                 tracing::info!("XMPP session resumed");
                 // It took so long that everybody was declared absent.
                 if matches!(self.place, Place::Offline) {
@@ -263,6 +264,11 @@ impl Session {
 
     fn command(&mut self, command: Command) {
         match command {
+            // Servers end a session over a stanza that is too large.
+            Command::Request { sealed, reply, .. } if sealed.len() > SEALED_BYTES_MAX => {
+                let text = format!("{} bytes are more than a message may have", sealed.len());
+                drop(reply.send(Err(RequestError::Refused { condition: "policy-violation".into(), text })));
+            }
             Command::Request { to, sealed, timeout, reply } => {
                 let sessions = self.occupants.get(&to);
                 let broker = sessions.and_then(|s| s.values().find(|p| p.cloud.is_some()));
@@ -504,104 +510,5 @@ impl Session {
             }
             waiting => waiting.end(result),
         }
-    }
-
-    fn asked(&mut self, iq: Iq) {
-        let (header, payload) = iq.split();
-        let (from, id) = (header.from, header.id);
-        let answer = match payload {
-            IqPayload::Get(e) if e.is("ping", ns::PING) => Ok(None),
-            IqPayload::Get(e) if e.is("query", ns::DISCO_INFO) => {
-                Ok(Some(room::disco(e.attr("node").map(str::to_owned)).into()))
-            }
-            IqPayload::Get(e) if e.is("query", ns::VERSION) => Ok(Some(room::version().into())),
-            IqPayload::Set(e) if e.is("request", ns::NEGOTIATION) => {
-                match self.request(from.as_ref(), &id, e) {
-                    Verdict::Forwarded | Verdict::Dropped => return,
-                    Verdict::Refused(e) => Err(e),
-                }
-            }
-            _ => Err(refusal(DefinedCondition::ServiceUnavailable, "")),
-        };
-        self.send(reply(from, id, answer));
-    }
-
-    /// A member's request goes to the broker; anybody else's is refused.
-    fn request(&mut self, from: Option<&Jid>, id: &str, payload: Element) -> Verdict {
-        let Some(from) = from else { return Verdict::Dropped };
-        if !matches!(self.place, Place::Inside) || self.occupant.is_none() {
-            let text = "not in the federation's room at present";
-            return Verdict::Refused(refusal(DefinedCondition::RecipientUnavailable, text));
-        }
-        let sender: Option<MemberJid> = from.to_bare().to_string().parse().ok();
-        let Some(member) = sender.filter(|jid| self.occupants.contains_key(jid)) else {
-            return self.refuse_outsider(from);
-        };
-        let request = match Request::try_from(payload) {
-            Ok(request) if request.sealed.len() <= SEALED_BYTES_MAX => request,
-            Ok(_) => return Verdict::Refused(refusal(DefinedCondition::PolicyViolation, "too large")),
-            Err(e) => return Verdict::Refused(refusal(DefinedCondition::BadRequest, &e.to_string())),
-        };
-        let busy = || Verdict::Refused(refusal(DefinedCondition::ResourceConstraint, "too many requests"));
-        if self.answering.load(Ordering::Relaxed) >= ANSWERING_MAX {
-            return busy();
-        }
-        let (reply, answer) = oneshot::channel();
-        let request = IncomingRequest { from: member, sealed: request.sealed, reply };
-        match self.events.try_send(XmppEvent::Request(request)) {
-            Ok(()) => {
-                self.forward_answer(from.clone(), id.to_owned(), answer);
-                Verdict::Forwarded
-            }
-            Err(_) => busy(),
-        }
-    }
-
-    fn refuse_outsider(&mut self, from: &Jid) -> Verdict {
-        let refusals = self.refusals.refuse(from.to_bare().as_str(), Instant::now());
-        if let Some(count) = refusals.log {
-            tracing::warn!(%from, count, "request refused: the sender is no member in the room");
-        }
-        if refusals.answer {
-            Verdict::Refused(refusal(DefinedCondition::Forbidden, "only members of the federation may ask"))
-        } else {
-            Verdict::Dropped
-        }
-    }
-
-    /// Sends the broker's answer when it comes.
-    fn forward_answer(&self, from: Jid, id: String, answer: oneshot::Receiver<Option<Vec<u8>>>) {
-        let (commands, answering) = (self.commands.clone(), self.answering.clone());
-        answering.fetch_add(1, Ordering::Relaxed);
-        tokio::spawn(async move {
-            let answer = match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
-                Ok(Ok(Some(sealed))) => Ok(Some(Answer { sealed }.into())),
-                Ok(Ok(None)) => {
-                    let text = "the request was refused; let that cloud's operator see its log";
-                    Err(refusal(DefinedCondition::Forbidden, text))
-                }
-                _ => Err(refusal(DefinedCondition::RecipientUnavailable, "the broker does not answer now")),
-            };
-            answering.fetch_sub(1, Ordering::Relaxed);
-            if let Some(commands) = commands.upgrade() {
-                let iq = Stanza::Iq(reply(Some(from), id, answer));
-                let _ = commands.send(Command::Send(Box::new(iq))).await;
-            }
-        });
-    }
-}
-
-/// What became of a request from outside.
-enum Verdict {
-    Forwarded,
-    Refused(StanzaError),
-    /// Not worth an answer.
-    Dropped,
-}
-
-fn reply(to: Option<Jid>, id: String, answer: Result<Option<Element>, StanzaError>) -> Iq {
-    match answer {
-        Ok(payload) => Iq::Result { from: None, to, id, payload },
-        Err(error) => Iq::Error { from: None, to, id, error, payload: None },
     }
 }

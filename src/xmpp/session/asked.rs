@@ -1,0 +1,135 @@
+//! What others ask of us. Anybody may ask what we are; requests are taken only from members of the
+//! room, since a server does not keep strangers from sending them.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+use tokio_xmpp::Stanza;
+use xmpp_parsers::iq::{Iq, IqPayload};
+use xmpp_parsers::jid::Jid;
+use xmpp_parsers::minidom::Element;
+use xmpp_parsers::stanza_error::{DefinedCondition, StanzaError};
+
+use crate::migration::envelope::SEALED_BYTES_MAX;
+use crate::stanza::error::refusal;
+use crate::stanza::{Answer, Request, ns};
+use crate::types::MemberJid;
+use crate::xmpp::handle::{Command, IncomingRequest, XmppEvent};
+use crate::xmpp::room;
+
+use super::{Place, Session};
+
+/// How long the broker may take to answer another's request.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Requests of others being answered at once; more are told to wait.
+const ANSWERING_MAX: usize = 256;
+
+impl Session {
+    pub(super) fn asked(&mut self, iq: Iq) {
+        let (header, payload) = iq.split();
+        let (from, id) = (header.from, header.id);
+        let answer = match payload {
+            IqPayload::Get(e) if e.is("ping", ns::PING) => Ok(None),
+            IqPayload::Get(e) if e.is("query", ns::DISCO_INFO) => {
+                Ok(Some(room::disco(e.attr("node").map(str::to_owned)).into()))
+            }
+            IqPayload::Get(e) if e.is("query", ns::VERSION) => Ok(Some(room::version().into())),
+            IqPayload::Set(e) if e.is("request", ns::NEGOTIATION) => {
+                match self.request(from.as_ref(), &id, e) {
+                    Verdict::Forwarded | Verdict::Dropped => return,
+                    Verdict::Refused(e) => Err(*e),
+                }
+            }
+            _ => Err(refusal(DefinedCondition::ServiceUnavailable, "")),
+        };
+        self.send(reply(from, id, answer));
+    }
+
+    /// A member's request goes to the broker; anybody else's is refused.
+    fn request(&mut self, from: Option<&Jid>, id: &str, payload: Element) -> Verdict {
+        let Some(from) = from else { return Verdict::Dropped };
+        if !matches!(self.place, Place::Inside) || self.occupant.is_none() {
+            let text = "not in the federation's room at present";
+            return Verdict::refuse(DefinedCondition::RecipientUnavailable, text);
+        }
+        let sender: Option<MemberJid> = from.to_bare().to_string().parse().ok();
+        let Some(member) = sender.filter(|jid| self.occupants.contains_key(jid)) else {
+            return self.refuse_outsider(from);
+        };
+        let request = match Request::try_from(payload) {
+            Ok(request) if request.sealed.len() <= SEALED_BYTES_MAX => request,
+            Ok(_) => return Verdict::refuse(DefinedCondition::PolicyViolation, "too large"),
+            Err(e) => return Verdict::refuse(DefinedCondition::BadRequest, &e.to_string()),
+        };
+        let busy = || Verdict::refuse(DefinedCondition::ResourceConstraint, "too many requests");
+        if self.answering.load(Ordering::Relaxed) >= ANSWERING_MAX {
+            return busy();
+        }
+        let (reply, answer) = oneshot::channel();
+        let request = IncomingRequest { from: member, sealed: request.sealed, reply };
+        match self.events.try_send(XmppEvent::Request(request)) {
+            Ok(()) => {
+                self.forward_answer(from.clone(), id.to_owned(), answer);
+                Verdict::Forwarded
+            }
+            Err(_) => busy(),
+        }
+    }
+
+    fn refuse_outsider(&mut self, from: &Jid) -> Verdict {
+        let refusals = self.refusals.refuse(from.to_bare().as_str(), Instant::now());
+        if let Some(count) = refusals.log {
+            tracing::warn!(%from, count, "request refused: the sender is no member in the room");
+        }
+        if refusals.answer {
+            Verdict::refuse(DefinedCondition::Forbidden, "only members of the federation may ask")
+        } else {
+            Verdict::Dropped
+        }
+    }
+
+    /// Sends the broker's answer when it comes.
+    fn forward_answer(&self, from: Jid, id: String, answer: oneshot::Receiver<Option<Vec<u8>>>) {
+        let (commands, answering) = (self.commands.clone(), self.answering.clone());
+        answering.fetch_add(1, Ordering::Relaxed);
+        tokio::spawn(async move {
+            let answer = match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
+                Ok(Ok(Some(sealed))) if sealed.len() <= SEALED_BYTES_MAX => {
+                    Ok(Some(Answer { sealed }.into()))
+                }
+                Ok(Ok(None)) => {
+                    let text = "the request was refused; let that cloud's operator see its log";
+                    Err(refusal(DefinedCondition::Forbidden, text))
+                }
+                _ => Err(refusal(DefinedCondition::RecipientUnavailable, "the broker does not answer now")),
+            };
+            answering.fetch_sub(1, Ordering::Relaxed);
+            if let Some(commands) = commands.upgrade() {
+                let iq = Stanza::Iq(reply(Some(from), id, answer));
+                let _ = commands.send(Command::Send(Box::new(iq))).await;
+            }
+        });
+    }
+}
+
+/// What became of a request from outside.
+enum Verdict {
+    Forwarded,
+    Refused(Box<StanzaError>),
+    /// Not worth an answer.
+    Dropped,
+}
+
+impl Verdict {
+    fn refuse(condition: DefinedCondition, text: &str) -> Self {
+        Self::Refused(Box::new(refusal(condition, text)))
+    }
+}
+
+fn reply(to: Option<Jid>, id: String, answer: Result<Option<Element>, StanzaError>) -> Iq {
+    match answer {
+        Ok(payload) => Iq::Result { from: None, to, id, payload },
+        Err(error) => Iq::Error { from: None, to, id, error, payload: None },
+    }
+}

@@ -1,0 +1,513 @@
+//! The XMPP session against a real Prosody, started by `deploy/xmpp/server` as the demo does.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use cicada::federation::Presence;
+use cicada::stanza::{Answer, Cloud, Request, ns};
+use cicada::types::{IdentityKey, MemberJid};
+use cicada::xmpp::admin::{Admin, AdminError};
+use cicada::xmpp::{Handle, RequestError, Security, Settings, XmppEvent, connect};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
+use xmpp_parsers::data_forms::{DataForm, DataFormType, Field, FieldType};
+use xmpp_parsers::jid::Jid;
+use xmpp_parsers::minidom::Element;
+use xmpp_parsers::muc::Muc;
+
+const DOMAIN: &str = "federation.test";
+const ROOM: &str = "lobby@rooms.federation.test";
+/// How long the test's servers wait for a broker that vanished.
+const HIBERNATION: Duration = Duration::from_secs(2);
+const SOON: Duration = Duration::from_secs(15);
+
+/// A Prosody of its own, stopped with the test.
+struct Server {
+    dir: tempfile::TempDir,
+    port: u16,
+}
+
+impl Server {
+    /// None, said loudly, where Prosody is not installed.
+    fn start(test: &str, accounts: &str) -> Option<Self> {
+        for tool in ["prosody", "openssl", "setpriv"] {
+            let found =
+                Command::new("sh").args(["-c", &format!("command -v {tool}")]).stdout(Stdio::null()).status();
+            if !found.is_ok_and(|s| s.success()) {
+                // Past the runner's capture.
+                let line = format!("SKIPPED: {test}: {tool} is not installed (deploy/install installs it)\n");
+                let _ = std::io::stderr().write_all(line.as_bytes());
+                return None;
+            }
+        }
+        let server = Self { dir: tempfile::tempdir().unwrap(), port: free_port() };
+        let (port, hibernation) = (server.port.to_string(), HIBERNATION.as_secs().to_string());
+        server.run("start", &["--accounts", accounts, "--port", &port, "--hibernation", &hibernation]);
+        Some(server)
+    }
+
+    fn run(&self, verb: &str, arguments: &[&str]) {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/xmpp/server");
+        let status = Command::new(script).arg(verb).arg(self.home()).args(arguments).status().unwrap();
+        assert!(status.success(), "server {verb}");
+    }
+
+    fn home(&self) -> PathBuf {
+        self.dir.path().join("xmpp")
+    }
+
+    fn kill(&self) {
+        let pid = std::fs::read_to_string(self.home().join("prosody.pid")).unwrap();
+        assert!(Command::new("kill").args(["-9", pid.trim()]).status().unwrap().success());
+    }
+
+    fn settings(&self, account: &str) -> Settings {
+        let file = self.home().join(format!("accounts/{account}.password"));
+        Settings {
+            jid: jid(account),
+            password: std::fs::read_to_string(file).unwrap().trim().to_owned(),
+            server: Some(format!("127.0.0.1:{}", self.port)),
+            security: Security::DirectTls,
+            ca_file: Some(self.home().join("ca.crt")),
+            room: Some(ROOM.into()),
+            nick: account.parse().unwrap(),
+        }
+    }
+
+    async fn room_of(&self, members: &[&str]) {
+        let admin = Admin::open(self.settings("admin")).await.unwrap();
+        admin.create_room("lobby").await.unwrap();
+        for member in members {
+            admin.add_member(&jid(member)).await.unwrap();
+        }
+        admin.close().await;
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.run("stop", &[]);
+    }
+}
+
+/// One whose neighbour below is free as well.
+fn free_port() -> u16 {
+    let bind = |port| std::net::TcpListener::bind(("127.0.0.1", port));
+    loop {
+        let port = bind(0).unwrap().local_addr().unwrap().port();
+        if bind(port - 1).is_ok() {
+            return port;
+        }
+    }
+}
+
+fn jid(account: &str) -> MemberJid {
+    format!("{account}@{DOMAIN}").parse().unwrap()
+}
+
+fn full_jid(account: &str) -> Jid {
+    Jid::new(&format!("{account}@{DOMAIN}/cicada")).unwrap()
+}
+
+fn cloud(name: &str, load: u32) -> Cloud {
+    Cloud {
+        name: name.into(),
+        key: IdentityKey::from_secret_bytes(&[7; 32]).public().to_string(),
+        versions: "1".into(),
+        power: "on".into(),
+        load: Some(load),
+        ..Cloud::default()
+    }
+}
+
+/// What a broker saw so far.
+#[derive(Default, Clone, Debug)]
+struct Seen {
+    joined: usize,
+    /// Presences that came since the beginning.
+    presences: usize,
+    down: Option<String>,
+    online: BTreeMap<String, Presence>,
+}
+
+/// A session that answers requests with the same bytes, turned round.
+struct Broker {
+    handle: Handle,
+    seen: watch::Receiver<Seen>,
+}
+
+impl Broker {
+    fn start(settings: Settings) -> Self {
+        let name = settings.nick.to_string();
+        let (handle, events) = connect(settings).unwrap();
+        handle.set_presence(cloud(&name, 1));
+        let (out, seen) = watch::channel(Seen::default());
+        tokio::spawn(watch_events(events, out));
+        Self { handle, seen }
+    }
+
+    /// Waits until `what` holds; panics with what was seen instead.
+    async fn sees(&self, what: impl Fn(&Seen) -> bool) -> Seen {
+        let mut seen = self.seen.clone();
+        let result = tokio::time::timeout(SOON, seen.wait_for(&what)).await.map(|s| s.unwrap().clone());
+        result.unwrap_or_else(|_| panic!("not seen in time; instead {:?}", self.seen.borrow()))
+    }
+
+    async fn sees_member(&self, name: &str) -> Presence {
+        self.sees(|s| s.online.contains_key(name)).await.online[name].clone()
+    }
+
+    async fn ask(&self, to: &str, sealed: Vec<u8>) -> Result<Vec<u8>, RequestError> {
+        self.handle.request(jid(to), sealed, Duration::from_secs(10)).await
+    }
+}
+
+async fn watch_events(mut events: mpsc::Receiver<XmppEvent>, out: watch::Sender<Seen>) {
+    while let Some(event) = events.recv().await {
+        match event {
+            XmppEvent::Joined => out.send_modify(|s| {
+                s.joined += 1;
+                s.down = None;
+            }),
+            XmppEvent::Down(reason) => out.send_modify(|s| {
+                s.down = Some(reason);
+                s.online.clear();
+            }),
+            XmppEvent::Presence(p) => out.send_modify(|s| {
+                s.presences += 1;
+                let name = p.jid.as_str().split('@').next().unwrap_or_default().to_owned();
+                match p.available {
+                    true => drop(s.online.insert(name, p)),
+                    false => drop(s.online.remove(&name)),
+                }
+            }),
+            XmppEvent::Request(request) => {
+                let _ = request.reply.send(Some(request.sealed.into_iter().rev().collect()));
+            }
+        }
+    }
+}
+
+/// A wire that can be cut: connections break at once, new ones are refused until it is mended.
+struct Wire {
+    address: SocketAddr,
+    cut: Arc<AtomicBool>,
+    count: Arc<AtomicUsize>,
+    kill: watch::Sender<()>,
+}
+
+impl Wire {
+    async fn to(port: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (kill, killed) = watch::channel(());
+        let (cut, count): (Arc<AtomicBool>, Arc<AtomicUsize>) = Default::default();
+        let (is_cut, counted) = (cut.clone(), count.clone());
+        tokio::spawn(async move {
+            while let Ok((mut near, _)) = listener.accept().await {
+                if is_cut.load(Ordering::SeqCst) {
+                    continue;
+                }
+                counted.fetch_add(1, Ordering::SeqCst);
+                let mut killed = killed.clone();
+                tokio::spawn(async move {
+                    let mut far = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+                    killed.mark_unchanged();
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
+                        _ = killed.changed() => {
+                            // No farewell of any kind.
+                            let _ = near.set_zero_linger();
+                            let _ = far.set_zero_linger();
+                        }
+                    }
+                });
+            }
+        });
+        Self { address, cut, count, kill }
+    }
+
+    fn cut(&self) {
+        self.cut.store(true, Ordering::SeqCst);
+        self.kill.send_replace(());
+    }
+
+    fn mend(&self) {
+        self.cut.store(false, Ordering::SeqCst);
+    }
+
+    fn through(&self, settings: Settings) -> Settings {
+        Settings { server: Some(self.address.to_string()), ..settings }
+    }
+}
+
+/// Shows the session's log when RUST_LOG asks for it.
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_see_and_ask_each_other_and_nobody_else() {
+    log();
+    let Some(server) = Server::start("members", "alpine,boreal,coral,eve") else { return };
+    server.room_of(&["alpine", "boreal", "coral"]).await;
+    let wire = Wire::to(server.port).await;
+    let alpine = Broker::start(server.settings("alpine"));
+    // StartTLS is the other door of the same server.
+    let starttls = Settings {
+        security: Security::Starttls,
+        server: Some(format!("127.0.0.1:{}", server.port - 1)),
+        ..server.settings("boreal")
+    };
+    let boreal = Broker::start(starttls);
+    let coral = Broker::start(wire.through(server.settings("coral")));
+    for (broker, others) in
+        [(&alpine, ["boreal", "coral"]), (&boreal, ["alpine", "coral"]), (&coral, ["alpine", "boreal"])]
+    {
+        for name in others {
+            let presence = broker.sees_member(name).await;
+            assert_eq!((presence.jid, presence.cloud.map(|c| c.name)), (jid(name), Some(name.to_owned())));
+        }
+    }
+
+    // Requests: large ones, and many at once.
+    let large: Vec<u8> = (0..100_000u32).map(|n| (n % 251) as u8).collect();
+    let turned: Vec<u8> = large.iter().rev().copied().collect();
+    assert_eq!(alpine.ask("boreal", large).await, Ok(turned));
+    assert_eq!(boreal.ask("nobody", vec![1]).await, Err(RequestError::NotOnline(jid("nobody").to_string())));
+    let start = Instant::now();
+    for _ in 0..10 {
+        let batch = (0..32u8).map(|n| alpine.ask("coral", vec![n; 1000]));
+        for (n, answer) in futures::future::join_all(batch).await.into_iter().enumerate() {
+            assert_eq!(answer, Ok(vec![n as u8; 1000]));
+        }
+    }
+    println!("320 requests, 32 at once: {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(10));
+    let mut trips = Vec::new();
+    for _ in 0..50 {
+        let start = Instant::now();
+        alpine.ask("boreal", vec![0; 500]).await.unwrap();
+        trips.push(start.elapsed());
+    }
+    trips.sort();
+    println!("round trip p50 {:?}, p90 {:?}", trips[25], trips[45]);
+
+    // What any XMPP client may ask.
+    alpine.handle.ping(full_jid("boreal")).await.unwrap();
+    let query = Element::builder("query", ns::DISCO_INFO).build();
+    let features = alpine.handle.iq(full_jid("boreal"), false, query).await.unwrap().unwrap();
+    assert!(features.children().any(|f| f.attr("var") == Some(ns::NEGOTIATION)));
+    let query = Element::builder("query", ns::VERSION).build();
+    let version = alpine.handle.iq(full_jid("boreal"), false, query).await.unwrap().unwrap();
+    assert_eq!(version.get_child("name", ns::VERSION).map(Element::text).as_deref(), Some("cicada"));
+    let bad = Element::builder("request", ns::NEGOTIATION).append("!").build();
+    let refused = alpine.handle.iq(full_jid("boreal"), true, bad).await.unwrap_err();
+    assert!(matches!(refused, RequestError::Refused { condition, .. } if condition == "bad-request"));
+
+    // An account of the same server that is no member.
+    let (eve, mut events) = connect(Settings { room: None, ..server.settings("eve") }).unwrap();
+    assert!(matches!(events.recv().await, Some(XmppEvent::Joined)));
+    tokio::spawn(async move { while events.recv().await.is_some() {} });
+    let request = Request { sealed: vec![1, 2, 3] };
+    let refused = eve.iq(full_jid("alpine"), true, request.clone()).await.unwrap_err();
+    assert!(
+        matches!(&refused, RequestError::Refused { condition, .. } if condition == "forbidden"),
+        "{refused}"
+    );
+    let answer = coral.handle.iq(full_jid("alpine"), true, request).await.unwrap().unwrap();
+    assert_eq!(Answer::try_from(answer).unwrap().sealed, [3, 2, 1]);
+    eve.close().await;
+
+    // A burst of changes travels as few presences, the last one included.
+    let before = boreal.seen.borrow().presences;
+    for load in 2..=40 {
+        alpine.handle.set_presence(cloud("alpine", load));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let load_of = |s: &Seen| s.online["alpine"].cloud.as_ref().and_then(|c| c.load);
+    let seen = boreal.sees(|s| load_of(s) == Some(40)).await;
+    assert!(seen.presences - before <= 3, "{} presences", seen.presences - before);
+    assert_eq!(alpine.seen.borrow().joined, 1);
+
+    // One vanishes without a word: shown as gone, and cannot be asked.
+    wire.cut();
+    let start = Instant::now();
+    alpine.sees(|s| !s.online.contains_key("coral")).await;
+    println!("seen gone after {:?}, of which {HIBERNATION:?} are the server's", start.elapsed());
+    assert!(matches!(alpine.ask("coral", vec![1]).await, Err(RequestError::NotOnline(_))));
+    // One leaves properly: at once.
+    boreal.handle.close().await;
+    alpine.sees(|s| !s.online.contains_key("boreal")).await;
+    alpine.handle.close().await;
+    assert_eq!(alpine.ask("coral", vec![1]).await, Err(RequestError::Closed));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broken_connection_is_mended_and_a_crashed_broker_takes_its_place_back() {
+    log();
+    let Some(server) = Server::start("connections", "alpine,boreal") else { return };
+    server.room_of(&["alpine", "boreal"]).await;
+    let wire = Wire::to(server.port).await;
+    let alpine = Broker::start(server.settings("alpine"));
+    let boreal = Broker::start(wire.through(server.settings("boreal")));
+    alpine.sees_member("boreal").await;
+    boreal.sees_member("alpine").await;
+
+    // A short cut goes unnoticed by the others: the session resumes.
+    wire.cut();
+    wire.mend();
+    assert_eq!(alpine.ask("boreal", vec![1, 2]).await, Ok(vec![2, 1]));
+
+    // A longer one is noticed here, and asked requests fail at once instead of hanging; the session
+    // is still resumed, and the room is entered again.
+    wire.cut();
+    boreal.sees(|s| s.down.is_some()).await;
+    assert!(matches!(boreal.ask("alpine", vec![1]).await, Err(RequestError::NotOnline(_))));
+    wire.mend();
+    boreal.sees_member("alpine").await;
+    assert_eq!(boreal.ask("alpine", vec![1, 2]).await, Ok(vec![2, 1]));
+
+    // One longer than the server waits ends the session; a new one begins.
+    wire.cut();
+    alpine.sees(|s| !s.online.contains_key("boreal")).await;
+    wire.mend();
+    alpine.sees_member("boreal").await;
+    boreal.sees_member("alpine").await;
+    assert_eq!(boreal.ask("alpine", vec![1, 2]).await, Ok(vec![2, 1]));
+    assert_eq!(alpine.ask("boreal", vec![1, 2]).await, Ok(vec![2, 1]));
+
+    // A broker crashes and is started again before the server noticed.
+    wire.cut();
+    let start = Instant::now();
+    let reborn = Broker::start(Settings { room: Some(ROOM.into()), ..server.settings("boreal") });
+    reborn.handle.set_presence(cloud("boreal", 77));
+    alpine
+        .sees(|s| s.online.get("boreal").and_then(|p| p.cloud.as_ref()).is_some_and(|c| c.load == Some(77)))
+        .await;
+    assert_eq!(alpine.ask("boreal", vec![5]).await, Ok(vec![5]));
+    println!("a crashed broker is back after {:?}", start.elapsed());
+    let connections = wire.count.load(Ordering::SeqCst);
+    assert!(connections <= 6, "{connections} connections");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_server_is_found_again() {
+    log();
+    let Some(server) = Server::start("server killed", "alpine,boreal") else { return };
+    server.room_of(&["alpine", "boreal"]).await;
+    let alpine = Broker::start(server.settings("alpine"));
+    let boreal = Broker::start(server.settings("boreal"));
+    alpine.sees_member("boreal").await;
+    boreal.sees_member("alpine").await;
+    server.kill();
+    let down = alpine.sees(|s| s.down.is_some()).await;
+    assert!(down.online.is_empty(), "nobody can be said to be here");
+    let unanswered = alpine.ask("boreal", vec![1]).await;
+    assert!(matches!(unanswered, Err(RequestError::NotOnline(_))), "{unanswered:?}");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    server.run("restart", &[]);
+    let start = Instant::now();
+    alpine.sees_member("boreal").await;
+    boreal.sees_member("alpine").await;
+    println!("together again {:?} after the restart", start.elapsed());
+    assert_eq!(alpine.ask("boreal", vec![1, 2]).await, Ok(vec![2, 1]));
+    assert_eq!(boreal.ask("alpine", vec![1, 2]).await, Ok(vec![2, 1]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rooms_and_accounts_that_are_wrong_are_refused_with_the_reason() {
+    log();
+    let Some(server) = Server::start("wrong rooms", "alpine,boreal,eve") else { return };
+
+    // A wrong password, told at once by both doors.
+    let start = Instant::now();
+    let wrong = Settings { password: "wrong".into(), ..server.settings("alpine") };
+    let seen = Broker::start(wrong.clone()).sees(|s| s.down.is_some()).await;
+    assert_eq!(seen.down.unwrap(), "the server refuses the password of alpine@federation.test");
+    let Err(AdminError::Connect(e)) = Admin::open(wrong).await else { panic!() };
+    assert!(e.to_string().contains("refuses the password"), "{e}");
+    println!("two wrong passwords told after {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(5));
+
+    // A server that another authority vouches for, and none at all.
+    let other_ca = Server::start("other authority", "x").unwrap();
+    let stranger = Settings { ca_file: Some(other_ca.home().join("ca.crt")), ..server.settings("alpine") };
+    let seen = Broker::start(stranger).sees(|s| s.down.is_some()).await;
+    assert!(seen.down.as_ref().unwrap().contains("certificate"), "{:?}", seen.down);
+    let nowhere = Settings { server: Some("127.0.0.1:1".into()), ..server.settings("alpine") };
+    let seen = Broker::start(nowhere).sees(|s| s.down.is_some()).await;
+    assert!(seen.down.as_ref().unwrap().contains("127.0.0.1:1"), "{:?}", seen.down);
+
+    // Rooms.
+    let alpine = Broker::start(server.settings("alpine"));
+    let seen = alpine.sees(|s| s.down.is_some()).await;
+    assert_eq!(seen.down.unwrap(), "there is no such room");
+    let in_room =
+        |room: &str| Settings { room: Some(format!("{room}@rooms.{DOMAIN}")), ..server.settings("alpine") };
+    let admin = connect(Settings { room: None, ..server.settings("admin") }).unwrap();
+    for (room, option, value, reason) in [
+        ("open", "membersonly", "0", "the room is not members-only"),
+        ("masked", "whois", "moderators", "the room is anonymous"),
+    ] {
+        make_room(&admin.0, room, option, value).await;
+        let seen = Broker::start(in_room(room)).sees(|s| s.down.is_some()).await;
+        assert_eq!((seen.joined, seen.down.as_deref()), (0, Some(reason)));
+    }
+
+    // Administration mends them, keeps the list, and says who may not.
+    let owner =
+        Admin::open(Settings { room: in_room("open").room, ..server.settings("admin") }).await.unwrap();
+    owner.create_room("mended").await.unwrap();
+    let outside = Broker::start(in_room("open")).sees(|s| s.down.is_some()).await;
+    assert_eq!(outside.down.unwrap(), "this account is not a member of the room");
+    for name in ["alpine", "boreal"] {
+        owner.add_member(&jid(name)).await.unwrap();
+    }
+    let broker = Broker::start(in_room("open"));
+    broker.sees(|s| s.joined == 1).await;
+    let list = owner.list_members().await.unwrap();
+    let expected = [("admin", "owner"), ("alpine", "member"), ("boreal", "member")];
+    assert_eq!(list.len(), expected.len());
+    assert!(
+        expected.iter().all(|(name, affiliation)| list.contains(&(jid(name), (*affiliation).to_owned())))
+    );
+    let eve = Admin::open(Settings { room: in_room("open").room, ..server.settings("eve") }).await.unwrap();
+    assert!(matches!(eve.add_member(&jid("eve")).await, Err(AdminError::Request { .. })));
+
+    // A member that is removed is out, and a room that is opened is left.
+    owner.remove_member(&jid("alpine")).await.unwrap();
+    let removed = broker.sees(|s| s.down.is_some()).await;
+    assert!(removed.down.unwrap().contains("member"));
+    let other = Settings { room: in_room("open").room, ..server.settings("boreal") };
+    let boreal = Broker::start(other);
+    boreal.sees(|s| s.joined == 1).await;
+    make_room(&admin.0, "open", "membersonly", "0").await;
+    let left = boreal.sees(|s| s.down.is_some()).await;
+    assert_eq!(left.down.as_deref(), Some("the room is not members-only"));
+}
+
+/// A room as careless owners make them: one option is other than a federation needs.
+async fn make_room(admin: &Handle, room: &str, option: &str, value: &str) {
+    let room = format!("{room}@rooms.{DOMAIN}");
+    let enter =
+        xmpp_parsers::presence::Presence::available().with_to(Jid::new(&format!("{room}/owner")).unwrap());
+    admin.send(enter.with_payload(Muc::new())).await;
+    let field = |var: &str, value: &str| {
+        Field::new(&format!("muc#roomconfig_{var}"), FieldType::TextSingle).with_value(value)
+    };
+    let mut fields = vec![field("persistentroom", "1")];
+    for (var, good) in [("membersonly", "1"), ("whois", "anyone")] {
+        fields.push(field(var, if var == option { value } else { good }));
+    }
+    let form = DataForm::new(DataFormType::Submit, ns::MUC_ROOM_CONFIG, fields);
+    let query = cicada::stanza::muc::OwnerQuery { form: Some(form) };
+    admin.iq(Jid::new(&room).unwrap(), true, query).await.unwrap();
+}
