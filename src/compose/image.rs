@@ -28,6 +28,8 @@ const OPEN_PACKS_MAX: usize = 256;
 /// Zeros in runs of this size stay holes.
 const HOLE_BYTES: usize = 64 << 10;
 const BUFFER_BYTES: usize = 1 << 20;
+/// What is read, hashed and written at a time: few system calls, and it stays in a core's cache.
+const WINDOW_BYTES: u64 = 512 << 10;
 
 /// Called with the bytes done and the bytes to do, from any thread.
 pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
@@ -222,21 +224,24 @@ impl<'a> Writer<'a> {
         let segments = (0..size_bytes.div_ceil(SEGMENT_BYTES))
             .into_par_iter()
             .map_init(
-                || vec![0u8; SEGMENT_BYTES as usize],
+                || vec![0u8; WINDOW_BYTES as usize],
                 |buffer, i| {
                     let start = i * SEGMENT_BYTES;
-                    let len = SEGMENT_BYTES.min(size_bytes - start);
-                    let end = start + len;
-                    let first = pieces.partition_point(|p| p.end_bytes() <= start);
-                    let mine = &pieces[first..];
-                    let mine = &mine[..mine.partition_point(|p| p.image_offset_bytes < end)];
-                    if mine.is_empty() && len == SEGMENT_BYTES {
+                    let end = (start + SEGMENT_BYTES).min(size_bytes);
+                    let mine = pieces_within(pieces, start, end);
+                    if mine.is_empty() && end - start == SEGMENT_BYTES {
                         return Ok(zero_segment());
                     }
-                    let buffer = &mut buffer[..len as usize];
-                    write_segment(image, buffer, start, mine).map_err(|e| self.error("write", path, e))?;
+                    let mut hasher = blake3::Hasher::new();
+                    for at in (start..end).step_by(WINDOW_BYTES as usize) {
+                        let until = (at + WINDOW_BYTES).min(end);
+                        let buffer = &mut buffer[..(until - at) as usize];
+                        write_window(image, buffer, at, pieces_within(mine, at, until))
+                            .map_err(|e| self.error("write", path, e))?;
+                        hasher.update(buffer);
+                    }
                     self.report(mine, start, end);
-                    Ok(blake3::hash(buffer))
+                    Ok(hasher.finalize())
                 },
             )
             .collect::<Result<Vec<_>, ComposeError>>()?;
@@ -271,8 +276,14 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// Fills `buffer` with the segment at `start` and writes what is new of it.
-fn write_segment(image: &File, buffer: &mut [u8], start: u64, pieces: &[Piece<'_>]) -> io::Result<()> {
+/// The pieces, which are sorted and disjoint, that have bytes between `start` and `end`.
+fn pieces_within<'p, 'a>(pieces: &'p [Piece<'a>], start: u64, end: u64) -> &'p [Piece<'a>] {
+    let pieces = &pieces[pieces.partition_point(|p| p.end_bytes() <= start)..];
+    &pieces[..pieces.partition_point(|p| p.image_offset_bytes < end)]
+}
+
+/// Fills `buffer` with the image's bytes from `start` and writes what is new of them.
+fn write_window(image: &File, buffer: &mut [u8], start: u64, pieces: &[Piece<'_>]) -> io::Result<()> {
     let end = start + buffer.len() as u64;
     let mut cursor = 0;
     let mut written = 0..0;
