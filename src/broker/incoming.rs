@@ -397,6 +397,8 @@ impl Broker {
         let mut record =
             VmRecord::new(run.spec.clone(), run.component_names.clone(), &run.dir_name, self.shared.now());
         record.epoch = h.epoch;
+        // Should this process end here, the next one starts the VM.
+        record.run = run.machine.runs();
         record.arrival = Some(Arrival {
             migration: id,
             from: run.peer.jid.clone(),

@@ -130,6 +130,10 @@ impl Target {
     pub fn problem(&self) -> Option<String> {
         self.problem.clone().or_else(|| self.denial.as_ref().map(|d| d.text.clone()))
     }
+    /// Whether the VM is to run once it is ours.
+    pub fn runs(&self) -> bool {
+        self.run
+    }
     /// Whether the lease still counts: from the take-over on, nothing expires.
     pub fn leased(&self) -> bool {
         matches!(self.phase, Phase::Reserved | Phase::Staging(_) | Phase::Staged(_))
