@@ -35,6 +35,7 @@ pub enum Event {
     Asked(Box<RequestBody>),
     StageFinished(Result<StageAccount, Denial>),
     StageProgress(Progress),
+    /// `Err` only if it is certain that nothing was recorded.
     TookOver(Result<Receipt, Denial>),
     /// `Err` tells why the VM does not run although it is ours.
     Started(Result<(), String>),
@@ -85,7 +86,6 @@ pub struct Target {
     receipt: Option<Receipt>,
     problem: Option<String>,
     denial: Option<Denial>,
-    last_pass: Option<Pass>,
 }
 
 impl Target {
@@ -101,7 +101,6 @@ impl Target {
             receipt: None,
             problem: None,
             denial: None,
-            last_pass: None,
         }
     }
 
@@ -130,8 +129,13 @@ impl Target {
     pub fn problem(&self) -> Option<String> {
         self.problem.clone().or_else(|| self.denial.as_ref().map(|d| d.text.clone()))
     }
+<<<<<<< HEAD
     /// Whether the VM is to run once it is ours.
     pub fn runs(&self) -> bool {
+=======
+    /// Whether the source wants the VM to run here; part of what a take-over records.
+    pub fn run(&self) -> bool {
+>>>>>>> model
         self.run
     }
     /// Whether the lease still counts: from the take-over on, nothing expires.
@@ -160,13 +164,11 @@ impl Target {
                 self.receipt = Some(receipt);
                 self.start()
             }
-            // Not recorded, so not ours: the source asks again and the record is tried again.
+            // Not recorded, so not ours, and an epoch refused once is refused for ever: once this
+            // migration is forgotten, the source's next `start` is answered with a return.
             Event::TookOver(Err(d)) if self.phase == Phase::TakingOver => {
-                if let Some(pass) = self.last_pass {
-                    self.phase = Phase::Staged(pass);
-                }
                 self.problem = Some(d.text);
-                Vec::new()
+                self.abandon()
             }
             Event::Started(result) if self.phase == Phase::Starting => {
                 self.phase = Phase::Owned;
@@ -215,9 +217,12 @@ impl Target {
             Phase::Staged(pass) if pass.last => {
                 deny(DenialCode::OutOfOrder, "the last pass is staged already")
             }
+            // A late repetition: going back would leave the source asking for a pass it has seen.
+            Phase::Staged(pass) if wanted.number <= pass.number => {
+                deny(DenialCode::OutOfOrder, "a later pass is staged already")
+            }
             Phase::Reserved | Phase::Staged(_) => {
                 self.phase = Phase::Staging(wanted);
-                self.last_pass = Some(wanted);
                 self.denial = None;
                 self.progress = Progress::default();
                 let mut effects = answer(Answer::Working(self.progress.clone()));
@@ -244,25 +249,41 @@ impl Target {
                 }),
                 None => deny(DenialCode::OutOfOrder, "owned without a receipt"),
             },
-            Phase::Staged(pass) if pass.last && self.denial.is_none() => match self.fits(&signed, *pass) {
-                Ok(_) => {
+            Phase::Abandoned => deny(DenialCode::UnknownMigration, "the reservation has ended"),
+            Phase::Reserved | Phase::Staging(_) | Phase::Staged(_) => self.redeem(signed, run),
+        }
+    }
+
+    /// The first `start`. The source has given the VM up, so a refusal that changes nothing would
+    /// leave the VM to nobody: a hand-over of this migration that cannot be taken ends it here, and
+    /// the source's next `start`, for a migration then unknown, is answered with a return.
+    fn redeem(&mut self, signed: SignedHandOver, run: bool) -> Vec<Effect> {
+        let hand_over = match self.belongs(&signed) {
+            Ok(h) => h,
+            Err(why) => return deny(DenialCode::HandOver, &why),
+        };
+        let (code, why) = match &self.phase {
+            Phase::Staged(pass) if pass.last && self.denial.is_none() => match self.differs(&hand_over, pass) {
+                None => {
                     self.phase = Phase::TakingOver;
                     self.run = run;
                     self.problem = None;
                     let mut effects =
                         answer(Answer::Working(Progress { step: "start".into(), ..Progress::default() }));
                     effects.push(Effect::TakeOver(signed));
-                    effects
+                    return effects;
                 }
-                Err(why) => deny(DenialCode::HandOver, &why),
+                Some(what) => (DenialCode::HandOver, format!("the hand-over is for another {what}")),
             },
-            _ => deny(DenialCode::OutOfOrder, "the last pass is not staged"),
-        }
+            _ => (DenialCode::UnknownMigration, "the last pass is not staged".into()),
+        };
+        let mut effects = deny(code, &why);
+        effects.extend(self.abandon());
+        effects
     }
 
-    /// The hand-over must be signed by the source, for this VM, epoch, migration and target, and for
-    /// exactly the state that is staged here.
-    fn fits(&self, signed: &SignedHandOver, pass: Pass) -> Result<HandOver, String> {
+    /// The hand-over must be signed by the source, and be of this migration.
+    fn belongs(&self, signed: &SignedHandOver) -> Result<HandOver, String> {
         let h = signed.verify().map_err(|e| e.to_string())?;
         let a = &self.agreement;
         let checks = [
@@ -271,14 +292,21 @@ impl Target {
             ("epoch", Some(h.epoch) == a.epoch.checked_add(1)),
             ("source", h.source == a.source && h.source_key == a.source_key),
             ("target", h.target == a.target && h.target_key == a.target_key),
-            ("recipe", h.recipe == a.recipe),
-            ("root delta", h.root_delta == pass.root_delta.id()),
-            ("user data", h.user_data == pass.user_data.id()),
         ];
         match checks.iter().find(|(_, ok)| !ok) {
             Some((what, _)) => Err(format!("the hand-over is for another {what}")),
             None => Ok(h),
         }
+    }
+
+    /// What of the VM's state was handed over otherwise than it is staged here.
+    fn differs(&self, h: &HandOver, pass: &Pass) -> Option<&'static str> {
+        let checks = [
+            ("recipe", h.recipe == self.agreement.recipe),
+            ("root delta", h.root_delta == pass.root_delta.id()),
+            ("user data", h.user_data == pass.user_data.id()),
+        ];
+        checks.iter().find(|(_, ok)| !ok).map(|(what, _)| *what)
     }
 
     fn start(&mut self) -> Vec<Effect> {
