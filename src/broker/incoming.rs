@@ -398,7 +398,7 @@ impl Broker {
             VmRecord::new(run.spec.clone(), run.component_names.clone(), &run.dir_name, self.shared.now());
         record.epoch = h.epoch;
         // Should this process end here, the next one starts the VM.
-        record.run = run.machine.runs();
+        record.run = run.machine.run();
         record.arrival = Some(Arrival {
             migration: id,
             from: run.peer.jid.clone(),

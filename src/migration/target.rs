@@ -129,13 +129,8 @@ impl Target {
     pub fn problem(&self) -> Option<String> {
         self.problem.clone().or_else(|| self.denial.as_ref().map(|d| d.text.clone()))
     }
-<<<<<<< HEAD
-    /// Whether the VM is to run once it is ours.
-    pub fn runs(&self) -> bool {
-=======
     /// Whether the source wants the VM to run here; part of what a take-over records.
     pub fn run(&self) -> bool {
->>>>>>> model
         self.run
     }
     /// Whether the lease still counts: from the take-over on, nothing expires.
