@@ -258,7 +258,8 @@ impl Target {
             Err(why) => return deny(DenialCode::HandOver, &why),
         };
         let (code, why) = match &self.phase {
-            Phase::Staged(pass) if pass.last && self.denial.is_none() => match self.differs(&hand_over, pass) {
+            Phase::Staged(pass) if pass.last && self.denial.is_none() => match self.differs(&hand_over, pass)
+            {
                 None => {
                     self.phase = Phase::TakingOver;
                     self.run = run;
