@@ -84,36 +84,16 @@ fn broker(packs: u64) -> Result<()> {
 fn at_rest(world: &World, broker: u32, packs: u64) -> Result<()> {
     world.wait("the broker answers", 300, |w| w.call(0, &Request::Status).is_ok());
     std::thread::sleep(Duration::from_secs(5));
-<<<<<<< HEAD
-    let measured = at_rest(child.id());
-    let pid = rustix::process::Pid::from_child(&child);
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).ok();
-    child.wait()?;
-    let (busy, rss, most) = measured?;
-=======
     let (ticks, begun) = (cpu_ticks(broker)?, Instant::now());
     std::thread::sleep(Duration::from_secs(20));
     let busy = (cpu_ticks(broker)? - ticks) as f64 / TICKS_PER_SECOND / begun.elapsed().as_secs_f64();
     let (rss, most) = (mb(status_kib(broker, "VmRSS")?), mb(status_kib(broker, "VmHWM")?));
->>>>>>> bench
     let verdict = if rss < LIMIT_MB { "holds" } else { "BROKEN" };
     println!(
         "broker at rest, {packs} packs, one other member: RSS {rss:.1} MB (most since its start {most:.1} MB), {:.2} % of a core; limit {LIMIT_MB} MB: {verdict}",
         100.0 * busy
     );
-<<<<<<< HEAD
-    end(world)
-=======
     Ok(())
->>>>>>> bench
-}
-
-/// Share of a core, resident and largest resident MB of an idle process.
-fn at_rest(pid: u32) -> Result<(f64, f64, f64)> {
-    let (ticks, begun) = (cpu_ticks(pid)?, Instant::now());
-    std::thread::sleep(Duration::from_secs(20));
-    let busy = (cpu_ticks(pid)? - ticks) as f64 / TICKS_PER_SECOND / begun.elapsed().as_secs_f64();
-    Ok((busy, mb(status_kib(pid, "VmRSS")?), mb(status_kib(pid, "VmHWM")?)))
 }
 
 /// Makes a repository of this many packs, closed, with its index.
