@@ -184,9 +184,7 @@ impl Source {
                 self.denial = Some(cancelled());
                 Vec::new()
             }
-            (phase, Event::Cancel) if phase.can_cancel() => {
-                self.abandon(cancelled())
-            }
+            (phase, Event::Cancel) if phase.can_cancel() => self.abandon(cancelled()),
 
             (Phase::Reserving, Event::Answered(a)) => match *a {
                 Answer::Reserved { .. } => self.scan(),

@@ -248,7 +248,9 @@ impl Cloud {
     // --- the operator ---
 
     pub fn begin_move(&mut self, to: usize, id: MigrationId) -> bool {
-        let Some(record) = self.durable.record.as_ref().filter(|r| r.given_up.is_none()) else { return false };
+        let Some(record) = self.durable.record.as_ref().filter(|r| r.given_up.is_none()) else {
+            return false;
+        };
         if self.memory.busy.is_some() {
             return false;
         }
@@ -297,7 +299,9 @@ impl Cloud {
             self.memory.busy = None;
         }
         let mut result = Ok(());
-        if self.faults && random.one_in(25) && !self.durable.running {
+        if self.memory.jobs.iter().any(|j| matches!(j, Job::Stop(_))) {
+            result = Err("a VM that is stopping cannot be started".to_owned());
+        } else if self.faults && random.one_in(25) && !self.durable.running {
             self.start_failed = true;
             result = Err("the hypervisor failed".to_owned());
         } else if !self.durable.running {
@@ -448,7 +452,13 @@ impl Cloud {
         }
     }
 
-    fn give_up(&mut self, id: MigrationId, to: usize, pass: Pass, was_running: bool) -> Result<SignedHandOver, Denial> {
+    fn give_up(
+        &mut self,
+        id: MigrationId,
+        to: usize,
+        pass: Pass,
+        was_running: bool,
+    ) -> Result<SignedHandOver, Denial> {
         let record = self.durable.record.as_mut().ok_or_else(|| denial(DenialCode::Other, "gone"))?;
         let hand_over = HandOver {
             vm: spec().id,
@@ -513,7 +523,14 @@ impl Cloud {
 
     // --- the target's side ---
 
-    pub fn asked(&mut self, m: &Message, id: MigrationId, epoch: u64, body: &RequestBody, random: &mut Random) {
+    pub fn asked(
+        &mut self,
+        m: &Message,
+        id: MigrationId,
+        epoch: u64,
+        body: &RequestBody,
+        random: &mut Random,
+    ) {
         if !self.memory.seen.insert((m.from, m.nonce)) {
             return;
         }
@@ -523,7 +540,9 @@ impl Cloud {
             (RequestBody::Delete { .. }, _) => Some(AnswerBody::Deleted { grace_s: 0 }),
             (body, Some(true)) => self.target_event(id, target::Event::Asked(Box::new(body.clone())), random),
             (RequestBody::Reservation { .. }, None) => Some(self.reserve(m.from, id, epoch, random)),
-            (RequestBody::Start { hand_over, .. }, None) => Some(self.start_unknown(m.from, hand_over, random)),
+            (RequestBody::Start { hand_over, .. }, None) => {
+                Some(self.start_unknown(m.from, hand_over, random))
+            }
             (RequestBody::Cancel { .. }, None) => Some(AnswerBody::Cancelled),
             _ => Some(deny(DenialCode::UnknownMigration, "unknown")),
         };
@@ -582,7 +601,12 @@ impl Cloud {
     }
 
     /// `None` if the broker crashed before it answered.
-    pub fn target_event(&mut self, id: MigrationId, event: target::Event, random: &mut Random) -> Option<AnswerBody> {
+    pub fn target_event(
+        &mut self,
+        id: MigrationId,
+        event: target::Event,
+        random: &mut Random,
+    ) -> Option<AnswerBody> {
         let asked = matches!(event, target::Event::Asked(_));
         let run = self.memory.incoming.get_mut(&id)?;
         let effects = run.machine.step(event);
@@ -643,6 +667,9 @@ impl Cloud {
             return Err(refuse("a later epoch was seen"));
         }
         self.keep_past();
+        if wanted && self.rules.starting_is_busy {
+            self.memory.busy = Some(Busy::Starting);
+        }
         let receipt = signed.accept(&self.key);
         let arrival = Arrival { migration: id, from, receipt: receipt.clone(), acknowledged: false };
         let run = wanted && self.rules.take_over_records_run;

