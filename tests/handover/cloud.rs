@@ -299,7 +299,9 @@ impl Cloud {
             self.memory.busy = None;
         }
         let mut result = Ok(());
-        if self.faults && random.one_in(25) && !self.durable.running {
+        if self.memory.jobs.iter().any(|j| matches!(j, Job::Stop(_))) {
+            result = Err("a VM that is stopping cannot be started".to_owned());
+        } else if self.faults && random.one_in(25) && !self.durable.running {
             self.start_failed = true;
             result = Err("the hypervisor failed".to_owned());
         } else if !self.durable.running {
@@ -665,6 +667,9 @@ impl Cloud {
             return Err(refuse("a later epoch was seen"));
         }
         self.keep_past();
+        if wanted && self.rules.starting_is_busy {
+            self.memory.busy = Some(Busy::Starting);
+        }
         let receipt = signed.accept(&self.key);
         let arrival = Arrival { migration: id, from, receipt: receipt.clone(), acknowledged: false };
         let run = wanted && self.rules.take_over_records_run;
