@@ -276,10 +276,10 @@ impl Cloud {
 
     /// A receipt once given is given again for ever, also when its record goes.
     fn keep_past(&mut self) {
-        if let Some(a) = self.durable.record.as_ref().and_then(|r| r.arrival.clone()) {
-            if self.rules.receipts_outlive_records {
-                self.durable.past.insert(a.migration, a.receipt);
-            }
+        if let Some(a) = self.durable.record.as_ref().and_then(|r| r.arrival.clone())
+            && self.rules.receipts_outlive_records
+        {
+            self.durable.past.insert(a.migration, a.receipt);
         }
     }
 
@@ -340,7 +340,10 @@ impl Cloud {
             Job::Stop(id) => {
                 let result = match failed(random) {
                     true => Err(denial(DenialCode::Other, "does not stop")),
-                    false => Ok(self.durable.running = false),
+                    false => {
+                        self.durable.running = false;
+                        Ok(())
+                    }
                 };
                 self.source_event(id, source::Event::Stopped(result), random);
             }
@@ -492,10 +495,10 @@ impl Cloud {
     pub fn answered(&mut self, nonce: u64, body: AnswerBody, random: &mut Random) {
         match self.memory.waiting.remove(&nonce) {
             Some(Waiting::Source(id)) => {
-                if let AnswerBody::Started { receipt, .. } = &body {
-                    if !receipt.verify().is_ok_and(|h| h.migration == id) {
-                        self.broken = Some("receipt of another migration".into());
-                    }
+                if let AnswerBody::Started { receipt, .. } = &body
+                    && !receipt.verify().is_ok_and(|h| h.migration == id)
+                {
+                    self.broken = Some("receipt of another migration".into());
                 }
                 self.source_event(id, source::Event::Answered(Box::new(body)), random);
             }
