@@ -64,7 +64,8 @@ fn one_owner_whatever_happens() {
 
 #[test]
 fn every_rule_of_the_broker_is_needed() {
-    let without: [(&str, fn(&mut Rules)); 5] = [
+    type Spoil = fn(&mut Rules);
+    let without: [(&str, Spoil); 5] = [
         ("take_over_records_run", |r| r.take_over_records_run = false),
         ("starting_is_busy", |r| r.starting_is_busy = false),
         ("receipts_outlive_records", |r| r.receipts_outlive_records = false),

@@ -262,10 +262,10 @@ impl World {
             return Err(format!("runs in cloud {}, which does not own it", stray.me));
         }
         let epoch = |c: &Cloud| c.durable.record.as_ref().map_or(0, |r| r.epoch);
-        if let Some(owner) = owners.first() {
-            if self.clouds.iter().any(|c| c.me != owner.me && epoch(c) >= epoch(owner)) {
-                return Err("a later epoch than the owner's exists".into());
-            }
+        if let Some(owner) = owners.first()
+            && self.clouds.iter().any(|c| c.me != owner.me && epoch(c) >= epoch(owner))
+        {
+            return Err("a later epoch than the owner's exists".into());
         }
         Ok(())
     }
