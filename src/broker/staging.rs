@@ -214,7 +214,8 @@ impl Stage {
         }
         let Lacking { packs, needed, names } = {
             let (repository, names) = (repository.clone(), self.job.init.component_names.clone());
-            blocking(move || missing_packs(&repository, &components, &names)).await?
+            let first = self.job.staged.is_none();
+            blocking(move || missing_packs(&repository, &components, &names, first)).await?
         };
         account.components_fetched += lacking.len() as u32;
         account.packs_needed = account.packs_needed.max(needed);
@@ -581,6 +582,7 @@ fn missing_packs(
     repository: &Repository,
     components: &[crate::types::ComponentId],
     names: &[String],
+    first_pass: bool,
 ) -> Result<Lacking, Denial> {
     let (mut seen, mut missing, mut incomplete) = (HashSet::new(), HashMap::new(), Vec::new());
     let mut held_bytes = 0;
@@ -602,7 +604,7 @@ fn missing_packs(
         }
     }
     // How the repository learns: what it did not have to fetch.
-    if let Err(e) = repository.record_lookup(held_bytes, missing.values().sum()) {
+    if first_pass && let Err(e) = repository.record_lookup(held_bytes, missing.values().sum()) {
         tracing::warn!(error = super::problem::chain(&e), "lookup not counted");
     }
     Ok(Lacking { packs: missing, needed: seen.len() as u32, names: incomplete })
