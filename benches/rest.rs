@@ -72,21 +72,28 @@ fn broker(packs: u64) -> Result<()> {
     std::fs::remove_dir_all(&path)?;
     fill(&path, packs)?;
     let mut child = world.spawn_broker(0);
+    let measured = at_rest(&world, child.id(), packs);
+    let pid = rustix::process::Pid::from_child(&child);
+    let ended = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+    child.wait()?;
+    measured?;
+    ended?;
+    end(world)
+}
+
+fn at_rest(world: &World, broker: u32, packs: u64) -> Result<()> {
     world.wait("the broker answers", 300, |w| w.call(0, &Request::Status).is_ok());
     std::thread::sleep(Duration::from_secs(5));
-    let (ticks, begun) = (cpu_ticks(child.id())?, Instant::now());
+    let (ticks, begun) = (cpu_ticks(broker)?, Instant::now());
     std::thread::sleep(Duration::from_secs(20));
-    let busy = (cpu_ticks(child.id())? - ticks) as f64 / TICKS_PER_SECOND / begun.elapsed().as_secs_f64();
-    let (rss, most) = (mb(status_kib(child.id(), "VmRSS")?), mb(status_kib(child.id(), "VmHWM")?));
+    let busy = (cpu_ticks(broker)? - ticks) as f64 / TICKS_PER_SECOND / begun.elapsed().as_secs_f64();
+    let (rss, most) = (mb(status_kib(broker, "VmRSS")?), mb(status_kib(broker, "VmHWM")?));
     let verdict = if rss < LIMIT_MB { "holds" } else { "BROKEN" };
     println!(
         "broker at rest, {packs} packs, one other member: RSS {rss:.1} MB (most since its start {most:.1} MB), {:.2} % of a core; limit {LIMIT_MB} MB: {verdict}",
         100.0 * busy
     );
-    let pid = rustix::process::Pid::from_child(&child);
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
-    child.wait()?;
-    end(world)
+    Ok(())
 }
 
 /// Makes a repository of this many packs, closed, with its index.

@@ -173,8 +173,8 @@ fn presence(broker: &Broker) -> Cloud {
         region: Some(config.cloud.region.clone()).filter(|r| !r.is_empty()),
         power: "on".into(),
         load: Some(load as u32),
-        carbon: config.cloud.carbon_g_per_kwh.map(|c| c as f32),
-        price: config.cloud.price_per_hour.map(|p| p as f32),
+        carbon: config.cloud.carbon_g_per_kwh,
+        price: config.cloud.price_per_hour,
         capacity: Some(Capacity {
             cpus: s.cpus.total,
             cpus_free: s.cpus.free,

@@ -338,7 +338,9 @@ fn a_full_disk_at_the_target_ends_the_move_cleanly() {
     assert!(problem.reason.contains("no space left") && problem.reason.contains("needed"), "{problem}");
     let vm = world.vm(0, "web");
     assert_eq!((vm.ownership.as_str(), vm.epoch), ("here", 1));
-    world.wait("nothing is left at the target", 20, |w| w.vm_files(1).is_empty() && w.status(1).cpus.free == 4);
+    world.wait("nothing is left at the target", 20, |w| {
+        w.vm_files(1).is_empty() && w.status(1).cpus.free == 4
+    });
     world.call(0, &Request::VmStart { vm: "web".into() }).unwrap();
 }
 
@@ -349,7 +351,10 @@ impl SmallDisk {
     fn mount(at: &std::path::Path, size_mib: u32) -> Option<Self> {
         std::fs::create_dir_all(at).unwrap();
         let options = format!("size={size_mib}m,mode=700");
-        let mounted = std::process::Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).status();
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
+            .arg(at)
+            .status();
         mounted.is_ok_and(|s| s.success()).then(|| Self(at.to_owned()))
     }
 }

@@ -7,9 +7,7 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
 
 use cicada::broker::serving::{Served, Store, Tickets};
 use cicada::build::{BuildEvent, BuildOptions, build};
@@ -37,17 +35,7 @@ fn main() -> Result<()> {
 
     let composer = Composer::new(source.clone());
     let (held_recipe, held_image) = composed(&composer, &held, &dir.join("held.raw"))?;
-    let begun = Instant::now();
     let (needed_recipe, needed_image) = composed(&composer, &needed, &dir.join("needed.raw"))?;
-    let compose_s = begun.elapsed().as_secs_f64();
-    let begun = Instant::now();
-    let copy = dir.join("copy.raw");
-    let copied = Command::new("cp").arg("--sparse=always").args([&needed_image, &copy]).status()?;
-    let copy_s = begun.elapsed().as_secs_f64();
-    std::fs::remove_file(copy)?;
-    if copied.success() {
-        println!("compose_seconds {compose_s:.2}\ncp_sparse_seconds {copy_s:.2}");
-    }
 
     for (case, before) in [("average", held.as_slice()), ("worst", &[])] {
         let target_dir = dir.join(format!("target-{case}"));

@@ -257,7 +257,7 @@ impl Broker {
             }
             None => {
                 let online = self.members.online().filter(|jid| **jid != self.shared.me);
-                let peers: Vec<_> = online.filter_map(|jid| with(&jid).ok()).collect();
+                let peers: Vec<_> = online.filter_map(|jid| with(jid).ok()).collect();
                 if peers.is_empty() {
                     return Err(Problem::new(
                         ProblemKind::Unavailable,

@@ -23,7 +23,7 @@ use super::problem::{Problem, ProblemKind};
 use super::records::{Arrival, ReturnRecord, VmRecord};
 use super::shared::{Matter, Peer};
 use super::staging::{self, StageJob, Staged};
-use super::vms::Vm;
+use super::vms::{Busy, Vm};
 use super::{Broker, Input};
 
 /// How long an arrival that is over still answers its source.
@@ -148,6 +148,10 @@ impl Broker {
         if let Some(first) = blockers.into_iter().next() {
             return AnswerBody::Denied(first);
         }
+        let in_doubt = |vm: &Vm| vm.record.given_up().is_some_and(|g| g.receipt.is_none());
+        if self.vms.get(&spec.id).is_some_and(in_doubt) {
+            return deny(DenialCode::Busy, "this cloud gave the VM up and still waits for the receipt");
+        }
         let newest = self.vms.get(&spec.id).map_or(0, |vm| vm.record.epoch);
         if request.epoch < newest {
             return deny(DenialCode::HandOver, "this cloud has seen a later epoch of the VM");
@@ -175,7 +179,8 @@ impl Broker {
             component_names: Vec::new(),
             staged: None,
             cancel: CancellationToken::new(),
-            dir_name: format!("disks-{}", request.migration),
+            // Of its own: the copy of an earlier try may still be on its way out.
+            dir_name: format!("disks-{}", uuid::Uuid::new_v4().simple()),
             begun: now,
         };
         tracing::info!(migration = %request.migration, vm = %spec.name, from = %peer.jid, "reserved");
@@ -200,10 +205,11 @@ impl Broker {
             .get(&h.vm)
             .and_then(|vm| vm.record.arrival.as_ref())
             .filter(|a| a.migration == h.migration);
-        if let Some(arrival) = arrived {
+        let receipt = arrived.map(|a| a.receipt.clone()).or_else(|| self.shared.records.receipt(h.migration));
+        if let Some(receipt) = receipt {
             let running = self.shared.driver.state(h.vm).is_ok_and(|s| s == crate::vm::PowerState::Running);
             return AnswerBody::Started {
-                receipt: arrival.receipt.clone(),
+                receipt,
                 running,
                 problem: (!running).then(|| "it is not running at this moment".into()),
                 account: StageAccount::default(),
@@ -393,10 +399,17 @@ impl Broker {
         if previous.as_ref().is_some_and(|r| r.is_here() || r.epoch >= h.epoch) {
             return Err(fail("this cloud has seen a later epoch of the VM".into()));
         }
+        // The record to come forgets how the VM arrived before.
+        if let Some(a) = previous.as_ref().and_then(|r| r.arrival.as_ref()) {
+            let kept = self.shared.records.save_receipt(a.migration, &a.receipt);
+            kept.map_err(|e| fail(super::problem::chain(&e)))?;
+        }
         let receipt = signed.accept(&self.shared.key);
         let mut record =
             VmRecord::new(run.spec.clone(), run.component_names.clone(), &run.dir_name, self.shared.now());
         record.epoch = h.epoch;
+        // Should this process end here, the next one starts the VM.
+        record.run = run.machine.run();
         record.arrival = Some(Arrival {
             migration: id,
             from: run.peer.jid.clone(),
@@ -407,7 +420,9 @@ impl Broker {
         self.shared.records.save_vm(&record).map_err(|e| fail(super::problem::chain(&e)))?;
         run.staged = None;
         tracing::info!(migration = %id, vm = %record.spec.name, epoch = h.epoch, "taken over");
-        self.vms.insert(h.vm, Vm { record, busy: None, power_note: None });
+        // Nothing else may begin before it was started.
+        let busy = record.run.then_some(Busy::Verb("starting"));
+        self.vms.insert(h.vm, Vm { record, busy, power_note: None });
         // The copy from before it left is older than what is ours now.
         if let Some(old) = previous {
             let dir: PathBuf = self.shared.records.vm_dir(h.vm).join(&old.disks);
@@ -420,6 +435,9 @@ impl Broker {
     pub(super) fn arrival_started(&mut self, id: MigrationId, result: Result<(), String>) {
         let Some(run) = self.incoming.get(&id) else { return };
         let vm = run.matter.vm;
+        if let Some(entry) = self.vms.get_mut(&vm) {
+            entry.busy = None;
+        }
         if result.is_ok() {
             let (shared, begun) = (self.shared.clone(), std::time::Instant::now());
             tokio::spawn(async move {

@@ -172,13 +172,11 @@ impl Broker {
         let now = self.shared.now();
         match input {
             RoomInput::Presence(presence) => {
-                if self.members.presence(presence, now) {
-                    if let Err(e) = self.shared.records.save_trust(self.members.pinned()) {
-                        tracing::warn!(
-                            error = problem::chain(&e),
-                            "a key pinned on first use is not recorded"
-                        );
-                    }
+                let pinned = self.members.presence(presence, now);
+                let saved =
+                    if pinned { self.shared.records.save_trust(self.members.pinned()) } else { Ok(()) };
+                if let Err(e) = saved {
+                    tracing::warn!(error = problem::chain(&e), "a key pinned on first use is not recorded");
                 }
                 let keys: HashSet<_> = self.members.trusted_keys().collect();
                 self.shared.tickets.set_members(keys);

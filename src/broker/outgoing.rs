@@ -473,7 +473,7 @@ impl Broker {
             issued: self.shared.now(),
         };
         let mut record = entry.record.clone();
-        record.ownership = Ownership::GivenUp(GivenUp {
+        record.ownership = Ownership::GivenUp(Box::new(GivenUp {
             migration: id,
             to: run.peer.jid.clone(),
             to_key: run.peer.key,
@@ -483,7 +483,7 @@ impl Broker {
             seed: Seed { root_delta: pass.root_delta, user_data: pass.user_data },
             receipt: None,
             scrub_after: None,
-        });
+        }));
         self.shared
             .records
             .save_vm(&record)

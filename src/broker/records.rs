@@ -46,7 +46,7 @@ pub struct VmRecord {
 pub enum Ownership {
     Here,
     /// Given to another cloud under `epoch + 1`; never to be run here under this epoch.
-    GivenUp(GivenUp),
+    GivenUp(Box<GivenUp>),
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -156,7 +156,7 @@ pub struct Records {
 impl Records {
     pub fn open(data_dir: &Path) -> Result<Self, RecordError> {
         let records = Self { dir: data_dir.to_owned() };
-        for sub in ["vms", "migrations", "returns"] {
+        for sub in ["vms", "migrations", "returns", "receipts"] {
             let path = data_dir.join(sub);
             fs::create_dir_all(&path).map_err(|source| RecordError::Io { action: "create", path, source })?;
         }
@@ -237,6 +237,20 @@ impl Records {
     /// Promises never to run the VM under the hand-over's epoch.
     pub fn save_return(&self, record: &ReturnRecord) -> Result<(), RecordError> {
         save(&self.return_path(record.vm, record.epoch), record)
+    }
+
+    /// Keeps a receipt for good. The VM's record holds it only until the VM arrives again or is
+    /// removed, but its source may ask for it later, and must never be told that we returned it.
+    pub fn save_receipt(&self, migration: MigrationId, receipt: &Receipt) -> Result<(), RecordError> {
+        save(&self.receipt_path(migration), receipt)
+    }
+
+    pub fn receipt(&self, migration: MigrationId) -> Option<Receipt> {
+        load(&self.receipt_path(migration)).ok()
+    }
+
+    fn receipt_path(&self, migration: MigrationId) -> PathBuf {
+        self.dir.join("receipts").join(format!("{migration}.json"))
     }
 
     pub fn has_returned(&self, vm: VmId, epoch: u64) -> bool {

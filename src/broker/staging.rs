@@ -212,9 +212,10 @@ impl Stage {
             let keys = lacking.iter().map(|c| ObjectKey::Manifest(*c)).collect();
             self.fetch(keys, self.counters.components.clone(), None, true).await?;
         }
-        let (packs, needed, names) = {
+        let Lacking { packs, needed, names } = {
             let (repository, names) = (repository.clone(), self.job.init.component_names.clone());
-            blocking(move || missing_packs(&repository, &components, &names)).await?
+            let first = self.job.staged.is_none();
+            blocking(move || missing_packs(&repository, &components, &names, first)).await?
         };
         account.components_fetched += lacking.len() as u32;
         account.packs_needed = account.packs_needed.max(needed);
@@ -567,13 +568,22 @@ fn content(e: &(dyn std::error::Error + 'static)) -> Denial {
     Denial::new(DenialCode::Content, super::problem::chain(e))
 }
 
-/// Packs of `components` that are not held with their plain sizes, the count of all, and the
-/// components they belong to.
+/// What a target has to fetch of a recipe's components.
+struct Lacking {
+    /// Packs that are not held, with their plain sizes.
+    packs: HashMap<PackId, u64>,
+    /// Packs of all components, held or not.
+    needed: u32,
+    /// Names of the components they belong to.
+    names: Vec<String>,
+}
+
 fn missing_packs(
     repository: &Repository,
     components: &[crate::types::ComponentId],
     names: &[String],
-) -> Result<(HashMap<PackId, u64>, u32, Vec<String>), Denial> {
+    first_pass: bool,
+) -> Result<Lacking, Denial> {
     let (mut seen, mut missing, mut incomplete) = (HashSet::new(), HashMap::new(), Vec::new());
     let mut held_bytes = 0;
     for (i, id) in components.iter().enumerate() {
@@ -594,10 +604,10 @@ fn missing_packs(
         }
     }
     // How the repository learns: what it did not have to fetch.
-    if let Err(e) = repository.record_lookup(held_bytes, missing.values().sum()) {
+    if first_pass && let Err(e) = repository.record_lookup(held_bytes, missing.values().sum()) {
         tracing::warn!(error = super::problem::chain(&e), "lookup not counted");
     }
-    Ok((missing, seen.len() as u32, incomplete))
+    Ok(Lacking { packs: missing, needed: seen.len() as u32, names: incomplete })
 }
 
 /// Removes what an abandoned migration staged, and the VM's directory if nothing else is in it.

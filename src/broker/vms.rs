@@ -369,6 +369,16 @@ impl Broker {
 
     /// Scrubs and forgets a VM's copy here.
     pub(super) fn remove_vm(&mut self, id: VmId, reply: Option<Answer>) {
+        let arrival = self.vms.get(&id).and_then(|vm| vm.record.arrival.clone());
+        let kept = arrival.map_or(Ok(()), |a| self.shared.records.save_receipt(a.migration, &a.receipt));
+        if let Err(e) = kept {
+            let problem = Problem::from_error(ProblemKind::Failed, format!("VM {id}"), &e);
+            tracing::warn!(vm = %id, reason = %problem, "not removed: its receipt cannot be kept");
+            if let Some(reply) = reply {
+                let _ = reply.send(Err(problem));
+            }
+            return;
+        }
         let Some(vm) = self.vms.remove(&id) else { return };
         let shared = self.shared.clone();
         tokio::spawn(async move {

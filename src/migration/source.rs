@@ -69,6 +69,7 @@ pub enum Event {
     Unanswered,
     Scanned(Result<(MapRef, MapRef), Denial>),
     Stopped(Result<(), Denial>),
+    /// `Err` only if it is certain that nothing was recorded.
     GaveUp(Result<SignedHandOver, Denial>),
     TookBack(Result<(), Denial>),
     /// The wait asked for is over.
@@ -171,15 +172,19 @@ impl Source {
         match (self.phase, event) {
             (Phase::Checking, Event::Begin) => vec![Effect::Check],
             (Phase::Checking, Event::Checked(Ok(()))) => self.reserve(),
-            (_, Event::Checked(Err(d)) | Event::Scanned(Err(d)) | Event::Stopped(Err(d)))
-                if self.phase.can_cancel() =>
-            {
-                self.abandon(d)
+            (Phase::Checking, Event::Checked(Err(d)))
+            | (Phase::Scanning { .. }, Event::Scanned(Err(d)))
+            | (Phase::Stopping, Event::Stopped(Err(d))) => {
+                let denial = self.denial.take().unwrap_or(d);
+                self.abandon(denial)
             }
 
-            (phase, Event::Cancel) if phase.can_cancel() => {
-                self.abandon(Denial::new(DenialCode::Other, "cancelled by the operator"))
+            // A guest that is switching off cannot be started: the stop is awaited, then undone.
+            (Phase::Stopping, Event::Cancel) => {
+                self.denial = Some(cancelled());
+                Vec::new()
             }
+            (phase, Event::Cancel) if phase.can_cancel() => self.abandon(cancelled()),
 
             (Phase::Reserving, Event::Answered(a)) => match *a {
                 Answer::Reserved { .. } => self.scan(),
@@ -213,7 +218,10 @@ impl Source {
 
             (Phase::Stopping, Event::Stopped(Ok(()))) => {
                 self.stopped = true;
-                self.scan()
+                match self.denial.take() {
+                    None => self.scan(),
+                    Some(denial) => self.abandon(denial),
+                }
             }
 
             (Phase::GivingUp, Event::GaveUp(Ok(signed))) => {
@@ -313,7 +321,7 @@ impl Source {
 
     fn abandon(&mut self, denial: Denial) -> Vec<Effect> {
         let mut effects = vec![Effect::TellCancel];
-        // A stop that is under way may still succeed: the runner of Restart waits for it.
+        // A stop that failed may have come half-way; starting a VM that runs changes nothing.
         if self.was_running && (self.stopped || self.phase == Phase::Stopping) {
             effects.push(Effect::Restart);
         }
@@ -321,6 +329,10 @@ impl Source {
         effects.push(Effect::Abandon(denial));
         effects
     }
+}
+
+fn cancelled() -> Denial {
+    Denial::new(DenialCode::Other, "cancelled by the operator")
 }
 
 #[cfg(test)]
@@ -380,6 +392,17 @@ mod tests {
         s.step(Event::Scanned(Ok((map(), map()))));
         assert!(matches!(s.step(denied())[..], [Effect::TellCancel, Effect::Restart, Effect::Abandon(_)]));
         assert!(s.step(staged(2, 0)).is_empty(), "a late answer changes nothing");
+    }
+
+    #[test]
+    fn a_cancel_while_the_guest_switches_off_waits_for_it() {
+        for stopped in [Ok(()), Err(Denial::new(DenialCode::Other, "hangs"))] {
+            let mut s = until_staging(true);
+            assert_eq!(s.step(staged(1, 0)), [Effect::Stop]);
+            assert!(s.step(Event::Cancel).is_empty());
+            let effects = s.step(Event::Stopped(stopped));
+            assert!(matches!(effects[..], [Effect::TellCancel, Effect::Restart, Effect::Abandon(_)]));
+        }
     }
 
     #[test]

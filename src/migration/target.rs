@@ -35,6 +35,7 @@ pub enum Event {
     Asked(Box<RequestBody>),
     StageFinished(Result<StageAccount, Denial>),
     StageProgress(Progress),
+    /// `Err` only if it is certain that nothing was recorded.
     TookOver(Result<Receipt, Denial>),
     /// `Err` tells why the VM does not run although it is ours.
     Started(Result<(), String>),
@@ -85,7 +86,6 @@ pub struct Target {
     receipt: Option<Receipt>,
     problem: Option<String>,
     denial: Option<Denial>,
-    last_pass: Option<Pass>,
 }
 
 impl Target {
@@ -101,7 +101,6 @@ impl Target {
             receipt: None,
             problem: None,
             denial: None,
-            last_pass: None,
         }
     }
 
@@ -130,6 +129,10 @@ impl Target {
     pub fn problem(&self) -> Option<String> {
         self.problem.clone().or_else(|| self.denial.as_ref().map(|d| d.text.clone()))
     }
+    /// Whether the source wants the VM to run here; part of what a take-over records.
+    pub fn run(&self) -> bool {
+        self.run
+    }
     /// Whether the lease still counts: from the take-over on, nothing expires.
     pub fn leased(&self) -> bool {
         matches!(self.phase, Phase::Reserved | Phase::Staging(_) | Phase::Staged(_))
@@ -156,13 +159,11 @@ impl Target {
                 self.receipt = Some(receipt);
                 self.start()
             }
-            // Not recorded, so not ours: the source asks again and the record is tried again.
+            // Not recorded, so not ours, and an epoch refused once is refused for ever: once this
+            // migration is forgotten, the source's next `start` is answered with a return.
             Event::TookOver(Err(d)) if self.phase == Phase::TakingOver => {
-                if let Some(pass) = self.last_pass {
-                    self.phase = Phase::Staged(pass);
-                }
                 self.problem = Some(d.text);
-                Vec::new()
+                self.abandon()
             }
             Event::Started(result) if self.phase == Phase::Starting => {
                 self.phase = Phase::Owned;
@@ -211,9 +212,12 @@ impl Target {
             Phase::Staged(pass) if pass.last => {
                 deny(DenialCode::OutOfOrder, "the last pass is staged already")
             }
+            // A late repetition: going back would leave the source asking for a pass it has seen.
+            Phase::Staged(pass) if wanted.number <= pass.number => {
+                deny(DenialCode::OutOfOrder, "a later pass is staged already")
+            }
             Phase::Reserved | Phase::Staged(_) => {
                 self.phase = Phase::Staging(wanted);
-                self.last_pass = Some(wanted);
                 self.denial = None;
                 self.progress = Progress::default();
                 let mut effects = answer(Answer::Working(self.progress.clone()));
@@ -240,25 +244,42 @@ impl Target {
                 }),
                 None => deny(DenialCode::OutOfOrder, "owned without a receipt"),
             },
-            Phase::Staged(pass) if pass.last && self.denial.is_none() => match self.fits(&signed, *pass) {
-                Ok(_) => {
+            Phase::Abandoned => deny(DenialCode::UnknownMigration, "the reservation has ended"),
+            Phase::Reserved | Phase::Staging(_) | Phase::Staged(_) => self.redeem(signed, run),
+        }
+    }
+
+    /// The first `start`. The source has given the VM up, so a refusal that changes nothing would
+    /// leave the VM to nobody: a hand-over of this migration that cannot be taken ends it here, and
+    /// the source's next `start`, for a migration then unknown, is answered with a return.
+    fn redeem(&mut self, signed: SignedHandOver, run: bool) -> Vec<Effect> {
+        let hand_over = match self.belongs(&signed) {
+            Ok(h) => h,
+            Err(why) => return deny(DenialCode::HandOver, &why),
+        };
+        let (code, why) = match &self.phase {
+            Phase::Staged(pass) if pass.last && self.denial.is_none() => match self.differs(&hand_over, pass)
+            {
+                None => {
                     self.phase = Phase::TakingOver;
                     self.run = run;
                     self.problem = None;
                     let mut effects =
                         answer(Answer::Working(Progress { step: "start".into(), ..Progress::default() }));
                     effects.push(Effect::TakeOver(signed));
-                    effects
+                    return effects;
                 }
-                Err(why) => deny(DenialCode::HandOver, &why),
+                Some(what) => (DenialCode::HandOver, format!("the hand-over is for another {what}")),
             },
-            _ => deny(DenialCode::OutOfOrder, "the last pass is not staged"),
-        }
+            _ => (DenialCode::UnknownMigration, "the last pass is not staged".into()),
+        };
+        let mut effects = deny(code, &why);
+        effects.extend(self.abandon());
+        effects
     }
 
-    /// The hand-over must be signed by the source, for this VM, epoch, migration and target, and for
-    /// exactly the state that is staged here.
-    fn fits(&self, signed: &SignedHandOver, pass: Pass) -> Result<HandOver, String> {
+    /// The hand-over must be signed by the source, and be of this migration.
+    fn belongs(&self, signed: &SignedHandOver) -> Result<HandOver, String> {
         let h = signed.verify().map_err(|e| e.to_string())?;
         let a = &self.agreement;
         let checks = [
@@ -267,14 +288,21 @@ impl Target {
             ("epoch", Some(h.epoch) == a.epoch.checked_add(1)),
             ("source", h.source == a.source && h.source_key == a.source_key),
             ("target", h.target == a.target && h.target_key == a.target_key),
-            ("recipe", h.recipe == a.recipe),
-            ("root delta", h.root_delta == pass.root_delta.id()),
-            ("user data", h.user_data == pass.user_data.id()),
         ];
         match checks.iter().find(|(_, ok)| !ok) {
             Some((what, _)) => Err(format!("the hand-over is for another {what}")),
             None => Ok(h),
         }
+    }
+
+    /// What of the VM's state was handed over otherwise than it is staged here.
+    fn differs(&self, h: &HandOver, pass: &Pass) -> Option<&'static str> {
+        let checks = [
+            ("recipe", h.recipe == self.agreement.recipe),
+            ("root delta", h.root_delta == pass.root_delta.id()),
+            ("user data", h.user_data == pass.user_data.id()),
+        ];
+        checks.iter().find(|(_, ok)| !ok).map(|(what, _)| *what)
     }
 
     fn start(&mut self) -> Vec<Effect> {
@@ -299,4 +327,317 @@ fn answer(a: Answer) -> Vec<Effect> {
 
 fn deny(code: DenialCode, text: &str) -> Vec<Effect> {
     answer(Answer::Denied(Denial::new(code, text)))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::clock::UnixMillis;
+    use crate::types::{ByteSize, IdentityKey, MapId, MigrationId, VmId};
+    use crate::vm::{MapRef, VmSpec};
+
+    use super::*;
+
+    fn source_key() -> IdentityKey {
+        IdentityKey::from_secret_bytes(&[1; 32])
+    }
+
+    fn target_key() -> IdentityKey {
+        IdentityKey::from_secret_bytes(&[2; 32])
+    }
+
+    fn agreement() -> Agreement {
+        Agreement {
+            source: "a@x".parse().unwrap(),
+            source_key: source_key().public(),
+            target: "b@x".parse().unwrap(),
+            target_key: target_key().public(),
+            migration: MigrationId(uuid::Uuid::from_u128(1)),
+            vm: VmId(uuid::Uuid::from_u128(2)),
+            epoch: 4,
+            recipe: RecipeId::of(b"r"),
+        }
+    }
+
+    fn pass(number: u32, last: bool) -> Pass {
+        let map = |disk_size_bytes| MapRef { block_size_bytes: 4096, disk_size_bytes, root: None };
+        Pass { number, last, root_delta: map(1 << 20), user_data: map(1 << 21) }
+    }
+
+    fn hand_over() -> HandOver {
+        let a = agreement();
+        HandOver {
+            vm: a.vm,
+            migration: a.migration,
+            epoch: a.epoch + 1,
+            source: a.source,
+            source_key: a.source_key,
+            target: a.target,
+            target_key: a.target_key,
+            recipe: a.recipe,
+            root_delta: pass(1, true).root_delta.id(),
+            user_data: pass(1, true).user_data.id(),
+            issued: UnixMillis(9),
+        }
+    }
+
+    fn spec() -> VmSpec {
+        VmSpec {
+            id: agreement().vm,
+            name: "demo".parse().unwrap(),
+            cpus: 1,
+            memory: ByteSize(1 << 28),
+            recipe: agreement().recipe,
+            root_size: ByteSize(1 << 20),
+            user_data_size: ByteSize(1 << 21),
+            nics: Vec::new(),
+            architecture: "amd64".into(),
+            cpu_model: "qemu64".into(),
+        }
+    }
+
+    fn initialization(pass: Pass) -> RequestBody {
+        RequestBody::Initialization(Box::new(Initialization {
+            spec: spec(),
+            recipe: String::new(),
+            component_names: Vec::new(),
+            component_bytes: 0,
+            pass,
+            addresses: Vec::new(),
+            source_key: source_key().public(),
+            ticket: String::new(),
+            firmware: None,
+        }))
+    }
+
+    fn start_of(h: HandOver) -> RequestBody {
+        RequestBody::Start { hand_over: h.sign(&source_key()), run: true }
+    }
+
+    fn start() -> RequestBody {
+        start_of(hand_over())
+    }
+
+    fn cancel() -> RequestBody {
+        RequestBody::Cancel { reason: String::new() }
+    }
+
+    /// The one answer, and what else is to be done.
+    fn ask(t: &mut Target, request: RequestBody) -> (Answer, Vec<Effect>) {
+        let (mut answers, mut others) = (Vec::new(), Vec::new());
+        for effect in t.step(Event::Asked(Box::new(request))) {
+            match effect {
+                Effect::Answer(a) => answers.push(*a),
+                other => others.push(other),
+            }
+        }
+        assert_eq!(answers.len(), 1, "{answers:?}");
+        (answers.remove(0), others)
+    }
+
+    fn denied(answer: &Answer) -> Option<DenialCode> {
+        match answer {
+            Answer::Denied(d) => Some(d.code),
+            _ => None,
+        }
+    }
+
+    fn content_denial() -> Denial {
+        Denial::new(DenialCode::Content, "gone")
+    }
+
+    fn staging(pass: Pass) -> Target {
+        let mut t = Target::new(agreement(), 60);
+        assert!(matches!(ask(&mut t, initialization(pass)).1[..], [Effect::Stage(_)]));
+        t
+    }
+
+    fn staged(pass: Pass) -> Target {
+        let mut t = staging(pass);
+        assert!(t.step(Event::StageFinished(Ok(StageAccount::default()))).is_empty());
+        t
+    }
+
+    fn taking_over() -> Target {
+        let mut t = staged(pass(1, true));
+        let (answer, effects) = ask(&mut t, start());
+        assert!(matches!(answer, Answer::Working(_)));
+        assert!(matches!(effects[..], [Effect::TakeOver(_)]));
+        assert!(t.run() && !t.leased());
+        t
+    }
+
+    fn starting() -> Target {
+        let mut t = taking_over();
+        let receipt = hand_over().sign(&source_key()).accept(&target_key());
+        assert_eq!(t.step(Event::TookOver(Ok(receipt))), [Effect::Start]);
+        t
+    }
+
+    fn owned() -> Target {
+        let mut t = starting();
+        assert!(t.step(Event::Started(Ok(()))).is_empty());
+        t
+    }
+
+    fn abandoned() -> Target {
+        let mut t = Target::new(agreement(), 60);
+        assert_eq!(t.step(Event::LeaseExpired), [Effect::CleanUp]);
+        t
+    }
+
+    fn every_phase() -> Vec<Target> {
+        let failed = {
+            let mut t = staging(pass(1, true));
+            t.step(Event::StageFinished(Err(content_denial())));
+            t
+        };
+        vec![
+            Target::new(agreement(), 60),
+            staging(pass(1, false)),
+            staged(pass(1, false)),
+            staged(pass(1, true)),
+            failed,
+            taking_over(),
+            starting(),
+            owned(),
+            abandoned(),
+        ]
+    }
+
+    fn every_request() -> Vec<RequestBody> {
+        vec![
+            RequestBody::Configuration { spec: spec(), components: Vec::new(), packs: Vec::new() },
+            RequestBody::Reservation { spec: spec() },
+            initialization(pass(1, false)),
+            initialization(pass(2, true)),
+            start(),
+            start_of(HandOver { epoch: 9, ..hand_over() }),
+            cancel(),
+            RequestBody::Suspend,
+            RequestBody::Stop,
+            RequestBody::Delete { boot_ms: None },
+        ]
+    }
+
+    #[test]
+    fn every_request_in_every_phase_gets_one_answer() {
+        for t in every_phase() {
+            for request in every_request() {
+                // Twice: a repeated message is answered as well.
+                let mut t = t.clone();
+                ask(&mut t, request.clone());
+                ask(&mut t, request);
+            }
+        }
+    }
+
+    #[test]
+    fn what_happens_at_the_wrong_time_changes_nothing() {
+        let receipt = hand_over().sign(&source_key()).accept(&target_key());
+        for mut t in [owned(), abandoned()] {
+            let before = t.clone();
+            for event in [
+                Event::StageFinished(Err(content_denial())),
+                Event::TookOver(Ok(receipt.clone())),
+                Event::TookOver(Err(content_denial())),
+                Event::Started(Err("crashed".into())),
+                Event::LeaseExpired,
+            ] {
+                assert!(t.step(event).is_empty());
+            }
+            assert_eq!(t, before);
+        }
+    }
+
+    #[test]
+    fn a_hand_over_of_something_else_is_denied_and_changes_nothing() {
+        let h = hand_over();
+        let others = [
+            HandOver { vm: VmId(uuid::Uuid::from_u128(7)), ..h.clone() },
+            HandOver { migration: MigrationId(uuid::Uuid::from_u128(7)), ..h.clone() },
+            HandOver { epoch: h.epoch + 1, ..h.clone() },
+            HandOver { epoch: h.epoch - 1, ..h.clone() },
+            HandOver { target: "c@x".parse().unwrap(), ..h.clone() },
+            HandOver { target_key: source_key().public(), ..h.clone() },
+            HandOver { source: "c@x".parse().unwrap(), ..h.clone() },
+        ];
+        let forged = RequestBody::Start { hand_over: h.sign(&target_key()), run: true };
+        for request in others.into_iter().map(start_of).chain([forged]) {
+            let mut t = staged(pass(1, true));
+            let before = t.clone();
+            let (answer, effects) = ask(&mut t, request);
+            assert_eq!(denied(&answer), Some(DenialCode::HandOver));
+            assert!(effects.is_empty());
+            assert_eq!(t, before);
+            ask(&mut t, start());
+            assert_eq!(*t.phase(), Phase::TakingOver, "the right one is still taken");
+        }
+    }
+
+    /// The source gave the VM up and asks for ever: what cannot be taken must come to a return, and
+    /// the broker gives that for migrations it does not know.
+    #[test]
+    fn a_hand_over_that_cannot_be_taken_ends_the_migration() {
+        let h = hand_over();
+        let other_state = [
+            HandOver { recipe: RecipeId::of(b"other"), ..h.clone() },
+            HandOver { root_delta: MapId::of(b"other"), ..h.clone() },
+            HandOver { user_data: MapId::of(b"other"), ..h.clone() },
+        ];
+        let mut cases: Vec<_> = other_state.into_iter().map(|h| (staged(pass(1, true)), h)).collect();
+        let failed = every_phase().remove(4);
+        for t in [Target::new(agreement(), 60), staging(pass(1, true)), staged(pass(1, false)), failed] {
+            cases.push((t, h.clone()));
+        }
+        for (mut t, h) in cases {
+            let (answer, effects) = ask(&mut t, start_of(h));
+            assert!(denied(&answer).is_some());
+            assert_eq!(effects, [Effect::CleanUp]);
+            assert_eq!(*t.phase(), Phase::Abandoned);
+        }
+        let mut t = taking_over();
+        assert_eq!(t.step(Event::TookOver(Err(content_denial()))), [Effect::CleanUp]);
+        assert_eq!(*t.phase(), Phase::Abandoned);
+        assert_eq!(t.problem().as_deref(), Some("gone"));
+    }
+
+    #[test]
+    fn repeated_requests_are_answered_alike() {
+        let mut t = Target::new(agreement(), 60);
+        for _ in 0..2 {
+            let (answer, _) = ask(&mut t, RequestBody::Reservation { spec: spec() });
+            assert_eq!(answer, Answer::Reserved { expires_in_s: 60 });
+        }
+        let mut t = staging(pass(2, true));
+        let (answer, effects) = ask(&mut t, initialization(pass(2, true)));
+        assert!(matches!(answer, Answer::Working(_)) && effects.is_empty(), "staged once");
+        t.step(Event::StageFinished(Ok(StageAccount::default())));
+        for _ in 0..2 {
+            let (answer, effects) = ask(&mut t, initialization(pass(2, true)));
+            assert!(matches!(answer, Answer::Staged { pass: 2, .. }) && effects.is_empty());
+        }
+        for mut t in [taking_over(), starting()] {
+            let (answer, effects) = ask(&mut t, start());
+            assert!(matches!(answer, Answer::Working(_)) && effects.is_empty(), "taken over once");
+        }
+        let mut t = owned();
+        for _ in 0..2 {
+            let (answer, effects) = ask(&mut t, start());
+            assert!(
+                matches!(answer, Answer::Started { running: true, problem: None, .. }) && effects.is_empty()
+            );
+        }
+        assert_eq!(denied(&ask(&mut t, cancel()).0), Some(DenialCode::OutOfOrder));
+        let mut t = abandoned();
+        assert_eq!(ask(&mut t, cancel()), (Answer::Cancelled, Vec::new()));
+    }
+
+    #[test]
+    fn a_late_repetition_of_an_earlier_pass_does_not_go_back() {
+        let mut t = staged(pass(3, false));
+        let (answer, effects) = ask(&mut t, initialization(pass(2, false)));
+        assert_eq!(denied(&answer), Some(DenialCode::OutOfOrder));
+        assert!(effects.is_empty());
+        assert!(matches!(ask(&mut t, initialization(pass(4, true))).1[..], [Effect::Stage(_)]));
+    }
 }

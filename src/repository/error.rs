@@ -150,7 +150,7 @@ pub enum RepositoryError {
     },
 
     #[error(
-        "the repository index failed ({reason}): it is derived data, `cicada repo rebuild` makes it anew"
+        "the repository index failed ({reason}): it is derived data, `cicada repo rebuild-index` makes it anew"
     )]
     Index { reason: String },
 

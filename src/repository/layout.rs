@@ -100,7 +100,7 @@ impl Layout {
         match File::open(&path).and_then(|f| f.take(4096).read_to_string(&mut text)) {
             Ok(_) => {}
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                return Err(not_one("it has no file 'cicada-repository'; `cicada repo create` makes one"));
+                return Err(not_one("it has no file 'cicada-repository'; a broker makes one in an empty directory"));
             }
             Err(e) if e.kind() == io::ErrorKind::InvalidData => {
                 return Err(not_one("its marker is not text"));

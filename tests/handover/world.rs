@@ -1,0 +1,343 @@
+//! Three clouds, one VM and a network that loses, repeats, delays and reorders.
+
+use cicada::migration::source::Event as SourceEvent;
+use cicada::migration::target::Event as TargetEvent;
+use cicada::migration::{AnswerBody, RequestBody};
+use cicada::types::MigrationId;
+
+use crate::Rules;
+use crate::cloud::{Cloud, Record, unfinished};
+
+pub const VM: u128 = 0x5eed;
+const CLOUDS: usize = 3;
+/// A healed federation comes to rest within this many steps.
+const HEALED_STEPS_MAX: usize = 3000;
+const REPLAYED_MAX: usize = 200;
+
+#[derive(Clone, Debug)]
+pub struct Message {
+    pub from: usize,
+    pub to: usize,
+    pub nonce: u64,
+    pub payload: Payload,
+}
+
+#[derive(Clone, Debug)]
+pub enum Payload {
+    Request { migration: MigrationId, epoch: u64, body: RequestBody },
+    Answer(AnswerBody),
+}
+
+/// SplitMix64: a run is told by its seed.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() % n.max(1) as u64) as usize
+    }
+    pub fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// What a run did; summed over runs to show that the interesting things happen.
+#[derive(Default, Clone, Copy, Debug)]
+pub struct Tally {
+    pub steps: u64,
+    pub moves: u64,
+    pub crashes: u64,
+    pub hand_overs: u64,
+    pub returns: u64,
+    pub abandoned: u64,
+    pub lost: u64,
+    pub repeated: u64,
+    pub replayed: u64,
+}
+
+pub struct World {
+    clouds: Vec<Cloud>,
+    network: Vec<Message>,
+    log: Vec<Message>,
+    random: Random,
+    ran: bool,
+    pub tally: Tally,
+    moves_left: usize,
+}
+
+type Outcome = Result<(), String>;
+
+impl World {
+    pub fn new(seed: u64, rules: Rules) -> Self {
+        let mut random = Random::new(seed);
+        let mut clouds: Vec<_> = (0..CLOUDS).map(|n| Cloud::new(n, rules)).collect();
+        let ran = !random.one_in(4);
+        let home = &mut clouds[0].durable;
+        home.dirs.insert("disks-1".into(), 1);
+        home.record =
+            Some(Record { epoch: 1, given_up: None, run: ran, dir: "disks-1".into(), arrival: None });
+        home.running = ran;
+        let moves_left = 1 + random.below(4);
+        Self {
+            clouds,
+            network: Vec::new(),
+            log: Vec::new(),
+            random,
+            ran,
+            tally: Tally::default(),
+            moves_left,
+        }
+    }
+
+    /// Faults for a while, then none; at rest everything must be in order, and stay so when old
+    /// messages come again.
+    pub fn run(&mut self) -> Outcome {
+        let steps = 60 + self.random.below(200);
+        let calm = self.random.one_in(3);
+        for _ in 0..steps {
+            self.disturb(calm);
+            self.settle()?;
+        }
+        self.clouds.iter_mut().for_each(|c| c.faults = false);
+        self.moves_left = 0;
+        self.heal()?;
+        self.at_rest()?;
+        if self.random.one_in(3) { self.replay() } else { Ok(()) }
+    }
+
+    fn disturb(&mut self, calm: bool) {
+        let n = self.random.below(CLOUDS);
+        // In calm runs migrations get further before something happens to them.
+        let choice = self.random.below(if calm { 1000 } else { 200 });
+        match choice {
+            0..=5 => {
+                self.tally.crashes += 1;
+                self.clouds[n].crash(&mut self.random);
+            }
+            6..=13 => self.lose(),
+            14..=21 => self.repeat(),
+            22..=27 => self.time_out(n),
+            28..=30 => self.expire(n),
+            31..=33 => self.cancel(n),
+            34..=39 => self.clouds[n].scrub_released(),
+            40..=50 => self.write(),
+            _ => self.progress(),
+        }
+    }
+
+    /// One thing that was to happen happens.
+    fn progress(&mut self) {
+        if self.moves_left > 0 && self.random.one_in(15) {
+            self.begin_move();
+        }
+        let jobs: usize = self.clouds.iter().map(|c| c.memory.jobs.len()).sum();
+        let messages = self.network.len();
+        let mut at = self.random.below(jobs + messages);
+        if at < messages {
+            let message = self.network.swap_remove(at);
+            return self.deliver(&message);
+        }
+        at -= messages;
+        for cloud in &mut self.clouds {
+            if at < cloud.memory.jobs.len() {
+                let job = cloud.memory.jobs.remove(at);
+                return cloud.run_job(job, &mut self.random);
+            }
+            at -= cloud.memory.jobs.len();
+        }
+        // Nothing is under way: whoever still waits learns that no answer comes.
+        if messages == 0 {
+            (0..CLOUDS).for_each(|n| self.time_out(n));
+        }
+    }
+
+    fn deliver(&mut self, message: &Message) {
+        let cloud = &mut self.clouds[message.to];
+        match &message.payload {
+            Payload::Request { migration, epoch, body } => {
+                cloud.asked(message, *migration, *epoch, body, &mut self.random);
+            }
+            Payload::Answer(body) => {
+                match body {
+                    AnswerBody::Started { .. } => self.tally.hand_overs += 1,
+                    AnswerBody::Returned { .. } => self.tally.returns += 1,
+                    _ => {}
+                }
+                cloud.answered(message.nonce, body.clone(), &mut self.random);
+            }
+        }
+    }
+
+    fn begin_move(&mut self) {
+        let Some(n) = self.clouds.iter().position(Cloud::owns) else { return };
+        let to = (n + 1 + self.random.below(CLOUDS - 1)) % CLOUDS;
+        let id = MigrationId(uuid::Uuid::from_u128(u128::from(self.random.next()) | 1 << 64));
+        if self.clouds[n].begin_move(to, id) {
+            self.tally.moves += 1;
+            self.moves_left -= 1;
+            self.clouds[n].source_event(id, SourceEvent::Begin, &mut self.random);
+        }
+    }
+
+    fn lose(&mut self) {
+        if !self.network.is_empty() {
+            self.tally.lost += 1;
+            let at = self.random.below(self.network.len());
+            self.network.swap_remove(at);
+        }
+    }
+
+    fn repeat(&mut self) {
+        // Something on its way, or something of long ago.
+        let from = if self.random.one_in(2) { &self.network } else { &self.log };
+        if !from.is_empty() {
+            self.tally.repeated += 1;
+            let copy = from[self.random.below(from.len())].clone();
+            self.network.push(copy);
+        }
+    }
+
+    fn time_out(&mut self, n: usize) {
+        let waiting: Vec<_> = self.clouds[n].memory.waiting.keys().copied().collect();
+        if !waiting.is_empty() {
+            let nonce = waiting[self.random.below(waiting.len())];
+            self.clouds[n].unanswered(nonce, &mut self.random);
+        }
+    }
+
+    fn expire(&mut self, n: usize) {
+        let leased =
+            self.clouds[n].memory.incoming.iter().find(|(_, r)| r.machine.leased()).map(|(id, _)| *id);
+        if let Some(id) = leased {
+            self.clouds[n].target_event(id, TargetEvent::LeaseExpired, &mut self.random);
+        }
+    }
+
+    fn cancel(&mut self, n: usize) {
+        let first = self.clouds[n].memory.outgoing.iter().find(|(_, r)| r.machine.phase().can_cancel());
+        if let Some(id) = first.map(|(id, _)| *id) {
+            self.tally.abandoned += 1;
+            self.clouds[n].source_event(id, SourceEvent::Cancel, &mut self.random);
+        }
+    }
+
+    /// The guest writes.
+    fn write(&mut self) {
+        let Some(cloud) = self.clouds.iter_mut().find(|c| c.durable.running) else { return };
+        let dir = cloud.durable.record.as_ref().map(|r| r.dir.clone()).unwrap_or_default();
+        if let Some(content) = cloud.durable.dirs.get_mut(&dir) {
+            *content += 1;
+            let newest = *content;
+            self.clouds.iter_mut().for_each(|c| c.newest = newest);
+        }
+    }
+
+    /// Collects what was sent and checks what must hold at every instant.
+    fn settle(&mut self) -> Outcome {
+        self.tally.steps += 1;
+        for cloud in &mut self.clouds {
+            self.log.extend(cloud.sent.iter().cloned());
+            self.network.append(&mut cloud.sent);
+            if let Some(what) = cloud.broken.take() {
+                return Err(format!("cloud {}: {what}", cloud.me));
+            }
+        }
+        let owners: Vec<_> = self.clouds.iter().filter(|c| c.owns()).collect();
+        let running: Vec<_> = self.clouds.iter().filter(|c| c.durable.running).collect();
+        if owners.len() > 1 {
+            return Err(format!("owned by clouds {:?}", owners.iter().map(|c| c.me).collect::<Vec<_>>()));
+        }
+        if running.len() > 1 {
+            return Err("runs in two clouds".into());
+        }
+        if let Some(stray) = running.iter().find(|c| !c.owns()) {
+            return Err(format!("runs in cloud {}, which does not own it", stray.me));
+        }
+        let epoch = |c: &Cloud| c.durable.record.as_ref().map_or(0, |r| r.epoch);
+        if let Some(owner) = owners.first()
+            && self.clouds.iter().any(|c| c.me != owner.me && epoch(c) >= epoch(owner))
+        {
+            return Err("a later epoch than the owner's exists".into());
+        }
+        Ok(())
+    }
+
+    /// Runs without faults until nothing is left to do.
+    fn heal(&mut self) -> Outcome {
+        for _ in 0..HEALED_STEPS_MAX {
+            let busy = |c: &Cloud| !c.memory.jobs.is_empty() || !c.memory.waiting.is_empty();
+            if !self.network.is_empty() || self.clouds.iter().any(busy) {
+                self.progress();
+            } else if self.clouds.iter().any(|c| c.memory.incoming.values().any(|r| r.machine.leased())) {
+                // A lease ends only when nobody has asked for as long as it lasts.
+                (0..CLOUDS).for_each(|n| self.expire(n));
+            } else {
+                return self.settle();
+            }
+            self.settle()?;
+        }
+        let phases: Vec<_> = self
+            .clouds
+            .iter()
+            .flat_map(|c| c.memory.outgoing.values().map(|r| (c.me, r.machine.phase())))
+            .collect();
+        Err(format!("does not come to rest; sources in {phases:?}"))
+    }
+
+    fn at_rest(&self) -> Outcome {
+        let Some(owner) = self.clouds.iter().find(|c| c.owns()) else {
+            return Err("nobody owns the VM".into());
+        };
+        for c in &self.clouds {
+            if !c.memory.outgoing.is_empty() {
+                return Err(format!("cloud {} still moves it", c.me));
+            }
+            if c.memory.incoming.values().any(|r| unfinished(&r.machine)) {
+                return Err(format!("cloud {} still holds a reservation", c.me));
+            }
+            let kept = c.durable.record.as_ref().map(|r| &r.dir);
+            if let Some(dir) = c.durable.dirs.keys().find(|d| Some(*d) != kept) {
+                return Err(format!("cloud {} keeps {dir}, which nothing names", c.me));
+            }
+            if c.memory.busy.is_some() {
+                return Err(format!("cloud {} still holds the VM: {:?}", c.me, c.memory.busy));
+            }
+        }
+        let content = owner.durable.record.as_ref().and_then(|r| owner.durable.dirs.get(&r.dir));
+        if content != Some(&owner.newest) {
+            return Err(format!("the owner's disks hold {content:?}, not {}", owner.newest));
+        }
+        let excused = !self.ran || self.clouds.iter().any(|c| c.start_failed);
+        if !excused && !owner.durable.running {
+            return Err(format!("the VM ran and does not run in cloud {}, its owner", owner.me));
+        }
+        Ok(())
+    }
+
+    /// Everything ever said is said again, to clouds that restarted and forgot the nonces.
+    fn replay(&mut self) -> Outcome {
+        let owner = |w: &Self| w.clouds.iter().find(|c| c.owns()).map(|c| (c.me, c.durable.record.clone()));
+        let before = owner(self);
+        self.clouds.iter_mut().for_each(|c| c.crash(&mut self.random));
+        self.network = self.log.iter().take(REPLAYED_MAX).cloned().collect();
+        self.tally.replayed += self.network.len() as u64;
+        self.heal()?;
+        self.at_rest()?;
+        let epoch =
+            |o: &Option<(usize, Option<Record>)>| o.as_ref().map(|(n, r)| (*n, r.as_ref().map(|r| r.epoch)));
+        match epoch(&owner(self)) == epoch(&before) {
+            true => Ok(()),
+            false => {
+                Err(format!("old messages moved the VM: {:?} to {:?}", epoch(&before), epoch(&owner(self))))
+            }
+        }
+    }
+}
