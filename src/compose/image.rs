@@ -20,16 +20,14 @@ use crate::types::{ByteSize, PackId};
 
 use super::digest::{Digest, SEGMENT_BYTES, zero_segment};
 use super::error::ComposeError;
+use super::plain::PlainPack;
 use super::plan::{Extent, Plan};
 use super::reflink;
 
-/// Plain copies kept open during the pass over the image; those of smaller packs are copied before.
-const OPEN_PACKS_MAX: usize = 256;
 /// Zeros in runs of this size stay holes.
 const HOLE_BYTES: usize = 64 << 10;
-const BUFFER_BYTES: usize = 1 << 20;
 /// What is read, hashed and written at a time: few system calls, and it stays in a core's cache.
-const WINDOW_BYTES: u64 = 512 << 10;
+const WINDOW_BYTES: u64 = 256 << 10;
 
 /// Called with the bytes done and the bytes to do, from any thread.
 pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
@@ -81,7 +79,7 @@ pub fn write(
     image.set_len(plan.virtual_size_bytes).map_err(|e| writer.error("size", &path, e))?;
 
     let begun = Instant::now();
-    let mut pieces = writer.place_packs(image, &path)?;
+    let mut pieces = writer.place_packs(image)?;
     let place = begun.elapsed();
 
     let begun = Instant::now();
@@ -125,7 +123,7 @@ impl Piece<'_> {
 enum Source<'a> {
     Bytes(&'a [u8]),
     /// A plain copy of a pack, with the offset of the piece in it.
-    Pack(Arc<File>, u64),
+    Pack(Arc<PlainPack>, u64),
     /// They are in the image already.
     Image,
 }
@@ -141,7 +139,7 @@ struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     /// Brings every pack's extents into the image, or says from which file they can be read.
-    fn place_packs(&self, image: &File, path: &Path) -> Result<Vec<Piece<'a>>, ComposeError> {
+    fn place_packs(&self, image: &File) -> Result<Vec<Piece<'a>>, ComposeError> {
         let mut by_pack: HashMap<PackId, Vec<Extent>> = HashMap::new();
         for extent in &self.plan.extents {
             by_pack.entry(extent.pack).or_default().push(*extent);
@@ -152,34 +150,40 @@ impl<'a> Writer<'a> {
         packs.sort_by_key(|(id, extents)| (u64::MAX - size(extents), *id));
         let pieces: Vec<Vec<Piece<'a>>> = packs
             .par_iter()
-            .enumerate()
-            .map(|(i, (id, extents))| match self.plain_copy(id)? {
-                Some(pack) if self.copies.clones => Ok(clone_extents(pack, extents, image)),
-                Some(pack) if i < OPEN_PACKS_MAX => Ok(from_pack(&Arc::new(pack), extents)),
-                Some(pack) => {
-                    copy_extents(&pack, extents, image).map_err(|e| self.error("write", path, e))?;
-                    Ok(in_image(extents))
-                }
-                None => {
-                    self.unpack(id, extents, image)?;
-                    Ok(in_image(extents))
-                }
+            .map(|(id, extents)| match self.plain_copy(id)? {
+                Some((file, pack)) => Ok(self.pieces_of(&file, pack, extents, image)),
+                None => self.unpack(id, extents, image).map(|()| in_image(extents)),
             })
             .collect::<Result<_, ComposeError>>()?;
         Ok(pieces.into_iter().flatten().collect())
     }
 
-    /// Only where blocks can be shared is a plain copy worth making; one that is there is used.
-    fn plain_copy(&self, id: &PackId) -> Result<Option<File>, ComposeError> {
-        let held = self.repository.held_hot_pack(id)?;
-        if let Some(pack) = held {
-            if !self.copies.verified || is_pack(&pack, id).map_err(|e| self.error("read", self.dir, e))? {
-                return Ok(Some(pack));
+    /// Only where blocks can be shared is a plain copy worth making; one that is there is used. What
+    /// cannot be mapped, because there are too many, is unpacked.
+    fn plain_copy(&self, id: &PackId) -> Result<Option<(File, PlainPack)>, ComposeError> {
+        let file = match self.repository.held_hot_pack(id)? {
+            Some(file) if !self.copies.verified || is_pack(&file, id) => file,
+            Some(_) => {
+                tracing::warn!(pack = %id, "its plain copy is damaged: run 'cicada repo check'; unpacking it anew");
+                return Ok(None);
             }
-            tracing::warn!(pack = %id, "its plain copy is damaged: run `cicada repo check`; unpacking it anew");
-            return Ok(None);
-        }
-        if self.copies.clones { Ok(Some(self.repository.hot_pack(id)?)) } else { Ok(None) }
+            None if self.copies.clones => self.repository.hot_pack(id)?,
+            None => return Ok(None),
+        };
+        Ok(PlainPack::new(&file).ok().map(|pack| (file, pack)))
+    }
+
+    /// Shares the blocks of what can be shared; the rest is left to be read from the pack.
+    fn pieces_of(&self, file: &File, pack: PlainPack, extents: &[Extent], image: &File) -> Vec<Piece<'a>> {
+        let pack = Arc::new(pack);
+        let piece = |e: &Extent| {
+            let (from, to) = (e.pack_offset_bytes, e.image_offset_bytes);
+            let is_shared =
+                self.copies.clones && reflink::clone_range(file, from, image, to, e.len_bytes).is_ok();
+            let source = if is_shared { Source::Image } else { Source::Pack(pack.clone(), from) };
+            Piece { image_offset_bytes: to, len_bytes: e.len_bytes, source }
+        };
+        extents.iter().map(piece).collect()
     }
 
     /// Unpacks a pack once, every run to all places it belongs to. The pack is verified on the way.
@@ -236,9 +240,9 @@ impl<'a> Writer<'a> {
                     for at in (start..end).step_by(WINDOW_BYTES as usize) {
                         let until = (at + WINDOW_BYTES).min(end);
                         let buffer = &mut buffer[..(until - at) as usize];
-                        write_window(image, buffer, at, pieces_within(mine, at, until))
+                        let bytes = write_window(image, buffer, at, pieces_within(mine, at, until))
                             .map_err(|e| self.error("write", path, e))?;
-                        hasher.update(buffer);
+                        hasher.update(bytes);
                     }
                     self.report(mine, start, end);
                     Ok(hasher.finalize())
@@ -282,9 +286,24 @@ fn pieces_within<'p, 'a>(pieces: &'p [Piece<'a>], start: u64, end: u64) -> &'p [
     &pieces[..pieces.partition_point(|p| p.image_offset_bytes < end)]
 }
 
-/// Fills `buffer` with the image's bytes from `start` and writes what is new of them.
-fn write_window(image: &File, buffer: &mut [u8], start: u64, pieces: &[Piece<'_>]) -> io::Result<()> {
+/// Writes what is new of the image's bytes from `start` on, and returns all of them, as many as
+/// `buffer` has room for.
+fn write_window<'b>(
+    image: &File,
+    buffer: &'b mut [u8],
+    start: u64,
+    pieces: &'b [Piece<'_>],
+) -> io::Result<&'b [u8]> {
     let end = start + buffer.len() as u64;
+    // Nearly always a window lies within one pack; then nothing is copied but into the image.
+    if let [Piece { image_offset_bytes, source: Source::Pack(pack, offset), .. }] = pieces
+        && *image_offset_bytes <= start
+        && end <= pieces[0].end_bytes()
+    {
+        let bytes = pack.bytes(offset + (start - image_offset_bytes), buffer.len())?;
+        write_sparse(image, bytes, start)?;
+        return Ok(bytes);
+    }
     let mut cursor = 0;
     let mut written = 0..0;
     for piece in pieces {
@@ -296,7 +315,7 @@ fn write_window(image: &File, buffer: &mut [u8], start: u64, pieces: &[Piece<'_>
         let room = &mut buffer[range.clone()];
         match &piece.source {
             Source::Bytes(bytes) => room.copy_from_slice(&bytes[skipped as usize..][..room.len()]),
-            Source::Pack(pack, offset) => pack.read_exact_at(room, offset + skipped)?,
+            Source::Pack(pack, offset) => room.copy_from_slice(pack.bytes(offset + skipped, room.len())?),
             Source::Image => image.read_exact_at(room, from)?,
         }
         if !matches!(piece.source, Source::Image) {
@@ -309,7 +328,8 @@ fn write_window(image: &File, buffer: &mut [u8], start: u64, pieces: &[Piece<'_>
         cursor = range.end;
     }
     buffer[cursor..].fill(0);
-    write_sparse(image, &buffer[written.clone()], start + written.start as u64)
+    write_sparse(image, &buffer[written.clone()], start + written.start as u64)?;
+    Ok(buffer)
 }
 
 /// Writes `bytes` except for long runs of zeros. The image is new: what is not written is zero.
@@ -327,47 +347,9 @@ fn write_sparse(image: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Shares the blocks of what can be shared; the rest is left to be read from the pack.
-fn clone_extents<'a>(pack: File, extents: &[Extent], image: &File) -> Vec<Piece<'a>> {
-    let pack = Arc::new(pack);
-    let mut pieces = Vec::with_capacity(extents.len());
-    for e in extents {
-        let cloned =
-            reflink::clone_range(&pack, e.pack_offset_bytes, image, e.image_offset_bytes, e.len_bytes);
-        let one = std::slice::from_ref(e);
-        pieces.extend(if cloned.is_ok() { in_image(one) } else { from_pack(&pack, one) });
-    }
-    pieces
-}
-
-fn is_pack(mut file: &File, id: &PackId) -> io::Result<bool> {
+fn is_pack(file: &File, id: &PackId) -> bool {
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(&mut file)?;
-    Ok(PackId(hasher.finalize().into()) == *id)
-}
-
-fn copy_extents(pack: &File, extents: &[Extent], image: &File) -> io::Result<()> {
-    let mut buffer = vec![0; BUFFER_BYTES];
-    for e in extents {
-        let mut at = 0;
-        while at < e.len_bytes {
-            let len = (e.len_bytes - at).min(BUFFER_BYTES as u64);
-            let room = &mut buffer[..len as usize];
-            pack.read_exact_at(room, e.pack_offset_bytes + at)?;
-            write_sparse(image, room, e.image_offset_bytes + at)?;
-            at += len;
-        }
-    }
-    Ok(())
-}
-
-fn from_pack<'a>(pack: &Arc<File>, extents: &[Extent]) -> Vec<Piece<'a>> {
-    let piece = |e: &Extent| Piece {
-        image_offset_bytes: e.image_offset_bytes,
-        len_bytes: e.len_bytes,
-        source: Source::Pack(pack.clone(), e.pack_offset_bytes),
-    };
-    extents.iter().map(piece).collect()
+    hasher.update_reader(file).is_ok_and(|h| PackId(h.finalize().into()) == *id)
 }
 
 fn in_image<'a>(extents: &[Extent]) -> Vec<Piece<'a>> {

@@ -8,6 +8,7 @@ mod export;
 mod ext4;
 mod gpt;
 mod image;
+mod plain;
 mod plan;
 mod reflink;
 
