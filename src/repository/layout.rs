@@ -20,8 +20,18 @@ const LOCK: &str = "lock";
 const UNCLEAN: &str = "unclean";
 /// What the index must bear to be believed.
 const INDEX_SEAL: &str = "index-seal";
-const DIRECTORIES: [&str; 9] =
-    ["packs", "manifests", "recipes", "nodes", "refs", "hot", "compositions", "temporary", "quarantine"];
+const DIRECTORIES: [&str; 10] = [
+    "packs",
+    "manifests",
+    "recipes",
+    "nodes",
+    "refs",
+    "hot",
+    "blocks",
+    "compositions",
+    "temporary",
+    "quarantine",
+];
 
 /// The paths of a repository.
 #[derive(Debug)]
