@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
@@ -70,7 +70,7 @@ impl BlockPlaces {
     pub fn find(&self, digest: u64) -> &[BlockPlace] {
         let begin = self.places.partition_point(|p| p.digest < digest);
         let rest = &self.places[begin..];
-        &rest[..rest.iter().take_while(|p| p.digest == digest).count()]
+        &rest[..rest.partition_point(|p| p.digest == digest)]
     }
 
     /// Whether this block of this pack has the digest.
@@ -91,13 +91,13 @@ impl BlockPlaces {
 impl Repository {
     /// Indexes the blocks of all packs held, at most `places_max` of them, the newest packs first.
     /// Packs that were never looked at are unpacked once, which takes the time of reading them.
-    /// `progress` gets plain bytes done and to do, from any thread; `cancel` set ends it with
+    /// `progress` gets plain bytes done and to do, from any thread; `cancelled` ends it with
     /// [`RepositoryError::Cancelled`].
     pub fn block_places(
         &self,
         places_max: u64,
         progress: &(dyn Fn(u64, u64) + Sync),
-        cancel: &AtomicBool,
+        cancelled: &(dyn Fn() -> bool + Sync),
     ) -> Result<BlockPlaces> {
         let (packs, packs_left_out) = self.newest_packs(places_max)?;
         let total_bytes: u64 = packs.iter().map(|p| p.size_bytes).sum();
@@ -105,7 +105,7 @@ impl Repository {
         let found: Vec<Option<Vec<u64>>> = packs
             .par_iter()
             .map(|pack| {
-                if cancel.load(Ordering::Relaxed) {
+                if cancelled() {
                     return Err(RepositoryError::Cancelled);
                 }
                 let digests = match self.block_digests(&pack.id) {
@@ -267,7 +267,7 @@ mod tests {
     }
 
     fn places(repository: &Repository, places_max: u64) -> BlockPlaces {
-        repository.block_places(places_max, &|_, _| (), &AtomicBool::new(false)).unwrap()
+        repository.block_places(places_max, &|_, _| (), &|| false).unwrap()
     }
 
     #[test]
@@ -330,7 +330,7 @@ mod tests {
         let places = places(&repository, 4);
         assert_eq!(places.packs.iter().map(|p| p.id).collect::<Vec<_>>(), [new]);
         assert_eq!((places.packs_left_out, places.len()), (1, 2));
-        let cancelled = repository.block_places(4, &|_, _| (), &AtomicBool::new(true)).unwrap_err();
+        let cancelled = repository.block_places(4, &|_, _| (), &|| true).unwrap_err();
         assert!(matches!(cancelled, RepositoryError::Cancelled));
     }
 }
