@@ -100,7 +100,8 @@ impl World {
 
     /// The files that disks below have in common, in two packs.
     fn hold_files(&self) {
-        let contents: Vec<Vec<u8>> = FILES.iter().zip(0..).map(|((_, len), seed)| noise(seed, *len)).collect();
+        let contents: Vec<Vec<u8>> =
+            FILES.iter().zip(0..).map(|((_, len), seed)| noise(seed, *len)).collect();
         self.component("base-files", &contents[..3], true);
         self.component("more-files", &contents[3..], true);
     }

@@ -472,17 +472,13 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
     let Ok(Reply::Adopted(adopted)) = reply else { panic!("{reply:?}\n{}", world.log(0)) };
     assert_eq!(phases, ["read", "index", "match", "compose", "write", "verify", "user data"]);
     assert_eq!((adopted.known_bytes, adopted.residue_bytes), (tried.known_bytes, tried.residue_bytes));
-    let taken = world.call(0, &Request::VmAdopt(adopt)).unwrap_err();
+    let taken = world.call(0, &Request::VmAdopt(adopt.clone())).unwrap_err();
     assert_eq!(taken.kind, ProblemKind::Conflict);
 
     let export = |cloud: usize, name: &str, user_data: bool| {
         let output = path(name);
-        let request = Request::VmExport {
-            vm: "old".into(),
-            output: output.clone(),
-            format: "raw".into(),
-            user_data,
-        };
+        let request =
+            Request::VmExport { vm: "old".into(), output: output.clone(), format: "raw".into(), user_data };
         match world.call(cloud, &request) {
             Ok(Reply::Exported(_)) => std::fs::read(output).unwrap(),
             other => panic!("{other:?}\n{}", world.log(cloud)),
@@ -524,4 +520,32 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
     let home = world.move_vm(1, "old", "alpine");
     assert_eq!(home.account.packs_fetched, 0);
     assert!(export(0, "home.raw", false) == disk);
+
+    // An operator who leaves in the middle leaves nothing behind.
+    std::fs::write(path("large.raw"), noise(4, 300 << 20)).unwrap();
+    let compositions = world.clouds[0].dir.join("data/repository/compositions");
+    let count = |dir: &std::path::Path| std::fs::read_dir(dir).unwrap().count();
+    let before = (world.vm_files(0), count(&compositions));
+    let large = VmAdopt { name: "large".parse().unwrap(), disk: path("large.raw"), user_data: None, ..adopt };
+    let request = Request::VmAdopt(large.clone());
+    let socket = world.socket(0);
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let client = cicada::client::Client::connect(&socket).await.unwrap();
+        let writes = tokio::sync::Notify::new();
+        let call = client.call(&request, |event| {
+            if matches!(event, Event::Progress { phase, .. } if phase == "write") {
+                writes.notify_one();
+            }
+        });
+        tokio::select! {
+            reply = call => panic!("it was not interrupted: {reply:?}"),
+            () = writes.notified() => {}
+        }
+    });
+    world.wait("the name is free again", 60, |w| {
+        w.call(0, &Request::VmAdopt(VmAdopt { disk: path("nowhere"), ..large.clone() }))
+            .is_err_and(|p| p.kind == ProblemKind::NotFound)
+    });
+    assert_eq!((world.vm_files(0), count(&compositions)), before);
+    assert_eq!(world.vms(0).len(), 1);
 }

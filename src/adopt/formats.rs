@@ -56,7 +56,9 @@ impl Head {
     pub fn refers_to(&self, format: ImageFormat) -> Option<&'static str> {
         match format {
             ImageFormat::Qcow2 if self.be_u64(8) != 0 => Some("a backing file"),
-            ImageFormat::Qcow2 if self.be_u64(0) as u32 >= 3 && self.be_u64(72) & QCOW2_EXTERNAL_DATA != 0 => {
+            ImageFormat::Qcow2
+                if self.be_u64(0) as u32 >= 3 && self.be_u64(72) & QCOW2_EXTERNAL_DATA != 0 =>
+            {
                 Some("an external data file")
             }
             ImageFormat::Vmdk if self.is_vmdk_descriptor() => Some("the files that hold its data"),

@@ -153,3 +153,124 @@ fn is_worth_it(matched_bytes: u64, pack_bytes: u64, is_named: bool) -> bool {
     let share = matched_bytes > 0 && matched_bytes * 100 >= pack_bytes * MATCHED_PERCENT_MIN;
     if is_named { much || share } else { much && share }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adopt::Segments;
+    use crate::repository::{PLACES_MAX_DEFAULT, Repository};
+
+    const JOB: Job<'static> = Job { progress: &|_, _, _| (), cancelled: &|| false };
+
+    /// Blocks of equal bytes; block 0 is zeros.
+    fn blocks(numbers: &[u8]) -> Vec<u8> {
+        numbers.iter().flat_map(|n| [*n; BLOCK_BYTES as usize]).collect()
+    }
+
+    struct World {
+        places: BlockPlaces,
+        disk: DiskBlocks,
+        /// Place of each pack, in the order given, in `places.packs`.
+        numbers: Vec<u32>,
+    }
+
+    fn world(packs: &[Vec<u8>], disk: &[u8]) -> World {
+        let dir = tempfile::tempdir().unwrap();
+        let repository = Repository::create(&dir.path().join("r")).unwrap();
+        let store = |numbers: &Vec<u8>| {
+            let bytes = blocks(numbers);
+            let mut writer = repository.pack_writer().unwrap();
+            writer.append(&mut bytes.as_slice(), bytes.len() as u64).unwrap();
+            writer.finish().unwrap().unwrap().0
+        };
+        let ids: Vec<_> = packs.iter().map(store).collect();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, blocks(disk)).unwrap();
+        let disk = DiskBlocks::read(&Segments::of_file(&path).unwrap(), JOB).unwrap();
+        let places = repository.block_places(PLACES_MAX_DEFAULT, &|_, _| (), &|| false).unwrap();
+        let place = |id| places.packs.iter().position(|p| p.id == id).unwrap() as u32;
+        World { numbers: ids.into_iter().map(place).collect(), places, disk }
+    }
+
+    /// Extents as (disk block, pack in the order given, pack block, blocks).
+    fn matched(world: &World, matching: &Matching) -> Vec<(u64, usize, u64, u64)> {
+        let pack = |number| world.numbers.iter().position(|n| *n == number).unwrap();
+        matching.extents.iter().map(|e| (e.disk_block, pack(e.pack), e.pack_block, e.blocks)).collect()
+    }
+
+    fn pass(packs: &[Vec<u8>], disk: &[u8]) -> Vec<(u64, usize, u64, u64)> {
+        let world = world(packs, disk);
+        let matching = Matcher::new(&world.places).pass(&world.disk, JOB).unwrap();
+        matched(&world, &matching)
+    }
+
+    #[test]
+    fn runs_go_on_where_they_began() {
+        assert_eq!(pass(&[vec![1, 2, 3], vec![2, 9]], &[1, 2, 3]), [(0, 0, 0, 3)]);
+        assert_eq!(pass(&[vec![2, 9], vec![1, 2, 3]], &[7, 1, 2, 3]), [(1, 1, 0, 3)]);
+        // Among equal beginnings, the one that goes on longest.
+        assert_eq!(pass(&[vec![2, 9], vec![5, 2, 3, 4], vec![2, 3]], &[2, 3, 4]), [(0, 1, 1, 3)]);
+        // A file with a hole, or a changed block, is found again behind it.
+        assert_eq!(pass(&[vec![2], vec![1, 0, 2]], &[1, 0, 2]), [(0, 1, 0, 1), (2, 1, 2, 1)]);
+        assert_eq!(pass(&[vec![2], vec![1, 8, 2]], &[1, 9, 2]), [(0, 1, 0, 1), (2, 1, 2, 1)]);
+        // The same blocks may be used many times.
+        assert_eq!(pass(&[vec![1, 2]], &[1, 2, 1, 2]), [(0, 0, 0, 2), (2, 0, 0, 2)]);
+        assert_eq!(pass(&[vec![1, 2]], &[3, 4]), []);
+    }
+
+    #[test]
+    fn what_is_neither_known_nor_zeros_is_residue() {
+        let world = world(&[vec![1, 2]], &[9, 0, 1, 2, 8, 7, 0, 6]);
+        let matching = Matcher::new(&world.places).pass(&world.disk, JOB).unwrap();
+        assert_eq!(matched(&world, &matching), [(2, 0, 0, 2)]);
+        assert_eq!(matching.residue_runs(&world.disk), [(0, 1), (4, 2), (7, 1)]);
+        assert_eq!((world.disk.nonzero_count(), world.disk.count()), (6, 256));
+    }
+
+    #[test]
+    fn more_extents_than_a_list_may_have_are_residue() {
+        let world = world(&[vec![1, 2, 3]], &[1, 3, 2, 3]);
+        let mut matcher = Matcher::new(&world.places);
+        matcher.extents_max = 2;
+        let matching = matcher.pass(&world.disk, JOB).unwrap();
+        assert_eq!(matched(&world, &matching), [(0, 0, 0, 1), (1, 0, 2, 1)]);
+        assert_eq!(matching.residue_runs(&world.disk), [(2, 2)]);
+    }
+
+    #[test]
+    fn what_was_found_in_a_pack_not_worth_it_is_looked_for_elsewhere() {
+        // Block 200 follows 17 others in a large pack of which little else is used, and ends a small one.
+        let known: Vec<u8> = (1..=16).collect();
+        let large: Vec<u8> = [vec![100, 200, 201], (0..400).map(|n| 50 + (n % 40) as u8).collect()].concat();
+        let small = [known.clone(), vec![200]].concat();
+        let disk = [vec![100, 200], vec![0], known].concat();
+        let world = world(&[large, small], &disk);
+        let mut matcher = Matcher::new(&world.places);
+        let all = matched(&world, &matcher.pass(&world.disk, JOB).unwrap());
+        assert_eq!(all, [(0, 0, 0, 2), (3, 1, 0, 16)]);
+        let worthy = Matcher::new(&world.places).run(&world.disk, JOB).unwrap();
+        assert_eq!(matched(&world, &worthy), [(1, 1, 16, 1), (3, 1, 0, 16)]);
+        let cancelled = Job { cancelled: &|| true, ..JOB };
+        assert!(matches!(
+            Matcher::new(&world.places).run(&world.disk, cancelled),
+            Err(AdoptError::Cancelled)
+        ));
+    }
+
+    #[test]
+    fn a_pack_is_worth_its_way_if_much_and_a_good_share_of_it_is_used() {
+        const KIB: u64 = 1 << 10;
+        for (matched, size, named, worth) in [
+            (64 * KIB, 64 * KIB, false, true),
+            (60 * KIB, 60 * KIB, false, false),
+            (64 * KIB, 1280 * KIB, false, true),
+            (64 * KIB, 1284 * KIB, false, false),
+            (4 * KIB, 8 * KIB, true, true),
+            (64 * KIB, 9000 * KIB, true, true),
+            (4 * KIB, 9000 * KIB, true, false),
+            (0, 4 * KIB, true, false),
+        ] {
+            assert_eq!(is_worth_it(matched, size, named), worth, "{matched} of {size}, {named}");
+        }
+    }
+}

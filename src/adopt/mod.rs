@@ -15,6 +15,7 @@ mod residue;
 mod segments;
 mod source;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::component::extents::BLOCK_BYTES;
@@ -177,12 +178,7 @@ pub enum VmDisk {
 
 /// Writes a VM's whole disk to `output`, a new file. No hypervisor may run the disk meanwhile. Returns
 /// the size of the disk.
-pub fn export(
-    disk: &VmDisk,
-    output: &Path,
-    format: ImageFormat,
-    job: Job<'_>,
-) -> Result<u64, AdoptError> {
+pub fn export(disk: &VmDisk, output: &Path, format: ImageFormat, job: Job<'_>) -> Result<u64, AdoptError> {
     if output.symlink_metadata().is_ok() {
         return Err(AdoptError::Exists { path: output.to_owned() });
     }
@@ -197,8 +193,11 @@ pub fn export(
         convert(&[input.as_ref()], output, format)?;
         if (job.cancelled)() {
             let _ = std::fs::remove_file(output);
+            return Err(AdoptError::Cancelled);
         }
-        job.check()?;
+        // As private as the disk it was.
+        let private = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(output, private).map_err(error::io_error("set the mode of", output))?;
     }
     Ok(segments.size_bytes())
 }

@@ -40,11 +40,7 @@ pub fn write(disk: &Segments, overlay: &Path, base: &Path, job: Job<'_>) -> Resu
 }
 
 /// The blocks of a segment that differ, with their numbers.
-fn differences(
-    disk: &Segments,
-    below: &Segments,
-    number: usize,
-) -> Result<Vec<(u64, Vec<u8>)>, AdoptError> {
+fn differences(disk: &Segments, below: &Segments, number: usize) -> Result<Vec<(u64, Vec<u8>)>, AdoptError> {
     let size = (disk.range(number).end - disk.range(number).start) as usize;
     let (mut above_buffer, mut below_buffer) = (vec![0; size], vec![0; SEGMENT_BYTES as usize]);
     let above = disk.read(number, &mut above_buffer)?;

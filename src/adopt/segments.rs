@@ -111,14 +111,13 @@ impl Segments {
         let file = file.map_err(io_error("create", &part))?;
         let written = self.copy_to(&file, &part, phase, job).and_then(|()| {
             file.sync_all().map_err(io_error("write", &part))?;
-            // Unlike a rename this replaces nothing.
-            std::fs::hard_link(&part, output).map_err(|e| match e.kind() {
-                io::ErrorKind::AlreadyExists => AdoptError::Exists { path: output.to_owned() },
-                _ => io_error("create", output)(e),
-            })
+            let renamed = std::fs::rename(&part, output).and_then(|()| durable::sync_dir_of(output));
+            renamed.map_err(io_error("create", output))
         });
-        let removed = durable::remove(&part).map_err(io_error("remove", &part));
-        written.and(removed)
+        if written.is_err() {
+            let _ = std::fs::remove_file(&part);
+        }
+        written
     }
 
     fn copy_to(&self, file: &File, path: &Path, phase: &'static str, job: Job<'_>) -> Result<(), AdoptError> {

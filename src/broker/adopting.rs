@@ -202,7 +202,8 @@ fn make(
     if adopt.dry_run {
         return Ok((view, None));
     }
-    let base = found.make_base(&shared.repository, &shared.composer, &adopt.architecture, adopt.share, job)?;
+    let base =
+        found.make_base(&shared.repository, &shared.composer, &adopt.architecture, adopt.share, job)?;
     (spec.recipe, spec.root_size) = (base.recipe, ByteSize(findings.size_bytes));
     let disks = || {
         let record = VmRecord::new(spec, vec![base.label.clone()], "disks-1", shared.now());
@@ -285,7 +286,9 @@ fn adopt_problem(name: &VmName, e: &AdoptError) -> Problem {
     let kind = match e {
         AdoptError::Repository(e) => return content::repository_problem(e),
         AdoptError::Compose(e) => return content::compose_problem(e),
-        AdoptError::Disk(disk::DiskError::NoSpace { .. }) | AdoptError::NoSpace { .. } => ProblemKind::NoSpace,
+        AdoptError::Disk(disk::DiskError::NoSpace { .. }) | AdoptError::NoSpace { .. } => {
+            ProblemKind::NoSpace
+        }
         AdoptError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
             ProblemKind::NotFound
         }

@@ -178,6 +178,7 @@ fn print_vm(printer: &Printer, reply: Reply) -> Outcome {
             ("epoch", vm.epoch.to_string()),
             ("CPUs", vm.cpus.to_string()),
             ("memory", vm.memory.to_string()),
+            ("firmware", vm.spec.firmware.to_string()),
             ("networks", nics.join(", ")),
             ("components", vm.components.join(", ")),
             ("recipe", vm.recipe.to_string()),

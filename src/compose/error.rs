@@ -17,7 +17,8 @@ pub enum ComposeError {
     Missing { objects: Vec<String> },
     #[error(
         "the recipe was made by composer {wanted}, known here are {} and {}: upgrade the older side",
-        super::COMPOSER, super::EXTENTS_COMPOSER
+        super::COMPOSER,
+        super::EXTENTS_COMPOSER
     )]
     Composer { wanted: String },
     /// What an adopted disk's component says of its base cannot be true.

@@ -27,11 +27,7 @@ pub fn plan(repository: &Repository, recipe: &Recipe, manifest: &Manifest) -> Re
         image_offset_bytes: e.disk_block * BLOCK_BYTES,
         len_bytes: e.blocks * BLOCK_BYTES,
     });
-    Ok(Plan {
-        virtual_size_bytes: list.disk_size_bytes,
-        metadata: Vec::new(),
-        extents: extents.collect(),
-    })
+    Ok(Plan { virtual_size_bytes: list.disk_size_bytes, metadata: Vec::new(), extents: extents.collect() })
 }
 
 fn read(

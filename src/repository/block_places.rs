@@ -122,11 +122,11 @@ impl Repository {
         let mut places = Vec::with_capacity((total_bytes / ALIGNMENT_BYTES) as usize);
         for (pack, digests) in (0u32..).zip(found) {
             let numbered = (0u32..).zip(digests.unwrap_or_default());
-            places.extend(
-                numbered
-                    .filter(|(_, digest)| *digest != 0)
-                    .map(|(block, digest)| BlockPlace { digest, pack, block }),
-            );
+            places.extend(numbered.filter(|(_, digest)| *digest != 0).map(|(block, digest)| BlockPlace {
+                digest,
+                pack,
+                block,
+            }));
         }
         places.par_sort_unstable();
         Ok(BlockPlaces { packs, packs_left_out, places })
