@@ -17,10 +17,10 @@ use crate::component::Recipe;
 use crate::disk::{self, BlockIndex, DiskFile, StagedDisk};
 use crate::migration::message::{ADDRESSES_MAX, Initialization, Progress, StageAccount};
 use crate::migration::{Denial, DenialCode};
-use crate::repository::{ObjectId, PackReceiver, Repository};
+use crate::repository::{IncomingForm, IncomingPack, ObjectId, Repository, RepositoryError};
 use crate::transfer::{
-    Connection, ObjectKey, ObjectSink, PackWriter, Progress as Counter, Refusal, SinkError, Ticket,
-    TransferError, Verified,
+    Connection, ObjectKey, ObjectSink, PackRange, PackWish, PackWriter, Progress as Counter, Refusal,
+    SinkError, Ticket, TransferError, Verified,
 };
 use crate::types::{BlockHash, Hash, PackId, VmId};
 use crate::vm::{ChunkMap, MapRef, VmSpec};
@@ -113,7 +113,7 @@ struct Stage {
     /// UDP bytes of connections that were lost.
     wire_bytes: u64,
     counters: Arc<Counters>,
-    pack_sizes: Arc<HashMap<PackId, u64>>,
+    packs: Arc<Packs>,
 }
 
 impl Stage {
@@ -154,7 +154,7 @@ impl Stage {
                 totals: Mutex::new((String::new(), before.bytes_total)),
                 ..Counters::default()
             }),
-            pack_sizes: Arc::default(),
+            packs: Arc::default(),
             job,
         })
     }
@@ -212,11 +212,14 @@ impl Stage {
             let keys = lacking.iter().map(|c| ObjectKey::Manifest(*c)).collect();
             self.fetch(keys, self.counters.components.clone(), None, true).await?;
         }
-        let Lacking { packs, needed, names } = {
+        let Lacking { packs, needed, names, bases } = {
             let (repository, names) = (repository.clone(), self.job.init.component_names.clone());
             let first = self.job.staged.is_none();
             blocking(move || missing_packs(&repository, &components, &names, first)).await?
         };
+        // A delta leans on them until it is applied.
+        let _bases_pinned =
+            repository.pin(bases.values().flatten().map(|p| ObjectId::Pack(*p)).collect());
         account.components_fetched += lacking.len() as u32;
         account.packs_needed = account.packs_needed.max(needed);
         for name in names {
@@ -229,7 +232,7 @@ impl Stage {
         if !packs.is_empty() {
             let mut keys: Vec<_> = packs.keys().map(|p| ObjectKey::Pack(*p)).collect();
             keys.sort_unstable();
-            self.pack_sizes = Arc::new(packs);
+            self.packs = Arc::new(Packs { sizes: packs, bases });
             self.fetch(keys, self.counters.components.clone(), None, true).await?;
         }
         // The recipe's own reference keeps all of it from here on.
@@ -345,8 +348,8 @@ impl Stage {
         disks: Option<(Arc<Disks>, Which)>,
         strict: bool,
     ) -> Result<(), Denial> {
-        let (repository, sizes) = (self.job.shared.repository.clone(), self.pack_sizes.clone());
-        let sink: Arc<dyn ObjectSink> = Arc::new(Sink { repository, sizes, disks });
+        let (repository, packs) = (self.job.shared.repository.clone(), self.packs.clone());
+        let sink: Arc<dyn ObjectSink> = Arc::new(Sink { repository, packs, disks });
         let mut attempt = 0;
         loop {
             let failure = match self.connect().await {
@@ -373,7 +376,7 @@ impl Stage {
                     | TransferError::Stalled { .. }
                     | TransferError::Unreachable { .. }
                     | TransferError::Handshake { .. }
-            );
+            ) || is_torn(&failure);
             if !again || attempt > RECONNECTS_MAX {
                 return Err(content(&failure)
                     .next("see that UDP reaches the source's transfer address, then move again"));
@@ -411,6 +414,12 @@ impl Drop for Stage {
     fn drop(&mut self) {
         self.drop_connection();
     }
+}
+
+/// Whether what was here of a pack did not fit: it was dropped, and all of it is asked for.
+fn is_torn(failure: &TransferError) -> bool {
+    matches!(failure, TransferError::Sink { source: SinkError::Storage(e), .. }
+        if matches!(e.downcast_ref(), Some(RepositoryError::TornPart { .. })))
 }
 
 fn wire_bytes_of(connection: &Connection) -> u64 {
@@ -489,11 +498,19 @@ impl Staged {
     }
 }
 
+/// What is known of the packs to be fetched.
+#[derive(Default)]
+struct Packs {
+    /// Plain sizes the manifests promise: no pack may unpack to more.
+    sizes: HashMap<PackId, u64>,
+    /// Held packs that are likely versions of them.
+    bases: HashMap<PackId, Vec<PackId>>,
+}
+
 /// Where fetched objects go: the repository, or one of the disks.
 struct Sink {
     repository: Repository,
-    /// Plain sizes the manifests promise: no pack may unpack to more.
-    sizes: Arc<HashMap<PackId, u64>>,
+    packs: Arc<Packs>,
     disks: Option<(Arc<Disks>, Which)>,
 }
 
@@ -522,21 +539,35 @@ impl ObjectSink for Sink {
         self.repository.flush_nodes().map_err(storage)
     }
 
-    fn pack(&self, pack: &PackId, size_bytes: u64) -> Result<Box<dyn PackWriter>, SinkError> {
-        let receiver = self.repository.pack_receiver(*pack, size_bytes).map_err(storage)?;
-        let size = self.sizes.get(pack).copied();
-        Ok(Box::new(Receiving(match size {
-            Some(plain_bytes) => receiver.expect_plain_size(plain_bytes),
-            None => receiver,
-        })))
+    fn wish(&self, pack: &PackId) -> PackWish {
+        let begun = self.repository.partial_pack(pack).map(|p| (p.tag, p.received_bytes));
+        PackWish { bases: self.packs.bases.get(pack).cloned().unwrap_or_default(), begun }
+    }
+
+    fn pack(
+        &self,
+        pack: &PackId,
+        is_delta: bool,
+        range: &PackRange,
+        size_bytes: u64,
+    ) -> Result<Box<dyn PackWriter>, SinkError> {
+        let form = IncomingForm {
+            tag: range.tag,
+            size_bytes: range.offset_bytes.saturating_add(size_bytes),
+            offset_bytes: range.offset_bytes,
+            is_delta,
+        };
+        let expected = self.packs.sizes.get(pack).copied();
+        let incoming = self.repository.incoming_pack(*pack, form, expected).map_err(pack_error)?;
+        Ok(Box::new(Receiving(incoming)))
     }
 }
 
-struct Receiving(PackReceiver);
+struct Receiving(IncomingPack);
 
 impl PackWriter for Receiving {
-    fn write(&mut self, stored: &[u8]) -> Result<(), SinkError> {
-        self.0.write(stored).map_err(pack_error)
+    fn write(&mut self, bytes: &[u8]) -> Result<(), SinkError> {
+        self.0.write(bytes).map_err(pack_error)
     }
     fn finish(self: Box<Self>) -> Result<(), SinkError> {
         self.0.finish().map_err(pack_error)
@@ -576,6 +607,8 @@ struct Lacking {
     needed: u32,
     /// Names of the components they belong to.
     names: Vec<String>,
+    /// Held packs that may be other versions of those missing.
+    bases: HashMap<PackId, Vec<PackId>>,
 }
 
 fn missing_packs(
@@ -607,7 +640,13 @@ fn missing_packs(
     if first_pass && let Err(e) = repository.record_lookup(held_bytes, missing.values().sum()) {
         tracing::warn!(error = super::problem::chain(&e), "lookup not counted");
     }
-    Ok(Lacking { packs: missing, needed: seen.len() as u32, names: incomplete })
+    // Without bases more travels, that is all.
+    let bases = repository.likely_bases(components, &missing.keys().copied().collect());
+    let bases = bases.unwrap_or_else(|e| {
+        tracing::warn!(error = super::problem::chain(&e), "no bases for deltas");
+        HashMap::new()
+    });
+    Ok(Lacking { packs: missing, needed: seen.len() as u32, names: incomplete, bases })
 }
 
 /// Removes what an abandoned migration staged, and the VM's directory if nothing else is in it.

@@ -8,7 +8,6 @@ mod export;
 mod ext4;
 mod gpt;
 mod image;
-mod plain;
 mod plan;
 mod reflink;
 

@@ -20,8 +20,10 @@ const LOCK: &str = "lock";
 const UNCLEAN: &str = "unclean";
 /// What the index must bear to be believed.
 const INDEX_SEAL: &str = "index-seal";
-const DIRECTORIES: [&str; 9] =
-    ["packs", "manifests", "recipes", "nodes", "refs", "hot", "compositions", "temporary", "quarantine"];
+const DIRECTORIES: [&str; 11] = [
+    "packs", "manifests", "recipes", "nodes", "refs", "hot", "deltas", "incoming", "compositions",
+    "temporary", "quarantine",
+];
 
 /// The paths of a repository.
 #[derive(Debug)]

@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use super::batch::{self, Effort};
 use super::error::{Refusal, close};
 use super::frame::{Frame, Request, limit, size_limit_bytes};
-use super::object::{Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSource, Ticket};
+use super::object::{Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSource, PackWish, Ticket};
 use crate::types::PublicKey;
 
 /// How much of a large object is read, and written, at a time.
@@ -129,10 +129,12 @@ impl Session {
         send: &mut SendStream,
         request: Request,
     ) -> Result<(), Unanswered> {
+        let has_packs = !request.wishes.is_empty();
         let producer = Producer {
             session: self.clone(),
             ticket: request.ticket,
             keys: request.keys.into_iter(),
+            wishes: request.wishes.into_iter(),
             ahead: None,
             effort: Effort::default(),
         };
@@ -140,11 +142,19 @@ impl Session {
         let mut next = spawn_blocking(move || producer.step());
         loop {
             let waiting = Instant::now();
-            let Ok((answer, mut producer)) = next.await else {
+            // While a delta is being made, the asker is told that nobody has fallen asleep.
+            let step = loop {
+                match timeout(self.server.stall_timeout / 4, &mut next).await {
+                    Ok(step) => break step,
+                    Err(_) if !has_packs => break (&mut next).await,
+                    Err(_) => self.write(send, Frame::Working.encode().into()).await?,
+                }
+            };
+            let Ok((answer, mut producer)) = step else {
                 return Err(Unanswered::Refused(Refusal::Failed));
             };
             let Some(answer) = answer else { return Ok(()) };
-            producer.effort.wire_is_slower = last_write > waiting.elapsed();
+            producer.effort.adapt(last_write, waiting.elapsed());
             next = spawn_blocking(move || producer.step());
             let writing = Instant::now();
             match answer {
@@ -241,6 +251,8 @@ struct Producer {
     session: Arc<Session>,
     ticket: Ticket,
     keys: std::vec::IntoIter<ObjectKey>,
+    /// One for each pack among the keys.
+    wishes: std::vec::IntoIter<PackWish>,
     /// Opened, but belongs to the next step.
     ahead: Option<Opened>,
     effort: Effort,
@@ -291,24 +303,28 @@ impl Producer {
         None
     }
 
-    fn open(&self, key: &ObjectKey) -> Result<Opened, Refusal> {
+    fn open(&mut self, key: &ObjectKey) -> Result<Opened, Refusal> {
+        let wish = if key.is_pack() { self.wishes.next().unwrap_or_default() } else { PackWish::default() };
         let Server { authority, source, .. } = &*self.session.server;
         authority.check(&self.session.peer, &self.ticket, key)?;
-        let body = source.open(&self.ticket, key)?;
+        let body = match key {
+            ObjectKey::Pack(pack) => source.open_pack(&self.ticket, pack, &wish)?,
+            _ => source.open(&self.ticket, key)?,
+        };
         let failed = |reason: &dyn std::fmt::Display| {
             tracing::error!(object = %key, %reason, "an object that is held cannot be served");
             Refusal::Failed
         };
         let plain_size_bytes = match body.encoding {
-            Encoding::Plain | Encoding::StoredPack => body.size_bytes(),
+            Encoding::Plain | Encoding::StoredPack(_) | Encoding::PackDelta(_) => body.size_bytes(),
             Encoding::Zstd { plain_size_bytes } => plain_size_bytes,
         };
         if plain_size_bytes > size_limit_bytes(key) || body.size_bytes() > size_limit_bytes(key) {
             return Err(failed(&format!("{plain_size_bytes} bytes are over the limit")));
         }
         match (key.is_pack(), body.encoding) {
-            (true, Encoding::StoredPack) => Ok(Opened::Large(*key, body)),
-            (true, _) | (_, Encoding::StoredPack) => Err(failed(&"it is not in the form its kind has")),
+            (true, Encoding::StoredPack(_) | Encoding::PackDelta(_)) => Ok(Opened::Large(*key, body)),
+            (true, _) | (_, Encoding::StoredPack(_) | Encoding::PackDelta(_)) => Err(failed(&"it is not in the form its kind has")),
             (false, Encoding::Zstd { .. }) => {
                 let packed = read(&body.content).map_err(|e| failed(&e))?;
                 if plain_size_bytes > limit::SMALL_BYTES as u64 {
