@@ -76,10 +76,7 @@ fn receive(
 
 fn files_below(dir: &Path) -> usize {
     let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
-    entries
-        .flatten()
-        .map(|e| if e.file_type().unwrap().is_dir() { files_below(&e.path()) } else { 1 })
-        .sum()
+    entries.flatten().map(|e| if e.file_type().unwrap().is_dir() { files_below(&e.path()) } else { 1 }).sum()
 }
 
 #[test]

@@ -57,6 +57,9 @@ impl Broker {
             Request::MigrationCancel { id } => {
                 self.migration(&id).and_then(|v| self.cancel(&v)).map(|()| Reply::Done)
             }
+            Request::MigrationLimit { id, bytes_per_s } => {
+                self.migration(&id).and_then(|v| self.limit(&v, bytes_per_s)).map(|()| Reply::Done)
+            }
             Request::Shutdown => {
                 self.shared.post(Input::Shutdown);
                 Ok(Reply::Done)
@@ -73,9 +76,10 @@ impl Broker {
         let recipes: Vec<_> = self.vms.values().map(|vm| vm.record.spec.recipe).collect();
         tokio::task::spawn_blocking(move || {
             let grace = shared.config.repository.gc_grace;
+            let (repository, composer) = (&shared.repository, &shared.composer);
             let mut report = |event| drop(events.try_send(event));
-            let result =
-                content::call(&shared.repository, &shared.composer, grace, &recipes, &request, &mut report);
+            let stop = || events.is_closed();
+            let result = content::call(repository, composer, grace, &recipes, &request, &stop, &mut report);
             let unknown = || Err(Problem::new(ProblemKind::BadRequest, "request", "is not known here"));
             let _ = reply.send(result.unwrap_or_else(unknown));
         });
@@ -216,6 +220,21 @@ impl Broker {
         }
         Err(Problem::new(ProblemKind::Conflict, object, "is driven by its source")
             .next(format!("cancel it at {}", view.progress.peer)))
+    }
+
+    fn limit(&mut self, view: &MigrationView, bytes_per_s: Option<u64>) -> Result<(), Problem> {
+        let id = view.progress.id;
+        if self.outgoing.contains_key(&id) {
+            self.limit_outgoing(id, bytes_per_s);
+            return Ok(());
+        }
+        let object = format!("migration {id}");
+        if view.progress.ended {
+            let reason = format!("has ended: {}", view.progress.phase);
+            return Err(Problem::new(ProblemKind::Conflict, object, reason));
+        }
+        Err(Problem::new(ProblemKind::Conflict, object, "is capped where it sends")
+            .next(format!("limit it at {}", view.progress.peer)))
     }
 
     /// Members that could be asked: the one named, or all that are online.

@@ -22,13 +22,15 @@ use super::interface::{
 };
 use super::problem::{Problem, ProblemKind};
 
-/// Answers the requests that need only content; others come back as `None`.
+/// Answers the requests that need only content; others come back as `None`. Long work that can be
+/// taken up again asks `stop` whether anybody still waits for it.
 pub fn call(
     repository: &Repository,
     composer: &Composer,
     gc_grace: Duration,
     vm_recipes: &[RecipeId],
     request: &Request,
+    stop: &dyn Fn() -> bool,
     events: &mut dyn FnMut(Event),
 ) -> Option<Result<Reply, Problem>> {
     Some(match request {
@@ -38,6 +40,9 @@ pub fn call(
         }
         Request::ComponentDiff { from, to } => diff(repository, from, to).map(Reply::ComponentDiff),
         Request::ComponentRemove { component } => remove(repository, component).map(|()| Reply::Done),
+        Request::ComponentOptimize { components, deltas } => {
+            super::optimize::optimize(repository, components, *deltas, stop, events).map(Reply::Report)
+        }
         Request::ComponentBind { id } => bind(repository, *id).map(|()| Reply::Done),
         Request::RecipeCreate { components, ordered, root_size, kernel_command_line } => {
             recipe_create(repository, composer, components, *ordered, *root_size, kernel_command_line)

@@ -42,6 +42,12 @@ pub enum Request {
     ComponentRemove {
         component: String,
     },
+    /// Compresses what components consist of strongly, all named ones if none are given, and makes
+    /// deltas between the versions that are here.
+    ComponentOptimize {
+        components: Vec<String>,
+        deltas: bool,
+    },
     /// Makes a component whose manifest and packs were put into the repository known by its name.
     ComponentBind {
         id: ComponentId,
@@ -100,6 +106,11 @@ pub enum Request {
     },
     MigrationCancel {
         id: String,
+    },
+    /// Caps what a migration sends from here, from now on; `None` lifts the cap.
+    MigrationLimit {
+        id: String,
+        bytes_per_s: Option<u64>,
     },
     /// Stops the broker; VMs keep running.
     Shutdown,

@@ -9,6 +9,7 @@ pub mod handle;
 mod incoming;
 pub mod interface;
 pub mod negotiation;
+mod optimize;
 mod outgoing;
 pub mod problem;
 pub mod records;

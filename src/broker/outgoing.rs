@@ -16,7 +16,7 @@ use crate::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
 use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::source::{Effect, Event as SourceEvent, Phase, Source};
 use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
-use crate::transfer::Ticket;
+use crate::transfer::{Limiter, Ticket};
 use crate::types::{CloudName, MigrationId, NodeHash, PackId, VmId};
 use crate::vm::ChunkMap;
 
@@ -43,6 +43,7 @@ pub struct Outgoing {
     recipe: Arc<Recipe>,
     component_names: Vec<String>,
     ticket: Ticket,
+    limiter: Limiter,
     checked: Option<Checked>,
     nodes: HashSet<NodeHash>,
     disks: Vec<ScannedDisk>,
@@ -103,6 +104,7 @@ impl Broker {
             recipe,
             component_names: record.components.clone(),
             ticket,
+            limiter: Limiter::unlimited(),
             checked: None,
             nodes: HashSet::new(),
             disks: Vec::new(),
@@ -153,6 +155,7 @@ impl Broker {
                     recipe: Arc::new(recipe),
                     component_names: record.components.clone(),
                     ticket,
+                    limiter: Limiter::unlimited(),
                     checked: None,
                     nodes: HashSet::new(),
                     disks: Vec::new(),
@@ -199,6 +202,13 @@ impl Broker {
         }
         self.outgoing_event(id, SourceEvent::Cancel);
         Ok(())
+    }
+
+    pub(super) fn limit_outgoing(&mut self, id: MigrationId, bytes_per_s: Option<u64>) {
+        if let Some(run) = self.outgoing.get(&id) {
+            tracing::info!(migration = %id, ?bytes_per_s, "capped by the operator");
+            run.limiter.set_rate(bytes_per_s);
+        }
     }
 
     pub(super) fn outgoing_event(&mut self, id: MigrationId, event: SourceEvent) {
@@ -447,6 +457,7 @@ impl Broker {
                     packs: s.packs,
                     nodes: run.nodes.clone(),
                     blocks: run.disks.iter().map(|d| d.index.clone()).collect(),
+                    limiter: run.limiter.clone(),
                 },
             );
             (s.seed.root_delta, s.seed.user_data)

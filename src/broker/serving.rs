@@ -7,7 +7,8 @@ use std::sync::{Arc, RwLock};
 use crate::disk::BlockIndex;
 use crate::repository::{RECORD_LEVEL, Repository};
 use crate::transfer::{
-    Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSource, PackRange, PackWish, Refusal, Ticket,
+    Authority, Content, Encoding, Limiter, ObjectBody, ObjectKey, ObjectSource, PackRange, PackWish, Refusal,
+    Ticket,
 };
 use crate::types::{ComponentId, NodeHash, PackId, PublicKey, RecipeId};
 
@@ -22,6 +23,8 @@ pub struct Served {
     pub nodes: HashSet<NodeHash>,
     /// Where the blocks of the newest pass lie.
     pub blocks: Vec<Arc<BlockIndex>>,
+    /// The migration's own cap.
+    pub limiter: Limiter,
 }
 
 /// Shared between the owner task, which issues and withdraws tickets, and the transfer endpoint.
@@ -68,6 +71,10 @@ impl Authority for Tickets {
                 ObjectKey::Block(_) => true,
             };
         if covered { Ok(()) } else { Err(Refusal::OutOfScope) }
+    }
+
+    fn limiter(&self, ticket: &Ticket) -> Option<Limiter> {
+        self.find(ticket).ok().map(|served| served.limiter.clone())
     }
 }
 

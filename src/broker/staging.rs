@@ -218,8 +218,7 @@ impl Stage {
             blocking(move || missing_packs(&repository, &components, &names, first)).await?
         };
         // A delta leans on them until it is applied.
-        let _bases_pinned =
-            repository.pin(bases.values().flatten().map(|p| ObjectId::Pack(*p)).collect());
+        let _bases_pinned = repository.pin(bases.values().flatten().map(|p| ObjectId::Pack(*p)).collect());
         account.components_fetched += lacking.len() as u32;
         account.packs_needed = account.packs_needed.max(needed);
         for name in names {

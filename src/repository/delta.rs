@@ -73,7 +73,9 @@ impl Header {
 /// had grown evenly, and as much as is allowed around it.
 fn region(offset: u64, segment_bytes: usize, header: &Header) -> (u64, usize) {
     let len = header.base_plain_bytes.min(REGION_BYTES_MAX as u64);
-    let scale = |at: u64| (u128::from(at) * u128::from(header.base_plain_bytes) / u128::from(header.plain_bytes)) as u64;
+    let scale = |at: u64| {
+        (u128::from(at) * u128::from(header.base_plain_bytes) / u128::from(header.plain_bytes)) as u64
+    };
     let centre = scale(offset + segment_bytes as u64 / 2);
     let start = centre.saturating_sub(len / 2).min(header.base_plain_bytes - len);
     (start, len as usize)
@@ -169,9 +171,9 @@ pub(super) fn apply(
         plain.reserve_exact(plain_len);
         let mut context = DCtx::create();
         context.ref_prefix(region).map_err(|code| Failure::Io(failed(code)))?;
-        let made = context
-            .decompress(&mut plain, &frame)
-            .map_err(|code| Failure::Wrong(format!("a segment does not decompress: {}", get_error_name(code))))?;
+        let made = context.decompress(&mut plain, &frame).map_err(|code| {
+            Failure::Wrong(format!("a segment does not decompress: {}", get_error_name(code)))
+        })?;
         if made != plain_len {
             return wrong(format!("a segment of {plain_len} bytes decompresses to {made}"));
         }
@@ -273,9 +275,8 @@ mod tests {
         // A bomb: a segment that unpacks to more than it may.
         let small = [&base[..8192]].concat();
         let bomb = zstd::bulk::compress(&vec![0; 32 << 20], 3).unwrap();
-        let mut bad = Header { plain_bytes: 8192, base_plain_bytes: 8192, base: PackId::of(&small) }
-            .encode()
-            .to_vec();
+        let mut bad =
+            Header { plain_bytes: 8192, base_plain_bytes: 8192, base: PackId::of(&small) }.encode().to_vec();
         bad.extend_from_slice(&(bomb.len() as u32).to_le_bytes());
         bad.extend_from_slice(&[0; 12]);
         bad.extend_from_slice(&bomb);

@@ -21,8 +21,17 @@ const UNCLEAN: &str = "unclean";
 /// What the index must bear to be believed.
 const INDEX_SEAL: &str = "index-seal";
 const DIRECTORIES: [&str; 11] = [
-    "packs", "manifests", "recipes", "nodes", "refs", "hot", "deltas", "incoming", "compositions",
-    "temporary", "quarantine",
+    "packs",
+    "manifests",
+    "recipes",
+    "nodes",
+    "refs",
+    "hot",
+    "deltas",
+    "incoming",
+    "compositions",
+    "temporary",
+    "quarantine",
 ];
 
 /// The paths of a repository.

@@ -268,8 +268,7 @@ impl Watch {
             let datagrams = self.fetch.connection.stats().udp_rx.datagrams;
             let received = self.fetch.pulse.received_bytes.load(Ordering::Relaxed);
             let working = self.fetch.pulse.working.load(Ordering::Relaxed);
-            let ready =
-                self.fetch.pulse.sinking.load(Ordering::Relaxed) == 0 && working == self.seen_working;
+            let ready = self.fetch.pulse.sinking.load(Ordering::Relaxed) == 0 && working == self.seen_working;
             if ready && received - self.seen_bytes < STALL_BYTES && datagrams > self.seen_datagrams {
                 return TransferError::Stalled { peer: self.fetch.peer, waited: self.fetch.stall_timeout };
             }

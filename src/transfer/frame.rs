@@ -125,11 +125,7 @@ fn encode_wish(w: &mut Writer, wish: &PackWish) {
 fn decode_wish(r: &mut Reader<'_>) -> Result<PackWish, CodecError> {
     let count = r.u8("bases")?;
     if usize::from(count) > limit::BASES {
-        return Err(CodecError::TooLarge {
-            what: "bases",
-            value: count.into(),
-            limit: limit::BASES as u64,
-        });
+        return Err(CodecError::TooLarge { what: "bases", value: count.into(), limit: limit::BASES as u64 });
     }
     let bases = (0..count).map(|_| Ok(PackId::from_bytes(r.array("base")?))).collect::<Result<_, _>>()?;
     let begun = match flag(r)? {
@@ -329,7 +325,8 @@ mod tests {
         });
         let large =
             (0..limit::PACK_BYTES, 0..limit::PACK_BYTES, 0..4).prop_map(|(size_bytes, plain, code)| {
-                let range = PackRange { tag: [code as u8; 16], offset_bytes: plain / 2, stored_size_bytes: plain };
+                let range =
+                    PackRange { tag: [code as u8; 16], offset_bytes: plain / 2, stored_size_bytes: plain };
                 let encoding = match code {
                     0 => Encoding::Plain,
                     1 => Encoding::Zstd { plain_size_bytes: plain },

@@ -25,7 +25,10 @@ pub use error::{FetchError, Refusal, TransferError, Violation};
 pub use fetch::{FetchReport, Progress, ProgressSnapshot};
 pub use frame::limit;
 pub use limiter::Limiter;
-pub use object::{Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSink, ObjectSource, PackRange, PackWish, PackWriter, SinkError, Ticket, Verified};
+pub use object::{
+    Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSink, ObjectSource, PackRange, PackWish,
+    PackWriter, SinkError, Ticket, Verified,
+};
 
 /// The application protocol, with its version (TLS ALPN, RFC 7301).
 pub const ALPN: &[u8] = b"cicada-transfer/1";

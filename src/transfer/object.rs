@@ -6,6 +6,7 @@ use std::fs::File;
 use bytes::Bytes;
 
 use super::error::Refusal;
+use super::limiter::Limiter;
 use crate::types::{BlockHash, ComponentId, Hash, NodeHash, PackId, PublicKey, RecipeId};
 
 /// Names one object a broker may ask another for.
@@ -167,6 +168,10 @@ pub trait Authority: Send + Sync + 'static {
     fn admit(&self, peer: &PublicKey) -> Result<(), Refusal>;
     /// Whether `ticket`, shown by `peer`, covers `key` now.
     fn check(&self, peer: &PublicKey, ticket: &Ticket, key: &ObjectKey) -> Result<(), Refusal>;
+    /// The cap of what is sent for a ticket, beside the endpoint's own.
+    fn limiter(&self, _ticket: &Ticket) -> Option<Limiter> {
+        None
+    }
 }
 
 /// An object whose bytes have the hash its key says. The bytes of one batch share a buffer: who

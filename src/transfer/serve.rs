@@ -18,11 +18,17 @@ use tokio::time::timeout;
 use super::batch::{self, Effort};
 use super::error::{Refusal, close};
 use super::frame::{Frame, Request, limit, size_limit_bytes};
+use super::limiter::Limiter;
 use super::object::{Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSource, PackWish, Ticket};
 use crate::types::PublicKey;
 
 /// How much of a large object is read, and written, at a time.
 const CHUNK_BYTES: usize = 256 << 10;
+/// How much is written at a time under a ticket's cap, and how often the cap is looked at.
+const LIMITED_BYTES: usize = 16 << 10;
+const LIMIT_LOOK: Duration = Duration::from_millis(200);
+/// UDP payload for each byte of stream: headers of QUIC, and its acknowledgements.
+const DATAGRAM_OVERHEAD: f64 = 1.028;
 /// A stream that takes nothing is given up when the whole connection moved less than this, too.
 const STALL_BYTES: u64 = 32 << 10;
 
@@ -110,7 +116,7 @@ impl Session {
             Err(_) => {
                 let all = Frame::Refused { reason: Refusal::TooMany, count: request.keys.len() };
                 self.log_refusal(Refusal::TooMany, &request.keys[0]);
-                self.write(&mut send, all.encode().into()).await
+                self.write(&mut send, all.encode().into(), &None).await
             }
         };
         let _ = match done {
@@ -129,6 +135,7 @@ impl Session {
         send: &mut SendStream,
         request: Request,
     ) -> Result<(), Unanswered> {
+        let limiter = self.server.authority.limiter(&request.ticket);
         let has_packs = !request.wishes.is_empty();
         let producer = Producer {
             session: self.clone(),
@@ -147,7 +154,7 @@ impl Session {
                 match timeout(self.server.stall_timeout / 4, &mut next).await {
                     Ok(step) => break step,
                     Err(_) if !has_packs => break (&mut next).await,
-                    Err(_) => self.write(send, Frame::Working.encode().into()).await?,
+                    Err(_) => self.write(send, Frame::Working.encode().into(), &limiter).await?,
                 }
             };
             let Ok((answer, mut producer)) = step else {
@@ -158,8 +165,8 @@ impl Session {
             next = spawn_blocking(move || producer.step());
             let writing = Instant::now();
             match answer {
-                Answer::Frame(frame) => self.write(send, frame.into()).await?,
-                Answer::Large(key, body) => self.send_large(send, key, body).await?,
+                Answer::Frame(frame) => self.write(send, frame.into(), &limiter).await?,
+                Answer::Large(key, body) => self.send_large(send, key, body, &limiter).await?,
             }
             last_write = writing.elapsed();
         }
@@ -170,11 +177,13 @@ impl Session {
         send: &mut SendStream,
         key: ObjectKey,
         body: ObjectBody,
+        limiter: &Option<Limiter>,
     ) -> Result<(), Unanswered> {
         let size_bytes = body.size_bytes();
-        self.write(send, Frame::Large { encoding: body.encoding, size_bytes }.encode().into()).await?;
+        let announced = Frame::Large { encoding: body.encoding, size_bytes }.encode();
+        self.write(send, announced.into(), limiter).await?;
         match body.content {
-            Content::Bytes(bytes) => self.write(send, bytes).await,
+            Content::Bytes(bytes) => self.write(send, bytes, limiter).await,
             Content::File { file, offset_bytes, size_bytes } => {
                 let file = Arc::new(file);
                 let end = offset_bytes.saturating_add(size_bytes);
@@ -191,14 +200,33 @@ impl Session {
                     };
                     at += chunk.len() as u64;
                     next = read_ahead(&file, at, end);
-                    self.write(send, chunk).await?;
+                    self.write(send, chunk, limiter).await?;
                 }
                 Ok(())
             }
         }
     }
 
-    async fn write(&self, send: &mut SendStream, bytes: Bytes) -> Result<(), Unanswered> {
+    async fn write(
+        &self,
+        send: &mut SendStream,
+        mut bytes: Bytes,
+        limiter: &Option<Limiter>,
+    ) -> Result<(), Unanswered> {
+        let Some(limiter) = limiter else { return self.write_at_once(send, bytes).await };
+        while !bytes.is_empty() {
+            while let Some(wait) = limiter.wait() {
+                // Not longer, so that a cap that is lifted is lifted at once.
+                tokio::time::sleep(wait.min(LIMIT_LOOK)).await;
+            }
+            let piece = bytes.split_to(bytes.len().min(LIMITED_BYTES));
+            limiter.spend((piece.len() as f64 * DATAGRAM_OVERHEAD) as usize);
+            self.write_at_once(send, piece).await?;
+        }
+        Ok(())
+    }
+
+    async fn write_at_once(&self, send: &mut SendStream, bytes: Bytes) -> Result<(), Unanswered> {
         let mut rest = [bytes];
         while !rest[0].is_empty() {
             let before = self.connection.stats().udp_tx.bytes;
@@ -324,7 +352,9 @@ impl Producer {
         }
         match (key.is_pack(), body.encoding) {
             (true, Encoding::StoredPack(_) | Encoding::PackDelta(_)) => Ok(Opened::Large(*key, body)),
-            (true, _) | (_, Encoding::StoredPack(_) | Encoding::PackDelta(_)) => Err(failed(&"it is not in the form its kind has")),
+            (true, _) | (_, Encoding::StoredPack(_) | Encoding::PackDelta(_)) => {
+                Err(failed(&"it is not in the form its kind has"))
+            }
             (false, Encoding::Zstd { .. }) => {
                 let packed = read(&body.content).map_err(|e| failed(&e))?;
                 if plain_size_bytes > limit::SMALL_BYTES as u64 {
