@@ -359,7 +359,9 @@ impl Broker {
             return drop(reply.send(Err(problem)));
         };
         match self.shared.repository.recipe(&vm.record.spec.recipe) {
-            Ok(recipe) => self.begin_move(id, peer, cloud, Arc::new(recipe), events, reply),
+            Ok(recipe) => {
+                self.begin_move(id, peer, cloud, Arc::new(recipe), events, reply, 0);
+            }
             Err(e) => drop(reply.send(Err(content::repository_problem(&e)))),
         }
     }

@@ -409,6 +409,12 @@ pub struct MigrationProgress {
     pub started: UnixMillis,
     pub updated: UnixMillis,
     pub ended: bool,
+    /// The VM's epoch at the source when the move began; 0 at the target.
+    #[serde(default)]
+    pub epoch: u64,
+    /// Earlier tries of the same move that restarts cut short.
+    #[serde(default)]
+    pub attempt: u32,
 }
 
 /// What a move cost, and what it would have cost without components.

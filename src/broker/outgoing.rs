@@ -72,7 +72,8 @@ pub struct ScannedDisk {
 }
 
 impl Broker {
-    /// Begins to move a VM that is ours and free to `peer`.
+    /// Begins to move a VM that is ours and free to `peer`. `attempt` counts the tries that
+    /// restarts cut short.
     pub(super) fn begin_move(
         &mut self,
         vm: VmId,
@@ -81,23 +82,26 @@ impl Broker {
         recipe: Arc<Recipe>,
         events: mpsc::Sender<Event>,
         reply: oneshot::Sender<Result<Reply, Problem>>,
-    ) {
+        attempt: u32,
+    ) -> Option<MigrationId> {
         let ticket = match Ticket::random() {
             Ok(t) => t,
             Err(e) => {
                 let _ = reply.send(Err(Problem::new(ProblemKind::Failed, "random source", e.to_string())));
-                return;
+                return None;
             }
         };
         let now = self.shared.now();
         let Some(entry) = self.vms.get_mut(&vm) else {
             let _ = reply.send(Err(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile")));
-            return;
+            return None;
         };
         let id = MigrationId::random();
         entry.busy = Some(Busy::Migration(id));
         let record = &entry.record;
         let was_running = self.shared.driver.state(vm).is_ok_and(|s| s != crate::vm::PowerState::Stopped);
+        let mut view = new_view(id, &record.spec, "source", &peer.jid, cloud, now);
+        (view.progress.epoch, view.progress.attempt) = (record.epoch, attempt);
         let run = Outgoing {
             machine: Source::new(was_running),
             matter: Matter { migration: id, vm, epoch: record.epoch },
@@ -109,7 +113,7 @@ impl Broker {
             nodes: HashSet::new(),
             disks: Vec::new(),
             pass: None,
-            view: new_view(id, &record.spec, "source", &peer.jid, cloud, now),
+            view,
             peer,
             phase_since: now,
             stopped_at: None,
@@ -117,8 +121,13 @@ impl Broker {
             waiters: vec![reply],
         };
         tracing::info!(migration = %id, vm = %record.spec.name, to = %run.peer.jid, "move begins");
+        // Found unfinished after a restart, it is begun again.
+        if let Err(e) = self.shared.records.save_migration(&run.view) {
+            tracing::warn!(migration = %id, error = super::problem::chain(&e), "a restart would forget it");
+        }
         self.outgoing.insert(id, run);
         self.outgoing_event(id, SourceEvent::Begin);
+        Some(id)
     }
 
     /// Takes up hand-overs that were not acknowledged when the broker stopped.

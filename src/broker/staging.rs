@@ -33,6 +33,8 @@ use super::vms::DiskPaths;
 const FIRMWARE_BYTES_MAX: usize = 4 << 20;
 /// Attempts to go on after the data link broke, each after a growing pause.
 const RECONNECTS_MAX: u32 = 12;
+/// How long the disks of an earlier migration of the VM may be held by it.
+const OPEN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Both disks as far as they are staged, kept from pass to pass.
 pub struct Staged {
@@ -276,8 +278,7 @@ impl Stage {
         blocking(move || {
             fs::create_dir_all(&dir).map_err(|e| content(&e))?;
             let paths = DiskPaths::in_dir(&dir, base);
-            let open =
-                |disk, shape: &MapRef| StagedDisk::open_or_create(disk, shape).map_err(|e| content(&e));
+            let open = |disk: DiskFile, shape: &MapRef| open_disk(&disk, shape).map_err(|e| content(&e));
             let root = open(DiskFile::Root { overlay: paths.root, base: paths.base }, &pass.root_delta)?;
             let user_data = match spec.user_data_size.0 {
                 0 => None,
@@ -419,6 +420,28 @@ impl Drop for Stage {
 fn is_torn(failure: &TransferError) -> bool {
     matches!(failure, TransferError::Sink { source: SinkError::Storage(e), .. }
         if matches!(e.downcast_ref(), Some(RepositoryError::TornPart { .. })))
+}
+
+/// Opens a disk to be staged. What an earlier migration left of it may still be in the hands of
+/// that one's last step, or be of no use: then it is made anew.
+fn open_disk(disk: &DiskFile, shape: &MapRef) -> Result<StagedDisk, disk::DiskError> {
+    let begun = Instant::now();
+    loop {
+        match StagedDisk::open_or_create(disk.clone(), shape) {
+            Err(e) if disk.path().exists() => {
+                tracing::info!(
+                    error = super::problem::chain(&e),
+                    "a disk staged before cannot be gone on with"
+                );
+                if begun.elapsed() > OPEN_PATIENCE {
+                    disk::scrub(disk.path())?;
+                    return StagedDisk::open_or_create(disk.clone(), shape);
+                }
+                std::thread::sleep(OPEN_PATIENCE / 10);
+            }
+            opened => return opened,
+        }
+    }
 }
 
 fn wire_bytes_of(connection: &Connection) -> u64 {
@@ -670,19 +693,32 @@ pub fn scrub_dir(dir: &Path) {
     }
 }
 
-/// Removes disk directories that no record names.
-pub fn remove_leftovers(shared: &Shared, used: &HashSet<PathBuf>) {
-    let Ok(vms) = fs::read_dir(shared.records.vms_dir()) else { return };
-    for vm in vms.flatten().map(|e| e.path()) {
-        let Ok(entries) = fs::read_dir(&vm) else { continue };
-        for dir in entries.flatten().map(|e| e.path()) {
-            let named = dir.file_name().is_some_and(|n| n.to_string_lossy().starts_with("disks-"));
-            if named && !used.contains(&dir) {
-                tracing::info!(path = %dir.display(), "removing a leftover of an unfinished migration");
-                scrub_dir(&dir);
+/// Disk directories that are not among `used`, with the VMs they are of.
+pub fn leftovers(shared: &Shared, used: &HashSet<PathBuf>) -> Vec<(VmId, PathBuf)> {
+    let Ok(vms) = fs::read_dir(shared.records.vms_dir()) else { return Vec::new() };
+    let mut found = Vec::new();
+    for vm in vms.flatten() {
+        let Some(id) = vm.file_name().to_str().and_then(|n| n.parse::<VmId>().ok()) else { continue };
+        let Ok(entries) = fs::read_dir(vm.path()) else { continue };
+        for dir in entries.flatten() {
+            let named = dir.file_name().to_string_lossy().starts_with("disks-");
+            if named && !used.contains(&dir.path()) {
+                found.push((id, dir.path()));
             }
         }
-        if !vm.join("record.json").exists() {
+    }
+    found
+}
+
+/// Removes disk directories that are not among `used`, and what is left of VMs without a record.
+pub fn remove_leftovers(shared: &Shared, used: &HashSet<PathBuf>) {
+    for (_, dir) in leftovers(shared, used) {
+        tracing::info!(path = %dir.display(), "removing a leftover of an unfinished migration");
+        scrub_dir(&dir);
+    }
+    let Ok(vms) = fs::read_dir(shared.records.vms_dir()) else { return };
+    for vm in vms.flatten().map(|e| e.path()) {
+        if !vm.join("record.json").exists() && !used.iter().any(|dir| dir.starts_with(&vm)) {
             let _ = fs::remove_dir(&vm);
         }
     }

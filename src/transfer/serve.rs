@@ -45,8 +45,12 @@ pub struct Server {
 pub async fn serve(server: Arc<Server>, connection: quinn::Connection, peer: PublicKey) {
     let session = Arc::new(Session { server, connection, peer, logged: AtomicU64::new(0) });
     let mut requests = JoinSet::new();
+    let mut window = SendWindow::new(&session.connection);
+    let mut ticks = tokio::time::interval(WINDOW_LOOK);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
+            _ = ticks.tick(), if !requests.is_empty() => window.adapt(&session.connection),
             accepted = session.connection.accept_bi() => match accepted {
                 Ok((send, recv)) => {
                     requests.spawn(session.clone().answer(send, recv));
@@ -55,6 +59,39 @@ pub async fn serve(server: Arc<Server>, connection: quinn::Connection, peer: Pub
             },
             Some(_) = requests.join_next() => {}
         }
+    }
+}
+
+/// Keeps what waits in a connection's send buffers to a fraction of a second of what it carries:
+/// what is buffered is beyond the reach of a cap, and of a cancel.
+struct SendWindow {
+    sent_bytes: u64,
+    looked: Instant,
+    rate_bytes_per_s: f64,
+}
+
+/// How often the window is looked at, and how much time's worth of sending beyond the round trip it
+/// holds.
+const WINDOW_LOOK: Duration = Duration::from_millis(100);
+const WINDOW_TIME: Duration = Duration::from_millis(200);
+const WINDOW_BYTES: std::ops::RangeInclusive<u64> = (1 << 20)..=(16 << 20);
+
+impl SendWindow {
+    fn new(connection: &quinn::Connection) -> Self {
+        connection.set_send_window(*WINDOW_BYTES.start());
+        let sent_bytes = connection.stats().udp_tx.bytes;
+        Self { sent_bytes, looked: Instant::now(), rate_bytes_per_s: 0.0 }
+    }
+
+    fn adapt(&mut self, connection: &quinn::Connection) {
+        let (sent_bytes, now) = (connection.stats().udp_tx.bytes, Instant::now());
+        let passed = now.duration_since(self.looked).as_secs_f64().max(1e-3);
+        let rate = (sent_bytes - self.sent_bytes) as f64 / passed;
+        // Up at once, so that a fast link is filled; down slowly, because sending comes in bursts.
+        self.rate_bytes_per_s = rate.max(0.7 * self.rate_bytes_per_s + 0.3 * rate);
+        (self.sent_bytes, self.looked) = (sent_bytes, now);
+        let held = 2.0 * self.rate_bytes_per_s * (connection.rtt() + WINDOW_TIME).as_secs_f64();
+        connection.set_send_window((held as u64).clamp(*WINDOW_BYTES.start(), *WINDOW_BYTES.end()));
     }
 }
 

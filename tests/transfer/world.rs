@@ -141,11 +141,11 @@ impl Broker {
     }
 }
 
-pub struct Members(Mutex<HashSet<PublicKey>>);
+pub struct Members(Mutex<HashSet<PublicKey>>, pub Limiter);
 
 impl Members {
     pub fn new(keys: &[PublicKey]) -> Self {
-        Self(Mutex::new(keys.iter().copied().collect()))
+        Self(Mutex::new(keys.iter().copied().collect()), Limiter::unlimited())
     }
     pub fn of(brokers: &[&Broker]) -> Self {
         Self::new(&brokers.iter().map(|b| b.identity.public()).collect::<Vec<_>>())
@@ -162,6 +162,9 @@ impl Authority for Members {
     fn check(&self, peer: &PublicKey, ticket: &Ticket, _: &ObjectKey) -> Result<(), Refusal> {
         self.admit(peer)?;
         if *ticket == TICKET { Ok(()) } else { Err(Refusal::UnknownTicket) }
+    }
+    fn limiter(&self, _: &Ticket) -> Option<Limiter> {
+        Some(self.1.clone())
     }
 }
 
