@@ -148,3 +148,86 @@ fn a_move_goes_on_after_either_broker_dies() {
     let roots = world.vm_files(1).iter().filter(|p| p.ends_with("root.qcow2")).count();
     assert_eq!(roots, 3, "{:?}", world.vm_files(1));
 }
+
+/// A component as its next point release: one file of one pack has a few other bytes.
+fn next_version(built: &world::Built, id: &cicada::types::ComponentId) -> cicada::types::ComponentId {
+    use cicada::component::manifest::EntryKind;
+    let repository = &built.repository;
+    let mut manifest = (*repository.manifest(id).unwrap()).clone();
+    let largest = (0..manifest.packs.len()).max_by_key(|n| manifest.packs[*n].size_bytes).unwrap();
+    let mut plain = Vec::new();
+    let old = manifest.packs[largest].id;
+    repository
+        .read_pack(&old, &mut |_, bytes| {
+            plain.extend_from_slice(bytes);
+            Ok(())
+        })
+        .unwrap();
+    let changed = manifest.entries.iter_mut().find_map(|entry| match &mut entry.kind {
+        EntryKind::File { size_bytes, hash, pack, offset_bytes }
+            if *pack as usize == largest && *size_bytes > 100_000 =>
+        {
+            let content = &mut plain[*offset_bytes as usize..(*offset_bytes + *size_bytes) as usize];
+            content[50_000..50_100].fill(7);
+            *hash = cicada::types::Hash::of(content);
+            Some(())
+        }
+        _ => None,
+    });
+    changed.expect("no large file");
+    let mut writer = repository.pack_writer().unwrap();
+    writer.append(&mut &plain[..], plain.len() as u64).unwrap();
+    manifest.packs[largest].id = writer.finish().unwrap().unwrap().0;
+    manifest.version = "2".into();
+    repository.put_manifest(&manifest).unwrap()
+}
+
+#[test]
+fn what_resembles_something_held_travels_as_the_difference() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let built = components(&TINY);
+    let world = World::start(&["alpine", "boreal"]);
+    let kernel = built.ids.iter().position(|id| built.name(id).starts_with("linux-tiny@")).unwrap();
+    let mut newer = built.ids.clone();
+    newer[kernel] = next_version(&built, &built.ids[kernel]);
+    world.push(0, &built, &built.ids);
+    world.push(0, &built, &newer[kernel..=kernel]);
+    let whole = built.stored_bytes(&newer[kernel]);
+
+    vm_with_data(&world, &built, "one");
+    world.move_vm(0, "one", "boreal");
+
+    // A point release of the kernel.
+    let create = |name: &str| {
+        let ids = newer.clone();
+        world.create_vm(0, name, &ids, 0, false);
+    };
+    create("released");
+    let plan = world.plan(0, "released").candidates.remove(0);
+    let missing = plan.component_bytes_missing;
+    assert!(plan.deltas_unknown && missing <= whole && plan.packs_missing == 1, "{plan:?} of {whole}");
+    let moved = world.move_vm(0, "released", "boreal").account;
+    assert!(moved.component_bytes < missing / 10, "{} of {missing}", moved.component_bytes);
+    assert_eq!(moved.packs_fetched, 1);
+
+    // Another VM with the same data, from the same member.
+    vm_with_data(&world, &built, "one2");
+    let source = world.vm(0, "one2").id.to_string();
+    let noise = {
+        let mut noise = vec![0; (USER_DATA_MIB << 20) as usize];
+        blake3::Hasher::new().update(b"one").finalize_xof().fill(&mut noise);
+        noise
+    };
+    let disk = world
+        .vm_files(0)
+        .into_iter()
+        .find(|p| p.ends_with("user-data.raw") && p.display().to_string().contains(&source));
+    let file = std::fs::OpenOptions::new().write(true).open(disk.unwrap()).unwrap();
+    file.write_all_at(&noise, 0).unwrap();
+    let twin = world.move_vm(0, "one2", "boreal").account;
+    assert_eq!(twin.user_data_bytes, 0, "its blocks are there");
+    assert_eq!(twin.component_bytes, 0);
+}

@@ -362,9 +362,14 @@ impl Broker {
     fn stage(&mut self, id: MigrationId, init: Initialization) {
         let Some(run) = self.incoming.get_mut(&id) else { return };
         run.component_names = init.component_names.clone();
+        let (own, peer) = (run.matter.vm, run.peer.jid.clone());
         let seeds =
             self.vms.get(&run.matter.vm).filter(|vm| !vm.record.is_here()).map(|vm| vm.record.clone());
         let seeds = seeds.map(|record| self.disk_paths(&record));
+        // Only what that member once had itself: from what is not asked for it learns nothing.
+        let from_peer =
+            |vm: &&Vm| vm.record.spec.id != own && vm.record.arrival.as_ref().is_some_and(|a| a.from == peer);
+        let neighbours = self.vms.values().filter(from_peer).map(|vm| self.disk_paths(&vm.record)).collect();
         let Some(run) = self.incoming.get(&id) else { return };
         if run.staged.is_none() {
             let dir = self.shared.records.vm_dir(run.matter.vm).join(&run.dir_name);
@@ -379,6 +384,7 @@ impl Broker {
             init,
             dir: self.shared.records.vm_dir(run.matter.vm).join(&run.dir_name),
             seeds,
+            neighbours,
             staged: run.staged.take(),
             account: run.machine.account().clone(),
             progress,

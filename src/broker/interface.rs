@@ -345,8 +345,12 @@ pub struct Candidate {
     pub cloud: Option<CloudName>,
     pub jid: MemberJid,
     pub verdict: Verdict,
-    /// Exact bytes the member lacks: stored form of packs, manifests and recipe.
+    /// Bytes of components that will travel: stored form of packs and manifests, or the deltas that
+    /// are ready. Exact unless `deltas_unknown`.
     pub component_bytes_missing: u64,
+    /// Deltas from what the member holds are still to be made: less will travel.
+    #[serde(default)]
+    pub deltas_unknown: bool,
     pub components_needed: u32,
     pub components_held: u32,
     pub packs_missing: u32,

@@ -33,6 +33,8 @@ use super::vms::DiskPaths;
 const FIRMWARE_BYTES_MAX: usize = 4 << 20;
 /// Attempts to go on after the data link broke, each after a growing pause.
 const RECONNECTS_MAX: u32 = 12;
+/// Blocks of other VMs that are looked through for what need not travel, 12 bytes of memory each.
+const NEIGHBOUR_PLACES_MAX: usize = 8 << 20;
 /// How long the disks of an earlier migration of the VM may be held by it.
 const OPEN_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -54,6 +56,8 @@ pub struct StageJob {
     pub dir: PathBuf,
     /// Disks of a copy that was kept here.
     pub seeds: Option<DiskPaths>,
+    /// Disks of other VMs that came from the same member.
+    pub neighbours: Vec<DiskPaths>,
     pub staged: Option<Staged>,
     /// What earlier passes counted.
     pub account: StageAccount,
@@ -273,6 +277,7 @@ impl Stage {
 
     async fn open_disks(&self) -> Result<Staged, Denial> {
         let (dir, spec, seeds) = (self.job.dir.clone(), self.job.spec.clone(), self.job.seeds.clone());
+        let neighbours = self.job.neighbours.clone();
         let base = self.job.shared.composer.path_of(&self.recipe.id());
         let pass = self.job.init.pass;
         blocking(move || {
@@ -290,6 +295,20 @@ impl Stage {
                 held.extend(disk::scan_root(&old.root, &old.base).ok().map(|(_, index)| Arc::new(index)));
                 if spec.user_data_size.0 > 0 {
                     held.extend(disk::scan_user_data(&old.user_data).ok().map(|(_, index)| Arc::new(index)));
+                }
+            }
+            let mut places_left = NEIGHBOUR_PLACES_MAX;
+            for disks in neighbours {
+                for disk in [
+                    DiskFile::Root { overlay: disks.root, base: disks.base },
+                    DiskFile::UserData { raw: disks.user_data },
+                ] {
+                    // What was staged there may be overwritten by now: each block is looked at.
+                    let index = disk::index_as_staged(&disk).filter(|index| index.len() <= places_left);
+                    if let Some(index) = index {
+                        places_left -= index.len();
+                        held.push(Arc::new(index));
+                    }
                 }
             }
             Ok(Staged { root, user_data, seeds: held, reported: Progress::default() })

@@ -14,6 +14,8 @@ use crate::types::PackId;
 const LIVE_BYTES_MAX: u64 = 256 << 20;
 /// No delta is made of packs larger than this.
 const BYTES_MAX: u64 = 4 << 30;
+/// Bases a pack is compared with: each may take seconds.
+const COMPARED_MAX: usize = 2;
 /// A delta must save at least this part of the stored form.
 const SAVED_PART_MIN: u64 = 8;
 /// What the cache keeps, the most recently used first.
@@ -49,7 +51,8 @@ impl Repository {
         if begun == Some(best.tag) {
             return Ok(best);
         }
-        for base in bases.iter().filter(|base| *base != id) {
+        let known = bases.iter().filter(|base| *base != id && self.has_pack(base));
+        for base in known.take(COMPARED_MAX) {
             let made = self.delta(id, base, LIVE_BYTES_MAX, delta::LEVEL, stored_size_bytes);
             let opened = made.and_then(|file| match file {
                 Some(file) => self.delta_form(file, base, stored_size_bytes).map(Some),

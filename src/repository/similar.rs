@@ -7,8 +7,8 @@ use super::Repository;
 use super::error::Result;
 use crate::types::{ComponentId, PackId};
 
-/// Bases named for one pack: each may cost the sender a comparison.
-const BASES_MAX: usize = 2;
+/// Bases named for one pack: the sender may not hold all of them.
+const BASES_MAX: usize = 4;
 /// Manifests read to find them; a repository seldom holds as many versions of one component.
 const VERSIONS_MAX: usize = 64;
 /// Smaller packs are not worth a comparison.
