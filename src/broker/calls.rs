@@ -73,7 +73,8 @@ impl Broker {
     fn content_call(&self, request: Request, events: mpsc::Sender<Event>, reply: Answer) {
         let shared = self.shared.clone();
         // What VMs and their kept copies are made of must stay.
-        let recipes: Vec<_> = self.vms.values().map(|vm| vm.record.spec.recipe).collect();
+        let recipes = self.vms.values().map(|vm| vm.record.spec.recipe);
+        let recipes: Vec<_> = recipes.chain(self.incoming.values().map(|run| run.spec().recipe)).collect();
         tokio::task::spawn_blocking(move || {
             let grace = shared.config.repository.gc_grace;
             let (repository, composer) = (&shared.repository, &shared.composer);

@@ -54,7 +54,9 @@ pub fn call(
         }
         Request::RepoStats => stats(repository).map(Reply::Report),
         Request::RepoCheck => check(repository, events).map(Reply::Report),
-        Request::RepoGc { dry_run } => gc(repository, *dry_run, gc_grace, vm_recipes).map(Reply::Report),
+        Request::RepoGc { dry_run } => {
+            gc(repository, composer, *dry_run, gc_grace, vm_recipes).map(Reply::Report)
+        }
         Request::RepoRebuildIndex => rebuild(repository).map(Reply::Report),
         _ => return None,
     })
@@ -356,6 +358,7 @@ fn check(repository: &Repository, events: &mut dyn FnMut(Event)) -> Result<Vec<R
 
 fn gc(
     repository: &Repository,
+    composer: &Composer,
     dry_run: bool,
     grace: Duration,
     vm_recipes: &[RecipeId],
@@ -368,6 +371,10 @@ fn gc(
         line(verb, report.removed.total().count, "objects", ""),
         line(verb, report.removed.total().stored_bytes, "bytes", ""),
     ];
+    let (compositions, bytes) =
+        composer.collect(vm_recipes, grace, dry_run).map_err(|e| compose_problem(&e))?;
+    lines.push(line(&format!("{verb} compositions"), compositions, "files", "made again when wanted"));
+    lines.push(line(&format!("{verb} compositions"), bytes, "bytes", ""));
     lines.extend(report.missing.iter().map(|m| line("missing", 1, "objects", m.to_string())));
     Ok(lines)
 }
