@@ -2,6 +2,7 @@
 //! to stdout and everything else to stderr.
 
 mod account;
+mod bench;
 mod broker;
 mod component;
 mod config;
@@ -143,6 +144,8 @@ enum Command {
     /// Moves that run or ended
     #[command(subcommand)]
     Migration(migration::Command),
+    /// Measure what this machine makes of a repository's work (without a broker)
+    Bench(bench::Bench),
     /// Print completions for a shell (without a broker)
     Completions(generate::Completions),
     /// Write the manual pages (without a broker)
@@ -198,6 +201,7 @@ async fn dispatch(ctx: Context, command: Command) -> Outcome {
         Command::Plan(c) => plan::run(&ctx, c).await,
         Command::Move(c) => moving::run(&ctx, c).await,
         Command::Migration(c) => migration::run(&ctx, c).await,
+        Command::Bench(b) => bench::run(&ctx, &b),
         Command::Completions(c) => generate::completions(&ctx, &c),
         Command::Man(c) => generate::man(&ctx, &c),
     }
