@@ -23,14 +23,16 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
+use crate::clock::UnixMillis;
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
 use crate::migration::ReplayGuard;
 use crate::migration::source::Event as SourceEvent;
 use crate::migration::target::Event as TargetEvent;
 use crate::placement::{NetworkOffer, Room};
-use crate::types::{MemberJid, MigrationId, VmId, VmName};
+use crate::types::{ComponentId, MemberJid, MigrationId, RecipeId, VmId, VmName};
 use crate::vm::PowerState;
 
 pub use interface::{Event, Reply, Request};
@@ -105,6 +107,14 @@ pub struct Broker {
     unfinished: Vec<unfinished::Unfinished>,
     /// Disks staged here for migrations that are gone.
     interrupted: BTreeMap<VmId, unfinished::Interrupted>,
+    /// When something moved last.
+    idle_since: UnixMillis,
+    /// When it was last looked whether there is something to optimise.
+    optimize_looked: UnixMillis,
+    /// Ends the optimising under way.
+    optimizing: CancellationToken,
+    /// What was optimised last: named components, and recipes of VMs.
+    optimized: Option<(BTreeSet<ComponentId>, BTreeSet<RecipeId>)>,
     rates: Rates,
     /// Requests of others that were refused.
     refusals: u64,
@@ -126,6 +136,7 @@ impl Broker {
             .map(|record| (record.spec.id, Vm { record, busy: None, power_note: None }))
             .collect();
         let (history, unfinished) = unfinished::split(shared.records.migrations()?, &vms, shared.now());
+        let idle_since = shared.now();
         Ok(Self {
             shared,
             members,
@@ -138,6 +149,10 @@ impl Broker {
             history,
             unfinished,
             interrupted: BTreeMap::new(),
+            idle_since,
+            optimize_looked: idle_since,
+            optimizing: CancellationToken::new(),
+            optimized: None,
             rates: Rates::default(),
             refusals: 0,
             announce,
@@ -168,6 +183,7 @@ impl Broker {
                 (self.announce)(&self);
             }
         }
+        self.optimizing.cancel();
         tracing::info!("the broker stops; VMs keep running");
     }
 
@@ -176,6 +192,7 @@ impl Broker {
         self.expire_interrupted();
         self.take_up_unfinished();
         self.scrub_released();
+        self.optimize_when_idle();
     }
 
     fn room_input(&mut self, input: RoomInput) {

@@ -1,14 +1,21 @@
 //! `component optimize`: what is kept is compressed strongly, and deltas between the versions that
 //! are here are made ahead of time.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
+use std::time::Duration;
 
-use crate::repository::{Repository, RepositoryError};
-use crate::types::{ComponentId, PackId};
+use tokio_util::sync::CancellationToken;
 
+use crate::repository::{ObjectId, Repository, RepositoryError};
+use crate::types::{ComponentId, PackId, RecipeId};
+
+use super::Broker;
 use super::content::{repository_problem, resolve};
 use super::interface::{Event, ReportLine};
 use super::problem::{Problem, ProblemKind};
+
+/// How often it is looked whether there is something new to optimise.
+const LOOK_EVERY: Duration = Duration::from_secs(30);
 
 /// Optimises the components named, or all that have a name. What was done stays done when `stop`
 /// says so.
@@ -29,7 +36,7 @@ pub fn optimize(
         names => resolve(repository, names)?,
     };
     let failed = |e: &RepositoryError| repository_problem(e);
-    let _pin = repository.pin(ids.iter().map(|id| crate::repository::ObjectId::Manifest(*id)).collect());
+    let _pin = repository.pin(ids.iter().map(|id| ObjectId::Manifest(*id)).collect());
     let mut packs: Vec<(PackId, u64)> = Vec::new();
     for id in &ids {
         let manifest = repository.manifest(id).map_err(|e| failed(&e))?;
@@ -78,6 +85,83 @@ pub fn optimize(
         lines.push(line("those packs stored", whole_bytes, "bytes", ""));
     }
     Ok(lines)
+}
+
+/// Optimises all of `components` that is not yet, and prepares the deltas between their versions.
+/// Returns when there is nothing left to do, or `stop` says so.
+fn optimize_quietly(
+    repository: &Repository,
+    components: &[ComponentId],
+    stop: &dyn Fn() -> bool,
+) -> Result<(), RepositoryError> {
+    let _pin = repository.pin(components.iter().map(|id| ObjectId::Manifest(*id)).collect());
+    for id in components {
+        // A recipe may name what is still on its way here.
+        let Ok(manifest) = repository.manifest(id) else { continue };
+        for pack in &manifest.packs {
+            if stop() {
+                return Ok(());
+            }
+            if repository.has_pack(&pack.id) && !repository.is_optimized(&pack.id)? {
+                match repository.optimize_pack(&pack.id, stop) {
+                    Err(_) if stop() => return Ok(()),
+                    optimized => optimized.map(drop)?,
+                }
+            }
+        }
+    }
+    for (id, base) in versions(repository, components)? {
+        if stop() {
+            return Ok(());
+        }
+        repository.prepare_delta(&id, &base)?;
+    }
+    Ok(())
+}
+
+impl Broker {
+    /// Begins to optimise when nothing has moved for a while and there is something new, and stops
+    /// when something moves.
+    pub(super) fn optimize_when_idle(&mut self) {
+        let now = self.shared.now();
+        let after = self.shared.config.repository.optimize_after;
+        let moving = !self.outgoing.is_empty() || self.incoming.values().any(|run| run.is_unfinished());
+        if moving {
+            self.idle_since = now;
+            self.optimizing.cancel();
+            // What was fetched is new, too.
+            self.optimized = None;
+        }
+        let idle = !moving && !after.is_zero() && now.since(self.idle_since) >= after;
+        if !idle || now.since(self.optimize_looked) < LOOK_EVERY {
+            return;
+        }
+        self.optimize_looked = now;
+        let recipes: BTreeSet<RecipeId> = self.vms.values().map(|vm| vm.record.spec.recipe).collect();
+        let shared = self.shared.clone();
+        let named = match shared.repository.components() {
+            Ok(all) => all.into_iter().map(|(id, _)| id).collect::<BTreeSet<_>>(),
+            Err(_) => return,
+        };
+        // The same things were optimised already, or are just being.
+        let wanted = (named, recipes);
+        if self.optimized.as_ref() == Some(&wanted) {
+            return;
+        }
+        self.optimizing.cancel();
+        self.optimizing = CancellationToken::new();
+        let (token, (named, recipes)) = (self.optimizing.clone(), wanted.clone());
+        self.optimized = Some(wanted);
+        tokio::task::spawn_blocking(move || {
+            let recipes = recipes.iter().filter_map(|id| shared.repository.recipe(id).ok());
+            let components: BTreeSet<ComponentId> =
+                recipes.flat_map(|recipe| recipe.components).chain(named).collect();
+            let components: Vec<_> = components.into_iter().collect();
+            if let Err(error) = optimize_quietly(&shared.repository, &components, &|| token.is_cancelled()) {
+                tracing::warn!(error = super::problem::chain(&error), "not all could be optimised");
+            }
+        });
+    }
 }
 
 /// Packs that differ between versions of the components, each with the packs a delta may lean on.

@@ -67,8 +67,8 @@ impl Repository {
         })?;
         while write_oldest(&mut compressing).map_err(write_error)? {}
         let after_bytes = pending.file().metadata().map_err(write_error)?.len();
-        // Many packs are too small or too dense to gain; their frames stay as they are.
-        if after_bytes >= unchanged.before_bytes {
+        // A pack too small or too dense to gain is replaced too, so that it is not tried again.
+        if after_bytes > unchanged.before_bytes + unchanged.before_bytes / 64 {
             return Ok(unchanged);
         }
         let target = self.layout().object_path(&object);
