@@ -34,6 +34,8 @@ pub struct PendingFile {
     temporary: PathBuf,
     target: PathBuf,
     done: bool,
+    /// Dropped unfinished, the file stays where it is, to be gone on with.
+    resumable: bool,
 }
 
 impl PendingFile {
@@ -53,7 +55,19 @@ impl PendingFile {
         // A file of that name can only be a leftover of a dead process with our number.
         let _ = fs::remove_file(&temporary);
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(mode).open(&temporary)?;
-        Ok(Self { file, temporary, target: target.to_owned(), done: false })
+        Ok(Self { file, temporary, target: target.to_owned(), done: false, resumable: false })
+    }
+
+    /// Opens, or begins, a file that stays when it is dropped unfinished, positioned at its end.
+    /// What an earlier process left in it may be torn: whoever goes on verifies it.
+    pub fn resume(path: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)?;
+        Ok(Self { file, temporary: path.to_owned(), target: path.to_owned(), done: false, resumable: true })
+    }
+
+    /// Removes the file now, resumable or not.
+    pub fn discard(mut self) {
+        self.resumable = false;
     }
 
     pub fn file(&mut self) -> &mut File {
@@ -82,7 +96,7 @@ impl PendingFile {
 
 impl Drop for PendingFile {
     fn drop(&mut self) {
-        if !self.done {
+        if !self.done && !self.resumable {
             let _ = fs::remove_file(&self.temporary);
         }
     }

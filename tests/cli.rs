@@ -705,7 +705,8 @@ impl Service for TestService {
                 }
                 other => tokio::task::spawn_blocking(move || {
                     let composer = Composer::new(repository.clone());
-                    content::call(&repository, &composer, Duration::ZERO, &[], &other, &mut |_| ()).unwrap()
+                    content::call(&repository, &composer, Duration::ZERO, &[], &other, &|| false, &mut |_| ())
+                        .unwrap()
                 })
                 .await
                 .unwrap(),

@@ -270,6 +270,8 @@ fn brokers_survive_bad_surroundings() {
     for file in std::fs::read_dir(&compositions).unwrap().flatten() {
         std::fs::remove_file(file.path()).unwrap();
     }
+    std::fs::remove_dir_all(world.clouds[1].dir.join("data/repository/hot")).unwrap();
+    std::fs::create_dir(world.clouds[1].dir.join("data/repository/hot")).unwrap();
     let damaged = largest_file(&world.clouds[1].dir.join("data/repository/packs"));
     let mut bytes = std::fs::read(&damaged).unwrap();
     let middle = bytes.len() / 2;

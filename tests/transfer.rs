@@ -338,6 +338,33 @@ async fn the_cap_holds_and_changes_under_way() {
     fetch.abort();
 }
 
+/// The cap of one migration: the answers to its ticket draw from it, nothing else does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_ticket_s_cap_holds_and_is_lifted_under_way() {
+    let store = Store::new();
+    let mut keys: Vec<_> = (0..6).map(|i| store.add_pack(data::noise(i, 12 << 20))).collect();
+    keys.extend((100..3100).map(|i| store.add_block(data::noise(i, 4096))));
+    let (source, target) = Broker::pair(store).await;
+    let limiter = source.members.1.clone();
+    limiter.set_rate(Some(40_000_000 / 8));
+    let connection = target.connect(&source).await.unwrap();
+    let fetching = connection.clone();
+    let fetch =
+        tokio::spawn(async move { fetching.fetch(&world::TICKET, keys, Sink::new(), Arc::default()).await });
+    for mbit in [40, 16] {
+        limiter.set_rate(Some(mbit * 1_000_000 / 8));
+        sleep(Duration::from_millis(700)).await;
+        let (from, at) = (connection.stats().received_bytes, Instant::now());
+        sleep(Duration::from_secs(3)).await;
+        let moved = connection.stats().received_bytes - from;
+        let measured = moved as f64 * 8e-6 / at.elapsed().as_secs_f64();
+        println!("ticket capped at {mbit} Mbit/s: {measured:.2} Mbit/s of UDP payload arrived");
+        assert!((measured / mbit as f64 - 1.0).abs() < 0.08, "cap {mbit}, measured {measured}");
+    }
+    limiter.set_rate(None);
+    fetch.await.unwrap().unwrap();
+}
+
 /// The source dies without a word; what arrived is not fetched again.
 #[test]
 fn a_killed_source_interrupts_and_resuming_fetches_only_the_rest() {

@@ -14,7 +14,7 @@ use cicada::build::{BuildEvent, BuildOptions, build};
 use cicada::compose::Composer;
 use cicada::repository::{PackReceiver, Repository, RepositoryError};
 use cicada::transfer::{
-    Endpoint, Limiter, ObjectKey, ObjectSink, PackWriter, Progress, SinkError, Ticket, Verified,
+    Endpoint, Limiter, ObjectKey, ObjectSink, PackRange, PackWriter, Progress, SinkError, Ticket, Verified,
 };
 use cicada::types::{ByteSize, ComponentId, IdentityKey, PackId, RecipeId};
 
@@ -165,7 +165,13 @@ impl ObjectSink for Sink {
         }
         Ok(())
     }
-    fn pack(&self, pack: &PackId, size_bytes: u64) -> Result<Box<dyn PackWriter>, SinkError> {
+    fn pack(
+        &self,
+        pack: &PackId,
+        _is_delta: bool,
+        _range: &PackRange,
+        size_bytes: u64,
+    ) -> Result<Box<dyn PackWriter>, SinkError> {
         Ok(Box::new(Receiving(self.0.pack_receiver(*pack, size_bytes).map_err(storage)?)))
     }
 }

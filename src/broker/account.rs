@@ -43,6 +43,8 @@ pub fn new_view(
             started: now,
             updated: now,
             ended: false,
+            epoch: 0,
+            attempt: 0,
         },
         account: Account::default(),
         problem: None,

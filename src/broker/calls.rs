@@ -64,6 +64,9 @@ impl Broker {
             Request::MigrationCancel { id } => {
                 self.migration(&id).and_then(|v| self.cancel(&v)).map(|()| Reply::Done)
             }
+            Request::MigrationLimit { id, bytes_per_s } => {
+                self.migration(&id).and_then(|v| self.limit(&v, bytes_per_s)).map(|()| Reply::Done)
+            }
             Request::Shutdown => {
                 self.shared.post(Input::Shutdown);
                 Ok(Reply::Done)
@@ -77,12 +80,14 @@ impl Broker {
     fn content_call(&self, request: Request, events: mpsc::Sender<Event>, reply: Answer) {
         let shared = self.shared.clone();
         // What VMs and their kept copies are made of must stay.
-        let recipes: Vec<_> = self.vms.values().map(|vm| vm.record.spec.recipe).collect();
+        let recipes = self.vms.values().map(|vm| vm.record.spec.recipe);
+        let recipes: Vec<_> = recipes.chain(self.incoming.values().map(|run| run.spec().recipe)).collect();
         tokio::task::spawn_blocking(move || {
             let grace = shared.config.repository.gc_grace;
+            let (repository, composer) = (&shared.repository, &shared.composer);
             let mut report = |event| drop(events.try_send(event));
-            let result =
-                content::call(&shared.repository, &shared.composer, grace, &recipes, &request, &mut report);
+            let stop = || events.is_closed();
+            let result = content::call(repository, composer, grace, &recipes, &request, &stop, &mut report);
             let unknown = || Err(Problem::new(ProblemKind::BadRequest, "request", "is not known here"));
             let _ = reply.send(result.unwrap_or_else(unknown));
         });
@@ -225,6 +230,21 @@ impl Broker {
             .next(format!("cancel it at {}", view.progress.peer)))
     }
 
+    fn limit(&mut self, view: &MigrationView, bytes_per_s: Option<u64>) -> Result<(), Problem> {
+        let id = view.progress.id;
+        if self.outgoing.contains_key(&id) {
+            self.limit_outgoing(id, bytes_per_s);
+            return Ok(());
+        }
+        let object = format!("migration {id}");
+        if view.progress.ended {
+            let reason = format!("has ended: {}", view.progress.phase);
+            return Err(Problem::new(ProblemKind::Conflict, object, reason));
+        }
+        Err(Problem::new(ProblemKind::Conflict, object, "is capped where it sends")
+            .next(format!("limit it at {}", view.progress.peer)))
+    }
+
     /// Members that could be asked: the one named, or all that are online.
     fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
         let with = |jid: &crate::types::MemberJid| {
@@ -347,7 +367,9 @@ impl Broker {
             return drop(reply.send(Err(problem)));
         };
         match self.shared.repository.recipe(&vm.record.spec.recipe) {
-            Ok(recipe) => self.begin_move(id, peer, cloud, Arc::new(recipe), events, reply),
+            Ok(recipe) => {
+                self.begin_move(id, peer, cloud, Arc::new(recipe), events, reply, 0);
+            }
             Err(e) => drop(reply.send(Err(content::repository_problem(&e)))),
         }
     }

@@ -22,13 +22,15 @@ use super::interface::{
 };
 use super::problem::{Problem, ProblemKind};
 
-/// Answers the requests that need only content; others come back as `None`.
+/// Answers the requests that need only content; others come back as `None`. Long work that can be
+/// taken up again asks `stop` whether anybody still waits for it.
 pub fn call(
     repository: &Repository,
     composer: &Composer,
     gc_grace: Duration,
     vm_recipes: &[RecipeId],
     request: &Request,
+    stop: &dyn Fn() -> bool,
     events: &mut dyn FnMut(Event),
 ) -> Option<Result<Reply, Problem>> {
     Some(match request {
@@ -38,6 +40,9 @@ pub fn call(
         }
         Request::ComponentDiff { from, to } => diff(repository, from, to).map(Reply::ComponentDiff),
         Request::ComponentRemove { component } => remove(repository, component).map(|()| Reply::Done),
+        Request::ComponentOptimize { components, deltas } => {
+            super::optimize::optimize(repository, components, *deltas, stop, events).map(Reply::Report)
+        }
         Request::ComponentBind { id } => bind(repository, *id).map(|()| Reply::Done),
         Request::RecipeCreate { components, ordered, root_size, kernel_command_line } => {
             recipe_create(repository, composer, components, *ordered, *root_size, kernel_command_line)
@@ -49,7 +54,9 @@ pub fn call(
         }
         Request::RepoStats => stats(repository).map(Reply::Report),
         Request::RepoCheck => check(repository, events).map(Reply::Report),
-        Request::RepoGc { dry_run } => gc(repository, *dry_run, gc_grace, vm_recipes).map(Reply::Report),
+        Request::RepoGc { dry_run } => {
+            gc(repository, composer, *dry_run, gc_grace, vm_recipes).map(Reply::Report)
+        }
         Request::RepoRebuildIndex => rebuild(repository).map(Reply::Report),
         _ => return None,
     })
@@ -351,6 +358,7 @@ fn check(repository: &Repository, events: &mut dyn FnMut(Event)) -> Result<Vec<R
 
 fn gc(
     repository: &Repository,
+    composer: &Composer,
     dry_run: bool,
     grace: Duration,
     vm_recipes: &[RecipeId],
@@ -363,6 +371,10 @@ fn gc(
         line(verb, report.removed.total().count, "objects", ""),
         line(verb, report.removed.total().stored_bytes, "bytes", ""),
     ];
+    let (compositions, bytes) =
+        composer.collect(vm_recipes, grace, dry_run).map_err(|e| compose_problem(&e))?;
+    lines.push(line(&format!("{verb} compositions"), compositions, "files", "made again when wanted"));
+    lines.push(line(&format!("{verb} compositions"), bytes, "bytes", ""));
     lines.extend(report.missing.iter().map(|m| line("missing", 1, "objects", m.to_string())));
     Ok(lines)
 }

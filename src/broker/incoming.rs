@@ -13,7 +13,7 @@ use crate::migration::message::{CheckAnswer, Initialization, StageAccount};
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
 use crate::placement;
-use crate::types::{MemberJid, MigrationId};
+use crate::types::{MemberJid, MigrationId, VmId};
 use crate::vm::VmSpec;
 
 use super::account::{self, new_view};
@@ -45,12 +45,18 @@ pub struct Incoming {
     cancel: CancellationToken,
     dir_name: String,
     begun: UnixMillis,
+    /// Another migration of the same VM took its place: what it staged is kept for that.
+    superseded: bool,
 }
 
 impl Incoming {
     /// What this migration has reserved: CPUs and memory.
     pub fn reserved(&self) -> (u32, u64) {
         if self.machine.leased() { (self.spec.cpus, self.spec.memory.0) } else { (0, 0) }
+    }
+    /// Whether a new migration of `vm` from `source` takes this one's place.
+    pub fn gives_way_to(&self, vm: VmId, source: &MemberJid) -> bool {
+        self.matter.vm == vm && self.peer.jid == *source && self.machine.leased()
     }
     pub fn is_unfinished(&self) -> bool {
         !matches!(self.machine.phase(), Phase::Owned | Phase::Abandoned)
@@ -100,7 +106,7 @@ impl Broker {
         reply: oneshot::Sender<Option<Vec<u8>>>,
     ) {
         let RequestBody::Configuration { spec, components, packs } = &request.body else { return };
-        let room = self.room(&peer.jid, None);
+        let room = self.room(&peer.jid, Some(spec.id));
         let seed = self.vms.get(&spec.id).and_then(|vm| vm.record.given_up()).map(|g| g.seed);
         let bad = spec.check().err().map(|text| Denial::new(DenialCode::Other, text));
         let (shared, spec) = (self.shared.clone(), spec.clone());
@@ -141,6 +147,7 @@ impl Broker {
         if let Err(text) = spec.check() {
             return deny(DenialCode::Other, &text);
         }
+        self.supersede(peer, spec.id);
         let composed = self.shared.composer.is_composed(&spec.recipe);
         let room = self.room(&peer.jid, None);
         let needed = negotiation::storage_needed(spec, composed);
@@ -182,11 +189,25 @@ impl Broker {
             // Of its own: the copy of an earlier try may still be on its way out.
             dir_name: format!("disks-{}", uuid::Uuid::new_v4().simple()),
             begun: now,
+            superseded: false,
         };
         tracing::info!(migration = %request.migration, vm = %spec.name, from = %peer.jid, "reserved");
         self.incoming.insert(request.migration, run);
         self.presence_changed();
         AnswerBody::Reserved { expires_in_s: lease.as_secs() }
+    }
+
+    /// A source that asks anew for the same VM has forgotten its earlier migration.
+    fn supersede(&mut self, peer: &Peer, vm: VmId) {
+        let earlier = self.incoming.iter().filter(|(_, run)| run.gives_way_to(vm, &peer.jid));
+        let ids: Vec<_> = earlier.map(|(id, _)| *id).collect();
+        for id in ids {
+            tracing::info!(migration = %id, "its source begins anew");
+            if let Some(run) = self.incoming.get_mut(&id) {
+                run.superseded = true;
+            }
+            self.incoming_event(id, TargetEvent::LeaseExpired);
+        }
     }
 
     /// A hand-over for a migration nobody here remembers: either we took the VM over before a
@@ -328,6 +349,9 @@ impl Broker {
                 run.cancel.cancel();
                 run.staged = None;
                 let dir = shared.records.vm_dir(vm).join(&run.dir_name);
+                if run.superseded && dir.exists() {
+                    return self.keep_interrupted(vm, dir);
+                }
                 let no_record = !self.vms.contains_key(&vm);
                 tracing::info!(migration = %id, "removing what was staged");
                 tokio::task::spawn_blocking(move || staging::remove_staged(&shared, vm, &dir, no_record));
@@ -338,9 +362,19 @@ impl Broker {
     fn stage(&mut self, id: MigrationId, init: Initialization) {
         let Some(run) = self.incoming.get_mut(&id) else { return };
         run.component_names = init.component_names.clone();
+        let (own, peer) = (run.matter.vm, run.peer.jid.clone());
         let seeds =
             self.vms.get(&run.matter.vm).filter(|vm| !vm.record.is_here()).map(|vm| vm.record.clone());
         let seeds = seeds.map(|record| self.disk_paths(&record));
+        // Only what that member once had itself: from what is not asked for it learns nothing.
+        let from_peer =
+            |vm: &&Vm| vm.record.spec.id != own && vm.record.arrival.as_ref().is_some_and(|a| a.from == peer);
+        let neighbours = self.vms.values().filter(from_peer).map(|vm| self.disk_paths(&vm.record)).collect();
+        let Some(run) = self.incoming.get(&id) else { return };
+        if run.staged.is_none() {
+            let dir = self.shared.records.vm_dir(run.matter.vm).join(&run.dir_name);
+            self.take_interrupted(run.matter.vm, &dir);
+        }
         let Some(run) = self.incoming.get_mut(&id) else { return };
         let (progress, mut reports) = tokio::sync::watch::channel(Default::default());
         let job = StageJob {
@@ -350,6 +384,7 @@ impl Broker {
             init,
             dir: self.shared.records.vm_dir(run.matter.vm).join(&run.dir_name),
             seeds,
+            neighbours,
             staged: run.staged.take(),
             account: run.machine.account().clone(),
             progress,
@@ -544,17 +579,6 @@ impl Broker {
                 }
             });
         }
-    }
-
-    /// Directories of staging that belong to no migration: leftovers of a crash.
-    pub(super) fn remove_leftovers(&self) {
-        let used: HashSet<PathBuf> = self
-            .vms
-            .values()
-            .map(|vm| self.shared.records.vm_dir(vm.record.spec.id).join(&vm.record.disks))
-            .collect();
-        let shared = self.shared.clone();
-        tokio::task::spawn_blocking(move || staging::remove_leftovers(&shared, &used));
     }
 }
 

@@ -42,6 +42,12 @@ pub enum Request {
     ComponentRemove {
         component: String,
     },
+    /// Compresses what components consist of strongly, all named ones if none are given, and makes
+    /// deltas between the versions that are here.
+    ComponentOptimize {
+        components: Vec<String>,
+        deltas: bool,
+    },
     /// Makes a component whose manifest and packs were put into the repository known by its name.
     ComponentBind {
         id: ComponentId,
@@ -109,6 +115,11 @@ pub enum Request {
     },
     MigrationCancel {
         id: String,
+    },
+    /// Caps what a migration sends from here, from now on; `None` lifts the cap.
+    MigrationLimit {
+        id: String,
+        bytes_per_s: Option<u64>,
     },
     /// Stops the broker; VMs keep running.
     Shutdown,
@@ -410,8 +421,12 @@ pub struct Candidate {
     pub cloud: Option<CloudName>,
     pub jid: MemberJid,
     pub verdict: Verdict,
-    /// Exact bytes the member lacks: stored form of packs, manifests and recipe.
+    /// Bytes of components that will travel: stored form of packs and manifests, or the deltas that
+    /// are ready. Exact unless `deltas_unknown`.
     pub component_bytes_missing: u64,
+    /// Deltas from what the member holds are still to be made: less will travel.
+    #[serde(default)]
+    pub deltas_unknown: bool,
     pub components_needed: u32,
     pub components_held: u32,
     pub packs_missing: u32,
@@ -474,6 +489,12 @@ pub struct MigrationProgress {
     pub started: UnixMillis,
     pub updated: UnixMillis,
     pub ended: bool,
+    /// The VM's epoch at the source when the move began; 0 at the target.
+    #[serde(default)]
+    pub epoch: u64,
+    /// Earlier tries of the same move that restarts cut short.
+    #[serde(default)]
+    pub attempt: u32,
 }
 
 /// What a move cost, and what it would have cost without components.

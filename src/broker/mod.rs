@@ -10,26 +10,30 @@ pub mod handle;
 mod incoming;
 pub mod interface;
 pub mod negotiation;
+mod optimize;
 mod outgoing;
 pub mod problem;
 pub mod records;
 pub mod serving;
 pub mod shared;
 mod staging;
+mod unfinished;
 mod vms;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
+use crate::clock::UnixMillis;
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
 use crate::migration::ReplayGuard;
 use crate::migration::source::Event as SourceEvent;
 use crate::migration::target::Event as TargetEvent;
 use crate::placement::{NetworkOffer, Room};
-use crate::types::{MemberJid, MigrationId, VmId, VmName};
+use crate::types::{ComponentId, MemberJid, MigrationId, RecipeId, VmId, VmName};
 use crate::vm::PowerState;
 
 pub use interface::{Event, Reply, Request};
@@ -100,6 +104,18 @@ pub struct Broker {
     incoming: BTreeMap<MigrationId, Incoming>,
     /// Ended migrations.
     history: BTreeMap<MigrationId, MigrationView>,
+    /// Moves from here that a restart cut short.
+    unfinished: Vec<unfinished::Unfinished>,
+    /// Disks staged here for migrations that are gone.
+    interrupted: BTreeMap<VmId, unfinished::Interrupted>,
+    /// When something moved last.
+    idle_since: UnixMillis,
+    /// When it was last looked whether there is something to optimise.
+    optimize_looked: UnixMillis,
+    /// Ends the optimising under way.
+    optimizing: CancellationToken,
+    /// What was optimised last: named components, and recipes of VMs.
+    optimized: Option<(BTreeSet<ComponentId>, BTreeSet<RecipeId>)>,
     rates: Rates,
     /// Requests of others that were refused.
     refusals: u64,
@@ -116,11 +132,12 @@ impl Broker {
         announce: Box<dyn Fn(&Broker) + Send>,
     ) -> Result<Self, RecordError> {
         let vms = shared.records.vms()?;
-        let vms = vms
+        let vms: BTreeMap<_, _> = vms
             .into_iter()
             .map(|record| (record.spec.id, Vm { record, busy: None, power_note: None }))
             .collect();
-        let history = shared.records.migrations()?.into_iter().map(|v| (v.progress.id, v)).collect();
+        let (history, unfinished) = unfinished::split(shared.records.migrations()?, &vms, shared.now());
+        let idle_since = shared.now();
         Ok(Self {
             shared,
             members,
@@ -131,6 +148,12 @@ impl Broker {
             outgoing: BTreeMap::new(),
             incoming: BTreeMap::new(),
             history,
+            unfinished,
+            interrupted: BTreeMap::new(),
+            idle_since,
+            optimize_looked: idle_since,
+            optimizing: CancellationToken::new(),
+            optimized: None,
             rates: Rates::default(),
             refusals: 0,
             announce,
@@ -140,7 +163,7 @@ impl Broker {
 
     /// The owner task. Ends at [`Input::Shutdown`]; VMs keep running.
     pub async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Input>) {
-        self.remove_leftovers();
+        self.find_leftovers();
         self.adopt_running().await;
         self.resume_outgoing();
         self.resume_incoming();
@@ -161,12 +184,16 @@ impl Broker {
                 (self.announce)(&self);
             }
         }
+        self.optimizing.cancel();
         tracing::info!("the broker stops; VMs keep running");
     }
 
     fn tick(&mut self) {
         self.expire_leases();
+        self.expire_interrupted();
+        self.take_up_unfinished();
         self.scrub_released();
+        self.optimize_when_idle();
     }
 
     fn room_input(&mut self, input: RoomInput) {
@@ -197,8 +224,11 @@ impl Broker {
         self.announce_wanted = true;
     }
 
-    /// What this cloud could take now. `except` leaves out a VM's own share.
+    /// What this cloud could take now. `except` leaves out a VM's own share, and the reservation
+    /// of an earlier migration of it, whose place one from the same source takes.
     fn room(&self, source: &MemberJid, except: Option<VmId>) -> Room {
+        let counts =
+            |r: &&Incoming| r.is_unfinished() && !except.is_some_and(|vm| r.gives_way_to(vm, source));
         let (cpus, memory) = self.resources(except);
         let features = self.shared.driver.features();
         let storage = rustix::fs::statvfs(self.shared.records.dir()).map_or(0, |s| s.f_bavail * s.f_frsize);
@@ -216,14 +246,9 @@ impl Broker {
                 .values()
                 .filter(|vm| vm.record.is_here())
                 .map(|vm| (vm.record.spec.id, vm.record.spec.name.clone()))
-                .chain(
-                    self.incoming
-                        .values()
-                        .filter(|r| r.is_unfinished())
-                        .map(|r| (r.spec().id, r.spec().name.clone())),
-                )
+                .chain(self.incoming.values().filter(counts).map(|r| (r.spec().id, r.spec().name.clone())))
                 .collect(),
-            incoming: self.incoming.values().filter(|r| r.is_unfinished()).count(),
+            incoming: self.incoming.values().filter(counts).count(),
             incoming_max: self.shared.config.migration.concurrency,
         }
     }
@@ -237,7 +262,7 @@ impl Broker {
                 && (vm.record.run || self.shared.driver.state(**id).is_ok_and(|s| s == PowerState::Running))
         });
         let used = running.map(|(_, vm)| (vm.record.spec.cpus, vm.record.spec.memory.0));
-        let reserved = self.incoming.values().map(Incoming::reserved);
+        let reserved = self.incoming.values().filter(|r| Some(r.spec().id) != except).map(Incoming::reserved);
         let (cpus, memory) = used
             .chain(reserved)
             .fold((0u64, 0u64), |(c, m), (cpus, memory)| (c + u64::from(cpus), m.saturating_add(memory)));

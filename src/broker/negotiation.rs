@@ -1,7 +1,7 @@
 //! Checks: asking other members whether they could take a VM and what of it they hold, and
 //! answering the same question.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -25,6 +25,10 @@ pub struct Checked {
     pub packs_missing: u32,
     /// Exact stored bytes of the packs and manifests the member lacks.
     pub component_bytes: u64,
+    /// What of them need not travel, because deltas from what the member holds are ready.
+    pub delta_saves_bytes: u64,
+    /// Deltas will be made that nobody knows the size of yet: less will travel.
+    pub deltas_unknown: bool,
     pub seed: Option<Seed>,
     pub answer_ms: f64,
 }
@@ -50,7 +54,7 @@ pub async fn check(
     out.components_held = out.components_needed - lacking.len() as u32;
 
     let manifests = {
-        let (repository, lacking) = (shared.repository.clone(), lacking);
+        let (repository, lacking) = (shared.repository.clone(), lacking.clone());
         blocking(move || manifests_of(&repository, &lacking)).await?
     };
     let mut packs: Vec<PackId> = manifests.iter().flat_map(|(m, _)| m.packs.iter().map(|p| p.id)).collect();
@@ -63,15 +67,52 @@ pub async fn check(
         missing.extend(pick(ids, &answer.packs_lacking)?);
     }
     out.packs_missing = missing.len() as u32;
+    let bases = held_bases(shared, peer, matter, spec, &lacking, &missing).await?;
     out.component_bytes = manifests.iter().map(|(_, stored_bytes)| stored_bytes).sum();
     let repository = shared.repository.clone();
-    out.component_bytes += blocking(move || {
-        missing.iter().try_fold(0, |sum, id| {
-            repository.pack_stored(id).map(|p| sum + p.stored_size_bytes).map_err(|e| content(&e))
-        })
+    let (whole, saves, unknown) = blocking(move || {
+        let (mut whole, mut saves, mut unknown) = (0, 0, false);
+        for id in &missing {
+            let stored = repository.pack_stored(id).map_err(|e| content(&e))?.stored_size_bytes;
+            whole += stored;
+            let Some(bases) = bases.get(id) else { continue };
+            match bases.iter().filter_map(|base| repository.held_delta_bytes(id, base)).min() {
+                Some(delta) => saves += stored.saturating_sub(delta),
+                None => unknown = true,
+            }
+        }
+        Ok((whole, saves, unknown))
     })
     .await?;
+    out.component_bytes += whole;
+    (out.delta_saves_bytes, out.deltas_unknown) = (saves, unknown);
     Ok(out)
+}
+
+/// For packs the member lacks: packs both hold that a delta may lean on.
+async fn held_bases(
+    shared: &Arc<Shared>,
+    peer: &Peer,
+    matter: Matter,
+    spec: &VmSpec,
+    components: &[ComponentId],
+    missing: &[PackId],
+) -> Result<HashMap<PackId, Vec<PackId>>, Denial> {
+    let (repository, components) = (shared.repository.clone(), components.to_vec());
+    let wanted: HashSet<PackId> = missing.iter().copied().collect();
+    let likely = blocking(move || repository.likely_bases(&components, &wanted).map_err(|e| content(&e)));
+    let mut bases = likely.await?;
+    let mut all: Vec<PackId> = bases.values().flatten().copied().collect();
+    all.sort_unstable();
+    all.dedup();
+    let mut lacking = HashSet::new();
+    for ids in all.chunks(CHECK_IDS_MAX) {
+        let answer = ask(shared, peer, matter, spec, Vec::new(), ids.to_vec()).await?;
+        lacking.extend(pick(ids, &answer.packs_lacking)?);
+    }
+    bases.values_mut().for_each(|found| found.retain(|base| !lacking.contains(base)));
+    bases.retain(|_, found| !found.is_empty());
+    Ok(bases)
 }
 
 async fn ask(
@@ -162,6 +203,7 @@ pub async fn candidate(
         jid: peer.jid.clone(),
         verdict: Verdict::Yes,
         component_bytes_missing: 0,
+        deltas_unknown: false,
         components_needed: recipe.components.len() as u32,
         components_held: 0,
         packs_missing: 0,
@@ -173,7 +215,8 @@ pub async fn candidate(
     };
     match check(shared, peer, matter, spec, recipe).await {
         Ok(checked) => {
-            row.component_bytes_missing = checked.component_bytes;
+            row.component_bytes_missing = checked.component_bytes - checked.delta_saves_bytes;
+            row.deltas_unknown = checked.deltas_unknown;
             row.components_held = checked.components_held;
             row.packs_missing = checked.packs_missing;
             row.answer_ms = checked.answer_ms;

@@ -16,7 +16,7 @@ use crate::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
 use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::source::{Effect, Event as SourceEvent, Phase, Source};
 use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
-use crate::transfer::Ticket;
+use crate::transfer::{Limiter, Ticket};
 use crate::types::{CloudName, MigrationId, NodeHash, PackId, VmId};
 use crate::vm::ChunkMap;
 
@@ -43,6 +43,7 @@ pub struct Outgoing {
     recipe: Arc<Recipe>,
     component_names: Vec<String>,
     ticket: Ticket,
+    limiter: Limiter,
     checked: Option<Checked>,
     nodes: HashSet<NodeHash>,
     disks: Vec<ScannedDisk>,
@@ -71,7 +72,8 @@ pub struct ScannedDisk {
 }
 
 impl Broker {
-    /// Begins to move a VM that is ours and free to `peer`.
+    /// Begins to move a VM that is ours and free to `peer`. `attempt` counts the tries that
+    /// restarts cut short.
     pub(super) fn begin_move(
         &mut self,
         vm: VmId,
@@ -80,34 +82,38 @@ impl Broker {
         recipe: Arc<Recipe>,
         events: mpsc::Sender<Event>,
         reply: oneshot::Sender<Result<Reply, Problem>>,
-    ) {
+        attempt: u32,
+    ) -> Option<MigrationId> {
         let ticket = match Ticket::random() {
             Ok(t) => t,
             Err(e) => {
                 let _ = reply.send(Err(Problem::new(ProblemKind::Failed, "random source", e.to_string())));
-                return;
+                return None;
             }
         };
         let now = self.shared.now();
         let Some(entry) = self.vms.get_mut(&vm) else {
             let _ = reply.send(Err(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile")));
-            return;
+            return None;
         };
         let id = MigrationId::random();
         entry.busy = Some(Busy::Migration(id));
         let record = &entry.record;
         let was_running = self.shared.driver.state(vm).is_ok_and(|s| s != crate::vm::PowerState::Stopped);
+        let mut view = new_view(id, &record.spec, "source", &peer.jid, cloud, now);
+        (view.progress.epoch, view.progress.attempt) = (record.epoch, attempt);
         let run = Outgoing {
             machine: Source::new(was_running),
             matter: Matter { migration: id, vm, epoch: record.epoch },
             recipe,
             component_names: record.components.clone(),
             ticket,
+            limiter: Limiter::unlimited(),
             checked: None,
             nodes: HashSet::new(),
             disks: Vec::new(),
             pass: None,
-            view: new_view(id, &record.spec, "source", &peer.jid, cloud, now),
+            view,
             peer,
             phase_since: now,
             stopped_at: None,
@@ -115,8 +121,13 @@ impl Broker {
             waiters: vec![reply],
         };
         tracing::info!(migration = %id, vm = %record.spec.name, to = %run.peer.jid, "move begins");
+        // Found unfinished after a restart, it is begun again.
+        if let Err(e) = self.shared.records.save_migration(&run.view) {
+            tracing::warn!(migration = %id, error = super::problem::chain(&e), "a restart would forget it");
+        }
         self.outgoing.insert(id, run);
         self.outgoing_event(id, SourceEvent::Begin);
+        Some(id)
     }
 
     /// Takes up hand-overs that were not acknowledged when the broker stopped.
@@ -153,6 +164,7 @@ impl Broker {
                     recipe: Arc::new(recipe),
                     component_names: record.components.clone(),
                     ticket,
+                    limiter: Limiter::unlimited(),
                     checked: None,
                     nodes: HashSet::new(),
                     disks: Vec::new(),
@@ -199,6 +211,13 @@ impl Broker {
         }
         self.outgoing_event(id, SourceEvent::Cancel);
         Ok(())
+    }
+
+    pub(super) fn limit_outgoing(&mut self, id: MigrationId, bytes_per_s: Option<u64>) {
+        if let Some(run) = self.outgoing.get(&id) {
+            tracing::info!(migration = %id, ?bytes_per_s, "capped by the operator");
+            run.limiter.set_rate(bytes_per_s);
+        }
     }
 
     pub(super) fn outgoing_event(&mut self, id: MigrationId, event: SourceEvent) {
@@ -447,6 +466,7 @@ impl Broker {
                     packs: s.packs,
                     nodes: run.nodes.clone(),
                     blocks: run.disks.iter().map(|d| d.index.clone()).collect(),
+                    limiter: run.limiter.clone(),
                 },
             );
             (s.seed.root_delta, s.seed.user_data)

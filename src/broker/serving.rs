@@ -6,7 +6,10 @@ use std::sync::{Arc, RwLock};
 
 use crate::disk::BlockIndex;
 use crate::repository::{RECORD_LEVEL, Repository};
-use crate::transfer::{Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSource, Refusal, Ticket};
+use crate::transfer::{
+    Authority, Content, Encoding, Limiter, ObjectBody, ObjectKey, ObjectSource, PackRange, PackWish, Refusal,
+    Ticket,
+};
 use crate::types::{ComponentId, NodeHash, PackId, PublicKey, RecipeId};
 
 /// The content of one moving VM.
@@ -20,6 +23,8 @@ pub struct Served {
     pub nodes: HashSet<NodeHash>,
     /// Where the blocks of the newest pass lie.
     pub blocks: Vec<Arc<BlockIndex>>,
+    /// The migration's own cap.
+    pub limiter: Limiter,
 }
 
 /// Shared between the owner task, which issues and withdraws tickets, and the transfer endpoint.
@@ -67,6 +72,10 @@ impl Authority for Tickets {
             };
         if covered { Ok(()) } else { Err(Refusal::OutOfScope) }
     }
+
+    fn limiter(&self, ticket: &Ticket) -> Option<Limiter> {
+        self.find(ticket).ok().map(|served| served.limiter.clone())
+    }
 }
 
 /// The endpoint's view of the repository and of the disks being moved.
@@ -93,15 +102,8 @@ impl ObjectSource for Store {
                 self.repository.recipe_bytes(id).map(ObjectBody::plain).map_err(|e| refuse(&e))
             }
             ObjectKey::Node(id) => self.repository.node(id).map(ObjectBody::plain).map_err(|e| refuse(&e)),
-            ObjectKey::Pack(id) => {
-                let stored = self.repository.pack_stored(id).map_err(|e| refuse(&e))?;
-                let content = Content::File {
-                    file: stored.file,
-                    offset_bytes: 0,
-                    size_bytes: stored.stored_size_bytes,
-                };
-                Ok(ObjectBody { encoding: Encoding::StoredPack, content })
-            }
+            // Packs have forms of their own.
+            ObjectKey::Pack(_) => Err(Refusal::Failed),
             ObjectKey::Block(id) => {
                 let served = self.tickets.find(ticket)?;
                 for index in &served.blocks {
@@ -115,6 +117,26 @@ impl ObjectSource for Store {
                 Err(Refusal::NotHeld)
             }
         }
+    }
+
+    fn open_pack(&self, _ticket: &Ticket, pack: &PackId, wish: &PackWish) -> Result<ObjectBody, Refusal> {
+        let form = self.repository.pack_form(pack, &wish.bases, wish.begun.map(|(tag, _)| tag));
+        let form = form.map_err(|error| {
+            tracing::warn!(%pack, error = super::problem::chain(&error), "cannot serve");
+            Refusal::Failed
+        })?;
+        let begun = wish.begun.filter(|(tag, bytes)| *tag == form.tag && *bytes <= form.size_bytes);
+        let offset_bytes = begun.map_or(0, |(_, bytes)| bytes);
+        let size_bytes = form.size_bytes - offset_bytes;
+        let range = PackRange { tag: form.tag, offset_bytes, stored_size_bytes: form.stored_size_bytes };
+        Ok(ObjectBody {
+            encoding: if form.base.is_some() {
+                Encoding::PackDelta(range)
+            } else {
+                Encoding::StoredPack(range)
+            },
+            content: Content::File { file: form.file, offset_bytes, size_bytes },
+        })
     }
 }
 

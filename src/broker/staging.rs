@@ -17,10 +17,10 @@ use crate::component::Recipe;
 use crate::disk::{self, BlockIndex, DiskFile, StagedDisk};
 use crate::migration::message::{ADDRESSES_MAX, Initialization, Progress, StageAccount};
 use crate::migration::{Denial, DenialCode};
-use crate::repository::{ObjectId, PackReceiver, Repository};
+use crate::repository::{IncomingForm, IncomingPack, ObjectId, Repository, RepositoryError};
 use crate::transfer::{
-    Connection, ObjectKey, ObjectSink, PackWriter, Progress as Counter, Refusal, SinkError, Ticket,
-    TransferError, Verified,
+    Connection, ObjectKey, ObjectSink, PackRange, PackWish, PackWriter, Progress as Counter, Refusal,
+    SinkError, Ticket, TransferError, Verified,
 };
 use crate::types::{BlockHash, Hash, PackId, VmId};
 use crate::vm::{ChunkMap, MapRef, VmSpec};
@@ -33,6 +33,10 @@ use super::vms::DiskPaths;
 const FIRMWARE_BYTES_MAX: usize = 4 << 20;
 /// Attempts to go on after the data link broke, each after a growing pause.
 const RECONNECTS_MAX: u32 = 12;
+/// Blocks of other VMs that are looked through for what need not travel, 12 bytes of memory each.
+const NEIGHBOUR_PLACES_MAX: usize = 8 << 20;
+/// How long the disks of an earlier migration of the VM may be held by it.
+const OPEN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Both disks as far as they are staged, kept from pass to pass.
 pub struct Staged {
@@ -52,6 +56,8 @@ pub struct StageJob {
     pub dir: PathBuf,
     /// Disks of a copy that was kept here.
     pub seeds: Option<DiskPaths>,
+    /// Disks of other VMs that came from the same member.
+    pub neighbours: Vec<DiskPaths>,
     pub staged: Option<Staged>,
     /// What earlier passes counted.
     pub account: StageAccount,
@@ -113,7 +119,7 @@ struct Stage {
     /// UDP bytes of connections that were lost.
     wire_bytes: u64,
     counters: Arc<Counters>,
-    pack_sizes: Arc<HashMap<PackId, u64>>,
+    packs: Arc<Packs>,
 }
 
 impl Stage {
@@ -154,7 +160,7 @@ impl Stage {
                 totals: Mutex::new((String::new(), before.bytes_total)),
                 ..Counters::default()
             }),
-            pack_sizes: Arc::default(),
+            packs: Arc::default(),
             job,
         })
     }
@@ -212,11 +218,13 @@ impl Stage {
             let keys = lacking.iter().map(|c| ObjectKey::Manifest(*c)).collect();
             self.fetch(keys, self.counters.components.clone(), None, true).await?;
         }
-        let Lacking { packs, needed, names } = {
+        let Lacking { packs, needed, names, bases } = {
             let (repository, names) = (repository.clone(), self.job.init.component_names.clone());
             let first = self.job.staged.is_none();
             blocking(move || missing_packs(&repository, &components, &names, first)).await?
         };
+        // A delta leans on them until it is applied.
+        let _bases_pinned = repository.pin(bases.values().flatten().map(|p| ObjectId::Pack(*p)).collect());
         account.components_fetched += lacking.len() as u32;
         account.packs_needed = account.packs_needed.max(needed);
         for name in names {
@@ -229,7 +237,7 @@ impl Stage {
         if !packs.is_empty() {
             let mut keys: Vec<_> = packs.keys().map(|p| ObjectKey::Pack(*p)).collect();
             keys.sort_unstable();
-            self.pack_sizes = Arc::new(packs);
+            self.packs = Arc::new(Packs { sizes: packs, bases });
             self.fetch(keys, self.counters.components.clone(), None, true).await?;
         }
         // The recipe's own reference keeps all of it from here on.
@@ -269,13 +277,13 @@ impl Stage {
 
     async fn open_disks(&self) -> Result<Staged, Denial> {
         let (dir, spec, seeds) = (self.job.dir.clone(), self.job.spec.clone(), self.job.seeds.clone());
+        let neighbours = self.job.neighbours.clone();
         let base = self.job.shared.composer.path_of(&self.recipe.id());
         let pass = self.job.init.pass;
         blocking(move || {
             fs::create_dir_all(&dir).map_err(|e| content(&e))?;
             let paths = DiskPaths::in_dir(&dir, base);
-            let open =
-                |disk, shape: &MapRef| StagedDisk::open_or_create(disk, shape).map_err(|e| content(&e));
+            let open = |disk: DiskFile, shape: &MapRef| open_disk(&disk, shape).map_err(|e| content(&e));
             let root = open(DiskFile::Root { overlay: paths.root, base: paths.base }, &pass.root_delta)?;
             let user_data = match spec.user_data_size.0 {
                 0 => None,
@@ -287,6 +295,20 @@ impl Stage {
                 held.extend(disk::scan_root(&old.root, &old.base).ok().map(|(_, index)| Arc::new(index)));
                 if spec.user_data_size.0 > 0 {
                     held.extend(disk::scan_user_data(&old.user_data).ok().map(|(_, index)| Arc::new(index)));
+                }
+            }
+            let mut places_left = NEIGHBOUR_PLACES_MAX;
+            for disks in neighbours {
+                for disk in [
+                    DiskFile::Root { overlay: disks.root, base: disks.base },
+                    DiskFile::UserData { raw: disks.user_data },
+                ] {
+                    // What was staged there may be overwritten by now: each block is looked at.
+                    let index = disk::index_as_staged(&disk).filter(|index| index.len() <= places_left);
+                    if let Some(index) = index {
+                        places_left -= index.len();
+                        held.push(Arc::new(index));
+                    }
                 }
             }
             Ok(Staged { root, user_data, seeds: held, reported: Progress::default() })
@@ -345,8 +367,8 @@ impl Stage {
         disks: Option<(Arc<Disks>, Which)>,
         strict: bool,
     ) -> Result<(), Denial> {
-        let (repository, sizes) = (self.job.shared.repository.clone(), self.pack_sizes.clone());
-        let sink: Arc<dyn ObjectSink> = Arc::new(Sink { repository, sizes, disks });
+        let (repository, packs) = (self.job.shared.repository.clone(), self.packs.clone());
+        let sink: Arc<dyn ObjectSink> = Arc::new(Sink { repository, packs, disks });
         let mut attempt = 0;
         loop {
             let failure = match self.connect().await {
@@ -373,7 +395,7 @@ impl Stage {
                     | TransferError::Stalled { .. }
                     | TransferError::Unreachable { .. }
                     | TransferError::Handshake { .. }
-            );
+            ) || is_torn(&failure);
             if !again || attempt > RECONNECTS_MAX {
                 return Err(content(&failure)
                     .next("see that UDP reaches the source's transfer address, then move again"));
@@ -410,6 +432,34 @@ impl Stage {
 impl Drop for Stage {
     fn drop(&mut self) {
         self.drop_connection();
+    }
+}
+
+/// Whether what was here of a pack did not fit: it was dropped, and all of it is asked for.
+fn is_torn(failure: &TransferError) -> bool {
+    matches!(failure, TransferError::Sink { source: SinkError::Storage(e), .. }
+        if matches!(e.downcast_ref(), Some(RepositoryError::TornPart { .. })))
+}
+
+/// Opens a disk to be staged. What an earlier migration left of it may still be in the hands of
+/// that one's last step, or be of no use: then it is made anew.
+fn open_disk(disk: &DiskFile, shape: &MapRef) -> Result<StagedDisk, disk::DiskError> {
+    let begun = Instant::now();
+    loop {
+        match StagedDisk::open_or_create(disk.clone(), shape) {
+            Err(e) if disk.path().exists() => {
+                tracing::info!(
+                    error = super::problem::chain(&e),
+                    "a disk staged before cannot be gone on with"
+                );
+                if begun.elapsed() > OPEN_PATIENCE {
+                    disk::scrub(disk.path())?;
+                    return StagedDisk::open_or_create(disk.clone(), shape);
+                }
+                std::thread::sleep(OPEN_PATIENCE / 10);
+            }
+            opened => return opened,
+        }
     }
 }
 
@@ -489,11 +539,19 @@ impl Staged {
     }
 }
 
+/// What is known of the packs to be fetched.
+#[derive(Default)]
+struct Packs {
+    /// Plain sizes the manifests promise: no pack may unpack to more.
+    sizes: HashMap<PackId, u64>,
+    /// Held packs that are likely versions of them.
+    bases: HashMap<PackId, Vec<PackId>>,
+}
+
 /// Where fetched objects go: the repository, or one of the disks.
 struct Sink {
     repository: Repository,
-    /// Plain sizes the manifests promise: no pack may unpack to more.
-    sizes: Arc<HashMap<PackId, u64>>,
+    packs: Arc<Packs>,
     disks: Option<(Arc<Disks>, Which)>,
 }
 
@@ -522,21 +580,35 @@ impl ObjectSink for Sink {
         self.repository.flush_nodes().map_err(storage)
     }
 
-    fn pack(&self, pack: &PackId, size_bytes: u64) -> Result<Box<dyn PackWriter>, SinkError> {
-        let receiver = self.repository.pack_receiver(*pack, size_bytes).map_err(storage)?;
-        let size = self.sizes.get(pack).copied();
-        Ok(Box::new(Receiving(match size {
-            Some(plain_bytes) => receiver.expect_plain_size(plain_bytes),
-            None => receiver,
-        })))
+    fn wish(&self, pack: &PackId) -> PackWish {
+        let begun = self.repository.partial_pack(pack).map(|p| (p.tag, p.received_bytes));
+        PackWish { bases: self.packs.bases.get(pack).cloned().unwrap_or_default(), begun }
+    }
+
+    fn pack(
+        &self,
+        pack: &PackId,
+        is_delta: bool,
+        range: &PackRange,
+        size_bytes: u64,
+    ) -> Result<Box<dyn PackWriter>, SinkError> {
+        let form = IncomingForm {
+            tag: range.tag,
+            size_bytes: range.offset_bytes.saturating_add(size_bytes),
+            offset_bytes: range.offset_bytes,
+            is_delta,
+        };
+        let expected = self.packs.sizes.get(pack).copied();
+        let incoming = self.repository.incoming_pack(*pack, form, expected).map_err(pack_error)?;
+        Ok(Box::new(Receiving(incoming)))
     }
 }
 
-struct Receiving(PackReceiver);
+struct Receiving(IncomingPack);
 
 impl PackWriter for Receiving {
-    fn write(&mut self, stored: &[u8]) -> Result<(), SinkError> {
-        self.0.write(stored).map_err(pack_error)
+    fn write(&mut self, bytes: &[u8]) -> Result<(), SinkError> {
+        self.0.write(bytes).map_err(pack_error)
     }
     fn finish(self: Box<Self>) -> Result<(), SinkError> {
         self.0.finish().map_err(pack_error)
@@ -576,6 +648,8 @@ struct Lacking {
     needed: u32,
     /// Names of the components they belong to.
     names: Vec<String>,
+    /// Held packs that may be other versions of those missing.
+    bases: HashMap<PackId, Vec<PackId>>,
 }
 
 fn missing_packs(
@@ -607,7 +681,13 @@ fn missing_packs(
     if first_pass && let Err(e) = repository.record_lookup(held_bytes, missing.values().sum()) {
         tracing::warn!(error = super::problem::chain(&e), "lookup not counted");
     }
-    Ok(Lacking { packs: missing, needed: seen.len() as u32, names: incomplete })
+    // Without bases more travels, that is all.
+    let bases = repository.likely_bases(components, &missing.keys().copied().collect());
+    let bases = bases.unwrap_or_else(|e| {
+        tracing::warn!(error = super::problem::chain(&e), "no bases for deltas");
+        HashMap::new()
+    });
+    Ok(Lacking { packs: missing, needed: seen.len() as u32, names: incomplete, bases })
 }
 
 /// Removes what an abandoned migration staged, and the VM's directory if nothing else is in it.
@@ -632,19 +712,32 @@ pub fn scrub_dir(dir: &Path) {
     }
 }
 
-/// Removes disk directories that no record names.
-pub fn remove_leftovers(shared: &Shared, used: &HashSet<PathBuf>) {
-    let Ok(vms) = fs::read_dir(shared.records.vms_dir()) else { return };
-    for vm in vms.flatten().map(|e| e.path()) {
-        let Ok(entries) = fs::read_dir(&vm) else { continue };
-        for dir in entries.flatten().map(|e| e.path()) {
-            let named = dir.file_name().is_some_and(|n| n.to_string_lossy().starts_with("disks-"));
-            if named && !used.contains(&dir) {
-                tracing::info!(path = %dir.display(), "removing a leftover of an unfinished migration");
-                scrub_dir(&dir);
+/// Disk directories that are not among `used`, with the VMs they are of.
+pub fn leftovers(shared: &Shared, used: &HashSet<PathBuf>) -> Vec<(VmId, PathBuf)> {
+    let Ok(vms) = fs::read_dir(shared.records.vms_dir()) else { return Vec::new() };
+    let mut found = Vec::new();
+    for vm in vms.flatten() {
+        let Some(id) = vm.file_name().to_str().and_then(|n| n.parse::<VmId>().ok()) else { continue };
+        let Ok(entries) = fs::read_dir(vm.path()) else { continue };
+        for dir in entries.flatten() {
+            let named = dir.file_name().to_string_lossy().starts_with("disks-");
+            if named && !used.contains(&dir.path()) {
+                found.push((id, dir.path()));
             }
         }
-        if !vm.join("record.json").exists() {
+    }
+    found
+}
+
+/// Removes disk directories that are not among `used`, and what is left of VMs without a record.
+pub fn remove_leftovers(shared: &Shared, used: &HashSet<PathBuf>) {
+    for (_, dir) in leftovers(shared, used) {
+        tracing::info!(path = %dir.display(), "removing a leftover of an unfinished migration");
+        scrub_dir(&dir);
+    }
+    let Ok(vms) = fs::read_dir(shared.records.vms_dir()) else { return };
+    for vm in vms.flatten().map(|e| e.path()) {
+        if !vm.join("record.json").exists() && !used.iter().any(|dir| dir.starts_with(&vm)) {
             let _ = fs::remove_dir(&vm);
         }
     }

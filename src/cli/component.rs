@@ -52,6 +52,17 @@ pub enum Command {
     },
     /// Compare two components
     Diff { from: String, to: String },
+    /// Compress strongly what components consist of, and make deltas between the versions that are
+    /// here, so that less travels (works without a broker)
+    ///
+    /// Takes about 3 s for 10 MB on a core, at the lowest priority. It can be stopped and run again.
+    Optimize {
+        /// Names, name@version or beginnings of ids; all components that have a name if none is given
+        components: Vec<String>,
+        /// Only compress
+        #[arg(long)]
+        no_deltas: bool,
+    },
     /// Forget a component's name; 'cicada repo gc' frees what nothing else needs
     Remove { component: String },
 }
@@ -104,6 +115,10 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
                 other => Err(unexpected(&other)),
             })
             .await
+        }
+        Command::Optimize { components, no_deltas } => {
+            let request = Request::ComponentOptimize { components, deltas: !no_deltas };
+            ctx.work(&request, super::repo::print_report).await
         }
         Command::Remove { component } => {
             ctx.ask(&Request::ComponentRemove { component: component.clone() }).await?;

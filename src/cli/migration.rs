@@ -4,6 +4,7 @@ use clap::Subcommand;
 
 use crate::broker::interface::{Message, MigrationView, Reply, Request};
 use crate::broker::problem::Problem;
+use crate::config::Rate;
 
 use super::account;
 use super::context::Context;
@@ -24,6 +25,24 @@ pub enum Command {
     Cancel { id: String },
     /// Follow a move until it ends
     Watch { id: String },
+    /// Cap what a move sends from here, from now on, while it runs
+    Limit {
+        id: String,
+        /// Bits a second such as "100Mbit" or bytes such as "12M"; 'none' lifts the cap
+        #[arg(value_name = "RATE", value_parser = cap)]
+        rate: Cap,
+    },
+}
+
+/// A cap in bytes a second, or none.
+#[derive(Clone, Copy, Debug)]
+pub struct Cap(Option<u64>);
+
+fn cap(text: &str) -> Result<Cap, String> {
+    match text {
+        "none" => Ok(Cap(None)),
+        text => text.parse().map(|rate: Rate| Cap(Some(rate.bytes_per_s))).map_err(|e| e.to_string()),
+    }
 }
 
 pub async fn run(ctx: &Context, command: Command) -> Outcome {
@@ -39,6 +58,14 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
         Command::Cancel { id } => {
             ctx.ask(&Request::MigrationCancel { id: id.clone() }).await?;
             ctx.printer.note(format!("{id} is being cancelled"));
+            Ok(())
+        }
+        Command::Limit { id, rate: Cap(bytes_per_s) } => {
+            ctx.ask(&Request::MigrationLimit { id: id.clone(), bytes_per_s }).await?;
+            ctx.printer.note(match bytes_per_s {
+                Some(rate) => format!("{id} sends at most {}/s from now on", bytes(rate)),
+                None => format!("{id} sends as fast as it can from now on"),
+            });
             Ok(())
         }
         Command::Watch { id } => {

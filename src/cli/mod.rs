@@ -3,6 +3,7 @@
 
 mod account;
 mod adopt;
+mod bench;
 mod broker;
 mod component;
 mod config;
@@ -144,6 +145,8 @@ enum Command {
     /// Moves that run or ended
     #[command(subcommand)]
     Migration(migration::Command),
+    /// Measure what this machine makes of a repository's work (without a broker)
+    Bench(bench::Bench),
     /// Print completions for a shell (without a broker)
     Completions(generate::Completions),
     /// Write the manual pages (without a broker)
@@ -199,6 +202,7 @@ async fn dispatch(ctx: Context, command: Command) -> Outcome {
         Command::Plan(c) => plan::run(&ctx, c).await,
         Command::Move(c) => moving::run(&ctx, c).await,
         Command::Migration(c) => migration::run(&ctx, c).await,
+        Command::Bench(b) => bench::run(&ctx, &b),
         Command::Completions(c) => generate::completions(&ctx, &c),
         Command::Man(c) => generate::man(&ctx, &c),
     }

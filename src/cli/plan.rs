@@ -45,7 +45,7 @@ fn print_plan(printer: &Printer, plan: &PlanView) -> Outcome {
             name(c),
             word(&c.verdict).into(),
             format!("{}/{}", c.components_held, c.components_needed),
-            bytes(c.component_bytes_missing),
+            component_bytes(c),
             format!("≤ {}", bytes(c.root_delta_bytes_missing)),
             format!("≤ {}", bytes(c.user_data_bytes_missing)),
             duration(c),
@@ -73,7 +73,7 @@ pub fn line(plan: &PlanView, c: &Candidate) -> String {
                 "{} of {} components are there, {} are missing",
                 c.components_held,
                 c.components_needed,
-                bytes(n)
+                if c.deltas_unknown { format!("at most {}", bytes(n)) } else { bytes(n) }
             )
         }
     };
@@ -88,6 +88,11 @@ pub fn line(plan: &PlanView, c: &Candidate) -> String {
         bytes(c.root_delta_bytes_missing),
         bytes(c.user_data_bytes_missing),
     )
+}
+
+fn component_bytes(c: &Candidate) -> String {
+    let at_most = if c.deltas_unknown { "≤ " } else { "" };
+    format!("{at_most}{}", bytes(c.component_bytes_missing))
 }
 
 fn name(c: &Candidate) -> String {

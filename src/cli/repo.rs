@@ -55,7 +55,7 @@ fn count_faults(reply: &Reply) -> u64 {
     lines.iter().filter(|l| !l.detail.is_empty() && l.name != "good").map(|l| l.value).sum()
 }
 
-fn print_report(printer: &Printer, reply: Reply) -> Outcome {
+pub fn print_report(printer: &Printer, reply: Reply) -> Outcome {
     let Reply::Report(lines) = reply else { return Err(unexpected(&reply)) };
     let mut table = Table::new(["", ">", ""]);
     for ReportLine { name, value, unit, detail } in lines {

@@ -53,6 +53,7 @@ impl Target {
             | R::ComponentShow { .. }
             | R::ComponentDiff { .. }
             | R::ComponentRemove { .. }
+            | R::ComponentOptimize { .. }
             | R::ComponentBind { .. }
             | R::RecipeCreate { .. }
             | R::RecipeList
@@ -79,6 +80,7 @@ impl Target {
             | R::MigrationShow { .. }
             | R::MigrationWatch { .. }
             | R::MigrationCancel { .. }
+            | R::MigrationLimit { .. }
             | R::Shutdown => false,
         }
     }
@@ -145,7 +147,7 @@ impl Offline {
         let (grace, recipes, request) = (self.gc_grace, self.vm_recipes.clone(), request.clone());
         let work = tokio::task::spawn_blocking(move || {
             let mut report = |event| drop(events.send(event));
-            content::call(&repository, &composer, grace, &recipes, &request, &mut report)
+            content::call(&repository, &composer, grace, &recipes, &request, &|| false, &mut report)
         });
         while let Some(event) = seen.recv().await {
             on_event(event);

@@ -15,12 +15,11 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 
 use crate::durable::PendingFile;
-use crate::repository::Repository;
+use crate::repository::{PlainPack, Repository};
 use crate::types::{ByteSize, PackId};
 
 use super::digest::{Digest, SEGMENT_BYTES, zero_segment};
 use super::error::ComposeError;
-use super::plain::PlainPack;
 use super::plan::{Extent, Plan};
 use super::reflink;
 

@@ -9,14 +9,14 @@ mod ext4;
 mod extents;
 mod gpt;
 mod image;
-mod plain;
 mod plan;
 mod reflink;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::component::tree::{self, Member, Tree};
 use crate::component::{DiskParameters, Recipe};
@@ -175,6 +175,8 @@ impl Composer {
             Ok(Composition { path, digest, reused, elapsed: begun.elapsed(), timing })
         };
         if path.exists() {
+            // Its age says when it was wanted last; failing to renew it only costs a composition.
+            let _ = fs::File::open(&path).and_then(|f| f.set_modified(SystemTime::now()));
             return done(true, Timing::default());
         }
         let _turn = self.turn();
@@ -236,6 +238,37 @@ impl Composer {
             durable::remove(&path).map_err(|source| ComposeError::Io { what: "remove", path, source })?;
         }
         Ok(existed)
+    }
+
+    /// Removes compositions of other recipes than `used` that nobody asked for within `grace`; tells
+    /// how many and how many bytes they had on disk. The recipes stay.
+    pub fn collect(
+        &self,
+        used: &[RecipeId],
+        grace: Duration,
+        dry_run: bool,
+    ) -> Result<(u64, u64), ComposeError> {
+        let dir = self.repository.compositions_dir();
+        let error = |source| ComposeError::Io { what: "list", path: dir.to_owned(), source };
+        let (mut count, mut bytes) = (0, 0);
+        for entry in fs::read_dir(dir).map_err(error)? {
+            let path = entry.map_err(error)?.path();
+            let recipe = path.file_stem().and_then(|name| name.to_str()?.parse::<RecipeId>().ok());
+            let Some(recipe) = recipe.filter(|_| path.extension().is_some_and(|e| e == "raw")) else {
+                continue;
+            };
+            let Ok(meta) = fs::metadata(&path) else { continue };
+            let age = meta.modified().ok().and_then(|m| SystemTime::now().duration_since(m).ok());
+            if used.contains(&recipe) || age.is_none_or(|age| age < grace) {
+                continue;
+            }
+            count += 1;
+            bytes += meta.blocks() * 512;
+            if !dry_run {
+                self.remove(&recipe)?;
+            }
+        }
+        Ok((count, bytes))
     }
 
     /// What goes where; nothing is written.

@@ -184,6 +184,9 @@ pub struct Repository {
     pub hot_cache_size: ByteSize,
     /// How old unused content must be before it is collected.
     pub gc_grace: HumanDuration,
+    /// How long no VM must have moved before what is kept is compressed strongly, at the lowest
+    /// priority; zero for never.
+    pub optimize_after: HumanDuration,
 }
 
 /// `[trust]`: whose identity keys are believed.
@@ -273,7 +276,12 @@ impl Default for Hypervisor {
 
 impl Default for Repository {
     fn default() -> Self {
-        Self { dir: None, hot_cache_size: ByteSize::gib(4), gc_grace: HumanDuration::from_secs(600) }
+        Self {
+            dir: None,
+            hot_cache_size: ByteSize::gib(4),
+            gc_grace: HumanDuration::from_secs(600),
+            optimize_after: HumanDuration::from_secs(300),
+        }
     }
 }
 

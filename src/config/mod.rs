@@ -104,6 +104,8 @@ pub struct Repository {
     pub dir: PathBuf,
     pub hot_cache_size: ByteSize,
     pub gc_grace: Duration,
+    /// Zero for never.
+    pub optimize_after: Duration,
 }
 
 /// See [`file::Migration`].
@@ -370,6 +372,7 @@ fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigE
             dir: f.repository.dir.unwrap_or_else(|| f.cloud.data_dir.join("repository")),
             hot_cache_size: f.repository.hot_cache_size,
             gc_grace: f.repository.gc_grace.0,
+            optimize_after: f.repository.optimize_after.0,
         },
         trust: f.trust,
         migration: Migration {

@@ -48,6 +48,7 @@ bridge = "br0"
 dir = "/r"
 hot_cache_size = 0
 gc_grace = "1h"
+optimize_after = "0s"
 [trust]
 pinned = [{ jid = "b@x", key = "iojj3XQJ8ZX9UtstPLpdcspnCb8dlBIb83SIAbQPb1w=" }]
 trust_on_first_use = true
@@ -138,6 +139,7 @@ fn every_field_can_be_set() {
     assert_eq!(c.networks[0].kind, NetworkKind::Bridge("br0".into()));
     assert_eq!(c.trust.pinned[0].jid.as_str(), "b@x");
     assert_eq!(c.repository.gc_grace, Duration::from_secs(3600));
+    assert!(c.repository.optimize_after.is_zero());
     // What is shown can be read again and means the same.
     let shown = toml::to_string(c.effective()).unwrap();
     let again = Place::new(&shown).load(&[], &[]).unwrap();

@@ -1,6 +1,6 @@
 //! Where the blocks of a disk lie, so that they can be served by hash.
 
-use super::{DiskError, DiskImage};
+use super::{DiskError, DiskFile, DiskImage, ROOT_BLOCK_BYTES, USER_DATA_BLOCK_BYTES, staged_map};
 use crate::types::BlockHash;
 use crate::vm::{Block, ChunkMap};
 
@@ -46,6 +46,17 @@ impl BlockIndex {
         places.sort_unstable();
         places.shrink_to_fit();
         Ok(Self { image, block_size_bytes: map.block_size_bytes, places })
+    }
+
+    /// Indexes a disk by what it held when it was last staged; `None` if that is not recorded.
+    pub(super) fn as_staged(disk: &DiskFile) -> Option<Self> {
+        let image = disk.open().ok()?;
+        let block_size_bytes = match disk {
+            DiskFile::Root { .. } => ROOT_BLOCK_BYTES,
+            DiskFile::UserData { .. } => USER_DATA_BLOCK_BYTES,
+        };
+        let map = staged_map::load_stale(disk.path(), block_size_bytes, image.size_bytes())?;
+        Self::of_map(image, &map).ok()
     }
 
     /// Blocks of data, each place counted.

@@ -31,6 +31,11 @@ pub use space::require_space;
 pub use stage::{Changes, DiskFile, StagedDisk};
 pub use user_data::{UserDataDisk, create_user_data};
 
+/// Where the blocks lie that a disk held when it was last staged, whatever a guest did to it since.
+pub fn index_as_staged(disk: &DiskFile) -> Option<BlockIndex> {
+    BlockIndex::as_staged(disk)
+}
+
 /// Block size of a root delta's chunk map; also the subcluster of the overlays written here, so a
 /// guest's write of one page is one block.
 pub const ROOT_BLOCK_BYTES: u32 = 4096;

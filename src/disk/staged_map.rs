@@ -49,13 +49,23 @@ pub(super) fn load(
         Err(e) => return Err(io_error("read", &path)(e)),
     }
     let empty = ChunkMap::empty(block_size_bytes, disk_size_bytes);
-    match decode(&bytes, empty, Stamp::of(disk)?) {
+    match decode(&bytes, empty, Some(Stamp::of(disk)?)) {
         Ok(map) => Ok(map),
         Err(reason) => {
             tracing::warn!(path = %path.display(), %reason, "the record of a staged disk is damaged; scanning the disk");
             Ok(None)
         }
     }
+}
+
+/// What `disk` held when it was last staged, whatever happened to it since.
+pub(super) fn load_stale(disk: &Path, block_size_bytes: u32, disk_size_bytes: u64) -> Option<ChunkMap> {
+    let path = path_of(disk);
+    let bytes_max =
+        disk_size_bytes.div_ceil(block_size_bytes.into()) * ENCODED_BLOCK_BYTES_MAX + FIXED_BYTES_MAX;
+    let mut bytes = Vec::new();
+    File::open(&path).ok()?.take(bytes_max).read_to_end(&mut bytes).ok()?;
+    decode(&bytes, ChunkMap::empty(block_size_bytes, disk_size_bytes), None).ok()?
 }
 
 pub(super) fn remove(disk: &Path) -> Result<(), DiskError> {
@@ -104,8 +114,9 @@ fn encode(map: &ChunkMap, stamp: Stamp) -> Vec<u8> {
     bytes
 }
 
-/// `None` if the record is sound but of another state of the disk, or of other blocks than `empty`'s.
-fn decode(bytes: &[u8], empty: ChunkMap, stamp: Stamp) -> Result<Option<ChunkMap>, CodecError> {
+/// `None` if the record is sound but of other blocks than `empty`'s, or of another state of the disk
+/// than `stamp`, where that matters.
+fn decode(bytes: &[u8], empty: ChunkMap, stamp: Option<Stamp>) -> Result<Option<ChunkMap>, CodecError> {
     let Some((body, hash)) = bytes.split_last_chunk::<{ Hash::LEN_BYTES }>() else {
         return Err(CodecError::Truncated { what: "record", need: 32, have: bytes.len() as u64 });
     };
@@ -119,7 +130,9 @@ fn decode(bytes: &[u8], empty: ChunkMap, stamp: Stamp) -> Result<Option<ChunkMap
         modified_ns: r.varint_signed("time")?,
     };
     let (block_size, disk_size) = (r.u32("block size")?, r.u64("disk size")?);
-    if (found, block_size, disk_size) != (stamp, empty.block_size_bytes, empty.disk_size_bytes) {
+    if stamp.is_some_and(|stamp| stamp != found)
+        || (block_size, disk_size) != (empty.block_size_bytes, empty.disk_size_bytes)
+    {
         return Ok(None);
     }
     let mut map = empty;
@@ -162,10 +175,11 @@ mod tests {
         let map = sample();
         let bytes = encode(&map, STAMP);
         let empty = ChunkMap::empty(4096, 1 << 20);
-        assert_eq!(decode(&bytes, empty.clone(), STAMP).unwrap(), Some(map));
+        assert_eq!(decode(&bytes, empty.clone(), Some(STAMP)).unwrap(), Some(map));
         let later = Stamp { modified_ns: 10, ..STAMP };
-        assert_eq!(decode(&bytes, empty, later).unwrap(), None);
-        assert_eq!(decode(&bytes, ChunkMap::empty(8192, 1 << 20), STAMP).unwrap(), None);
+        assert_eq!(decode(&bytes, empty.clone(), Some(later)).unwrap(), None);
+        assert!(decode(&bytes, empty.clone(), None).unwrap().is_some());
+        assert_eq!(decode(&bytes, ChunkMap::empty(8192, 1 << 20), Some(STAMP)).unwrap(), None);
     }
 
     proptest! {
@@ -175,8 +189,8 @@ mod tests {
             let mut broken = bytes.clone();
             broken[at % bytes.len()] ^= flip;
             let empty = ChunkMap::empty(4096, 1 << 20);
-            prop_assert!(decode(&broken, empty.clone(), STAMP).is_err());
-            prop_assert!(decode(&bytes[..cut % bytes.len()], empty, STAMP).is_err());
+            prop_assert!(decode(&broken, empty.clone(), Some(STAMP)).is_err());
+            prop_assert!(decode(&bytes[..cut % bytes.len()], empty, Some(STAMP)).is_err());
         }
 
         #[test]
@@ -185,7 +199,7 @@ mod tests {
             bytes.truncate(bytes.len() - Hash::LEN_BYTES - 1);
             bytes.extend(body);
             bytes.extend(Hash::of(&bytes).as_bytes());
-            let _ = decode(&bytes, ChunkMap::empty(4096, 1 << 20), STAMP);
+            let _ = decode(&bytes, ChunkMap::empty(4096, 1 << 20), Some(STAMP));
         }
     }
 }

@@ -122,6 +122,11 @@ pub enum RepositoryError {
     #[error("{object} was refused: {reason}")]
     Refused { object: ObjectId, reason: String },
 
+    /// A crash may have torn what an earlier run received, or the sender's form changed: no fault
+    /// of the sender.
+    #[error("what was here of {object} does not fit what followed, and was dropped: ask for all of it")]
+    TornPart { object: ObjectId },
+
     #[error("no component is called '{text}': `cicada component list` shows what there is")]
     UnknownComponent { text: String },
 

@@ -64,6 +64,8 @@ impl Repository {
         }
         self.sweep_nodes(&plan, &mut marks, &mut report)?;
         if !dry_run {
+            self.trim_deltas()?;
+            self.trim_incoming(grace)?;
             self.manifest_cache().clear();
             self.index().flush()?;
         }

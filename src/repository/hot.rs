@@ -9,8 +9,9 @@ use std::time::SystemTime;
 
 use rustix::fs::FlockOperation;
 
-use super::Repository;
 use super::error::{IoContext, RepositoryError, Result};
+use super::{PlainPack, Repository};
+use crate::durable::PendingFile;
 use crate::types::{Hash, PackId};
 
 /// How much plain content is kept unless the operator says otherwise.
@@ -64,18 +65,37 @@ impl Repository {
         let mut pending = self.layout().pending("hot")?;
         // Not synced: the cache is emptied when the machine went down without closing it.
         self.read_pack(id, &mut |_, bytes| pending.file().write_all(bytes))?;
-        let mut state = self.hot().state();
-        self.trim_hot(&mut state, size_bytes)?;
-        // Another thread may have been faster.
-        if let Some(file) = lease(&path)? {
-            return Ok(file);
-        }
-        let dir = path.parent().unwrap_or(&path);
-        fs::create_dir_all(dir).at("create", dir)?;
-        fs::rename(pending.temporary_path(), &path).at("create", &path)?;
-        state.used_bytes = state.used_bytes.map(|used| used + size_bytes);
+        self.keep_hot(pending, &path, size_bytes)?;
         lease(&path)?
             .ok_or_else(|| RepositoryError::io("open", &path, 0, io::Error::from(io::ErrorKind::NotFound)))
+    }
+
+    /// Gives a verified plain copy its name, unless another thread was faster.
+    fn keep_hot(&self, pending: PendingFile, path: &Path, size_bytes: u64) -> Result<()> {
+        let mut state = self.hot().state();
+        self.trim_hot(&mut state, size_bytes)?;
+        if path.exists() {
+            return Ok(());
+        }
+        let dir = path.parent().unwrap_or(path);
+        fs::create_dir_all(dir).at("create", dir)?;
+        fs::rename(pending.temporary_path(), path).at("create", path)?;
+        state.used_bytes = state.used_bytes.map(|used| used + size_bytes);
+        Ok(())
+    }
+
+    /// The pack's plain bytes, mapped.
+    pub fn plain_pack(&self, id: &PackId) -> Result<PlainPack> {
+        PlainPack::new(&self.hot_pack(id)?).at("map", &self.hot_path(id))
+    }
+
+    /// Takes the plain bytes of a pack that is just being received, so that they need not be
+    /// unpacked again to be composed. `None` when there is no room to spare for them.
+    pub(super) fn hot_writer(&self, size_bytes: u64) -> Option<HotWriter> {
+        let spare = size_bytes <= self.hot().state().limit_bytes / 2
+            && self.free_bytes().is_ok_and(|free| free / 4 > size_bytes);
+        let pending = if spare { self.layout().pending("hot").ok()? } else { return None };
+        Some(HotWriter { pending, size_bytes })
     }
 
     /// As [`Repository::hot_pack`], if that file was made before.
@@ -153,6 +173,26 @@ impl Repository {
             }
         }
         Ok(files)
+    }
+}
+
+/// A plain copy under way. It is a convenience: whatever goes wrong with it, the pack is fine.
+pub(super) struct HotWriter {
+    pending: PendingFile,
+    size_bytes: u64,
+}
+
+impl HotWriter {
+    /// Whether it could be written.
+    pub fn write(&mut self, bytes: &[u8]) -> bool {
+        self.pending.file().write_all(bytes).is_ok()
+    }
+
+    /// The pack was verified, so its plain copy is good.
+    pub fn keep(self, repository: &Repository, id: &PackId) {
+        if let Err(error) = repository.keep_hot(self.pending, &repository.hot_path(id), self.size_bytes) {
+            tracing::debug!(pack = %id, %error, "no plain copy kept");
+        }
     }
 }
 

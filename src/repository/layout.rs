@@ -20,7 +20,7 @@ const LOCK: &str = "lock";
 const UNCLEAN: &str = "unclean";
 /// What the index must bear to be believed.
 const INDEX_SEAL: &str = "index-seal";
-const DIRECTORIES: [&str; 10] = [
+const DIRECTORIES: [&str; 12] = [
     "packs",
     "manifests",
     "recipes",
@@ -28,6 +28,8 @@ const DIRECTORIES: [&str; 10] = [
     "refs",
     "hot",
     "blocks",
+    "deltas",
+    "incoming",
     "compositions",
     "temporary",
     "quarantine",

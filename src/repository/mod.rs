@@ -7,22 +7,28 @@
 mod block_places;
 mod check;
 mod components;
+mod delta;
 mod error;
+mod forms;
 mod frame;
 mod gc;
 mod hot;
+mod incoming;
 mod index;
 mod layout;
 mod nodes;
+mod optimize;
 mod pack_reader;
 mod pack_receiver;
 mod pack_writer;
 mod parallel;
 mod pins;
+mod plain;
 mod queries;
 mod rebuild;
 mod records;
 mod refs;
+mod similar;
 mod stats;
 
 use std::fmt;
@@ -37,13 +43,17 @@ pub use block_places::{BlockPlace, BlockPlaces, IndexedPack, PLACES_MAX_DEFAULT,
 pub use check::{CheckReport, Damage, MissingObject};
 pub use components::{ComponentSummary, MissingReport};
 pub use error::{ObjectId, ObjectKind, RepositoryError};
+pub use forms::{FormTag, PackForm};
 pub use frame::LEVEL as RECORD_LEVEL;
 pub use gc::GcReport;
 pub use hot::HOT_BYTES_DEFAULT;
+pub use incoming::{IncomingForm, IncomingPack, PartialPack};
+pub use optimize::Optimized;
 pub use pack_reader::StoredPack;
 pub use pack_receiver::PackReceiver;
 pub use pack_writer::PackWriter;
 pub use pins::Pin;
+pub use plain::PlainPack;
 pub use refs::RefKind;
 pub use stats::{ByKind, DirectoryUse, Lookups, RepositoryStats, Tally};
 
@@ -69,6 +79,8 @@ struct Inner {
     pending_nodes: Mutex<PendingNodes>,
     manifests: ManifestCache,
     lookups: Mutex<Lookups>,
+    /// One delta is made at a time.
+    diffing: Mutex<()>,
     /// Released last: whoever opens next finds everything closed.
     _lock: Lock,
 }
@@ -108,6 +120,7 @@ impl Repository {
                 pending_nodes: Mutex::default(),
                 manifests: ManifestCache::default(),
                 lookups,
+                diffing: Mutex::default(),
                 _lock: lock,
             }),
         })

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 
 use super::error::{IoContext, ObjectId, RepositoryError, Result};
-use super::frame::{self, HEADER_BYTES, LENGTH_BYTES};
+use super::frame::{self, HEADER_BYTES, Header, LENGTH_BYTES};
 use super::parallel::InOrder;
 use super::{Entry, Repository};
 use crate::types::PackId;
@@ -17,6 +17,8 @@ pub struct StoredPack {
     pub file: File,
     pub stored_size_bytes: u64,
     pub plain_size_bytes: u64,
+    /// Plain bytes of a frame.
+    pub frame_bytes: usize,
 }
 
 /// Why reading a pack ended early.
@@ -38,9 +40,10 @@ impl Repository {
         let object = ObjectId::Pack(*id);
         let mut file = self.open_object(&object)?;
         match open_header(&mut file) {
-            Ok((plain_size_bytes, stored_size_bytes)) => {
+            Ok((header, stored_size_bytes)) => {
                 io::Seek::rewind(&mut file).at("read", &self.layout().object_path(&object))?;
-                Ok(StoredPack { file, stored_size_bytes, plain_size_bytes })
+                let Header { plain_bytes: plain_size_bytes, frame_bytes } = header;
+                Ok(StoredPack { file, stored_size_bytes, plain_size_bytes, frame_bytes })
             }
             Err(failure) => Err(self.pack_failure(object, &file, failure)),
         }
@@ -66,17 +69,17 @@ impl Repository {
 
 /// Plain and stored size of a pack file, for the index.
 pub(super) fn measure(file: &mut File) -> Option<Entry> {
-    let (plain_bytes, stored_bytes) = open_header(file).ok()?;
-    Some(Entry { plain_bytes, stored_bytes, place: None })
+    let (header, stored_bytes) = open_header(file).ok()?;
+    Some(Entry { plain_bytes: header.plain_bytes, stored_bytes, place: None })
 }
 
 /// Reads the header; the file is positioned behind it.
-fn open_header(file: &mut File) -> Result<(u64, u64), Failure> {
+fn open_header(file: &mut File) -> Result<(Header, u64), Failure> {
     let stored_bytes = file.metadata().map_err(Failure::Read)?.len();
     let mut header = [0; HEADER_BYTES];
     read_exact(file, &mut header)?;
-    let plain_bytes = frame::read_header(&header, stored_bytes).map_err(Failure::Damaged)?;
-    Ok((plain_bytes, stored_bytes))
+    let header = Header::read(&header, stored_bytes).map_err(Failure::Damaged)?;
+    Ok((header, stored_bytes))
 }
 
 fn read_frames(
@@ -84,7 +87,7 @@ fn read_frames(
     id: &PackId,
     sink: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
 ) -> Result<(), Failure> {
-    let (plain_bytes, stored_bytes) = open_header(file)?;
+    let (header, stored_bytes) = open_header(file)?;
     let mut hasher = blake3::Hasher::new();
     let mut passed_bytes = 0;
     let mut pass = |result: io::Result<Result<Vec<u8>, String>>| {
@@ -94,17 +97,17 @@ fn read_frames(
         passed_bytes += plain.len() as u64;
         Ok(plain)
     };
-    let mut decompressing = InOrder::new();
+    let mut decompressing = InOrder::new(2 * header.frame_bytes);
     let mut spare: Vec<Vec<u8>> = Vec::new();
     let mut begun_bytes = 0;
     let mut consumed_bytes = HEADER_BYTES as u64;
-    while begun_bytes < plain_bytes {
+    while begun_bytes < header.plain_bytes {
         if decompressing.is_full()
             && let Some(result) = decompressing.pop()
         {
             spare.push(pass(result)?);
         }
-        let plain_len = frame::plain_len(plain_bytes, begun_bytes);
+        let plain_len = header.plain_len(begun_bytes);
         let mut length = [0; LENGTH_BYTES];
         read_exact(file, &mut length)?;
         let stored_len = frame::read_length(length, plain_len).map_err(Failure::Damaged)?;

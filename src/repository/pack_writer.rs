@@ -3,7 +3,7 @@
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use super::error::{ObjectId, RepositoryError, Result};
-use super::frame::{self, FRAME_BYTES, HEADER_BYTES, PACK_BYTES_MAX, STORED_FRAME_BYTES_MAX};
+use super::frame::{self, FRAME_BYTES, HEADER_BYTES, Header, PACK_BYTES_MAX, STORED_FRAME_BYTES_MAX};
 use super::parallel::InOrder;
 use super::{Entry, Repository};
 use crate::component::manifest::ALIGNMENT_BYTES;
@@ -46,8 +46,8 @@ impl Repository {
     /// Begins a new pack.
     pub fn pack_writer(&self) -> Result<PackWriter> {
         let mut pending = self.layout().pending("pack")?;
-        // The plain size is filled in at the end.
-        let begun = pending.file().write_all(&frame::header(0));
+        // The header is filled in at the end.
+        let begun = pending.file().write_all(&[0; HEADER_BYTES]);
         begun.map_err(|e| RepositoryError::io("write", pending.temporary_path(), HEADER_BYTES as u64, e))?;
         Ok(PackWriter {
             repository: self.clone(),
@@ -56,7 +56,7 @@ impl Repository {
             plain_bytes: 0,
             stored_bytes: HEADER_BYTES as u64,
             frame: Frame::new(),
-            compressing: InOrder::new(),
+            compressing: InOrder::new(2 * FRAME_BYTES),
             spare: Vec::new(),
             failed: false,
         })
@@ -115,7 +115,7 @@ impl PackWriter {
         }
         while self.write_oldest()? {}
         let id = PackId(self.hasher.finalize().into());
-        let header = frame::header(self.plain_bytes);
+        let header = Header { plain_bytes: self.plain_bytes, frame_bytes: FRAME_BYTES }.encode();
         let file = self.pending.file();
         let written = file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&header));
         written.map_err(|e| self.write_error(e))?;

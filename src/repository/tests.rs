@@ -6,6 +6,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use tempfile::TempDir;
 
+use super::frame::{FRAME_BYTES, Header};
 use super::*;
 use crate::component::manifest::{
     ALIGNMENT_BYTES, Entry as FileEntry, EntryKind, Kind, Manifest, Meta, PackRef,
@@ -268,15 +269,16 @@ fn a_lying_peer_is_refused_and_leaves_nothing() {
     let good = stored(&source, &id);
     let len = good.len() as u64;
 
+    let header = |plain_bytes| Header { plain_bytes, frame_bytes: FRAME_BYTES }.encode();
     let bomb = {
         // One frame that claims 4096 plain bytes and holds 64 MiB.
         let frame = zstd::bulk::compress(&vec![0; 64 << 20], 3).unwrap();
         let frame = &frame[..frame.len().min(4096)];
-        [frame::header(4096).as_slice(), &(frame.len() as u32).to_le_bytes(), frame].concat()
+        [header(4096).as_slice(), &(frame.len() as u32).to_le_bytes(), frame].concat()
     };
-    let huge_plain = [frame::header(1 << 42).as_slice(), &[0; 100]].concat();
-    let long_frame = [frame::header(4096).as_slice(), &u32::MAX.to_le_bytes(), &[0; 100]].concat();
-    let empty_frame = [frame::header(4096).as_slice(), &0u32.to_le_bytes(), &[0; 100]].concat();
+    let huge_plain = [header(1 << 42).as_slice(), &[0; 100]].concat();
+    let long_frame = [header(4096).as_slice(), &u32::MAX.to_le_bytes(), &[0; 100]].concat();
+    let empty_frame = [header(4096).as_slice(), &0u32.to_le_bytes(), &[0; 100]].concat();
     let mut flipped = good.clone();
     flipped[60] ^= 1;
     let n = |bytes: &[u8]| bytes.len() as u64;

@@ -2,6 +2,7 @@
 //! zstd frame than alone. Packing on the serving side, unpacking and verifying on the other.
 
 use std::io::Read;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -10,11 +11,11 @@ use super::frame::{Frame, size_limit_bytes};
 use super::object::{ObjectKey, Verified};
 use crate::types::Hash;
 
-/// How hard the next batch of a request is compressed.
+/// How hard the next batch of a request is compressed: harder while the wire is what is waited for.
 #[derive(Debug, Default)]
 pub struct Effort {
-    /// The wire was slower than the packing: there is time for a better level.
-    pub wire_is_slower: bool,
+    /// Index into [`LEVELS`].
+    step: usize,
     /// Batches to send plain before trying again, after one that did not compress.
     plain_left: u8,
 }
@@ -23,10 +24,21 @@ pub struct Effort {
 const GAIN_MIN: usize = 32;
 /// How many batches are sent plain after one that did not compress.
 const PLAIN_BATCHES: u8 = 8;
-const LEVEL_FAST: i32 = 1;
-const LEVEL_GOOD: i32 = 3;
+/// zstd levels; each takes about twice the time of the one before.
+const LEVELS: [i32; 5] = [1, 3, 6, 9, 12];
 
 impl Effort {
+    /// Learns how long the last batch took to send, and how long the wire then waited for the next
+    /// beyond that.
+    pub fn adapt(&mut self, sending: Duration, waiting: Duration) {
+        // The next batch is made while the last is sent: a wait means that making it is the slower part.
+        if waiting > sending / 8 {
+            self.step = self.step.saturating_sub(1);
+        } else if sending > Duration::from_millis(5) {
+            self.step = (self.step + 1).min(LEVELS.len() - 1);
+        }
+    }
+
     /// Makes the frame for objects that lie one after another in `plain`.
     pub fn pack(&mut self, plain: Vec<u8>, sizes_bytes: Vec<u32>) -> Frame {
         match self.compress(&plain) {
@@ -40,8 +52,7 @@ impl Effort {
             self.plain_left -= 1;
             return None;
         }
-        let level = if self.wire_is_slower { LEVEL_GOOD } else { LEVEL_FAST };
-        let packed = zstd::bulk::compress(plain, level).ok();
+        let packed = zstd::bulk::compress(plain, LEVELS[self.step]).ok();
         let gained = packed.filter(|p| p.len() + plain.len() / GAIN_MIN < plain.len());
         if gained.is_none() {
             self.plain_left = PLAIN_BATCHES;

@@ -15,8 +15,8 @@ use tokio::time::{Instant, interval_at};
 use super::batch;
 use super::error::{FetchError, Refusal, TransferError, Violation, close};
 use super::frame::{Frame, HEADER_BYTES, Request, limit};
-use super::object::{Encoding, ObjectKey, ObjectSink, PackWriter, SinkError, Ticket};
-use crate::types::PublicKey;
+use super::object::{Encoding, ObjectKey, ObjectSink, PackRange, PackWish, PackWriter, SinkError, Ticket};
+use crate::types::{PackId, PublicKey};
 
 /// Requests for small objects in flight, and packs. Enough that the next answer is always under
 /// way; few enough that little is half done when a connection breaks.
@@ -26,6 +26,8 @@ const PACK_STREAMS: usize = 3;
 const KEYS_MIN: usize = 32;
 /// How much of a pack is handed to its writer at a time.
 const CHUNK_BYTES: usize = 256 << 10;
+/// How often a peer may say that it is still working on one object.
+const WORKING_MAX: u32 = 100;
 /// A peer that sends less than this in a stall timeout has stalled.
 const STALL_BYTES: u64 = 1024;
 
@@ -94,6 +96,8 @@ pub struct Fetch {
 /// Signs of life, for telling a peer that stalls from a sink that is slow.
 pub struct Pulse {
     received_bytes: AtomicU64,
+    /// Times the peer said that it is working on an object.
+    working: AtomicU64,
     /// Sink calls under way.
     sinking: AtomicUsize,
     /// Large objects are held in memory until verified: one at a time.
@@ -102,7 +106,12 @@ pub struct Pulse {
 
 impl Default for Pulse {
     fn default() -> Self {
-        Self { received_bytes: AtomicU64::new(0), sinking: AtomicUsize::new(0), large: Semaphore::new(1) }
+        Self {
+            received_bytes: AtomicU64::new(0),
+            working: AtomicU64::new(0),
+            sinking: AtomicUsize::new(0),
+            large: Semaphore::new(1),
+        }
     }
 }
 
@@ -241,6 +250,7 @@ struct Watch {
     fetch: Arc<Fetch>,
     ticks: tokio::time::Interval,
     seen_bytes: u64,
+    seen_working: u64,
     seen_datagrams: u64,
 }
 
@@ -249,7 +259,7 @@ impl Watch {
         let every = fetch.stall_timeout;
         let ticks = interval_at(Instant::now() + every, every);
         let seen_datagrams = fetch.connection.stats().udp_rx.datagrams;
-        Self { fetch: fetch.clone(), ticks, seen_bytes: 0, seen_datagrams }
+        Self { fetch: fetch.clone(), ticks, seen_bytes: 0, seen_working: 0, seen_datagrams }
     }
 
     async fn stalled(&mut self) -> TransferError {
@@ -257,11 +267,12 @@ impl Watch {
             self.ticks.tick().await;
             let datagrams = self.fetch.connection.stats().udp_rx.datagrams;
             let received = self.fetch.pulse.received_bytes.load(Ordering::Relaxed);
-            let ready = self.fetch.pulse.sinking.load(Ordering::Relaxed) == 0;
+            let working = self.fetch.pulse.working.load(Ordering::Relaxed);
+            let ready = self.fetch.pulse.sinking.load(Ordering::Relaxed) == 0 && working == self.seen_working;
             if ready && received - self.seen_bytes < STALL_BYTES && datagrams > self.seen_datagrams {
                 return TransferError::Stalled { peer: self.fetch.peer, waited: self.fetch.stall_timeout };
             }
-            (self.seen_bytes, self.seen_datagrams) = (received, datagrams);
+            (self.seen_bytes, self.seen_working, self.seen_datagrams) = (received, working, datagrams);
         }
     }
 }
@@ -273,7 +284,8 @@ impl Fetch {
     /// Asks for a group and takes its answer.
     async fn fetch_group(self: Arc<Self>, group: Arc<Group>) -> Result<Arc<Group>, TransferError> {
         let (mut send, mut recv) = self.connection.open_bi().await.map_err(|e| self.lost(e))?;
-        let request = Request { ticket: self.ticket, keys: group.keys.clone() };
+        let wishes = self.clone().wishes(&group).await?;
+        let request = Request { ticket: self.ticket, keys: group.keys.clone(), wishes: wishes.clone() };
         // A peer may answer, and stop reading, before the whole request was sent.
         match send.write_all(&request.encode()).await {
             Err(WriteError::ConnectionLost(e)) => return Err(self.lost(e)),
@@ -281,7 +293,7 @@ impl Fetch {
                 let _ = send.finish();
             }
         }
-        match self.clone().take_answer(&mut recv, &group).await {
+        match self.clone().take_answer(&mut recv, &group, wishes).await {
             Err(Ended::Reset(reason)) => group.refuse(group.rest().len(), reason),
             Err(Ended::Failed(failure)) => return Err(failure),
             Ok(()) => {}
@@ -289,9 +301,31 @@ impl Fetch {
         Ok(group)
     }
 
-    async fn take_answer(self: Arc<Self>, recv: &mut RecvStream, group: &Arc<Group>) -> Result<(), Ended> {
+    /// What the sink has to say of the packs of a group.
+    async fn wishes(self: Arc<Self>, group: &Arc<Group>) -> Result<Vec<PackWish>, TransferError> {
+        let as_pack = |key: &ObjectKey| match key {
+            ObjectKey::Pack(pack) => Some(*pack),
+            _ => None,
+        };
+        let packs: Vec<_> = group.keys.iter().filter_map(as_pack).collect();
+        if packs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let fetch = self.clone();
+        let asking = self.sinking(move || Ok(packs.iter().map(|p| fetch.sink.wish(p)).collect()));
+        asking.await.unwrap_or_else(|panicked| Err(self.panicked(panicked)))
+    }
+
+    async fn take_answer(
+        self: Arc<Self>,
+        recv: &mut RecvStream,
+        group: &Arc<Group>,
+        wishes: Vec<PackWish>,
+    ) -> Result<(), Ended> {
         let mut sinking: Option<Sinking<()>> = None;
         let mut answered = 0;
+        let mut working = 0;
+        let mut wishes = wishes.into_iter();
         while answered < group.keys.len() {
             let frame = self.read_frame(recv, group.keys.len() - answered).await;
             // What came before goes to the sink first, whatever follows.
@@ -314,8 +348,16 @@ impl Fetch {
                     answered += count;
                 }
                 Frame::Large { encoding, size_bytes } => {
-                    self.take_large(recv, group, group.keys[answered], encoding, size_bytes).await?;
+                    // Packs are asked for alone, so a group's wishes are in step with its answers.
+                    let wish = wishes.next().unwrap_or_default();
+                    self.take_large(recv, group, group.keys[answered], encoding, size_bytes, &wish).await?;
                     answered += 1;
+                    working = 0;
+                }
+                Frame::Working if working == WORKING_MAX => return Err(self.fault(Violation::Long)),
+                Frame::Working => {
+                    working += 1;
+                    self.pulse.working.fetch_add(1, Ordering::Relaxed);
                 }
             }
         }
@@ -360,10 +402,25 @@ impl Fetch {
         key: ObjectKey,
         encoding: Encoding,
         size_bytes: u64,
+        wish: &PackWish,
     ) -> Result<(), Ended> {
         batch::check_size(&key, size_bytes).map_err(|v| self.fault(v))?;
         match (key, encoding) {
-            (ObjectKey::Pack(_), Encoding::StoredPack) => self.take_pack(recv, key, size_bytes).await?,
+            (ObjectKey::Pack(pack), Encoding::StoredPack(range) | Encoding::PackDelta(range)) => {
+                let is_delta = matches!(encoding, Encoding::PackDelta(_));
+                let asked = range.offset_bytes == 0
+                    || wish.begun.is_some_and(|begun| begun == (range.tag, range.offset_bytes));
+                if !asked || (is_delta && wish.bases.is_empty()) {
+                    return Err(self.fault(Violation::Form { key }));
+                }
+                let counted = AtomicU64::new(0);
+                let taken = self.take_pack(recv, pack, is_delta, range, size_bytes, &counted).await;
+                if taken.is_err() {
+                    // It is counted again when it is gone on with.
+                    self.progress.payload_bytes.fetch_sub(counted.into_inner(), Ordering::Relaxed);
+                }
+                taken?;
+            }
             (ObjectKey::Manifest(_), Encoding::Plain | Encoding::Zstd { .. }) => {
                 self.take_manifest(recv, key, encoding, size_bytes).await?;
             }
@@ -374,17 +431,28 @@ impl Fetch {
         Ok(())
     }
 
-    /// Streams a pack to its writer, one chunk behind the wire.
+    /// Streams a pack to its writer, one chunk behind the wire. `counted` is what the progress was
+    /// told of it: in the end the stored form's size, whatever was sent.
     async fn take_pack(
         self: &Arc<Self>,
         recv: &mut RecvStream,
-        key: ObjectKey,
+        pack: PackId,
+        is_delta: bool,
+        range: PackRange,
         size_bytes: u64,
+        counted: &AtomicU64,
     ) -> Result<(), Ended> {
-        let ObjectKey::Pack(pack) = key else { return Err(self.fault(Violation::Form { key })) };
+        let key = ObjectKey::Pack(pack);
+        let count = |bytes: u64| {
+            counted.fetch_add(bytes, Ordering::Relaxed);
+            self.progress.payload_bytes.fetch_add(bytes, Ordering::Relaxed);
+        };
         let fetch = self.clone();
-        let mut sinking: Sinking<Box<dyn PackWriter>> =
-            self.sinking(move || fetch.sink.pack(&pack, size_bytes).map_err(|e| fetch.not_taken(key, e)));
+        let mut sinking: Sinking<Box<dyn PackWriter>> = self.sinking(move || {
+            let writer = fetch.sink.pack(&pack, is_delta, &range, size_bytes);
+            writer.map_err(|e| fetch.not_taken(key, e))
+        });
+        count(range.offset_bytes);
         let mut left = size_bytes;
         while left > 0 {
             let mut chunk = vec![0; left.min(CHUNK_BYTES as u64) as usize];
@@ -392,7 +460,7 @@ impl Fetch {
             let mut writer = self.settle(sinking).await?;
             read?;
             left -= chunk.len() as u64;
-            self.progress.payload_bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+            count(chunk.len() as u64);
             let fetch = self.clone();
             sinking = self.sinking(move || {
                 writer.write(&chunk).map_err(|e| fetch.not_taken(key, e))?;
@@ -401,7 +469,9 @@ impl Fetch {
         }
         let writer = self.settle(sinking).await?;
         let fetch = self.clone();
-        self.settle(self.sinking(move || writer.finish().map_err(|e| fetch.not_taken(key, e)))).await
+        self.settle(self.sinking(move || writer.finish().map_err(|e| fetch.not_taken(key, e)))).await?;
+        count(range.stored_size_bytes.saturating_sub(range.offset_bytes + size_bytes));
+        Ok(())
     }
 
     /// Manifests too large for a batch: gathered as they arrive, verified whole.
@@ -427,7 +497,7 @@ impl Fetch {
             let plain = match encoding {
                 Encoding::Zstd { plain_size_bytes } => batch::unpack(&encoded, plain_size_bytes)
                     .ok_or_else(|| fetch.misbehaved(Violation::Unpack { key, plain_size_bytes }))?,
-                Encoding::Plain | Encoding::StoredPack => encoded,
+                Encoding::Plain | Encoding::StoredPack(_) | Encoding::PackDelta(_) => encoded,
             };
             let object = batch::verify(key, plain.into()).map_err(|v| fetch.misbehaved(v))?;
             let plain = object.bytes.len() as u64;

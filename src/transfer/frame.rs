@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use super::error::Refusal;
-use super::object::{Encoding, ObjectKey, Ticket};
+use super::object::{Encoding, ObjectKey, PackRange, PackWish, Ticket};
 use crate::component::manifest;
 use crate::types::codec::{CodecError, Reader, Writer};
 use crate::types::{BlockHash, ComponentId, NodeHash, PackId, RecipeId};
@@ -13,10 +13,16 @@ use crate::vm::chunk_map;
 pub mod limit {
     /// Objects one request may ask for.
     pub const KEYS_PER_REQUEST: usize = 1024;
-    /// Verb, ticket, count and keys.
-    pub const REQUEST_BYTES: usize = 1 + 32 + 2 + KEYS_PER_REQUEST * 33;
+    /// Packs an asker may name as bases of a delta.
+    pub const BASES: usize = 4;
+    /// Verb, ticket, count and keys; of packs, with what the asker says of them.
+    pub const REQUEST_BYTES: usize = 1 + 32 + 2 + KEYS_PER_REQUEST * 33 + PACKS_PER_REQUEST * WISH_BYTES;
+    /// Packs one request may ask for.
+    pub const PACKS_PER_REQUEST: usize = 64;
+    /// Count of bases, bases, whether a part is there, its tag and size.
+    pub const WISH_BYTES: usize = 1 + BASES * 32 + 1 + 16 + 6;
     /// Plain bytes of one batch of small objects, unless it is a single larger one.
-    pub const BATCH_BYTES: usize = 256 << 10;
+    pub const BATCH_BYTES: usize = 1 << 20;
     /// The largest object that travels in a batch.
     pub const SMALL_BYTES: usize = 1 << 20;
     /// The stored form of a pack.
@@ -33,6 +39,7 @@ pub const HEADER_BYTES: usize = 5;
 const TAG_REFUSED: u8 = 1;
 const TAG_SMALL: u8 = 2;
 const TAG_LARGE: u8 = 3;
+const TAG_WORKING: u8 = 4;
 
 /// The most plain bytes an object of this kind may have; for a pack, of its stored form.
 pub fn size_limit_bytes(key: &ObjectKey) -> u64 {
@@ -50,6 +57,8 @@ pub struct Request {
     pub ticket: Ticket,
     /// 1 to [`limit::KEYS_PER_REQUEST`].
     pub keys: Vec<ObjectKey>,
+    /// One for each pack among the keys, in their order.
+    pub wishes: Vec<PackWish>,
 }
 
 impl Request {
@@ -59,9 +68,13 @@ impl Request {
         w.u8(VERB_FETCH);
         w.fixed(self.ticket.as_bytes());
         w.varint(self.keys.len() as u64);
+        let mut wishes = self.wishes.iter();
         for key in &self.keys {
             w.u8(kind_code(key));
             w.fixed(key.hash().as_bytes());
+            if key.is_pack() {
+                encode_wish(&mut w, wishes.next().unwrap_or(&PackWish::default()));
+            }
         }
         w.into_bytes()
     }
@@ -77,15 +90,49 @@ impl Request {
         if count == 0 {
             return Err(CodecError::NotCanonical { what: "empty request" });
         }
-        let keys = (0..count)
-            .map(|_| {
-                let kind = r.u8("kind of object")?;
-                key_of(kind, r.array("id of object")?)
-            })
-            .collect::<Result<_, _>>()?;
+        let (mut keys, mut wishes) = (Vec::with_capacity(count), Vec::new());
+        for _ in 0..count {
+            let kind = r.u8("kind of object")?;
+            let key = key_of(kind, r.array("id of object")?)?;
+            if key.is_pack() {
+                if wishes.len() == limit::PACKS_PER_REQUEST {
+                    let (value, limit) = (wishes.len() as u64 + 1, limit::PACKS_PER_REQUEST as u64);
+                    return Err(CodecError::TooLarge { what: "packs asked for", value, limit });
+                }
+                wishes.push(decode_wish(&mut r)?);
+            }
+            keys.push(key);
+        }
         r.end()?;
-        Ok(Self { ticket, keys })
+        Ok(Self { ticket, keys, wishes })
     }
+}
+
+fn encode_wish(w: &mut Writer, wish: &PackWish) {
+    let bases = &wish.bases[..wish.bases.len().min(limit::BASES)];
+    w.u8(bases.len() as u8);
+    bases.iter().for_each(|base| w.fixed(base.as_bytes()));
+    match &wish.begun {
+        Some((tag, bytes)) => {
+            w.u8(1);
+            w.fixed(tag);
+            w.varint(*bytes);
+        }
+        None => w.u8(0),
+    }
+}
+
+fn decode_wish(r: &mut Reader<'_>) -> Result<PackWish, CodecError> {
+    let count = r.u8("bases")?;
+    if usize::from(count) > limit::BASES {
+        return Err(CodecError::TooLarge { what: "bases", value: count.into(), limit: limit::BASES as u64 });
+    }
+    let bases = (0..count).map(|_| Ok(PackId::from_bytes(r.array("base")?))).collect::<Result<_, _>>()?;
+    let begun = match flag(r)? {
+        true => Some((r.array("tag")?, r.bounded("size of a part", limit::PACK_BYTES)?)),
+        false => None,
+    };
+    Ok(PackWish { bases, begun })
 }
 
 fn kind_code(key: &ObjectKey) -> u8 {
@@ -118,6 +165,8 @@ pub enum Frame {
     Small { zstd: bool, sizes_bytes: Vec<u32>, payload: Bytes },
     /// The next object; `size_bytes` raw bytes follow the frame.
     Large { encoding: Encoding, size_bytes: u64 },
+    /// The next object is being made ready; answers nothing.
+    Working,
 }
 
 impl Frame {
@@ -142,13 +191,19 @@ impl Frame {
                 let (code, plain_size_bytes) = match encoding {
                     Encoding::Plain => (0, *size_bytes),
                     Encoding::Zstd { plain_size_bytes } => (1, *plain_size_bytes),
-                    Encoding::StoredPack => (2, 0),
+                    Encoding::StoredPack(range) => (2, range.stored_size_bytes),
+                    Encoding::PackDelta(range) => (3, range.stored_size_bytes),
                 };
                 w.u8(code);
                 w.varint(*size_bytes);
                 w.varint(plain_size_bytes);
+                if let Encoding::StoredPack(range) | Encoding::PackDelta(range) = encoding {
+                    w.fixed(&range.tag);
+                    w.varint(range.offset_bytes);
+                }
                 (TAG_LARGE, &[][..])
             }
+            Frame::Working => (TAG_WORKING, &[][..]),
         };
         let head = w.into_bytes();
         let mut out = Vec::with_capacity(HEADER_BYTES + head.len() + payload.len());
@@ -164,7 +219,9 @@ impl Frame {
         let [tag, length @ ..] = header;
         let length = u32::from_le_bytes(length);
         let limit = match tag {
-            TAG_REFUSED | TAG_LARGE => 32,
+            TAG_REFUSED => 32,
+            TAG_LARGE => 64,
+            TAG_WORKING => 0,
             TAG_SMALL => limit::FRAME_BYTES,
             value => return Err(CodecError::Unknown { what: "frame tag", value: value.into() }),
         };
@@ -211,15 +268,22 @@ impl Frame {
                 let code = r.u8("encoding")?;
                 let size_bytes = r.bounded("object size", limit::PACK_BYTES)?;
                 let plain_size_bytes = r.bounded("plain size", limit::PACK_BYTES)?;
+                let mut range = || {
+                    let tag = r.array("tag")?;
+                    let offset_bytes = r.bounded("offset in a pack", limit::PACK_BYTES)?;
+                    Ok::<_, CodecError>(PackRange { tag, offset_bytes, stored_size_bytes: plain_size_bytes })
+                };
                 let encoding = match code {
                     0 if plain_size_bytes == size_bytes => Encoding::Plain,
                     1 => Encoding::Zstd { plain_size_bytes },
-                    2 if plain_size_bytes == 0 => Encoding::StoredPack,
-                    0 | 2 => return Err(CodecError::NotCanonical { what: "plain size" }),
+                    2 => Encoding::StoredPack(range()?),
+                    3 => Encoding::PackDelta(range()?),
+                    0 => return Err(CodecError::NotCanonical { what: "plain size" }),
                     value => return Err(CodecError::Unknown { what: "encoding", value: value.into() }),
                 };
                 Frame::Large { encoding, size_bytes }
             }
+            TAG_WORKING => Frame::Working,
             value => return Err(CodecError::Unknown { what: "frame tag", value: value.into() }),
         };
         r.end()?;
@@ -260,21 +324,30 @@ mod tests {
             Frame::Small { zstd: false, sizes_bytes, payload }
         });
         let large =
-            (0..limit::PACK_BYTES, 0..limit::PACK_BYTES, 0..3).prop_map(|(size_bytes, plain, code)| {
+            (0..limit::PACK_BYTES, 0..limit::PACK_BYTES, 0..4).prop_map(|(size_bytes, plain, code)| {
+                let range =
+                    PackRange { tag: [code as u8; 16], offset_bytes: plain / 2, stored_size_bytes: plain };
                 let encoding = match code {
                     0 => Encoding::Plain,
                     1 => Encoding::Zstd { plain_size_bytes: plain },
-                    _ => Encoding::StoredPack,
+                    2 => Encoding::StoredPack(range),
+                    _ => Encoding::PackDelta(range),
                 };
                 Frame::Large { encoding, size_bytes }
             });
-        prop_oneof![refused, small, large]
+        prop_oneof![refused, small, large, Just(Frame::Working)]
     }
 
     proptest! {
         #[test]
-        fn requests_read_back(ticket: [u8; 32], keys in proptest::collection::vec(any_key(), 1..1025)) {
-            let request = Request { ticket: Ticket::from_bytes(ticket), keys };
+        fn requests_read_back(ticket: [u8; 32], keys in proptest::collection::vec(any_key(), 1..60), bases: [u8; 32]) {
+            let packs = keys.iter().filter(|k| k.is_pack()).count();
+            let wish = |n: usize| PackWish {
+                bases: vec![PackId::from_bytes(bases); n % (limit::BASES + 1)],
+                begun: n.is_multiple_of(2).then_some(([n as u8; 16], n as u64 * 1000)),
+            };
+            let wishes = (0..packs).map(wish).collect();
+            let request = Request { ticket: Ticket::from_bytes(ticket), keys, wishes };
             let bytes = request.encode();
             prop_assert!(bytes.len() <= limit::REQUEST_BYTES);
             prop_assert_eq!(Request::decode(&bytes).unwrap(), request);
@@ -313,14 +386,14 @@ mod tests {
     #[test]
     fn lying_lengths_are_refused_before_anything_is_allocated() {
         assert!(matches!(Frame::header([TAG_SMALL, 255, 255, 255, 255]), Err(CodecError::TooLarge { .. })));
-        assert!(matches!(Frame::header([TAG_LARGE, 33, 0, 0, 0]), Err(CodecError::TooLarge { .. })));
+        assert!(matches!(Frame::header([TAG_LARGE, 65, 0, 0, 0]), Err(CodecError::TooLarge { .. })));
         assert!(matches!(Frame::header([9, 0, 0, 0, 0]), Err(CodecError::Unknown { .. })));
         // A packed batch that announces more than a batch may unpack to.
         let sizes_bytes = vec![limit::SMALL_BYTES as u32; 2];
         let bomb = Frame::Small { zstd: true, sizes_bytes, payload: Bytes::from_static(&[0; 40]) };
         assert!(matches!(read(&bomb.encode()), Err(CodecError::TooLarge { .. })));
         // A request for no object, and one for too many.
-        let mut request = Request { ticket: Ticket::from_bytes([1; 32]), keys: vec![] };
+        let mut request = Request { ticket: Ticket::from_bytes([1; 32]), keys: vec![], wishes: vec![] };
         assert!(Request::decode(&request.encode()).is_err());
         request.keys = vec![ObjectKey::Block(BlockHash::of(b"x")); limit::KEYS_PER_REQUEST + 1];
         assert!(Request::decode(&request.encode()).is_err());

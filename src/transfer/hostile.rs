@@ -40,10 +40,6 @@ impl Authority for Open {
 impl ObjectSource for Open {
     fn open(&self, _: &Ticket, key: &ObjectKey) -> Result<ObjectBody, Refusal> {
         match key {
-            ObjectKey::Pack(_) => Ok(ObjectBody {
-                encoding: Encoding::StoredPack,
-                content: Content::Bytes(vec![0; 64 << 20].into()),
-            }),
             // Bodies that break the rules of the seam are our fault, not the peer's.
             ObjectKey::Node(_) => Ok(ObjectBody::plain(vec![0; 1 << 20])),
             ObjectKey::Block(_) => Ok(ObjectBody {
@@ -53,7 +49,15 @@ impl ObjectSource for Open {
             _ => Err(Refusal::NotHeld),
         }
     }
+    fn open_pack(&self, _: &Ticket, _: &PackId, _: &PackWish) -> Result<ObjectBody, Refusal> {
+        Ok(ObjectBody {
+            encoding: Encoding::StoredPack(RANGE),
+            content: Content::Bytes(vec![0; 64 << 20].into()),
+        })
+    }
 }
+
+const RANGE: PackRange = PackRange { tag: [0; 16], offset_bytes: 0, stored_size_bytes: 100 };
 
 /// Takes everything, and counts.
 #[derive(Default)]
@@ -64,7 +68,7 @@ impl ObjectSink for Bin {
         *self.0.lock().unwrap() += objects.len();
         Ok(())
     }
-    fn pack(&self, _: &PackId, _: u64) -> Result<Box<dyn PackWriter>, SinkError> {
+    fn pack(&self, _: &PackId, _: bool, _: &PackRange, _: u64) -> Result<Box<dyn PackWriter>, SinkError> {
         struct Nowhere;
         impl PackWriter for Nowhere {
             fn write(&mut self, _: &[u8]) -> Result<(), SinkError> {
@@ -186,7 +190,7 @@ async fn every_kind_of_bad_answer_is_cut_off() {
         ),
         (
             "a pack that ends early",
-            [large(Encoding::StoredPack, 100), vec![0; 99]].concat(),
+            [large(Encoding::StoredPack(RANGE), 100), vec![0; 99]].concat(),
             vec![pack],
             |v| matches!(v, Violation::Short { .. }),
         ),
@@ -246,7 +250,7 @@ async fn random_requests_are_cut_off_and_others_still_served() {
     let (_endpoint, connection) = dial(address, Identity::new(&hostile()).unwrap()).await;
     let (mut send, mut recv) = connection.as_ref().unwrap().open_bi().await.unwrap();
     let keys = vec![ObjectKey::Node(NodeHash::of(b"n")), ObjectKey::Block(BlockHash::of(b"b"))];
-    send.write_all(&Request { ticket: TICKET, keys }.encode()).await.unwrap();
+    send.write_all(&Request { ticket: TICKET, keys, wishes: vec![] }.encode()).await.unwrap();
     send.finish().unwrap();
     let answer = recv.read_to_end(1000).await.unwrap();
     assert_eq!(answer, Frame::Refused { reason: Refusal::Failed, count: 2 }.encode());
@@ -259,7 +263,7 @@ async fn a_peer_that_takes_nothing_loses_its_request() {
         dial(broker.local_addr().unwrap(), Identity::new(&hostile()).unwrap()).await;
     let connection = connection.unwrap();
     let (mut send, mut recv) = connection.open_bi().await.unwrap();
-    let request = Request { ticket: TICKET, keys: vec![ObjectKey::Pack(PackId::of(b"p"))] };
+    let request = Request { ticket: TICKET, keys: vec![ObjectKey::Pack(PackId::of(b"p"))], wishes: vec![] };
     send.write_all(&request.encode()).await.unwrap();
     send.finish().unwrap();
     let reset = tokio::time::timeout(Duration::from_secs(4), recv.received_reset()).await;

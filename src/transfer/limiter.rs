@@ -18,6 +18,12 @@ pub struct Limiter {
     started: Instant,
 }
 
+impl Default for Limiter {
+    fn default() -> Self {
+        Self::unlimited()
+    }
+}
+
 impl Limiter {
     pub fn unlimited() -> Self {
         Self::new(None)

@@ -26,8 +26,8 @@ pub use fetch::{FetchReport, Progress, ProgressSnapshot};
 pub use frame::limit;
 pub use limiter::Limiter;
 pub use object::{
-    Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSink, ObjectSource, PackWriter, SinkError,
-    Ticket, Verified,
+    Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSink, ObjectSource, PackRange, PackWish,
+    PackWriter, SinkError, Ticket, Verified,
 };
 
 /// The application protocol, with its version (TLS ALPN, RFC 7301).

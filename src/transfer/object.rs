@@ -6,6 +6,7 @@ use std::fs::File;
 use bytes::Bytes;
 
 use super::error::Refusal;
+use super::limiter::Limiter;
 use crate::types::{BlockHash, ComponentId, Hash, NodeHash, PackId, PublicKey, RecipeId};
 
 /// Names one object a broker may ask another for.
@@ -93,7 +94,30 @@ pub enum Encoding {
     /// One zstd frame (RFC 8878) that unpacks to `plain_size_bytes` bytes.
     Zstd { plain_size_bytes: u64 },
     /// A pack as the repository stores it; only the receiver's [`PackWriter`] can read it.
-    StoredPack,
+    StoredPack(PackRange),
+    /// A pack as the delta from one the asker holds; likewise.
+    PackDelta(PackRange),
+}
+
+/// Which part of a pack's form follows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PackRange {
+    /// Tells this form from others of the same pack.
+    pub tag: [u8; 16],
+    /// Left out because the asker has it: where the bytes that follow begin.
+    pub offset_bytes: u64,
+    /// What the pack's stored form has: with a delta, what need not be sent.
+    pub stored_size_bytes: u64,
+}
+
+/// What an asker says beside a pack's id, so that less has to be sent.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct PackWish {
+    /// Packs it holds that may be earlier versions, likeliest first; at most
+    /// [`limit::BASES`](super::limit::BASES).
+    pub bases: Vec<PackId>,
+    /// A part of a form that came earlier: its tag, and how many bytes are there.
+    pub begun: Option<([u8; 16], u64)>,
 }
 
 /// Where a body's bytes are.
@@ -111,7 +135,7 @@ pub enum Content {
 /// One object, opened for sending.
 #[derive(Debug)]
 pub struct ObjectBody {
-    /// Packs are [`Encoding::StoredPack`], everything else is not.
+    /// Packs are [`Encoding::StoredPack`] or [`Encoding::PackDelta`], everything else is not.
     pub encoding: Encoding,
     pub content: Content,
 }
@@ -132,6 +156,10 @@ impl ObjectBody {
 /// The serving side's store. Called on the blocking pool, after [`Authority::check`].
 pub trait ObjectSource: Send + Sync + 'static {
     fn open(&self, ticket: &Ticket, key: &ObjectKey) -> Result<ObjectBody, Refusal>;
+
+    /// Opens a pack in the form that suits the asker best. May take long: the asker is told that
+    /// its request is being worked on.
+    fn open_pack(&self, ticket: &Ticket, pack: &PackId, wish: &PackWish) -> Result<ObjectBody, Refusal>;
 }
 
 /// Who may connect, and who may have what. Called often; must not block for long.
@@ -140,6 +168,10 @@ pub trait Authority: Send + Sync + 'static {
     fn admit(&self, peer: &PublicKey) -> Result<(), Refusal>;
     /// Whether `ticket`, shown by `peer`, covers `key` now.
     fn check(&self, peer: &PublicKey, ticket: &Ticket, key: &ObjectKey) -> Result<(), Refusal>;
+    /// The cap of what is sent for a ticket, beside the endpoint's own.
+    fn limiter(&self, _ticket: &Ticket) -> Option<Limiter> {
+        None
+    }
 }
 
 /// An object whose bytes have the hash its key says. The bytes of one batch share a buffer: who
@@ -166,11 +198,21 @@ pub enum SinkError {
 pub trait ObjectSink: Send + Sync + 'static {
     /// Takes verified objects (never packs), in the order they were asked for.
     fn deliver(&self, objects: Vec<Verified>) -> Result<(), SinkError>;
-    /// A writer for a pack whose stored form has `size_bytes` bytes.
-    fn pack(&self, pack: &PackId, size_bytes: u64) -> Result<Box<dyn PackWriter>, SinkError>;
+    /// What is here that makes a pack cheaper to send. Asked just before the pack is.
+    fn wish(&self, _pack: &PackId) -> PackWish {
+        PackWish::default()
+    }
+    /// A writer for `size_bytes` bytes of a pack's form, which begin at the range's offset.
+    fn pack(
+        &self,
+        pack: &PackId,
+        is_delta: bool,
+        range: &PackRange,
+        size_bytes: u64,
+    ) -> Result<Box<dyn PackWriter>, SinkError>;
 }
 
-/// Takes one pack's stored bytes in order. Dropped unfinished, it leaves nothing behind.
+/// Takes one pack's bytes in order. Dropped unfinished, it may keep what came for the next attempt.
 pub trait PackWriter: Send {
     fn write(&mut self, stored: &[u8]) -> Result<(), SinkError>;
     /// All bytes were written: verify them against the pack's id and keep the pack.

@@ -18,11 +18,17 @@ use tokio::time::timeout;
 use super::batch::{self, Effort};
 use super::error::{Refusal, close};
 use super::frame::{Frame, Request, limit, size_limit_bytes};
-use super::object::{Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSource, Ticket};
+use super::limiter::Limiter;
+use super::object::{Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSource, PackWish, Ticket};
 use crate::types::PublicKey;
 
 /// How much of a large object is read, and written, at a time.
 const CHUNK_BYTES: usize = 256 << 10;
+/// How much is written at a time under a ticket's cap, and how often the cap is looked at.
+const LIMITED_BYTES: usize = 16 << 10;
+const LIMIT_LOOK: Duration = Duration::from_millis(200);
+/// UDP payload for each byte of stream: headers of QUIC, and its acknowledgements.
+const DATAGRAM_OVERHEAD: f64 = 1.028;
 /// A stream that takes nothing is given up when the whole connection moved less than this, too.
 const STALL_BYTES: u64 = 32 << 10;
 
@@ -39,8 +45,12 @@ pub struct Server {
 pub async fn serve(server: Arc<Server>, connection: quinn::Connection, peer: PublicKey) {
     let session = Arc::new(Session { server, connection, peer, logged: AtomicU64::new(0) });
     let mut requests = JoinSet::new();
+    let mut window = SendWindow::new(&session.connection);
+    let mut ticks = tokio::time::interval(WINDOW_LOOK);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
+            _ = ticks.tick(), if !requests.is_empty() => window.adapt(&session.connection),
             accepted = session.connection.accept_bi() => match accepted {
                 Ok((send, recv)) => {
                     requests.spawn(session.clone().answer(send, recv));
@@ -49,6 +59,39 @@ pub async fn serve(server: Arc<Server>, connection: quinn::Connection, peer: Pub
             },
             Some(_) = requests.join_next() => {}
         }
+    }
+}
+
+/// Keeps what waits in a connection's send buffers to a fraction of a second of what it carries:
+/// what is buffered is beyond the reach of a cap, and of a cancel.
+struct SendWindow {
+    sent_bytes: u64,
+    looked: Instant,
+    rate_bytes_per_s: f64,
+}
+
+/// How often the window is looked at, and how much time's worth of sending beyond the round trip it
+/// holds.
+const WINDOW_LOOK: Duration = Duration::from_millis(100);
+const WINDOW_TIME: Duration = Duration::from_millis(200);
+const WINDOW_BYTES: std::ops::RangeInclusive<u64> = (1 << 20)..=(16 << 20);
+
+impl SendWindow {
+    fn new(connection: &quinn::Connection) -> Self {
+        connection.set_send_window(*WINDOW_BYTES.start());
+        let sent_bytes = connection.stats().udp_tx.bytes;
+        Self { sent_bytes, looked: Instant::now(), rate_bytes_per_s: 0.0 }
+    }
+
+    fn adapt(&mut self, connection: &quinn::Connection) {
+        let (sent_bytes, now) = (connection.stats().udp_tx.bytes, Instant::now());
+        let passed = now.duration_since(self.looked).as_secs_f64().max(1e-3);
+        let rate = (sent_bytes - self.sent_bytes) as f64 / passed;
+        // Up at once, so that a fast link is filled; down slowly, because sending comes in bursts.
+        self.rate_bytes_per_s = rate.max(0.7 * self.rate_bytes_per_s + 0.3 * rate);
+        (self.sent_bytes, self.looked) = (sent_bytes, now);
+        let held = 2.0 * self.rate_bytes_per_s * (connection.rtt() + WINDOW_TIME).as_secs_f64();
+        connection.set_send_window((held as u64).clamp(*WINDOW_BYTES.start(), *WINDOW_BYTES.end()));
     }
 }
 
@@ -110,7 +153,7 @@ impl Session {
             Err(_) => {
                 let all = Frame::Refused { reason: Refusal::TooMany, count: request.keys.len() };
                 self.log_refusal(Refusal::TooMany, &request.keys[0]);
-                self.write(&mut send, all.encode().into()).await
+                self.write(&mut send, all.encode().into(), &None).await
             }
         };
         let _ = match done {
@@ -129,10 +172,13 @@ impl Session {
         send: &mut SendStream,
         request: Request,
     ) -> Result<(), Unanswered> {
+        let limiter = self.server.authority.limiter(&request.ticket);
+        let has_packs = !request.wishes.is_empty();
         let producer = Producer {
             session: self.clone(),
             ticket: request.ticket,
             keys: request.keys.into_iter(),
+            wishes: request.wishes.into_iter(),
             ahead: None,
             effort: Effort::default(),
         };
@@ -140,16 +186,24 @@ impl Session {
         let mut next = spawn_blocking(move || producer.step());
         loop {
             let waiting = Instant::now();
-            let Ok((answer, mut producer)) = next.await else {
+            // While a delta is being made, the asker is told that nobody has fallen asleep.
+            let step = loop {
+                match timeout(self.server.stall_timeout / 4, &mut next).await {
+                    Ok(step) => break step,
+                    Err(_) if !has_packs => break (&mut next).await,
+                    Err(_) => self.write(send, Frame::Working.encode().into(), &limiter).await?,
+                }
+            };
+            let Ok((answer, mut producer)) = step else {
                 return Err(Unanswered::Refused(Refusal::Failed));
             };
             let Some(answer) = answer else { return Ok(()) };
-            producer.effort.wire_is_slower = last_write > waiting.elapsed();
+            producer.effort.adapt(last_write, waiting.elapsed());
             next = spawn_blocking(move || producer.step());
             let writing = Instant::now();
             match answer {
-                Answer::Frame(frame) => self.write(send, frame.into()).await?,
-                Answer::Large(key, body) => self.send_large(send, key, body).await?,
+                Answer::Frame(frame) => self.write(send, frame.into(), &limiter).await?,
+                Answer::Large(key, body) => self.send_large(send, key, body, &limiter).await?,
             }
             last_write = writing.elapsed();
         }
@@ -160,11 +214,13 @@ impl Session {
         send: &mut SendStream,
         key: ObjectKey,
         body: ObjectBody,
+        limiter: &Option<Limiter>,
     ) -> Result<(), Unanswered> {
         let size_bytes = body.size_bytes();
-        self.write(send, Frame::Large { encoding: body.encoding, size_bytes }.encode().into()).await?;
+        let announced = Frame::Large { encoding: body.encoding, size_bytes }.encode();
+        self.write(send, announced.into(), limiter).await?;
         match body.content {
-            Content::Bytes(bytes) => self.write(send, bytes).await,
+            Content::Bytes(bytes) => self.write(send, bytes, limiter).await,
             Content::File { file, offset_bytes, size_bytes } => {
                 let file = Arc::new(file);
                 let end = offset_bytes.saturating_add(size_bytes);
@@ -181,14 +237,33 @@ impl Session {
                     };
                     at += chunk.len() as u64;
                     next = read_ahead(&file, at, end);
-                    self.write(send, chunk).await?;
+                    self.write(send, chunk, limiter).await?;
                 }
                 Ok(())
             }
         }
     }
 
-    async fn write(&self, send: &mut SendStream, bytes: Bytes) -> Result<(), Unanswered> {
+    async fn write(
+        &self,
+        send: &mut SendStream,
+        mut bytes: Bytes,
+        limiter: &Option<Limiter>,
+    ) -> Result<(), Unanswered> {
+        let Some(limiter) = limiter else { return self.write_at_once(send, bytes).await };
+        while !bytes.is_empty() {
+            while let Some(wait) = limiter.wait() {
+                // Not longer, so that a cap that is lifted is lifted at once.
+                tokio::time::sleep(wait.min(LIMIT_LOOK)).await;
+            }
+            let piece = bytes.split_to(bytes.len().min(LIMITED_BYTES));
+            limiter.spend((piece.len() as f64 * DATAGRAM_OVERHEAD) as usize);
+            self.write_at_once(send, piece).await?;
+        }
+        Ok(())
+    }
+
+    async fn write_at_once(&self, send: &mut SendStream, bytes: Bytes) -> Result<(), Unanswered> {
         let mut rest = [bytes];
         while !rest[0].is_empty() {
             let before = self.connection.stats().udp_tx.bytes;
@@ -241,6 +316,8 @@ struct Producer {
     session: Arc<Session>,
     ticket: Ticket,
     keys: std::vec::IntoIter<ObjectKey>,
+    /// One for each pack among the keys.
+    wishes: std::vec::IntoIter<PackWish>,
     /// Opened, but belongs to the next step.
     ahead: Option<Opened>,
     effort: Effort,
@@ -291,24 +368,30 @@ impl Producer {
         None
     }
 
-    fn open(&self, key: &ObjectKey) -> Result<Opened, Refusal> {
+    fn open(&mut self, key: &ObjectKey) -> Result<Opened, Refusal> {
+        let wish = if key.is_pack() { self.wishes.next().unwrap_or_default() } else { PackWish::default() };
         let Server { authority, source, .. } = &*self.session.server;
         authority.check(&self.session.peer, &self.ticket, key)?;
-        let body = source.open(&self.ticket, key)?;
+        let body = match key {
+            ObjectKey::Pack(pack) => source.open_pack(&self.ticket, pack, &wish)?,
+            _ => source.open(&self.ticket, key)?,
+        };
         let failed = |reason: &dyn std::fmt::Display| {
             tracing::error!(object = %key, %reason, "an object that is held cannot be served");
             Refusal::Failed
         };
         let plain_size_bytes = match body.encoding {
-            Encoding::Plain | Encoding::StoredPack => body.size_bytes(),
+            Encoding::Plain | Encoding::StoredPack(_) | Encoding::PackDelta(_) => body.size_bytes(),
             Encoding::Zstd { plain_size_bytes } => plain_size_bytes,
         };
         if plain_size_bytes > size_limit_bytes(key) || body.size_bytes() > size_limit_bytes(key) {
             return Err(failed(&format!("{plain_size_bytes} bytes are over the limit")));
         }
         match (key.is_pack(), body.encoding) {
-            (true, Encoding::StoredPack) => Ok(Opened::Large(*key, body)),
-            (true, _) | (_, Encoding::StoredPack) => Err(failed(&"it is not in the form its kind has")),
+            (true, Encoding::StoredPack(_) | Encoding::PackDelta(_)) => Ok(Opened::Large(*key, body)),
+            (true, _) | (_, Encoding::StoredPack(_) | Encoding::PackDelta(_)) => {
+                Err(failed(&"it is not in the form its kind has"))
+            }
             (false, Encoding::Zstd { .. }) => {
                 let packed = read(&body.content).map_err(|e| failed(&e))?;
                 if plain_size_bytes > limit::SMALL_BYTES as u64 {

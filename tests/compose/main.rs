@@ -205,6 +205,21 @@ fn the_system_partition_holds_the_boot_files_and_says_what_to_boot() {
 }
 
 #[test]
+fn unused_compositions_are_collected() {
+    let world = World::new();
+    let set = world.set();
+    let (id, _) = world.composer.make_recipe(&set, false, SIZE, COMMAND_LINE).unwrap();
+    let (now, day) = (std::time::Duration::ZERO, std::time::Duration::from_secs(86_400));
+    assert_eq!(world.composer.collect(&[id], now, false).unwrap(), (0, 0), "a VM stands on it");
+    assert_eq!(world.composer.collect(&[], day, false).unwrap(), (0, 0), "it is young");
+    let (count, bytes) = world.composer.collect(&[], now, true).unwrap();
+    assert!(count == 1 && bytes > 0 && world.composer.is_composed(&id), "a dry run removes nothing");
+    assert_eq!(world.composer.collect(&[], now, false).unwrap(), (count, bytes));
+    assert!(!world.composer.is_composed(&id));
+    assert!(!world.composer.composition(&id).unwrap().reused, "and it can be made again");
+}
+
+#[test]
 fn a_composition_is_made_once() {
     let world = World::new();
     let set = world.set();

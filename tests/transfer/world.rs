@@ -11,7 +11,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use cicada::transfer::{
     Authority, Connection, Content, Encoding, Endpoint, Limiter, ObjectBody, ObjectKey, ObjectSink,
-    ObjectSource, PackWriter, Refusal, Settings, SinkError, Ticket, TransferError, Verified,
+    ObjectSource, PackRange, PackWish, PackWriter, Refusal, Settings, SinkError, Ticket, TransferError,
+    Verified,
 };
 use cicada::types::{BlockHash, ComponentId, Hash, IdentityKey, NodeHash, PackId, PublicKey, RecipeId};
 
@@ -140,11 +141,11 @@ impl Broker {
     }
 }
 
-pub struct Members(Mutex<HashSet<PublicKey>>);
+pub struct Members(Mutex<HashSet<PublicKey>>, pub Limiter);
 
 impl Members {
     pub fn new(keys: &[PublicKey]) -> Self {
-        Self(Mutex::new(keys.iter().copied().collect()))
+        Self(Mutex::new(keys.iter().copied().collect()), Limiter::unlimited())
     }
     pub fn of(brokers: &[&Broker]) -> Self {
         Self::new(&brokers.iter().map(|b| b.identity.public()).collect::<Vec<_>>())
@@ -161,6 +162,9 @@ impl Authority for Members {
     fn check(&self, peer: &PublicKey, ticket: &Ticket, _: &ObjectKey) -> Result<(), Refusal> {
         self.admit(peer)?;
         if *ticket == TICKET { Ok(()) } else { Err(Refusal::UnknownTicket) }
+    }
+    fn limiter(&self, _: &Ticket) -> Option<Limiter> {
+        Some(self.1.clone())
     }
 }
 
@@ -235,16 +239,26 @@ impl ObjectSource for Store {
         {
             std::thread::sleep(how_long);
         }
-        if let Some((file, size_bytes)) = self.packs.lock().unwrap().get(key) {
-            let content = Content::File {
-                file: file.try_clone().unwrap(),
-                offset_bytes: PACK_HEADER.len() as u64,
-                size_bytes: *size_bytes,
-            };
-            return Ok(ObjectBody { encoding: Encoding::StoredPack, content });
-        }
         let objects = self.objects.lock().unwrap();
         objects.get(key).map(|b| ObjectBody::plain(b.clone())).ok_or(Refusal::NotHeld)
+    }
+
+    fn open_pack(&self, _: &Ticket, pack: &PackId, _: &PackWish) -> Result<ObjectBody, Refusal> {
+        let hang = *self.hang.lock().unwrap();
+        if let Some((ObjectKey::Pack(at), how_long)) = hang
+            && at == *pack
+        {
+            std::thread::sleep(how_long);
+        }
+        let packs = self.packs.lock().unwrap();
+        let (file, size_bytes) = packs.get(&ObjectKey::Pack(*pack)).ok_or(Refusal::NotHeld)?;
+        let content = Content::File {
+            file: file.try_clone().unwrap(),
+            offset_bytes: PACK_HEADER.len() as u64,
+            size_bytes: *size_bytes,
+        };
+        let range = PackRange { tag: [0; 16], offset_bytes: 0, stored_size_bytes: *size_bytes };
+        Ok(ObjectBody { encoding: Encoding::StoredPack(range), content })
     }
 }
 
@@ -289,7 +303,13 @@ impl ObjectSink for Sink {
         self.objects.lock().unwrap().extend(objects.into_iter().map(|o| (o.key, o.bytes)));
         Ok(())
     }
-    fn pack(&self, pack: &PackId, size_bytes: u64) -> Result<Box<dyn PackWriter>, SinkError> {
+    fn pack(
+        &self,
+        pack: &PackId,
+        _: bool,
+        _: &PackRange,
+        size_bytes: u64,
+    ) -> Result<Box<dyn PackWriter>, SinkError> {
         if self.full {
             return Err(SinkError::Storage("no space left".into()));
         }

@@ -1,10 +1,11 @@
-//! A pack's plain copy, mapped: its bytes are hashed and written from where they lie in the page cache.
+//! A pack's plain copy, mapped: its bytes are used from where they lie in the page cache.
 
 use std::fs::File;
 use std::io;
 
 use memmap2::{Advice, Mmap};
 
+#[derive(Debug)]
 pub struct PlainPack(Mmap);
 
 impl PlainPack {
@@ -13,6 +14,11 @@ impl PlainPack {
         // SAFETY: plain copies are written under a temporary name and never changed after the rename
         // that makes them visible; the repository's lock keeps other processes out.
         unsafe { Mmap::map(file) }.map(Self)
+    }
+
+    /// Bytes of the pack.
+    pub fn size_bytes(&self) -> u64 {
+        self.0.len() as u64
     }
 
     /// Reads a range in and returns it. Without this, a disk that cannot read would end the process

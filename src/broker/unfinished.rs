@@ -1,0 +1,177 @@
+//! Moves that a restart or a crash of either broker cut short before the hand-over.
+//!
+//! At the source the VM is still ours: the move is begun again, as a new migration, when its target
+//! is online. At the target what was staged waits for the length of a lease, so that it need not
+//! travel again: for the same migration, or for a new one of the same VM.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::clock::UnixMillis;
+use crate::types::{MigrationId, VmId};
+
+use super::interface::MigrationView;
+use super::problem::{Problem, ProblemKind};
+use super::records::VmRecord;
+use super::shared::Peer;
+use super::vms::Vm;
+use super::{Broker, staging};
+
+/// How long a cut move waits for its target before it counts as failed.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// How often in a row a move is begun again: it may be what brings this broker down.
+const ATTEMPTS_MAX: u32 = 3;
+
+/// A move found unfinished at start.
+pub struct Unfinished {
+    view: MigrationView,
+    until: UnixMillis,
+}
+
+/// Disks staged for a migration that is gone.
+pub struct Interrupted {
+    dir: PathBuf,
+    until: UnixMillis,
+}
+
+/// Tells the moves that were cut short from those that ended or wait for an acknowledgement. A VM
+/// that has changed hands since is not moved again.
+pub fn split(
+    views: Vec<MigrationView>,
+    vms: &BTreeMap<VmId, Vm>,
+    now: UnixMillis,
+) -> (BTreeMap<MigrationId, MigrationView>, Vec<Unfinished>) {
+    let (mut history, mut cut) = (BTreeMap::new(), Vec::new());
+    for mut view in views {
+        let p = &mut view.progress;
+        if p.role == "source" && !p.ended {
+            let record = vms.get(&p.vm_id).map(|vm| &vm.record);
+            if record.is_some_and(|r| r.is_here() && r.epoch == p.epoch) {
+                cut.push(Unfinished { view, until: now.plus(PATIENCE) });
+                continue;
+            }
+            // Only the note that it ended is missing, unless its hand-over awaits a receipt.
+            let waits =
+                |r: &VmRecord| r.given_up().is_some_and(|g| g.migration == p.id && g.receipt.is_none());
+            if !record.is_some_and(waits) {
+                p.ended = true;
+                p.phase = "completed".into();
+            }
+        }
+        history.insert(view.progress.id, view);
+    }
+    (history, cut)
+}
+
+impl Broker {
+    /// Begins cut moves again whose target is there, and gives up those that waited too long.
+    pub(super) fn take_up_unfinished(&mut self) {
+        let now = self.shared.now();
+        for cut in std::mem::take(&mut self.unfinished) {
+            let p = &cut.view.progress;
+            let is_ours = self.vms.get(&p.vm_id).is_some_and(|vm| vm.record.is_here());
+            let is_busy = self.vms.get(&p.vm_id).is_some_and(|vm| vm.busy.is_some());
+            if !is_ours || p.attempt >= ATTEMPTS_MAX || cut.until < now {
+                let reason = "was cut short by a restart of this broker, and its target did not come back";
+                self.end_unfinished(cut.view, reason.to_owned());
+                continue;
+            }
+            let online = self.members.all().any(|m| m.jid == p.peer && m.is_online());
+            let key = self.members.trusted_key(&p.peer).ok().filter(|_| online && !is_busy);
+            let recipe =
+                self.vms.get(&p.vm_id).map(|vm| self.shared.repository.recipe(&vm.record.spec.recipe));
+            let (Some(key), Some(Ok(recipe))) = (key, recipe) else {
+                self.unfinished.push(cut);
+                continue;
+            };
+            let peer = Peer { jid: p.peer.clone(), key };
+            let (vm, cloud, attempt) = (p.vm_id, p.peer_cloud.clone(), p.attempt + 1);
+            // Nobody waits for it any more; 'migration watch' does.
+            let (events, _) = mpsc::channel(1);
+            let (reply, _) = oneshot::channel();
+            let id = self.begin_move(vm, peer, cloud, Arc::new(recipe), events, reply, attempt);
+            let goes_on = id.map_or_else(String::new, |id| format!("; it goes on as migration {id}"));
+            self.end_unfinished(cut.view, format!("was cut short by a restart of this broker{goes_on}"));
+        }
+    }
+
+    fn end_unfinished(&mut self, mut view: MigrationView, reason: String) {
+        tracing::warn!(migration = %view.progress.id, vm = %view.progress.vm, reason, "move ended");
+        let problem = Problem::new(ProblemKind::Failed, format!("move of {}", view.progress.vm), reason);
+        view.problem = Some(problem.next("see 'cicada migration list', then move it again if need be"));
+        view.progress.phase = "failed".into();
+        view.progress.ended = true;
+        view.progress.eta_s = None;
+        self.remember(view);
+    }
+
+    /// Keeps what was staged for a VM that may come again soon.
+    pub(super) fn keep_interrupted(&mut self, vm: VmId, dir: PathBuf) {
+        let until = self.shared.now().plus(self.shared.config.migration.lease);
+        if let Some(old) = self.interrupted.insert(vm, Interrupted { dir, until }) {
+            self.remove_interrupted(vm, old);
+        }
+    }
+
+    /// What an earlier migration staged of a VM becomes the new one's.
+    pub(super) fn take_interrupted(&mut self, vm: VmId, dir: &std::path::Path) {
+        let Some(old) = self.interrupted.remove(&vm) else { return };
+        match fs::rename(&old.dir, dir) {
+            Ok(()) => tracing::info!(vm = %vm, "going on with what was staged before"),
+            Err(error) => {
+                tracing::warn!(vm = %vm, %error, "what was staged before cannot be used");
+                self.remove_interrupted(vm, old);
+            }
+        }
+    }
+
+    /// Removes what nobody came back for.
+    pub(super) fn expire_interrupted(&mut self) {
+        let now = self.shared.now();
+        let over: Vec<VmId> =
+            self.interrupted.iter().filter(|(_, i)| i.until < now).map(|(vm, _)| *vm).collect();
+        for vm in over {
+            if let Some(old) = self.interrupted.remove(&vm) {
+                self.remove_interrupted(vm, old);
+            }
+        }
+    }
+
+    fn remove_interrupted(&self, vm: VmId, old: Interrupted) {
+        tracing::info!(vm = %vm, path = %old.dir.display(), "removing what was staged: nobody came back for it");
+        let shared = self.shared.clone();
+        let no_record = !self.vms.contains_key(&vm);
+        tokio::task::spawn_blocking(move || staging::remove_staged(&shared, vm, &old.dir, no_record));
+    }
+
+    /// Directories of staging that belong to no migration, after a crash: the newest of each VM
+    /// that is not here waits for its source, the others go.
+    pub(super) fn find_leftovers(&mut self) {
+        let mut used: HashSet<PathBuf> = self
+            .vms
+            .values()
+            .map(|vm| self.shared.records.vm_dir(vm.record.spec.id).join(&vm.record.disks))
+            .collect();
+        let mut newest: BTreeMap<VmId, (SystemTime, PathBuf)> = BTreeMap::new();
+        for (vm, dir) in staging::leftovers(&self.shared, &used) {
+            if self.vms.get(&vm).is_some_and(|vm| vm.record.is_here()) {
+                continue;
+            }
+            let changed = fs::metadata(&dir).and_then(|m| m.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+            if newest.get(&vm).is_none_or(|(other, _)| *other < changed) {
+                newest.insert(vm, (changed, dir));
+            }
+        }
+        for (vm, (_, dir)) in newest {
+            used.insert(dir.clone());
+            self.keep_interrupted(vm, dir);
+        }
+        let shared = self.shared.clone();
+        tokio::task::spawn_blocking(move || staging::remove_leftovers(&shared, &used));
+    }
+}

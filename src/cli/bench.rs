@@ -1,0 +1,190 @@
+//! `cicada bench`: what this machine and this disk make of a repository's work, as ratios to what
+//! the same run found possible.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::Args;
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::broker::content::repository_problem;
+use crate::broker::problem::{Problem, ProblemKind};
+use crate::repository::{RECORD_LEVEL, Repository, RepositoryError};
+use crate::types::ByteSize;
+
+use super::context::Context;
+use super::printer::Outcome;
+use super::table::Table;
+
+/// Rounds, of which the median counts: a shared machine has moods.
+const ROUNDS: usize = 3;
+const PIECE_BYTES: usize = 1 << 20;
+
+#[derive(Args)]
+pub struct Bench {
+    /// Files, or directories with all below them, to work on
+    #[arg(value_name = "PATH", default_value = "/usr/lib")]
+    paths: Vec<PathBuf>,
+    /// Where to make a repository for the time of the run; use the disk the real one is on
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    dir: PathBuf,
+    /// How much of the content to read at most
+    #[arg(long, value_name = "SIZE", default_value = "256M")]
+    size: ByteSize,
+}
+
+/// One line of the result.
+#[derive(Serialize)]
+struct Row {
+    name: &'static str,
+    /// Plain bytes a second, the median of the rounds.
+    bytes_per_s: f64,
+    /// Time taken, against the time of what is named.
+    ratio: Option<f64>,
+    against: &'static str,
+}
+
+pub fn run(ctx: &Context, bench: &Bench) -> Outcome {
+    let failed = |e: io::Error| Problem::from_error(ProblemKind::Failed, "bench", &e);
+    let mut content = Content::default();
+    for path in &bench.paths {
+        content.read(path, bench.size.0 as usize).map_err(failed)?;
+    }
+    if content.bytes.is_empty() {
+        let reason = "there is nothing to read in the paths given";
+        return Err(Problem::new(ProblemKind::BadRequest, "bench", reason)
+            .next("name files or directories with some content")
+            .into());
+    }
+    ctx.printer.note(format!(
+        "{} in {} files, {ROUNDS} rounds",
+        ByteSize(content.bytes.len() as u64),
+        content.files.len()
+    ));
+    let mut times: [Vec<f64>; 6] = Default::default();
+    for _ in 0..ROUNDS {
+        let round = round(&content, &bench.dir)?;
+        times.iter_mut().zip(round).for_each(|(all, one)| all.push(one));
+    }
+    let [hash_s, zstd_s, write_s, ingest_s, read_s, strong_s] = times.map(median);
+    let row = |name, seconds: f64, against: &'static str, other_s: Option<f64>| Row {
+        name,
+        bytes_per_s: content.bytes.len() as f64 / seconds,
+        ratio: other_s.map(|other| seconds / other),
+        against,
+    };
+    let rows = [
+        row("BLAKE3, all cores", hash_s, "", None),
+        row("zstd at the quick level, all cores", zstd_s, "", None),
+        row("write and sync", write_s, "", None),
+        row("ingest into a pack", ingest_s, "BLAKE3 + zstd", Some(hash_s + zstd_s)),
+        row("verified read of a pack", read_s, "BLAKE3", Some(hash_s)),
+        row("optimise a pack", strong_s, "zstd at the quick level", Some(zstd_s)),
+    ];
+    if ctx.printer.json {
+        return ctx.printer.json_value(&rows);
+    }
+    let mut table = Table::new(["", ">PLAIN BYTES", ">TIME", ""]);
+    for row in &rows {
+        table.row([
+            row.name.to_owned(),
+            format!("{}/s", ByteSize(row.bytes_per_s as u64)),
+            row.ratio.map_or_else(String::new, |ratio| format!("{ratio:.2} ×")),
+            row.against.to_owned(),
+        ]);
+    }
+    table.print(&ctx.printer)
+}
+
+/// Seconds of each step.
+fn round(content: &Content, dir: &Path) -> Outcome<[f64; 6]> {
+    let failed = |e: io::Error| Problem::from_error(ProblemKind::Failed, "bench", &e);
+    let refused = |e: RepositoryError| repository_problem(&e);
+    let dir = tempfile::tempdir_in(dir).map_err(failed)?;
+    let repository = Repository::create(&dir.path().join("repository")).map_err(refused)?;
+    let hash_s = timed(|| {
+        content.bytes.par_chunks(PIECE_BYTES).for_each(|c| {
+            std::hint::black_box(blake3::hash(c));
+        });
+    });
+    let mut packed = Ok(());
+    let zstd_s = timed(|| {
+        let pack = |c: &[u8]| zstd::bulk::compress(c, RECORD_LEVEL).map(drop);
+        packed = content.bytes.par_chunks(PIECE_BYTES).try_for_each(pack);
+    });
+    packed.map_err(failed)?;
+    let mut written = Ok(());
+    let write_s = timed(|| {
+        let write = || {
+            let mut file = File::create(dir.path().join("written"))?;
+            file.write_all(&content.bytes)?;
+            file.sync_all()
+        };
+        written = write();
+    });
+    written.map_err(failed)?;
+    let mut pack = None;
+    let mut ingested = Ok(());
+    let ingest_s = timed(|| {
+        let mut ingest = || {
+            let mut writer = repository.pack_writer()?;
+            let mut rest = content.bytes.as_slice();
+            for len in &content.files {
+                writer.append(&mut rest, *len as u64)?;
+            }
+            pack = writer.finish()?;
+            Ok(())
+        };
+        ingested = ingest();
+    });
+    ingested.map_err(refused)?;
+    let Some((id, _)) = pack else {
+        return Err(Problem::new(ProblemKind::Failed, "bench", "no pack was made").into());
+    };
+    let mut read = Ok(());
+    let read_s = timed(|| read = repository.read_pack(&id, &mut |_, _| Ok(())));
+    read.map_err(refused)?;
+    let mut optimized = Ok(());
+    let strong_s = timed(|| optimized = repository.optimize_pack(&id, &|| false).map(drop));
+    optimized.map_err(refused)?;
+    Ok([hash_s, zstd_s, write_s, ingest_s, read_s, strong_s])
+}
+
+/// File contents, one after the other.
+#[derive(Default)]
+struct Content {
+    bytes: Vec<u8>,
+    files: Vec<usize>,
+}
+
+impl Content {
+    fn read(&mut self, path: &Path, bytes_max: usize) -> io::Result<()> {
+        let meta = path.symlink_metadata()?;
+        if meta.is_dir() {
+            let inside = path.read_dir()?.map(|e| e.map(|e| e.path()));
+            let mut inside: Vec<_> = inside.collect::<Result<_, _>>()?;
+            inside.sort();
+            return inside.iter().try_for_each(|p| self.read(p, bytes_max));
+        }
+        let room = bytes_max.saturating_sub(self.bytes.len());
+        if meta.is_file() && meta.len() > 0 && room > 0 {
+            let read = File::open(path)?.take(room as u64).read_to_end(&mut self.bytes)?;
+            self.files.push(read);
+        }
+        Ok(())
+    }
+}
+
+fn timed(work: impl FnOnce()) -> f64 {
+    let begun = Instant::now();
+    work();
+    begun.elapsed().as_secs_f64().max(1e-9)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
