@@ -101,6 +101,8 @@ pub fn make(
     let progress = |done, total| (job.progress)("compose", done, total);
     let (recipe, _) = composer.make_extents_recipe(&id, ByteSize(list.disk_size_bytes), &progress)?;
     let is_new = !composed.contains(&recipe);
+    // Renews the age of one that was there, so that the collector leaves it until the VM is.
+    composer.composition(&recipe)?;
     if share {
         repository.bind_component(&manifest, id)?;
     }
