@@ -267,6 +267,52 @@ fn packs_of_nobody_are_used_only_where_they_are_worth_it() {
     assert_eq!(found.len() as u64, MIB);
 }
 
+/// A digest has 64 bits, and a kept one is a file that somebody could have written: whatever they say,
+/// the disk that comes back is the one that was given.
+#[test]
+fn digests_that_lie_cost_room_and_nothing_else() {
+    let world = World::new();
+    let disk = world.path("disk");
+    let content = noise(1, 1 << 20);
+    fs::write(&disk, &content).unwrap();
+    world.component("other", &[noise(2, 1 << 20)], true);
+    world.examine(&disk, None).unwrap();
+    // As `repository/FORMAT.md` has it, but of the disk's blocks instead of the pack's.
+    let fans = fs::read_dir(world.path("repository/blocks")).unwrap();
+    let kept: Vec<PathBuf> =
+        fans.flat_map(|fan| fs::read_dir(fan.unwrap().path()).unwrap()).map(|f| f.unwrap().path()).collect();
+    let [path] = kept.as_slice() else { panic!("{kept:?}") };
+    let id: cicada::types::Hash = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
+    let mut bytes = b"CICBLK\0\x01".to_vec();
+    content.chunks(4096).for_each(|block| bytes.extend_from_slice(&blake3::hash(block).as_bytes()[..8]));
+    let seal = blake3::hash(&[id.as_bytes().as_slice(), &bytes].concat());
+    bytes.extend_from_slice(seal.as_bytes());
+    fs::write(path, bytes).unwrap();
+
+    for share in [false, true] {
+        let (findings, _, vm, written) = world.adopt(&disk, &format!("overlay-{share}"), share);
+        assert_eq!((findings.known_bytes, findings.residue_bytes), (1 << 20, 0), "the lie was believed");
+        assert_eq!(written, 1 << 20);
+        let out = world.path(&format!("out-{share}"));
+        adopt::export(&vm, &out, ImageFormat::Raw, QUIET).unwrap();
+        assert!(fs::read(out).unwrap() == content);
+    }
+}
+
+#[test]
+fn a_disk_that_changes_meanwhile_is_refused() {
+    let world = World::new();
+    let disk = world.path("disk");
+    fs::write(&disk, noise(1, 1 << 20)).unwrap();
+    let examined = world.examine(&disk, None).unwrap();
+    let base = examined.make_base(&world.repository, &world.composer, "amd64", false, QUIET).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&disk).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"changed", 5000).unwrap();
+    let image = world.composer.path_of(&base.recipe);
+    let error = examined.write_root(&world.path("overlay"), &image, QUIET).unwrap_err();
+    assert!(matches!(error, AdoptError::Changed { .. }), "{error}");
+}
+
 #[test]
 fn an_unknown_disk_and_an_empty_one_are_adopted_too() {
     let world = World::new();

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use crate::component::extents::BLOCK_BYTES;
 use crate::compose::{Composer, ImageFormat, convert};
-use crate::repository::{BlockPlaces, PLACES_MAX_DEFAULT, Pin, Repository};
+use crate::repository::{BlockPlaces, PLACES_MAX_DEFAULT, Repository};
 use crate::types::{ImageDigest, RecipeId};
 
 pub use base::Base;
@@ -53,8 +53,6 @@ pub struct Examined {
     blocks: DiskBlocks,
     places: BlockPlaces,
     matching: Matching,
-    /// Everything that was matched, so that it is still there when it is composed.
-    _kept: Pin,
 }
 
 /// What an adoption found. All byte counts are of whole blocks but `disk_bytes`.
@@ -98,10 +96,8 @@ pub fn examine(
     let blocks = DiskBlocks::read(&segments, job)?;
     let progress = |done, total| (job.progress)("index", done, total);
     let places = repository.block_places(PLACES_MAX_DEFAULT, &progress, job.cancelled)?;
-    let kept = places.packs.iter().map(|p| crate::repository::ObjectId::Pack(p.id)).collect();
-    let kept = repository.pin(kept);
     let matching = Matcher::new(&places).run(&blocks, job)?;
-    Ok(Examined { source, segments, blocks, places, matching, _kept: kept })
+    Ok(Examined { source, segments, blocks, places, matching })
 }
 
 impl Examined {

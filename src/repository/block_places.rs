@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rayon::prelude::*;
 
 use super::error::{IoContext, ObjectId, ObjectKind, RepositoryError, Result};
-use super::{Repository, frame};
+use super::{Pin, Repository, frame};
 use crate::component::manifest::ALIGNMENT_BYTES;
 use crate::types::{ComponentId, Hash, PackId};
 
@@ -63,6 +63,8 @@ pub struct BlockPlaces {
     pub packs_left_out: usize,
     /// Sorted.
     places: Vec<BlockPlace>,
+    /// The packs stay as long as somebody knows where in them something lies.
+    _kept: Pin,
 }
 
 impl BlockPlaces {
@@ -99,7 +101,7 @@ impl Repository {
         progress: &(dyn Fn(u64, u64) + Sync),
         cancelled: &(dyn Fn() -> bool + Sync),
     ) -> Result<BlockPlaces> {
-        let (packs, packs_left_out) = self.newest_packs(places_max)?;
+        let (packs, packs_left_out, kept) = self.newest_packs(places_max)?;
         let total_bytes: u64 = packs.iter().map(|p| p.size_bytes).sum();
         let done_bytes = AtomicU64::new(0);
         let found: Vec<Option<Vec<u64>>> = packs
@@ -129,15 +131,16 @@ impl Repository {
             }));
         }
         places.par_sort_unstable();
-        Ok(BlockPlaces { packs, packs_left_out, places })
+        Ok(BlockPlaces { packs, packs_left_out, places, _kept: kept })
     }
 
-    /// The packs to look at, and how many there are no places for.
-    fn newest_packs(&self, places_max: u64) -> Result<(Vec<IndexedPack>, usize)> {
+    /// The packs to look at, pinned, and how many there are no places for.
+    fn newest_packs(&self, places_max: u64) -> Result<(Vec<IndexedPack>, usize, Pin)> {
         let owners = self.pack_owners()?;
+        let known: Vec<_> = self.index().of_kind(ObjectKind::Pack).collect::<Result<_>>()?;
+        let kept = self.pin(known.iter().map(|(object, _)| *object).collect());
         let mut held = Vec::new();
-        for item in self.index().of_kind(ObjectKind::Pack) {
-            let (object, entry) = item?;
+        for (object, entry) in known {
             let ObjectId::Pack(id) = object else { continue };
             let meta = fs::metadata(self.layout().object_path(&object));
             let Ok(modified) = meta.and_then(|m| m.modified()) else { continue };
@@ -156,7 +159,7 @@ impl Repository {
             let (component, is_named) = owners.get(&id).cloned().map_or((None, false), |(c, n)| (Some(c), n));
             packs.push(IndexedPack { id, size_bytes, component, is_named });
         }
-        Ok((packs, left_out))
+        Ok((packs, left_out, kept))
     }
 
     /// The component of each pack that has one, and whether that is bound; bound ones go first.
