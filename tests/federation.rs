@@ -369,6 +369,47 @@ impl Drop for SmallDisk {
     }
 }
 
+#[test]
+fn a_vm_written_out_is_adopted_again_and_boots_as_before() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let built = components(&TINY);
+    let world = World::start(&["alpine"]);
+    world.push(0, &built, &built.ids);
+    world.create_vm(0, "web", &built.ids, 64, true);
+    world.wait_booted(0, "web", 120);
+    world.guest(0, "web", "dd if=/dev/urandom of=/data/proof bs=1k count=300 2>/dev/null; sha256sum /data/proof >/root/sum; sync");
+    world.call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: 60 }).unwrap();
+    let path = |name: &str| world.dir.path().join(name).display().to_string();
+    for (name, format, user_data) in [("web.vmdk", "vmdk", false), ("web-data.qcow2", "qcow2", true)] {
+        let (vm, output, format) = ("web".into(), path(name), format.into());
+        world.call(0, &Request::VmExport { vm, output, format, user_data }).unwrap();
+    }
+    world.call(0, &Request::VmDelete { vm: "web".into() }).unwrap();
+    let adopt = VmAdopt {
+        name: "twin".parse().unwrap(),
+        disk: path("web.vmdk"),
+        user_data: Some(path("web-data.qcow2")),
+        format: "auto".into(),
+        architecture: "amd64".into(),
+        firmware: Firmware::Uefi,
+        memory: ByteSize::mib(256),
+        cpus: 1,
+        networks: vec!["lan".into()],
+        share: false,
+        dry_run: false,
+        start: true,
+    };
+    let reply = world.call(0, &Request::VmAdopt(adopt));
+    let Ok(Reply::Adopted(adopted)) = reply else { panic!("{reply:?}\n{}", world.log(0)) };
+    // All files are known; what is left is the file system's own and what the guest wrote.
+    assert!(adopted.known_bytes > 8 * adopted.residue_bytes, "{adopted:?}");
+    world.wait_booted(0, "twin", 120);
+    world.guest(0, "twin", "sha256sum -c /root/sum");
+}
+
 /// Boots from a BIOS, prints the ready line on the serial port and halts; writes nothing.
 fn boot_sector() -> Vec<u8> {
     let mut sector = vec![

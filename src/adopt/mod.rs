@@ -146,7 +146,9 @@ impl Examined {
     /// the bytes of blocks the overlay holds.
     pub fn write_root(&self, overlay: &Path, base: &Path, job: Job<'_>) -> Result<u64, AdoptError> {
         let written = residue::write(&self.segments, overlay, base, job)?;
-        residue::verify(&self.blocks, overlay, base, job)?;
+        if !residue::is_same(&self.blocks, overlay, base, job)? {
+            return Err(AdoptError::Changed { path: self.source.path().to_owned() });
+        }
         Ok(written)
     }
 }
@@ -162,6 +164,7 @@ pub fn take_user_data(
     let source = Source::open(path, format, temporary, job)?;
     let segments = source.segments()?;
     segments.write_raw(output, "user data", job)?;
+    source.check_unchanged()?;
     Ok(segments.size_bytes())
 }
 

@@ -85,6 +85,11 @@ impl Source {
         Ok(Self { given: path.to_owned(), format, disk_bytes, unpacked, stamp })
     }
 
+    /// The file as it was given.
+    pub fn path(&self) -> &Path {
+        &self.given
+    }
+
     pub fn format(&self) -> ImageFormat {
         self.format
     }
