@@ -17,7 +17,7 @@ use super::negotiation;
 use super::outgoing::scan;
 use super::problem::{Problem, ProblemKind};
 use super::shared::{Matter, Peer};
-use super::{Broker, Input, content};
+use super::{Broker, Input, archive, content};
 
 type Answer = oneshot::Sender<Result<Reply, Problem>>;
 
@@ -73,9 +73,17 @@ impl Broker {
         let recipes: Vec<_> = self.vms.values().map(|vm| vm.record.spec.recipe).collect();
         tokio::task::spawn_blocking(move || {
             let grace = shared.config.repository.gc_grace;
-            let mut report = |event| drop(events.try_send(event));
-            let result =
-                content::call(&shared.repository, &shared.composer, grace, &recipes, &request, &mut report);
+            let mut told = |event| {
+                let _ = events.try_send(event);
+                !events.is_closed()
+            };
+            let archived = archive::call(&shared.repository, &request, &mut told);
+            let mut report = |event| {
+                told(event);
+            };
+            let result = archived.or_else(|| {
+                content::call(&shared.repository, &shared.composer, grace, &recipes, &request, &mut report)
+            });
             let unknown = || Err(Problem::new(ProblemKind::BadRequest, "request", "is not known here"));
             let _ = reply.send(result.unwrap_or_else(unknown));
         });

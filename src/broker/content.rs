@@ -245,7 +245,7 @@ fn recipes(repository: &Repository, composer: &Composer) -> Result<Vec<RecipeVie
     ids.into_iter().map(|id| recipe_view(repository, composer, id)).collect()
 }
 
-fn resolve_recipe(repository: &Repository, text: &str) -> Result<RecipeId, Problem> {
+pub(super) fn resolve_recipe(repository: &Repository, text: &str) -> Result<RecipeId, Problem> {
     let object = format!("recipe {text}");
     let all = repository.recipes().map_err(|e| repository_problem(&e))?;
     let found: Vec<_> =
@@ -282,7 +282,7 @@ fn compose(
     })
 }
 
-fn line(name: &str, value: u64, unit: &str, detail: impl Into<String>) -> ReportLine {
+pub(super) fn line(name: &str, value: u64, unit: &str, detail: impl Into<String>) -> ReportLine {
     ReportLine { name: name.into(), value, unit: unit.into(), detail: detail.into() }
 }
 

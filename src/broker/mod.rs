@@ -3,6 +3,7 @@
 //! elsewhere and come back as inputs.
 
 pub mod account;
+pub mod archive;
 mod calls;
 pub mod content;
 pub mod handle;

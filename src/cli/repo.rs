@@ -5,6 +5,7 @@ use clap::Subcommand;
 use crate::broker::interface::{Reply, ReportLine, Request};
 use crate::broker::problem::{Problem, ProblemKind};
 
+use super::archive;
 use super::context::Context;
 use super::format::bytes;
 use super::printer::{Outcome, Printer, unexpected};
@@ -25,6 +26,15 @@ pub enum Command {
     },
     /// Make the index anew from the objects
     RebuildIndex,
+    /// Write components and recipes to an archive, for a cloud that no link reaches
+    ///
+    /// Everything that has a name goes into it, or what the chosen components and recipes need. A directory
+    /// that holds an earlier export is brought up to date.
+    Export(archive::Export),
+    /// Take what an archive holds and the repository lacks
+    ///
+    /// Every object is verified. An import that was interrupted is gone on with by starting it again.
+    Import(archive::Import),
 }
 
 pub async fn run(ctx: &Context, command: Command) -> Outcome {
@@ -46,6 +56,8 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
             Ok(())
         }
         Command::Gc { dry_run } => ctx.work(&Request::RepoGc { dry_run }, print_report).await,
+        Command::Export(e) => archive::export(ctx, e).await,
+        Command::Import(i) => archive::import(ctx, i).await,
         Command::RebuildIndex => ctx.work(&Request::RepoRebuildIndex, print_report).await,
     }
 }
@@ -55,7 +67,7 @@ fn count_faults(reply: &Reply) -> u64 {
     lines.iter().filter(|l| !l.detail.is_empty() && l.name != "good").map(|l| l.value).sum()
 }
 
-fn print_report(printer: &Printer, reply: Reply) -> Outcome {
+pub(super) fn print_report(printer: &Printer, reply: Reply) -> Outcome {
     let Reply::Report(lines) = reply else { return Err(unexpected(&reply)) };
     let mut table = Table::new(["", ">", ""]);
     for ReportLine { name, value, unit, detail } in lines {

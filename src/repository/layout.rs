@@ -194,9 +194,7 @@ impl Layout {
 
     /// The file of a pack, manifest or recipe. Nodes have no file of their own.
     pub fn object_path(&self, object: &ObjectId) -> PathBuf {
-        let name = Hash::from_bytes(*object.hash_bytes()).to_string();
-        let (dir, extension) = place_of(object.kind());
-        self.dir(dir).join(&name[..2]).join(format!("{name}.{extension}"))
+        self.root.join(relative_path(object))
     }
 
     pub fn quarantine_path(&self, object: &ObjectId) -> PathBuf {
@@ -246,6 +244,13 @@ impl Layout {
         tracing::error!(%object, path = %path.display(), reason, "damaged object set aside");
         RepositoryError::Damaged { object, path, reason }
     }
+}
+
+/// The path of a pack, manifest or recipe below the repository's directory.
+pub(super) fn relative_path(object: &ObjectId) -> PathBuf {
+    let name = Hash::from_bytes(*object.hash_bytes()).to_string();
+    let (dir, extension) = place_of(object.kind());
+    Path::new(dir).join(&name[..2]).join(format!("{name}.{extension}"))
 }
 
 /// The directory and file name extension of an object kind that has files.

@@ -4,12 +4,15 @@
 //!
 //! All methods block on file I/O; async callers use a blocking thread.
 
+mod archive;
 mod check;
 mod components;
 mod error;
+mod export;
 mod frame;
 mod gc;
 mod hot;
+mod import;
 mod index;
 mod layout;
 mod nodes;
@@ -32,12 +35,15 @@ use std::sync::{Arc, Mutex};
 
 use crate::durable::PendingFile;
 
+pub use archive::ArchiveError;
 pub use check::{CheckReport, Damage, MissingObject};
 pub use components::{ComponentSummary, MissingReport};
 pub use error::{ObjectId, ObjectKind, RepositoryError};
+pub use export::{ArchiveContent, Export, GoOn};
 pub use frame::LEVEL as RECORD_LEVEL;
 pub use gc::GcReport;
 pub use hot::HOT_BYTES_DEFAULT;
+pub use import::ImportReport;
 pub use pack_reader::StoredPack;
 pub use pack_receiver::PackReceiver;
 pub use pack_writer::PackWriter;
