@@ -57,6 +57,7 @@ impl Broker {
             Request::MigrationCancel { id } => {
                 self.migration(&id).and_then(|v| self.cancel(&v)).map(|()| Reply::Done)
             }
+            Request::RepoHeal => return self.heal(events, reply),
             Request::Shutdown => {
                 self.shared.post(Input::Shutdown);
                 Ok(Reply::Done)
@@ -227,7 +228,7 @@ impl Broker {
     }
 
     /// Members that could be asked: the one named, or all that are online.
-    fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
+    pub(super) fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
         let with = |jid: &crate::types::MemberJid| {
             let key = self.members.trusted_key(jid).map_err(|reason| {
                 Problem::new(ProblemKind::Forbidden, format!("member {jid}"), reason).next(format!(

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use crate::component::manifest::{limit, show};
 use crate::component::{Entry, Manifest};
 use crate::compose::{ComposeError, Composer, ImageFormat};
-use crate::repository::{ObjectId, Repository, RepositoryError};
+use crate::repository::{CheckReport, ObjectId, Repository, RepositoryError};
 use crate::types::{ByteSize, ComponentId, Hash, PackId, RecipeId};
 
 use super::handle::ObjectKind;
@@ -48,7 +48,7 @@ pub fn call(
             compose(repository, composer, recipe, output, format).map(Reply::Composed)
         }
         Request::RepoStats => stats(repository).map(Reply::Report),
-        Request::RepoCheck => check(repository, events).map(Reply::Report),
+        Request::RepoCheck => check_repository(repository, events).map(|r| Reply::Report(check_lines(&r))),
         Request::RepoGc { dry_run } => gc(repository, *dry_run, gc_grace, vm_recipes).map(Reply::Report),
         Request::RepoRebuildIndex => rebuild(repository).map(Reply::Report),
         _ => return None,
@@ -323,11 +323,17 @@ fn stats(repository: &Repository) -> Result<Vec<ReportLine>, Problem> {
     Ok(lines)
 }
 
-fn check(repository: &Repository, events: &mut dyn FnMut(Event)) -> Result<Vec<ReportLine>, Problem> {
+pub(super) fn check_repository(
+    repository: &Repository,
+    events: &mut dyn FnMut(Event),
+) -> Result<CheckReport, Problem> {
     let mut progress = |done: u64, total: u64| {
-        events(Event::Progress { phase: "check".into(), done, total, unit: "objects".into() });
+        events(Event::Progress { phase: "check".into(), done, total, unit: "bytes".into() });
     };
-    let report = repository.check(&mut progress).map_err(|e| repository_problem(&e))?;
+    repository.check(&mut progress).map_err(|e| repository_problem(&e))
+}
+
+pub(super) fn check_lines(report: &CheckReport) -> Vec<ReportLine> {
     let mut lines = vec![
         line("good", report.good.total().count, "objects", ""),
         line("damaged", report.damaged.len() as u64, "objects", ""),
@@ -346,7 +352,7 @@ fn check(repository: &Repository, events: &mut dyn FnMut(Event)) -> Result<Vec<R
         line("missing", 1, "objects", format!("{}, needed by {}", m.object, m.needed_by.join(", ")))
     }));
     lines.extend(report.damaged_refs.iter().map(|r| line("damaged references", 1, "objects", r.clone())));
-    Ok(lines)
+    lines
 }
 
 fn gc(

@@ -61,6 +61,8 @@ pub enum Request {
     },
     RepoStats,
     RepoCheck,
+    /// Checks, and fetches what is damaged or missing from members that hold it.
+    RepoHeal,
     RepoGc {
         dry_run: bool,
     },

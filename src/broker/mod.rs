@@ -4,11 +4,14 @@
 
 pub mod account;
 pub mod archive;
+mod borrowing;
 mod calls;
 pub mod content;
 pub mod handle;
+pub mod healing;
 mod incoming;
 pub mod interface;
+mod lending;
 pub mod negotiation;
 mod outgoing;
 pub mod problem;
@@ -39,6 +42,7 @@ pub use vms::READY_LINE;
 
 use incoming::Incoming;
 use interface::{Account, MigrationView, Resource};
+use lending::Lent;
 use negotiation::Rates;
 use outgoing::Outgoing;
 use records::RecordError;
@@ -101,6 +105,7 @@ pub struct Broker {
     /// Ended migrations.
     history: BTreeMap<MigrationId, MigrationView>,
     rates: Rates,
+    lent: Lent,
     /// Requests of others that were refused.
     refusals: u64,
     /// Called with the new state whenever what others see of this cloud may have changed.
@@ -132,6 +137,7 @@ impl Broker {
             incoming: BTreeMap::new(),
             history,
             rates: Rates::default(),
+            lent: Lent::default(),
             refusals: 0,
             announce,
             announce_wanted: true,
@@ -166,6 +172,7 @@ impl Broker {
 
     fn tick(&mut self) {
         self.expire_leases();
+        self.expire_lent();
         self.scrub_released();
     }
 

@@ -2,6 +2,7 @@
 
 use clap::Subcommand;
 
+use crate::broker::healing::unhealed;
 use crate::broker::interface::{Reply, ReportLine, Request};
 use crate::broker::problem::{Problem, ProblemKind};
 
@@ -17,7 +18,11 @@ pub enum Command {
     /// What is kept, and how much it saves
     Stats,
     /// Read and verify everything; damaged objects are set aside
-    Check,
+    Check {
+        /// Fetch what is damaged or missing from members of the federation that hold it (needs the broker)
+        #[arg(long)]
+        heal: bool,
+    },
     /// Remove what no name, VM or running transfer needs
     Gc {
         /// Only say what would be removed
@@ -40,26 +45,34 @@ pub enum Command {
 pub async fn run(ctx: &Context, command: Command) -> Outcome {
     match command {
         Command::Stats => ctx.read(&Request::RepoStats, print_report).await,
-        Command::Check => {
-            let result = ctx.follow(&Request::RepoCheck).await;
-            let faults = result.as_ref().map_or(0, count_faults);
-            ctx.end(result, print_report)?;
-            if faults > 0 {
-                return Err(Problem::new(
-                    ProblemKind::Damaged,
-                    "repository",
-                    format!("{faults} faults were found"),
-                )
-                .next("build or import the components again, or fetch them from a member that has them")
-                .into());
-            }
-            Ok(())
-        }
+        Command::Check { heal } => check(ctx, heal).await,
         Command::Gc { dry_run } => ctx.work(&Request::RepoGc { dry_run }, print_report).await,
         Command::Export(e) => archive::export(ctx, e).await,
         Command::Import(i) => archive::import(ctx, i).await,
         Command::RebuildIndex => ctx.work(&Request::RepoRebuildIndex, print_report).await,
     }
+}
+
+async fn check(ctx: &Context, heal: bool) -> Outcome {
+    let request = if heal { Request::RepoHeal } else { Request::RepoCheck };
+    let result = ctx.follow(&request).await;
+    let faults = match &result {
+        Ok(Reply::Report(lines)) if heal => unhealed(lines),
+        Ok(reply) => count_faults(reply),
+        Err(_) => 0,
+    };
+    ctx.end(result, print_report)?;
+    if faults == 0 {
+        return Ok(());
+    }
+    let problem = |reason| Problem::new(ProblemKind::Damaged, "repository", reason);
+    Err(match heal {
+        true => problem(format!("{faults} objects stay damaged or missing"))
+            .next("build or import the components again"),
+        false => problem(format!("{faults} faults were found"))
+            .next("fetch what is missing from other members with: cicada repo check --heal"),
+    }
+    .into())
 }
 
 fn count_faults(reply: &Reply) -> u64 {

@@ -64,6 +64,7 @@ impl Target {
             | R::RepoExport { .. }
             | R::RepoImport { .. } => true,
             R::Status
+            | R::RepoHeal
             | R::Members
             | R::IdentityTrust { .. }
             | R::IdentityRevoke { .. }

@@ -184,6 +184,8 @@ pub struct Repository {
     pub hot_cache_size: ByteSize,
     /// How old unused content must be before it is collected.
     pub gc_grace: HumanDuration,
+    /// Who may fetch components that have a name here.
+    pub share_with: AcceptFrom,
 }
 
 /// `[trust]`: whose identity keys are believed.
@@ -273,7 +275,12 @@ impl Default for Hypervisor {
 
 impl Default for Repository {
     fn default() -> Self {
-        Self { dir: None, hot_cache_size: ByteSize::gib(4), gc_grace: HumanDuration::from_secs(600) }
+        Self {
+            dir: None,
+            hot_cache_size: ByteSize::gib(4),
+            gc_grace: HumanDuration::from_secs(600),
+            share_with: AcceptFrom::Members,
+        }
     }
 }
 

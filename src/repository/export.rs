@@ -1,6 +1,7 @@
 //! Exporting: what chosen components and recipes reach, as an archive.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -68,9 +69,8 @@ impl Repository {
             sizes.insert(object, self.stored_bytes(&object)?);
             waiting.extend(&manifest.requires);
             for pack in &manifest.packs {
-                let object = ObjectId::Pack(pack.id);
-                if !sizes.contains_key(&object) {
-                    sizes.insert(object, self.pack_stored(&pack.id)?.stored_size_bytes);
+                if let Entry::Vacant(new) = sizes.entry(ObjectId::Pack(pack.id)) {
+                    new.insert(self.pack_stored(&pack.id)?.stored_size_bytes);
                 }
             }
         }
