@@ -306,6 +306,96 @@ async fn what_nobody_may_give_stays_missing_and_says_why() {
     assert_eq!((unhealed(&lines), details(&lines, "healed").len()), (1, 1), "now b has it under a name");
 }
 
+/// Makes everything that is stored now two days old.
+fn age(repository: &Repository) {
+    fn walk(dir: &Path) {
+        for path in std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()) {
+            if path.is_dir() {
+                walk(&path);
+            } else {
+                let file = std::fs::File::open(&path).unwrap();
+                file.set_modified(std::time::SystemTime::now() - 2 * DAY).unwrap();
+            }
+        }
+    }
+    ["packs", "manifests"].iter().for_each(|dir| walk(&repository.dir().join(dir)));
+}
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn readers_a_writer_and_collections_do_not_disturb_a_transfer_nor_each_other() {
+    const EACH: usize = 40;
+    let (all, _) = federation(&[("a", ""), ("b", "")]).await;
+    let [a, b] = &all[..] else { panic!() };
+    let (mut lost, mut read) = (Vec::new(), Vec::new());
+    for n in 0..EACH {
+        b.holds(&format!("lost-{n}"), vec![], true);
+        b.holds(&format!("dead-{n}"), vec![], false);
+        lost.push(a.holds(&format!("lost-{n}"), vec![], true));
+        read.push(a.holds(&format!("read-{n}"), vec![], true));
+        a.holds(&format!("dead-{n}"), vec![], false);
+    }
+    for (manifest, pack) in &lost {
+        std::fs::remove_file(a.file("manifest", manifest)).unwrap();
+        std::fs::remove_file(a.file("pack", pack)).unwrap();
+    }
+    age(a.repository());
+    age(b.repository());
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let ended = || stop.load(std::sync::atomic::Ordering::Relaxed);
+    let (healed, collected, collected_there) = std::thread::scope(|scope| {
+        // Both the borrower and the lender collect all the time.
+        let collect = |repository: Repository| {
+            move || {
+                let mut removed = 0;
+                loop {
+                    // The last round begins when the rest has ended.
+                    let last = ended();
+                    removed += repository.gc(false, DAY, &[]).unwrap().removed.total().count;
+                    if last {
+                        return removed;
+                    }
+                }
+            }
+        };
+        let (here, there) =
+            (scope.spawn(collect(a.repository().clone())), scope.spawn(collect(b.repository().clone())));
+        for reader in 0..2 {
+            let (read, repository) = (&read, a.repository().clone());
+            scope.spawn(move || {
+                for (manifest, pack) in read.iter().cycle().skip(reader * EACH / 2) {
+                    repository.read_pack(pack, &mut |_, _| Ok(())).unwrap();
+                    assert_eq!(repository.manifest(manifest).unwrap().packs[0].id, *pack);
+                    if ended() {
+                        return;
+                    }
+                }
+            });
+        }
+        let writer = scope.spawn(|| {
+            for n in 0..EACH {
+                let (id, _) = a.holds(&format!("new-{n}"), vec![], true);
+                assert_eq!(a.repository().resolve_component(&format!("new-{n}")).unwrap(), id);
+            }
+        });
+        let healed = tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(a.heal()));
+        writer.join().unwrap();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        (healed, here.join().unwrap(), there.join().unwrap())
+    });
+    assert_eq!((unhealed(&healed), details(&healed, "healed").len()), (0, 2 * EACH), "{healed:#?}");
+    assert_eq!((collected, collected_there), (2 * EACH as u64, 2 * EACH as u64), "the dead, and only they");
+    for member in [a, b] {
+        let report = member.repository().check(&mut |_, _| ()).unwrap();
+        assert!(report.is_clean() && report.strays.is_empty(), "{report:?}");
+        let stats = member.repository().stats().unwrap();
+        assert_eq!((stats.temporary.files, stats.quarantine.files), (0, 0));
+        assert_eq!(stats.objects.packs.count, report.good.packs.count, "index and disk agree");
+    }
+    assert_eq!(a.repository().components().unwrap().len(), 3 * EACH);
+}
+
 /// Keeps what comes.
 #[derive(Default)]
 struct Taken(Mutex<Vec<u8>>);

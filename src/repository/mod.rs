@@ -226,7 +226,10 @@ impl Repository {
 
     /// Takes an object that is no longer there out of the index.
     fn forget(&self, object: &ObjectId) {
-        if let Err(error) = self.index().remove(object) {
+        // Somebody may just have stored it again. A node has no file of its own.
+        let is_node = object.kind() == ObjectKind::Node;
+        let is_gone = || is_node || !self.layout().object_path(object).exists();
+        if let Err(error) = self.index().remove_if(object, is_gone) {
             tracing::warn!(%error, %object, "a stale index entry stays");
         }
     }

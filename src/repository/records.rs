@@ -94,8 +94,8 @@ impl Repository {
     }
 
     fn store_manifest(&self, id: ComponentId, bytes: &[u8], manifest: &Manifest) -> Result<()> {
-        self.index().put_summary(&id, manifest)?;
-        self.store_record(ObjectId::Manifest(id), bytes)
+        self.store_record(ObjectId::Manifest(id), bytes)?;
+        self.index().put_summary(&id, manifest)
     }
 
     fn store_record(&self, object: ObjectId, bytes: &[u8]) -> Result<()> {
