@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use cicada::component::manifest::{Kind, Manifest, PackRef};
 use cicada::repository::Repository;
 use cicada::types::{ComponentId, PackId};
-use common::{Result, status_kib};
+use common::{Result, TICKS_PER_SECOND, cpu_ticks, status_kib};
 
 /// What a child process does, and in which repository.
 const STEP: &str = "CICADA_BENCH_STEP";
@@ -71,9 +71,10 @@ fn kill_while_open(dir: &Path) -> Result<()> {
 }
 
 fn run(step: &str, dir: &Path) -> Result<()> {
-    let begun = Instant::now();
+    let cpu_s = || cpu_ticks(std::process::id()).map(|ticks| ticks as f64 / TICKS_PER_SECOND);
+    let (begun, cpu_begun) = (Instant::now(), cpu_s()?);
     let repository = Repository::open(dir)?;
-    let opened = begun.elapsed();
+    let (opened, cpu_opened) = (begun.elapsed(), cpu_s()?);
     let begun = Instant::now();
     let mut what = String::new();
     match step {
@@ -113,15 +114,17 @@ fn run(step: &str, dir: &Path) -> Result<()> {
         }
         _ => {}
     }
-    let worked = begun.elapsed();
+    let (worked, cpu_worked) = (begun.elapsed(), cpu_s()?);
     let (pid, mb) = (std::process::id(), |kib: u64| kib as f64 * 1024.0 / 1e6);
     let (now, most) = (mb(status_kib(pid, "VmRSS")?), mb(status_kib(pid, "VmHWM")?));
     let begun = Instant::now();
     drop(repository);
     println!(
-        "{step}: opened in {:.2} s, work {:.2} s, closed in {:.2} s; RSS {now:.1} MB, at most {most:.1} MB{what}",
+        "{step}: opened in {:.2} s ({:.2} s of CPU), work {:.2} s ({:.2}), closed in {:.2} s; RSS {now:.1} MB, at most {most:.1} MB{what}",
         opened.as_secs_f64(),
+        cpu_opened - cpu_begun,
         worked.as_secs_f64(),
+        cpu_worked - cpu_opened,
         begun.elapsed().as_secs_f64()
     );
     Ok(())
