@@ -27,7 +27,8 @@ use file::{File, NetworkWord};
 
 /// Looked for in this order when none is named.
 pub const DEFAULT_PATHS: [&str; 2] = ["federation.toml", "/etc/cicada/federation.toml"];
-const ACCEPT_FROM: &str = "migration.accept_from";
+/// Lists of members, or the word for all of them.
+const MEMBER_LISTS: [&str; 2] = ["migration.accept_from", "repository.share_with"];
 const SAMPLE: &str = "compare with the annotated sample federation.toml";
 /// `sun_path` less its terminator, `unix(7)`.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
@@ -106,6 +107,7 @@ pub struct Repository {
     pub gc_grace: Duration,
     /// Zero for never.
     pub optimize_after: Duration,
+    pub share_with: AcceptFrom,
 }
 
 /// See [`file::Migration`].
@@ -320,10 +322,8 @@ fn texts(settings: HashMap<String, String>) -> config::Environment {
         .try_parsing(true)
         .list_separator(",")
         .with_list_parse_key("transfer.advertise");
-    let source = match settings.get(ACCEPT_FROM) {
-        Some(text) if text != "members" => source.with_list_parse_key(ACCEPT_FROM),
-        _ => source,
-    };
+    let lists = MEMBER_LISTS.into_iter().filter(|key| settings.get(*key).is_some_and(|t| t != "members"));
+    let source = lists.fold(source, |source, key| source.with_list_parse_key(key));
     source.source(Some(settings))
 }
 
@@ -373,6 +373,7 @@ fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigE
             hot_cache_size: f.repository.hot_cache_size,
             gc_grace: f.repository.gc_grace.0,
             optimize_after: f.repository.optimize_after.0,
+            share_with: f.repository.share_with,
         },
         trust: f.trust,
         migration: Migration {

@@ -123,6 +123,10 @@ fn flags_win_over_environment_over_file() {
     assert_eq!(c.transfer.addresses(None), ["192.0.2.1:7420", "cloud-a.example.org:1"]);
     assert!(c.migration.accept_from.accepts(&"b@x".parse().unwrap()));
     assert!(!c.migration.accept_from.accepts(&"d@x".parse().unwrap()));
+    let flags = [("repository.share_with", "b@x,c@x")];
+    let c = place.load(&environment, &flags).unwrap();
+    assert!(c.repository.share_with.accepts(&"c@x".parse().unwrap()));
+    assert!(!c.repository.share_with.accepts(&"d@x".parse().unwrap()));
     let flags = [("cloud.region", "north, west"), ("migration.accept_from", "members")];
     let c = place.load(&[], &flags).unwrap();
     assert_eq!(c.cloud.region, "north, west");

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::error::{IoContext, ObjectId, RepositoryError, Result};
+use super::error::{IoContext, ObjectId, ObjectKind, RepositoryError, Result};
 use super::{Entry, Repository, frame};
 use crate::component::manifest::limit;
 use crate::component::{Manifest, Recipe};
@@ -94,8 +94,8 @@ impl Repository {
     }
 
     fn store_manifest(&self, id: ComponentId, bytes: &[u8], manifest: &Manifest) -> Result<()> {
-        self.index().put_summary(&id, manifest)?;
-        self.store_record(ObjectId::Manifest(id), bytes)
+        self.store_record(ObjectId::Manifest(id), bytes)?;
+        self.index().put_summary(&id, manifest)
     }
 
     fn store_record(&self, object: ObjectId, bytes: &[u8]) -> Result<()> {
@@ -125,6 +125,21 @@ impl Repository {
     pub(super) fn manifest_cache(&self) -> &ManifestCache {
         &self.inner.manifests
     }
+}
+
+/// Longest stored form that is read of a record: what does not compress takes a little more than
+/// its plain size.
+pub(super) fn record_bytes_max(kind: ObjectKind) -> u64 {
+    2 * plain_bytes_max(kind)
+}
+
+fn plain_bytes_max(kind: ObjectKind) -> u64 {
+    if kind == ObjectKind::Recipe { RECIPE_BYTES_MAX } else { limit::MANIFEST_BYTES }
+}
+
+/// The canonical bytes in a record's stored form, not held against the object's id.
+pub(super) fn unpack(object: &ObjectId, stored: &[u8]) -> Result<Vec<u8>, String> {
+    decode(stored, plain_bytes_max(object.kind()))
 }
 
 /// Reads and verifies a manifest's file; the file is positioned at its start again.
