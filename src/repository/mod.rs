@@ -8,6 +8,8 @@ mod check;
 mod components;
 mod error;
 mod frame;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod gc;
 mod hot;
 mod index;

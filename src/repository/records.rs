@@ -149,7 +149,7 @@ pub(super) fn measure(file: &mut File) -> Option<Entry> {
     Some(Entry { plain_bytes, stored_bytes: file.metadata().ok()?.len(), place: None })
 }
 
-fn encode(plain: &[u8]) -> std::io::Result<Vec<u8>> {
+pub(super) fn encode(plain: &[u8]) -> std::io::Result<Vec<u8>> {
     let mut stored = MAGIC.to_vec();
     stored.extend_from_slice(&(plain.len() as u64).to_le_bytes());
     stored.extend(zstd::bulk::compress(plain, frame::LEVEL)?);
@@ -157,7 +157,7 @@ fn encode(plain: &[u8]) -> std::io::Result<Vec<u8>> {
 }
 
 /// The claimed size is only compared, never allocated.
-fn decode(stored: &[u8], limit_bytes: u64) -> Result<Vec<u8>, String> {
+pub(super) fn decode(stored: &[u8], limit_bytes: u64) -> Result<Vec<u8>, String> {
     let short = || "its file is too short".to_owned();
     let (magic, rest) = stored.split_first_chunk().ok_or_else(short)?;
     let (size, compressed) = rest.split_first_chunk().ok_or_else(short)?;

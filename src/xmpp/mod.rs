@@ -18,3 +18,9 @@ mod session;
 pub use connector::Security;
 pub use handle::{Handle, IncomingRequest, IqReply, RequestError, Settings, XmppEvent};
 pub use session::connect;
+
+/// What `fuzz/` reaches into.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    pub use super::room::{RoomPresence, configuration_changed, read};
+}
