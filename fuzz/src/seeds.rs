@@ -297,7 +297,7 @@ fn disks(corpus: &Corpus<'_>) {
     fs::write(&base, vec![3; 256 << 10]).expect("the work directory can be written");
     let mut writer =
         OverlayWriter::open_or_create(&overlay, &base, 256 << 10).expect("an overlay can be made");
-    for number in (0..64).step_by(9) {
+    for number in (0..60).step_by(9) {
         writer.write_block(number, &[0; 4096]).expect("an overlay can be written");
         writer.write_zero(number + 1).expect("an overlay can be written");
     }
