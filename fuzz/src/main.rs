@@ -43,6 +43,7 @@ libfuzzer_sys::fuzz_target!(init: choose(), |data: &[u8]| {
 });
 
 fn choose() {
+    memory::stop_watching_on_panic();
     let name = std::env::var("CICADA_FUZZ_TARGET").unwrap_or_default();
     match name.as_str() {
         "list" => TARGETS.iter().for_each(|(name, _)| println!("{name}")),

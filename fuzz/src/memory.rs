@@ -32,6 +32,30 @@ pub fn watch(input_bytes: usize, work: impl FnOnce()) {
     WATCHING.store(false, Ordering::Relaxed);
 }
 
+/// Watches nothing until it is dropped: for what is made once and no input pays for.
+pub fn pause() -> Pause {
+    Pause { watching: WATCHING.swap(false, Ordering::Relaxed) }
+}
+
+pub struct Pause {
+    watching: bool,
+}
+
+impl Drop for Pause {
+    fn drop(&mut self) {
+        WATCHING.store(self.watching, Ordering::Relaxed);
+    }
+}
+
+/// A panic takes memory to say what it has to.
+pub fn stop_watching_on_panic() {
+    let next = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        WATCHING.store(false, Ordering::Relaxed);
+        next(info);
+    }));
+}
+
 fn taken(at: *mut c_void) -> *mut c_void {
     if WATCHING.load(Ordering::Relaxed) && !at.is_null() {
         // SAFETY: `at` came from the allocator just now.

@@ -6,7 +6,7 @@ use std::fs;
 use cicada::repository::{ObjectId, Repository, RepositoryError};
 use cicada::types::PackId;
 
-use crate::{split, work_dir};
+use crate::{memory, split, work_dir};
 
 /// Packs kept before the repository is made anew.
 const KEPT_MAX: u32 = 2000;
@@ -24,6 +24,7 @@ pub fn stored_form(data: &[u8]) {
     let Some((piece, stored)) = split(data) else { return };
     REPOSITORY.with_borrow_mut(|slot| {
         let fresh = slot.take().filter(|(_, kept)| *kept < KEPT_MAX).unwrap_or_else(|| {
+            let _unwatched = memory::pause();
             let dir = work_dir().join("repository");
             let _ = fs::remove_dir_all(&dir);
             fs::create_dir_all(&dir).expect("the work directory can be written");

@@ -9,7 +9,9 @@ use cicada::vm::{Block, ChunkMap, MapRef};
 
 use crate::split;
 
-/// An odd first byte: the rest is one node. An even one: the rest describes a tree, see [`tree`].
+const NODES_MAX: u64 = 400;
+
+/// A first byte of 1: the rest is one node. Another: the rest describes a tree, see [`tree`].
 pub fn chunk_map(data: &[u8]) {
     match split(data) {
         Some((1, rest)) => node(rest),
@@ -70,7 +72,13 @@ fn tree(bits: u8, data: &[u8]) {
         root: hashes.last().copied(),
     };
     let _ = map.id();
+    // As the repository does: a small tree may stand for a giant disk.
+    let mut nodes = 0;
     let read = ChunkMap::from_tree::<CodecError>(&map, |hash| {
+        nodes += 1;
+        if nodes > NODES_MAX {
+            return Err(CodecError::TooLarge { what: "nodes", value: nodes, limit: NODES_MAX });
+        }
         store.get(&hash).cloned().ok_or(CodecError::NotCanonical { what: "hash" })
     });
     if let Ok(whole) = read {
