@@ -14,6 +14,7 @@ mod pending;
 mod refusals;
 mod room;
 mod session;
+mod shallow;
 
 pub use connector::Security;
 pub use handle::{Handle, IncomingRequest, IqReply, RequestError, Settings, XmppEvent};
