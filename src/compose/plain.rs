@@ -15,6 +15,10 @@ impl PlainPack {
         unsafe { Mmap::map(file) }.map(Self)
     }
 
+    pub fn len_bytes(&self) -> u64 {
+        self.0.len() as u64
+    }
+
     /// Reads a range in and returns it. Without this, a disk that cannot read would end the process
     /// when the bytes are touched; so it is an error.
     pub fn bytes(&self, offset: u64, len: usize) -> io::Result<&[u8]> {

@@ -2,6 +2,8 @@
 //! that equal subtrees compare by one hash and empty regions cost nothing.
 //! The byte format is specified in `repository/FORMAT.md`, section "Chunk map".
 
+use std::collections::HashMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::types::codec::{CodecError, Reader, Writer};
@@ -224,6 +226,27 @@ impl ChunkMap {
         (map, nodes)
     }
 
+    /// How many leaves a tree has, each counted at every place it has, found from the nodes above them
+    /// alone, each read once: a few nodes may stand for a disk that no memory holds.
+    pub fn leaf_count<E: From<CodecError>>(
+        map: &MapRef,
+        mut node: impl FnMut(NodeHash) -> Result<Vec<u8>, E>,
+    ) -> Result<u64, E> {
+        map.check()?;
+        let mut row: HashMap<NodeHash, u64> = map.root.map(|root| (root, 1)).into_iter().collect();
+        for level in (1..map.levels()).rev() {
+            let mut below: HashMap<NodeHash, u64> = HashMap::new();
+            for (hash, places) in row {
+                if let Node::Inner(children) = Node::decode(&node(hash)?, level)? {
+                    // Four levels of 256 places do not overflow.
+                    children.into_iter().for_each(|(_, h)| *below.entry(h).or_default() += places);
+                }
+            }
+            row = below;
+        }
+        Ok(row.into_values().sum())
+    }
+
     /// Reads a whole map, getting each node's bytes (already verified against their hash) from `node`,
     /// in the order of the disk. `node` is asked once for every place a node has, and bounds what a
     /// small tree may stand for by refusing.
@@ -271,7 +294,7 @@ fn check_within(map: &MapRef, last: Option<u64>, reach: u64) -> Result<(), Codec
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::collections::{BTreeMap, HashMap};
+    use std::collections::BTreeMap;
 
     proptest! {
         #[test]
@@ -308,6 +331,7 @@ mod tests {
             store.insert(below, node);
         }
         let map = MapRef { block_size_bytes: 4096, disk_size_bytes: 1 << 44, root: Some(below) };
+        assert_eq!(ChunkMap::leaf_count::<CodecError>(&map, |h| Ok(store[&h].clone())), Ok(1 << 24));
         let (mut asked, mut leaves) = (0, 0);
         let ended = ChunkMap::from_tree(&map, |hash| {
             asked += 1;
