@@ -1,7 +1,7 @@
 //! Level 2: the XMPP session and the administration of rooms.
 //!
 //! One task owns the stanza stream (`session`) and stays joined to the room. Below it: the stream's
-//! connections (`connector`, `link`), what waits to be sent or answered (`outbox`, `pending`), the
+//! connections (`connector`, `link`; `shallow` bounds how deep their XML goes), what waits to be sent or answered (`outbox`, `pending`), the
 //! room's presence (`room`) and requests of outsiders (`refusals`). The rest of the program holds a
 //! `Handle` and reads events.
 
