@@ -1,9 +1,9 @@
 //! Level 2: the XMPP session and the administration of rooms.
 //!
 //! One task owns the stanza stream (`session`) and stays joined to the room. Below it: the stream's
-//! connections (`connector`, `link`; `shallow` bounds how deep their XML goes), what waits to be sent or answered (`outbox`, `pending`), the
-//! room's presence (`room`) and requests of outsiders (`refusals`). The rest of the program holds a
-//! `Handle` and reads events.
+//! connections (`connector`, `link`) and how deep their XML goes (`shallow`), what waits to be sent or
+//! answered (`outbox`, `pending`), the room's presence (`room`) and requests of outsiders
+//! (`refusals`). The rest of the program holds a `Handle` and reads events.
 
 pub mod admin;
 mod connector;
