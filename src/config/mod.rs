@@ -30,6 +30,8 @@ pub const DEFAULT_PATHS: [&str; 2] = ["federation.toml", "/etc/cicada/federation
 /// Lists of members, or the word for all of them.
 const MEMBER_LISTS: [&str; 2] = ["migration.accept_from", "repository.share_with"];
 const SAMPLE: &str = "compare with the annotated sample federation.toml";
+/// No setting's name is longer.
+const NAME_BYTES_MAX: usize = 64;
 /// `sun_path` less its terminator, `unix(7)`.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -146,6 +148,7 @@ impl Config {
         let path = find(path)?;
         let path = std::path::absolute(&path).map_err(|source| ConfigError::Read { path, source })?;
         let sources = Sources { environment: settings_of(environment), overrides };
+        sources.check_names().map_err(|e| sources.with_origin(e, &path))?;
         let file = sources.read(&path)?;
         let base = path.parent().unwrap_or(Path::new("/")).to_owned();
         resolve(file, &base, path.clone()).map_err(|e| sources.with_origin(e, &path))
@@ -243,6 +246,16 @@ struct Sources<'a> {
 }
 
 impl Sources<'_> {
+    /// The config crate reads a name as an expression: `a[99999999]` makes a list of so many, and a
+    /// name of many parts as many tables in each other.
+    fn check_names(&self) -> Result<(), ConfigError> {
+        let mut names = self.environment.keys().chain(self.overrides.iter().map(|(name, _)| name));
+        match names.find(|name| name.len() > NAME_BYTES_MAX || name.contains(['[', ']'])) {
+            None => Ok(()),
+            Some(name) => Err(ConfigError::field(name.clone(), "is not a known setting").next(SAMPLE)),
+        }
+    }
+
     fn read(&self, path: &Path) -> Result<File, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;

@@ -276,3 +276,11 @@ fn bad_input_is_named_with_reason_and_next_step() {
         assert_eq!(complaint(&place, &e), expected, "\n{text}");
     }
 }
+
+#[test]
+fn names_that_are_expressions_are_refused() {
+    for name in ["network[99999999].name", "cloud[-1]", &"a.".repeat(100_000)] {
+        let refused = Place::new(GOOD).load(&[], &[(name, "x")]).unwrap_err();
+        assert!(refused.to_string().contains("is not a known setting"), "{refused}");
+    }
+}

@@ -12,6 +12,8 @@ mod error;
 mod export;
 mod forms;
 mod frame;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod gc;
 mod hot;
 mod import;

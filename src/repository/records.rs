@@ -16,6 +16,8 @@ const MAGIC: &[u8; 8] = b"CICZST\0\x01";
 const HEADER_BYTES: usize = 16;
 /// No recipe that decodes is larger.
 const RECIPE_BYTES_MAX: u64 = 1 << 20;
+/// A record may ask for a window of 8 MiB, the most any level up to 19 does.
+const WINDOW_LOG_MAX: u32 = 23;
 /// Decoded manifests kept in memory, by the size of their encoding.
 const CACHE_BYTES: usize = 4 << 20;
 
@@ -164,7 +166,7 @@ pub(super) fn measure(file: &mut File) -> Option<Entry> {
     Some(Entry { plain_bytes, stored_bytes: file.metadata().ok()?.len(), place: None })
 }
 
-fn encode(plain: &[u8]) -> std::io::Result<Vec<u8>> {
+pub(super) fn encode(plain: &[u8]) -> std::io::Result<Vec<u8>> {
     let mut stored = MAGIC.to_vec();
     stored.extend_from_slice(&(plain.len() as u64).to_le_bytes());
     stored.extend(zstd::bulk::compress(plain, frame::LEVEL)?);
@@ -172,7 +174,7 @@ fn encode(plain: &[u8]) -> std::io::Result<Vec<u8>> {
 }
 
 /// The claimed size is only compared, never allocated.
-fn decode(stored: &[u8], limit_bytes: u64) -> Result<Vec<u8>, String> {
+pub(super) fn decode(stored: &[u8], limit_bytes: u64) -> Result<Vec<u8>, String> {
     let short = || "its file is too short".to_owned();
     let (magic, rest) = stored.split_first_chunk().ok_or_else(short)?;
     let (size, compressed) = rest.split_first_chunk().ok_or_else(short)?;
@@ -182,6 +184,7 @@ fn decode(stored: &[u8], limit_bytes: u64) -> Result<Vec<u8>, String> {
     let claimed_bytes = u64::from_le_bytes(*size);
     let mut plain = Vec::new();
     zstd::Decoder::with_buffer(compressed)
+        .and_then(|mut d| d.window_log_max(WINDOW_LOG_MAX).map(|()| d))
         .and_then(|d| d.take(limit_bytes + 1).read_to_end(&mut plain))
         .map_err(|e| format!("it does not decompress: {e}"))?;
     if plain.len() as u64 != claimed_bytes || claimed_bytes > limit_bytes {
@@ -228,5 +231,22 @@ impl ManifestCache {
 
     pub fn clear(&self) {
         self.recent().clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_of_more_than_8_mib_is_refused() {
+        // One raw block whose frame asks for a window of 2^(10 + n) bytes.
+        let stored = |n: u8| {
+            let frame = [&[0x28, 0xb5, 0x2f, 0xfd, 0, n << 3, 0x21, 0, 0][..], b"abcd"].concat();
+            [MAGIC.as_slice(), &4u64.to_le_bytes(), &frame].concat()
+        };
+        assert_eq!(decode(&stored(13), 100), Ok(b"abcd".to_vec()));
+        let refused = decode(&stored(14), 100).unwrap_err();
+        assert!(refused.starts_with("it does not decompress"), "{refused}");
     }
 }
