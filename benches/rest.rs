@@ -14,13 +14,11 @@ use cicada::broker::Request;
 use cicada::repository::Repository;
 use cicada::types::PackId;
 use common::world::{World, missing_tool};
-use common::{Result, end, status_kib, store};
+use common::{Result, TICKS_PER_SECOND, cpu_ticks, end, status_kib, store};
 
 const LIMIT_MB: f64 = 60.0;
 /// The directory a child process opens as a repository.
 const OPEN: &str = "CICADA_BENCH_OPEN";
-/// Of what proc(5) calls clock ticks, on every architecture Debian has.
-const TICKS_PER_SECOND: f64 = 100.0;
 /// File systems bound the links of one file.
 const LINKS_MAX: u64 = 30_000;
 
@@ -129,13 +127,6 @@ fn fill(dir: &Path, packs: u64) -> Result<()> {
 
 fn id(n: u64) -> PackId {
     PackId::of(&n.to_le_bytes())
-}
-
-fn cpu_ticks(pid: u32) -> Result<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields: Vec<&str> = text.rsplit(") ").next().unwrap_or_default().split(' ').collect();
-    // utime and stime, fields 14 and 15 of proc(5).
-    Ok(fields.get(11).ok_or("short")?.parse::<u64>()? + fields.get(12).ok_or("short")?.parse::<u64>()?)
 }
 
 fn mb(kib: u64) -> f64 {

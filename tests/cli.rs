@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use cicada::broker::handle::{ObjectKind, Service};
 use cicada::broker::interface::{Event, Reply, Request};
-use cicada::broker::{Problem, ProblemKind, content};
+use cicada::broker::{Problem, ProblemKind, archive, content};
 use cicada::compose::Composer;
 use cicada::repository::Repository;
 use cicada::types::Hash;
@@ -280,6 +280,77 @@ fn content_is_served_from_the_repository_while_no_broker_runs() {
     let check = run(here, &["repo", "check"]);
     assert_eq!(check.status.code(), Some(8), "{}{}", stdout(&check), stderr(&check));
     assert!(stdout(&check).contains("damaged"), "{}", stdout(&check));
+}
+
+/// Runs a command with these bytes at its standard input.
+fn run_with_input(dir: &Path, args: &[&str], input: &[u8]) -> Output {
+    let pipes = |c: &mut Command| {
+        c.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let mut child = pipes(cicada().current_dir(dir).args(args));
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    output
+}
+
+#[test]
+fn archives_carry_components_to_a_cloud_without_a_link() {
+    let (a, b) = (cloud(), cloud());
+    let (from, to) = (a.path(), b.path());
+    let nothing = run(from, &["repo", "export", "empty.tar"]);
+    assert_eq!(nothing.status.code(), Some(3), "{}", stderr(&nothing));
+    assert!(import(from, &tree(from, "one", "first"), "1").status.success());
+    assert!(import(from, &tree(from, "two", "second"), "2").status.success());
+    let o = run(from, &["repo", "export", "all.tar"]);
+    assert!(o.status.success(), "{}", stderr(&o));
+    let streamed = run(from, &["repo", "export", "-"]);
+    assert!(streamed.status.success(), "{}", stderr(&streamed));
+    let all = std::fs::read(from.join("all.tar")).unwrap();
+    assert!(streamed.stdout == all, "to a pipe it is the same archive");
+    let o = run(from, &["repo", "export", "-", "--json"]);
+    assert_eq!((o.status.code(), o.stdout.len()), (Some(2), 0));
+    assert!(run(from, &["repo", "export", "one/", "--component", "tool@1"]).status.success());
+
+    // The other cloud has a broker, which holds its repository.
+    let broker = TestBroker::start(to);
+    let o = run(to, &["repo", "import", "-", "--json"]);
+    assert_eq!(o.status.code(), Some(2), "an empty input is no archive: {}", stderr(&o));
+    let o = run_with_input(to, &["repo", "import", "-"], &all);
+    assert!(o.status.success(), "{}", stderr(&o));
+    assert!(stdout(&o).contains("not bound"), "{}", stdout(&o));
+    assert_eq!(run(to, &["component", "show", "tool@1"]).status.code(), Some(3), "no names without --bind");
+    let one = from.join("one");
+    let o = run(to, &["repo", "import", one.to_str().unwrap(), "--bind", "--json"]);
+    assert!(o.status.success(), "{}", stderr(&o));
+    let last: Value = serde_json::from_str(stdout(&o).lines().last().unwrap()).unwrap();
+    let lines = last["reply"]["value"].as_array().unwrap();
+    let value = |name: &str, unit: &str| {
+        lines.iter().find(|l| l["name"] == name && l["unit"] == unit).unwrap()["value"].clone()
+    };
+    assert_eq!((value("stored", "objects"), value("held already", "objects")), (json!(0), json!(2)));
+    assert_eq!(value("bound", "names"), json!(1));
+    assert!(run(to, &["component", "show", "tool@1"]).status.success());
+    assert_eq!(run(to, &["component", "show", "tool@2"]).status.code(), Some(3));
+    let back = run(to, &["repo", "export", "-", "--component", "tool@1"]);
+    assert!(back.status.success() && back.stdout.len() > 1024, "{}", stderr(&back));
+    assert!(run(to, &["repo", "check"]).status.success());
+    drop(broker);
+
+    // A damaged object costs that object, and says so.
+    let c = cloud();
+    let mut bad = all.clone();
+    let at = bad.len() - 1024 - 512;
+    bad[at] ^= 1;
+    let o = run_with_input(c.path(), &["repo", "import", "-"], &bad);
+    assert_eq!(o.status.code(), Some(8), "{}{}", stdout(&o), stderr(&o));
+    assert!(stdout(&o).contains("refused"), "{}", stdout(&o));
+    let o = run_with_input(c.path(), &["repo", "import", "-"], &all[..all.len() - 2000]);
+    assert_eq!(o.status.code(), Some(8), "{}", stderr(&o));
+    assert!(stderr(&o).contains("of 4 objects"), "{}", stderr(&o));
+    assert_eq!(run(c.path(), &["repo", "import", "nowhere.tar"]).status.code(), Some(10));
 }
 
 fn files(dir: &Path) -> Vec<PathBuf> {
@@ -705,8 +776,22 @@ impl Service for TestService {
                 }
                 other => tokio::task::spawn_blocking(move || {
                     let composer = Composer::new(repository.clone());
-                    content::call(&repository, &composer, Duration::ZERO, &[], &other, &|| false, &mut |_| ())
+                    let mut told = |event| {
+                        let _ = events.try_send(event);
+                        !events.is_closed()
+                    };
+                    archive::call(&repository, &other, &mut told).unwrap_or_else(|| {
+                        content::call(
+                            &repository,
+                            &composer,
+                            Duration::ZERO,
+                            &[],
+                            &other,
+                            &|| false,
+                            &mut |_| (),
+                        )
                         .unwrap()
+                    })
                 })
                 .await
                 .unwrap(),

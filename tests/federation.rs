@@ -348,6 +348,74 @@ fn a_full_disk_at_the_target_ends_the_move_cleanly() {
     world.call(0, &Request::VmStart { vm: "web".into() }).unwrap();
 }
 
+/// `cicada repo check --heal` at a cloud.
+fn check_and_heal(world: &World, cloud: usize) -> std::process::Output {
+    std::process::Command::new(env!("CARGO_BIN_EXE_cicada"))
+        .arg("--socket")
+        .arg(world.socket(cloud))
+        .args(["repo", "check", "--heal"])
+        .output()
+        .unwrap()
+}
+
+/// A file below `dir` with this extension.
+fn some_file(dir: &std::path::Path, extension: &str) -> Option<std::path::PathBuf> {
+    let entries = std::fs::read_dir(dir).ok()?.map(|e| e.unwrap().path());
+    entries
+        .filter_map(|path| match path.is_dir() {
+            true => some_file(&path, extension),
+            false => Some(path).filter(|p| p.extension().is_some_and(|e| e == extension)),
+        })
+        .min()
+}
+
+#[test]
+fn damage_is_healed_from_another_member() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let built = components(&TINY);
+    let mut world = World::start(&["alpine", "boreal"]);
+    world.push(0, &built, &built.ids);
+    let repository = world.clouds[0].dir.join("data/repository");
+    let spoil = || {
+        let pack = some_file(&repository.join("packs"), "pack").unwrap();
+        let mut bytes = std::fs::read(&pack).unwrap();
+        let at = bytes.len() / 2;
+        bytes[at] ^= 1;
+        std::fs::write(&pack, bytes).unwrap();
+    };
+    spoil();
+    std::fs::remove_file(some_file(&repository.join("manifests"), "manifest").unwrap()).unwrap();
+    let alone = check_and_heal(&world, 0);
+    let text = String::from_utf8_lossy(&alone.stdout);
+    assert_eq!(alone.status.code(), Some(8), "{text}");
+    assert!(text.contains("boreal@federation.test does not offer it"), "{text}");
+
+    world.push(1, &built, &built.ids);
+    let healed = check_and_heal(&world, 0);
+    let text = String::from_utf8_lossy(&healed.stdout);
+    assert_eq!(healed.status.code(), Some(0), "{text}{}{}", world.log(0), world.log(1));
+    assert!(text.contains(", from boreal@federation.test"), "{text}");
+    let again = check_and_heal(&world, 0);
+    assert!(!String::from_utf8_lossy(&again.stdout).contains("from boreal"), "nothing is left to heal");
+    world.create_vm(0, "web", &built.ids, 0, false);
+
+    // One that shares with nobody gives nothing.
+    world.stop_broker(1, false);
+    world.configure(1, "[repository]\nshare_with = []\n");
+    world.start_broker(1);
+    world.wait("the members see each other again", 30, |w| {
+        w.members(0).iter().any(|m| m.state == "online") && w.members(1).iter().any(|m| m.state == "online")
+    });
+    spoil();
+    let refused = check_and_heal(&world, 0);
+    let text = String::from_utf8_lossy(&refused.stdout);
+    assert_eq!(refused.status.code(), Some(8), "{text}");
+    assert!(text.contains("components are not shared with this cloud"), "{text}");
+}
+
 /// A file system of a few MiB, as long as it is held.
 struct SmallDisk(std::path::PathBuf);
 

@@ -83,6 +83,17 @@ pub fn status_kib(pid: u32, field: &str) -> Result<u64> {
     Ok(line.ok_or("no such field")?.trim().trim_end_matches(" kB").parse()?)
 }
 
+/// Of what proc(5) calls clock ticks, on every architecture Debian has.
+pub const TICKS_PER_SECOND: f64 = 100.0;
+
+/// Processor time a process has used.
+pub fn cpu_ticks(pid: u32) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<&str> = text.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+    // utime and stime, fields 14 and 15 of proc(5).
+    Ok(fields.get(11).ok_or("short")?.parse::<u64>()? + fields.get(12).ok_or("short")?.parse::<u64>()?)
+}
+
 /// Ends the clouds of a bench that started no guests.
 pub fn end(mut world: world::World) -> Result<()> {
     (0..world.clouds.len()).for_each(|cloud| world.stop_broker(cloud, false));

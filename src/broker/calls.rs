@@ -17,7 +17,7 @@ use super::negotiation;
 use super::outgoing::scan;
 use super::problem::{Problem, ProblemKind};
 use super::shared::{Matter, Peer};
-use super::{Broker, Input, content};
+use super::{Broker, Input, archive, content};
 
 type Answer = oneshot::Sender<Result<Reply, Problem>>;
 
@@ -67,6 +67,7 @@ impl Broker {
             Request::MigrationLimit { id, bytes_per_s } => {
                 self.migration(&id).and_then(|v| self.limit(&v, bytes_per_s)).map(|()| Reply::Done)
             }
+            Request::RepoHeal => return self.heal(events, reply),
             Request::Shutdown => {
                 self.shared.post(Input::Shutdown);
                 Ok(Reply::Done)
@@ -85,9 +86,18 @@ impl Broker {
         tokio::task::spawn_blocking(move || {
             let grace = shared.config.repository.gc_grace;
             let (repository, composer) = (&shared.repository, &shared.composer);
-            let mut report = |event| drop(events.try_send(event));
+            let mut told = |event| {
+                let _ = events.try_send(event);
+                !events.is_closed()
+            };
+            let archived = archive::call(repository, &request, &mut told);
+            let mut report = |event| {
+                told(event);
+            };
             let stop = || events.is_closed();
-            let result = content::call(repository, composer, grace, &recipes, &request, &stop, &mut report);
+            let result = archived.or_else(|| {
+                content::call(repository, composer, grace, &recipes, &request, &stop, &mut report)
+            });
             let unknown = || Err(Problem::new(ProblemKind::BadRequest, "request", "is not known here"));
             let _ = reply.send(result.unwrap_or_else(unknown));
         });
@@ -246,7 +256,7 @@ impl Broker {
     }
 
     /// Members that could be asked: the one named, or all that are online.
-    fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
+    pub(super) fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
         let with = |jid: &crate::types::MemberJid| {
             let key = self.members.trusted_key(jid).map_err(|reason| {
                 Problem::new(ProblemKind::Forbidden, format!("member {jid}"), reason).next(format!(

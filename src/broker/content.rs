@@ -11,7 +11,7 @@ use bytes::Bytes;
 use crate::component::manifest::{limit, show};
 use crate::component::{Entry, Manifest};
 use crate::compose::{ComposeError, Composer, ImageFormat};
-use crate::repository::{ObjectId, Repository, RepositoryError};
+use crate::repository::{CheckReport, ObjectId, Repository, RepositoryError};
 use crate::types::{ByteSize, ComponentId, Hash, PackId, RecipeId};
 
 use super::handle::ObjectKind;
@@ -53,7 +53,7 @@ pub fn call(
             compose(repository, composer, recipe, output, format).map(Reply::Composed)
         }
         Request::RepoStats => stats(repository).map(Reply::Report),
-        Request::RepoCheck => check(repository, events).map(Reply::Report),
+        Request::RepoCheck => check_repository(repository, events).map(|r| Reply::Report(check_lines(&r))),
         Request::RepoGc { dry_run } => {
             gc(repository, composer, *dry_run, gc_grace, vm_recipes).map(Reply::Report)
         }
@@ -252,7 +252,7 @@ fn recipes(repository: &Repository, composer: &Composer) -> Result<Vec<RecipeVie
     ids.into_iter().map(|id| recipe_view(repository, composer, id)).collect()
 }
 
-fn resolve_recipe(repository: &Repository, text: &str) -> Result<RecipeId, Problem> {
+pub(super) fn resolve_recipe(repository: &Repository, text: &str) -> Result<RecipeId, Problem> {
     let object = format!("recipe {text}");
     let all = repository.recipes().map_err(|e| repository_problem(&e))?;
     let found: Vec<_> =
@@ -289,7 +289,7 @@ fn compose(
     })
 }
 
-fn line(name: &str, value: u64, unit: &str, detail: impl Into<String>) -> ReportLine {
+pub(super) fn line(name: &str, value: u64, unit: &str, detail: impl Into<String>) -> ReportLine {
     ReportLine { name: name.into(), value, unit: unit.into(), detail: detail.into() }
 }
 
@@ -330,11 +330,17 @@ fn stats(repository: &Repository) -> Result<Vec<ReportLine>, Problem> {
     Ok(lines)
 }
 
-fn check(repository: &Repository, events: &mut dyn FnMut(Event)) -> Result<Vec<ReportLine>, Problem> {
+pub(super) fn check_repository(
+    repository: &Repository,
+    events: &mut dyn FnMut(Event),
+) -> Result<CheckReport, Problem> {
     let mut progress = |done: u64, total: u64| {
-        events(Event::Progress { phase: "check".into(), done, total, unit: "objects".into() });
+        events(Event::Progress { phase: "check".into(), done, total, unit: "bytes".into() });
     };
-    let report = repository.check(&mut progress).map_err(|e| repository_problem(&e))?;
+    repository.check(&mut progress).map_err(|e| repository_problem(&e))
+}
+
+pub(super) fn check_lines(report: &CheckReport) -> Vec<ReportLine> {
     let mut lines = vec![
         line("good", report.good.total().count, "objects", ""),
         line("damaged", report.damaged.len() as u64, "objects", ""),
@@ -353,7 +359,7 @@ fn check(repository: &Repository, events: &mut dyn FnMut(Event)) -> Result<Vec<R
         line("missing", 1, "objects", format!("{}, needed by {}", m.object, m.needed_by.join(", ")))
     }));
     lines.extend(report.damaged_refs.iter().map(|r| line("damaged references", 1, "objects", r.clone())));
-    Ok(lines)
+    lines
 }
 
 fn gc(

@@ -95,6 +95,10 @@ impl Broker {
             self.answer_check(&peer, request, reply);
             return;
         }
+        if let RequestBody::Content { .. } = request.body {
+            self.answer_content(&peer, request, reply);
+            return;
+        }
         let answer = self.answer_request(&peer, &request);
         let _ = reply.send(self.shared.answer(&request, answer).ok());
     }

@@ -67,10 +67,25 @@ pub enum Request {
     },
     RepoStats,
     RepoCheck,
+    /// Checks, and fetches what is damaged or missing from members that hold it.
+    RepoHeal,
     RepoGc {
         dry_run: bool,
     },
     RepoRebuildIndex,
+    /// Writes what components and recipes reach, or all that has a name, to `output`, a path on the
+    /// broker's machine. Stops when the asker is gone.
+    RepoExport {
+        output: String,
+        components: Vec<String>,
+        recipes: Vec<String>,
+    },
+    /// Takes what the archive at `input`, a path on the broker's machine, holds; its names only
+    /// with `bind`. Stops when the asker is gone; what was stored stays.
+    RepoImport {
+        input: String,
+        bind: bool,
+    },
     VmCreate(VmCreate),
     /// Makes a VM of an existing disk. Ends without trace when its caller goes away.
     VmAdopt(VmAdopt),

@@ -4,15 +4,20 @@
 
 pub mod account;
 mod adopting;
+pub mod archive;
+mod borrowing;
 mod calls;
 pub mod content;
 pub mod handle;
+pub mod healing;
 mod incoming;
 pub mod interface;
+mod lending;
 pub mod negotiation;
 mod optimize;
 mod outgoing;
 pub mod problem;
+mod receiving;
 pub mod records;
 pub mod serving;
 pub mod shared;
@@ -43,6 +48,7 @@ pub use vms::READY_LINE;
 
 use incoming::Incoming;
 use interface::{Account, MigrationView, Resource};
+use lending::Lent;
 use negotiation::Rates;
 use outgoing::Outgoing;
 use records::RecordError;
@@ -117,6 +123,7 @@ pub struct Broker {
     /// What was optimised last: named components, and recipes of VMs.
     optimized: Option<(BTreeSet<ComponentId>, BTreeSet<RecipeId>)>,
     rates: Rates,
+    lent: Lent,
     /// Requests of others that were refused.
     refusals: u64,
     /// Called with the new state whenever what others see of this cloud may have changed.
@@ -155,6 +162,7 @@ impl Broker {
             optimizing: CancellationToken::new(),
             optimized: None,
             rates: Rates::default(),
+            lent: Lent::default(),
             refusals: 0,
             announce,
             announce_wanted: true,
@@ -192,6 +200,7 @@ impl Broker {
         self.expire_leases();
         self.expire_interrupted();
         self.take_up_unfinished();
+        self.expire_lent();
         self.scrub_released();
         self.optimize_when_idle();
     }

@@ -17,7 +17,7 @@ use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::source::{Effect, Event as SourceEvent, Phase, Source};
 use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
 use crate::transfer::{Limiter, Ticket};
-use crate::types::{CloudName, MigrationId, NodeHash, PackId, VmId};
+use crate::types::{CloudName, MigrationId, NodeHash, PackId, VmId, hex};
 use crate::vm::ChunkMap;
 
 use super::account::{self, new_view};
@@ -497,7 +497,7 @@ impl Broker {
             migration: id,
             to: run.peer.jid.clone(),
             to_key: run.peer.key,
-            record: hand_over.encode().iter().map(|b| format!("{b:02x}")).collect(),
+            record: hex::encode(&hand_over.encode()),
             was_running: run.machine.was_running(),
             since: self.shared.now(),
             seed: Seed { root_delta: pass.root_delta, user_data: pass.user_data },

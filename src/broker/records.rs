@@ -14,7 +14,7 @@ use crate::migration::handover::SignedHandOver;
 use crate::migration::message::Seed;
 use crate::migration::{HandOver, Receipt};
 use crate::types::codec::CodecError;
-use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
+use crate::types::{MemberJid, MigrationId, PublicKey, VmId, hex};
 use crate::vm::VmSpec;
 
 use super::interface::MigrationView;
@@ -78,11 +78,7 @@ pub struct Arrival {
 impl GivenUp {
     pub fn hand_over(&self) -> Result<HandOver, CodecError> {
         let bad = || CodecError::Invalid { what: "hand-over record", rule: "not hex".into() };
-        let bytes: Option<Vec<u8>> = (0..self.record.len())
-            .step_by(2)
-            .map(|i| self.record.get(i..i + 2).and_then(|b| u8::from_str_radix(b, 16).ok()))
-            .collect();
-        HandOver::decode(&bytes.ok_or_else(bad)?)
+        HandOver::decode(&hex::decode(&self.record).ok_or_else(bad)?)
     }
 }
 

@@ -17,7 +17,7 @@ use crate::component::Recipe;
 use crate::disk::{self, BlockIndex, DiskFile, StagedDisk};
 use crate::migration::message::{ADDRESSES_MAX, Initialization, Progress, StageAccount};
 use crate::migration::{Denial, DenialCode};
-use crate::repository::{IncomingForm, IncomingPack, ObjectId, Repository, RepositoryError};
+use crate::repository::{ObjectId, Repository, RepositoryError};
 use crate::transfer::{
     Connection, ObjectKey, ObjectSink, PackRange, PackWish, PackWriter, Progress as Counter, Refusal,
     SinkError, Ticket, TransferError, Verified,
@@ -26,6 +26,7 @@ use crate::types::{BlockHash, Hash, PackId, VmId};
 use crate::vm::{ChunkMap, MapRef, VmSpec};
 
 use super::negotiation::blocking;
+use super::receiving;
 use super::shared::{Peer, Shared};
 use super::vms::DiskPaths;
 
@@ -567,7 +568,7 @@ impl ObjectSink for Sink {
                     })
                     .map_err(storage)?,
                 (ObjectKey::Manifest(id), _) => {
-                    self.repository.put_manifest_bytes(id, &object.bytes).map_err(pack_error)?;
+                    self.repository.put_manifest_bytes(id, &object.bytes).map_err(receiving::not_taken)?;
                 }
                 (ObjectKey::Node(hash), _) => nodes.push((*hash, object.bytes.to_vec())),
                 // Recipes travel in the negotiation, packs through `pack`.
@@ -575,14 +576,13 @@ impl ObjectSink for Sink {
             }
         }
         for (hash, bytes) in &nodes {
-            self.repository.put_node(*hash, bytes).map_err(pack_error)?;
+            self.repository.put_node(*hash, bytes).map_err(receiving::not_taken)?;
         }
         self.repository.flush_nodes().map_err(storage)
     }
 
     fn wish(&self, pack: &PackId) -> PackWish {
-        let begun = self.repository.partial_pack(pack).map(|p| (p.tag, p.received_bytes));
-        PackWish { bases: self.packs.bases.get(pack).cloned().unwrap_or_default(), begun }
+        receiving::wish(&self.repository, pack, self.packs.bases.get(pack).map_or(&[], Vec::as_slice))
     }
 
     fn pack(
@@ -592,31 +592,9 @@ impl ObjectSink for Sink {
         range: &PackRange,
         size_bytes: u64,
     ) -> Result<Box<dyn PackWriter>, SinkError> {
-        let form = IncomingForm {
-            tag: range.tag,
-            size_bytes: range.offset_bytes.saturating_add(size_bytes),
-            offset_bytes: range.offset_bytes,
-            is_delta,
-        };
         let expected = self.packs.sizes.get(pack).copied();
-        let incoming = self.repository.incoming_pack(*pack, form, expected).map_err(pack_error)?;
-        Ok(Box::new(Receiving(incoming)))
+        receiving::receive(&self.repository, pack, is_delta, range, size_bytes, expected)
     }
-}
-
-struct Receiving(IncomingPack);
-
-impl PackWriter for Receiving {
-    fn write(&mut self, bytes: &[u8]) -> Result<(), SinkError> {
-        self.0.write(bytes).map_err(pack_error)
-    }
-    fn finish(self: Box<Self>) -> Result<(), SinkError> {
-        self.0.finish().map_err(pack_error)
-    }
-}
-
-fn pack_error(e: crate::repository::RepositoryError) -> SinkError {
-    if e.is_content_fault() { SinkError::Content(Box::new(e)) } else { SinkError::Storage(Box::new(e)) }
 }
 
 fn storage(e: impl std::error::Error + Send + Sync + 'static) -> SinkError {

@@ -3,6 +3,7 @@
 
 mod account;
 mod adopt;
+mod archive;
 mod bench;
 mod broker;
 mod component;

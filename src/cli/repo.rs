@@ -2,9 +2,11 @@
 
 use clap::Subcommand;
 
+use crate::broker::healing::unhealed;
 use crate::broker::interface::{Reply, ReportLine, Request};
 use crate::broker::problem::{Problem, ProblemKind};
 
+use super::archive;
 use super::context::Context;
 use super::format::bytes;
 use super::printer::{Outcome, Printer, unexpected};
@@ -16,7 +18,11 @@ pub enum Command {
     /// What is kept, and how much it saves
     Stats,
     /// Read and verify everything; damaged objects are set aside
-    Check,
+    Check {
+        /// Fetch what is damaged or missing from members of the federation that hold it (needs the broker)
+        #[arg(long)]
+        heal: bool,
+    },
     /// Remove what no name, VM or running transfer needs
     Gc {
         /// Only say what would be removed
@@ -25,29 +31,48 @@ pub enum Command {
     },
     /// Make the index anew from the objects
     RebuildIndex,
+    /// Write components and recipes to an archive, for a cloud that no link reaches
+    ///
+    /// Everything that has a name goes into it, or what the chosen components and recipes need. A directory
+    /// that holds an earlier export is brought up to date.
+    Export(archive::Export),
+    /// Take what an archive holds and the repository lacks
+    ///
+    /// Every object is verified. An import that was interrupted is gone on with by starting it again.
+    Import(archive::Import),
 }
 
 pub async fn run(ctx: &Context, command: Command) -> Outcome {
     match command {
         Command::Stats => ctx.read(&Request::RepoStats, print_report).await,
-        Command::Check => {
-            let result = ctx.follow(&Request::RepoCheck).await;
-            let faults = result.as_ref().map_or(0, count_faults);
-            ctx.end(result, print_report)?;
-            if faults > 0 {
-                return Err(Problem::new(
-                    ProblemKind::Damaged,
-                    "repository",
-                    format!("{faults} faults were found"),
-                )
-                .next("build or import the components again, or fetch them from a member that has them")
-                .into());
-            }
-            Ok(())
-        }
+        Command::Check { heal } => check(ctx, heal).await,
         Command::Gc { dry_run } => ctx.work(&Request::RepoGc { dry_run }, print_report).await,
+        Command::Export(e) => archive::export(ctx, e).await,
+        Command::Import(i) => archive::import(ctx, i).await,
         Command::RebuildIndex => ctx.work(&Request::RepoRebuildIndex, print_report).await,
     }
+}
+
+async fn check(ctx: &Context, heal: bool) -> Outcome {
+    let request = if heal { Request::RepoHeal } else { Request::RepoCheck };
+    let result = ctx.follow(&request).await;
+    let faults = match &result {
+        Ok(Reply::Report(lines)) if heal => unhealed(lines),
+        Ok(reply) => count_faults(reply),
+        Err(_) => 0,
+    };
+    ctx.end(result, print_report)?;
+    if faults == 0 {
+        return Ok(());
+    }
+    let problem = |reason| Problem::new(ProblemKind::Damaged, "repository", reason);
+    Err(match heal {
+        true => problem(format!("{faults} objects stay damaged or missing"))
+            .next("build or import the components again"),
+        false => problem(format!("{faults} faults were found"))
+            .next("fetch what is missing from other members with: cicada repo check --heal"),
+    }
+    .into())
 }
 
 fn count_faults(reply: &Reply) -> u64 {
@@ -55,7 +80,7 @@ fn count_faults(reply: &Reply) -> u64 {
     lines.iter().filter(|l| !l.detail.is_empty() && l.name != "good").map(|l| l.value).sum()
 }
 
-pub fn print_report(printer: &Printer, reply: Reply) -> Outcome {
+pub(super) fn print_report(printer: &Printer, reply: Reply) -> Outcome {
     let Reply::Report(lines) = reply else { return Err(unexpected(&reply)) };
     let mut table = Table::new(["", ">", ""]);
     for ReportLine { name, value, unit, detail } in lines {

@@ -96,8 +96,8 @@ pub fn difference(
 /// Of several claims to one key those of components that another claimant was built on, which
 /// `overrides(claimant, other)` tells, step back. If the remaining ones differ that is a conflict,
 /// unless `ordered`: then the highest number wins.
-/// Member lists are united over all claims. An id belongs to one name (aliases of id 0 within one
-/// component excepted), again unless `ordered`.
+/// Member lists are united over all claims. An id belongs to one name, again unless `ordered`; but
+/// id 0 may have several names if the same components bring all of them.
 pub fn merge(
     rule: FragmentRule,
     path: &[u8],
@@ -119,7 +119,9 @@ pub fn merge(
             MergeError::Content { path: show(path), key: text(key), first, second }
         })?;
         let record = with_all_members(rule, winner.1, claims);
-        merged.push(Merged { key, id: id_of(rule, &record), record, owner: winner.0 });
+        let mut claimants: Vec<usize> = claims.iter().map(|(part, _)| part.number).collect();
+        claimants.sort_unstable();
+        merged.push(Merged { key, id: id_of(rule, &record), record, owner: winner.0, claimants });
     }
     merged.sort_by(|a, b| (a.id, a.key).cmp(&(b.id, b.key)));
     if !ordered {
@@ -139,6 +141,8 @@ struct Merged<'a> {
     key: &'a [u8],
     record: Vec<u8>,
     owner: Part<'a>,
+    /// Numbers of all components that bring the record, ascending.
+    claimants: Vec<usize>,
     /// Only under the rules that have ids.
     id: Option<u32>,
 }
@@ -179,7 +183,8 @@ fn check_ids(path: &[u8], merged: &[Merged<'_>]) -> Result<(), MergeError> {
     for pair in merged.windows(2) {
         let [a, b] = pair else { continue };
         let (Some(id), true) = (a.id, a.id == b.id) else { continue };
-        if id == 0 && a.owner.number == b.owner.number {
+        // Whose record stands may depend on the order of components; who brings it does not.
+        if id == 0 && a.claimants == b.claimants {
             continue;
         }
         return Err(MergeError::SharedId {
@@ -484,6 +489,11 @@ mod tests {
         let roots = "root:x:0:0::/:/x\ntoor:x:0:0::/:/x\n";
         assert!(unite(Accounts, &[("os", &[], roots)], false).is_ok());
         assert!(unite(Accounts, &[("os", &[], roots), ("p", &[0], "evil:x:0:0::/:/x\n")], false).is_err());
+        // Nor does repeating `root` make an id of its own for another, in whatever order.
+        let (os, evil) = ("root:x:0:0::/:/x\n", "evil:x:0:0::/:/x\nroot:x:0:0::/:/x\n");
+        assert!(unite(Accounts, &[("os", &[], os), ("p", &[], evil)], false).is_err());
+        assert!(unite(Accounts, &[("p", &[], evil), ("os", &[], os)], false).is_err());
+        assert!(unite(Accounts, &[("os", &[], os), ("p", &[0], evil)], false).is_err());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::component::tree::TreeError;
 use crate::repository::RepositoryError;
-use crate::types::{ByteSize, ImageDigest, RecipeId};
+use crate::types::{ByteSize, ImageDigest, PackId, RecipeId};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ComposeError {
@@ -13,6 +13,12 @@ pub enum ComposeError {
     Repository(#[from] RepositoryError),
     #[error("these components do not make a disk")]
     Tree(#[from] TreeError),
+    /// A manifest places a file where its pack has no bytes. The pack itself is sound.
+    #[error(
+        "pack {pack} ends before byte {need_bytes}, where a component says that a file of it ends: the \
+         component was made wrongly, remove it with 'cicada component remove'"
+    )]
+    ShortPack { pack: PackId, need_bytes: u64 },
     #[error("the repository lacks {}", objects.join(", "))]
     Missing { objects: Vec<String> },
     #[error(

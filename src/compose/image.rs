@@ -150,7 +150,10 @@ impl<'a> Writer<'a> {
         let pieces: Vec<Vec<Piece<'a>>> = packs
             .par_iter()
             .map(|(id, extents)| match self.plain_copy(id)? {
-                Some((file, pack)) => Ok(self.pieces_of(&file, pack, extents, image)),
+                Some((file, pack)) => {
+                    check_reach(id, pack.size_bytes(), extents)?;
+                    Ok(self.pieces_of(&file, pack, extents, image))
+                }
                 None => self.unpack(id, extents, image).map(|()| in_image(extents)),
             })
             .collect::<Result<_, ComposeError>>()?;
@@ -191,8 +194,10 @@ impl<'a> Writer<'a> {
         coming.sort_by_key(|e| u64::MAX - e.pack_offset_bytes);
         let mut current: Vec<Extent> = Vec::new();
         let mut failure = None;
+        let mut size_bytes = 0;
         let unpacked = self.repository.read_pack(id, &mut |offset, bytes| {
             let end = offset + bytes.len() as u64;
+            size_bytes = end;
             while coming.last().is_some_and(|e| e.pack_offset_bytes < end) {
                 current.extend(coming.pop());
             }
@@ -212,7 +217,10 @@ impl<'a> Writer<'a> {
         });
         match (unpacked, failure) {
             (Err(_), Some(error)) => Err(self.error("write", &self.dir.join("composition"), error)),
-            (unpacked, _) => unpacked.map_err(ComposeError::Repository),
+            (unpacked, _) => {
+                unpacked?;
+                check_reach(id, size_bytes, extents)
+            }
         }
     }
 
@@ -276,6 +284,16 @@ impl<'a> Writer<'a> {
             return self.no_space(self.plan.data_bytes(), self.repository.free_bytes().unwrap_or(0));
         }
         ComposeError::Io { what, path: path.to_owned(), source }
+    }
+}
+
+/// What a manifest says of a pack's size was never held against the pack.
+fn check_reach(pack: &PackId, size_bytes: u64, extents: &[Extent]) -> Result<(), ComposeError> {
+    match extents.iter().map(|e| e.pack_offset_bytes + e.len_bytes).max() {
+        Some(need_bytes) if need_bytes > size_bytes => {
+            Err(ComposeError::ShortPack { pack: *pack, need_bytes })
+        }
+        _ => Ok(()),
     }
 }
 

@@ -187,6 +187,8 @@ pub struct Repository {
     /// How long no VM must have moved before what is kept is compressed strongly, at the lowest
     /// priority; zero for never.
     pub optimize_after: HumanDuration,
+    /// Who may fetch components that have a name here.
+    pub share_with: AcceptFrom,
 }
 
 /// `[trust]`: whose identity keys are believed.
@@ -281,6 +283,7 @@ impl Default for Repository {
             hot_cache_size: ByteSize::gib(4),
             gc_grace: HumanDuration::from_secs(600),
             optimize_after: HumanDuration::from_secs(300),
+            share_with: AcceptFrom::Members,
         }
     }
 }

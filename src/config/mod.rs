@@ -27,8 +27,11 @@ use file::{File, NetworkWord};
 
 /// Looked for in this order when none is named.
 pub const DEFAULT_PATHS: [&str; 2] = ["federation.toml", "/etc/cicada/federation.toml"];
-const ACCEPT_FROM: &str = "migration.accept_from";
+/// Lists of members, or the word for all of them.
+const MEMBER_LISTS: [&str; 2] = ["migration.accept_from", "repository.share_with"];
 const SAMPLE: &str = "compare with the annotated sample federation.toml";
+/// No setting's name is longer.
+const NAME_BYTES_MAX: usize = 64;
 /// `sun_path` less its terminator, `unix(7)`.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -106,6 +109,7 @@ pub struct Repository {
     pub gc_grace: Duration,
     /// Zero for never.
     pub optimize_after: Duration,
+    pub share_with: AcceptFrom,
 }
 
 /// See [`file::Migration`].
@@ -144,6 +148,7 @@ impl Config {
         let path = find(path)?;
         let path = std::path::absolute(&path).map_err(|source| ConfigError::Read { path, source })?;
         let sources = Sources { environment: settings_of(environment), overrides };
+        sources.check_names().map_err(|e| sources.with_origin(e, &path))?;
         let file = sources.read(&path)?;
         let base = path.parent().unwrap_or(Path::new("/")).to_owned();
         resolve(file, &base, path.clone()).map_err(|e| sources.with_origin(e, &path))
@@ -241,6 +246,16 @@ struct Sources<'a> {
 }
 
 impl Sources<'_> {
+    /// The config crate reads a name as an expression: `a[99999999]` makes a list of so many, and a
+    /// name of many parts as many tables in each other.
+    fn check_names(&self) -> Result<(), ConfigError> {
+        let mut names = self.environment.keys().chain(self.overrides.iter().map(|(name, _)| name));
+        match names.find(|name| name.len() > NAME_BYTES_MAX || name.contains(['[', ']'])) {
+            None => Ok(()),
+            Some(name) => Err(ConfigError::field(name.clone(), "is not a known setting").next(SAMPLE)),
+        }
+    }
+
     fn read(&self, path: &Path) -> Result<File, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
@@ -320,10 +335,8 @@ fn texts(settings: HashMap<String, String>) -> config::Environment {
         .try_parsing(true)
         .list_separator(",")
         .with_list_parse_key("transfer.advertise");
-    let source = match settings.get(ACCEPT_FROM) {
-        Some(text) if text != "members" => source.with_list_parse_key(ACCEPT_FROM),
-        _ => source,
-    };
+    let lists = MEMBER_LISTS.into_iter().filter(|key| settings.get(*key).is_some_and(|t| t != "members"));
+    let source = lists.fold(source, |source, key| source.with_list_parse_key(key));
     source.source(Some(settings))
 }
 
@@ -373,6 +386,7 @@ fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigE
             hot_cache_size: f.repository.hot_cache_size,
             gc_grace: f.repository.gc_grace.0,
             optimize_after: f.repository.optimize_after.0,
+            share_with: f.repository.share_with,
         },
         trust: f.trust,
         migration: Migration {

@@ -123,6 +123,10 @@ fn flags_win_over_environment_over_file() {
     assert_eq!(c.transfer.addresses(None), ["192.0.2.1:7420", "cloud-a.example.org:1"]);
     assert!(c.migration.accept_from.accepts(&"b@x".parse().unwrap()));
     assert!(!c.migration.accept_from.accepts(&"d@x".parse().unwrap()));
+    let flags = [("repository.share_with", "b@x,c@x")];
+    let c = place.load(&environment, &flags).unwrap();
+    assert!(c.repository.share_with.accepts(&"c@x".parse().unwrap()));
+    assert!(!c.repository.share_with.accepts(&"d@x".parse().unwrap()));
     let flags = [("cloud.region", "north, west"), ("migration.accept_from", "members")];
     let c = place.load(&[], &flags).unwrap();
     assert_eq!(c.cloud.region, "north, west");
@@ -270,5 +274,13 @@ fn bad_input_is_named_with_reason_and_next_step() {
         let place = Place::new(&text);
         let e = place.load(&[], &[]).unwrap_err();
         assert_eq!(complaint(&place, &e), expected, "\n{text}");
+    }
+}
+
+#[test]
+fn names_that_are_expressions_are_refused() {
+    for name in ["network[99999999].name", "cloud[-1]", &"a.".repeat(100_000)] {
+        let refused = Place::new(GOOD).load(&[], &[(name, "x")]).unwrap_err();
+        assert!(refused.to_string().contains("is not a known setting"), "{refused}");
     }
 }

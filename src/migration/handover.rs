@@ -6,10 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
 use crate::types::codec::{CodecError, Reader, Writer};
-use crate::types::{IdentityKey, MapId, MemberJid, MigrationId, PublicKey, RecipeId, Signature, VmId};
+use crate::types::{IdentityKey, MapId, MemberJid, MigrationId, PublicKey, RecipeId, Signature, VmId, hex};
 
 const MAGIC: &[u8; 8] = b"CICHOV\x00\x01";
 const JID_BYTES_MAX: u64 = 3071;
+/// No record that decodes has more hex digits.
+const RECORD_DIGITS_MAX: usize = 32 << 10;
 
 /// Who gives which VM, in which exact state, to whom.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -54,7 +56,12 @@ impl HandOver {
         let migration = MigrationId(uuid::Uuid::from_bytes(r.array("migration")?));
         let epoch = r.u64("epoch")?;
         let mut party = || {
-            let jid = r.str("member", JID_BYTES_MAX)?.parse().map_err(invalid("member"))?;
+            let text = r.str("member", JID_BYTES_MAX)?;
+            let jid: MemberJid = text.parse().map_err(invalid("member"))?;
+            // Parsing normalises, and what is signed has one spelling.
+            if jid.as_str() != text {
+                return Err(CodecError::NotCanonical { what: "member" });
+            }
             let key = PublicKey::from_bytes(r.array("key")?)
                 .map_err(|_| CodecError::Invalid { what: "key", rule: "no ed25519 key".into() })?;
             Ok::<_, CodecError>((jid, key))
@@ -82,7 +89,7 @@ impl HandOver {
     pub fn sign(self, key: &IdentityKey) -> SignedHandOver {
         let bytes = self.encode();
         let signature = key.sign(&bytes);
-        SignedHandOver { record: hex(&bytes), signature }
+        SignedHandOver { record: hex::encode(&bytes), signature }
     }
 }
 
@@ -109,7 +116,8 @@ pub enum HandOverError {
 impl SignedHandOver {
     /// The record, if the source it names signed it.
     pub fn verify(&self) -> Result<HandOver, HandOverError> {
-        let bytes = unhex(&self.record).ok_or(HandOverError::NotHex)?;
+        let short = Some(&self.record).filter(|r| r.len() <= RECORD_DIGITS_MAX);
+        let bytes = short.and_then(|r| hex::decode(r)).ok_or(HandOverError::NotHex)?;
         let record = HandOver::decode(&bytes).map_err(HandOverError::Malformed)?;
         record.source_key.verify(&bytes, &self.signature).map_err(|_| HandOverError::Signature("source"))?;
         Ok(record)
@@ -176,17 +184,6 @@ fn verify_second(
     Ok(record)
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-fn unhex(text: &str) -> Option<Vec<u8>> {
-    if !text.len().is_multiple_of(2) || text.len() > 32 << 10 || !text.is_ascii() {
-        return None;
-    }
-    (0..text.len()).step_by(2).map(|i| u8::from_str_radix(&text[i..i + 2], 16).ok()).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,6 +213,16 @@ mod tests {
         // A receipt is no return and the other way round.
         let back = Return { hand_over: receipt.hand_over.clone(), signature: receipt.signature };
         assert!(back.verify().is_err());
-        assert_eq!(signed.give_back(&b).verify(), Ok(record));
+        assert_eq!(signed.clone().give_back(&b).verify(), Ok(record.clone()));
+
+        // The same bytes in another spelling would be another text to countersign.
+        let spelt = SignedHandOver { record: signed.record.replacen("00", "+0", 1), ..signed.clone() };
+        assert_eq!(spelt.verify(), Err(HandOverError::NotHex));
+        let spelt = SignedHandOver { record: signed.record.to_uppercase(), ..signed };
+        assert_eq!(spelt.verify(), Err(HandOverError::NotHex));
+        let mut bytes = record.encode();
+        let at = bytes.windows(3).position(|w| w == b"a@x").unwrap();
+        bytes[at] = b'A';
+        assert_eq!(HandOver::decode(&bytes), Err(CodecError::NotCanonical { what: "member" }));
     }
 }

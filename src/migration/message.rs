@@ -11,6 +11,10 @@ use super::handover::{Receipt, Return, SignedHandOver};
 
 /// Ids one check may ask about at once; more are asked in further checks.
 pub const CHECK_IDS_MAX: usize = 1000;
+/// Objects one content request may ask for; more are asked for in further requests.
+pub const CONTENT_IDS_MAX: usize = 1000;
+/// Tickets one content request may give back.
+pub const TICKETS_BACK_MAX: usize = 16;
 /// Addresses a source may offer.
 pub const ADDRESSES_MAX: usize = 16;
 
@@ -35,6 +39,14 @@ pub enum RequestBody {
     Stop,
     /// To the source: the VM runs here; release your copy. Tells how long the guest took to boot.
     Delete { boot_ms: Option<u64> },
+    /// To any member: which of these do you hold and let me fetch? Belongs to no VM. `done` are
+    /// tickets of earlier answers that are not needed any more.
+    Content {
+        components: Vec<ComponentId>,
+        packs: Vec<PackId>,
+        #[serde(default)]
+        done: Vec<String>,
+    },
 }
 
 /// One pass of staging. The components follow from the recipe; the maps name the disks' state.
@@ -103,6 +115,7 @@ pub enum AnswerBody {
     Deleted {
         grace_s: u64,
     },
+    Content(ContentAnswer),
     Denied(Denial),
 }
 
@@ -120,6 +133,19 @@ pub struct CheckAnswer {
     pub packs_lacking: Vec<u32>,
     /// The disks' state the member last held of this VM: what is equal need not travel.
     pub seed: Option<Seed>,
+}
+
+/// What a member serves of a content request.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ContentAnswer {
+    /// Positions in the request's lists.
+    pub components_held: Vec<u32>,
+    pub packs_held: Vec<u32>,
+    /// The capability to fetch exactly these, 64 hex digits; none if nothing is held.
+    pub ticket: Option<String>,
+    pub expires_in_s: u64,
+    /// Where they are served: `host:port`.
+    pub addresses: Vec<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

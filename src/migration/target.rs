@@ -179,7 +179,7 @@ impl Target {
     fn asked(&mut self, request: RequestBody) -> Vec<Effect> {
         match request {
             // A check changes nothing and is answered by the broker, migration or not.
-            RequestBody::Configuration { .. } => {
+            RequestBody::Configuration { .. } | RequestBody::Content { .. } => {
                 deny(DenialCode::OutOfOrder, "a check belongs to no migration")
             }
             RequestBody::Reservation { .. } if self.leased() => {
@@ -516,6 +516,7 @@ mod tests {
             cancel(),
             RequestBody::Suspend,
             RequestBody::Stop,
+            RequestBody::Content { components: Vec::new(), packs: Vec::new(), done: Vec::new() },
             RequestBody::Delete { boot_ms: None },
         ]
     }

@@ -131,6 +131,11 @@ impl Repository {
         Ok(())
     }
 
+    /// What held components, recipes and refs refer to and is not here, without reading content.
+    pub fn missing_objects(&self) -> Result<Vec<MissingObject>> {
+        self.find_missing(&mut Vec::new())
+    }
+
     fn find_missing(&self, damaged_refs: &mut Vec<String>) -> Result<Vec<MissingObject>> {
         let mut needs = Needs::new();
         match self.bound_components() {

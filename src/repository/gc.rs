@@ -260,7 +260,7 @@ impl Repository {
                 if let ObjectId::Node(hash) = object
                     && self.is_in(&bundle.name, hash)?
                 {
-                    self.index().remove(object)?;
+                    self.index().remove_if(object, || true)?;
                 }
             }
         }

@@ -5,6 +5,7 @@
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -25,6 +26,9 @@ pub(super) struct Index {
     objects: sled::Tree,
     /// Component id -> [`Summary`].
     summaries: sled::Tree,
+    /// Held while an object is entered, and while one is found gone and removed: so none that is
+    /// stored at the same time is taken for gone.
+    changing: Mutex<()>,
 }
 
 /// Sizes of an object, and for a node where its bytes lie.
@@ -73,7 +77,12 @@ impl Index {
                 other => break other?,
             }
         };
-        Ok(Self { objects: db.open_tree("objects")?, summaries: db.open_tree("summaries")?, db })
+        Ok(Self {
+            objects: db.open_tree("objects")?,
+            summaries: db.open_tree("summaries")?,
+            changing: Mutex::new(()),
+            db,
+        })
     }
 
     /// Whether [`Index::set_complete`] was ever reached, by code of this version.
@@ -119,12 +128,19 @@ impl Index {
         }
     }
 
+    /// Enters an object, whose file must be in its place.
     pub fn insert(&self, object: &ObjectId, entry: &Entry) -> Result<()> {
+        let _changing = self.changing();
         self.objects.insert(key(object), entry.encode())?;
         Ok(())
     }
 
-    pub fn remove(&self, object: &ObjectId) -> Result<()> {
+    /// Removes an object if it `is_gone`, and what is known of it.
+    pub fn remove_if(&self, object: &ObjectId, is_gone: impl FnOnce() -> bool) -> Result<()> {
+        let _changing = self.changing();
+        if !is_gone() {
+            return Ok(());
+        }
         self.objects.remove(key(object))?;
         if let ObjectId::Manifest(id) = object {
             self.summaries.remove(id.as_bytes())?;
@@ -138,8 +154,18 @@ impl Index {
         for (hash, entry) in nodes {
             batch.insert(key(&ObjectId::Node(hash)).as_slice(), entry.encode());
         }
+        let _changing = self.changing();
         self.objects.apply_batch(batch)?;
         Ok(())
+    }
+
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hashes of one kind that begin with a byte, ascending.
+    pub fn of_fan(&self, kind: ObjectKind, fan: u8) -> impl Iterator<Item = Result<[u8; 32]>> {
+        self.objects.scan_prefix([kind as u8, fan]).keys().map(|key| Ok(*object_of(&key?)?.hash_bytes()))
     }
 
     /// Every entry of one kind.
@@ -158,6 +184,11 @@ impl Index {
         })
     }
 
+    pub fn has_summary(&self, id: &ComponentId) -> Result<bool> {
+        Ok(self.summaries.contains_key(id.as_bytes())?)
+    }
+
+    /// Keeps a manifest's summary. The manifest must be entered before: see [`Index::remove_if`].
     pub fn put_summary(&self, id: &ComponentId, manifest: &Manifest) -> Result<()> {
         self.summaries.insert(id.as_bytes(), Summary::of(manifest).encode())?;
         Ok(())

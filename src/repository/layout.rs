@@ -206,9 +206,7 @@ impl Layout {
 
     /// The file of a pack, manifest or recipe. Nodes have no file of their own.
     pub fn object_path(&self, object: &ObjectId) -> PathBuf {
-        let name = Hash::from_bytes(*object.hash_bytes()).to_string();
-        let (dir, extension) = place_of(object.kind());
-        self.dir(dir).join(&name[..2]).join(format!("{name}.{extension}"))
+        self.root.join(relative_path(object))
     }
 
     pub fn quarantine_path(&self, object: &ObjectId) -> PathBuf {
@@ -260,6 +258,13 @@ impl Layout {
     }
 }
 
+/// The path of a pack, manifest or recipe below the repository's directory.
+pub(super) fn relative_path(object: &ObjectId) -> PathBuf {
+    let name = Hash::from_bytes(*object.hash_bytes()).to_string();
+    let (dir, extension) = place_of(object.kind());
+    Path::new(dir).join(&name[..2]).join(format!("{name}.{extension}"))
+}
+
 /// The directory and file name extension of an object kind that has files.
 pub(super) fn place_of(kind: ObjectKind) -> (&'static str, &'static str) {
     match kind {
@@ -293,12 +298,7 @@ pub(super) fn walk_objects(
         for file in files {
             let file = file.at("list", &fan)?;
             let path = file.path();
-            let name = file.file_name();
-            let name = name.to_string_lossy();
-            let hash = name
-                .strip_suffix(extension)
-                .and_then(|n| n.strip_suffix('.'))
-                .and_then(|n| n.parse::<Hash>().ok())
+            let hash = hash_in(&file.file_name(), extension)
                 .filter(|h| fan.file_name().is_some_and(|f| f == &h.to_string()[..2]));
             let meta = match file.metadata() {
                 Ok(meta) => meta,
@@ -313,6 +313,53 @@ pub(super) fn walk_objects(
         }
     }
     Ok(strays)
+}
+
+/// The hashes of a kind's objects that begin with the byte `fan`, ascending, and what does not
+/// belong there. Unlike [`walk_objects`] it looks at no file.
+pub(super) fn list_fan(layout: &Layout, kind: ObjectKind, fan: u8) -> Result<(Vec<[u8; 32]>, Vec<PathBuf>)> {
+    let (dir, extension) = place_of(kind);
+    let dir = layout.dir(dir).join(format!("{fan:02x}"));
+    let (mut held, mut strays) = (Vec::new(), Vec::new());
+    let files = match fs::read_dir(&dir) {
+        Ok(files) => files,
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Ok((held, strays));
+        }
+        Err(e) => return Err(RepositoryError::io("list", &dir, 0, e)),
+    };
+    for file in files {
+        let file = file.at("list", &dir)?;
+        let hash = hash_in(&file.file_name(), extension).filter(|h| h.as_bytes()[0] == fan);
+        match hash {
+            Some(hash) if file.file_type().is_ok_and(|t| t.is_file()) => held.push(*hash.as_bytes()),
+            _ => strays.push(file.path()),
+        }
+    }
+    held.sort_unstable();
+    Ok((held, strays))
+}
+
+/// What lies beside the fan-out directories of a kind.
+pub(super) fn list_strays(layout: &Layout, kind: ObjectKind) -> Result<Vec<PathBuf>> {
+    let dir = layout.dir(place_of(kind).0);
+    let mut strays = Vec::new();
+    for entry in fs::read_dir(&dir).at("list", &dir)? {
+        let entry = entry.at("list", &dir)?;
+        let name = entry.file_name();
+        let is_fan = name.len() == 2
+            && name.as_encoded_bytes().iter().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+            && entry.file_type().is_ok_and(|t| t.is_dir());
+        if !is_fan {
+            strays.push(entry.path());
+        }
+    }
+    Ok(strays)
+}
+
+/// The hash in an object's file name.
+fn hash_in(name: &std::ffi::OsStr, extension: &str) -> Option<Hash> {
+    name.to_str()?.strip_suffix(extension)?.strip_suffix('.')?.parse().ok()
 }
 
 /// Renews a file's time, from which the grace period of the garbage collector counts.

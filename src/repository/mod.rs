@@ -4,15 +4,20 @@
 //!
 //! All methods block on file I/O; async callers use a blocking thread.
 
+mod archive;
 mod block_places;
 mod check;
 mod components;
 mod delta;
 mod error;
+mod export;
 mod forms;
 mod frame;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod gc;
 mod hot;
+mod import;
 mod incoming;
 mod index;
 mod layout;
@@ -39,14 +44,17 @@ use std::sync::{Arc, Mutex};
 
 use crate::durable::PendingFile;
 
+pub use archive::ArchiveError;
 pub use block_places::{BlockPlace, BlockPlaces, IndexedPack, PLACES_MAX_DEFAULT, block_digest};
 pub use check::{CheckReport, Damage, MissingObject};
 pub use components::{ComponentSummary, MissingReport};
 pub use error::{ObjectId, ObjectKind, RepositoryError};
+pub use export::{ArchiveContent, Export, GoOn};
 pub use forms::{FormTag, PackForm};
 pub use frame::LEVEL as RECORD_LEVEL;
 pub use gc::GcReport;
 pub use hot::HOT_BYTES_DEFAULT;
+pub use import::ImportReport;
 pub use incoming::{IncomingForm, IncomingPack, PartialPack};
 pub use optimize::Optimized;
 pub use pack_reader::StoredPack;
@@ -235,7 +243,10 @@ impl Repository {
 
     /// Takes an object that is no longer there out of the index.
     fn forget(&self, object: &ObjectId) {
-        if let Err(error) = self.index().remove(object) {
+        // Somebody may just have stored it again. A node has no file of its own.
+        let is_node = object.kind() == ObjectKind::Node;
+        let is_gone = || is_node || !self.layout().object_path(object).exists();
+        if let Err(error) = self.index().remove_if(object, is_gone) {
             tracing::warn!(%error, %object, "a stale index entry stays");
         }
     }

@@ -25,8 +25,8 @@ pub(super) const RECORD_HEADER_BYTES: usize = 4 + Hash::LEN_BYTES;
 const NODE_BYTES_MAX: usize = 8 + 1 + 2 + (1 + 1 + Hash::LEN_BYTES) * FANOUT as usize;
 /// Gathered nodes are written when they are this many bytes.
 const BUNDLE_BYTES: usize = 4 << 20;
-/// A map of more nodes is not read into memory: it stands for 256 GiB in blocks of 4 KiB.
-const MAP_NODES_MAX: usize = 1 << 18;
+/// A map of more leaves is not read into memory: they stand for 256 GiB in blocks of 4 KiB.
+const MAP_LEAVES_MAX: u64 = 1 << 18;
 
 /// Nodes not yet on disk: the bundle they will be, and where in it they are.
 #[derive(Default)]
@@ -115,22 +115,20 @@ impl Repository {
 
     /// Reads a whole chunk map.
     pub fn map(&self, map: &MapRef) -> Result<ChunkMap> {
-        let mut nodes = 0;
-        let read = ChunkMap::from_tree(map, |hash| {
-            nodes += 1;
-            if nodes > MAP_NODES_MAX {
-                let rule = format!("more than {MAP_NODES_MAX} nodes");
-                return Err(MapError(RepositoryError::Invalid { what: "chunk map", rule }));
-            }
-            self.node(&hash).map_err(MapError)
-        });
-        read.map_err(|e| e.0)
+        let node = |hash| self.node(&hash).map_err(MapError::Node);
+        // Before memory is taken for a block: the same leaf may be named at millions of places.
+        let leaves = ChunkMap::leaf_count(map, node).map_err(|e| e.about(map))?;
+        if leaves > MAP_LEAVES_MAX {
+            let rule = format!("{} has {leaves} leaves, more than {MAP_LEAVES_MAX}", map.id());
+            return Err(RepositoryError::Invalid { what: "chunk map", rule });
+        }
+        ChunkMap::from_tree(map, node).map_err(|e| e.about(map))
     }
 
     /// The highest nodes of a map that are not here, with their levels (0 is a leaf). Fetch them and
     /// ask again until there are none.
     pub fn nodes_missing(&self, map: &MapRef) -> Result<Vec<(NodeHash, u8)>> {
-        map.check().map_err(|e| MapError::from(e).0)?;
+        map.check().map_err(|e| MapError::from(e).about(map))?;
         let mut missing = Vec::new();
         let mut row: Vec<NodeHash> = map.root.into_iter().collect();
         for level in (0..map.levels()).rev() {
@@ -141,7 +139,9 @@ impl Repository {
                     continue;
                 }
                 match self.node(&hash) {
-                    Ok(bytes) => match Node::decode(&bytes, level).map_err(|e| MapError::from(e).0)? {
+                    Ok(bytes) => match Node::decode(&bytes, level)
+                        .map_err(|e| MapError::from(e).about(map))?
+                    {
                         Node::Inner(children) => next.extend(children.into_iter().map(|(_, child)| child)),
                         Node::Leaf(_) => {}
                     },
@@ -289,10 +289,24 @@ impl PendingNodes {
 }
 
 /// Lets the map reader's codec errors and ours travel together.
-struct MapError(RepositoryError);
+enum MapError {
+    Node(RepositoryError),
+    Map(CodecError),
+}
+
+impl MapError {
+    fn about(self, map: &MapRef) -> RepositoryError {
+        match self {
+            MapError::Node(e) => e,
+            MapError::Map(source) => {
+                RepositoryError::Codec { what: format!("chunk map {}", map.id()), source }
+            }
+        }
+    }
+}
 
 impl From<CodecError> for MapError {
     fn from(source: CodecError) -> Self {
-        MapError(RepositoryError::Codec { what: "chunk map".into(), source })
+        MapError::Map(source)
     }
 }

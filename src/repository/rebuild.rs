@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use super::error::{IoContext, ObjectId, ObjectKind, RepositoryError, Result};
 use super::index::Index;
-use super::layout::{LastUse, Layout, walk_objects};
+use super::layout::{LastUse, Layout, list_fan, list_strays, walk_objects};
 use super::{Repository, nodes, pack_reader, records};
 use crate::types::Hash;
 
@@ -53,55 +53,68 @@ pub(super) fn seal(layout: &Layout, index: &Index) -> Result<()> {
 
 /// Makes the index say what the disk holds. Unless `anew`, entries that are there are believed and
 /// their objects not opened. Never removes an entry whose object is there, so look-ups meanwhile
-/// find what they found before.
+/// find what they found before. Returns the number of objects.
 pub(super) fn reconcile(layout: &Layout, index: &Index, anew: bool) -> Result<u64> {
+    let mut objects = 0;
     for kind in [ObjectKind::Manifest, ObjectKind::Recipe, ObjectKind::Pack] {
-        let strays = walk_objects(layout, kind, |hash, path, _| {
-            let object = kind.object(hash);
-            if !anew && index.get(&object)?.is_some() && has_summary(index, &object)? {
-                return Ok(());
+        // Directories and the index are both in order of hashes: one pass over each, no look-ups.
+        for fan in 0..=u8::MAX {
+            let (held, strays) = list_fan(layout, kind, fan)?;
+            for path in strays {
+                tracing::warn!(path = %path.display(), "does not belong in a repository");
             }
-            // Gone since the directory was read.
-            let Ok(mut file) = File::open(path) else { return Ok(()) };
-            if let ObjectId::Manifest(id) = &object {
-                match records::load_manifest(&mut file, id) {
-                    Ok(manifest) => index.put_summary(id, &manifest)?,
-                    Err(reason) => {
-                        tracing::warn!(%object, reason, "left out of the index; a check sets it aside");
-                        return Ok(());
-                    }
-                }
+            let known: Vec<[u8; 32]> = index.of_fan(kind, fan).collect::<Result<_>>()?;
+            for hash in &held {
+                let object = kind.object(*hash);
+                let believed = !anew && known.binary_search(hash).is_ok() && has_summary(index, &object)?;
+                objects += u64::from(believed || enter(layout, index, &object)?);
             }
-            match measure(kind, &mut file) {
-                Some(entry) => index.insert(&object, &entry),
-                None => {
-                    tracing::warn!(%object, "left out of the index; a check sets it aside");
-                    Ok(())
-                }
+            for hash in known.iter().filter(|hash| held.binary_search(hash).is_err()) {
+                let object = kind.object(*hash);
+                index.remove_if(&object, || !layout.object_path(&object).exists())?;
             }
-        })?;
-        for path in strays {
+        }
+        for path in list_strays(layout, kind)? {
             tracing::warn!(path = %path.display(), "does not belong in a repository");
         }
     }
     let bundles = enter_nodes(layout, index)?;
-    let mut objects = 0;
-    for item in index.entries() {
+    for item in index.of_kind(ObjectKind::Node) {
         let (object, entry) = item?;
-        let held = match entry.place {
-            Some(place) => {
-                bundles.contains(&place.bundle) || nodes::bundle_path(layout, &place.bundle).exists()
-            }
-            None => layout.object_path(&object).exists(),
-        };
-        if held {
+        let bundle = entry.place.map(|place| place.bundle);
+        if bundle.is_some_and(|b| bundles.contains(&b) || nodes::bundle_path(layout, &b).exists()) {
             objects += 1;
         } else {
-            index.remove(&object)?;
+            index.remove_if(&object, || true)?;
         }
     }
     index.set_complete()?;
     Ok(objects)
+}
+
+/// Enters an object from its file; tells whether there is one that can be.
+fn enter(layout: &Layout, index: &Index, object: &ObjectId) -> Result<bool> {
+    // Gone since the directory was read.
+    let Ok(mut file) = File::open(layout.object_path(object)) else { return Ok(false) };
+    let left_out = |reason: String| {
+        tracing::warn!(%object, reason, "left out of the index; a check sets it aside");
+        Ok(false)
+    };
+    let manifest = match object {
+        ObjectId::Manifest(id) => match records::load_manifest(&mut file, id) {
+            Ok(manifest) => Some((id, manifest)),
+            Err(reason) => return left_out(reason),
+        },
+        _ => None,
+    };
+    let Some(entry) = measure(object.kind(), &mut file) else {
+        return left_out("its header is not one".into());
+    };
+    index.insert(object, &entry)?;
+    if let Some((id, manifest)) = manifest {
+        index.put_summary(id, &manifest)?;
+    }
+    Ok(true)
 }
 
 /// Enters the intact nodes of every bundle; returns the bundles.
@@ -124,7 +137,7 @@ fn enter_nodes(layout: &Layout, index: &Index) -> Result<HashSet<Hash>> {
 
 fn has_summary(index: &Index, object: &ObjectId) -> Result<bool> {
     match object {
-        ObjectId::Manifest(id) => Ok(index.summary(id)?.is_some()),
+        ObjectId::Manifest(id) => index.has_summary(id),
         _ => Ok(true),
     }
 }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::error::{IoContext, ObjectId, RepositoryError, Result};
+use super::error::{IoContext, ObjectId, ObjectKind, RepositoryError, Result};
 use super::{Entry, Repository, frame};
 use crate::component::manifest::limit;
 use crate::component::{Manifest, Recipe};
@@ -16,6 +16,8 @@ const MAGIC: &[u8; 8] = b"CICZST\0\x01";
 const HEADER_BYTES: usize = 16;
 /// No recipe that decodes is larger.
 const RECIPE_BYTES_MAX: u64 = 1 << 20;
+/// A record may ask for a window of 8 MiB, the most any level up to 19 does.
+const WINDOW_LOG_MAX: u32 = 23;
 /// Decoded manifests kept in memory, by the size of their encoding.
 const CACHE_BYTES: usize = 4 << 20;
 
@@ -94,8 +96,8 @@ impl Repository {
     }
 
     fn store_manifest(&self, id: ComponentId, bytes: &[u8], manifest: &Manifest) -> Result<()> {
-        self.index().put_summary(&id, manifest)?;
-        self.store_record(ObjectId::Manifest(id), bytes)
+        self.store_record(ObjectId::Manifest(id), bytes)?;
+        self.index().put_summary(&id, manifest)
     }
 
     fn store_record(&self, object: ObjectId, bytes: &[u8]) -> Result<()> {
@@ -127,6 +129,21 @@ impl Repository {
     }
 }
 
+/// Longest stored form that is read of a record: what does not compress takes a little more than
+/// its plain size.
+pub(super) fn record_bytes_max(kind: ObjectKind) -> u64 {
+    2 * plain_bytes_max(kind)
+}
+
+fn plain_bytes_max(kind: ObjectKind) -> u64 {
+    if kind == ObjectKind::Recipe { RECIPE_BYTES_MAX } else { limit::MANIFEST_BYTES }
+}
+
+/// The canonical bytes in a record's stored form, not held against the object's id.
+pub(super) fn unpack(object: &ObjectId, stored: &[u8]) -> Result<Vec<u8>, String> {
+    decode(stored, plain_bytes_max(object.kind()))
+}
+
 /// Reads and verifies a manifest's file; the file is positioned at its start again.
 pub(super) fn load_manifest(file: &mut File, id: &ComponentId) -> Result<Manifest, String> {
     let mut stored = Vec::new();
@@ -149,7 +166,7 @@ pub(super) fn measure(file: &mut File) -> Option<Entry> {
     Some(Entry { plain_bytes, stored_bytes: file.metadata().ok()?.len(), place: None })
 }
 
-fn encode(plain: &[u8]) -> std::io::Result<Vec<u8>> {
+pub(super) fn encode(plain: &[u8]) -> std::io::Result<Vec<u8>> {
     let mut stored = MAGIC.to_vec();
     stored.extend_from_slice(&(plain.len() as u64).to_le_bytes());
     stored.extend(zstd::bulk::compress(plain, frame::LEVEL)?);
@@ -157,7 +174,7 @@ fn encode(plain: &[u8]) -> std::io::Result<Vec<u8>> {
 }
 
 /// The claimed size is only compared, never allocated.
-fn decode(stored: &[u8], limit_bytes: u64) -> Result<Vec<u8>, String> {
+pub(super) fn decode(stored: &[u8], limit_bytes: u64) -> Result<Vec<u8>, String> {
     let short = || "its file is too short".to_owned();
     let (magic, rest) = stored.split_first_chunk().ok_or_else(short)?;
     let (size, compressed) = rest.split_first_chunk().ok_or_else(short)?;
@@ -167,6 +184,7 @@ fn decode(stored: &[u8], limit_bytes: u64) -> Result<Vec<u8>, String> {
     let claimed_bytes = u64::from_le_bytes(*size);
     let mut plain = Vec::new();
     zstd::Decoder::with_buffer(compressed)
+        .and_then(|mut d| d.window_log_max(WINDOW_LOG_MAX).map(|()| d))
         .and_then(|d| d.take(limit_bytes + 1).read_to_end(&mut plain))
         .map_err(|e| format!("it does not decompress: {e}"))?;
     if plain.len() as u64 != claimed_bytes || claimed_bytes > limit_bytes {
@@ -213,5 +231,22 @@ impl ManifestCache {
 
     pub fn clear(&self) {
         self.recent().clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_of_more_than_8_mib_is_refused() {
+        // One raw block whose frame asks for a window of 2^(10 + n) bytes.
+        let stored = |n: u8| {
+            let frame = [&[0x28, 0xb5, 0x2f, 0xfd, 0, n << 3, 0x21, 0, 0][..], b"abcd"].concat();
+            [MAGIC.as_slice(), &4u64.to_le_bytes(), &frame].concat()
+        };
+        assert_eq!(decode(&stored(13), 100), Ok(b"abcd".to_vec()));
+        let refused = decode(&stored(14), 100).unwrap_err();
+        assert!(refused.starts_with("it does not decompress"), "{refused}");
     }
 }

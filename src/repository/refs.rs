@@ -105,7 +105,7 @@ impl Repository {
     }
 }
 
-fn encode(kind: RefKind, name: &str, value: &[u8]) -> Vec<u8> {
+pub(super) fn encode(kind: RefKind, name: &str, value: &[u8]) -> Vec<u8> {
     let mut w = Writer::with_magic(MAGIC);
     w.u8(kind as u8);
     w.str(name);
@@ -116,7 +116,7 @@ fn encode(kind: RefKind, name: &str, value: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn decode(kind: RefKind, bytes: &[u8]) -> Result<(String, Vec<u8>), CodecError> {
+pub(super) fn decode(kind: RefKind, bytes: &[u8]) -> Result<(String, Vec<u8>), CodecError> {
     let (body, seal) = bytes.split_last_chunk().ok_or(CodecError::Magic { expected: "ref of version 1" })?;
     let mut r = Reader::with_magic(body, MAGIC, "ref of version 1")?;
     if Hash::of(body).as_bytes() != seal {

@@ -1,5 +1,7 @@
 //! The repository as its users see it.
 
+mod archive;
+
 use std::io::Read;
 use std::time::Duration;
 

@@ -26,6 +26,9 @@ const GAIN_MIN: usize = 32;
 const PLAIN_BATCHES: u8 = 8;
 /// zstd levels; each takes about twice the time of the one before.
 const LEVELS: [i32; 5] = [1, 3, 6, 9, 12];
+/// A frame may ask for a window of 8 MiB, the most any level up to 19 does; more would be memory
+/// taken before a byte was unpacked.
+const WINDOW_LOG_MAX: u32 = 23;
 
 impl Effort {
     /// Learns how long the last batch took to send, and how long the wire then waited for the next
@@ -119,7 +122,8 @@ pub fn check_size(key: &ObjectKey, size_bytes: u64) -> Result<(), Violation> {
 /// announcement costs no memory. `None` if it is no such frame.
 pub fn unpack(packed: &[u8], plain_size_bytes: u64) -> Option<Vec<u8>> {
     let mut plain = Vec::new();
-    let decoder = zstd::stream::read::Decoder::new(packed).ok()?.single_frame();
+    let mut decoder = zstd::stream::read::Decoder::new(packed).ok()?.single_frame();
+    decoder.window_log_max(WINDOW_LOG_MAX).ok()?;
     decoder.take(plain_size_bytes.saturating_add(1)).read_to_end(&mut plain).ok()?;
     (plain.len() as u64 == plain_size_bytes).then_some(plain)
 }
@@ -188,6 +192,14 @@ mod tests {
         let key = block(b"x");
         let opened = open(&[key], true, &[100_000], bomb.into());
         assert!(matches!(opened, Err(Violation::Unpack { .. })));
+    }
+
+    #[test]
+    fn a_window_of_more_than_8_mib_is_refused() {
+        // A frame of one raw block whose header asks for a window of 2^(10 + n) bytes.
+        let frame = |n: u8| [&[0x28, 0xb5, 0x2f, 0xfd, 0, n << 3, 0x21, 0, 0][..], b"abcd"].concat();
+        assert_eq!(unpack(&frame(13), 4).as_deref(), Some(&b"abcd"[..]));
+        assert_eq!(unpack(&frame(14), 4), None);
     }
 
     #[test]

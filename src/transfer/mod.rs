@@ -30,5 +30,12 @@ pub use object::{
     PackWriter, SinkError, Ticket, Verified,
 };
 
+/// What `fuzz/` reaches into.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    pub use super::batch::{open, unpack};
+    pub use super::frame::{Frame, HEADER_BYTES, Request};
+}
+
 /// The application protocol, with its version (TLS ALPN, RFC 7301).
 pub const ALPN: &[u8] = b"cicada-transfer/1";

@@ -2,6 +2,7 @@
 
 pub mod codec;
 pub mod hash;
+pub mod hex;
 pub mod id;
 pub mod identity;
 pub mod size;

@@ -2,6 +2,8 @@
 //! that equal subtrees compare by one hash and empty regions cost nothing.
 //! The byte format is specified in `repository/FORMAT.md`, section "Chunk map".
 
+use std::collections::HashMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::types::codec::{CodecError, Reader, Writer};
@@ -224,31 +226,56 @@ impl ChunkMap {
         (map, nodes)
     }
 
-    /// Reads a whole map, getting each node's bytes (already verified against their hash) from `node`.
+    /// How many leaves a tree has, each counted at every place it has, found from the nodes above them
+    /// alone, each read once: a few nodes may stand for a disk that no memory holds.
+    pub fn leaf_count<E: From<CodecError>>(
+        map: &MapRef,
+        mut node: impl FnMut(NodeHash) -> Result<Vec<u8>, E>,
+    ) -> Result<u64, E> {
+        map.check()?;
+        let mut row: HashMap<NodeHash, u64> = map.root.map(|root| (root, 1)).into_iter().collect();
+        for level in (1..map.levels()).rev() {
+            let mut below: HashMap<NodeHash, u64> = HashMap::new();
+            for (hash, places) in row {
+                if let Node::Inner(children) = Node::decode(&node(hash)?, level)? {
+                    // Four levels of 256 places do not overflow.
+                    children.into_iter().for_each(|(_, h)| *below.entry(h).or_default() += places);
+                }
+            }
+            row = below;
+        }
+        Ok(row.into_values().sum())
+    }
+
+    /// Reads a whole map, getting each node's bytes (already verified against their hash) from `node`,
+    /// in the order of the disk. `node` is asked once for every place a node has, and bounds what a
+    /// small tree may stand for by refusing.
     pub fn from_tree<E: From<CodecError>>(
         map: &MapRef,
         mut node: impl FnMut(NodeHash) -> Result<Vec<u8>, E>,
     ) -> Result<Self, E> {
         map.check()?;
-        let mut row: Vec<(u64, NodeHash)> = map.root.map(|h| (0, h)).into_iter().collect();
-        for level in (1..map.levels()).rev() {
-            let mut next = Vec::new();
-            for (number, hash) in row {
-                if let Node::Inner(children) = Node::decode(&node(hash)?, level)? {
-                    next.extend(children.into_iter().map(|(p, h)| (number * FANOUT + u64::from(p), h)));
+        // Depth first: a node may be named 256 times by each of 256 parents, so a row of the tree can
+        // be enormous where its distinct nodes are few. What is open is never more than 256 a level,
+        // and whoever answers for the nodes can end it at any number of them.
+        let mut open: Vec<(u8, u64, NodeHash)> = Vec::new();
+        open.extend(map.root.map(|root| (map.levels() - 1, 0, root)));
+        let mut blocks = Vec::new();
+        while let Some((level, number, hash)) = open.pop() {
+            let first = number * FANOUT;
+            match Node::decode(&node(hash)?, level)? {
+                Node::Leaf(leaf) => {
+                    blocks.extend(leaf.into_iter().map(|(p, b)| (first + u64::from(p), b)));
+                    check_within(map, blocks.last().map(|b| b.0), 1)?;
+                }
+                Node::Inner(children) => {
+                    let last = children.last().map(|(p, _)| first + u64::from(*p));
+                    check_within(map, last, FANOUT.saturating_pow(u32::from(level)))?;
+                    let below = children.into_iter().rev();
+                    open.extend(below.map(|(p, h)| (level - 1, first + u64::from(p), h)));
                 }
             }
-            // A level can never hold more nodes than the disk has room for.
-            check_within(map, next.last().map(|l| l.0), FANOUT.saturating_pow(u32::from(level)))?;
-            row = next;
         }
-        let mut blocks = Vec::new();
-        for (number, hash) in row {
-            if let Node::Leaf(leaf) = Node::decode(&node(hash)?, 0)? {
-                blocks.extend(leaf.into_iter().map(|(p, b)| (number * FANOUT + u64::from(p), b)));
-            }
-        }
-        check_within(map, blocks.last().map(|b| b.0), 1)?;
         Ok(Self { block_size_bytes: map.block_size_bytes, disk_size_bytes: map.disk_size_bytes, blocks })
     }
 }
@@ -267,7 +294,7 @@ fn check_within(map: &MapRef, last: Option<u64>, reach: u64) -> Result<(), Codec
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::collections::{BTreeMap, HashMap};
+    use std::collections::BTreeMap;
 
     proptest! {
         #[test]
@@ -290,6 +317,34 @@ mod tests {
             framed.extend(bytes);
             let _ = Node::decode(&framed, level);
         }
+    }
+
+    #[test]
+    fn a_small_tree_that_stands_for_a_giant_disk_ends_when_its_reader_wants() {
+        // 16 TiB from four nodes, each naming the one below 256 times.
+        let leaf = Node::Leaf((0..=255).map(|p| (p, Block::Zero)).collect()).encode(0);
+        let mut store = HashMap::from([(NodeHash::of(&leaf), leaf.clone())]);
+        let mut below = NodeHash::of(&leaf);
+        for level in 1..4 {
+            let node = Node::Inner((0..=255).map(|p| (p, below)).collect()).encode(level);
+            below = NodeHash::of(&node);
+            store.insert(below, node);
+        }
+        let map = MapRef { block_size_bytes: 4096, disk_size_bytes: 1 << 44, root: Some(below) };
+        assert_eq!(ChunkMap::leaf_count::<CodecError>(&map, |h| Ok(store[&h].clone())), Ok(1 << 24));
+        let (mut asked, mut leaves) = (0, 0);
+        let ended = ChunkMap::from_tree(&map, |hash| {
+            asked += 1;
+            leaves += usize::from(hash == NodeHash::of(&leaf));
+            if asked > 100 {
+                Err(CodecError::NotCanonical { what: "enough" })
+            } else {
+                Ok(store[&hash].clone())
+            }
+        });
+        assert_eq!(ended, Err(CodecError::NotCanonical { what: "enough" }));
+        // Leaves are reached at once, not after all that is above them was gathered.
+        assert_eq!(leaves, 98);
     }
 
     #[test]

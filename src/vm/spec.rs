@@ -35,7 +35,7 @@ impl FromStr for Mac {
         let mut out = [0; 6];
         let mut parts = s.split(':');
         for byte in &mut out {
-            let part = parts.next().filter(|p| p.len() == 2).ok_or_else(bad)?;
+            let part = parts.next().filter(|p| p.len() == 2 && !p.starts_with('+')).ok_or_else(bad)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
         }
         if parts.next().is_some() || out[0] & 1 == 1 {
@@ -205,6 +205,7 @@ mod tests {
             "52:54:00:0a:0b:0c:0d",
             "zz:54:00:0a:0b:0c",
             "5:254:0:0:0:0",
+            "+2:54:00:0a:0b:0c",
         ] {
             assert!(bad.parse::<Mac>().is_err(), "{bad}");
         }

@@ -26,6 +26,8 @@ use xmpp_parsers::sasl::DefinedCondition as Condition;
 use xmpp_parsers::stream_features::StreamFeatures;
 use xmpp_parsers::{ns, starttls};
 
+use super::shallow::Shallow;
+
 /// Where the system keeps its certificate authorities (Debian's ca-certificates).
 const SYSTEM_ROOTS: &str = "/etc/ssl/certs/ca-certificates.crt";
 const PORT_STARTTLS: u16 = 5222;
@@ -45,7 +47,8 @@ pub enum Security {
 pub trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Io for T {}
 
-type Stream = XmppStream<BufStream<Box<dyn Io>>>;
+type Buffered<T> = BufStream<Shallow<T>>;
+type Stream = XmppStream<Buffered<Box<dyn Io>>>;
 
 /// From dialling to the login's end, a second try without channel binding included.
 const LOGIN_TIMEOUT: Duration = Duration::from_secs(20);
@@ -157,7 +160,7 @@ impl Connector {
     async fn open(
         &self,
         domain: &str,
-    ) -> Result<(PendingFeaturesRecv<BufStream<Box<dyn Io>>>, ChannelBinding), Error> {
+    ) -> Result<(PendingFeaturesRecv<Buffered<Box<dyn Io>>>, ChannelBinding), Error> {
         let timeouts = Timeouts::tight();
         let tcp = TcpStream::connect(&self.address).await?;
         tcp.set_nodelay(true)?;
@@ -172,12 +175,12 @@ impl Connector {
             Security::DirectTls => self.tls(tcp, domain).await?,
             Security::Starttls => {
                 let stream =
-                    initiate_stream(BufStream::new(tcp), ns::JABBER_CLIENT, header(domain), timeouts).await?;
+                    initiate_stream(buffered(tcp), ns::JABBER_CLIENT, header(domain), timeouts).await?;
                 let (features, stream) = stream.recv_features().await?;
                 self.starttls(features, stream, domain).await?
             }
         };
-        let stream = initiate_stream(BufStream::new(io), ns::JABBER_CLIENT, header(domain), timeouts).await?;
+        let stream = initiate_stream(buffered(io), ns::JABBER_CLIENT, header(domain), timeouts).await?;
         Ok((stream, binding))
     }
 
@@ -203,7 +206,7 @@ impl Connector {
     async fn starttls(
         &self,
         features: StreamFeatures,
-        mut stream: XmppStream<BufStream<TcpStream>>,
+        mut stream: XmppStream<Buffered<TcpStream>>,
         domain: &str,
     ) -> Result<(Box<dyn Io>, ChannelBinding), Error> {
         if !features.can_starttls() {
@@ -216,7 +219,7 @@ impl Connector {
             Some(Err(e)) => return Err(io::Error::other(format!("{e:?}")).into()),
             None => return Err(Error::Disconnected),
         }
-        self.tls(stream.into_inner().into_inner(), domain).await
+        self.tls(stream.into_inner().into_inner().into_inner(), domain).await
     }
 
     async fn tls(&self, tcp: TcpStream, domain: &str) -> Result<(Box<dyn Io>, ChannelBinding), Error> {
@@ -234,6 +237,10 @@ impl Connector {
         };
         Ok((Box::new(stream), binding))
     }
+}
+
+fn buffered<T: Io>(io: T) -> Buffered<T> {
+    BufStream::new(Shallow::new(io))
 }
 
 fn header(domain: &str) -> StreamHeader<'static> {

@@ -74,6 +74,19 @@ fn one_recipe_gives_one_disk_wherever_it_is_composed() {
 }
 
 #[test]
+fn an_archive_is_enough_to_compose_the_same_disk() {
+    let (a, b) = (World::new(), World::new());
+    let (id, recipe) = a.composer.make_recipe(&a.set(), false, SIZE, COMMAND_LINE).unwrap();
+    let archive = a.dir.path().join("recipe.tar");
+    a.repository.export(&[], &[id]).unwrap().write(&archive, &mut |_, _| true).unwrap();
+    let (report, result) = b.repository.import(&archive, &mut |_, _| true);
+    result.unwrap();
+    assert_eq!((report.skipped, report.refused.len()), (0, 0));
+    assert_eq!(b.composer.composition(&id).unwrap().digest, recipe.image_digest);
+    assert!(b.repository.check(&mut |_, _| ()).unwrap().is_clean());
+}
+
+#[test]
 fn the_disk_holds_exactly_what_the_components_say() {
     let world = World::new();
     let (id, _) = world.composer.make_recipe(&world.set(), false, SIZE, COMMAND_LINE).unwrap();

@@ -1,0 +1,148 @@
+//! Exporting and importing archives, as operators see it. Blocking, like [`super::content`].
+
+use std::path::Path;
+
+use crate::repository::{ArchiveError, ImportReport, Repository};
+use crate::types::ByteSize;
+
+use super::content::{bind, line, repository_problem, resolve, resolve_recipe};
+use super::interface::{Event, Reply, ReportLine, Request};
+use super::problem::{Problem, ProblemKind};
+
+/// Answers the requests about archives; others come back as `None`. `events` says whether
+/// whoever asked is still there: if not, the work stops, and can be gone on with.
+pub fn call(
+    repository: &Repository,
+    request: &Request,
+    events: &mut dyn FnMut(Event) -> bool,
+) -> Option<Result<Reply, Problem>> {
+    Some(match request {
+        Request::RepoExport { output, components, recipes } => {
+            export(repository, output, components, recipes, events).map(Reply::Report)
+        }
+        Request::RepoImport { input, bind } => import(repository, input, *bind, events).map(Reply::Report),
+        _ => return None,
+    })
+}
+
+fn export(
+    repository: &Repository,
+    output: &str,
+    components: &[String],
+    recipes: &[String],
+    events: &mut dyn FnMut(Event) -> bool,
+) -> Result<Vec<ReportLine>, Problem> {
+    let components = resolve(repository, components)?;
+    let recipes = recipes.iter().map(|r| resolve_recipe(repository, r)).collect::<Result<Vec<_>, _>>()?;
+    let problem = |e| archive_problem(output, &e);
+    let export = repository.export(&components, &recipes).map_err(problem)?;
+    let skipped_bytes = export
+        .write(Path::new(output), &mut |done, total| events(progress("export", done, total)))
+        .map_err(problem)?;
+    let c = export.content();
+    Ok(vec![
+        line("components", c.components, "objects", ""),
+        line("recipes", c.recipes, "objects", ""),
+        line("packs", c.packs, "objects", ""),
+        line("names", c.names, "", ""),
+        line("exported", c.stored_bytes, "bytes", ""),
+        line("there already", skipped_bytes, "bytes", ""),
+    ])
+}
+
+fn import(
+    repository: &Repository,
+    input: &str,
+    bind_names: bool,
+    events: &mut dyn FnMut(Event) -> bool,
+) -> Result<Vec<ReportLine>, Problem> {
+    let (report, result) =
+        repository.import(Path::new(input), &mut |done, total| events(progress("import", done, total)));
+    if let Err(e) = result {
+        let problem = archive_problem(input, &e);
+        let reason = format!("{}; {}", problem.reason, kept(&report));
+        return Err(Problem { reason, ..problem });
+    }
+    let mut lines = vec![
+        line("stored", report.stored, "objects", ""),
+        line("stored", report.stored_bytes, "bytes", ""),
+        line("held already", report.skipped, "objects", ""),
+        line("held already", report.skipped_bytes, "bytes", ""),
+        line("refused", report.refused.len() as u64 + report.refused_more, "objects", ""),
+    ];
+    lines.extend(
+        report
+            .refused
+            .iter()
+            .map(|(object, reason)| line(REFUSED, 1, "objects", format!("{object}: {reason}"))),
+    );
+    let (mut bound, mut unbound) = (0, Vec::new());
+    for (id, name) in &report.names {
+        let result = if bind_names { bind(repository, *id) } else { Ok(()) };
+        match result {
+            Ok(()) if bind_names => bound += 1,
+            Ok(()) => {}
+            Err(p) => unbound.push(line(UNBOUND, 1, "names", format!("{name}: {}", p.reason))),
+        }
+    }
+    lines.push(match bind_names {
+        true => line("bound", bound, "names", ""),
+        false => line(
+            "not bound",
+            report.names.len() as u64,
+            "names",
+            "they come from elsewhere: --bind takes them over",
+        ),
+    });
+    lines.extend(unbound);
+    Ok(lines)
+}
+
+/// Lines that say an import is not whole.
+const REFUSED: &str = "refused";
+const UNBOUND: &str = "cannot be bound";
+
+/// Objects that an import's report says were refused, and names that cannot be bound.
+pub fn import_faults(lines: &[ReportLine]) -> u64 {
+    lines
+        .iter()
+        .filter(|l| !l.detail.is_empty() && (l.name == REFUSED || l.name == UNBOUND))
+        .map(|l| l.value)
+        .sum()
+}
+
+fn kept(report: &ImportReport) -> String {
+    format!(
+        "{} objects ({}) were verified and stored, {} were held already",
+        report.stored,
+        ByteSize(report.stored_bytes),
+        report.skipped
+    )
+}
+
+fn progress(phase: &str, done: u64, total: u64) -> Event {
+    Event::Progress { phase: phase.into(), done, total, unit: "bytes".into() }
+}
+
+fn archive_problem(path: &str, e: &ArchiveError) -> Problem {
+    let object = format!("archive {path}");
+    let kind = match e {
+        ArchiveError::Repository(e) => return repository_problem(e),
+        ArchiveError::Nothing => ProblemKind::NotFound,
+        ArchiveError::Target { .. } | ArchiveError::NotAnArchive { .. } => ProblemKind::BadRequest,
+        ArchiveError::Changed { .. } => ProblemKind::Conflict,
+        ArchiveError::Unexpected { .. } | ArchiveError::Ended { .. } => ProblemKind::Damaged,
+        ArchiveError::Io { source, .. } => match source.kind() {
+            std::io::ErrorKind::NotFound => ProblemKind::Missing,
+            std::io::ErrorKind::PermissionDenied => ProblemKind::Forbidden,
+            _ => ProblemKind::Failed,
+        },
+        ArchiveError::Stopped => ProblemKind::Cancelled,
+    };
+    let problem = Problem::from_error(kind, object, e);
+    match e {
+        ArchiveError::Stopped => problem.next("run it again to go on"),
+        ArchiveError::Io { .. } => problem.next("the broker's user must be able to open it"),
+        _ => problem,
+    }
+}
