@@ -19,11 +19,12 @@ use std::sync::OnceLock;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 12] = [
+const TARGETS: [(&str, Target); 13] = [
     ("chunk-map", trees::chunk_map),
     ("config", settings::config),
     ("definition", settings::definition),
     ("disk", disk::qcow2),
+    ("extents", content::extents),
     ("fragments", content::fragments),
     ("frames", control::frames),
     ("journal", settings::journal),
