@@ -145,16 +145,15 @@ def cicada(b):
 # ---- rivals that transfer by themselves
 
 def rsync(b, *options):
-    conf = b.dir / "rsyncd.conf"
+    conf, disk = b.dir / "rsyncd.conf", b.needed.resolve()
     conf.write_text(f"pid file = {b.dir}/rsyncd.pid\nuse chroot = no\nuid = 0\ngid = 0\n"
-                    f"[disks]\npath = {b.at_source}\nread only = yes\n")
-    (b.at_source / "disk.raw").symlink_to(b.needed.resolve())
+                    f"[disks]\npath = {disk.parent}\nread only = yes\n")
     made = b.at_target / "disk.raw"
     copy_of(b.held, made)
     ready = lambda p: f":{PORT:04X} " in Path(f"/proc/{p.child.pid}/net/tcp").read_text()
     server = b.lab.serve("rsync", "--daemon", "--no-detach", f"--config={conf}", f"--port={PORT}", ready=ready)
-    b.pull(server, "rsync", *options, "-L", "--no-whole-file", "--ignore-times",
-           f"rsync://{SOURCE_ADDRESS}:{PORT}/disks/disk.raw", made)
+    b.pull(server, "rsync", *options, "--no-whole-file", "--ignore-times",
+           f"rsync://{SOURCE_ADDRESS}:{PORT}/disks/{disk.name}", made)
     return b.done(made)
 
 
@@ -192,8 +191,7 @@ def zsync(b):
 
 
 def bita(b):
-    b.prepare("bita", "compress", "--compression", "zstd", "--compression-level", "3", "--input", b.needed.resolve(),
-              b.at_source / "disk.cba")
+    b.prepare("bita", "compress", "--input", b.needed.resolve(), b.at_source / "disk.cba")
     copy_of(b.held, b.at_target / "held.raw")
     made = b.at_target / "disk.raw"
     b.pull(b.http(), "bita", "clone", "--seed", b.at_target / "held.raw", b.url("disk.cba"), made)
@@ -285,7 +283,7 @@ TOOLS = {
     "casync": Tool(casync, "casync, 64 KiB", needs=("casync", "nginx"), package="casync nginx-light"),
     "desync": Tool(desync, "desync, 64 KiB", needs=("desync", "nginx")),
     "zsync": Tool(zsync, "zsync -z", needs=("zsync", "zsyncmake", "nginx"), package="zsync nginx-light"),
-    "bita": Tool(bita, "bita, zstd", needs=("bita", "nginx")),
+    "bita": Tool(bita, "bita (64 KiB, brotli)", needs=("bita", "nginx")),
     "borg": Tool(borg, "borg, 64 KiB, zstd", needs=("borg",), package="borgbackup"),
     "restic": Tool(restic, "restic", needs=("restic",), package="restic"),
     "patch-from": Tool(patch_from, "zstd -3 --patch-from", rival=False, needs=("zstd", "socat"), package="zstd socat"),
