@@ -85,6 +85,12 @@ class Lab:
         return Process(self, self.source, argv, ready=ready, **options)
 
 
+def listens(port):
+    """Whether something in the namespace of a process listens on the port. (A connection that just
+    ended is still listed, in another state.)"""
+    return lambda process: f":{port:04X} 00000000:0000 0A" in Path(f"/proc/{process.child.pid}/net/tcp").read_text()
+
+
 class Process:
     """A program in a namespace, below GNU time, which does not count this interpreter's memory."""
 

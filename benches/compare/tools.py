@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab import SOURCE_ADDRESS, Failed, Usage, run
+from lab import SOURCE_ADDRESS, Usage, listens, run
 
 PORT = 8099
 
@@ -77,8 +77,7 @@ class Bench:
 
     def copy(self, file, to):
         """Sends a file as it is."""
-        listening = lambda p: f":{PORT:04X} " in Path(f"/proc/{p.child.pid}/net/tcp").read_text()
-        server = self.lab.serve("socat", "-u", f"FILE:{file}", f"TCP-LISTEN:{PORT},reuseaddr", ready=listening)
+        server = self.lab.serve("socat", "-u", f"FILE:{file}", f"TCP-LISTEN:{PORT},reuseaddr", ready=listens(PORT))
         self.row.artefact_bytes += file.stat().st_size
         self.pull(server, "socat", "-u", f"TCP:{SOURCE_ADDRESS}:{PORT}", f"CREATE:{to}")
 
@@ -92,8 +91,7 @@ class Bench:
             f"client_body_temp_path {self.dir}/body; proxy_temp_path {self.dir}/proxy; fastcgi_temp_path {self.dir}/f;"
             f"uwsgi_temp_path {self.dir}/u; scgi_temp_path {self.dir}/s;\n"
             f"server {{ listen {SOURCE_ADDRESS}:{PORT}; root {self.at_source}; }} }}\n")
-        ready = lambda p: f":{PORT:04X} " in Path(f"/proc/{p.child.pid}/net/tcp").read_text()
-        return self.lab.serve("nginx", "-c", conf, "-p", self.dir, ready=ready)
+        return self.lab.serve("nginx", "-c", conf, "-p", self.dir, ready=listens(PORT))
 
     def url(self, name):
         return f"http://{SOURCE_ADDRESS}:{PORT}/{name}"
@@ -150,8 +148,7 @@ def rsync(b, *options):
                     f"[disks]\npath = {disk.parent}\nread only = yes\n")
     made = b.at_target / "disk.raw"
     copy_of(b.held, made)
-    ready = lambda p: f":{PORT:04X} " in Path(f"/proc/{p.child.pid}/net/tcp").read_text()
-    server = b.lab.serve("rsync", "--daemon", "--no-detach", f"--config={conf}", f"--port={PORT}", ready=ready)
+    server = b.lab.serve("rsync", "--daemon", "--no-detach", f"--config={conf}", f"--port={PORT}", ready=listens(PORT))
     b.pull(server, "rsync", *options, "--no-whole-file", "--ignore-times",
            f"rsync://{SOURCE_ADDRESS}:{PORT}/disks/{disk.name}", made)
     return b.done(made)
