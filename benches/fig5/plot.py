@@ -25,16 +25,18 @@ def totals(rows):
         ("Cicada, the target holds the components", "a", series(rows, mbit, "total_seconds")),
         ("monolithic: stop, rsync -z of both disks, start", "b", series(rows, mbit, "monolithic_total_seconds")),
         ("Cicada, the target holds nothing", "c", series(rows, mbit, "total_seconds", holds="nothing")),
+        ("Cicada: of that, the VM is down (monolithic: all the time)", "d", series(rows, mbit, "downtime_ms", 1e-3)),
     ]) for mbit in links(rows)]
     return draw(charts)
 
 
 def phases(rows, names):
-    constant = [n for n in names if n not in ("stage",)]
+    constant = [n for n in names if n not in ("stage", "release")]
     charts = []
     for mbit in links(rows):
         lines = [(n, cls, series(rows, mbit, f"{n.replace('-', '_')}_ms", 1e-3)) for n, cls in zip(constant, "abcde")]
-        lines.append(("boot", "b", series(rows, mbit, "boot_ms", 1e-3)))
+        lines.append(("boot", "e", series(rows, mbit, "boot_ms", 1e-3)))
+        lines = [line for line in lines if line[2]]
         charts.append((f"{mbit} Mbit/s: phases that should not depend on the data, seconds", lines))
     return draw(charts)
 
@@ -68,11 +70,10 @@ def chart(title, lines):
         out.append(f'<text x="{x(v):.1f}" y="{TOP + height + 16}" text-anchor="middle">{v}</text>')
     out.append(f'<text x="{LEFT + width}" y="{TOP + height + 32}" text-anchor="end">user data, MiB</text>')
     for n, (label, cls, found) in enumerate(lines):
-        dash = ' stroke-dasharray="5 3"' if label == "boot" else ""
-        out.append(f'<g class="{cls}"><polyline{dash} points="{" ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in found)}"/>')
+        out.append(f'<g class="{cls}"><polyline points="{" ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in found)}"/>')
         out += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3"/>' for a, b in found]
         at = HEIGHT + 8 + 15 * n
-        out.append(f'<rect x="{LEFT}" y="{at - 8}" width="18" height="{4 if dash else 8}"/>'
+        out.append(f'<rect x="{LEFT}" y="{at - 8}" width="18" height="8"/>'
                    f'<text x="{LEFT + 24}" y="{at}">{escape(label)}</text></g>')
     return "".join(out)
 
