@@ -19,10 +19,11 @@ use std::sync::OnceLock;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 12] = [
+const TARGETS: [(&str, Target); 13] = [
     ("chunk-map", trees::chunk_map),
     ("config", settings::config),
     ("definition", settings::definition),
+    ("delta", pack::delta),
     ("disk", disk::qcow2),
     ("fragments", content::fragments),
     ("frames", control::frames),

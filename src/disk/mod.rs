@@ -25,7 +25,7 @@ pub use image::DiskImage;
 pub use index::BlockIndex;
 pub use overlay::{OverlayWriter, create_overlay};
 pub use qcow2::Qcow2;
-pub use scan::{scan_root, scan_user_data};
+pub use scan::{scan_base, scan_root, scan_user_data};
 pub use scrub::{finish_scrubs, scrub};
 pub use space::require_space;
 pub use stage::{Changes, DiskFile, StagedDisk};

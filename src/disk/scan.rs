@@ -23,6 +23,12 @@ pub fn scan_root(overlay: &Path, base: &Path) -> Result<(ChunkMap, BlockIndex), 
     scan(DiskImage::overlay(overlay, base)?, ROOT_BLOCK_BYTES)
 }
 
+/// The blocks of a composition, in the size of a root delta's: what a guest copied or moved about
+/// is often still there.
+pub fn scan_base(base: &Path) -> Result<BlockIndex, DiskError> {
+    scan(DiskImage::raw(base)?, ROOT_BLOCK_BYTES).map(|(_, index)| index)
+}
+
 /// The chunk map of a user-data disk: a block of zeros is absent, holes are not read.
 pub fn scan_user_data(path: &Path) -> Result<(ChunkMap, BlockIndex), DiskError> {
     scan(DiskImage::raw(path)?, USER_DATA_BLOCK_BYTES)
