@@ -149,6 +149,7 @@ fn spec() -> VmSpec {
         nics: vec![Nic { network: "lan".into(), mac: Mac::derived(id, 0) }],
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
+        firmware: cicada::vm::Firmware::Uefi,
     }
 }
 

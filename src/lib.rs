@@ -22,6 +22,7 @@ pub mod telemetry;
 pub mod transfer;
 pub mod xmpp;
 // Level 3
+pub mod adopt;
 pub mod broker;
 pub mod build;
 pub mod compose;

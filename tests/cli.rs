@@ -96,6 +96,11 @@ fn wrong_command_lines_exit_with_2() {
         &["vm", "create", "Web!", "--component", "x"],
         &["vm", "create", "web", "--component", "x", "--memory", "much"],
         &["vm", "stop", "web", "--timeout", "soon"],
+        &["vm", "adopt", "web"],
+        &["vm", "adopt", "web", "disk", "--format", "iso"],
+        &["vm", "adopt", "web", "disk", "--firmware", "coreboot"],
+        &["vm", "adopt", "web", "disk", "--dry-run", "--start"],
+        &["vm", "export", "web", "disk", "--format", "auto"],
         &["vm", "console", "web", "--expect-regex", "("],
         &["vm", "console", "web", "--send", r"\q"],
         &["identity", "trust", "nobody", "key"],
@@ -125,6 +130,8 @@ fn without_a_broker_commands_say_how_to_start_it() {
         &["members"],
         &["vm", "list", "--json"],
         &["vm", "create", "web", "--component", "x"],
+        &["vm", "adopt", "web", "disk"],
+        &["vm", "export", "web", "disk"],
         &["plan", "web"],
         &["move", "web"],
         &["migration", "list"],
@@ -401,6 +408,29 @@ fn tables_are_for_people_and_json_for_programs() {
 }
 
 #[test]
+fn an_adoption_tells_what_was_known_and_what_was_added() {
+    let dir = cloud();
+    let _broker = TestBroker::start(dir.path());
+    let o = run(dir.path(), &["vm", "adopt", "old", "old.img", "--format", "raw", "--dry-run"]);
+    let digest = "ab".repeat(32);
+    let expected = format!(
+        "VM            none, a dry run\n\
+         disk          2.5 KiB, raw\n\
+         known         768 KiB, 75 % of its content\n\
+         residue       256 KiB\n\
+         zeros         0 B\n\
+         extents       7 in 3 packs\n\
+         image digest  {digest}\n\
+         time          12 ms\n\n\
+         KNOWN FROM  PACKS    BYTES\n\
+         redis@7.0       3  768 KiB\n"
+    );
+    assert_eq!(stdout(&o), expected);
+    let notes = "the disk's size is no multiple of 1 MiB: 1046016 bytes of zeros were added at its end\n";
+    assert!(stderr(&o).ends_with(notes), "{}", stderr(&o));
+}
+
+#[test]
 fn a_reader_that_leaves_is_no_failure() {
     let dir = cloud();
     let _broker = TestBroker::start(dir.path());
@@ -673,6 +703,15 @@ fn progress(phase: &str, done: u64) -> Value {
     })
 }
 
+fn adopted() -> Value {
+    json!({
+        "name": "old", "format": "raw", "disk_bytes": 2560, "size_bytes": 1 << 20, "digest": "ab".repeat(32),
+        "known_bytes": 768 << 10, "residue_bytes": 256 << 10, "zero_bytes": 0, "extents": 7, "packs": 3,
+        "packs_left_out": 0, "known_from": [{ "component": "redis@7.0", "packs": 3, "bytes": 768 << 10 }],
+        "elapsed_ms": 12, "component": null, "vm": null
+    })
+}
+
 fn migration() -> Value {
     json!({ "progress": progress("completed", 50), "problem": null, "account": {
         "components_needed": 4, "components_held": 3, "components_fetched": 1, "packs_needed": 210,
@@ -705,6 +744,10 @@ impl Service for TestService {
                         .next("see 'cicada vm list'"))
                 }
                 Request::Plan { .. } => reply("plan", plan()),
+                Request::VmAdopt(adopt) => {
+                    assert!(Path::new(&adopt.disk).is_absolute() && adopt.dry_run, "{adopt:?}");
+                    reply("adopted", adopted())
+                }
                 Request::Move { vm, to, dry_run: false } => {
                     assert_eq!(
                         to.as_deref(),

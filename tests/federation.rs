@@ -3,9 +3,11 @@
 #[path = "federation/world.rs"]
 mod world;
 
-use cicada::broker::interface::{Event, Verdict, VmCreate};
+use cicada::broker::interface::{Event, Verdict, VmAdopt, VmCreate};
 use cicada::broker::{ProblemKind, Reply, Request};
+use cicada::component::{Kind, Manifest, PackRef};
 use cicada::types::ByteSize;
+use cicada::vm::Firmware;
 use world::{World, components, missing_tool, turn};
 
 const TINY: [&str; 3] = ["format-uefi-gpt", "kernel-tiny", "os-tiny"];
@@ -433,4 +435,228 @@ impl Drop for SmallDisk {
     fn drop(&mut self) {
         let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
     }
+}
+
+#[test]
+fn a_vm_written_out_is_adopted_again_and_boots_as_before() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let built = components(&TINY);
+    let world = World::start(&["alpine"]);
+    world.push(0, &built, &built.ids);
+    world.create_vm(0, "web", &built.ids, 64, true);
+    world.wait_booted(0, "web", 120);
+    world.guest(0, "web", "dd if=/dev/urandom of=/data/proof bs=1k count=300 2>/dev/null; sha256sum /data/proof >/root/sum; sync");
+    world.call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: 60 }).unwrap();
+    let path = |name: &str| world.dir.path().join(name).display().to_string();
+    for (name, format, user_data) in [("web.vmdk", "vmdk", false), ("web-data.qcow2", "qcow2", true)] {
+        let (vm, output, format) = ("web".into(), path(name), format.into());
+        world.call(0, &Request::VmExport { vm, output, format, user_data }).unwrap();
+    }
+    world.call(0, &Request::VmDelete { vm: "web".into() }).unwrap();
+    let adopt = VmAdopt {
+        name: "twin".parse().unwrap(),
+        disk: path("web.vmdk"),
+        user_data: Some(path("web-data.qcow2")),
+        format: "auto".into(),
+        architecture: "amd64".into(),
+        firmware: Firmware::Uefi,
+        memory: ByteSize::mib(256),
+        cpus: 1,
+        networks: vec!["lan".into()],
+        share: false,
+        dry_run: false,
+        start: true,
+    };
+    let reply = world.call(0, &Request::VmAdopt(adopt));
+    let Ok(Reply::Adopted(adopted)) = reply else { panic!("{reply:?}\n{}", world.log(0)) };
+    // All files are known; what is left is the file system's own and what the guest wrote.
+    assert!(adopted.known_bytes > 8 * adopted.residue_bytes, "{adopted:?}");
+    world.wait_booted(0, "twin", 120);
+    world.guest(0, "twin", "sha256sum -c /root/sum");
+}
+
+/// Boots from a BIOS, prints the ready line on the serial port and halts; writes nothing.
+fn boot_sector() -> Vec<u8> {
+    let mut sector = vec![
+        0x31, 0xc0, 0x8e, 0xd8, 0xfc, // xor ax, ax; mov ds, ax; cld
+        0xbe, 0x21, 0x7c, // mov si, message
+        0xac, 0x84, 0xc0, 0x74, 0x11, // next: lodsb; test al, al; jz halt
+        0x88, 0xc3, 0xba, 0xfd, 0x03, // mov bl, al; mov dx, 0x3fd
+        0xec, 0xa8, 0x20, 0x74, 0xfb, // wait: in al, dx; test al, 0x20; jz wait
+        0x88, 0xd8, 0xb2, 0xf8, 0xee, 0xeb, 0xea, // mov al, bl; mov dl, 0xf8; out dx, al; jmp next
+        0xf4, 0xeb, 0xfd, // halt: hlt; jmp halt
+    ];
+    sector.extend_from_slice(cicada::broker::READY_LINE.as_bytes());
+    sector.extend_from_slice(b"\r\n");
+    sector.resize(510, 0);
+    sector.extend_from_slice(&[0x55, 0xaa]);
+    sector
+}
+
+/// Bytes that do not compress and differ by `seed`.
+fn noise(seed: u8, len: usize) -> Vec<u8> {
+    let mut out = vec![0; len];
+    blake3::Hasher::new().update(&[seed]).finalize_xof().fill(&mut out);
+    out
+}
+
+/// A component of one pack of noise, bound to a name.
+fn noise_component(dir: &std::path::Path, content: &[u8]) -> world::Built {
+    let repository = cicada::repository::Repository::create(&dir.join("made")).unwrap();
+    let mut writer = repository.pack_writer().unwrap();
+    writer.append(&mut &*content, content.len() as u64).unwrap();
+    let (id, size_bytes) = writer.finish().unwrap().unwrap();
+    let pack = PackRef { id, size_bytes, package: "noise".into(), package_version: "1".into() };
+    let manifest = Manifest {
+        name: "noise".into(),
+        version: "1".into(),
+        kind: Kind::Program,
+        architecture: "amd64".into(),
+        origin: "a test".into(),
+        licences: Vec::new(),
+        requires: Vec::new(),
+        conflicts: Vec::new(),
+        packs: vec![pack],
+        entries: Vec::new(),
+        fragments: Vec::new(),
+    };
+    let ids = vec![repository.put_manifest(&manifest).unwrap()];
+    world::Built { repository, ids }
+}
+
+#[test]
+fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let world = World::start(&["alpine", "boreal"]);
+    let known = noise(1, 6 << 20);
+    let built = noise_component(world.dir.path(), &known);
+    // Both clouds hold the content, neither has seen the disk.
+    world.push(0, &built, &built.ids);
+    world.push(1, &built, &built.ids);
+    let private = noise(2, 900_000);
+    let mut disk = boot_sector();
+    disk.resize(1 << 20, 0);
+    disk.extend_from_slice(&known);
+    disk.resize(20 << 20, 0);
+    disk.extend_from_slice(&private);
+    disk.resize(40 << 20, 0);
+    let data = noise(3, 100_000);
+    let path = |name: &str| world.dir.path().join(name).display().to_string();
+    std::fs::write(path("disk.raw"), &disk).unwrap();
+    std::fs::write(path("data.raw"), &data).unwrap();
+    let adopt = VmAdopt {
+        name: "old".parse().unwrap(),
+        disk: path("disk.raw"),
+        user_data: Some(path("data.raw")),
+        format: "auto".into(),
+        architecture: "amd64".into(),
+        firmware: Firmware::Bios,
+        memory: ByteSize::mib(64),
+        cpus: 1,
+        networks: vec!["lan".into()],
+        share: false,
+        dry_run: true,
+        start: false,
+    };
+
+    // A dry run tells and changes nothing.
+    let tried = world.call(0, &Request::VmAdopt(adopt.clone())).unwrap();
+    let Reply::Adopted(tried) = tried else { panic!("{tried:?}") };
+    assert_eq!((tried.known_bytes, tried.packs, &tried.vm), (6 << 20, 1, &None));
+    assert_eq!(world.vms(0).len() + world.vm_files(0).len(), 0);
+
+    let adopt = VmAdopt { dry_run: false, ..adopt };
+    let mut phases: Vec<String> = Vec::new();
+    let reply = world.call_with(0, &Request::VmAdopt(adopt.clone()), |event| {
+        if let Event::Progress { phase, .. } = event
+            && phases.last() != Some(&phase)
+        {
+            phases.push(phase);
+        }
+    });
+    let Ok(Reply::Adopted(adopted)) = reply else { panic!("{reply:?}\n{}", world.log(0)) };
+    assert_eq!(phases, ["read", "index", "match", "compose", "write", "verify", "user data"]);
+    assert_eq!((adopted.known_bytes, adopted.residue_bytes), (tried.known_bytes, tried.residue_bytes));
+    let taken = world.call(0, &Request::VmAdopt(adopt.clone())).unwrap_err();
+    assert_eq!(taken.kind, ProblemKind::Conflict);
+
+    let export = |cloud: usize, name: &str, user_data: bool| {
+        let output = path(name);
+        let request =
+            Request::VmExport { vm: "old".into(), output: output.clone(), format: "raw".into(), user_data };
+        match world.call(cloud, &request) {
+            Ok(Reply::Exported(_)) => std::fs::read(output).unwrap(),
+            other => panic!("{other:?}\n{}", world.log(cloud)),
+        }
+    };
+    assert!(export(0, "here.raw", false) == disk);
+    let existing = Request::VmExport {
+        vm: "old".into(),
+        output: path("here.raw"),
+        format: "qcow2".into(),
+        user_data: false,
+    };
+    assert_eq!(world.call(0, &existing).unwrap_err().kind, ProblemKind::Conflict);
+
+    // Its content is there already: what travels is the residue and the list of extents.
+    let plan = world.plan(0, "old");
+    assert!(plan.candidates[0].component_bytes_missing < 16 << 10, "{plan:?}");
+    let moved = world.move_vm(0, "old", "boreal");
+    assert_eq!(moved.account.packs_fetched, 1, "{:?}", moved.account);
+    assert!(moved.account.wire_bytes < (private.len() + data.len() + (256 << 10)) as u64);
+    assert!(export(1, "there.raw", false) == disk, "the disk is another at the target");
+    let mut padded = data.clone();
+    padded.resize(1 << 20, 0);
+    assert!(export(1, "there-data.raw", true) == padded);
+
+    // It starts there as it would have at home.
+    let view = world.vm(1, "old");
+    assert_eq!(view.spec.firmware, Firmware::Bios);
+    world.call(1, &Request::VmStart { vm: "old".into() }).unwrap();
+    world.wait_booted(1, "old", 120);
+    let running = Request::VmExport {
+        vm: "old".into(),
+        output: path("running.raw"),
+        format: "raw".into(),
+        user_data: false,
+    };
+    assert_eq!(world.call(1, &running).unwrap_err().kind, ProblemKind::Conflict);
+    world.call(1, &Request::VmStop { vm: "old".into(), force: true, timeout_s: 5 }).unwrap();
+    let home = world.move_vm(1, "old", "alpine");
+    assert_eq!(home.account.packs_fetched, 0);
+    assert!(export(0, "home.raw", false) == disk);
+
+    // An operator who leaves in the middle leaves nothing behind.
+    std::fs::write(path("large.raw"), noise(4, 300 << 20)).unwrap();
+    let compositions = world.clouds[0].dir.join("data/repository/compositions");
+    let count = |dir: &std::path::Path| std::fs::read_dir(dir).unwrap().count();
+    let before = (world.vm_files(0), count(&compositions));
+    let large = VmAdopt { name: "large".parse().unwrap(), disk: path("large.raw"), user_data: None, ..adopt };
+    let request = Request::VmAdopt(large.clone());
+    let socket = world.socket(0);
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let client = cicada::client::Client::connect(&socket).await.unwrap();
+        let writes = tokio::sync::Notify::new();
+        let call = client.call(&request, |event| {
+            if matches!(event, Event::Progress { phase, .. } if phase == "write") {
+                writes.notify_one();
+            }
+        });
+        tokio::select! {
+            reply = call => panic!("it was not interrupted: {reply:?}"),
+            () = writes.notified() => {}
+        }
+    });
+    world.wait("the name is free again", 60, |w| {
+        w.call(0, &Request::VmAdopt(VmAdopt { disk: path("nowhere"), ..large.clone() }))
+            .is_err_and(|p| p.kind == ProblemKind::NotFound)
+    });
+    assert_eq!((world.vm_files(0), count(&compositions)), before);
+    assert_eq!(world.vms(0).len(), 1);
 }

@@ -51,6 +51,7 @@ fn machine_with(dir: &Path, id: VmId) -> Machine {
             nics: vec![Nic { network: "default".into(), mac: Mac::derived(id, 0) }],
             architecture: "amd64".into(),
             cpu_model: "qemu64".into(),
+            firmware: cicada::vm::Firmware::Uefi,
         },
         root_disk: disk("root.raw", 4 * MIB),
         root_format: DiskFormat::Raw,

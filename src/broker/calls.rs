@@ -29,6 +29,13 @@ impl Broker {
             Request::IdentityTrust { member, key } => self.trust(|b| b.members.pin(&member, key)),
             Request::IdentityRevoke { member } => self.trust(|b| b.members.revoke(&member)),
             Request::VmCreate(create) => return self.create_vm(create, reply),
+            Request::VmAdopt(adopt) => return self.adopt_vm(adopt, events, reply),
+            Request::VmExport { vm, output, format, user_data } => {
+                match self.exported_disk(&vm, &output, &format, user_data) {
+                    Ok(export) => return self.export_vm(export, events, reply),
+                    Err(p) => Err(p),
+                }
+            }
             Request::VmList => Ok(Reply::Vms(self.vms.values().map(|vm| self.vm_view(vm)).collect())),
             Request::VmShow { vm } => self.find_vm(&vm).map(|id| self.shown(id)),
             Request::VmStart { vm } => match self.free_vm(&vm) {

@@ -12,7 +12,7 @@ use crate::types::{
     ByteSize, CloudName, ComponentId, ImageDigest, MemberJid, MigrationId, PublicKey, RecipeId, VmId, VmName,
 };
 use crate::vm::spec::Nic;
-use crate::vm::{PowerState, VmSpec};
+use crate::vm::{Firmware, PowerState, VmSpec};
 
 use super::problem::Problem;
 
@@ -87,6 +87,15 @@ pub enum Request {
         bind: bool,
     },
     VmCreate(VmCreate),
+    /// Makes a VM of an existing disk. Ends without trace when its caller goes away.
+    VmAdopt(VmAdopt),
+    /// Writes the whole disk of a stopped VM to `output`, a path on the broker's machine where nothing is yet.
+    VmExport {
+        vm: String,
+        output: String,
+        format: String,
+        user_data: bool,
+    },
     VmList,
     VmShow {
         vm: String,
@@ -147,6 +156,29 @@ pub struct VmCreate {
     pub start: bool,
 }
 
+/// A VM to be made of disks on the broker's machine.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmAdopt {
+    pub name: VmName,
+    /// Absolute paths.
+    pub disk: String,
+    pub user_data: Option<String>,
+    /// Of both disks: `auto`, or a format that `compose` writes.
+    pub format: String,
+    /// Debian architecture name.
+    pub architecture: String,
+    pub firmware: Firmware,
+    pub memory: ByteSize,
+    pub cpus: u32,
+    pub networks: Vec<String>,
+    /// What is not known becomes part of a component that others can use, instead of the root delta.
+    pub share: bool,
+    /// Only tell what would be known.
+    pub dry_run: bool,
+    pub start: bool,
+}
+
 /// The answer to a request.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(tag = "reply", content = "value", rename_all = "kebab-case")]
@@ -163,6 +195,8 @@ pub enum Reply {
     /// Repository reports are tables of name and value, in a fixed order.
     Report(Vec<ReportLine>),
     Vm(Box<VmView>),
+    Adopted(Box<AdoptedView>),
+    Exported(ExportedView),
     Vms(Vec<VmView>),
     Plan(PlanView),
     Migration(Box<MigrationView>),
@@ -317,6 +351,48 @@ pub struct ComposedView {
     pub image_digest: ImageDigest,
     pub output: String,
     pub bytes: u64,
+    pub elapsed_ms: u64,
+}
+
+/// What of an existing disk was known.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct AdoptedView {
+    pub name: VmName,
+    pub format: String,
+    /// Size of the disk as it was given, and as it is a VM's: a multiple of 1 MiB.
+    pub disk_bytes: u64,
+    pub size_bytes: u64,
+    /// The image digest of the disk.
+    pub digest: ImageDigest,
+    /// Bytes found in packs, bytes that are nowhere, and zeros; in blocks of 4 KiB.
+    pub known_bytes: u64,
+    pub residue_bytes: u64,
+    pub zero_bytes: u64,
+    pub extents: u64,
+    pub packs: u64,
+    /// Packs held that were too many to be looked into.
+    pub packs_left_out: u64,
+    pub known_from: Vec<KnownFromView>,
+    pub elapsed_ms: u64,
+    /// Component of the base and the VM; not there after a dry run.
+    pub component: Option<String>,
+    pub vm: Option<Box<VmView>>,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct KnownFromView {
+    /// `name@version`.
+    pub component: String,
+    pub packs: u64,
+    pub bytes: u64,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ExportedView {
+    pub output: String,
+    pub format: String,
+    /// Size of the disk.
+    pub size_bytes: u64,
     pub elapsed_ms: u64,
 }
 

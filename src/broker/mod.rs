@@ -3,6 +3,7 @@
 //! elsewhere and come back as inputs.
 
 pub mod account;
+mod adopting;
 pub mod archive;
 mod borrowing;
 mod calls;

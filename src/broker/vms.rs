@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 use crate::disk;
 use crate::hypervisor::{DiskFormat, Machine, StopMode};
-use crate::types::{ByteSize, ComponentId, MigrationId, VmId};
+use crate::types::{ByteSize, ComponentId, MigrationId, VmId, VmName};
 use crate::vm::spec::Nic;
 use crate::vm::{Mac, PowerState, VmSpec};
 
@@ -59,7 +59,7 @@ impl DiskPaths {
     }
 }
 
-type Answer = oneshot::Sender<Result<Reply, Problem>>;
+pub(super) type Answer = oneshot::Sender<Result<Reply, Problem>>;
 
 impl Broker {
     pub(super) fn disk_paths(&self, record: &VmRecord) -> DiskPaths {
@@ -177,7 +177,7 @@ impl Broker {
     }
 
     pub(super) fn create_vm(&mut self, create: VmCreate, reply: Answer) {
-        if let Some(problem) = self.create_problem(&create) {
+        if let Some(problem) = self.create_problem(&create.name, &create.networks) {
             let _ = reply.send(Err(problem));
             return;
         }
@@ -197,10 +197,11 @@ impl Broker {
         });
     }
 
-    fn create_problem(&self, create: &VmCreate) -> Option<Problem> {
-        let object = format!("VM {}", create.name);
-        let taken = self.names_in_use.contains(&create.name)
-            || self.vms.values().any(|vm| vm.record.is_here() && vm.record.spec.name == create.name);
+    /// Why no VM of this name and with these networks can be made.
+    pub(super) fn create_problem(&self, name: &VmName, networks: &[String]) -> Option<Problem> {
+        let object = format!("VM {name}");
+        let taken = self.names_in_use.contains(name)
+            || self.vms.values().any(|vm| vm.record.is_here() && vm.record.spec.name == *name);
         if taken {
             return Some(
                 Problem::new(ProblemKind::Conflict, object, "a VM of that name exists")
@@ -208,7 +209,7 @@ impl Broker {
             );
         }
         let known = self.networks();
-        if let Some(bad) = create.networks.iter().find(|n| !known.iter().any(|k| k.name == **n)) {
+        if let Some(bad) = networks.iter().find(|n| !known.iter().any(|k| k.name == **n)) {
             let names: Vec<_> = known.iter().map(|n| n.name.as_str()).collect();
             let reason = format!("there is no network named '{bad}'");
             let next = format!(
@@ -220,7 +221,7 @@ impl Broker {
         None
     }
 
-    fn vm_made(&mut self, record: VmRecord, start: bool, reply: Answer) {
+    pub(super) fn vm_made(&mut self, record: VmRecord, start: bool, reply: Answer) {
         let id = record.spec.id;
         if let Err(e) = self.shared.records.save_vm(&record) {
             let _ = reply.send(Err(Problem::from_error(
@@ -325,7 +326,7 @@ impl Broker {
         });
     }
 
-    fn verb_done(&mut self, id: VmId, result: Result<(), Problem>, reply: Answer) {
+    pub(super) fn verb_done(&mut self, id: VmId, result: Result<(), Problem>, reply: Answer) {
         let Some(vm) = self.vms.get_mut(&id) else { return };
         vm.busy = None;
         let answer = match (result, self.vms.get(&id)) {
@@ -492,6 +493,7 @@ fn make_vm(shared: &Shared, create: VmCreate) -> Result<VmRecord, Problem> {
         nics,
         architecture: content::architecture(&shared.repository, &ids)?,
         cpu_model: shared.config.hypervisor.cpu_model.clone(),
+        firmware: crate::vm::Firmware::Uefi,
     };
     spec.check().map_err(|reason| {
         Problem::new(ProblemKind::BadRequest, object.clone(), reason).next("see 'cicada vm create --help'")

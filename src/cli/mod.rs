@@ -2,6 +2,7 @@
 //! to stdout and everything else to stderr.
 
 mod account;
+mod adopt;
 mod archive;
 mod bench;
 mod broker;

@@ -70,6 +70,8 @@ impl Target {
             | R::IdentityTrust { .. }
             | R::IdentityRevoke { .. }
             | R::VmCreate(_)
+            | R::VmAdopt(_)
+            | R::VmExport { .. }
             | R::VmList
             | R::VmShow { .. }
             | R::VmStart { .. }

@@ -7,6 +7,7 @@ use crate::config::HumanDuration;
 use crate::types::{ByteSize, VmName};
 use crate::vm::PowerState;
 
+use super::adopt;
 use super::console;
 use super::context::Context;
 use super::format::bytes;
@@ -18,6 +19,10 @@ use super::table::{Table, card};
 pub enum Command {
     /// Make a VM of components
     Create(Create),
+    /// Make a VM of an existing disk
+    Adopt(adopt::Adopt),
+    /// Write a stopped VM's disk to a file
+    Export(adopt::Export),
     /// List the VMs
     List,
     /// Show one VM
@@ -67,6 +72,8 @@ pub struct Create {
 pub async fn run(ctx: &Context, command: Command) -> Outcome {
     match command {
         Command::Create(create) => ctx.work(&create.request(), print_vm).await,
+        Command::Adopt(args) => adopt::adopt(ctx, args).await,
+        Command::Export(args) => adopt::export(ctx, args).await,
         Command::List => ctx.read(&Request::VmList, print_list).await,
         Command::Show { vm } => ctx.read(&Request::VmShow { vm }, print_vm).await,
         Command::Start { vm } => {
@@ -171,6 +178,7 @@ fn print_vm(printer: &Printer, reply: Reply) -> Outcome {
             ("epoch", vm.epoch.to_string()),
             ("CPUs", vm.cpus.to_string()),
             ("memory", vm.memory.to_string()),
+            ("firmware", vm.spec.firmware.to_string()),
             ("networks", nics.join(", ")),
             ("components", vm.components.join(", ")),
             ("recipe", vm.recipe.to_string()),

@@ -2,11 +2,13 @@
 //! components become one file tree. Pure: no I/O, no clock.
 
 pub mod definition;
+pub mod extents;
 pub mod fragment;
 pub mod manifest;
 pub mod recipe;
 pub mod tree;
 
 pub use definition::Definition;
+pub use extents::{BlockExtent, ExtentList};
 pub use manifest::{Entry, EntryKind, Fragment, FragmentRule, Kind, Manifest, PackRef};
 pub use recipe::{DiskParameters, Recipe};

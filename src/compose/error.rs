@@ -21,8 +21,15 @@ pub enum ComposeError {
     ShortPack { pack: PackId, need_bytes: u64 },
     #[error("the repository lacks {}", objects.join(", "))]
     Missing { objects: Vec<String> },
-    #[error("the recipe was made by composer {wanted}, this is {}: upgrade the older side", super::COMPOSER)]
+    #[error(
+        "the recipe was made by composer {wanted}, known here are {} and {}: upgrade the older side",
+        super::COMPOSER,
+        super::EXTENTS_COMPOSER
+    )]
     Composer { wanted: String },
+    /// What an adopted disk's component says of its base cannot be true.
+    #[error("the extent list of {component} is refused: {reason}; adopt the disk again where it came from")]
+    ExtentList { component: String, reason: String },
     #[error("a disk of {size} is too small: the components need about {need}")]
     TooSmall { size: ByteSize, need: ByteSize },
     #[error("a disk of {size} is too large: this composer lays out up to {limit}")]

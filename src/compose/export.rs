@@ -1,5 +1,6 @@
 //! The last step to other hypervisors: a composition in their disk format.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::Path;
 use std::process::Command;
@@ -52,18 +53,19 @@ impl FromStr for ImageFormat {
     }
 }
 
-/// Writes `composition` to `output` in `format`. On failure nothing is left at `output`.
-pub fn convert(composition: &Path, output: &Path, format: ImageFormat) -> Result<(), ComposeError> {
+/// Writes an image to `output` in `format`; `input` is how `qemu-img` is told of it, its format included,
+/// so that it need not guess. On failure nothing is left at `output`.
+pub fn convert(input: &[&OsStr], output: &Path, format: ImageFormat) -> Result<(), ComposeError> {
     let mut part = output.as_os_str().to_owned();
     part.push(".part");
     let part = Path::new(&part);
     let mut command = Command::new("qemu-img");
-    command.args(["convert", "-f", "raw", "-O"]).arg(format.to_string());
+    command.args(["convert", "-O"]).arg(format.to_string());
     if format == ImageFormat::Vpc {
         // Without it the size is rounded up to what old geometry can express.
         command.args(["-o", "force_size=on"]);
     }
-    let result = command.arg(composition).arg(part).output();
+    let result = command.args(input).arg(part).output();
     let done = match result {
         Err(e) => Err(ComposeError::Convert(format!("{e}; install the package qemu-utils"))),
         Ok(o) if !o.status.success() => {

@@ -6,6 +6,7 @@ mod error;
 mod esp;
 mod export;
 mod ext4;
+mod extents;
 mod gpt;
 mod image;
 mod plan;
@@ -23,9 +24,9 @@ use crate::durable;
 use crate::repository::{ObjectId, Repository};
 use crate::types::{ByteSize, ComponentId, ImageDigest, RecipeId};
 
-pub use digest::{Digest, SEGMENT_BYTES, digest_of};
+pub use digest::{Digest, SEGMENT_BYTES, digest_of, zero_segment};
 pub use error::ComposeError;
-pub use export::ImageFormat;
+pub use export::{ImageFormat, convert};
 pub use image::{Progress, Timing};
 pub use plan::{Extent, Plan};
 
@@ -33,6 +34,8 @@ use image::{PendingImage, PlainCopies};
 
 /// Names the layout. A recipe of another composer would give another disk and is refused.
 pub const COMPOSER: &str = "cicada-ext4/1";
+/// Names the composer of adopted disks' bases: nothing but extents of packs, listed by one component.
+pub const EXTENTS_COMPOSER: &str = "cicada-extents/1";
 
 /// Makes compositions and keeps them, one for each recipe, read-only.
 #[derive(Clone)]
@@ -108,13 +111,41 @@ impl Composer {
         let esp_size_bytes = esp::size_for(&tree);
         let disk = DiskParameters::derived(&components, virtual_size.0, esp_size_bytes, kernel_command_line);
         let image_digest = ImageDigest::from_bytes([0; 32]);
-        let mut recipe = Recipe { composer: COMPOSER.into(), components, ordered, disk, image_digest };
+        let recipe = Recipe { composer: COMPOSER.into(), components, ordered, disk, image_digest };
+        self.complete(recipe, &|recipe| plan::plan(&tree, &recipe.disk), begun, progress)
+    }
 
+    /// The recipe of an adopted disk's base, whose component lists its extents. As with
+    /// [`Composer::make_recipe`] the base is composed to learn its digest, and kept.
+    pub fn make_extents_recipe(
+        &self,
+        component: &ComponentId,
+        virtual_size: ByteSize,
+        progress: Progress<'_>,
+    ) -> Result<(RecipeId, Recipe), ComposeError> {
+        let begun = Instant::now();
+        let _kept = self.repository.pin(vec![ObjectId::Manifest(*component)]);
+        let components = vec![*component];
+        let disk = DiskParameters::derived(&components, virtual_size.0, 0, "");
+        let image_digest = ImageDigest::from_bytes([0; 32]);
+        let composer = EXTENTS_COMPOSER.into();
+        let recipe = Recipe { composer, components, ordered: false, disk, image_digest };
+        self.complete(recipe, &|recipe| self.plan(recipe), begun, progress)
+    }
+
+    /// Composes a recipe that lacks nothing but its digest, stores it and keeps the composition.
+    fn complete(
+        &self,
+        mut recipe: Recipe,
+        plan: &dyn Fn(&Recipe) -> Result<Plan, ComposeError>,
+        begun: Instant,
+        progress: Progress<'_>,
+    ) -> Result<(RecipeId, Recipe), ComposeError> {
         let _turn = self.turn();
         if let Some(known) = self.composed_recipe(&recipe)? {
             return Ok((known.id(), known));
         }
-        let plan = plan::plan(&tree, &recipe.disk)?;
+        let plan = plan(&recipe)?;
         let mut pending = self.write(&plan, true, progress)?;
         pending.timing.plan = begun.elapsed().saturating_sub(pending.timing.place + pending.timing.write);
         recipe.image_digest = pending.digest.digest;
@@ -194,7 +225,7 @@ impl Composer {
     /// Writes the composed disk to `output` in another hypervisor's format.
     pub fn export(&self, id: &RecipeId, output: &Path, format: ImageFormat) -> Result<(), ComposeError> {
         let composition = self.composition(id)?;
-        export::convert(&composition.path, output, format)
+        export::convert(&["-f".as_ref(), "raw".as_ref(), composition.path.as_os_str()], output, format)
     }
 
     /// Removes a composition that nothing uses any more; tells whether there was one. The recipe stays,
@@ -242,10 +273,17 @@ impl Composer {
 
     /// What goes where; nothing is written.
     pub fn plan(&self, recipe: &Recipe) -> Result<Plan, ComposeError> {
-        if recipe.composer != COMPOSER {
-            return Err(ComposeError::Composer { wanted: recipe.composer.clone() });
+        match recipe.composer.as_str() {
+            COMPOSER => plan::plan(&self.tree(&recipe.components, recipe.ordered)?, &recipe.disk),
+            EXTENTS_COMPOSER => match self.members(&recipe.components)?.as_slice() {
+                [(_, manifest)] => extents::plan(&self.repository, recipe, manifest),
+                members => Err(ComposeError::ExtentList {
+                    component: format!("{} components", members.len()),
+                    reason: "a recipe of extents has one component".into(),
+                }),
+            },
+            other => Err(ComposeError::Composer { wanted: other.to_owned() }),
         }
-        plan::plan(&self.tree(&recipe.components, recipe.ordered)?, &recipe.disk)
     }
 
     /// The files of a set of components, all of them held, that can boot.

@@ -27,7 +27,8 @@ pub struct Machine {
     pub root_format: DiskFormat,
     /// The user-data disk, raw.
     pub user_data_disk: Option<PathBuf>,
-    /// This VM's own firmware variables; made from the firmware's template if absent.
+    /// This VM's own firmware variables; made from the firmware's template if absent. Under BIOS
+    /// there are none.
     pub firmware_vars: PathBuf,
     /// The driver's own directory for this VM: sockets, process record, logs. Nothing in it needs
     /// to travel.

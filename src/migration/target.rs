@@ -392,6 +392,7 @@ mod tests {
             nics: Vec::new(),
             architecture: "amd64".into(),
             cpu_model: "qemu64".into(),
+            firmware: crate::vm::Firmware::Uefi,
         }
     }
 

@@ -110,6 +110,7 @@ mod tests {
             nics: vec![Nic { network: "lan".into(), mac: Mac::derived(id, 0) }],
             architecture: "amd64".into(),
             cpu_model: "qemu64".into(),
+            firmware: crate::vm::Firmware::Uefi,
         }
     }
 

@@ -115,6 +115,9 @@ pub enum RepositoryError {
     #[error("the {kind} ref in {} is damaged ({reason}): restore the file from a backup or delete it", path.display())]
     DamagedRef { kind: &'static str, path: PathBuf, reason: String },
 
+    #[error("cancelled")]
+    Cancelled,
+
     /// What was handed in is not what it claims to be; nothing was kept.
     #[error("{object} was refused: {reason}")]
     Refused { object: ObjectId, reason: String },

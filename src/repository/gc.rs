@@ -157,6 +157,7 @@ impl Repository {
             self.forget(&object);
             if let ObjectId::Pack(id) = object {
                 self.remove_hot(&id);
+                self.remove_block_digests(&id);
             }
         }
         let side = if removed { &mut report.removed } else { &mut report.kept };

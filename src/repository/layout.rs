@@ -20,13 +20,14 @@ const LOCK: &str = "lock";
 const UNCLEAN: &str = "unclean";
 /// What the index must bear to be believed.
 const INDEX_SEAL: &str = "index-seal";
-const DIRECTORIES: [&str; 11] = [
+const DIRECTORIES: [&str; 12] = [
     "packs",
     "manifests",
     "recipes",
     "nodes",
     "refs",
     "hot",
+    "blocks",
     "deltas",
     "incoming",
     "compositions",

@@ -5,6 +5,7 @@
 //! All methods block on file I/O; async callers use a blocking thread.
 
 mod archive;
+mod block_places;
 mod check;
 mod components;
 mod delta;
@@ -44,6 +45,7 @@ use std::sync::{Arc, Mutex};
 use crate::durable::PendingFile;
 
 pub use archive::ArchiveError;
+pub use block_places::{BlockPlace, BlockPlaces, IndexedPack, PLACES_MAX_DEFAULT, block_digest};
 pub use check::{CheckReport, Damage, MissingObject};
 pub use components::{ComponentSummary, MissingReport};
 pub use error::{ObjectId, ObjectKind, RepositoryError};

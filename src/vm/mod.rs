@@ -4,4 +4,4 @@ pub mod chunk_map;
 pub mod spec;
 
 pub use chunk_map::{Block, ChunkMap, MapRef};
-pub use spec::{Mac, PowerState, VmSpec};
+pub use spec::{Firmware, Mac, PowerState, VmSpec};

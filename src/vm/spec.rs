@@ -66,6 +66,43 @@ pub struct Nic {
     pub mac: Mac,
 }
 
+/// What starts a VM's operating system.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Firmware {
+    /// What disks composed of components need.
+    #[default]
+    Uefi,
+    /// For adopted disks that have a boot sector only.
+    Bios,
+}
+
+impl Firmware {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl fmt::Display for Firmware {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Firmware::Uefi => "uefi",
+            Firmware::Bios => "bios",
+        })
+    }
+}
+
+impl FromStr for Firmware {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "uefi" => Ok(Firmware::Uefi),
+            "bios" => Ok(Firmware::Bios),
+            _ => Err(format!("'{}' is no firmware: uefi or bios", s.escape_default())),
+        }
+    }
+}
+
 /// What a VM is, independent of where it runs. Travels with it, unchanged.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct VmSpec {
@@ -83,6 +120,9 @@ pub struct VmSpec {
     pub architecture: String,
     /// A CPU model every member can give, for example `qemu64`; a baseline, never the host's own.
     pub cpu_model: String,
+    /// Left out where it is UEFI, which every version of cicada knows.
+    #[serde(default, skip_serializing_if = "Firmware::is_default")]
+    pub firmware: Firmware,
 }
 
 /// Bounds of a VM's shape; beyond them a spec is refused wherever it comes from.

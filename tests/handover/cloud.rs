@@ -146,6 +146,7 @@ pub fn spec() -> VmSpec {
         nics: Vec::new(),
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
+        firmware: cicada::vm::Firmware::Uefi,
     }
 }
 

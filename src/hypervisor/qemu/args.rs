@@ -12,7 +12,7 @@ use super::config::NetworkBackend;
 use crate::hypervisor::error::list;
 use crate::hypervisor::{Accelerator, DriverError, Machine};
 use crate::types::VmId;
-use crate::vm::Mac;
+use crate::vm::{Firmware, Mac};
 
 /// Names inside a VM's state directory, short because socket paths are: see `STATE.md`.
 pub mod file {
@@ -50,7 +50,9 @@ pub fn argv(machine: &Machine, host: &Host) -> Result<Vec<String>, DriverError> 
     let vm = machine.spec.id;
     let mut a = Args { vm, out: Vec::new() };
     a.general(machine, host);
-    a.firmware(machine, host)?;
+    if machine.spec.firmware == Firmware::Uefi {
+        a.firmware(machine, host)?;
+    }
     a.control(machine)?;
     a.disk("root", slot::ROOT, machine.root_format.name(), &machine.root_disk)?;
     if let Some(path) = &machine.user_data_disk {
@@ -96,12 +98,14 @@ impl Args {
         self.arg("-uuid", spec.id.to_string());
         self.out.extend(["-nodefaults", "-no-user-config"].map(String::from));
         self.arg("-display", "none");
+        let firmware = match spec.firmware {
+            Firmware::Uefi => "pflash0=firmware-code,pflash1=firmware-vars",
+            // There is no graphics card: SeaBIOS then talks over the serial port.
+            Firmware::Bios => "graphics=off",
+        };
         self.arg(
             "-machine",
-            format!(
-                "{},smm=off,vmport=off,dump-guest-core=off,pflash0=firmware-code,pflash1=firmware-vars",
-                host.machine_type
-            ),
+            format!("{},smm=off,vmport=off,dump-guest-core=off,{firmware}", host.machine_type),
         );
         self.arg(
             "-accel",
@@ -257,6 +261,7 @@ mod tests {
                 nics: vec![nic("default", 1), nic("lan", 2), nic("lab", 3)],
                 architecture: "amd64".into(),
                 cpu_model: "qemu64".into(),
+                firmware: Firmware::Uefi,
             },
             root_disk: "/srv/vm/web,1/root.qcow2".into(),
             root_format: DiskFormat::Qcow2,
@@ -306,6 +311,17 @@ mod tests {
         let gone: Vec<_> = with.iter().filter(|a| !without.contains(a)).collect();
         assert_eq!(gone.len(), 2, "{gone:?}");
         assert!(without.iter().all(|a| with.contains(a)));
+    }
+
+    #[test]
+    fn a_bios_machine_differs_by_its_firmware_alone() {
+        let mut machine = machine();
+        let uefi = argv(&machine, &host()).unwrap();
+        machine.spec.firmware = Firmware::Bios;
+        let bios = argv(&machine, &host()).unwrap();
+        let new: Vec<_> = bios.iter().filter(|a| !uefi.contains(a)).collect();
+        assert_eq!(new, ["pc-q35-7.2,smm=off,vmport=off,dump-guest-core=off,graphics=off"]);
+        assert_eq!(uefi.len(), bios.len() + 4, "two pflash drives less");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::args::file;
 use crate::durable;
 use crate::hypervisor::{DriverError, Machine};
 use crate::types::VmId;
+use crate::vm::Firmware;
 
 /// What fits into `sockaddr_un` with its closing zero, see unix(7).
 const SOCKET_PATH_BYTES_MAX: usize = 107;
@@ -33,7 +34,7 @@ pub fn check_paths(machine: &Machine) -> Result<(), DriverError> {
 }
 
 /// Makes the state directory, which nobody else may enter (who reaches the QMP socket commands
-/// the VM), and the firmware variables if the VM has none yet.
+/// the VM), and the firmware variables if the VM needs some and has none yet.
 pub fn prepare(machine: &Machine, vars_template: &Path) -> Result<(), DriverError> {
     let vm = machine.spec.id;
     let dir = &machine.state_dir;
@@ -44,6 +45,9 @@ pub fn prepare(machine: &Machine, vars_template: &Path) -> Result<(), DriverErro
         .and_then(|()| fs::set_permissions(dir, fs::Permissions::from_mode(0o700)))
         .map_err(failed(vm, "make the directory", dir))?;
 
+    if machine.spec.firmware == Firmware::Bios {
+        return Ok(());
+    }
     let vars = &machine.firmware_vars;
     let expected = fs::metadata(vars_template)
         .map_err(|_| DriverError::MissingFirmware { path: vars_template.to_owned() })?

@@ -1,0 +1,222 @@
+//! A disk from elsewhere, opened: raw as it lies, other formats unpacked to a raw temporary file.
+//! Such a file is a stranger's: nothing it says may lead to another file of this machine.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
+use tempfile::TempPath;
+
+use super::error::io_error;
+use super::formats::Head;
+use super::{AdoptError, Job, SIZE_UNIT_BYTES, Segments};
+use crate::compose::ImageFormat;
+use crate::types::ByteSize;
+use crate::vm::spec::limit::DISK_BYTES;
+
+/// Unpacking ends before less than this is free: others write to the repository too.
+const FREE_BYTES_MIN: u64 = 256 << 20;
+const POLL: Duration = Duration::from_millis(50);
+
+/// A disk that can be read.
+pub struct Source {
+    given: PathBuf,
+    format: ImageFormat,
+    disk_bytes: u64,
+    /// The raw temporary file of a disk in another format; removed when dropped.
+    unpacked: Option<TempPath>,
+    stamp: Stamp,
+}
+
+/// By what a change of the given file is noticed. Its content is compared as well, later.
+#[derive(PartialEq, Eq)]
+struct Stamp {
+    len: u64,
+    modified: Option<SystemTime>,
+}
+
+impl Source {
+    /// Opens `path`; `temporary` takes what has to be unpacked.
+    pub fn open(
+        path: &Path,
+        format: Option<ImageFormat>,
+        temporary: &Path,
+        job: Job<'_>,
+    ) -> Result<Self, AdoptError> {
+        let not_one =
+            |reason: &str| AdoptError::NotADisk { path: path.to_owned(), reason: reason.to_owned() };
+        let meta = fs::metadata(path).map_err(io_error("open", path))?;
+        let kind = meta.file_type();
+        // Others may never end, or do something when they are opened.
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(not_one("it is neither a file nor a block device"));
+        }
+        if !path.is_absolute() {
+            return Err(not_one("its path must be absolute"));
+        }
+        let mut file = File::open(path).map_err(io_error("open", path))?;
+        let len = file.seek(SeekFrom::End(0)).map_err(io_error("measure", path))?;
+        let stamp = Stamp { len, modified: meta.modified().ok() };
+        let head = Head::read(&file, len).map_err(io_error("read", path))?;
+        let format = format.unwrap_or_else(|| head.format());
+        if !head.bears(format) {
+            return Err(not_one(&format!("it does not begin as a file of format {format} does")));
+        }
+        if let Some(other) = head.refers_to(format) {
+            return Err(AdoptError::RefersElsewhere { path: path.to_owned(), other: other.to_owned() });
+        }
+        let (disk_bytes, unpacked) = match format {
+            ImageFormat::Raw => (len, None),
+            _ => {
+                let size_bytes = inspect(path, format)?;
+                check_size(path, size_bytes)?;
+                (size_bytes, Some(unpack(path, format, size_bytes, temporary, job)?))
+            }
+        };
+        check_size(path, disk_bytes)?;
+        if disk_bytes == 0 {
+            return Err(not_one("it is empty"));
+        }
+        Ok(Self { given: path.to_owned(), format, disk_bytes, unpacked, stamp })
+    }
+
+    /// The file as it was given.
+    pub fn path(&self) -> &Path {
+        &self.given
+    }
+
+    pub fn format(&self) -> ImageFormat {
+        self.format
+    }
+
+    /// Size of the disk as it was given.
+    pub fn disk_bytes(&self) -> u64 {
+        self.disk_bytes
+    }
+
+    /// The disk for reading, padded to what a VM's disk may have.
+    pub fn segments(&self) -> Result<Segments, AdoptError> {
+        self.check_unchanged()?;
+        Segments::of_file(self.unpacked.as_deref().unwrap_or(&self.given))
+    }
+
+    /// Refuses when the given file is not what it was when it was opened.
+    pub fn check_unchanged(&self) -> Result<(), AdoptError> {
+        let path = &self.given;
+        let meta = fs::metadata(path).map_err(io_error("open", path))?;
+        let len = if meta.is_file() { meta.len() } else { self.stamp.len };
+        if (Stamp { len, modified: meta.modified().ok() }) == self.stamp {
+            return Ok(());
+        }
+        Err(AdoptError::Changed { path: path.clone() })
+    }
+}
+
+fn check_size(path: &Path, disk_bytes: u64) -> Result<(), AdoptError> {
+    if disk_bytes <= DISK_BYTES && disk_bytes.next_multiple_of(SIZE_UNIT_BYTES) <= DISK_BYTES {
+        return Ok(());
+    }
+    let (size, limit) = (ByteSize(disk_bytes), ByteSize(DISK_BYTES));
+    Err(AdoptError::TooLarge { path: path.to_owned(), size, limit })
+}
+
+/// Asks `qemu-img` for the virtual size, refusing everything that names other files.
+fn inspect(path: &Path, format: ImageFormat) -> Result<u64, AdoptError> {
+    let mut command = Command::new("qemu-img");
+    command.args(["info", "--output=json", "-f", &format.to_string()]).arg(path);
+    let output = command.stdin(Stdio::null()).output().map_err(|e| not_run(path, &e))?;
+    let failed = |reason: String| AdoptError::Convert { path: path.to_owned(), reason };
+    if !output.status.success() {
+        return Err(failed(said(&output)));
+    }
+    let info: Value = serde_json::from_slice(&output.stdout).map_err(|e| failed(e.to_string()))?;
+    let data = &info["format-specific"]["data"];
+    let refers = |other: String| AdoptError::RefersElsewhere { path: path.to_owned(), other };
+    for name in ["backing-filename", "full-backing-filename"] {
+        if let Some(other) = info[name].as_str() {
+            return Err(refers(format!("the backing file '{}'", other.escape_debug())));
+        }
+    }
+    if let Some(other) = data["data-file"].as_str() {
+        return Err(refers(format!("the data file '{}'", other.escape_debug())));
+    }
+    for extent in data["extents"].as_array().into_iter().flatten() {
+        match extent["filename"].as_str() {
+            Some(name) if Path::new(name) == path => {}
+            other => {
+                return Err(refers(format!("the extent '{}'", other.unwrap_or_default().escape_debug())));
+            }
+        }
+    }
+    if info["encrypted"].as_bool() == Some(true) {
+        return Err(failed("it is encrypted: decrypt it where it came from".into()));
+    }
+    info["virtual-size"].as_u64().ok_or_else(|| failed("it did not tell the size of the disk".into()))
+}
+
+/// Unpacks into a sparse raw file.
+fn unpack(
+    path: &Path,
+    format: ImageFormat,
+    size_bytes: u64,
+    temporary: &Path,
+    job: Job<'_>,
+) -> Result<TempPath, AdoptError> {
+    let output = tempfile::Builder::new().prefix("adopt-").suffix(".raw").tempfile_in(temporary);
+    let output = output.map_err(io_error("create a file in", temporary))?.into_temp_path();
+    let mut command = Command::new("qemu-img");
+    command.args(["convert", "-f", &format.to_string(), "-O", "raw", "-S", "4k"]).arg(path).arg(&output);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = Running(command.spawn().map_err(|e| not_run(path, &e))?);
+    let status = loop {
+        if let Some(status) = child.0.try_wait().map_err(io_error("wait for qemu-img reading", path))? {
+            break status;
+        }
+        job.check()?;
+        let made = fs::metadata(&output).map_or(0, |m| m.blocks() * 512);
+        (job.progress)("unpack", made.min(size_bytes), size_bytes);
+        let free = rustix::fs::statvfs(temporary).map_or(u64::MAX, |s| s.f_bavail * s.f_frsize);
+        if free < FREE_BYTES_MIN {
+            return Err(AdoptError::NoSpace { dir: temporary.to_owned(), need_bytes: FREE_BYTES_MIN });
+        }
+        thread::sleep(POLL);
+    };
+    if status.success() {
+        return Ok(output);
+    }
+    let mut stderr = Vec::new();
+    if let Some(pipe) = child.0.stderr.take() {
+        let _ = pipe.take(4096).read_to_end(&mut stderr);
+    }
+    let reason = said(&Output { status, stdout: Vec::new(), stderr });
+    Err(AdoptError::Convert { path: path.to_owned(), reason })
+}
+
+/// A child that does not outlive our interest in it.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if matches!(self.0.try_wait(), Ok(None)) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+}
+
+fn not_run(path: &Path, e: &std::io::Error) -> AdoptError {
+    match e.kind() {
+        std::io::ErrorKind::NotFound => AdoptError::NoQemuImg,
+        _ => AdoptError::Convert { path: path.to_owned(), reason: e.to_string() },
+    }
+}
+
+fn said(output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr);
+    text.lines().next().unwrap_or("it failed without a word").escape_debug().to_string()
+}
