@@ -7,7 +7,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::TryRecvError;
 
-use super::{Driver, DriverError, DriverEvent, EventKind, Machine, StopMode, StopReason};
+use super::{Ability, Driver, DriverError, DriverEvent, EventKind, Machine, StopMode, StopReason};
 use crate::types::{ByteSize, VmId};
 use crate::vm::PowerState;
 
@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_millis(300);
 
 /// Runs every check; the error names the check and what was wrong.
 pub async fn run(bench: &Bench<'_>) -> Outcome {
-    let checks: [(&str, BoxFuture<'_, Outcome>); 9] = [
+    let checks: [(&str, BoxFuture<'_, Outcome>); 10] = [
         ("features are filled in", Box::pin(features(bench))),
         ("a VM that was never defined is unknown to every verb", Box::pin(unknown(bench))),
         ("the verbs lead from state to state and can be repeated", Box::pin(lifecycle(bench))),
@@ -38,6 +38,7 @@ pub async fn run(bench: &Bench<'_>) -> Outcome {
         ("a deaf guest stops by force only", Box::pin(deaf_guest(bench))),
         ("a crash is noticed and got over", Box::pin(crash(bench))),
         ("the console has one holder at a time", Box::pin(console(bench))),
+        ("changes are tracked from call to call", Box::pin(tracking(bench))),
         ("verbs at the same time come out as one after the other", Box::pin(concurrent(bench))),
     ];
     for (name, check) in checks {
@@ -133,6 +134,8 @@ async fn unknown(bench: &Bench<'_>) -> Outcome {
         ("resume", driver.resume(vm).await),
         ("console", driver.console(vm).await.map(drop)),
         ("stats", driver.stats(vm).await.map(drop)),
+        ("track_changes", driver.track_changes(vm).await.map(drop)),
+        ("end_tracking", driver.end_tracking(vm).await.map(drop)),
     ];
     for (verb, outcome) in outcomes {
         let is_refused = matches!(&outcome, Err(DriverError::UnknownVm { vm: named }) if *named == vm);
@@ -278,6 +281,56 @@ async fn console(bench: &Bench<'_>) -> Outcome {
     }
     let log = driver.console_log(vm).map_err(told)?;
     ensure(log.starts_with(&machine.state_dir), || format!("the log is {}", log.display()))?;
+    bench.discard(vm).await
+}
+
+/// What the changes are, only a guest that writes can show; here it is when there are any.
+async fn tracking(bench: &Bench<'_>) -> Outcome {
+    let (driver, machine) = (bench.driver, (bench.make_machine)());
+    if !driver.features().abilities.contains(&Ability::TrackChanges) {
+        return Ok(());
+    }
+    let vm = machine.spec.id;
+    driver.define(&machine).await.map_err(told)?;
+    let idle = driver.track_changes(vm).await;
+    ensure(matches!(idle, Err(DriverError::WrongState { .. })), || format!("tracking gave {idle:?}"))?;
+    let untracked = driver.end_tracking(vm).await.map_err(told)?;
+    ensure(untracked.is_none(), || format!("a VM that never ran has {untracked:?}"))?;
+    driver.start(&machine).await.map_err(told)?;
+    let mut events = Events(driver.events(), vm);
+    for round in 0..2 {
+        for expected in [false, true, true] {
+            let changes = driver.track_changes(vm).await.map_err(told)?;
+            ensure(changes.is_some() == expected, || format!("round {round}: {changes:?}"))?;
+            bench.expect_state(vm, PowerState::Running)?;
+        }
+        for _ in 0..2 {
+            let running = driver.end_tracking(vm).await.map_err(told)?;
+            ensure(running.is_none(), || format!("a VM that runs has {running:?}"))?;
+        }
+    }
+    events.expect_none()?;
+    driver.pause(vm).await.map_err(told)?;
+    driver.track_changes(vm).await.map_err(told)?;
+    bench.expect_state(vm, PowerState::Paused)?;
+    driver.resume(vm).await.map_err(told)?;
+    // Only the guest's own end leaves anything.
+    driver.stop(vm, StopMode::Forced).await.map_err(told)?;
+    let forced = driver.end_tracking(vm).await.map_err(told)?;
+    ensure(forced.is_none(), || format!("a forced stop leaves {forced:?}"))?;
+    for kind in [EventKind::Paused, EventKind::Resumed, EventKind::Stopped { reason: StopReason::Forced }] {
+        events.expect(kind).await?;
+    }
+    driver.start(&machine).await.map_err(told)?;
+    driver.track_changes(vm).await.map_err(told)?;
+    (bench.crash)(vm);
+    events.expect(EventKind::Started).await?;
+    events.expect_such("Crashed", |kind| matches!(kind, EventKind::Crashed { .. })).await?;
+    let crashed = driver.end_tracking(vm).await.map_err(told)?;
+    ensure(crashed.is_none(), || format!("a crash leaves {crashed:?}"))?;
+    driver.start(&machine).await.map_err(told)?;
+    let fresh = driver.track_changes(vm).await.map_err(told)?;
+    ensure(fresh.is_none(), || format!("a new start has {fresh:?}"))?;
     bench.discard(vm).await
 }
 

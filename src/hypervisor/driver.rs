@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -82,6 +83,8 @@ pub enum Ability {
     SetCpus,
     SetMemory,
     AttachDisk,
+    /// [`Driver::track_changes`] and [`Driver::end_tracking`].
+    TrackChanges,
     LivePreCopy,
     LivePostCopy,
 }
@@ -165,6 +168,15 @@ pub struct MachineStats {
     pub disk_written: ByteSize,
 }
 
+/// Where a guest wrote to its disks, or discarded, in some period of time: byte ranges, ascending
+/// and apart. They may cover more than was written, never less.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct DiskChanges {
+    pub root: Vec<Range<u64>>,
+    /// Empty if there is no such disk.
+    pub user_data: Vec<Range<u64>>,
+}
+
 /// One hypervisor on this host. Verbs may be called from anywhere at any time: those on one VM
 /// take their turn, those on different VMs run side by side.
 pub trait Driver: Send + Sync {
@@ -208,6 +220,20 @@ pub trait Driver: Send + Sync {
     fn events(&self) -> broadcast::Receiver<DriverEvent>;
 
     fn stats(&self, vm: VmId) -> DriverFuture<'_, MachineStats>;
+
+    /// Begins a period in which every write of a running VM to its disks is noted, and at the same
+    /// instant ends the one before, if there was one: its changes are returned. `None` says that
+    /// no period was going on, and nothing else: the disks may have changed.
+    ///
+    /// A write that is under way when a period begins counts as one of that period, or was in the
+    /// disk's file before. After an error the next call returns `None`, or changes that cover at
+    /// least what was written since this one returned.
+    fn track_changes(&self, vm: VmId) -> DriverFuture<'_, Option<DiskChanges>>;
+
+    /// Notes no more writes. If the guest has switched itself off in the meantime, asked to or
+    /// not, these are the changes of the last period up to the guest's end, once. `None` for a VM
+    /// that runs, or ended in another way, or was started again, or was not tracked.
+    fn end_tracking(&self, vm: VmId) -> DriverFuture<'_, Option<DiskChanges>>;
 }
 
 /// How many events a receiver may lag behind before it loses some.
