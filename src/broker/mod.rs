@@ -13,6 +13,7 @@ mod optimize;
 mod outgoing;
 pub mod problem;
 pub mod records;
+mod scanning;
 pub mod serving;
 pub mod shared;
 mod staging;
