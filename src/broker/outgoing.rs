@@ -297,9 +297,9 @@ impl Broker {
                 self.ask_target(id, RequestBody::Start { hand_over, run });
             }
             Effect::Scan { last, .. } => {
+                let before = run.disks.clone();
                 let Some(entry) = self.vms.get(&vm) else { return };
                 let (spec, disks) = (entry.record.spec.clone(), self.disk_paths(&entry.record));
-                let before = run.disks.clone();
                 tokio::spawn(async move {
                     let result = scanning::look(shared.clone(), spec, disks, before, last).await;
                     shared.post(Input::apply(move |b| b.scanned(id, vm, result)));

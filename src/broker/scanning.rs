@@ -140,7 +140,7 @@ impl Broker {
             match shared.driver.end_tracking(vm).await {
                 Ok(_) | Err(DriverError::UnknownVm { .. }) => {}
                 Err(e) => {
-                    tracing::warn!(%vm, error = problem::chain(&e), "its changes are still tracked")
+                    tracing::warn!(%vm, error = problem::chain(&e), "cannot end tracking the VM's changes")
                 }
             }
         });

@@ -78,7 +78,7 @@ impl Vm {
             bitmaps::outlive_guest(qmp, false).await
         };
         if let Err(error) = cleared.await {
-            tracing::warn!(vm = %self.id, %error, "QEMU goes on tracking what the VM changes");
+            tracing::warn!(vm = %self.id, %error, "cannot end tracking the VM's changes");
         }
     }
 
