@@ -323,11 +323,13 @@ async fn what_a_guest_writes_is_told() {
     let vm = machine.spec.id;
     let before = fs::read(&machine.root_disk).unwrap();
     driver.start(&machine).await.unwrap();
-    assert_eq!(driver.track_changes(vm).await.unwrap(), None);
+    let (since, unknown) = driver.track_changes(vm, None).await.unwrap();
+    assert_eq!(unknown, None);
     let log = driver.console_log(vm).unwrap();
     let greets = || fs::read_to_string(&log).unwrap_or_default().contains(guest::GREETING.trim());
     eventually("the guest has written", greets).await;
-    let changes = driver.track_changes(vm).await.unwrap().unwrap();
+    let (since, changes) = driver.track_changes(vm, Some(since)).await.unwrap();
+    let changes = changes.unwrap();
     let after = fs::read(&machine.root_disk).unwrap();
     assert!(before != after && guest::read_back(after.clone()).trim() == guest::WRITTEN);
     assert_eq!(untold(&before, &after, &changes.root), Vec::<usize>::new());
@@ -336,7 +338,7 @@ async fn what_a_guest_writes_is_told() {
     assert!(told < 2 * MIB, "{told} bytes are told of for one small file");
     assert_eq!(changes.user_data, []);
     // It writes no more.
-    let idle = driver.track_changes(vm).await.unwrap().unwrap();
+    let idle = driver.track_changes(vm, Some(since)).await.unwrap().1.unwrap();
     assert_eq!((idle.root, idle.user_data), (vec![], vec![]));
     driver.stop(vm, StopMode::Forced).await.unwrap();
     assert!(!machine.state_dir.join("nbd.sock").exists());
@@ -356,32 +358,33 @@ async fn what_a_guest_writes_before_its_end_is_told() {
     for period in 1..=2 {
         let mut events = driver.events();
         driver.start(&machine).await.unwrap();
+        let mut since = None;
         for _ in 0..period {
-            driver.track_changes(vm).await.unwrap();
+            since = Some(driver.track_changes(vm, since).await.unwrap().0);
         }
         assert_eq!(ended(&mut events).await, BY_ITSELF);
         assert_eq!(driver.state(vm).unwrap(), PowerState::Stopped);
         assert!(processes_of(vm).is_empty());
         let after = fs::read(&machine.root_disk).unwrap();
         assert!(before != after && guest::read_back(after.clone()).contains(guest::WRITTEN));
-        let changes = driver.end_tracking(vm).await.unwrap().unwrap();
+        let changes = driver.end_tracking(vm, since).await.unwrap().unwrap();
         assert_eq!(untold(&before, &after, &changes.root), Vec::<usize>::new());
-        assert_eq!(driver.end_tracking(vm).await.unwrap(), None, "once");
+        assert_eq!(driver.end_tracking(vm, since).await.unwrap(), None, "once");
         fs::write(&machine.root_disk, &before).unwrap();
     }
     // What a start forgets.
     let mut events = driver.events();
     driver.start(&machine).await.unwrap();
-    driver.track_changes(vm).await.unwrap();
+    let (since, _) = driver.track_changes(vm, None).await.unwrap();
     assert_eq!(ended(&mut events).await, BY_ITSELF);
     driver.start(&machine).await.unwrap();
     driver.stop(vm, StopMode::Forced).await.unwrap();
-    assert_eq!(driver.end_tracking(vm).await.unwrap(), None);
+    assert_eq!(driver.end_tracking(vm, Some(since)).await.unwrap(), None);
 
     // The power button, while a period lasts.
     fs::write(&machine.root_disk, guest::disk(4 * MIB)).unwrap();
     driver.start(&machine).await.unwrap();
-    driver.track_changes(vm).await.unwrap();
+    let (since, _) = driver.track_changes(vm, None).await.unwrap();
     let greetings = || fs::read_to_string(driver.console_log(vm).unwrap()).unwrap_or_default();
     eventually("the guest greets", || greetings().contains(guest::GREETING)).await;
     let mut events = driver.events();
@@ -389,7 +392,7 @@ async fn what_a_guest_writes_before_its_end_is_told() {
     driver.stop(vm, graceful).await.unwrap();
     assert_eq!(ended(&mut events).await, BY_ITSELF);
     assert!(processes_of(vm).is_empty());
-    assert!(driver.end_tracking(vm).await.unwrap().is_some());
+    assert!(driver.end_tracking(vm, Some(since)).await.unwrap().is_some());
 }
 
 /// A driver that goes away while it tracks leaves nothing the next one would trip over.
@@ -404,7 +407,7 @@ async fn a_new_driver_ends_what_an_earlier_one_tracked() {
     let machine = writer_in(dir.path(), guest::passing_disk(4 * MIB));
     let vm = machine.spec.id;
     driver.start(&machine).await.unwrap();
-    driver.track_changes(vm).await.unwrap();
+    let (since, _) = driver.track_changes(vm, None).await.unwrap();
     drop(driver);
     let written = || guest::has_written(fs::read(&machine.root_disk).unwrap());
     eventually("the guest has written", written).await;
@@ -415,13 +418,13 @@ async fn a_new_driver_ends_what_an_earlier_one_tracked() {
     driver.define(&machine).await.unwrap();
     assert_eq!(ended(&mut events).await, BY_ITSELF);
     assert!(processes_of(vm).is_empty());
-    assert_eq!(driver.end_tracking(vm).await.unwrap(), None);
+    assert_eq!(driver.end_tracking(vm, Some(since)).await.unwrap(), None);
 
     // The guest runs on: its process is as if nothing had been tracked, and ends with it.
     fs::write(&machine.root_disk, guest::disk(4 * MIB)).unwrap();
     driver.start(&machine).await.unwrap();
-    driver.track_changes(vm).await.unwrap();
-    driver.track_changes(vm).await.unwrap();
+    let (since, _) = driver.track_changes(vm, None).await.unwrap();
+    driver.track_changes(vm, Some(since)).await.unwrap();
     drop(driver);
     let driver = QemuDriver::open(config()).await.unwrap();
     driver.define(&machine).await.unwrap();
@@ -433,7 +436,7 @@ async fn a_new_driver_ends_what_an_earlier_one_tracked() {
     drop(qmp);
     let driver = QemuDriver::open(config()).await.unwrap();
     driver.define(&machine).await.unwrap();
-    assert_eq!(driver.track_changes(vm).await.unwrap(), None);
+    assert_eq!(driver.track_changes(vm, Some(since)).await.unwrap().1, None);
     driver.stop(vm, StopMode::Forced).await.unwrap();
 }
 

@@ -10,7 +10,6 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::UnixMillis;
 use crate::component::Recipe;
-use crate::disk::Scan;
 use crate::hypervisor::StopMode;
 use crate::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
 use crate::migration::message::{Initialization, Seed, StageAccount};
@@ -24,7 +23,7 @@ use super::interface::{Event, MigrationView, Reply};
 use super::negotiation::{self, Checked};
 use super::problem::{Problem, ProblemKind};
 use super::records::{GivenUp, Ownership};
-use super::scanning::{self, Scanned};
+use super::scanning::{self, Looked, Scanned};
 use super::serving::Served;
 use super::shared::{AskError, Matter, Peer};
 use super::vms::Busy;
@@ -47,7 +46,7 @@ pub struct Outgoing {
     checked: Option<Checked>,
     nodes: HashSet<NodeHash>,
     /// The last look at the disks.
-    disks: Vec<Arc<Scan>>,
+    looked: Looked,
     pass: Option<Pass>,
     pub view: MigrationView,
     phase_since: UnixMillis,
@@ -92,7 +91,7 @@ impl Broker {
             limiter: Limiter::unlimited(),
             checked: None,
             nodes: HashSet::new(),
-            disks: Vec::new(),
+            looked: Looked::default(),
             pass: None,
             view: new_view(id, &record.spec, "source", &peer.jid, cloud, now),
             peer,
@@ -143,7 +142,7 @@ impl Broker {
                     limiter: Limiter::unlimited(),
                     checked: None,
                     nodes: HashSet::new(),
-                    disks: Vec::new(),
+                    looked: Looked::default(),
                     pass: None,
                     view,
                     phase_since: now,
@@ -297,7 +296,7 @@ impl Broker {
                 self.ask_target(id, RequestBody::Start { hand_over, run });
             }
             Effect::Scan { last, .. } => {
-                let before = run.disks.clone();
+                let before = run.looked.clone();
                 let Some(entry) = self.vms.get(&vm) else { return };
                 let (spec, disks) = (entry.record.spec.clone(), self.disk_paths(&entry.record));
                 tokio::spawn(async move {
@@ -433,9 +432,9 @@ impl Broker {
         // Called off meanwhile, perhaps before the look began to track changes.
         let Some(run) = self.outgoing.get_mut(&id) else { return self.end_tracking(vm) };
         let event = result.map(|s| {
-            run.view.account.last_scan_bytes = Some(s.read_bytes());
+            run.view.account.last_scan_bytes = Some(s.looked.read_bytes());
             run.nodes.extend(s.nodes);
-            run.disks = s.disks;
+            run.looked = s.looked;
             self.shared.tickets.serve(
                 run.ticket,
                 Served {
@@ -444,7 +443,7 @@ impl Broker {
                     components: run.recipe.components.iter().copied().collect(),
                     packs: s.packs,
                     nodes: run.nodes.clone(),
-                    blocks: run.disks.iter().map(|d| d.index.clone()).collect(),
+                    blocks: run.looked.disks.iter().map(|d| d.index.clone()).collect(),
                     limiter: run.limiter.clone(),
                 },
             );
@@ -562,7 +561,8 @@ impl Broker {
     /// What a move of the whole disk would have sent, worked out in the background.
     fn estimate_monolithic(&mut self, id: MigrationId) {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
-        let (shared, recipe, disks) = (self.shared.clone(), run.recipe.id(), std::mem::take(&mut run.disks));
+        let (shared, recipe, disks) =
+            (self.shared.clone(), run.recipe.id(), std::mem::take(&mut run.looked.disks));
         tokio::task::spawn_blocking(move || match account::monolithic(&shared, &recipe, &disks) {
             Ok((zstd, raw)) => shared.post(Input::apply(move |b| {
                 b.amend_history(id, |a| {

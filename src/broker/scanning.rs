@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::disk::{self, Scan};
-use crate::hypervisor::{Ability, DiskChanges, DriverError};
+use crate::hypervisor::{Ability, DiskChanges, DriverError, Period};
 use crate::migration::message::Seed;
 use crate::migration::{Denial, DenialCode};
 use crate::types::{NodeHash, PackId, VmId};
@@ -17,68 +17,86 @@ use crate::vm::{ChunkMap, VmSpec};
 use super::vms::{Busy, DiskPaths};
 use super::{Broker, Shared, negotiation, problem};
 
-/// What a look at the disks found.
-pub struct Scanned {
-    pub seed: Seed,
-    pub nodes: HashSet<NodeHash>,
-    /// The root disk, then the user-data disk if there is one.
+/// A look at the disks, as the next one needs it.
+#[derive(Clone, Default)]
+pub struct Looked {
+    /// The root disk, then the user-data disk if there is one. Empty before the first look.
     pub disks: Vec<Arc<Scan>>,
-    /// Packs of all components: a target may find one of its own damaged, too.
-    pub packs: HashSet<PackId>,
+    /// The period of changes that began right before the disks were read.
+    period: Option<Period>,
 }
 
-impl Scanned {
+impl Looked {
     /// Bytes of the disks that were read.
     pub fn read_bytes(&self) -> u64 {
         self.disks.iter().map(|scan| scan.read_bytes).sum()
     }
 }
 
-/// The look before, and where the guest has written since it began.
+/// What a look at the disks found.
+pub struct Scanned {
+    pub seed: Seed,
+    pub nodes: HashSet<NodeHash>,
+    pub looked: Looked,
+    /// Packs of all components: a target may find one of its own damaged, too.
+    pub packs: HashSet<PackId>,
+}
+
+/// An earlier look, and where the guest has written since it began.
 pub struct Since {
     disks: Vec<Arc<Scan>>,
     changes: DiskChanges,
 }
 
-/// The next look at a VM that moves, after `before`, which is empty for the first; `last` once the
-/// VM is stopped.
+/// The next look at a VM that moves, after `before`; `last` once the VM is stopped.
 pub async fn look(
     shared: Arc<Shared>,
     spec: VmSpec,
     disks: DiskPaths,
-    before: Vec<Arc<Scan>>,
+    before: Looked,
     last: bool,
 ) -> Result<Scanned, Denial> {
     let begun = Instant::now();
     // First the period of changes, then the reading: what is written meanwhile is in one of them.
-    let changes = next_changes(&shared, spec.id, before.is_empty(), last).await;
-    let since = changes.filter(|_| !before.is_empty()).map(|changes| Since { disks: before, changes });
+    let (period, changes) = next_period(&shared, spec.id, &before, last).await;
+    let since = changes.map(|changes| Since { disks: before.disks, changes });
     let (by_changes, name) = (since.is_some(), spec.name.clone());
-    let scanned = negotiation::blocking(move || scan(&shared, &spec, &disks, since)).await?;
+    let mut scanned = negotiation::blocking(move || scan(&shared, &spec, &disks, since)).await?;
+    scanned.looked.period = period;
     tracing::info!(
-        vm = %name, last, by_changes, read_bytes = scanned.read_bytes(),
+        vm = %name, last, by_changes, read_bytes = scanned.looked.read_bytes(),
         ms = begun.elapsed().as_millis() as u64, "disks scanned"
     );
     Ok(scanned)
 }
 
-/// What changed since the look before, where that is known. Begins the next period, unless this
-/// is the last look.
-async fn next_changes(shared: &Shared, vm: VmId, first: bool, last: bool) -> Option<DiskChanges> {
-    let driver = &shared.driver;
+/// Begins the next period, unless this is the last look, and tells what changed since the look
+/// before, where that is known.
+async fn next_period(
+    shared: &Shared,
+    vm: VmId,
+    before: &Looked,
+    last: bool,
+) -> (Option<Period>, Option<DiskChanges>) {
+    let (driver, first) = (&shared.driver, before.disks.is_empty());
     if !driver.features().abilities.contains(&Ability::TrackChanges) || (first && last) {
-        return None;
+        return (None, None);
     }
-    let told = if last { driver.end_tracking(vm).await } else { driver.track_changes(vm).await };
+    let told = if last {
+        driver.end_tracking(vm, before.period).await.map(|changes| (None, changes))
+    } else {
+        driver.track_changes(vm, before.period).await.map(|(period, changes)| (Some(period), changes))
+    };
     match told {
-        Ok(None) if !first => {
-            tracing::info!(%vm, "what changed on its disks is not known; they are read whole again");
-            None
+        Ok((period, changes)) => {
+            if !first && changes.is_none() {
+                tracing::info!(%vm, "what changed on its disks is not known; they are read whole again");
+            }
+            (period, changes)
         }
-        Ok(changes) => changes,
         Err(error) => {
             tracing::warn!(%vm, error = problem::chain(&error), "what changes on its disks is not known; they are read whole");
-            None
+            (None, None)
         }
     }
 }
@@ -123,7 +141,8 @@ pub fn scan(
         let manifest = shared.repository.manifest(component).map_err(|e| content(&e))?;
         packs.extend(manifest.packs.iter().map(|p| p.id));
     }
-    Ok(Scanned { seed: Seed { root_delta, user_data }, nodes, disks: found, packs })
+    let looked = Looked { disks: found, period: None };
+    Ok(Scanned { seed: Seed { root_delta, user_data }, nodes, looked, packs })
 }
 
 impl Broker {
@@ -137,7 +156,7 @@ impl Broker {
         }
         let shared = self.shared.clone();
         tokio::spawn(async move {
-            match shared.driver.end_tracking(vm).await {
+            match shared.driver.end_tracking(vm, None).await {
                 Ok(_) | Err(DriverError::UnknownVm { .. }) => {}
                 Err(e) => {
                     tracing::warn!(%vm, error = problem::chain(&e), "cannot end tracking the VM's changes")

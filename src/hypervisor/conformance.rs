@@ -7,7 +7,9 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::TryRecvError;
 
-use super::{Ability, Driver, DriverError, DriverEvent, EventKind, Machine, StopMode, StopReason};
+use super::{
+    Ability, DiskChanges, Driver, DriverError, DriverEvent, EventKind, Machine, StopMode, StopReason,
+};
 use crate::types::{ByteSize, VmId};
 use crate::vm::PowerState;
 
@@ -134,8 +136,8 @@ async fn unknown(bench: &Bench<'_>) -> Outcome {
         ("resume", driver.resume(vm).await),
         ("console", driver.console(vm).await.map(drop)),
         ("stats", driver.stats(vm).await.map(drop)),
-        ("track_changes", driver.track_changes(vm).await.map(drop)),
-        ("end_tracking", driver.end_tracking(vm).await.map(drop)),
+        ("track_changes", driver.track_changes(vm, None).await.map(drop)),
+        ("end_tracking", driver.end_tracking(vm, None).await.map(drop)),
     ];
     for (verb, outcome) in outcomes {
         let is_refused = matches!(&outcome, Err(DriverError::UnknownVm { vm: named }) if *named == vm);
@@ -292,46 +294,57 @@ async fn tracking(bench: &Bench<'_>) -> Outcome {
     }
     let vm = machine.spec.id;
     driver.define(&machine).await.map_err(told)?;
-    let idle = driver.track_changes(vm).await;
+    let idle = driver.track_changes(vm, None).await;
     ensure(matches!(idle, Err(DriverError::WrongState { .. })), || format!("tracking gave {idle:?}"))?;
-    let untracked = driver.end_tracking(vm).await.map_err(told)?;
-    ensure(untracked.is_none(), || format!("a VM that never ran has {untracked:?}"))?;
+    ensure_none(driver.end_tracking(vm, None).await, "a VM that never ran")?;
     driver.start(&machine).await.map_err(told)?;
     let mut events = Events(driver.events(), vm);
+    let mut first = None;
     for round in 0..2 {
-        for expected in [false, true, true] {
-            let changes = driver.track_changes(vm).await.map_err(told)?;
-            ensure(changes.is_some() == expected, || format!("round {round}: {changes:?}"))?;
+        let (mut since, changes) = driver.track_changes(vm, first).await.map_err(told)?;
+        ensure(changes.is_none(), || format!("round {round} begins with {changes:?}"))?;
+        first = Some(since);
+        for _ in 0..2 {
+            let (next, changes) = driver.track_changes(vm, Some(since)).await.map_err(told)?;
+            ensure(changes.is_some() && next != since, || format!("round {round}: {changes:?}"))?;
+            since = next;
             bench.expect_state(vm, PowerState::Running)?;
         }
+        // Somebody who missed a period is told nothing, and neither is the other one then.
+        let (other, missed) = driver.track_changes(vm, first).await.map_err(told)?;
+        ensure(missed.is_none(), || format!("a period that ended long ago has {missed:?}"))?;
+        let (_, missed) = driver.track_changes(vm, Some(since)).await.map_err(told)?;
+        ensure(missed.is_none() && other != since, || format!("a stranger's period has {missed:?}"))?;
         for _ in 0..2 {
-            let running = driver.end_tracking(vm).await.map_err(told)?;
-            ensure(running.is_none(), || format!("a VM that runs has {running:?}"))?;
+            ensure_none(driver.end_tracking(vm, Some(since)).await, "a VM that runs")?;
         }
     }
     events.expect_none()?;
     driver.pause(vm).await.map_err(told)?;
-    driver.track_changes(vm).await.map_err(told)?;
+    let (since, _) = driver.track_changes(vm, None).await.map_err(told)?;
     bench.expect_state(vm, PowerState::Paused)?;
     driver.resume(vm).await.map_err(told)?;
     // Only the guest's own end leaves anything.
     driver.stop(vm, StopMode::Forced).await.map_err(told)?;
-    let forced = driver.end_tracking(vm).await.map_err(told)?;
-    ensure(forced.is_none(), || format!("a forced stop leaves {forced:?}"))?;
+    ensure_none(driver.end_tracking(vm, Some(since)).await, "a forced stop")?;
     for kind in [EventKind::Paused, EventKind::Resumed, EventKind::Stopped { reason: StopReason::Forced }] {
         events.expect(kind).await?;
     }
     driver.start(&machine).await.map_err(told)?;
-    driver.track_changes(vm).await.map_err(told)?;
+    let (since, _) = driver.track_changes(vm, None).await.map_err(told)?;
     (bench.crash)(vm);
     events.expect(EventKind::Started).await?;
     events.expect_such("Crashed", |kind| matches!(kind, EventKind::Crashed { .. })).await?;
-    let crashed = driver.end_tracking(vm).await.map_err(told)?;
-    ensure(crashed.is_none(), || format!("a crash leaves {crashed:?}"))?;
+    ensure_none(driver.end_tracking(vm, Some(since)).await, "a crash")?;
     driver.start(&machine).await.map_err(told)?;
-    let fresh = driver.track_changes(vm).await.map_err(told)?;
+    let (_, fresh) = driver.track_changes(vm, Some(since)).await.map_err(told)?;
     ensure(fresh.is_none(), || format!("a new start has {fresh:?}"))?;
     bench.discard(vm).await
+}
+
+fn ensure_none(changes: Result<Option<DiskChanges>, DriverError>, of: &str) -> Outcome {
+    let changes = changes.map_err(told)?;
+    ensure(changes.is_none(), || format!("{of} has {changes:?}"))
 }
 
 async fn concurrent(bench: &Bench<'_>) -> Outcome {

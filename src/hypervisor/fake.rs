@@ -20,7 +20,7 @@ use tokio::sync::{Semaphore, broadcast};
 use super::driver::EVENTS_KEPT;
 use super::{
     Ability, Accelerator, ConsoleStream, DiskChanges, DiskFormat, Driver, DriverError, DriverEvent,
-    DriverFuture, EventKind, Features, Machine, MachineStats, StopMode, StopReason,
+    DriverFuture, EventKind, Features, Machine, MachineStats, Period, StopMode, StopReason,
 };
 use crate::clock::{Clock, UnixMillis};
 use crate::durable;
@@ -82,6 +82,8 @@ struct Inner {
     deaf: BTreeSet<VmId>,
     /// How many of the next calls of a verb fail.
     failing: BTreeMap<Verb, u32>,
+    /// Periods of change tracking begun, of all VMs.
+    periods: u64,
 }
 
 struct Entry {
@@ -90,9 +92,9 @@ struct Entry {
     started: UnixMillis,
     written: ByteSize,
     /// The changes of the period under way.
-    tracked: Option<DiskChanges>,
+    tracked: Option<(Period, DiskChanges)>,
     /// Those of the last one, when the guest switched itself off.
-    kept: Option<DiskChanges>,
+    kept: Option<(Period, DiskChanges)>,
     console: Arc<Semaphore>,
     /// The guest's end of the console somebody holds.
     guest_console: Option<DuplexStream>,
@@ -161,7 +163,7 @@ impl FakeDriver {
                 GuestDisk::UserData => machine.user_data_disk.clone(),
             };
             entry.written.0 += bytes.len() as u64;
-            if let Some(tracked) = &mut entry.tracked {
+            if let Some((_, tracked)) = &mut entry.tracked {
                 let ranges = match disk {
                     GuestDisk::Root => &mut tracked.root,
                     GuestDisk::UserData => &mut tracked.user_data,
@@ -389,18 +391,30 @@ impl FakeDriver {
         })
     }
 
-    fn track_now(&self, vm: VmId) -> Result<Option<DiskChanges>, DriverError> {
+    fn track_now(
+        &self,
+        vm: VmId,
+        since: Option<Period>,
+    ) -> Result<(Period, Option<DiskChanges>), DriverError> {
         self.may_fail(vm, Verb::TrackChanges)?;
-        self.with(vm, |entry| match has_process(entry) {
-            true => Ok(entry.tracked.replace(DiskChanges::default())),
-            false => Err(wrong_state(entry, Verb::TrackChanges.participle())),
+        let period = {
+            let mut inner = self.inner();
+            inner.periods += 1;
+            Period(inner.periods)
+        };
+        self.with(vm, |entry| {
+            if !has_process(entry) {
+                return Err(wrong_state(entry, Verb::TrackChanges.participle()));
+            }
+            let ended = entry.tracked.replace((period, DiskChanges::default()));
+            Ok((period, changes_of(since, ended)))
         })
     }
 
-    fn end_tracking_now(&self, vm: VmId) -> Result<Option<DiskChanges>, DriverError> {
+    fn end_tracking_now(&self, vm: VmId, since: Option<Period>) -> Result<Option<DiskChanges>, DriverError> {
         self.with(vm, |entry| {
             entry.tracked = None;
-            Ok(entry.kept.take())
+            Ok(changes_of(since, entry.kept.take()))
         })
     }
 
@@ -430,6 +444,11 @@ fn note(ranges: &mut Vec<Range<u64>>, mut new: Range<u64>) {
         new = new.start.min(touched.start)..new.end.max(touched.end);
     }
     ranges.splice(first..after, [new]);
+}
+
+/// What a period that has ended held, if it is the one asked about.
+fn changes_of(since: Option<Period>, ended: Option<(Period, DiskChanges)>) -> Option<DiskChanges> {
+    ended.filter(|(period, _)| since == Some(*period)).map(|(_, changes)| changes)
 }
 
 fn has_process(entry: &Entry) -> bool {
@@ -482,10 +501,14 @@ impl Driver for FakeDriver {
     fn stats(&self, vm: VmId) -> DriverFuture<'_, MachineStats> {
         Box::pin(ready(self.stats_now(vm)))
     }
-    fn track_changes(&self, vm: VmId) -> DriverFuture<'_, Option<DiskChanges>> {
-        Box::pin(ready(self.track_now(vm)))
+    fn track_changes(
+        &self,
+        vm: VmId,
+        since: Option<Period>,
+    ) -> DriverFuture<'_, (Period, Option<DiskChanges>)> {
+        Box::pin(ready(self.track_now(vm, since)))
     }
-    fn end_tracking(&self, vm: VmId) -> DriverFuture<'_, Option<DiskChanges>> {
-        Box::pin(ready(self.end_tracking_now(vm)))
+    fn end_tracking(&self, vm: VmId, since: Option<Period>) -> DriverFuture<'_, Option<DiskChanges>> {
+        Box::pin(ready(self.end_tracking_now(vm, since)))
     }
 }

@@ -12,7 +12,7 @@ pub mod qemu;
 
 pub use driver::{
     Ability, Accelerator, ConsoleStream, DiskChanges, DiskFormat, Driver, DriverEvent, DriverFuture,
-    EventKind, Features, Machine, MachineStats, StopMode, StopReason,
+    EventKind, Features, Machine, MachineStats, Period, StopMode, StopReason,
 };
 pub use error::DriverError;
 pub use fake::FakeDriver;

@@ -30,7 +30,7 @@ use super::driver::EVENTS_KEPT;
 use super::error::list;
 use super::{
     Ability, ConsoleStream, DiskChanges, DiskFormat, Driver, DriverError, DriverEvent, DriverFuture,
-    Features, Machine, MachineStats, StopMode,
+    Features, Machine, MachineStats, Period, StopMode,
 };
 use crate::types::{ByteSize, VmId};
 use crate::vm::PowerState;
@@ -269,21 +269,25 @@ impl Driver for QemuDriver {
         Box::pin(async move { self.shared.defined(vm)?.stats().await })
     }
 
-    fn track_changes(&self, vm: VmId) -> DriverFuture<'_, Option<DiskChanges>> {
+    fn track_changes(
+        &self,
+        vm: VmId,
+        since: Option<Period>,
+    ) -> DriverFuture<'_, (Period, Option<DiskChanges>)> {
         let shared = self.shared.clone();
         to_its_end(async move {
             let vm = shared.defined(vm)?;
             let _turn = vm.verbs.lock().await;
-            vm.track_changes().await
+            vm.track_changes(since).await
         })
     }
 
-    fn end_tracking(&self, vm: VmId) -> DriverFuture<'_, Option<DiskChanges>> {
+    fn end_tracking(&self, vm: VmId, since: Option<Period>) -> DriverFuture<'_, Option<DiskChanges>> {
         let shared = self.shared.clone();
         to_its_end(async move {
             let vm = shared.defined(vm)?;
             let _turn = vm.verbs.lock().await;
-            vm.end_tracking().await
+            vm.end_tracking(since).await
         })
     }
 }

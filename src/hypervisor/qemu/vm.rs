@@ -241,7 +241,7 @@ impl Vm {
             PowerState::Starting | PowerState::Stopping => return Err(self.wrong_state("started")),
             PowerState::Stopped | PowerState::Crashed => {}
         }
-        self.forget_changes();
+        self.inner().tracking.forget();
         self.inner().state = PowerState::Starting;
         let launched = self.launch(&machine, system, args).await;
         if launched.is_err() {
@@ -623,7 +623,7 @@ impl Vm {
                 }
                 _ => {
                     inner.state = PowerState::Crashed;
-                    inner.tracking = tracking::Tracking::default();
+                    inner.tracking.forget();
                     EventKind::Crashed { detail: format!("{}: {last_words}", status_text(status)) }
                 }
             }

@@ -6,21 +6,25 @@
 //! The same is done for a process found in that state, whose driver died before it came to it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{FLUSH_TIMEOUT, Run, Vm, has_ended};
 use crate::hypervisor::qemu::args::{file, node};
 use crate::hypervisor::qemu::bitmaps::{self, BitmapError};
 use crate::hypervisor::qemu::qmp::Qmp;
-use crate::hypervisor::{DiskChanges, DriverError, Machine};
+use crate::hypervisor::{DiskChanges, DriverError, Machine, Period};
 use crate::vm::PowerState;
+
+/// Periods begun, of all VMs, so that no name is ever used twice.
+static PERIODS: AtomicU64 = AtomicU64::new(0);
 
 /// What is known of a VM's changes. Whatever is not certain is forgotten.
 #[derive(Default)]
 pub(super) struct Tracking {
-    /// The period under way, counted from 1 in each process.
+    /// The period under way.
     period: Option<u64>,
-    /// What the last period held when the guest switched itself off.
-    kept: Option<DiskChanges>,
+    /// The period in which the guest switched itself off, and what it held.
+    kept: Option<(u64, DiskChanges)>,
 }
 
 impl Tracking {
@@ -28,11 +32,19 @@ impl Tracking {
     pub fn end(&mut self) {
         self.period = None;
     }
+
+    pub fn forget(&mut self) {
+        self.period = None;
+        self.kept = None;
+    }
 }
 
 impl Vm {
     /// Called with `verbs` held, as [`Self::end_tracking`].
-    pub async fn track_changes(self: &Arc<Self>) -> Result<Option<DiskChanges>, DriverError> {
+    pub async fn track_changes(
+        self: &Arc<Self>,
+        since: Option<Period>,
+    ) -> Result<(Period, Option<DiskChanges>), DriverError> {
         let (Some(machine), Some(run), PowerState::Running | PowerState::Paused) =
             (self.machine(), self.run(), self.state())
         else {
@@ -40,7 +52,7 @@ impl Vm {
         };
         let qmp = self.qmp(&run).await?;
         let ending = self.inner().tracking.period.take();
-        let period = ending.unwrap_or(0) + 1;
+        let period = PERIODS.fetch_add(1, Ordering::Relaxed) + 1;
         let begun = async {
             if ending.is_none() {
                 bitmaps::clear(&qmp, None).await?;
@@ -54,16 +66,27 @@ impl Vm {
             return Err(self.qmp_failed(&run, error));
         }
         self.inner().tracking.period = Some(period);
-        let Some(ending) = ending else { return Ok(None) };
-        let changes = self.read_changes(&qmp, &machine, ending).await;
+        let changes = match ending {
+            Some(ending) if since == Some(Period(ending)) => {
+                self.read_changes(&qmp, &machine, ending).await.map(Some)
+            }
+            Some(_) => Ok(None),
+            None => return Ok((Period(period), None)),
+        };
         if let Err(error) = bitmaps::clear(&qmp, Some(period)).await {
             tracing::warn!(vm = %self.id, %error, "a bitmap is left behind in QEMU");
         }
-        changes.map(Some)
+        Ok((Period(period), changes?))
     }
 
-    pub async fn end_tracking(self: &Arc<Self>) -> Result<Option<DiskChanges>, DriverError> {
-        let Some(run) = self.run() else { return Ok(self.inner().tracking.kept.take()) };
+    pub async fn end_tracking(
+        self: &Arc<Self>,
+        since: Option<Period>,
+    ) -> Result<Option<DiskChanges>, DriverError> {
+        let Some(run) = self.run() else {
+            let kept = self.inner().tracking.kept.take();
+            return Ok(kept.filter(|(period, _)| since == Some(Period(*period))).map(|(_, changes)| changes));
+        };
         if self.inner().tracking.period.take().is_some() {
             let qmp = self.qmp(&run).await?;
             self.stop_tracking(&qmp).await;
@@ -80,10 +103,6 @@ impl Vm {
         if let Err(error) = cleared.await {
             tracing::warn!(vm = %self.id, %error, "cannot end tracking the VM's changes");
         }
-    }
-
-    pub(super) fn forget_changes(&self) {
-        self.inner().tracking = Tracking::default();
     }
 
     async fn read_changes(
@@ -127,7 +146,7 @@ impl Vm {
             if let Err(error) = &kept {
                 tracing::warn!(vm = %self.id, %error, "what the guest changed last is not known");
             }
-            self.inner().tracking.kept = kept.ok();
+            self.inner().tracking.kept = kept.ok().map(|changes| (period, changes));
         }
         if let Err(error) = self.execute(&run, "quit").await
             && !has_ended(&run, FLUSH_TIMEOUT).await
