@@ -300,9 +300,9 @@ fn writer_in(dir: &Path, content: Vec<u8>) -> Machine {
 async fn ended(events: &mut tokio::sync::broadcast::Receiver<DriverEvent>) -> EventKind {
     let end = async {
         loop {
-            match events.recv().await.unwrap().kind {
-                kind @ (EventKind::Stopped { .. } | EventKind::Crashed { .. }) => return kind,
-                _ => {}
+            let kind = events.recv().await.unwrap().kind;
+            if matches!(kind, EventKind::Stopped { .. } | EventKind::Crashed { .. }) {
+                return kind;
             }
         }
     };

@@ -96,11 +96,9 @@ impl Vm {
 
     /// Leaves the process as if nothing had ever been tracked, if it can be reached.
     pub(super) async fn stop_tracking(&self, qmp: &Qmp) {
-        let cleared = async {
-            bitmaps::clear(qmp, None).await?;
-            bitmaps::outlive_guest(qmp, false).await
-        };
-        if let Err(error) = cleared.await {
+        let cleared = bitmaps::clear(qmp, None).await;
+        let restored = bitmaps::outlive_guest(qmp, false).await;
+        if let Err(error) = cleared.and(restored) {
             tracing::warn!(vm = %self.id, %error, "cannot end tracking the VM's changes");
         }
     }
