@@ -19,6 +19,7 @@ mod outgoing;
 pub mod problem;
 pub mod receiving;
 pub mod records;
+mod scanning;
 pub mod serving;
 pub mod shared;
 mod staging;
