@@ -240,15 +240,12 @@ def independent(m, corpus):
 
 
 def adopt(m, corpus):
-    """HOOK for `vm adopt`: how a disk that was made elsewhere becomes a VM of Cicada's.
-
-    Today the only way: all that differs from the held composition, block by block, as the root
-    delta. Where adoption matches content in any place, replace this call; a state is its result.
-    """
-    state = json.loads(corpus.held_state.read_text())
+    """A disk that was made elsewhere becomes a VM, as `cicada vm adopt` does it."""
     overlay = corpus.dir / "needed.qcow2"
-    run(m.settings.compare, "delta", state["image"], corpus.needed, overlay)
-    corpus.needed_state.write_text(json.dumps({**state, "overlay": str(overlay)}))
+    overlay.unlink(missing_ok=True)
+    found = run(m.settings.compare, "adopt", m.scratch, corpus.needed, overlay, corpus.needed_state)
+    with corpus.facts.open("a") as facts:
+        facts.write(f"adopted: {found}\n" if found else "")
 
 
 # ---- e: a VM that comes home

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `image SCRATCH DEFINITIONS OUT` | builds the components (files, with commas) into SCRATCH/repository and composes them; writes their state to OUT |
 //! | `delta IMAGE RAW OVERLAY` | an overlay over IMAGE that reads as RAW |
+//! | `adopt SCRATCH RAW OVERLAY OUT` | adopts the disk RAW by what SCRATCH/repository holds; writes its state to OUT |
 //! | `seed SCRATCH STATE TARGET` | makes TARGET, a repository that holds what belongs to STATE |
 //! | `serve SCRATCH STATE OFFER ADDRESS` | serves a state; writes OFFER, says `READY`, ends with its standard input |
 //! | `fetch TARGET OFFER HELD DISKS ADDRESS` | makes the offered disks in DISKS with what TARGET and the disks of the state HELD have; prints `key value` lines |
@@ -18,7 +19,8 @@ mod state;
 use std::path::{Path, PathBuf};
 
 use cicada::build::{BuildEvent, BuildOptions, build};
-use cicada::compose::Composer;
+use cicada::adopt::Job;
+use cicada::compose::{Composer, ImageFormat};
 use cicada::disk::{OverlayWriter, ROOT_BLOCK_BYTES};
 use cicada::repository::Repository;
 use cicada::types::{ByteSize, ComponentId};
@@ -38,6 +40,9 @@ fn main() -> Result<()> {
     match arguments.as_slice() {
         ["image", scratch, definitions, out] => image(&path(scratch)?, definitions, &path(out)?),
         ["delta", image, raw, overlay] => delta(&path(image)?, &path(raw)?, &path(overlay)?),
+        ["adopt", scratch, raw, overlay, out] => {
+            adopt(&path(scratch)?, &path(raw)?, &path(overlay)?, &path(out)?)
+        }
         ["seed", scratch, state, target] => {
             let source = Repository::open(&path(scratch)?.join("repository"))?;
             link::seed(&source, &State::read(&path(state)?)?, &path(target)?)
@@ -82,6 +87,26 @@ fn image(scratch: &Path, definitions: &str, out: &Path) -> Result<()> {
     let composer = Composer::new(repository);
     let (recipe, _) = composer.make_recipe(&components, false, IMAGE_BYTES, COMMAND_LINE)?;
     State { recipe: Some(recipe), image: Some(composer.path_of(&recipe)), ..State::default() }.write(out)
+}
+
+/// As `cicada vm adopt` makes a VM of a disk from elsewhere.
+fn adopt(scratch: &Path, raw: &Path, overlay: &Path, out: &Path) -> Result<()> {
+    let repository = Repository::open(&scratch.join("repository"))?;
+    let composer = Composer::new(repository.clone());
+    let job = Job { progress: &|_, _, _| (), cancelled: &|| false };
+    let examined = cicada::adopt::examine(&repository, raw, Some(ImageFormat::Raw), job)?;
+    let found = examined.findings();
+    println!("known {} residue {} extents {}", found.known_bytes, found.residue_bytes, found.extents);
+    let base = examined.make_base(&repository, &composer, "amd64", false, job)?;
+    let image = composer.path_of(&base.recipe);
+    examined.write_root(overlay, &image, job)?;
+    let state = State {
+        recipe: Some(base.recipe),
+        image: Some(image),
+        overlay: Some(overlay.to_owned()),
+        ..State::default()
+    };
+    state.write(out)
 }
 
 /// What a root delta of a disk that was made elsewhere is: every block that differs from the one
