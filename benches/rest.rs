@@ -35,15 +35,21 @@ fn main() -> Result<()> {
         let dir = tempfile::tempdir_in(".")?;
         let path = dir.path().join("repository");
         fill(&path, packs)?;
-        let status = Command::new(std::env::current_exe()?).env(OPEN, &path).status()?;
-        if !status.success() {
-            return Err("the process that opens the repository failed".into());
-        }
+        open_in_a_process(&path)?;
+        // As a process that was killed leaves it: the index is brought in line at the next opening.
+        std::fs::copy("/proc/sys/kernel/random/boot_id", path.join("unclean"))?;
+        println!("the same after a kill:");
+        open_in_a_process(&path)?;
         if !missing_tool() {
             broker(packs)?;
         }
     }
     Ok(())
+}
+
+fn open_in_a_process(path: &Path) -> Result<()> {
+    let status = Command::new(std::env::current_exe()?).env(OPEN, path).status()?;
+    if status.success() { Ok(()) } else { Err("the process that opens the repository failed".into()) }
 }
 
 fn opened(dir: &Path) -> Result<()> {

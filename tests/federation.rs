@@ -86,6 +86,56 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
     world.guest(0, "web", "cmp /proc/sys/kernel/random/boot_id /run/before");
 }
 
+/// Numbered lines, each to a place of its own on the user-data disk and to the end of a list on the
+/// root disk, as fast as the guest can.
+const WRITER: &str = r#"dd if=/dev/zero of=/data/live bs=512 count=4096
+n=0
+while [ $n -lt 4000 ]; do
+    n=$((n + 1)); echo $n $(echo $n | sha256sum) >/run/line
+    dd if=/run/line of=/data/live bs=512 seek=$((n * 37 % 4096)) count=1 conv=notrunc
+    cat /run/line >>/root/list
+    [ $((n % 5)) = 0 ] && sync
+done
+"#;
+
+#[test]
+fn a_guest_that_never_stops_writing_stands_still_for_its_changes_only() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let built = components(&TINY);
+    let world = World::start(&["alpine", "boreal"]);
+    world.push(0, &built, &built.ids);
+    world.create_vm(0, "web", &built.ids, 128, true);
+    world.wait_booted(0, "web", 120);
+    let held = 48u64;
+    world.guest(0, "web", &format!("dd if=/dev/urandom of=/data/held bs=1M count={held} 2>/dev/null"));
+    world.guest(0, "web", "cp /bin/busybox /root/held; sha256sum /data/held /root/held >/root/sums; sync");
+    for line in WRITER.lines() {
+        world.guest(0, "web", &format!("echo '{line}' >>/root/writer"));
+    }
+    world.guest(
+        0,
+        "web",
+        "setsid sh /root/writer >/dev/null 2>&1 & sleep 3; wc -l </root/list >/root/before",
+    );
+
+    let account = world.move_vm(0, "web", "boreal").account;
+    let read = account.last_scan_bytes.unwrap();
+    println!("{read} bytes read in the last look, {:?}", account.phase_ms);
+    assert!(read > 0, "the guest wrote until its end");
+    assert!(read < held << 20 >> 2, "{read} bytes read again\n{}", world.log(0));
+
+    world.wait_booted(1, "web", 120);
+    world.guest(1, "web", "sha256sum -c /root/sums");
+    world.guest(1, "web", "[ $(wc -l </root/list) -gt $(cat /root/before) ]");
+    // Every line of the list is in its place: the list grew after the line was written.
+    world.guest(1, "web", "tr -d '\\0' </data/live | sort >/run/found; sort /root/list >/run/listed");
+    world.guest(1, "web", "[ $(comm -23 /run/listed /run/found | wc -l) = 0 ]");
+    world.guest(1, "web", "[ $(wc -l </run/found) -ge $(wc -l </run/listed) ]");
+}
+
 #[test]
 fn only_what_is_missing_travels() {
     if missing_tool() {
@@ -232,6 +282,7 @@ fn a_cancelled_move_leaves_the_vm_running_and_nothing_behind() {
     });
     // And it can still be moved.
     world.move_vm(0, "web", "boreal");
+    assert!(!world.log(0).contains("tracking the VM's changes"), "{}", world.log(0));
 }
 
 #[test]

@@ -5,6 +5,7 @@
 mod guest;
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -13,9 +14,11 @@ use std::time::{Duration, Instant};
 use cicada::clock::ManualClock;
 use cicada::hypervisor::conformance::{self, Bench};
 use cicada::hypervisor::fake::{FakeDriver, GuestDisk, Verb};
+use cicada::hypervisor::qemu::qmp::Qmp;
 use cicada::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, QemuConfig, QemuDriver};
 use cicada::hypervisor::{
-    DiskFormat, Driver, DriverError, EventKind, Machine, StopMode, StopReason, find_qemu,
+    Ability, DiskFormat, Driver, DriverError, DriverEvent, EventKind, Machine, StopMode, StopReason,
+    find_qemu,
 };
 use cicada::types::{ByteSize, RecipeId, VmId};
 use cicada::vm::spec::Nic;
@@ -279,6 +282,163 @@ async fn a_forced_stop_keeps_what_the_guest_wrote() {
         assert_eq!(guest::read_back(image).trim(), guest::WRITTEN);
     }
     assert!(fs::read(&base).unwrap() == content, "the shared base has changed");
+}
+
+/// Where two contents of a disk differ and `changes` does not say so.
+fn untold(before: &[u8], after: &[u8], changes: &[Range<u64>]) -> Vec<usize> {
+    let told = |at: usize| changes.iter().any(|range| range.contains(&(at as u64)));
+    (0..before.len()).filter(|at| before[*at] != after[*at] && !told(*at)).collect()
+}
+
+/// A machine whose guest writes a file to a small corner of its disk.
+fn writer_in(dir: &Path, content: Vec<u8>) -> Machine {
+    let machine = machine_in(dir);
+    fs::write(&machine.root_disk, content).unwrap();
+    machine
+}
+
+/// Waits for the end of a VM and says why it ended.
+async fn ended(events: &mut tokio::sync::broadcast::Receiver<DriverEvent>) -> EventKind {
+    let end = async {
+        loop {
+            let kind = events.recv().await.unwrap().kind;
+            if matches!(kind, EventKind::Stopped { .. } | EventKind::Crashed { .. }) {
+                return kind;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(90), end).await.unwrap()
+}
+
+const BY_ITSELF: EventKind = EventKind::Stopped { reason: StopReason::Guest };
+
+/// Every byte a guest wrote is in the changes of the period it wrote in.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_guest_writes_is_told() {
+    let Some((driver, dir)) = qemu().await else { return };
+    if !driver.features().abilities.contains(&Ability::TrackChanges) {
+        println!("SKIPPED: qemu-img is not installed");
+        return;
+    }
+    let machine = writer_in(dir.path(), guest::writing_disk(4 * MIB));
+    let vm = machine.spec.id;
+    let before = fs::read(&machine.root_disk).unwrap();
+    driver.start(&machine).await.unwrap();
+    let (since, unknown) = driver.track_changes(vm, None).await.unwrap();
+    assert_eq!(unknown, None);
+    let log = driver.console_log(vm).unwrap();
+    let greets = || fs::read_to_string(&log).unwrap_or_default().contains(guest::GREETING.trim());
+    eventually("the guest has written", greets).await;
+    let (since, changes) = driver.track_changes(vm, Some(since)).await.unwrap();
+    let changes = changes.unwrap();
+    let after = fs::read(&machine.root_disk).unwrap();
+    assert!(before != after && guest::read_back(after.clone()).trim() == guest::WRITTEN);
+    assert_eq!(untold(&before, &after, &changes.root), Vec::<usize>::new());
+    assert!(untold(&before, &after, &[]).len() > guest::WRITTEN.len());
+    let told: u64 = changes.root.iter().map(|r| r.end - r.start).sum();
+    assert!(told < 2 * MIB, "{told} bytes are told of for one small file");
+    assert_eq!(changes.user_data, []);
+    // It writes no more.
+    let idle = driver.track_changes(vm, Some(since)).await.unwrap().1.unwrap();
+    assert_eq!((idle.root, idle.user_data), (vec![], vec![]));
+    driver.stop(vm, StopMode::Forced).await.unwrap();
+    assert!(!machine.state_dir.join("nbd.sock").exists());
+}
+
+/// The last period lasts until the guest's end, of its own will or not; the process is gone then.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_guest_writes_before_its_end_is_told() {
+    let Some((driver, dir)) = qemu().await else { return };
+    if !driver.features().abilities.contains(&Ability::TrackChanges) {
+        println!("SKIPPED: qemu-img is not installed");
+        return;
+    }
+    let machine = writer_in(dir.path(), guest::passing_disk(4 * MIB));
+    let vm = machine.spec.id;
+    let before = fs::read(&machine.root_disk).unwrap();
+    for period in 1..=2 {
+        let mut events = driver.events();
+        driver.start(&machine).await.unwrap();
+        let mut since = None;
+        for _ in 0..period {
+            since = Some(driver.track_changes(vm, since).await.unwrap().0);
+        }
+        assert_eq!(ended(&mut events).await, BY_ITSELF);
+        assert_eq!(driver.state(vm).unwrap(), PowerState::Stopped);
+        assert!(processes_of(vm).is_empty());
+        let after = fs::read(&machine.root_disk).unwrap();
+        assert!(before != after && guest::read_back(after.clone()).contains(guest::WRITTEN));
+        let changes = driver.end_tracking(vm, since).await.unwrap().unwrap();
+        assert_eq!(untold(&before, &after, &changes.root), Vec::<usize>::new());
+        assert_eq!(driver.end_tracking(vm, since).await.unwrap(), None, "once");
+        fs::write(&machine.root_disk, &before).unwrap();
+    }
+    // What a start forgets.
+    let mut events = driver.events();
+    driver.start(&machine).await.unwrap();
+    let (since, _) = driver.track_changes(vm, None).await.unwrap();
+    assert_eq!(ended(&mut events).await, BY_ITSELF);
+    driver.start(&machine).await.unwrap();
+    driver.stop(vm, StopMode::Forced).await.unwrap();
+    assert_eq!(driver.end_tracking(vm, Some(since)).await.unwrap(), None);
+
+    // The power button, while a period lasts.
+    fs::write(&machine.root_disk, guest::disk(4 * MIB)).unwrap();
+    driver.start(&machine).await.unwrap();
+    let (since, _) = driver.track_changes(vm, None).await.unwrap();
+    let greetings = || fs::read_to_string(driver.console_log(vm).unwrap()).unwrap_or_default();
+    eventually("the guest greets", || greetings().contains(guest::GREETING)).await;
+    let mut events = driver.events();
+    let graceful = StopMode::Graceful { timeout: Duration::from_secs(30), escalate: false };
+    driver.stop(vm, graceful).await.unwrap();
+    assert_eq!(ended(&mut events).await, BY_ITSELF);
+    assert!(processes_of(vm).is_empty());
+    assert!(driver.end_tracking(vm, Some(since)).await.unwrap().is_some());
+}
+
+/// A driver that goes away while it tracks leaves nothing the next one would trip over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_driver_ends_what_an_earlier_one_tracked() {
+    let Some((driver, dir)) = qemu().await else { return };
+    if !driver.features().abilities.contains(&Ability::TrackChanges) {
+        println!("SKIPPED: qemu-img is not installed");
+        return;
+    }
+    // The guest ends while nobody watches: its process waits for the next driver.
+    let machine = writer_in(dir.path(), guest::passing_disk(4 * MIB));
+    let vm = machine.spec.id;
+    driver.start(&machine).await.unwrap();
+    let (since, _) = driver.track_changes(vm, None).await.unwrap();
+    drop(driver);
+    let written = || guest::has_written(fs::read(&machine.root_disk).unwrap());
+    eventually("the guest has written", written).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(processes_of(vm).len(), 1);
+    let driver = QemuDriver::open(config()).await.unwrap();
+    let mut events = driver.events();
+    driver.define(&machine).await.unwrap();
+    assert_eq!(ended(&mut events).await, BY_ITSELF);
+    assert!(processes_of(vm).is_empty());
+    assert_eq!(driver.end_tracking(vm, Some(since)).await.unwrap(), None);
+
+    // The guest runs on: its process is as if nothing had been tracked, and ends with it.
+    fs::write(&machine.root_disk, guest::disk(4 * MIB)).unwrap();
+    driver.start(&machine).await.unwrap();
+    let (since, _) = driver.track_changes(vm, None).await.unwrap();
+    driver.track_changes(vm, Some(since)).await.unwrap();
+    drop(driver);
+    let driver = QemuDriver::open(config()).await.unwrap();
+    driver.define(&machine).await.unwrap();
+    drop(driver);
+    let qmp = Qmp::connect(&machine.state_dir.join("qmp.sock"), |_| ()).await.unwrap();
+    let nodes = qmp.execute("query-named-block-nodes", None).await.unwrap().to_string();
+    assert!(nodes.contains("user-data") && !nodes.contains("dirty-bitmaps"), "{nodes}");
+    assert_eq!(qmp.execute("query-block-exports", None).await.unwrap(), serde_json::json!([]));
+    drop(qmp);
+    let driver = QemuDriver::open(config()).await.unwrap();
+    driver.define(&machine).await.unwrap();
+    assert_eq!(driver.track_changes(vm, Some(since)).await.unwrap().1, None);
+    driver.stop(vm, StopMode::Forced).await.unwrap();
 }
 
 fn run(command: &mut Command) {

@@ -1,192 +1,144 @@
-//! The pieces `benches/compare/run` compares with: two composed disks, and what Cicada sends to a
-//! cloud that holds the first so that it can make the second.
+//! Cicada's part of `benches/compare/run`: makes disks, and moves one between two processes.
 //!
-//! `cargo bench --bench compare -- DIR HELD NEEDED`: HELD and NEEDED are lists of definitions in
-//! `components/`, with commas. Writes DIR/held.raw and DIR/needed.raw (both images as the composer
-//! keeps them) and prints `key value` lines.
+//! `cargo bench --bench compare -- VERB …`, or the binary itself:
+//!
+//! | verb | does |
+//! |---|---|
+//! | `image SCRATCH DEFINITIONS OUT` | builds the components (files, with commas) into SCRATCH/repository and composes them; writes their state to OUT |
+//! | `delta IMAGE RAW OVERLAY` | an overlay over IMAGE that reads as RAW |
+//! | `adopt SCRATCH RAW OVERLAY OUT` | adopts the disk RAW by what SCRATCH/repository holds; writes its state to OUT |
+//! | `seed SCRATCH STATE TARGET` | makes TARGET, a repository that holds what belongs to STATE |
+//! | `serve SCRATCH STATE OFFER ADDRESS` | serves a state; writes OFFER, says `READY`, ends with its standard input |
+//! | `fetch TARGET OFFER HELD DISKS ADDRESS` | makes the offered disks in DISKS with what TARGET and the disks of the state HELD have; prints `key value` lines |
 
-use std::collections::HashSet;
+#[path = "link.rs"]
+mod link;
+#[path = "state.rs"]
+mod state;
+
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use cicada::broker::serving::{Served, Store, Tickets};
 use cicada::build::{BuildEvent, BuildOptions, build};
-use cicada::compose::Composer;
-use cicada::repository::{PackReceiver, Repository, RepositoryError};
-use cicada::transfer::{
-    Endpoint, Limiter, ObjectKey, ObjectSink, PackRange, PackWriter, Progress, SinkError, Ticket, Verified,
-};
-use cicada::types::{ByteSize, ComponentId, IdentityKey, PackId, RecipeId};
+use cicada::adopt::Job;
+use cicada::compose::{Composer, ImageFormat};
+use cicada::disk::{OverlayWriter, ROOT_BLOCK_BYTES};
+use cicada::repository::Repository;
+use cicada::types::{ByteSize, ComponentId};
 
-const IMAGE_BYTES: ByteSize = ByteSize(1536 << 20);
+use state::State;
+
+/// Room for every corpus; holes cost nothing.
+const IMAGE_BYTES: ByteSize = ByteSize(1 << 30);
 const COMMAND_LINE: &str = "console=ttyS0 quiet";
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
-    let [dir, held, needed] = arguments.as_slice() else {
-        println!("compare: run benches/compare/run");
-        return Ok(());
-    };
-    let dir = std::path::absolute(dir)?;
-    let source = Repository::open_or_create(&dir.join("source"))?;
-    let (held, needed) = (components(&source, &dir, held)?, components(&source, &dir, needed)?);
-
-    let composer = Composer::new(source.clone());
-    let (held_recipe, held_image) = composed(&composer, &held, &dir.join("held.raw"))?;
-    let (needed_recipe, needed_image) = composed(&composer, &needed, &dir.join("needed.raw"))?;
-
-    for (case, before) in [("average", held.as_slice()), ("worst", &[])] {
-        let target_dir = dir.join(format!("target-{case}"));
-        let _ = std::fs::remove_dir_all(&target_dir);
-        let target = Repository::create(&target_dir)?;
-        let runtime = tokio::runtime::Runtime::new()?;
-        // What the target has before is not counted.
-        runtime.block_on(transfer(&source, &target, before, held_recipe))?;
-        let missing = missing_bytes(&source, &target, &needed)?;
-        let wire = runtime.block_on(transfer(&source, &target, &needed, needed_recipe))?;
-        println!("{case}_missing_components {}", missing.components);
-        println!("{case}_missing_packs {}", missing.packs);
-        println!("{case}_pack_bytes {}", missing.pack_bytes);
-        println!("{case}_manifest_bytes {}", missing.manifest_bytes);
-        println!("{case}_udp_bytes {wire}");
-        // The target makes the same disk, or none.
-        target.put_recipe(&source.recipe(&needed_recipe)?)?;
-        let made = Composer::new(target).composition(&needed_recipe)?;
-        println!("{case}_same_image {}", made.digest == source.recipe(&needed_recipe)?.image_digest);
-        std::fs::remove_file(made.path)?;
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let path = |text: &str| std::path::absolute(text);
+    match arguments.as_slice() {
+        ["image", scratch, definitions, out] => image(&path(scratch)?, definitions, &path(out)?),
+        ["delta", image, raw, overlay] => delta(&path(image)?, &path(raw)?, &path(overlay)?),
+        ["adopt", scratch, raw, overlay, out] => {
+            adopt(&path(scratch)?, &path(raw)?, &path(overlay)?, &path(out)?)
+        }
+        ["seed", scratch, state, target] => {
+            let source = Repository::open(&path(scratch)?.join("repository"))?;
+            link::seed(&source, &State::read(&path(state)?)?, &path(target)?)
+        }
+        ["serve", scratch, state, offer, address] => {
+            let source = Repository::open(&path(scratch)?.join("repository"))?;
+            link::serve(&source, &State::read(&path(state)?)?, &path(offer)?, address.parse()?)
+        }
+        ["fetch", target, offer, held, disks, address] => {
+            let target = Repository::open(&path(target)?)?;
+            let held = State::read(&path(held)?)?;
+            let report = link::fetch(&target, &path(offer)?, &held, &path(disks)?, address.parse()?)?;
+            report.print();
+            Ok(())
+        }
+        _ => {
+            println!("compare: run benches/compare/run");
+            Ok(())
+        }
     }
-    println!("recipe_bytes {}", source.recipe_bytes(&needed_recipe)?.len());
-    println!("held_image {}\nneeded_image {}", held_image.display(), needed_image.display());
-    Ok(())
 }
 
-fn components(repository: &Repository, dir: &Path, names: &str) -> Result<Vec<ComponentId>> {
-    let definitions = Path::new(env!("CARGO_MANIFEST_DIR")).join("components");
-    let files: Vec<PathBuf> = names.split(',').map(|n| definitions.join(format!("{n}.toml"))).collect();
-    let options = BuildOptions { cache_dir: dir.join("cache"), keep_failed: false, rebuild: false };
-    let built = build(repository, &files, &options, &mut |event| match event {
+fn image(scratch: &Path, definitions: &str, out: &Path) -> Result<()> {
+    let repository = Repository::open_or_create(&scratch.join("repository"))?;
+    let files: Vec<PathBuf> = definitions.split(',').map(PathBuf::from).collect();
+    let options = BuildOptions { cache_dir: scratch.join("cache"), keep_failed: false, rebuild: false };
+    let built = build(&repository, &files, &options, &mut |event| match event {
         BuildEvent::Begun { component, number, total } => eprintln!("{component} ({number} of {total})"),
         BuildEvent::Step { step, .. } => eprintln!("  {step}"),
         _ => {}
     })?;
-    Ok(built.into_iter().map(|b| b.id).collect())
-}
-
-fn composed(composer: &Composer, ids: &[ComponentId], link: &Path) -> Result<(RecipeId, PathBuf)> {
-    let (recipe, _) = composer.make_recipe(ids, false, IMAGE_BYTES, COMMAND_LINE)?;
-    let path = composer.path_of(&recipe);
-    let _ = std::fs::remove_file(link);
-    std::os::unix::fs::symlink(&path, link)?;
-    Ok((recipe, path))
-}
-
-#[derive(Default)]
-struct Missing {
-    components: usize,
-    packs: usize,
-    pack_bytes: u64,
-    manifest_bytes: u64,
-}
-
-fn missing_bytes(source: &Repository, target: &Repository, needed: &[ComponentId]) -> Result<Missing> {
-    let mut out = Missing::default();
-    let mut packs = HashSet::new();
-    for id in needed.iter().filter(|id| !target.has_manifest(id)) {
-        out.components += 1;
-        out.manifest_bytes += source.manifest_stored_bytes(id)?;
-        packs.extend(source.manifest(id)?.packs.iter().map(|p| p.id).filter(|p| !target.has_pack(p)));
+    for component in &built {
+        println!("component {} {} {}", component.name, component.version, component.id);
     }
-    out.packs = packs.len();
-    for pack in &packs {
-        out.pack_bytes += source.pack_stored(pack)?.stored_size_bytes;
+    let components: Vec<ComponentId> = built.into_iter().map(|b| b.id).collect();
+    // What a broker does when it is idle; OPTIMIZE=0 measures packs as they were made.
+    if std::env::var_os("OPTIMIZE").is_none_or(|v| v != "0") {
+        let names: Vec<String> = components.iter().map(ToString::to_string).collect();
+        cicada::broker::optimize::optimize(&repository, &names, true, &|| false, &mut |_| ())
+            .map_err(|p| p.to_string())?;
     }
-    Ok(out)
+    let composer = Composer::new(repository);
+    let (recipe, _) = composer.make_recipe(&components, false, IMAGE_BYTES, COMMAND_LINE)?;
+    State { recipe: Some(recipe), image: Some(composer.path_of(&recipe)), ..State::default() }.write(out)
 }
 
-/// Brings what `target` lacks of `components` over the real transport on loopback. Returns the UDP
-/// bytes of both directions.
-async fn transfer(
-    source: &Repository,
-    target: &Repository,
-    components: &[ComponentId],
-    recipe: RecipeId,
-) -> Result<u64> {
-    let keys = [1, 2].map(|n| IdentityKey::from_secret_bytes(&[n; 32]));
-    let [from, to] = [0, 1].map(|_| Arc::new(Tickets::default()));
-    for tickets in [&from, &to] {
-        tickets.set_members(keys.iter().map(IdentityKey::public).collect());
-    }
-    let ticket = Ticket::random()?;
-    let packs = |id: &ComponentId| Ok(source.manifest(id)?.packs.iter().map(|p| p.id).collect::<Vec<_>>());
-    let all: Vec<Vec<PackId>> = components.iter().map(packs).collect::<Result<_>>()?;
-    from.serve(
-        ticket,
-        Served {
-            peer: Some(keys[1].public()),
-            recipe: Some(recipe),
-            components: components.iter().copied().collect(),
-            packs: all.iter().flatten().copied().collect(),
-            ..Served::default()
-        },
-    );
-    let endpoint = |key: &IdentityKey, repository: &Repository, tickets: &Arc<Tickets>| {
-        let store = Arc::new(Store { repository: repository.clone(), tickets: tickets.clone() });
-        Endpoint::bind(([127, 0, 0, 1], 0).into(), key, tickets.clone(), store, Limiter::unlimited())
+/// As `cicada vm adopt` makes a VM of a disk from elsewhere.
+fn adopt(scratch: &Path, raw: &Path, overlay: &Path, out: &Path) -> Result<()> {
+    let repository = Repository::open(&scratch.join("repository"))?;
+    let composer = Composer::new(repository.clone());
+    let job = Job { progress: &|_, _, _| (), cancelled: &|| false };
+    let examined = cicada::adopt::examine(&repository, raw, Some(ImageFormat::Raw), job)?;
+    let found = examined.findings();
+    println!("known {} residue {} extents {}", found.known_bytes, found.residue_bytes, found.extents);
+    let base = examined.make_base(&repository, &composer, "amd64", false, job)?;
+    let image = composer.path_of(&base.recipe);
+    examined.write_root(overlay, &image, job)?;
+    let state = State {
+        recipe: Some(base.recipe),
+        image: Some(image),
+        overlay: Some(overlay.to_owned()),
+        ..State::default()
     };
-    let (serving, asking) = (endpoint(&keys[0], source, &from)?, endpoint(&keys[1], target, &to)?);
-    let connection = asking.connect(&[serving.local_addr()?], keys[0].public()).await?;
-    let sink = Arc::new(Sink(target.clone()));
-    let manifests =
-        components.iter().filter(|id| !target.has_manifest(id)).map(|id| ObjectKey::Manifest(*id));
-    let manifests: Vec<_> = manifests.collect();
-    connection.fetch(&ticket, manifests, sink.clone(), Arc::new(Progress::default())).await?;
-    let mut packs: Vec<_> = all.into_iter().flatten().filter(|p| !target.has_pack(p)).collect();
-    packs.sort_unstable();
-    packs.dedup();
-    let packs = packs.into_iter().map(ObjectKey::Pack).collect();
-    connection.fetch(&ticket, packs, sink, Arc::new(Progress::default())).await?;
-    let stats = connection.stats();
-    asking.close().await;
-    serving.close().await;
-    Ok(stats.sent_bytes + stats.received_bytes)
+    state.write(out)
 }
 
-/// Keeps in a repository what arrives, as a broker does.
-struct Sink(Repository);
+/// What a root delta of a disk that was made elsewhere is: every block that differs from the one
+/// at its place.
+fn delta(image: &Path, raw: &Path, overlay: &Path) -> Result<()> {
+    use std::os::unix::fs::FileExt;
 
-impl ObjectSink for Sink {
-    fn deliver(&self, objects: Vec<Verified>) -> Result<(), SinkError> {
-        for object in objects {
-            if let ObjectKey::Manifest(id) = &object.key {
-                self.0.put_manifest_bytes(id, &object.bytes).map_err(storage)?;
+    let (below, above) = (std::fs::File::open(image)?, std::fs::File::open(raw)?);
+    let size = below.metadata()?.len();
+    if above.metadata()?.len() != size {
+        return Err(format!("{} is not of the size of {}", raw.display(), image.display()).into());
+    }
+    let mut writer = OverlayWriter::open_or_create(overlay, image, size)?;
+    let block = ROOT_BLOCK_BYTES as usize;
+    let (mut a, mut b) = (vec![0; 256 * block], vec![0; 256 * block]);
+    let mut at = 0;
+    while at < size {
+        let len = (size - at).min(a.len() as u64) as usize;
+        below.read_exact_at(&mut a[..len], at)?;
+        above.read_exact_at(&mut b[..len], at)?;
+        for (n, (old, new)) in a[..len].chunks(block).zip(b[..len].chunks(block)).enumerate() {
+            let number = at / block as u64 + n as u64;
+            if old == new {
+                continue;
+            }
+            if new.iter().all(|byte| *byte == 0) {
+                writer.write_zero(number)?;
+            } else {
+                writer.write_block(number, new)?;
             }
         }
-        Ok(())
+        at += len as u64;
     }
-    fn pack(
-        &self,
-        pack: &PackId,
-        _is_delta: bool,
-        _range: &PackRange,
-        size_bytes: u64,
-    ) -> Result<Box<dyn PackWriter>, SinkError> {
-        Ok(Box::new(Receiving(self.0.pack_receiver(*pack, size_bytes).map_err(storage)?)))
-    }
-}
-
-struct Receiving(PackReceiver);
-
-impl PackWriter for Receiving {
-    fn write(&mut self, stored: &[u8]) -> Result<(), SinkError> {
-        self.0.write(stored).map_err(storage)
-    }
-    fn finish(self: Box<Self>) -> Result<(), SinkError> {
-        self.0.finish().map_err(storage)
-    }
-}
-
-fn storage(e: RepositoryError) -> SinkError {
-    SinkError::Storage(Box::new(e))
+    Ok(writer.finish()?)
 }

@@ -23,6 +23,7 @@ const TARGETS: [(&str, Target); 13] = [
     ("chunk-map", trees::chunk_map),
     ("config", settings::config),
     ("definition", settings::definition),
+    ("delta", pack::delta),
     ("disk", disk::qcow2),
     ("extents", content::extents),
     ("fragments", content::fragments),

@@ -10,7 +10,6 @@ use crate::{memory, split, work_dir};
 
 /// Packs kept before the repository is made anew.
 const KEPT_MAX: u32 = 2000;
-const FRAME_BYTES: u64 = 1 << 20;
 /// Larger claims are only checked for being refused or taken, not unpacked here.
 const PLAIN_BYTES_MAX: u64 = 3 << 20;
 
@@ -70,17 +69,40 @@ fn receive(repository: &Repository, piece: u8, stored: &[u8]) -> bool {
     }
 }
 
+/// A delta against a base that the first byte makes. What is accepted has the size it claims.
+pub fn delta(data: &[u8]) {
+    let Some((seed, delta)) = split(data) else { return };
+    let Some(claimed) = delta.get(8..16).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes) else { return };
+    // One segment is taken whole; larger claims differ in nothing but the memory they may take.
+    if claimed > PLAIN_BYTES_MAX {
+        return;
+    }
+    let base = delta_base(seed);
+    if let Ok(made) = cicada::repository::fuzzing::apply_delta(delta, &base) {
+        assert_eq!(made.len() as u64, claimed);
+    }
+}
+
+/// What deltas of the corpus lean on.
+pub fn delta_base(seed: u8) -> Vec<u8> {
+    (0..8192u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8 ^ seed).collect()
+}
+
 /// Reads a stored pack by `FORMAT.md`.
 fn unpack(stored: &[u8]) -> Option<Vec<u8>> {
-    let body = stored.strip_prefix(b"CICPAK\0\x01")?;
-    let (size, mut rest) = body.split_first_chunk::<8>()?;
-    let size = u64::from_le_bytes(*size);
+    let body = stored.strip_prefix(b"CICPAK\0\x02")?;
+    let (size, rest) = body.split_first_chunk::<8>()?;
+    let (frame, mut rest) = rest.split_first_chunk::<8>()?;
+    let (size, frame_bytes) = (u64::from_le_bytes(*size), u64::from_le_bytes(*frame));
+    if !frame_bytes.is_power_of_two() || !(1 << 20..=1 << 24).contains(&frame_bytes) {
+        return None;
+    }
     if size == 0 || size % 4096 != 0 || size > PLAIN_BYTES_MAX {
         return None;
     }
     let mut plain = Vec::new();
     while (plain.len() as u64) < size {
-        let len = (size - plain.len() as u64).min(FRAME_BYTES) as usize;
+        let len = (size - plain.len() as u64).min(frame_bytes) as usize;
         let (length, after) = rest.split_first_chunk::<4>()?;
         let stored_len = u32::from_le_bytes(*length) as usize;
         if stored_len == 0 || stored_len > len || stored_len > after.len() {

@@ -22,7 +22,7 @@ use cicada::repository::RefKind;
 use cicada::repository::fuzzing as files;
 use cicada::stanza::{self, Cloud, cloud::Capacity};
 use cicada::transfer::fuzzing::{Frame, Request as Fetch};
-use cicada::transfer::{Encoding, ObjectKey, Refusal, Ticket};
+use cicada::transfer::{Encoding, ObjectKey, PackRange, PackWish, Refusal, Ticket};
 use cicada::types::{
     BlockHash, ByteSize, ComponentId, Hash, IdentityKey, ImageDigest, MapId, MigrationId, PackId, RecipeId,
     VmId,
@@ -34,7 +34,7 @@ use uuid::Uuid;
 use xmpp_parsers::minidom::Element;
 
 use crate::control::{NOW, parties};
-use crate::work_dir;
+use crate::{pack, work_dir};
 
 struct Corpus<'a> {
     dir: &'a Path,
@@ -57,6 +57,7 @@ pub fn write(dir: &Path) {
     let corpus = Corpus { dir };
     content(&corpus);
     packs(&corpus);
+    deltas(&corpus);
     maps(&corpus);
     extents(&corpus);
     disks(&corpus);
@@ -232,7 +233,9 @@ fn wide_window(magic: &[u8], size_bytes: u64) -> Vec<u8> {
 }
 
 fn packs(corpus: &Corpus<'_>) {
-    let header = |size: u64| [&b"CICPAK\0\x01"[..], &size.to_le_bytes()].concat();
+    let header = |size: u64| {
+        [&b"CICPAK\0\x02"[..], &size.to_le_bytes(), &(1u64 << 20).to_le_bytes()].concat()
+    };
     let framed = |size: u64, frames: &[&[u8]]| {
         let mut out = header(size);
         for frame in frames {
@@ -250,10 +253,24 @@ fn packs(corpus: &Corpus<'_>) {
     corpus.pick("pack", "short-frame", 3, &framed(8192, &[&text]));
     corpus.pick("pack", "giant", 3, &framed(1 << 42, &[&text]));
     let mut lies = framed(4096, &[&text]);
-    lies[16..20].copy_from_slice(&u32::MAX.to_le_bytes());
+    lies[24..28].copy_from_slice(&u32::MAX.to_le_bytes());
     corpus.pick("pack", "length-that-lies", 3, &lies);
     corpus.pick("pack", "more-after-the-end", 3, &[framed(4096, &[&text]), vec![0]].concat());
     corpus.pick("pack", "window", 3, &framed(4096, &[&wide_window(b"", 0)[8..]]));
+}
+
+fn deltas(corpus: &Corpus<'_>) {
+    let base = pack::delta_base(3);
+    let version = [&base[..4096], &[7; 4096], &base[4096..]].concat();
+    let good = cicada::repository::fuzzing::make_delta(&version, &base);
+    corpus.pick("delta", "version", 3, &good);
+    corpus.pick("delta", "another-base", 4, &good);
+    corpus.pick("delta", "cut", 3, &good[..good.len() - 9]);
+    for (name, at) in [("size-that-lies", 8), ("length-that-lies", 56), ("offset-that-lies", 60), ("region-that-lies", 68)] {
+        let mut lies = good.clone();
+        lies[at..at + 4].copy_from_slice(&0x7fff_f000u32.to_le_bytes());
+        corpus.pick("delta", name, 3, &lies);
+    }
 }
 
 fn map() -> ChunkMap {
@@ -570,7 +587,10 @@ fn control(corpus: &Corpus<'_>) {
         ObjectKey::Manifest(ComponentId::of(b"m")),
         ObjectKey::Recipe(RecipeId::of(b"r")),
     ];
-    corpus.pick("frames", "request", 0, &Fetch { ticket: Ticket::from_bytes([1; 32]), keys }.encode());
+    let wish = PackWish { bases: vec![PackId::of(b"base")], begun: Some(([3; 16], 70_000)) };
+    let request = Fetch { ticket: Ticket::from_bytes([1; 32]), keys, wishes: vec![wish] };
+    corpus.pick("frames", "request", 0, &request.encode());
+    let range = PackRange { tag: [3; 16], offset_bytes: 70_000, stored_size_bytes: 100_000 };
     let packed = |len: usize| zstd::bulk::compress(&vec![0; len], 1).expect("memory is written to");
     for (name, frame) in [
         ("refused", Frame::Refused { reason: Refusal::NotHeld, count: 3 }),
@@ -578,7 +598,9 @@ fn control(corpus: &Corpus<'_>) {
         ("packed", Frame::Small { zstd: true, sizes_bytes: vec![4096, 4096], payload: packed(8192).into() }),
         ("bomb", Frame::Small { zstd: true, sizes_bytes: vec![200_000], payload: packed(32 << 20).into() }),
         ("large", Frame::Large { encoding: Encoding::Zstd { plain_size_bytes: 9 }, size_bytes: 7 }),
-        ("pack", Frame::Large { encoding: Encoding::StoredPack, size_bytes: 1 << 42 }),
+        ("pack", Frame::Large { encoding: Encoding::StoredPack(range), size_bytes: 1 << 42 }),
+        ("delta", Frame::Large { encoding: Encoding::PackDelta(range), size_bytes: 900 }),
+        ("working", Frame::Working),
     ] {
         corpus.pick("frames", name, 1, &frame.encode());
     }

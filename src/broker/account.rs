@@ -3,8 +3,10 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::clock::UnixMillis;
+use crate::disk::Scan;
 use crate::migration::message::{Progress, StageAccount};
 use crate::repository::RefKind;
 use crate::types::{CloudName, MemberJid, MigrationId, RecipeId};
@@ -12,7 +14,6 @@ use crate::vm::{Block, VmSpec};
 
 use super::Shared;
 use super::interface::{Account, MigrationProgress, MigrationView};
-use super::outgoing::ScannedDisk;
 
 /// zstd level a monolithic tool would use.
 const MONOLITHIC_LEVEL: i32 = 3;
@@ -92,7 +93,7 @@ pub fn stage(account: &mut Account, s: &StageAccount) {
 
 /// What a tool that copies whole disks would send, compressed and raw. Blocking, and slow the
 /// first time for a recipe: the composition's part is remembered.
-pub fn monolithic(shared: &Shared, recipe: &RecipeId, disks: &[ScannedDisk]) -> io::Result<(u64, u64)> {
+pub fn monolithic(shared: &Shared, recipe: &RecipeId, disks: &[Arc<Scan>]) -> io::Result<(u64, u64)> {
     let name = recipe.to_string();
     let known = shared.repository.get_ref(RefKind::Composition, &name).map_err(io::Error::other)?;
     let known = known.and_then(|v| serde_json::from_slice::<(u64, u64)>(&v).ok());

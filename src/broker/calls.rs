@@ -14,8 +14,8 @@ use super::interface::{
     Candidate, Event, MemberView, MigrationView, PlanView, Reply, Request, Resource, StatusView, Verdict,
 };
 use super::negotiation;
-use super::outgoing::scan;
 use super::problem::{Problem, ProblemKind};
+use super::scanning::scan;
 use super::shared::{Matter, Peer};
 use super::{Broker, Input, archive, content};
 
@@ -396,7 +396,8 @@ impl Broker {
         let (shared, name) = (self.shared.clone(), spec.name.clone());
         tokio::spawn(async move {
             let (for_scan, scan_spec) = (shared.clone(), spec.clone());
-            let scanned = negotiation::blocking(move || scan(&for_scan, &scan_spec, &disks).map(|s| s.seed));
+            let scanned =
+                negotiation::blocking(move || scan(&for_scan, &scan_spec, &disks, None).map(|s| s.seed));
             let seed = scanned.await.ok();
             let recipe = shared.repository.recipe(&spec.recipe);
             let result = match recipe {

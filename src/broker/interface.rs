@@ -533,6 +533,8 @@ pub struct Account {
     /// Whole disks through zstd level 3, and raw allocated bytes; `None` until estimated.
     pub monolithic_zstd_bytes: Option<u64>,
     pub monolithic_raw_bytes: Option<u64>,
+    /// Bytes of its disks the source read in its last look at them, while the VM stood still.
+    pub last_scan_bytes: Option<u64>,
     /// Milliseconds per phase.
     pub phase_ms: BTreeMap<String, u64>,
     /// From the VM's stop at the source to its start at the target.

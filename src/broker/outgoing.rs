@@ -10,24 +10,23 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::UnixMillis;
 use crate::component::Recipe;
-use crate::disk::{self, BlockIndex};
 use crate::hypervisor::StopMode;
 use crate::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
 use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::source::{Effect, Event as SourceEvent, Phase, Source};
 use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
 use crate::transfer::{Limiter, Ticket};
-use crate::types::{CloudName, MigrationId, NodeHash, PackId, VmId, hex};
-use crate::vm::ChunkMap;
+use crate::types::{CloudName, MigrationId, NodeHash, VmId, hex};
 
 use super::account::{self, new_view};
 use super::interface::{Event, MigrationView, Reply};
 use super::negotiation::{self, Checked};
 use super::problem::{Problem, ProblemKind};
 use super::records::{GivenUp, Ownership};
+use super::scanning::{self, Looked, Scanned};
 use super::serving::Served;
 use super::shared::{AskError, Matter, Peer};
-use super::vms::{Busy, DiskPaths};
+use super::vms::Busy;
 use super::{Broker, Input};
 
 /// Packed firmware variables that fit into a message beside everything else.
@@ -46,29 +45,14 @@ pub struct Outgoing {
     limiter: Limiter,
     checked: Option<Checked>,
     nodes: HashSet<NodeHash>,
-    disks: Vec<ScannedDisk>,
+    /// The last look at the disks.
+    looked: Looked,
     pass: Option<Pass>,
     pub view: MigrationView,
     phase_since: UnixMillis,
     stopped_at: Option<UnixMillis>,
     subscribers: Vec<mpsc::Sender<Event>>,
     waiters: Vec<oneshot::Sender<Result<Reply, Problem>>>,
-}
-
-/// What a look at the disks found.
-pub struct Scanned {
-    pub seed: Seed,
-    pub nodes: HashSet<NodeHash>,
-    pub disks: Vec<ScannedDisk>,
-    /// Packs of all components: a target may find one of its own damaged, too.
-    pub packs: HashSet<PackId>,
-}
-
-/// One disk's chunk map, and where its blocks lie.
-#[derive(Clone)]
-pub struct ScannedDisk {
-    pub map: Arc<ChunkMap>,
-    pub index: Arc<BlockIndex>,
 }
 
 impl Broker {
@@ -111,7 +95,7 @@ impl Broker {
             limiter: Limiter::unlimited(),
             checked: None,
             nodes: HashSet::new(),
-            disks: Vec::new(),
+            looked: Looked::default(),
             pass: None,
             view,
             peer,
@@ -167,7 +151,7 @@ impl Broker {
                     limiter: Limiter::unlimited(),
                     checked: None,
                     nodes: HashSet::new(),
-                    disks: Vec::new(),
+                    looked: Looked::default(),
                     pass: None,
                     view,
                     phase_since: now,
@@ -320,12 +304,13 @@ impl Broker {
                 let run = run.machine.was_running();
                 self.ask_target(id, RequestBody::Start { hand_over, run });
             }
-            Effect::Scan { .. } => {
+            Effect::Scan { last, .. } => {
+                let before = run.looked.clone();
                 let Some(entry) = self.vms.get(&vm) else { return };
                 let (spec, disks) = (entry.record.spec.clone(), self.disk_paths(&entry.record));
-                tokio::task::spawn_blocking(move || {
-                    let result = scan(&shared, &spec, &disks);
-                    shared.post(Input::apply(move |b| b.scanned(id, result)));
+                tokio::spawn(async move {
+                    let result = scanning::look(shared.clone(), spec, disks, before, last).await;
+                    shared.post(Input::apply(move |b| b.scanned(id, vm, result)));
                 });
             }
             Effect::Stop => {
@@ -452,11 +437,13 @@ impl Broker {
         self.outgoing_event(id, SourceEvent::Checked(event));
     }
 
-    fn scanned(&mut self, id: MigrationId, result: Result<Scanned, Denial>) {
-        let Some(run) = self.outgoing.get_mut(&id) else { return };
+    fn scanned(&mut self, id: MigrationId, vm: VmId, result: Result<Scanned, Denial>) {
+        // Called off meanwhile, perhaps before the look began to track changes.
+        let Some(run) = self.outgoing.get_mut(&id) else { return self.end_tracking(vm) };
         let event = result.map(|s| {
+            run.view.account.last_scan_bytes = Some(s.looked.read_bytes());
             run.nodes.extend(s.nodes);
-            run.disks = s.disks;
+            run.looked = s.looked;
             self.shared.tickets.serve(
                 run.ticket,
                 Served {
@@ -465,7 +452,7 @@ impl Broker {
                     components: run.recipe.components.iter().copied().collect(),
                     packs: s.packs,
                     nodes: run.nodes.clone(),
-                    blocks: run.disks.iter().map(|d| d.index.clone()).collect(),
+                    blocks: run.looked.disks.iter().map(|d| d.index.clone()).collect(),
                     limiter: run.limiter.clone(),
                 },
             );
@@ -583,7 +570,8 @@ impl Broker {
     /// What a move of the whole disk would have sent, worked out in the background.
     fn estimate_monolithic(&mut self, id: MigrationId) {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
-        let (shared, recipe, disks) = (self.shared.clone(), run.recipe.id(), std::mem::take(&mut run.disks));
+        let (shared, recipe, disks) =
+            (self.shared.clone(), run.recipe.id(), std::mem::take(&mut run.looked.disks));
         tokio::task::spawn_blocking(move || match account::monolithic(&shared, &recipe, &disks) {
             Ok((zstd, raw)) => shared.post(Input::apply(move |b| {
                 b.amend_history(id, |a| {
@@ -605,9 +593,11 @@ impl Broker {
             Problem::new(kind, format!("move of {}", run.view.progress.vm), denial.text)
                 .next(denial.next_step),
         );
-        if let Some(vm) = self.vms.get_mut(&run.matter.vm) {
-            vm.busy = None;
+        let vm = run.matter.vm;
+        if let Some(entry) = self.vms.get_mut(&vm) {
+            entry.busy = None;
         }
+        self.end_tracking(vm);
         self.end_outgoing(id, if cancelled { "cancelled" } else { "failed" });
     }
 
@@ -657,38 +647,4 @@ fn receipt_fits(receipt: &Receipt, run: &Outgoing) -> bool {
             && h.target == run.peer.jid
             && h.target_key == run.peer.key
     })
-}
-
-/// Hashes both disks and stores the chunk maps' nodes. Blocking.
-pub(super) fn scan(
-    shared: &super::Shared,
-    spec: &crate::vm::VmSpec,
-    disks: &DiskPaths,
-) -> Result<Scanned, Denial> {
-    let content = |e: &dyn std::error::Error| Denial::new(DenialCode::Content, super::problem::chain(e));
-    let mut nodes = HashSet::new();
-    let mut found = Vec::new();
-    let mut keep = |map: &ChunkMap| {
-        nodes.extend(map.to_tree().1.into_iter().map(|(hash, _)| hash));
-        shared.repository.put_map(map).map_err(|e| content(&e))
-    };
-    let (map, index) = disk::scan_root(&disks.root, &disks.base).map_err(|e| content(&e))?;
-    let root_delta = keep(&map)?;
-    found.push(ScannedDisk { map: Arc::new(map), index: Arc::new(index) });
-    let user_data = match spec.user_data_size.0 {
-        0 => keep(&ChunkMap::empty(disk::USER_DATA_BLOCK_BYTES, 0))?,
-        _ => {
-            let (map, index) = disk::scan_user_data(&disks.user_data).map_err(|e| content(&e))?;
-            let name = keep(&map)?;
-            found.push(ScannedDisk { map: Arc::new(map), index: Arc::new(index) });
-            name
-        }
-    };
-    let recipe = shared.repository.recipe(&spec.recipe).map_err(|e| content(&e))?;
-    let mut packs = HashSet::new();
-    for component in &recipe.components {
-        let manifest = shared.repository.manifest(component).map_err(|e| content(&e))?;
-        packs.extend(manifest.packs.iter().map(|p| p.id));
-    }
-    Ok(Scanned { seed: Seed { root_delta, user_data }, nodes, disks: found, packs })
 }

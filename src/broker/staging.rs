@@ -34,6 +34,8 @@ use super::vms::DiskPaths;
 const FIRMWARE_BYTES_MAX: usize = 4 << 20;
 /// Attempts to go on after the data link broke, each after a growing pause.
 const RECONNECTS_MAX: u32 = 12;
+/// So many blocks of a root delta are looked for in the composition, too, before they are fetched.
+const BASE_SEARCH_BLOCKS_MIN: usize = 256;
 /// Blocks of other VMs that are looked through for what need not travel, 12 bytes of memory each.
 const NEIGHBOUR_PLACES_MAX: usize = 8 << 20;
 /// How long the disks of an earlier migration of the VM may be held by it.
@@ -45,6 +47,9 @@ pub struct Staged {
     pub user_data: Option<StagedDisk>,
     /// Blocks of the copy this cloud kept when the VM left: what comes home need not travel.
     seeds: Vec<Arc<BlockIndex>>,
+    /// The composition, and its blocks once they were worth a look.
+    base: PathBuf,
+    base_blocks: Option<Arc<BlockIndex>>,
     /// What the passes so far reported, so that the next goes on from there.
     reported: Progress,
 }
@@ -285,6 +290,7 @@ impl Stage {
             fs::create_dir_all(&dir).map_err(|e| content(&e))?;
             let paths = DiskPaths::in_dir(&dir, base);
             let open = |disk: DiskFile, shape: &MapRef| open_disk(&disk, shape).map_err(|e| content(&e));
+            let base = paths.base.clone();
             let root = open(DiskFile::Root { overlay: paths.root, base: paths.base }, &pass.root_delta)?;
             let user_data = match spec.user_data_size.0 {
                 0 => None,
@@ -312,7 +318,8 @@ impl Stage {
                     }
                 }
             }
-            Ok(Staged { root, user_data, seeds: held, reported: Progress::default() })
+            let reported = Progress::default();
+            Ok(Staged { root, user_data, seeds: held, base, base_blocks: None, reported })
         })
         .await
     }
@@ -512,7 +519,23 @@ impl Disks {
                     None => fetch.push(hash),
                 }
             }
-            Ok(fetch)
+            if which == Which::UserData || fetch.len() < BASE_SEARCH_BLOCKS_MIN {
+                return Ok(fetch);
+            }
+            // Reading a composition costs a second for some hundred megabytes: worth it for many blocks.
+            let blocks = match staged.base_blocks.clone() {
+                Some(blocks) => blocks,
+                None => Arc::new(disk::scan_base(&staged.base)?),
+            };
+            staged.base_blocks = Some(blocks.clone());
+            let mut left = Vec::new();
+            for hash in fetch {
+                match blocks.read_block(&hash) {
+                    Ok(bytes) => drop(staged.root.write_block(&hash, &bytes)?),
+                    Err(_) => left.push(hash),
+                }
+            }
+            Ok(left)
         })
         .map_err(|e| content(&e))
     }

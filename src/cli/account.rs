@@ -70,6 +70,9 @@ fn traffic(printer: &Printer, a: &Account) -> Outcome {
     for (name, n) in compared.into_iter().filter_map(|(name, n)| Some((name, n?))) {
         table.row([format!("instead of {name}"), bytes(n), ratio(n, sent)]);
     }
+    if let Some(n) = a.last_scan_bytes {
+        table.row(["read of the disks when stopped".into(), bytes(n), String::new()]);
+    }
     table.print(printer)
 }
 

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::error::io_error;
+use super::mapping::Mapping;
 use super::qcow2::Qcow2;
 use super::{DiskError, user_data};
 
@@ -85,12 +86,22 @@ impl DiskImage {
         matches!(self.content, Content::Raw(_))
     }
 
-    /// Byte ranges that may differ from what lies below, ascending; all else is known not to.
-    pub(super) fn written(&self) -> Box<dyn Iterator<Item = Result<Range<u64>, DiskError>> + Send + '_> {
+    /// What the tables of an overlay say now; a raw disk has none.
+    pub(super) fn mapping(&self) -> Result<Mapping, DiskError> {
         match &self.content {
-            Content::Overlay { qcow2, .. } => Box::new(
-                qcow2.allocated().map(|run| run.map(|r| r.offset_bytes..r.offset_bytes + r.len_bytes)),
-            ),
+            Content::Overlay { qcow2, .. } => Mapping::of(qcow2),
+            Content::Raw(_) => Ok(Mapping::default()),
+        }
+    }
+
+    /// Byte ranges that may differ from what lies below, by the tables `mapping` or, for a raw
+    /// disk, as the file is now; ascending. All else is known not to differ.
+    pub(super) fn written<'a>(
+        &'a self,
+        mapping: &'a Mapping,
+    ) -> Box<dyn Iterator<Item = Result<Range<u64>, DiskError>> + Send + 'a> {
+        match &self.content {
+            Content::Overlay { .. } => Box::new(mapping.ranges().map(Ok)),
             Content::Raw(file) => Box::new(user_data::data_ranges(file, &self.path, self.size_bytes)),
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! A VM has a root disk, a qcow2 overlay ([`overlay`], read by [`qcow2`]) whose backing file is the
 //! composition, and a user-data disk, a raw sparse file ([`user_data`]). At the source [`scan`]
-//! turns a disk into its chunk map and an index from which its blocks are served; at the target
+//! turns a disk into its chunk map and an index from which its blocks are served, the first time
+//! by reading it all, then by reading what has changed; at the target
 //! [`stage`] brings a disk to a chunk map, fetching only what is not there. [`scrub`] removes a
 //! disk for good. The bytes of what is kept beside a disk are specified in `FORMAT.md`.
 //!
@@ -11,6 +12,7 @@
 mod error;
 mod image;
 mod index;
+mod mapping;
 pub mod overlay;
 pub mod qcow2;
 pub mod scan;
@@ -25,7 +27,7 @@ pub use image::DiskImage;
 pub use index::BlockIndex;
 pub use overlay::{OverlayWriter, create_overlay};
 pub use qcow2::Qcow2;
-pub use scan::{scan_root, scan_user_data};
+pub use scan::{Scan, scan_base, scan_root, scan_user_data};
 pub use scrub::{finish_scrubs, scrub};
 pub use space::require_space;
 pub use stage::{Changes, DiskFile, StagedDisk};

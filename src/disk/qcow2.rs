@@ -6,8 +6,9 @@
 //!
 //! **Reading while QEMU writes.** QEMU keeps mapping tables in memory and writes them back when it
 //! flushes, so a reader beside it sees an older disk, and bytes may change between two reads. That
-//! is good enough for a first pass over a running VM: what is missed there is found when the disk
-//! is scanned again after the VM stopped. Tables are read afresh at every access, the length of
+//! is good enough for a first pass over a running VM: what is missed there is found after the VM
+//! has stopped, by reading all again, or where the tables differ and the guest is known to have
+//! written ([`super::Scan::root_again`]). Tables are read afresh at every access, the length of
 //! the file is asked again before an offset is called wrong, and a torn entry is read once more.
 
 use std::ffi::OsStr;

@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use rayon::iter::{ParallelBridge, ParallelIterator};
 
 use super::error::io_error;
+use super::mapping::Mapping;
 use super::{BlockIndex, DiskError, DiskImage, ROOT_BLOCK_BYTES, USER_DATA_BLOCK_BYTES};
 use crate::types::BlockHash;
 use crate::vm::{Block, ChunkMap};
@@ -16,11 +18,98 @@ const THREADS: usize = 2;
 /// Bytes a thread reads at once, and takes on at once.
 const UNIT_BYTES: u64 = 1 << 20;
 
+/// One look at a disk: what was found, and what the next look needs to know of this one.
+#[derive(Debug)]
+pub struct Scan {
+    pub map: Arc<ChunkMap>,
+    /// Where the blocks lie.
+    pub index: Arc<BlockIndex>,
+    /// Bytes of the disk that were read for it, not counting holes and the composition below.
+    pub read_bytes: u64,
+    /// What the tables said before the first block was read.
+    mapping: Mapping,
+}
+
+impl Scan {
+    /// Reads all a guest may have written to a root disk, see [`scan_root`].
+    pub fn root(overlay: &Path, base: &Path) -> Result<Self, DiskError> {
+        Self::whole(DiskImage::overlay(overlay, base)?, ROOT_BLOCK_BYTES)
+    }
+
+    /// Reads a whole user-data disk, see [`scan_user_data`].
+    pub fn user_data(path: &Path) -> Result<Self, DiskError> {
+        Self::whole(DiskImage::raw(path)?, USER_DATA_BLOCK_BYTES)
+    }
+
+    /// As [`Self::root`], reading only what may have changed since this look at the same disk.
+    /// `changed` must cover every byte written since before this look began (of what was written
+    /// earlier, QEMU may have kept the mapping to itself: that is found here). A disk of another
+    /// size is read whole.
+    pub fn root_again(&self, overlay: &Path, base: &Path, changed: &[Range<u64>]) -> Result<Self, DiskError> {
+        self.again(DiskImage::overlay(overlay, base)?, changed)
+    }
+
+    /// As [`Self::root_again`], of a user-data disk.
+    pub fn user_data_again(&self, path: &Path, changed: &[Range<u64>]) -> Result<Self, DiskError> {
+        self.again(DiskImage::raw(path)?, changed)
+    }
+
+    pub(super) fn whole(image: DiskImage, block_size_bytes: u32) -> Result<Self, DiskError> {
+        let mapping = image.mapping()?;
+        let read = hash_blocks(&image, image.written(&mapping), block_size_bytes)?;
+        Self::of(image, block_size_bytes, read.blocks, read.bytes, mapping)
+    }
+
+    fn again(&self, image: DiskImage, changed: &[Range<u64>]) -> Result<Self, DiskError> {
+        let (size, block_size_bytes) = (image.size_bytes(), self.map.block_size_bytes);
+        if size != self.map.disk_size_bytes {
+            return Self::whole(image, block_size_bytes);
+        }
+        let mapping = image.mapping()?;
+        let mut suspects = mapping.differences(&self.mapping);
+        suspects.extend(changed.iter().cloned());
+        let suspects = whole_blocks(suspects, size, block_size_bytes.into());
+        let read = hash_blocks(&image, suspects.iter().cloned().map(Ok), block_size_bytes)?;
+        let mut left = suspects.as_slice();
+        let is_unchanged = |(number, _): &&(u64, Block)| {
+            let at = number * u64::from(block_size_bytes);
+            while let Some((first, rest)) = left.split_first()
+                && first.end <= at
+            {
+                left = rest;
+            }
+            left.first().is_none_or(|suspect| at < suspect.start)
+        };
+        let mut blocks: Vec<_> = self.map.blocks.iter().filter(is_unchanged).copied().collect();
+        blocks.extend(read.blocks);
+        blocks.sort_unstable_by_key(|(number, _)| *number);
+        Self::of(image, block_size_bytes, blocks, read.bytes, mapping)
+    }
+
+    fn of(
+        image: DiskImage,
+        block_size_bytes: u32,
+        blocks: Vec<(u64, Block)>,
+        read_bytes: u64,
+        mapping: Mapping,
+    ) -> Result<Self, DiskError> {
+        let map = ChunkMap { block_size_bytes, disk_size_bytes: image.size_bytes(), blocks };
+        let index = BlockIndex::of_map(image, &map)?;
+        Ok(Self { map: Arc::new(map), index: Arc::new(index), read_bytes, mapping })
+    }
+}
+
 /// The root delta of an overlay at 4 KiB: a block that equals the composition is absent, one of
 /// zeros over something else is `Zero`, any other is data. Beside a running VM the result may be
 /// stale, see [`super::qcow2`].
 pub fn scan_root(overlay: &Path, base: &Path) -> Result<(ChunkMap, BlockIndex), DiskError> {
     scan(DiskImage::overlay(overlay, base)?, ROOT_BLOCK_BYTES)
+}
+
+/// The blocks of a composition, in the size of a root delta's: what a guest copied or moved about
+/// is often still there.
+pub fn scan_base(base: &Path) -> Result<BlockIndex, DiskError> {
+    scan(DiskImage::raw(base)?, ROOT_BLOCK_BYTES).map(|(_, index)| index)
 }
 
 /// The chunk map of a user-data disk: a block of zeros is absent, holes are not read.
@@ -35,27 +124,64 @@ pub(super) fn scan(image: DiskImage, block_size_bytes: u32) -> Result<(ChunkMap,
 }
 
 pub(super) fn chunk_map_of(image: &DiskImage, block_size_bytes: u32) -> Result<ChunkMap, DiskError> {
+    let blocks = hash_blocks(image, image.written(&image.mapping()?), block_size_bytes)?.blocks;
+    Ok(ChunkMap { block_size_bytes, disk_size_bytes: image.size_bytes(), blocks })
+}
+
+struct Read {
+    /// Those that are not as below, ascending.
+    blocks: Vec<(u64, Block)>,
+    bytes: u64,
+}
+
+/// Reads and hashes the blocks that ascending ranges touch.
+fn hash_blocks(
+    image: &DiskImage,
+    ranges: impl Iterator<Item = Result<Range<u64>, DiskError>> + Send,
+    block_size_bytes: u32,
+) -> Result<Read, DiskError> {
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(THREADS)
         .thread_name(|n| format!("disk-scan-{n}"))
         .build()
         .map_err(|e| io_error("start threads to scan", image.path())(std::io::Error::other(e)))?;
-    let units = Units::new(image.written(), image.size_bytes(), block_size_bytes.into());
-    let parts: Result<Vec<Vec<(u64, Block)>>, DiskError> = pool.install(|| {
+    let units = Units::new(ranges, image.size_bytes(), block_size_bytes.into());
+    let parts: Result<Vec<Read>, DiskError> = pool.install(|| {
         units
             .par_bridge()
             .map_init(Buffers::new, |buffers, unit| {
-                let mut blocks = Vec::new();
+                let mut part = Read { blocks: Vec::new(), bytes: 0 };
                 for range in unit? {
-                    buffers.hash_range(image, range, block_size_bytes.into(), &mut blocks)?;
+                    part.bytes += range.end - range.start;
+                    buffers.hash_range(image, range, block_size_bytes.into(), &mut part.blocks)?;
                 }
-                Ok(blocks)
+                Ok(part)
             })
             .collect()
     });
-    let mut blocks = parts?.concat();
-    blocks.sort_unstable_by_key(|(number, _)| *number);
-    Ok(ChunkMap { block_size_bytes, disk_size_bytes: image.size_bytes(), blocks })
+    let mut read = Read { blocks: Vec::new(), bytes: 0 };
+    for part in parts? {
+        read.blocks.extend(part.blocks);
+        read.bytes += part.bytes;
+    }
+    read.blocks.sort_unstable_by_key(|(number, _)| *number);
+    Ok(read)
+}
+
+/// The blocks that any ranges touch, as ranges, ascending and apart.
+fn whole_blocks(mut ranges: Vec<Range<u64>>, disk_size_bytes: u64, block_size_bytes: u64) -> Vec<Range<u64>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut whole: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        let start = range.start / block_size_bytes * block_size_bytes;
+        let end = range.end.min(disk_size_bytes).next_multiple_of(block_size_bytes).min(disk_size_bytes);
+        match whole.last_mut() {
+            Some(last) if start <= last.end => last.end = last.end.max(end),
+            _ if range.is_empty() || start >= end => {}
+            _ => whole.push(start..end),
+        }
+    }
+    whole
 }
 
 /// What one thread reads into.

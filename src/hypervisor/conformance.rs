@@ -7,7 +7,9 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::TryRecvError;
 
-use super::{Driver, DriverError, DriverEvent, EventKind, Machine, StopMode, StopReason};
+use super::{
+    Ability, DiskChanges, Driver, DriverError, DriverEvent, EventKind, Machine, StopMode, StopReason,
+};
 use crate::types::{ByteSize, VmId};
 use crate::vm::PowerState;
 
@@ -29,7 +31,7 @@ const PATIENCE: Duration = Duration::from_millis(300);
 
 /// Runs every check; the error names the check and what was wrong.
 pub async fn run(bench: &Bench<'_>) -> Outcome {
-    let checks: [(&str, BoxFuture<'_, Outcome>); 9] = [
+    let checks: [(&str, BoxFuture<'_, Outcome>); 10] = [
         ("features are filled in", Box::pin(features(bench))),
         ("a VM that was never defined is unknown to every verb", Box::pin(unknown(bench))),
         ("the verbs lead from state to state and can be repeated", Box::pin(lifecycle(bench))),
@@ -38,6 +40,7 @@ pub async fn run(bench: &Bench<'_>) -> Outcome {
         ("a deaf guest stops by force only", Box::pin(deaf_guest(bench))),
         ("a crash is noticed and got over", Box::pin(crash(bench))),
         ("the console has one holder at a time", Box::pin(console(bench))),
+        ("changes are tracked from call to call", Box::pin(tracking(bench))),
         ("verbs at the same time come out as one after the other", Box::pin(concurrent(bench))),
     ];
     for (name, check) in checks {
@@ -133,6 +136,8 @@ async fn unknown(bench: &Bench<'_>) -> Outcome {
         ("resume", driver.resume(vm).await),
         ("console", driver.console(vm).await.map(drop)),
         ("stats", driver.stats(vm).await.map(drop)),
+        ("track_changes", driver.track_changes(vm, None).await.map(drop)),
+        ("end_tracking", driver.end_tracking(vm, None).await.map(drop)),
     ];
     for (verb, outcome) in outcomes {
         let is_refused = matches!(&outcome, Err(DriverError::UnknownVm { vm: named }) if *named == vm);
@@ -279,6 +284,67 @@ async fn console(bench: &Bench<'_>) -> Outcome {
     let log = driver.console_log(vm).map_err(told)?;
     ensure(log.starts_with(&machine.state_dir), || format!("the log is {}", log.display()))?;
     bench.discard(vm).await
+}
+
+/// What the changes are, only a guest that writes can show; here it is when there are any.
+async fn tracking(bench: &Bench<'_>) -> Outcome {
+    let (driver, machine) = (bench.driver, (bench.make_machine)());
+    if !driver.features().abilities.contains(&Ability::TrackChanges) {
+        return Ok(());
+    }
+    let vm = machine.spec.id;
+    driver.define(&machine).await.map_err(told)?;
+    let idle = driver.track_changes(vm, None).await;
+    ensure(matches!(idle, Err(DriverError::WrongState { .. })), || format!("tracking gave {idle:?}"))?;
+    ensure_none(driver.end_tracking(vm, None).await, "a VM that never ran")?;
+    driver.start(&machine).await.map_err(told)?;
+    let mut events = Events(driver.events(), vm);
+    let mut first = None;
+    for round in 0..2 {
+        let (mut since, changes) = driver.track_changes(vm, first).await.map_err(told)?;
+        ensure(changes.is_none(), || format!("round {round} begins with {changes:?}"))?;
+        first = Some(since);
+        for _ in 0..2 {
+            let (next, changes) = driver.track_changes(vm, Some(since)).await.map_err(told)?;
+            ensure(changes.is_some() && next != since, || format!("round {round}: {changes:?}"))?;
+            since = next;
+            bench.expect_state(vm, PowerState::Running)?;
+        }
+        // Somebody who missed a period is told nothing, and neither is the other one then.
+        let (other, missed) = driver.track_changes(vm, first).await.map_err(told)?;
+        ensure(missed.is_none(), || format!("a period that ended long ago has {missed:?}"))?;
+        let (_, missed) = driver.track_changes(vm, Some(since)).await.map_err(told)?;
+        ensure(missed.is_none() && other != since, || format!("a stranger's period has {missed:?}"))?;
+        for _ in 0..2 {
+            ensure_none(driver.end_tracking(vm, Some(since)).await, "a VM that runs")?;
+        }
+    }
+    events.expect_none()?;
+    driver.pause(vm).await.map_err(told)?;
+    let (since, _) = driver.track_changes(vm, None).await.map_err(told)?;
+    bench.expect_state(vm, PowerState::Paused)?;
+    driver.resume(vm).await.map_err(told)?;
+    // Only the guest's own end leaves anything.
+    driver.stop(vm, StopMode::Forced).await.map_err(told)?;
+    ensure_none(driver.end_tracking(vm, Some(since)).await, "a forced stop")?;
+    for kind in [EventKind::Paused, EventKind::Resumed, EventKind::Stopped { reason: StopReason::Forced }] {
+        events.expect(kind).await?;
+    }
+    driver.start(&machine).await.map_err(told)?;
+    let (since, _) = driver.track_changes(vm, None).await.map_err(told)?;
+    (bench.crash)(vm);
+    events.expect(EventKind::Started).await?;
+    events.expect_such("Crashed", |kind| matches!(kind, EventKind::Crashed { .. })).await?;
+    ensure_none(driver.end_tracking(vm, Some(since)).await, "a crash")?;
+    driver.start(&machine).await.map_err(told)?;
+    let (_, fresh) = driver.track_changes(vm, Some(since)).await.map_err(told)?;
+    ensure(fresh.is_none(), || format!("a new start has {fresh:?}"))?;
+    bench.discard(vm).await
+}
+
+fn ensure_none(changes: Result<Option<DiskChanges>, DriverError>, of: &str) -> Outcome {
+    let changes = changes.map_err(told)?;
+    ensure(changes.is_none(), || format!("{of} has {changes:?}"))
 }
 
 async fn concurrent(bench: &Bench<'_>) -> Outcome {

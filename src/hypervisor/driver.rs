@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -83,6 +84,8 @@ pub enum Ability {
     SetCpus,
     SetMemory,
     AttachDisk,
+    /// [`Driver::track_changes`] and [`Driver::end_tracking`].
+    TrackChanges,
     LivePreCopy,
     LivePostCopy,
 }
@@ -166,6 +169,20 @@ pub struct MachineStats {
     pub disk_written: ByteSize,
 }
 
+/// Where a guest wrote to its disks, or discarded, in some period of time: byte ranges, ascending
+/// and apart. They may cover more than was written, never less.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct DiskChanges {
+    pub root: Vec<Range<u64>>,
+    /// Empty if there is no such disk.
+    pub user_data: Vec<Range<u64>>,
+}
+
+/// Names a period of change tracking of one VM. No two periods have one name as long as the driver
+/// lives.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Period(pub(super) u64);
+
 /// One hypervisor on this host. Verbs may be called from anywhere at any time: those on one VM
 /// take their turn, those on different VMs run side by side.
 pub trait Driver: Send + Sync {
@@ -209,6 +226,23 @@ pub trait Driver: Send + Sync {
     fn events(&self) -> broadcast::Receiver<DriverEvent>;
 
     fn stats(&self, vm: VmId) -> DriverFuture<'_, MachineStats>;
+
+    /// Begins a period in which every write of a running VM to its disks is noted, and at the same
+    /// instant ends the one before. The changes of that one are returned if it was `since`: else
+    /// somebody has begun a period in between, or the VM another run, and what changed is not known.
+    ///
+    /// A write that is under way when a period begins counts as one of that period, or was in the
+    /// disk's file before. After an error a period may go on that nobody knows the name of.
+    fn track_changes(
+        &self,
+        vm: VmId,
+        since: Option<Period>,
+    ) -> DriverFuture<'_, (Period, Option<DiskChanges>)>;
+
+    /// Notes no more writes. If the guest has switched itself off, asked to or not, while `since`
+    /// went on, these are the changes of that period up to the guest's end, once. `None` for a VM
+    /// that runs, or ended in another way, or was started again, or was not tracked.
+    fn end_tracking(&self, vm: VmId, since: Option<Period>) -> DriverFuture<'_, Option<DiskChanges>>;
 }
 
 /// How many events a receiver may lag behind before it loses some.

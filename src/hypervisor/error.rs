@@ -82,6 +82,8 @@ pub enum DriverError {
         #[source]
         source: QmpError,
     },
+    #[error("where VM {vm} wrote to its disks cannot be told: {reason}; they are read whole instead")]
+    Changes { vm: VmId, reason: String },
     #[error("process {pid} answers for VM {vm} but says it is {says}: stop that process by hand")]
     WrongIdentity { vm: VmId, pid: i32, says: String },
     #[error("VM {vm} refused to be {verb}: a fault injected by a test")]

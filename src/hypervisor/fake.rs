@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,8 +19,8 @@ use tokio::sync::{Semaphore, broadcast};
 
 use super::driver::EVENTS_KEPT;
 use super::{
-    Ability, Accelerator, ConsoleStream, DiskFormat, Driver, DriverError, DriverEvent, DriverFuture,
-    EventKind, Features, Machine, MachineStats, StopMode, StopReason,
+    Ability, Accelerator, ConsoleStream, DiskChanges, DiskFormat, Driver, DriverError, DriverEvent,
+    DriverFuture, EventKind, Features, Machine, MachineStats, Period, StopMode, StopReason,
 };
 use crate::clock::{Clock, UnixMillis};
 use crate::durable;
@@ -41,6 +42,7 @@ pub enum Verb {
     Undefine,
     Console,
     Stats,
+    TrackChanges,
 }
 
 impl Verb {
@@ -54,6 +56,7 @@ impl Verb {
             Verb::Undefine => "undefined",
             Verb::Console => "looked at through its console",
             Verb::Stats => "measured",
+            Verb::TrackChanges => "watched for changes",
         }
     }
 }
@@ -79,6 +82,8 @@ struct Inner {
     deaf: BTreeSet<VmId>,
     /// How many of the next calls of a verb fail.
     failing: BTreeMap<Verb, u32>,
+    /// Periods of change tracking begun, of all VMs.
+    periods: u64,
 }
 
 struct Entry {
@@ -86,6 +91,10 @@ struct Entry {
     state: PowerState,
     started: UnixMillis,
     written: ByteSize,
+    /// The changes of the period under way.
+    tracked: Option<(Period, DiskChanges)>,
+    /// Those of the last one, when the guest switched itself off.
+    kept: Option<(Period, DiskChanges)>,
     console: Arc<Semaphore>,
     /// The guest's end of the console somebody holds.
     guest_console: Option<DuplexStream>,
@@ -102,7 +111,7 @@ impl FakeDriver {
             cpu_models: ["qemu64".to_owned()].into(),
             root_formats: [DiskFormat::Qcow2, DiskFormat::Raw].into(),
             networks: ["default".to_owned()].into(),
-            abilities: [Ability::Pause, Ability::Console].into(),
+            abilities: [Ability::Pause, Ability::Console, Ability::TrackChanges].into(),
         };
         Self::with_features(clock, features)
     }
@@ -154,6 +163,13 @@ impl FakeDriver {
                 GuestDisk::UserData => machine.user_data_disk.clone(),
             };
             entry.written.0 += bytes.len() as u64;
+            if let Some((_, tracked)) = &mut entry.tracked {
+                let ranges = match disk {
+                    GuestDisk::Root => &mut tracked.root,
+                    GuestDisk::UserData => &mut tracked.user_data,
+                };
+                note(ranges, offset_bytes..offset_bytes + bytes.len() as u64);
+            }
             path.ok_or_else(|| DriverError::BadSpec {
                 vm,
                 rule: "the fake guest writes to raw disks only, and there is none".into(),
@@ -220,6 +236,8 @@ impl FakeDriver {
                 _ => PowerState::Stopped,
             };
             entry.guest_console = None;
+            let tracked = entry.tracked.take();
+            entry.kept = tracked.filter(|_| kind == EventKind::Stopped { reason: StopReason::Guest });
         }
         self.emit(vm, kind);
     }
@@ -262,6 +280,8 @@ impl FakeDriver {
             state: PowerState::Stopped,
             started: UnixMillis::default(),
             written: ByteSize(0),
+            tracked: None,
+            kept: None,
             console: Arc::new(Semaphore::new(1)),
             guest_console: None,
         });
@@ -279,6 +299,7 @@ impl FakeDriver {
                 PowerState::Paused => EventKind::Resumed,
                 _ => {
                     (entry.started, entry.written) = (now, ByteSize(0));
+                    entry.kept = None;
                     EventKind::Started
                 }
             };
@@ -370,6 +391,33 @@ impl FakeDriver {
         })
     }
 
+    fn track_now(
+        &self,
+        vm: VmId,
+        since: Option<Period>,
+    ) -> Result<(Period, Option<DiskChanges>), DriverError> {
+        self.may_fail(vm, Verb::TrackChanges)?;
+        let period = {
+            let mut inner = self.inner();
+            inner.periods += 1;
+            Period(inner.periods)
+        };
+        self.with(vm, |entry| {
+            if !has_process(entry) {
+                return Err(wrong_state(entry, Verb::TrackChanges.participle()));
+            }
+            let ended = entry.tracked.replace((period, DiskChanges::default()));
+            Ok((period, changes_of(since, ended)))
+        })
+    }
+
+    fn end_tracking_now(&self, vm: VmId, since: Option<Period>) -> Result<Option<DiskChanges>, DriverError> {
+        self.with(vm, |entry| {
+            entry.tracked = None;
+            Ok(changes_of(since, entry.kept.take()))
+        })
+    }
+
     fn stats_now(&self, vm: VmId) -> Result<MachineStats, DriverError> {
         self.may_fail(vm, Verb::Stats)?;
         let now = self.clock.now();
@@ -386,6 +434,21 @@ impl FakeDriver {
             })
         })
     }
+}
+
+/// Adds a range to ascending ones that do not touch.
+fn note(ranges: &mut Vec<Range<u64>>, mut new: Range<u64>) {
+    let first = ranges.partition_point(|r| r.end < new.start);
+    let after = ranges.partition_point(|r| r.start <= new.end);
+    for touched in &ranges[first..after] {
+        new = new.start.min(touched.start)..new.end.max(touched.end);
+    }
+    ranges.splice(first..after, [new]);
+}
+
+/// What a period that has ended held, if it is the one asked about.
+fn changes_of(since: Option<Period>, ended: Option<(Period, DiskChanges)>) -> Option<DiskChanges> {
+    ended.filter(|(period, _)| since == Some(*period)).map(|(_, changes)| changes)
 }
 
 fn has_process(entry: &Entry) -> bool {
@@ -437,5 +500,15 @@ impl Driver for FakeDriver {
     }
     fn stats(&self, vm: VmId) -> DriverFuture<'_, MachineStats> {
         Box::pin(ready(self.stats_now(vm)))
+    }
+    fn track_changes(
+        &self,
+        vm: VmId,
+        since: Option<Period>,
+    ) -> DriverFuture<'_, (Period, Option<DiskChanges>)> {
+        Box::pin(ready(self.track_now(vm, since)))
+    }
+    fn end_tracking(&self, vm: VmId, since: Option<Period>) -> DriverFuture<'_, Option<DiskChanges>> {
+        Box::pin(ready(self.end_tracking_now(vm, since)))
     }
 }

@@ -11,8 +11,8 @@ pub mod fake;
 pub mod qemu;
 
 pub use driver::{
-    Ability, Accelerator, ConsoleStream, DiskFormat, Driver, DriverEvent, DriverFuture, EventKind, Features,
-    Machine, MachineStats, StopMode, StopReason,
+    Ability, Accelerator, ConsoleStream, DiskChanges, DiskFormat, Driver, DriverEvent, DriverFuture,
+    EventKind, Features, Machine, MachineStats, Period, StopMode, StopReason,
 };
 pub use error::DriverError;
 pub use fake::FakeDriver;

@@ -1,8 +1,25 @@
 //! The readers of a repository's files, for `fuzz/`; compiled for nothing else.
 
-use super::{RefKind, nodes, records, refs};
-use crate::types::NodeHash;
+use super::{RefKind, delta, nodes, records, refs};
 use crate::types::codec::CodecError;
+use crate::types::{NodeHash, PackId};
+
+/// The pack that a delta makes of its base.
+pub fn apply_delta(mut bytes: &[u8], base: &[u8]) -> Result<Vec<u8>, String> {
+    let mut made = Vec::new();
+    let applied = delta::apply(&mut bytes, base, &mut |plain| {
+        made.extend_from_slice(plain);
+        Ok(())
+    });
+    applied.map(|()| made).map_err(|failure| format!("{failure:?}"))
+}
+
+pub fn make_delta(pack: &[u8], base: &[u8]) -> Vec<u8> {
+    let mut made = Vec::new();
+    // Written to memory, it cannot fail.
+    let _ = delta::encode(pack, (PackId::of(base), base), delta::LEVEL, u64::MAX, &mut made);
+    made
+}
 
 /// Plain bytes of a stored manifest or recipe of at most `limit_bytes`.
 pub fn read_record(stored: &[u8], limit_bytes: u64) -> Result<Vec<u8>, String> {

@@ -315,8 +315,8 @@ pub(super) fn walk_objects(
     Ok(strays)
 }
 
-/// The hashes of a kind's objects that begin with the byte `fan`, ascending, and what does not
-/// belong there. Unlike [`walk_objects`] it looks at no file.
+/// The hashes of a kind's objects that begin with the byte `fan`, as the directory has them, and
+/// what does not belong there. Unlike [`walk_objects`] it looks at no file.
 pub(super) fn list_fan(layout: &Layout, kind: ObjectKind, fan: u8) -> Result<(Vec<[u8; 32]>, Vec<PathBuf>)> {
     let (dir, extension) = place_of(kind);
     let dir = layout.dir(dir).join(format!("{fan:02x}"));
@@ -336,7 +336,6 @@ pub(super) fn list_fan(layout: &Layout, kind: ObjectKind, fan: u8) -> Result<(Ve
             _ => strays.push(file.path()),
         }
     }
-    held.sort_unstable();
     Ok((held, strays))
 }
 

@@ -57,9 +57,10 @@ pub(super) fn seal(layout: &Layout, index: &Index) -> Result<()> {
 pub(super) fn reconcile(layout: &Layout, index: &Index, anew: bool) -> Result<u64> {
     let mut objects = 0;
     for kind in [ObjectKind::Manifest, ObjectKind::Recipe, ObjectKind::Pack] {
-        // Directories and the index are both in order of hashes: one pass over each, no look-ups.
+        // The index is in order of hashes, so a directory needs one pass over its part of it, and no
+        // look-ups. New entries go in unordered: sorted ones would leave the tree's leaves half full.
         for fan in 0..=u8::MAX {
-            let (held, strays) = list_fan(layout, kind, fan)?;
+            let (mut held, strays) = list_fan(layout, kind, fan)?;
             for path in strays {
                 tracing::warn!(path = %path.display(), "does not belong in a repository");
             }
@@ -69,6 +70,7 @@ pub(super) fn reconcile(layout: &Layout, index: &Index, anew: bool) -> Result<u6
                 let believed = !anew && known.binary_search(hash).is_ok() && has_summary(index, &object)?;
                 objects += u64::from(believed || enter(layout, index, &object)?);
             }
+            held.sort_unstable();
             for hash in known.iter().filter(|hash| held.binary_search(hash).is_err()) {
                 let object = kind.object(*hash);
                 index.remove_if(&object, || !layout.object_path(&object).exists())?;

@@ -5,6 +5,7 @@ use std::io::Read;
 use std::time::Duration;
 
 use bytes::Bytes;
+use zstd::zstd_safe::{CCtx, CParameter, DCtx, DParameter};
 
 use super::error::Violation;
 use super::frame::{Frame, size_limit_bytes};
@@ -16,19 +17,26 @@ use crate::types::Hash;
 pub struct Effort {
     /// Index into [`LEVELS`].
     step: usize,
-    /// Batches to send plain before trying again, after one that did not compress.
+    /// Batches to send plain before trying again, after some in a row that did not compress.
     plain_left: u8,
+    /// Batches in a row that did not compress.
+    dense: u8,
+    /// The plain bytes of the batch before: the next one is compressed as what follows it.
+    before: Bytes,
 }
 
 /// Compressed data must be at least 1/32 smaller, or unpacking it is not worth the while.
 const GAIN_MIN: usize = 32;
-/// How many batches are sent plain after one that did not compress.
-const PLAIN_BATCHES: u8 = 8;
+/// After so many batches in a row that did not compress, so many are sent plain.
+const DENSE_BATCHES: u8 = 2;
+const PLAIN_BATCHES: u8 = 4;
 /// zstd levels; each takes about twice the time of the one before.
 const LEVELS: [i32; 5] = [1, 3, 6, 9, 12];
 /// A frame may ask for a window of 8 MiB, the most any level up to 19 does; more would be memory
 /// taken before a byte was unpacked.
 const WINDOW_LOG_MAX: u32 = 23;
+/// A batch and the one before it fit in this window.
+const BATCH_WINDOW_LOG: u32 = 21;
 
 impl Effort {
     /// Learns how long the last batch took to send, and how long the wire then waited for the next
@@ -44,9 +52,12 @@ impl Effort {
 
     /// Makes the frame for objects that lie one after another in `plain`.
     pub fn pack(&mut self, plain: Vec<u8>, sizes_bytes: Vec<u32>) -> Frame {
-        match self.compress(&plain) {
+        let plain = Bytes::from(plain);
+        let packed = self.compress(&plain);
+        self.before = plain.clone();
+        match packed {
             Some(packed) => Frame::Small { zstd: true, sizes_bytes, payload: packed.into() },
-            None => Frame::Small { zstd: false, sizes_bytes, payload: plain.into() },
+            None => Frame::Small { zstd: false, sizes_bytes, payload: plain },
         }
     }
 
@@ -55,21 +66,45 @@ impl Effort {
             self.plain_left -= 1;
             return None;
         }
-        let packed = zstd::bulk::compress(plain, LEVELS[self.step]).ok();
+        let packed = compress_after(&self.before, plain, LEVELS[self.step]);
         let gained = packed.filter(|p| p.len() + plain.len() / GAIN_MIN < plain.len());
-        if gained.is_none() {
-            self.plain_left = PLAIN_BATCHES;
+        self.dense = if gained.is_none() { self.dense + 1 } else { 0 };
+        if self.dense == DENSE_BATCHES {
+            (self.dense, self.plain_left) = (0, PLAIN_BATCHES);
         }
         gained
     }
 }
 
-/// Unpacks and verifies a batch that answers the first of `keys`.
+fn compress_after(before: &[u8], plain: &[u8], level: i32) -> Option<Vec<u8>> {
+    let mut context = CCtx::create();
+    context.set_parameter(CParameter::CompressionLevel(level)).ok()?;
+    context.set_parameter(CParameter::WindowLog(BATCH_WINDOW_LOG)).ok()?;
+    context.ref_prefix(before).ok()?;
+    // What does not fit has not shrunk.
+    let mut packed = Vec::with_capacity(plain.len());
+    context.compress2(&mut packed, plain).ok()?;
+    Some(packed)
+}
+
+/// At most `plain_size_bytes` are made, whatever the frame claims.
+fn unpack_after(before: &[u8], packed: &[u8], plain_size_bytes: usize) -> Option<Vec<u8>> {
+    let mut context = DCtx::create();
+    context.set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX)).ok()?;
+    context.ref_prefix(before).ok()?;
+    let mut plain = Vec::with_capacity(plain_size_bytes);
+    let made = context.decompress(&mut plain, packed).ok()?;
+    (made == plain_size_bytes).then_some(plain)
+}
+
+/// Unpacks and verifies a batch that answers the first of `keys`. `before` is the batch before it in
+/// the same answer, and becomes this one.
 pub fn open(
     keys: &[ObjectKey],
     zstd: bool,
     sizes_bytes: &[u32],
     payload: Bytes,
+    before: &mut Bytes,
 ) -> Result<Vec<Verified>, Violation> {
     let (Some(&first), true) = (keys.first(), sizes_bytes.len() <= keys.len()) else {
         return Err(Violation::Long);
@@ -80,14 +115,12 @@ pub fn open(
     let plain = if zstd {
         // `Frame::decode` bounded the sum: this allocates at most `limit::SMALL_BYTES`.
         let plain_size_bytes: u64 = sizes_bytes.iter().map(|s| u64::from(*s)).sum();
-        let plain = zstd::bulk::decompress(&payload, plain_size_bytes as usize).unwrap_or_default();
-        if plain.len() as u64 != plain_size_bytes {
-            return Err(Violation::Unpack { key: first, plain_size_bytes });
-        }
-        Bytes::from(plain)
+        let plain = unpack_after(before, &payload, plain_size_bytes as usize);
+        Bytes::from(plain.ok_or(Violation::Unpack { key: first, plain_size_bytes })?)
     } else {
         payload
     };
+    *before = plain.clone();
     let mut rest = plain;
     let mut out = Vec::with_capacity(sizes_bytes.len());
     for (key, size) in keys.iter().zip(sizes_bytes) {
@@ -160,28 +193,52 @@ mod tests {
         let mut effort = Effort::default();
         let (zstd, sizes, payload) = parts(effort.pack(text.concat(), sizes));
         assert!(zstd && payload.len() < 5000);
-        let objects = open(&keys, zstd, &sizes, payload.clone()).unwrap();
+        let objects = open(&keys, zstd, &sizes, payload.clone(), &mut Bytes::new()).unwrap();
         assert!(objects.iter().zip(&text).all(|(o, t)| o.bytes == t));
 
         let mut swapped = keys.clone();
         swapped.swap(0, 1);
-        assert!(matches!(open(&swapped, zstd, &sizes, payload.clone()), Err(Violation::Hash { .. })));
-        assert!(matches!(open(&keys[..9], zstd, &sizes, payload.clone()), Err(Violation::Long)));
+        assert!(matches!(
+            open(&swapped, zstd, &sizes, payload.clone(), &mut Bytes::new()),
+            Err(Violation::Hash { .. })
+        ));
+        assert!(matches!(
+            open(&keys[..9], zstd, &sizes, payload.clone(), &mut Bytes::new()),
+            Err(Violation::Long)
+        ));
         let mut shorter = sizes.clone();
         shorter[9] -= 1;
-        assert!(matches!(open(&keys, zstd, &shorter, payload), Err(Violation::Unpack { .. })));
+        assert!(matches!(
+            open(&keys, zstd, &shorter, payload, &mut Bytes::new()),
+            Err(Violation::Unpack { .. })
+        ));
     }
 
     #[test]
     fn noise_is_sent_plain_and_not_tried_every_time() {
         let mut effort = Effort::default();
-        let bytes = noise(100_000, 1);
-        assert!(!parts(effort.pack(bytes.clone(), vec![100_000])).0);
-        assert!(!parts(effort.pack(vec![0; 100_000], vec![100_000])).0, "still in the plain stretch");
-        for _ in 1..PLAIN_BATCHES {
-            effort.pack(bytes.clone(), vec![100_000]);
+        for n in 0..u64::from(DENSE_BATCHES) {
+            assert!(!parts(effort.pack(noise(100_000, n), vec![100_000])).0);
+        }
+        for _ in 0..PLAIN_BATCHES {
+            assert!(!parts(effort.pack(vec![0; 100_000], vec![100_000])).0, "still in the plain stretch");
         }
         assert!(parts(effort.pack(vec![0; 100_000], vec![100_000])).0);
+    }
+
+    #[test]
+    fn a_batch_leans_on_the_one_before_it() {
+        let mut effort = Effort::default();
+        let (first, second) = (noise(300_000, 1), [noise(300_000, 1), noise(1000, 2)].concat());
+        let keys = [block(&first), block(&second)];
+        let (zstd, sizes, payload) = parts(effort.pack(first, vec![300_000]));
+        let mut before = Bytes::new();
+        open(&keys, zstd, &sizes, payload, &mut before).unwrap();
+        let (zstd, sizes, payload) = parts(effort.pack(second.clone(), vec![301_000]));
+        assert!(zstd && payload.len() < 200_000, "{}", payload.len());
+        assert_eq!(open(&keys[1..], zstd, &sizes, payload.clone(), &mut before).unwrap()[0].bytes, second);
+        let alone = open(&keys[1..], zstd, &sizes, payload, &mut Bytes::new());
+        assert!(matches!(alone, Err(Violation::Unpack { .. } | Violation::Hash { .. })));
     }
 
     #[test]
@@ -190,7 +247,7 @@ mod tests {
         assert_eq!(unpack(&bomb, 1000), None);
         assert_eq!(unpack(&bomb, 64 << 20).map(|p| p.len()), Some(64 << 20));
         let key = block(b"x");
-        let opened = open(&[key], true, &[100_000], bomb.into());
+        let opened = open(&[key], true, &[100_000], bomb.into(), &mut Bytes::new());
         assert!(matches!(opened, Err(Violation::Unpack { .. })));
     }
 
@@ -206,7 +263,7 @@ mod tests {
     fn packs_never_come_in_batches() {
         let key = ObjectKey::Pack(PackId::of(b"pack"));
         assert!(matches!(
-            open(&[key], false, &[4], Bytes::from_static(b"pack")),
+            open(&[key], false, &[4], Bytes::from_static(b"pack"), &mut Bytes::new()),
             Err(Violation::Form { .. })
         ));
     }
@@ -217,9 +274,10 @@ mod tests {
             payload in proptest::collection::vec(any::<u8>(), 0..300),
             sizes in proptest::collection::vec(0u32..400, 0..6),
             zstd: bool,
+            before: Vec<u8>,
         ) {
             let keys = [block(b"a"); 5];
-            let _ = open(&keys, zstd, &sizes, payload.clone().into());
+            let _ = open(&keys, zstd, &sizes, payload.clone().into(), &mut Bytes::from(before));
             let _ = unpack(&payload, 1000);
         }
     }

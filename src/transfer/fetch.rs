@@ -115,6 +115,14 @@ impl Default for Pulse {
     }
 }
 
+/// A batch as it came, and where the one before it in the same answer is kept.
+struct Batch {
+    zstd: bool,
+    sizes_bytes: Vec<u32>,
+    payload: Bytes,
+    before: Arc<Mutex<Bytes>>,
+}
+
 /// The objects of one request, and how far its answer got.
 struct Group {
     keys: Vec<ObjectKey>,
@@ -325,6 +333,7 @@ impl Fetch {
         let mut sinking: Option<Sinking<()>> = None;
         let mut answered = 0;
         let mut working = 0;
+        let before = Arc::new(Mutex::new(Bytes::new()));
         let mut wishes = wishes.into_iter();
         while answered < group.keys.len() {
             let frame = self.read_frame(recv, group.keys.len() - answered).await;
@@ -344,7 +353,8 @@ impl Fetch {
                     if count > rest {
                         return Err(self.fault(Violation::Long));
                     }
-                    sinking = Some(self.sink_small(group, answered, zstd, sizes_bytes, payload));
+                    let batch = Batch { zstd, sizes_bytes, payload, before: before.clone() };
+                    sinking = Some(self.sink_small(group, answered, batch));
                     answered += count;
                 }
                 Frame::Large { encoding, size_bytes } => {
@@ -371,19 +381,16 @@ impl Fetch {
         }
     }
 
-    fn sink_small(
-        self: &Arc<Self>,
-        group: &Arc<Group>,
-        answered: usize,
-        zstd: bool,
-        sizes_bytes: Vec<u32>,
-        payload: Bytes,
-    ) -> Sinking<()> {
+    fn sink_small(self: &Arc<Self>, group: &Arc<Group>, answered: usize, batch: Batch) -> Sinking<()> {
         let (fetch, group) = (self.clone(), group.clone());
         self.sinking(move || {
+            let Batch { zstd, sizes_bytes, payload, before } = batch;
             let encoded = payload.len() as u64;
             let keys = &group.keys[answered..];
-            let objects = batch::open(keys, zstd, &sizes_bytes, payload).map_err(|v| fetch.misbehaved(v))?;
+            // Batches of an answer are opened one after the other.
+            let mut before = before.lock().unwrap_or_else(PoisonError::into_inner);
+            let objects = batch::open(keys, zstd, &sizes_bytes, payload, &mut before);
+            let objects = objects.map_err(|v| fetch.misbehaved(v))?;
             let (count, first) = (objects.len(), keys[0]);
             fetch.sink.deliver(objects).map_err(|e| fetch.not_taken(first, e))?;
             group.deliver(count);

@@ -1,6 +1,7 @@
 //! VM disks end to end: what a guest (here `qemu-io`) wrote is scanned, staged elsewhere and must
 //! read the same there, by our reader and by QEMU's; a second pass brings only the differences.
 
+mod again;
 mod live;
 mod qemu;
 mod round_trip;

@@ -14,20 +14,20 @@ use proptest::prelude::*;
 use crate::{make_base, qemu};
 
 /// Not a multiple of a cluster, nor of a block.
-const SIZE: u64 = (6 << 20) + 4096 + 1536;
+pub const SIZE: u64 = (6 << 20) + 4096 + 1536;
 
-const OURS: &str = "extended_l2=on,cluster_size=128k";
+pub const OURS: &str = "extended_l2=on,cluster_size=128k";
 
 /// One request of a guest.
 #[derive(Clone, Debug)]
-enum Request {
+pub enum Request {
     Write { offset: u64, len: u64, pattern: u8 },
     Zero { offset: u64, len: u64 },
     Discard { offset: u64, len: u64 },
 }
 
 impl Request {
-    fn command(&self) -> String {
+    pub fn command(&self) -> String {
         match self {
             Request::Write { offset, len, pattern } => format!("write -P {pattern} {offset} {len}"),
             Request::Zero { offset, len } => format!("write -z -u {offset} {len}"),
@@ -52,11 +52,11 @@ fn request() -> impl Strategy<Value = Request> {
     })
 }
 
-fn requests() -> impl Strategy<Value = Vec<Request>> {
+pub fn requests() -> impl Strategy<Value = Vec<Request>> {
     proptest::collection::vec(request(), 1..30)
 }
 
-fn commands(requests: &[Request]) -> Vec<String> {
+pub fn commands(requests: &[Request]) -> Vec<String> {
     requests.iter().map(Request::command).collect()
 }
 
@@ -221,7 +221,7 @@ fn refcounts_follow_a_file_that_grows() {
     assert_eq!(image.allocated().map(|r| r.unwrap().len_bytes).sum::<u64>(), 100 * 4096);
 }
 
-fn create_by_qemu(disk: &Path, base: &Path, options: &str) {
+pub fn create_by_qemu(disk: &Path, base: &Path, options: &str) {
     let options =
         if options.contains("compat") { options.to_owned() } else { format!("compat=1.1,{options}") };
     let size = std::fs::metadata(base).unwrap().len().to_string();

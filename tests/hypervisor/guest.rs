@@ -18,8 +18,26 @@ pub const WRITTEN: &str = "written by the guest";
 /// A disk whose guest writes a file to it and then says [`GREETING`].
 pub fn writing_disk(size_bytes: u64) -> Vec<u8> {
     // The greeting is put together by the shell: the command is echoed as well.
-    let script =
-        format!("@echo -off\r\necho {WRITTEN} >a fs0:\\out.txt\r\nset g up\r\necho the guest is %g%\r\n");
+    script_disk(size_bytes, "set g up\r\necho the guest is %g%\r\n")
+}
+
+/// A disk whose guest writes a file to it and then switches itself off.
+pub fn passing_disk(size_bytes: u64) -> Vec<u8> {
+    script_disk(size_bytes, "reset -s\r\n")
+}
+
+/// Whether the guest's file is there already and whole, on a disk it may be writing to.
+pub fn has_written(image: Vec<u8>) -> bool {
+    let Ok(volume) = fatfs::FileSystem::new(Cursor::new(image), fatfs::FsOptions::new()) else {
+        return false;
+    };
+    let mut text = String::new();
+    let file = volume.root_dir().open_file("out.txt");
+    file.is_ok_and(|mut file| file.read_to_string(&mut text).is_ok()) && text.trim() == WRITTEN
+}
+
+fn script_disk(size_bytes: u64, then: &str) -> Vec<u8> {
+    let script = format!("@echo -off\r\necho {WRITTEN} >a fs0:\\out.txt\r\n{then}");
     fat(size_bytes, &[], "startup.nsh", script.as_bytes())
 }
 

@@ -19,9 +19,16 @@ pub mod file {
     pub const QMP: &str = "qmp.sock";
     pub const CONSOLE: &str = "con.sock";
     pub const AGENT: &str = "qga.sock";
+    pub const NBD: &str = "nbd.sock";
     pub const CONSOLE_LOG: &str = "console.log";
     pub const STDERR_LOG: &str = "qemu.log";
     pub const RECORD: &str = "qemu.pid";
+}
+
+/// Names of the disks' block nodes, which take the guest's requests.
+pub mod node {
+    pub const ROOT: &str = "root";
+    pub const USER_DATA: &str = "user-data";
 }
 
 /// PCI slots. Linux names network cards by theirs.
@@ -54,9 +61,9 @@ pub fn argv(machine: &Machine, host: &Host) -> Result<Vec<String>, DriverError> 
         a.firmware(machine, host)?;
     }
     a.control(machine)?;
-    a.disk("root", slot::ROOT, machine.root_format.name(), &machine.root_disk)?;
+    a.disk(node::ROOT, slot::ROOT, machine.root_format.name(), &machine.root_disk)?;
     if let Some(path) = &machine.user_data_disk {
-        a.disk("user-data", slot::USER_DATA, "raw", path)?;
+        a.disk(node::USER_DATA, slot::USER_DATA, "raw", path)?;
     }
     a.json("-object", json!({"qom-type": "rng-random", "id": "rng", "filename": "/dev/urandom"}));
     a.device("virtio-rng-pci", slot::RNG, json!({"id": "rng0", "rng": "rng"}));
@@ -163,7 +170,7 @@ impl Args {
                    "file": {"driver": "file", "filename": path, "discard": "unmap"}}),
         );
         let mut device = json!({"id": format!("{name}-disk"), "drive": name, "serial": name});
-        if name == "root" {
+        if name == node::ROOT {
             device["bootindex"] = 1.into();
         }
         self.device("virtio-blk-pci", slot, device);

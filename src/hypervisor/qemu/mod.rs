@@ -7,6 +7,7 @@
 #![doc = include_str!("STATE.md")]
 
 pub mod args;
+mod bitmaps;
 pub mod config;
 mod prepare;
 mod probe;
@@ -15,7 +16,7 @@ pub mod qmp;
 mod tools;
 mod vm;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,8 +29,8 @@ pub use tools::{QemuTools, QemuVersion, find_configured, find_qemu};
 use super::driver::EVENTS_KEPT;
 use super::error::list;
 use super::{
-    Ability, ConsoleStream, DiskFormat, Driver, DriverError, DriverEvent, DriverFuture, Features, Machine,
-    MachineStats, StopMode,
+    Ability, ConsoleStream, DiskChanges, DiskFormat, Driver, DriverError, DriverEvent, DriverFuture,
+    Features, Machine, MachineStats, Period, StopMode,
 };
 use crate::types::{ByteSize, VmId};
 use crate::vm::PowerState;
@@ -45,6 +46,7 @@ struct Shared {
     features: Features,
     vars_template: PathBuf,
     log_max: ByteSize,
+    img: Option<PathBuf>,
     vms: Mutex<BTreeMap<VmId, Arc<Vm>>>,
     events: broadcast::Sender<DriverEvent>,
 }
@@ -71,6 +73,11 @@ impl QemuDriver {
             let offered = list(q35);
             return Err(DriverError::MachineType { path: tools.system, machine_type, offered });
         }
+        let img = tools.img().ok().map(PathBuf::from);
+        let mut abilities = BTreeSet::from([Ability::Pause, Ability::Console]);
+        if img.is_some() {
+            abilities.insert(Ability::TrackChanges);
+        }
         let features = Features {
             driver: "qemu".into(),
             version: tools.version.to_string(),
@@ -80,7 +87,7 @@ impl QemuDriver {
             cpu_models: offer.cpu_models,
             root_formats: [DiskFormat::Qcow2, DiskFormat::Raw].into(),
             networks: config.networks.keys().cloned().collect(),
-            abilities: [Ability::Pause, Ability::Console].into(),
+            abilities,
         };
         tracing::info!(version = %features.version, %accelerator, machine_type, "QEMU is ready");
         Ok(Self {
@@ -97,6 +104,7 @@ impl QemuDriver {
                 features,
                 vars_template: config.firmware_vars,
                 log_max: config.console_log_max,
+                img,
                 vms: Mutex::default(),
                 events: broadcast::Sender::new(EVENTS_KEPT),
             }),
@@ -144,7 +152,7 @@ impl Shared {
             let vm = self
                 .vms()
                 .entry(id)
-                .or_insert_with(|| Arc::new(Vm::new(id, self.events.clone(), self.log_max)))
+                .or_insert_with(|| Arc::new(Vm::new(id, self.events.clone(), self.log_max, self.img.clone())))
                 .clone();
             let _turn = vm.verbs.lock().await;
             // It may have been undefined while this waited for its turn.
@@ -259,6 +267,28 @@ impl Driver for QemuDriver {
 
     fn stats(&self, vm: VmId) -> DriverFuture<'_, MachineStats> {
         Box::pin(async move { self.shared.defined(vm)?.stats().await })
+    }
+
+    fn track_changes(
+        &self,
+        vm: VmId,
+        since: Option<Period>,
+    ) -> DriverFuture<'_, (Period, Option<DiskChanges>)> {
+        let shared = self.shared.clone();
+        to_its_end(async move {
+            let vm = shared.defined(vm)?;
+            let _turn = vm.verbs.lock().await;
+            vm.track_changes(since).await
+        })
+    }
+
+    fn end_tracking(&self, vm: VmId, since: Option<Period>) -> DriverFuture<'_, Option<DiskChanges>> {
+        let shared = self.shared.clone();
+        to_its_end(async move {
+            let vm = shared.defined(vm)?;
+            let _turn = vm.verbs.lock().await;
+            vm.end_tracking(since).await
+        })
     }
 }
 

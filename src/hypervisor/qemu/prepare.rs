@@ -18,7 +18,7 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 
 /// Refuses what could never start.
 pub fn check_paths(machine: &Machine) -> Result<(), DriverError> {
-    for name in [file::QMP, file::CONSOLE, file::AGENT] {
+    for name in [file::QMP, file::CONSOLE, file::AGENT, file::NBD] {
         let path = machine.state_dir.join(name);
         let length = path.as_os_str().as_bytes().len();
         if length > SOCKET_PATH_BYTES_MAX {
@@ -69,6 +69,7 @@ pub fn remove_state_dir(machine: &Machine) -> Result<(), DriverError> {
         file::QMP,
         file::CONSOLE,
         file::AGENT,
+        file::NBD,
         file::RECORD,
         file::STDERR_LOG,
         "qemu.log.1",

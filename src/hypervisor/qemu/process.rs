@@ -244,7 +244,7 @@ pub fn usage(pid: i32) -> io::Result<(Duration, ByteSize)> {
 
 /// Removes what only a running QEMU needs.
 pub fn clean(state_dir: &Path) -> io::Result<()> {
-    for name in [file::QMP, file::CONSOLE, file::AGENT, file::RECORD] {
+    for name in [file::QMP, file::CONSOLE, file::AGENT, file::NBD, file::RECORD] {
         durable::remove(&state_dir.join(name))?;
     }
     Ok(())

@@ -9,8 +9,11 @@
 //!     +---------- Stopping <------------------+
 //! ```
 //!
+//! A process may outlive its guest for a moment (`vm/tracking.rs`): the VM is Stopping until it ends.
 //! Whatever the state, when the process ends the watcher tidies up and the VM is Stopped or
 //! Crashed. State changes come from QEMU's events, in their order; nothing is polled.
+
+mod tracking;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -56,6 +59,8 @@ pub(super) struct Vm {
     console: Arc<Semaphore>,
     events: broadcast::Sender<DriverEvent>,
     log_max: ByteSize,
+    /// `qemu-img`, where there is one.
+    img: Option<PathBuf>,
 }
 
 struct Inner {
@@ -65,6 +70,7 @@ struct Inner {
     run: Option<Arc<Run>>,
     /// Why the running process is about to end, once that is known.
     stopping: Option<StopReason>,
+    tracking: tracking::Tracking,
 }
 
 /// A QEMU process and the ways to it.
@@ -78,14 +84,27 @@ struct Run {
 }
 
 impl Vm {
-    pub fn new(id: VmId, events: broadcast::Sender<DriverEvent>, log_max: ByteSize) -> Self {
+    pub fn new(
+        id: VmId,
+        events: broadcast::Sender<DriverEvent>,
+        log_max: ByteSize,
+        img: Option<PathBuf>,
+    ) -> Self {
+        let inner = Inner {
+            machine: None,
+            state: PowerState::Stopped,
+            run: None,
+            stopping: None,
+            tracking: tracking::Tracking::default(),
+        };
         Self {
             id,
             verbs: tokio::sync::Mutex::new(()),
-            inner: Mutex::new(Inner { machine: None, state: PowerState::Stopped, run: None, stopping: None }),
+            inner: Mutex::new(inner),
             console: Arc::new(Semaphore::new(1)),
             events,
             log_max,
+            img,
         }
     }
 
@@ -177,9 +196,13 @@ impl Vm {
                 let run = self.watch(machine, Process::adopted(handle), None);
                 // One that does not answer can still be stopped by force; anything else will
                 // connect again and say what is wrong.
-                if let Err(error) = self.qmp(&run).await {
-                    tracing::warn!(vm = %self.id, %error, "a VM taken over does not answer");
-                    self.inner().state = PowerState::Running;
+                match self.qmp(&run).await {
+                    // What an earlier driver tracked is nobody's any more.
+                    Ok(qmp) => self.stop_tracking(&qmp).await,
+                    Err(error) => {
+                        tracing::warn!(vm = %self.id, %error, "a VM taken over does not answer");
+                        self.inner().state = PowerState::Running;
+                    }
                 }
             }
         }
@@ -218,6 +241,7 @@ impl Vm {
             PowerState::Starting | PowerState::Stopping => return Err(self.wrong_state("started")),
             PowerState::Stopped | PowerState::Crashed => {}
         }
+        self.inner().tracking.forget();
         self.inner().state = PowerState::Starting;
         let launched = self.launch(&machine, system, args).await;
         if launched.is_err() {
@@ -340,6 +364,10 @@ impl Vm {
         // Events were missed; the state is not to be guessed from them.
         let state = self.asked_state(run, &qmp).await?;
         self.inner().state = state;
+        if state == PowerState::Stopping {
+            self.inner().stopping.get_or_insert(StopReason::Guest);
+            self.see_off_soon();
+        }
         *slot = Some(qmp.clone());
         Ok(qmp)
     }
@@ -525,9 +553,13 @@ impl Vm {
     }
 
     /// Takes note of what QEMU says. Called in the order QEMU said it.
-    fn observe(&self, event: QmpEvent) {
+    fn observe(self: &Arc<Self>, event: QmpEvent) {
         let text = |key: &str| event.data[key].as_str().unwrap_or_default().to_owned();
         match event.name.as_str() {
+            // Only a process that is to outlive its guest stops then.
+            "STOP" if self.inner().stopping == Some(StopReason::Guest) => {
+                self.see_off_soon();
+            }
             "STOP" => self.change(PowerState::Running, PowerState::Paused, EventKind::Paused),
             "RESUME" => self.change(PowerState::Paused, PowerState::Running, EventKind::Resumed),
             "RESET" if event.data["guest"] == true => self.emit(EventKind::Rebooted),
@@ -581,6 +613,7 @@ impl Vm {
         let kind = {
             let mut inner = self.inner();
             inner.run = None;
+            inner.tracking.end();
             let reason = inner.stopping.take();
             match reason {
                 // Killed as it was told to, or having said why it would go.
@@ -590,6 +623,7 @@ impl Vm {
                 }
                 _ => {
                     inner.state = PowerState::Crashed;
+                    inner.tracking.forget();
                     EventKind::Crashed { detail: format!("{}: {last_words}", status_text(status)) }
                 }
             }
