@@ -466,7 +466,6 @@ fn hostile_extent_lists_are_refused_before_anything_is_composed() {
         recipe(&good, 2 * MIB, &as_it_is),
         recipe(&good, MIB, &|m| m.entries[0].path = b"another".to_vec()),
         recipe(&good, MIB, &|m| m.entries.clear()),
-        // The pack has fewer bytes than its manifest claims.
         recipe(&list(vec![run(3, 1, 0, 17)]), MIB, &as_it_is),
     ];
     for (id, n) in refused.iter().zip(0..) {
@@ -476,9 +475,10 @@ fn hostile_extent_lists_are_refused_before_anything_is_composed() {
     // What is valid is composed, and is not what its recipe promises.
     let error = world.composer.composition(&recipe(&good, MIB, &as_it_is)).unwrap_err();
     assert!(matches!(error, ComposeError::Digest { .. }), "{error}");
+    // The pack has fewer bytes than its manifest claims.
     let lies = recipe(&list(vec![run(3, 1, 0, 17)]), MIB, &|m| m.packs[1].size_bytes += 4096);
     let error = world.composer.composition(&lies).unwrap_err();
-    assert!(matches!(error, ComposeError::Digest { .. }), "{error}");
+    assert!(matches!(error, ComposeError::ShortPack { .. }), "{error}");
     let mut two = world.repository.recipe(&refused[0]).unwrap();
     two.components.push(two.components[0]);
     let two = world.repository.put_recipe(&two).unwrap();
