@@ -18,8 +18,8 @@ mod state;
 
 use std::path::{Path, PathBuf};
 
-use cicada::build::{BuildEvent, BuildOptions, build};
 use cicada::adopt::Job;
+use cicada::build::{BuildEvent, BuildOptions, build};
 use cicada::compose::{Composer, ImageFormat};
 use cicada::disk::{OverlayWriter, ROOT_BLOCK_BYTES};
 use cicada::repository::Repository;
