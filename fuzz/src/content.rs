@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use cicada::component::extents::BLOCK_BYTES;
 use cicada::component::fragment::{self, Part};
 use cicada::component::tree::{check_bootable, unite};
-use cicada::component::{FragmentRule, Manifest, Recipe};
+use cicada::component::{ExtentList, FragmentRule, Manifest, Recipe};
 use cicada::migration::HandOver;
 use cicada::repository::RefKind;
 use cicada::repository::fuzzing as files;
@@ -54,6 +55,16 @@ pub fn manifest(data: &[u8]) {
             Err(e) => assert!(!e.to_string().is_empty()),
         }
     }
+}
+
+/// The extent list of an adopted disk. The first byte is the size of its second pack in blocks, and
+/// the list's other packs are one and a million blocks large.
+pub fn extents(data: &[u8]) {
+    let Some((blocks, list)) = split(data) else { return };
+    let sizes = [1, u64::from(blocks), 1, 1_000_000].map(|blocks| blocks * BLOCK_BYTES);
+    let Ok(found) = ExtentList::decode(list, &sizes) else { return };
+    assert_eq!(found.encode(), list, "an accepted extent list has one encoding");
+    assert!(found.known_blocks() * BLOCK_BYTES <= found.disk_size_bytes, "runs are disjoint and within");
 }
 
 const RULES: [FragmentRule; 7] = [

@@ -25,6 +25,7 @@ const TARGETS: [(&str, Target); 13] = [
     ("definition", settings::definition),
     ("delta", pack::delta),
     ("disk", disk::qcow2),
+    ("extents", content::extents),
     ("fragments", content::fragments),
     ("frames", control::frames),
     ("journal", settings::journal),

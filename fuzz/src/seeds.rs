@@ -11,7 +11,8 @@ use cicada::broker::records::{Arrival, GivenUp, Ownership, ReturnRecord, VmRecor
 use cicada::clock::UnixMillis;
 use cicada::component::manifest::Meta;
 use cicada::component::{
-    DiskParameters, Entry, EntryKind, Fragment, FragmentRule, Kind, Manifest, PackRef, Recipe,
+    BlockExtent, DiskParameters, Entry, EntryKind, ExtentList, Fragment, FragmentRule, Kind, Manifest,
+    PackRef, Recipe,
 };
 use cicada::disk::OverlayWriter;
 use cicada::migration::envelope::{LIFETIME, VERSION};
@@ -27,7 +28,7 @@ use cicada::types::{
     VmId,
 };
 use cicada::vm::chunk_map::Block;
-use cicada::vm::{ChunkMap, MapRef, VmSpec};
+use cicada::vm::{ChunkMap, Firmware, MapRef, VmSpec};
 use serde::Serialize;
 use uuid::Uuid;
 use xmpp_parsers::minidom::Element;
@@ -58,6 +59,7 @@ pub fn write(dir: &Path) {
     packs(&corpus);
     deltas(&corpus);
     maps(&corpus);
+    extents(&corpus);
     disks(&corpus);
     texts(&corpus);
     control(&corpus);
@@ -309,6 +311,23 @@ fn maps(corpus: &Corpus<'_>) {
     corpus.put("chunk-map", "one-leaf-everywhere", &tree(24, 1 << 44, &full));
 }
 
+fn extents(corpus: &Corpus<'_>) {
+    let run = |disk_block, pack, pack_block, blocks| BlockExtent { disk_block, pack, pack_block, blocks };
+    let put = |name: &str, extents: &[BlockExtent]| {
+        let list = ExtentList { disk_size_bytes: 16 << 20, extents: extents.to_vec() };
+        corpus.pick("extents", name, 64, &list.encode());
+    };
+    put("none", &[]);
+    put("runs", &[run(0, 3, 7, 1), run(1, 1, 63, 1), run(9, 1, 0, 63), run(500, 3, 999_000, 1000)]);
+    put("overlap", &[run(5, 1, 0, 10), run(3, 1, 0, 10)]);
+    put("beyond-the-disk", &[run(4090, 1, 0, 10)]);
+    put("beyond-the-pack", &[run(0, 1, 60, 10)]);
+    put("its-own-pack", &[run(0, 0, 0, 1)]);
+    put("around-the-end", &[run(u64::MAX - 3, 1, 0, 8), run(0, 1, u64::MAX - 3, 8)]);
+    let many: Vec<BlockExtent> = (0..2000).map(|i| run(2 * i, 3, 999 * i % 100_000, 1)).collect();
+    put("many", &many);
+}
+
 fn disks(corpus: &Corpus<'_>) {
     let (base, overlay) = (work_dir().join("base"), work_dir().join("overlay"));
     fs::write(&base, vec![3; 256 << 10]).expect("the work directory can be written");
@@ -433,6 +452,7 @@ fn spec() -> VmSpec {
         nics: vec![serde_json::from_str(nic).expect("a card")],
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
+        firmware: Firmware::Uefi,
     }
 }
 
