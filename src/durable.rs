@@ -6,6 +6,10 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 
 /// Temporary files end in this; whatever bears it after a crash is a leftover and may be removed.
 pub const TEMPORARY_SUFFIX: &str = ".tmp";
@@ -98,6 +102,25 @@ impl Drop for PendingFile {
     fn drop(&mut self) {
         if !self.done && !self.resumable {
             let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+/// How long a lock may be held by a child of ours that has not executed its program yet: until then
+/// it has all our open files.
+const FORK_PATIENCE: Duration = Duration::from_millis(300);
+
+/// Takes the exclusive lock of an open file; tells whether it was to be had.
+pub fn lock_exclusive(file: &File) -> io::Result<bool> {
+    let begun = Instant::now();
+    loop {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(true),
+            Err(Errno::WOULDBLOCK) if begun.elapsed() < FORK_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(Errno::WOULDBLOCK) => return Ok(false),
+            Err(e) => return Err(e.into()),
         }
     }
 }

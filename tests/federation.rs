@@ -285,6 +285,55 @@ fn a_cancelled_move_leaves_the_vm_running_and_nothing_behind() {
     assert!(!world.log(0).contains("tracking the VM's changes"), "{}", world.log(0));
 }
 
+/// A guest that switches itself off while its move is under way and the broker is dead leaves a
+/// process that waits. The next broker sees it off, and runs the VM again as it was told to.
+#[test]
+fn a_broker_that_died_in_the_middle_of_a_move_finds_its_vm_again() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let built = components(&TINY);
+    let mut world = World::start(&["alpine", "boreal"]);
+    world.stop_broker(0, false);
+    world.configure(0, "[transfer]\nlisten = \"127.0.0.1:0\"\nbandwidth_limit = \"8Mbit\"\n");
+    world.start_broker(0);
+    world.wait("the members see each other again", 30, |w| {
+        w.members(0).iter().any(|m| m.state == "online") && w.members(1).iter().any(|m| m.state == "online")
+    });
+    world.push(0, &built, &built.ids);
+    world.create_vm(0, "web", &built.ids, 32, true);
+    world.wait_booted(0, "web", 120);
+    world.guest(0, "web", "echo kept >/data/kept; sync");
+    let (vm, socket) = (world.vm(0, "web"), world.socket(0));
+    let mover = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(async {
+            let client = cicada::client::Client::connect(&socket).await.unwrap();
+            client.call(&Request::Move { vm: "web".into(), to: None, dry_run: false }, |_| {}).await
+        })
+    });
+    world.wait("it is being staged", 30, |w| w.log(0).contains("disks scanned"));
+    let boots = || std::fs::read_to_string(&vm.console_log).unwrap().matches("guest ready").count();
+    assert_eq!(boots(), 1);
+    world.stop_broker(0, true);
+    assert!(mover.join().unwrap().is_err());
+    let mut console = std::os::unix::net::UnixStream::connect(&vm.console_socket).unwrap();
+    std::io::Write::write_all(&mut console, b"\nsync; poweroff -f\n").unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(5));
+    drop(console);
+
+    world.start_broker(0);
+    assert!(world.log(0).contains("took over a running VM"), "its process did not wait\n{}", world.log(0));
+    world.wait("the VM runs again", 120, |_| boots() == 2);
+    assert_eq!(world.vm(0, "web").power, cicada::vm::PowerState::Running);
+    world.guest(0, "web", "grep kept /data/kept");
+    // Nothing is left that would hold its process up now.
+    world.call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: 60 }).unwrap();
+    assert_eq!(world.vm(0, "web").power, cicada::vm::PowerState::Stopped);
+    assert!(!world.log(0).contains("does not quit"), "{}", world.log(0));
+}
+
 #[test]
 fn brokers_survive_bad_surroundings() {
     if missing_tool() {

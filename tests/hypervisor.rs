@@ -417,7 +417,8 @@ async fn a_new_driver_ends_what_an_earlier_one_tracked() {
     let driver = QemuDriver::open(config()).await.unwrap();
     let mut events = driver.events();
     driver.define(&machine).await.unwrap();
-    assert_eq!(ended(&mut events).await, BY_ITSELF);
+    assert_eq!(driver.state(vm).unwrap(), PowerState::Stopped);
+    assert_eq!(ended(&mut events).await, EventKind::Stopped { reason: StopReason::Host });
     assert!(processes_of(vm).is_empty());
     assert_eq!(driver.end_tracking(vm, Some(since)).await.unwrap(), None);
 

@@ -231,3 +231,28 @@ fn what_resembles_something_held_travels_as_the_difference() {
     assert_eq!(twin.user_data_bytes, 0, "its blocks are there");
     assert_eq!(twin.component_bytes, 0);
 }
+
+#[test]
+fn several_members_serve_at_once() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let built = components(&TINY);
+    let world = World::start(&["alpine", "boreal", "cedar"]);
+    for cloud in [0, 2] {
+        world.push(cloud, &built, &built.ids);
+    }
+    world.wait("they see each other", 30, |w| {
+        (0..3)
+            .all(|c| w.members(c).iter().filter(|m| m.state == "online" && m.trust == "trusted").count() == 2)
+    });
+    let whole: u64 = built.ids.iter().map(|id| built.stored_bytes(id)).sum();
+    world.create_vm(0, "web", &built.ids, 0, false);
+    let account = world.move_vm(0, "web", "boreal").account;
+    assert!(account.component_bytes <= whole + 4096, "{} of {whole}", account.component_bytes);
+    assert!(account.wire_bytes > whole, "what members lent counts, too");
+    let log = world.log(1);
+    let lent = log.lines().find(|line| line.contains("lent packs that the source needed not send"));
+    assert!(lent.is_some_and(|line| line.contains("cedar@federation.test")), "{log}");
+}

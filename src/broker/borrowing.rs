@@ -31,6 +31,8 @@ pub struct Borrowed {
     pub fetched: Vec<(ObjectId, MemberJid)>,
     /// Why members gave less than all, in words.
     pub reasons: BTreeMap<MemberJid, String>,
+    /// UDP payload of the data links, both directions.
+    pub wire_bytes: u64,
 }
 
 /// What one member offers of a request.
@@ -42,11 +44,13 @@ struct Offer {
 }
 
 /// Asks all of `peers` for manifests and packs (other objects are not lent) and fetches each from
-/// one that offers it; where that fails, from the next. `progress` gets the number fetched.
+/// one that offers it; where that fails, from the next. `progress` gets the number fetched, `counter`
+/// what comes while it comes.
 pub async fn borrow(
     shared: &Arc<Shared>,
     peers: &[Peer],
     wanted: &[ObjectId],
+    counter: &Arc<Progress>,
     progress: &mut (dyn FnMut(u64) + Send),
 ) -> Borrowed {
     let mut borrowed = Borrowed::default();
@@ -68,7 +72,7 @@ pub async fn borrow(
                     Err(reason) => drop(borrowed.reasons.insert(peer.jid.clone(), reason)),
                 }
             }
-            fetch_offered(shared, &mut offers, &mut pending, &mut borrowed, progress).await;
+            fetch_offered(shared, &mut offers, &mut pending, &mut borrowed, (counter, &mut *progress)).await;
             join_all(offers.iter().map(|offer| give_back(shared, offer))).await;
             if pending.is_empty() || pending.len() == before {
                 break;
@@ -84,7 +88,7 @@ async fn fetch_offered(
     offers: &mut [Offer],
     pending: &mut BTreeSet<ObjectId>,
     borrowed: &mut Borrowed,
-    progress: &mut (dyn FnMut(u64) + Send),
+    (counter, progress): (&Arc<Progress>, &mut (dyn FnMut(u64) + Send)),
 ) {
     let sizes = plain_sizes(shared, pending).await;
     loop {
@@ -99,9 +103,11 @@ async fn fetch_offered(
             return;
         }
         let fetches = offers.iter().zip(&shares).filter(|(_, share)| !share.is_empty());
-        let results = join_all(fetches.map(|(offer, share)| fetch(shared, offer, share, &sizes))).await;
+        let results =
+            join_all(fetches.map(|(offer, share)| fetch(shared, offer, share, &sizes, counter))).await;
         let asked = offers.iter_mut().zip(&shares).filter(|(_, share)| !share.is_empty());
-        for ((offer, share), result) in asked.zip(results) {
+        for ((offer, share), (wire_bytes, result)) in asked.zip(results) {
+            borrowed.wire_bytes += wire_bytes;
             if let Err(reason) = result {
                 tracing::warn!(member = %offer.peer.jid, reason, "did not give all it offered");
                 borrowed.reasons.insert(offer.peer.jid.clone(), reason);
@@ -189,12 +195,27 @@ async fn give_back(shared: &Shared, offer: &Offer) {
     }
 }
 
-/// Fetches objects from one member, over a connection of its own.
+/// Fetches objects from one member, over a connection of its own; what crossed the wire for it, and
+/// how it ended.
 async fn fetch(
     shared: &Shared,
     offer: &Offer,
     objects: &[ObjectId],
     sizes: &Arc<HashMap<PackId, u64>>,
+    counter: &Arc<Progress>,
+) -> (u64, Result<(), String>) {
+    let mut wire_bytes = 0;
+    let result = fetch_all(shared, offer, objects, sizes, counter, &mut wire_bytes).await;
+    (wire_bytes, result)
+}
+
+async fn fetch_all(
+    shared: &Shared,
+    offer: &Offer,
+    objects: &[ObjectId],
+    sizes: &Arc<HashMap<PackId, u64>>,
+    counter: &Arc<Progress>,
+    wire_bytes: &mut u64,
 ) -> Result<(), String> {
     let mut keys: Vec<ObjectKey> = objects
         .iter()
@@ -211,9 +232,10 @@ async fn fetch(
     while !keys.is_empty() {
         let failure = match shared.endpoint.connect(&offer.addresses, offer.peer.key).await {
             Ok(connection) => {
-                let fetched = connection
-                    .fetch(&offer.ticket, keys.clone(), sink.clone(), Arc::new(Progress::default()))
-                    .await;
+                let fetched =
+                    connection.fetch(&offer.ticket, keys.clone(), sink.clone(), counter.clone()).await;
+                let stats = connection.stats();
+                *wire_bytes += stats.sent_bytes + stats.received_bytes;
                 connection.close();
                 match fetched {
                     Ok(report) => {

@@ -64,7 +64,7 @@ async fn heal(
             let _ = events.try_send(Event::Progress { phase, done, total, unit: "objects".into() });
         };
         progress(0);
-        let borrowed = borrow(shared, peers, &asked, &mut progress).await;
+        let borrowed = borrow(shared, peers, &asked, &Arc::default(), &mut progress).await;
         healed.extend(borrowed.fetched);
         reasons.extend(borrowed.reasons);
         tried.extend(asked);

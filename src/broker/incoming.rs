@@ -28,6 +28,8 @@ use super::{Broker, Input};
 
 /// How long an arrival that is over still answers its source.
 const KEPT_AFTER_END: Duration = Duration::from_secs(120);
+/// Members asked to lend components for one migration.
+const LENDERS_MAX: usize = 4;
 /// How long a guest is watched for its ready line before its boot counts as unobserved.
 const BOOT_WATCH: Duration = Duration::from_secs(600);
 
@@ -363,6 +365,15 @@ impl Broker {
         }
     }
 
+    /// Trusted members that are online, but for the one a VM comes from.
+    fn lenders(&self, source: &MemberJid) -> Vec<Peer> {
+        let online = self.members.all().filter(|m| m.is_online() && m.jid != *source);
+        let trusted = online.filter_map(|m| {
+            self.members.trusted_key(&m.jid).ok().map(|key| Peer { jid: m.jid.clone(), key })
+        });
+        trusted.take(LENDERS_MAX).collect()
+    }
+
     fn stage(&mut self, id: MigrationId, init: Initialization) {
         let Some(run) = self.incoming.get_mut(&id) else { return };
         run.component_names = init.component_names.clone();
@@ -374,6 +385,7 @@ impl Broker {
         let from_peer =
             |vm: &&Vm| vm.record.spec.id != own && vm.record.arrival.as_ref().is_some_and(|a| a.from == peer);
         let neighbours = self.vms.values().filter(from_peer).map(|vm| self.disk_paths(&vm.record)).collect();
+        let lenders = self.lenders(&peer);
         let Some(run) = self.incoming.get(&id) else { return };
         if run.staged.is_none() {
             let dir = self.shared.records.vm_dir(run.matter.vm).join(&run.dir_name);
@@ -389,6 +401,7 @@ impl Broker {
             dir: self.shared.records.vm_dir(run.matter.vm).join(&run.dir_name),
             seeds,
             neighbours,
+            lenders,
             staged: run.staged.take(),
             account: run.machine.account().clone(),
             progress,

@@ -25,6 +25,7 @@ use crate::transfer::{
 use crate::types::{BlockHash, Hash, PackId, VmId};
 use crate::vm::{ChunkMap, MapRef, VmSpec};
 
+use super::borrowing;
 use super::negotiation::blocking;
 use super::receiving;
 use super::shared::{Peer, Shared};
@@ -34,6 +35,8 @@ use super::vms::DiskPaths;
 const FIRMWARE_BYTES_MAX: usize = 4 << 20;
 /// Attempts to go on after the data link broke, each after a growing pause.
 const RECONNECTS_MAX: u32 = 12;
+/// Packs smaller than this are not asked of others than the source.
+const LENT_BYTES_MIN: u64 = 1 << 20;
 /// So many blocks of a root delta are looked for in the composition, too, before they are fetched.
 const BASE_SEARCH_BLOCKS_MIN: usize = 256;
 /// Blocks of other VMs that are looked through for what need not travel, 12 bytes of memory each.
@@ -62,6 +65,8 @@ pub struct StageJob {
     pub dir: PathBuf,
     /// Disks of a copy that was kept here.
     pub seeds: Option<DiskPaths>,
+    /// Other trusted members that are online: they may lend components.
+    pub lenders: Vec<Peer>,
     /// Disks of other VMs that came from the same member.
     pub neighbours: Vec<DiskPaths>,
     pub staged: Option<Staged>,
@@ -241,16 +246,53 @@ impl Stage {
         let _packs_pinned = repository.pin(packs.keys().map(|p| ObjectId::Pack(*p)).collect());
         account.packs_fetched += packs.len() as u32;
         if !packs.is_empty() {
-            let mut keys: Vec<_> = packs.keys().map(|p| ObjectKey::Pack(*p)).collect();
-            keys.sort_unstable();
             self.packs = Arc::new(Packs { sizes: packs, bases });
-            self.fetch(keys, self.counters.components.clone(), None, true).await?;
+            self.fetch_packs().await?;
         }
         // The recipe's own reference keeps all of it from here on.
         let (recipe, shared) = (self.recipe.clone(), self.job.shared.clone());
         blocking(move || shared.repository.put_recipe(&recipe).map(drop).map_err(|e| content(&e))).await?;
         drop(pin);
         Ok(())
+    }
+
+    /// The source's share comes from the source, the rest from other members at the same time; what
+    /// they do not give comes from the source in the end.
+    async fn fetch_packs(&mut self) -> Result<(), Denial> {
+        let packs = self.packs.clone();
+        let lenders = std::mem::take(&mut self.job.lenders);
+        let mut keys: Vec<PackId> = packs.sizes.keys().copied().collect();
+        keys.sort_unstable_by_key(|id| (u64::MAX - packs.sizes[id], *id));
+        let (mut own, mut lent) = (Vec::new(), Vec::new());
+        for (n, id) in keys.into_iter().enumerate() {
+            // The source can send a delta, and others may be further away: small fry is its own.
+            let asks_others = !packs.bases.contains_key(&id) && packs.sizes[&id] >= LENT_BYTES_MIN;
+            if asks_others && n % (lenders.len() + 1) != 0 { lent.push(id) } else { own.push(id) }
+        }
+        let (shared, counter) = (self.job.shared.clone(), self.counters.components.clone());
+        let borrowing = async {
+            let objects: Vec<_> = lent.iter().map(|id| ObjectId::Pack(*id)).collect();
+            borrowing::borrow(&shared, &lenders, &objects, &counter, &mut |_| ()).await
+        };
+        let own = own.into_iter().map(ObjectKey::Pack).collect();
+        let fetching = self.fetch(own, counter.clone(), None, true);
+        let (borrowed, fetched) = tokio::join!(borrowing, fetching);
+        fetched?;
+        self.wire_bytes += borrowed.wire_bytes;
+        for member in borrowed.fetched.iter().map(|(_, member)| member).collect::<HashSet<_>>() {
+            let packs = borrowed.fetched.iter().filter(|(_, from)| from == member).count();
+            tracing::info!(%member, packs, "lent packs that the source needed not send");
+        }
+        for (member, reason) in &borrowed.reasons {
+            tracing::info!(%member, reason, "lent less than it was asked for");
+        }
+        let repository = self.job.shared.repository.clone();
+        let left = blocking(move || {
+            let left = lent.into_iter().filter(|id| !repository.has_pack(id));
+            Ok(left.map(ObjectKey::Pack).collect::<Vec<_>>())
+        });
+        let left = left.await?;
+        self.fetch(left, counter, None, true).await
     }
 
     async fn compose(&self) -> Result<(), Denial> {
@@ -375,6 +417,9 @@ impl Stage {
         disks: Option<(Arc<Disks>, Which)>,
         strict: bool,
     ) -> Result<(), Denial> {
+        if keys.is_empty() {
+            return Ok(());
+        }
         let (repository, packs) = (self.job.shared.repository.clone(), self.packs.clone());
         let sink: Arc<dyn ObjectSink> = Arc::new(Sink { repository, packs, disks });
         let mut attempt = 0;

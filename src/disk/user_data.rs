@@ -6,12 +6,12 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom};
+use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::DiskError;
 use super::error::io_error;
-use crate::durable::PendingFile;
+use crate::durable::{self, PendingFile};
 
 /// Makes an empty user-data disk, durably and readable by its owner only; nothing is replaced.
 pub fn create_user_data(path: &Path, size_bytes: u64) -> Result<(), DiskError> {
@@ -90,10 +90,10 @@ pub(super) fn create_file(
 /// no such lock: that none runs the disk is the caller's to know.
 pub(super) fn open_alone(path: &Path) -> Result<File, DiskError> {
     let file = OpenOptions::new().read(true).write(true).open(path).map_err(io_error("open", path))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(Errno::WOULDBLOCK) => Err(DiskError::Busy { path: path.to_owned() }),
-        Err(e) => Err(io_error("lock", path)(e.into())),
+    match durable::lock_exclusive(&file) {
+        Ok(true) => Ok(file),
+        Ok(false) => Err(DiskError::Busy { path: path.to_owned() }),
+        Err(e) => Err(io_error("lock", path)(e)),
     }
 }
 

@@ -126,7 +126,8 @@ pub enum StopReason {
     Guest,
     /// [`StopMode::Forced`], or a graceful stop that escalated.
     Forced,
-    /// The hypervisor was told to end by a signal: as a rule the host is shutting down.
+    /// The hypervisor was told to end by a signal, as a rule because the host is shutting down; or
+    /// by a driver that took it over and found that its guest had ended while nobody watched.
     Host,
 }
 

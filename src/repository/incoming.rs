@@ -12,7 +12,7 @@ use super::delta::{self, Failure};
 use super::error::{IoContext, ObjectId, RepositoryError, Result};
 use super::forms::FormTag;
 use super::{PackReceiver, Repository, frame};
-use crate::durable::PendingFile;
+use crate::durable::{self, PendingFile};
 use crate::types::PackId;
 
 /// The part of a pack's form that is here.
@@ -80,7 +80,7 @@ impl Repository {
         let path = self.incoming_path(&id, &form.tag);
         let mut pending = PendingFile::resume(&path).at("open", &path)?;
         // Two migrations may want the same pack at the same time: the second has its own copy.
-        if rustix::fs::flock(pending.file(), FlockOperation::NonBlockingLockExclusive).is_err() {
+        if !durable::lock_exclusive(pending.file()).at("lock", &path)? {
             if form.offset_bytes > 0 {
                 return Err(RepositoryError::Io {
                     what: "go on with",

@@ -6,8 +6,6 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use rustix::fs::FlockOperation;
-
 use super::error::{IoContext, ObjectId, ObjectKind, RepositoryError, Result};
 use crate::durable::{self, PendingFile};
 use crate::types::Hash;
@@ -147,15 +145,15 @@ impl Layout {
             .mode(0o600)
             .open(&path)
             .at("open", &path)?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
+        match durable::lock_exclusive(&file) {
+            Ok(true) => {}
+            Ok(false) => {
                 let mut text = String::new();
                 let pid =
                     (&file).take(20).read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
                 return Err(RepositoryError::Locked { dir: self.root.clone(), pid });
             }
-            Err(e) => return Err(RepositoryError::io("lock", &path, 0, e.into())),
+            Err(e) => return Err(RepositoryError::io("lock", &path, 0, e)),
         }
         // The number is for people only; the lock itself is the kernel's and ends with the process.
         file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).at("write", &path)?;

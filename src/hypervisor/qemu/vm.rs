@@ -198,7 +198,14 @@ impl Vm {
                 // connect again and say what is wrong.
                 match self.qmp(&run).await {
                     // What an earlier driver tracked is nobody's any more.
-                    Ok(qmp) => self.stop_tracking(&qmp).await,
+                    Ok(qmp) => {
+                        self.stop_tracking(&qmp).await;
+                        // Its guest has ended, who knows why, and nobody was there to end it.
+                        if self.state() == PowerState::Stopping {
+                            self.inner().stopping = Some(StopReason::Host);
+                            self.await_quit(&run).await;
+                        }
+                    }
                     Err(error) => {
                         tracing::warn!(vm = %self.id, %error, "a VM taken over does not answer");
                         self.inner().state = PowerState::Running;

@@ -131,29 +131,29 @@ impl Vm {
         tokio::spawn(self.clone().see_off());
     }
 
-    /// Takes `verbs` itself, until the process has ended.
     async fn see_off(self: Arc<Self>) {
         let _turn = self.verbs.lock().await;
-        let Some(run) = self.run() else { return };
+        if let Some(run) = self.run() {
+            self.await_quit(&run).await;
+        }
+    }
+
+    /// Called with `verbs` held; returns when the process has ended or will not.
+    pub(super) async fn await_quit(self: &Arc<Self>, run: &Run) {
         if *run.ended.borrow() {
             return;
         }
         let period = self.inner().tracking.period.take();
         if let Some(period) = period {
-            let kept = self.last_changes(&run, period).await;
+            let kept = self.last_changes(run, period).await;
             if let Err(error) = &kept {
                 tracing::warn!(vm = %self.id, %error, "what the guest changed last is not known");
             }
             self.inner().tracking.kept = kept.ok().map(|changes| (period, changes));
         }
-        if let Err(error) = self.execute(&run, "quit").await
-            && !has_ended(&run, FLUSH_TIMEOUT).await
-        {
-            tracing::warn!(vm = %self.id, %error, "QEMU does not quit after its guest has; stop it by force");
-            return;
-        }
-        if !has_ended(&run, FLUSH_TIMEOUT).await {
-            tracing::warn!(vm = %self.id, "QEMU has not quit after its guest has; stop it by force");
+        let asked = self.execute(run, "quit").await;
+        if !has_ended(run, FLUSH_TIMEOUT).await {
+            tracing::warn!(vm = %self.id, ?asked, "QEMU does not quit after its guest; stop it by force");
         }
     }
 
