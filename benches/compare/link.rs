@@ -211,7 +211,7 @@ impl Move<'_> {
             sizes.extend(self.target.manifest(id)?.packs.iter().map(|p| (p.id, p.size_bytes)));
         }
         *self.sink.packs.lock().unwrap_or_else(|e| e.into_inner()) =
-            (sizes, self.target.likely_bases(ids, &wanted)?);
+            Packs { sizes, bases: self.target.likely_bases(ids, &wanted)? };
         report.component_bytes +=
             self.fetch(report.packs.iter().map(|p| ObjectKey::Pack(*p)).collect()).await?;
         Ok(())
@@ -261,13 +261,19 @@ impl Move<'_> {
     }
 }
 
+#[derive(Default)]
+struct Packs {
+    sizes: HashMap<PackId, u64>,
+    bases: HashMap<PackId, Vec<PackId>>,
+}
+
 /// Keeps what arrives, as a broker does.
 struct Sink {
     repository: Repository,
     /// The disk being made.
     disk: Mutex<Option<StagedDisk>>,
     /// Plain sizes of the packs asked for, and held packs that may be versions of them.
-    packs: Mutex<(HashMap<PackId, u64>, HashMap<PackId, Vec<PackId>>)>,
+    packs: Mutex<Packs>,
 }
 
 impl Sink {
@@ -298,7 +304,7 @@ impl ObjectSink for Sink {
 
     fn wish(&self, pack: &PackId) -> PackWish {
         let packs = self.packs.lock().unwrap_or_else(|e| e.into_inner());
-        receiving::wish(&self.repository, pack, packs.1.get(pack).map_or(&[], Vec::as_slice))
+        receiving::wish(&self.repository, pack, packs.bases.get(pack).map_or(&[], Vec::as_slice))
     }
 
     fn pack(
@@ -308,7 +314,7 @@ impl ObjectSink for Sink {
         range: &PackRange,
         size_bytes: u64,
     ) -> Result<Box<dyn PackWriter>, SinkError> {
-        let expected = self.packs.lock().unwrap_or_else(|e| e.into_inner()).0.get(pack).copied();
+        let expected = self.packs.lock().unwrap_or_else(|e| e.into_inner()).sizes.get(pack).copied();
         receiving::receive(&self.repository, pack, is_delta, range, size_bytes, expected)
     }
 }

@@ -14,6 +14,7 @@ use super::interface::{
     Candidate, Event, MemberView, MigrationView, PlanView, Reply, Request, Resource, StatusView, Verdict,
 };
 use super::negotiation;
+use super::outgoing::Course;
 use super::problem::{Problem, ProblemKind};
 use super::scanning::scan;
 use super::shared::{Matter, Peer};
@@ -378,7 +379,8 @@ impl Broker {
         };
         match self.shared.repository.recipe(&vm.record.spec.recipe) {
             Ok(recipe) => {
-                self.begin_move(id, peer, cloud, Arc::new(recipe), events, reply, 0);
+                let course = Course { peer, cloud, recipe: Arc::new(recipe), attempt: 0 };
+                self.begin_move(id, course, events, reply);
             }
             Err(e) => drop(reply.send(Err(content::repository_problem(&e)))),
         }

@@ -55,19 +55,26 @@ pub struct Outgoing {
     waiters: Vec<oneshot::Sender<Result<Reply, Problem>>>,
 }
 
+/// Where a VM is to go.
+pub struct Course {
+    pub peer: Peer,
+    pub cloud: Option<CloudName>,
+    /// What its disk is composed of.
+    pub recipe: Arc<Recipe>,
+    /// How many tries restarts cut short.
+    pub attempt: u32,
+}
+
 impl Broker {
-    /// Begins to move a VM that is ours and free to `peer`. `attempt` counts the tries that
-    /// restarts cut short.
+    /// Begins to move a VM that is ours and free.
     pub(super) fn begin_move(
         &mut self,
         vm: VmId,
-        peer: Peer,
-        cloud: Option<CloudName>,
-        recipe: Arc<Recipe>,
+        course: Course,
         events: mpsc::Sender<Event>,
         reply: oneshot::Sender<Result<Reply, Problem>>,
-        attempt: u32,
     ) -> Option<MigrationId> {
+        let Course { peer, cloud, recipe, attempt } = course;
         let ticket = match Ticket::random() {
             Ok(t) => t,
             Err(e) => {

@@ -16,6 +16,7 @@ use crate::clock::UnixMillis;
 use crate::types::{MigrationId, VmId};
 
 use super::interface::MigrationView;
+use super::outgoing::Course;
 use super::problem::{Problem, ProblemKind};
 use super::records::VmRecord;
 use super::shared::Peer;
@@ -94,7 +95,8 @@ impl Broker {
             // Nobody waits for it any more; 'migration watch' does.
             let (events, _) = mpsc::channel(1);
             let (reply, _) = oneshot::channel();
-            let id = self.begin_move(vm, peer, cloud, Arc::new(recipe), events, reply, attempt);
+            let id =
+                self.begin_move(vm, Course { peer, cloud, recipe: Arc::new(recipe), attempt }, events, reply);
             let goes_on = id.map_or_else(String::new, |id| format!("; it goes on as migration {id}"));
             self.end_unfinished(cut.view, format!("was cut short by a restart of this broker{goes_on}"));
         }

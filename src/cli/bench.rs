@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::broker::content::repository_problem;
 use crate::broker::problem::{Problem, ProblemKind};
 use crate::repository::{RECORD_LEVEL, Repository, RepositoryError};
-use crate::types::ByteSize;
+use crate::types::{ByteSize, PackId};
 
 use super::context::Context;
 use super::printer::Outcome;
@@ -117,31 +117,12 @@ fn round(content: &Content, dir: &Path) -> Outcome<[f64; 6]> {
     });
     packed.map_err(failed)?;
     let mut written = Ok(());
-    let write_s = timed(|| {
-        let write = || {
-            let mut file = File::create(dir.path().join("written"))?;
-            file.write_all(&content.bytes)?;
-            file.sync_all()
-        };
-        written = write();
-    });
+    let write_s = timed(|| written = write(&dir.path().join("written"), &content.bytes));
     written.map_err(failed)?;
-    let mut pack = None;
-    let mut ingested = Ok(());
-    let ingest_s = timed(|| {
-        let mut ingest = || {
-            let mut writer = repository.pack_writer()?;
-            let mut rest = content.bytes.as_slice();
-            for len in &content.files {
-                writer.append(&mut rest, *len as u64)?;
-            }
-            pack = writer.finish()?;
-            Ok(())
-        };
-        ingested = ingest();
-    });
-    ingested.map_err(refused)?;
-    let Some((id, _)) = pack else {
+    let mut ingested = Ok(None);
+    let ingest_s = timed(|| ingested = ingest(&repository, content));
+    let pack = ingested.map_err(refused)?;
+    let Some(id) = pack else {
         return Err(Problem::new(ProblemKind::Failed, "bench", "no pack was made").into());
     };
     let mut read = Ok(());
@@ -151,6 +132,21 @@ fn round(content: &Content, dir: &Path) -> Outcome<[f64; 6]> {
     let strong_s = timed(|| optimized = repository.optimize_pack(&id, &|| false).map(drop));
     optimized.map_err(refused)?;
     Ok([hash_s, zstd_s, write_s, ingest_s, read_s, strong_s])
+}
+
+fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+fn ingest(repository: &Repository, content: &Content) -> Result<Option<PackId>, RepositoryError> {
+    let mut writer = repository.pack_writer()?;
+    let mut rest = content.bytes.as_slice();
+    for len in &content.files {
+        writer.append(&mut rest, *len as u64)?;
+    }
+    Ok(writer.finish()?.map(|(id, _)| id))
 }
 
 /// File contents, one after the other.

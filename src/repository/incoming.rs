@@ -35,7 +35,7 @@ pub struct IncomingForm {
 
 /// Takes the rest of a form. Dropped before [`IncomingPack::finish`], what came stays for the next.
 pub enum IncomingPack {
-    Stored(PackReceiver),
+    Stored(Box<PackReceiver>),
     Delta(IncomingDelta),
 }
 
@@ -116,7 +116,7 @@ impl Repository {
         if form.offset_bytes > 0 {
             receiver.replay()?;
         }
-        Ok(IncomingPack::Stored(receiver))
+        Ok(IncomingPack::Stored(Box::new(receiver)))
     }
 
     /// Removes parts nobody went on with for `grace`.
