@@ -159,6 +159,7 @@ fn take_request(body: &RequestBody) {
             }
         }
         RequestBody::Cancel { .. }
+        | RequestBody::Content { .. }
         | RequestBody::Suspend
         | RequestBody::Stop
         | RequestBody::Delete { .. } => {}

@@ -19,7 +19,7 @@ use std::sync::OnceLock;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 13] = [
+const TARGETS: [(&str, Target); 14] = [
     ("chunk-map", trees::chunk_map),
     ("config", settings::config),
     ("definition", settings::definition),
