@@ -43,5 +43,7 @@ pub fn index_as_staged(disk: &DiskFile) -> Option<BlockIndex> {
 pub const ROOT_BLOCK_BYTES: u32 = 4096;
 
 /// Block size of a user-data disk's chunk map: hashes of 0.2 % of the data, at the price of
-/// sending 16 KiB where a guest wrote 4. A map carries its block size, so this may change freely.
+/// sending 16 KiB where a guest wrote 4. Measured (`benches/blocks.rs`) on an ext4 volume with a
+/// PostgreSQL cluster that was worked on, blocks at zstd 3 and map together: 40.9 MB at 4 KiB, 40.1
+/// at 8, 40.5 at 16, 41.0 at 32, 41.4 at 64; 16 KiB needs half the index of 8. A map carries its block size, so this may change freely.
 pub const USER_DATA_BLOCK_BYTES: u32 = 16 << 10;
