@@ -11,6 +11,8 @@ use crate::repository::BlockPlaces;
 /// A pack of no named component is used from this much on, and this share of it: a move takes whole packs.
 const MATCHED_BYTES_MIN: u64 = 64 << 10;
 const MATCHED_PERCENT_MIN: u64 = 5;
+/// Of a pack of a named component, which others may hold too.
+const NAMED_PERCENT_MIN: u64 = 25;
 /// Places of one block that are compared; beyond that the block is so common that any will do.
 const CANDIDATES_MAX: usize = 64;
 /// How far places are compared.
@@ -146,12 +148,15 @@ impl<'a> Matcher<'a> {
     }
 }
 
-/// Whether so much of a pack is on the disk that a move may take the pack along. What a named
-/// component has is held by others too, so one reason is enough there.
+/// Whether so much of a pack is on the disk that a move may take the whole pack along. What a named
+/// component has is likely held by others, or will be, so little of it is enough if it is a share.
 fn is_worth_it(matched_bytes: u64, pack_bytes: u64, is_named: bool) -> bool {
-    let much = matched_bytes >= MATCHED_BYTES_MIN;
-    let share = matched_bytes > 0 && matched_bytes * 100 >= pack_bytes * MATCHED_PERCENT_MIN;
-    if is_named { much || share } else { much && share }
+    let share = |percent| matched_bytes > 0 && matched_bytes * 100 >= pack_bytes * percent;
+    if is_named {
+        share(NAMED_PERCENT_MIN)
+    } else {
+        matched_bytes >= MATCHED_BYTES_MIN && share(MATCHED_PERCENT_MIN)
+    }
 }
 
 #[cfg(test)]
@@ -266,7 +271,8 @@ mod tests {
             (64 * KIB, 1280 * KIB, false, true),
             (64 * KIB, 1284 * KIB, false, false),
             (4 * KIB, 8 * KIB, true, true),
-            (64 * KIB, 9000 * KIB, true, true),
+            (64 * KIB, 9000 * KIB, true, false),
+            (2250 * KIB, 9000 * KIB, true, true),
             (4 * KIB, 9000 * KIB, true, false),
             (0, 4 * KIB, true, false),
         ] {

@@ -2,6 +2,8 @@
 //! zstd frame than alone. Packing on the serving side, unpacking and verifying on the other.
 
 use std::io::Read;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,8 +17,8 @@ use crate::types::Hash;
 /// How hard the next batch of a request is compressed: harder while the wire is what is waited for.
 #[derive(Debug, Default)]
 pub struct Effort {
-    /// Index into [`LEVELS`].
-    step: usize,
+    /// Index into [`LEVELS`], learnt by all requests of a connection together.
+    step: Arc<AtomicUsize>,
     /// Batches to send plain before trying again, after some in a row that did not compress.
     plain_left: u8,
     /// Batches in a row that did not compress.
@@ -39,14 +41,19 @@ const WINDOW_LOG_MAX: u32 = 23;
 const BATCH_WINDOW_LOG: u32 = 21;
 
 impl Effort {
+    pub fn new(step: Arc<AtomicUsize>) -> Self {
+        Self { step, ..Self::default() }
+    }
+
     /// Learns how long the last batch took to send, and how long the wire then waited for the next
     /// beyond that.
     pub fn adapt(&mut self, sending: Duration, waiting: Duration) {
         // The next batch is made while the last is sent: a wait means that making it is the slower part.
+        let step = self.step.load(Ordering::Relaxed);
         if waiting > sending / 8 {
-            self.step = self.step.saturating_sub(1);
+            self.step.store(step.saturating_sub(1), Ordering::Relaxed);
         } else if sending > Duration::from_millis(5) {
-            self.step = (self.step + 1).min(LEVELS.len() - 1);
+            self.step.store((step + 1).min(LEVELS.len() - 1), Ordering::Relaxed);
         }
     }
 
@@ -66,7 +73,7 @@ impl Effort {
             self.plain_left -= 1;
             return None;
         }
-        let packed = compress_after(&self.before, plain, LEVELS[self.step]);
+        let packed = compress_after(&self.before, plain, LEVELS[self.step.load(Ordering::Relaxed)]);
         let gained = packed.filter(|p| p.len() + plain.len() / GAIN_MIN < plain.len());
         self.dense = if gained.is_none() { self.dense + 1 } else { 0 };
         if self.dense == DENSE_BATCHES {

@@ -6,7 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -43,7 +43,8 @@ pub struct Server {
 
 /// Serves whatever the peer asks for until the connection ends.
 pub async fn serve(server: Arc<Server>, connection: quinn::Connection, peer: PublicKey) {
-    let session = Arc::new(Session { server, connection, peer, logged: AtomicU64::new(0) });
+    let session =
+        Arc::new(Session { server, connection, peer, logged: AtomicU64::new(0), effort: Arc::default() });
     let mut requests = JoinSet::new();
     let mut window = SendWindow::new(&session.connection);
     let mut ticks = tokio::time::interval(WINDOW_LOOK);
@@ -101,6 +102,8 @@ struct Session {
     peer: PublicKey,
     /// Reasons of refusal already logged, one bit per code: a line each per connection.
     logged: AtomicU64,
+    /// How hard batches are compressed on this link.
+    effort: Arc<AtomicUsize>,
 }
 
 /// Why an answer was not sent to its end.
@@ -180,7 +183,7 @@ impl Session {
             keys: request.keys.into_iter(),
             wishes: request.wishes.into_iter(),
             ahead: None,
-            effort: Effort::default(),
+            effort: Effort::new(self.effort.clone()),
         };
         let mut last_write = Duration::ZERO;
         let mut next = spawn_blocking(move || producer.step());
