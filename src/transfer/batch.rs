@@ -2,8 +2,7 @@
 //! zstd frame than alone. Packing on the serving side, unpacking and verifying on the other.
 
 use std::io::Read;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,17 +13,57 @@ use super::frame::{Frame, size_limit_bytes};
 use super::object::{ObjectKey, Verified};
 use crate::types::Hash;
 
-/// How hard the next batch of a request is compressed: harder while the wire is what is waited for.
+/// How hard the batches of a request are compressed.
 #[derive(Debug, Default)]
 pub struct Effort {
-    /// Index into [`LEVELS`], learnt by all requests of a connection together.
-    step: Arc<AtomicUsize>,
+    pace: Arc<Mutex<Pace>>,
     /// Batches to send plain before trying again, after some in a row that did not compress.
     plain_left: u8,
     /// Batches in a row that did not compress.
     dense: u8,
     /// The plain bytes of the batch before: the next one is compressed as what follows it.
     before: Bytes,
+}
+
+/// What is waited for on a connection, learnt by all its requests together: harder while it is the
+/// wire, easier while it is the next batch. Single times say little, since sending one only fills a
+/// buffer and sending another waits for all of it; what counts are their sums of late.
+#[derive(Debug)]
+pub struct Pace {
+    /// Index into [`LEVELS`].
+    step: usize,
+    sending_s: f64,
+    making_s: f64,
+    /// Batches since the last step.
+    batches: u32,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { step: 1, sending_s: 0.0, making_s: 0.0, batches: 0 }
+    }
+}
+
+impl Pace {
+    /// How much of the past a batch leaves, and how many batches there are between two steps.
+    const MEMORY: f64 = 0.9;
+    const BATCHES: u32 = 4;
+
+    fn learn(&mut self, sending: Duration, making: Duration) {
+        self.sending_s = self.sending_s * Self::MEMORY + sending.as_secs_f64();
+        self.making_s = self.making_s * Self::MEMORY + making.as_secs_f64();
+        self.batches += 1;
+        if self.batches < Self::BATCHES {
+            return;
+        }
+        // On a link faster than that, nobody waits for it.
+        let wire_is_slow = self.sending_s > 0.01;
+        if wire_is_slow && self.making_s * 3.0 < self.sending_s && self.step + 1 < LEVELS.len() {
+            (self.step, self.batches) = (self.step + 1, 0);
+        } else if self.making_s > self.sending_s && self.step > 0 {
+            (self.step, self.batches) = (self.step - 1, 0);
+        }
+    }
 }
 
 /// Compressed data must be at least 1/32 smaller, or unpacking it is not worth the while.
@@ -41,20 +80,14 @@ const WINDOW_LOG_MAX: u32 = 23;
 const BATCH_WINDOW_LOG: u32 = 21;
 
 impl Effort {
-    pub fn new(step: Arc<AtomicUsize>) -> Self {
-        Self { step, ..Self::default() }
+    pub fn new(pace: Arc<Mutex<Pace>>) -> Self {
+        Self { pace, ..Self::default() }
     }
 
-    /// Learns how long the last batch took to send, and how long the wire then waited for the next
-    /// beyond that.
-    pub fn adapt(&mut self, sending: Duration, waiting: Duration) {
-        // The next batch is made while the last is sent: a wait means that making it is the slower part.
-        let step = self.step.load(Ordering::Relaxed);
-        if waiting > sending / 8 {
-            self.step.store(step.saturating_sub(1), Ordering::Relaxed);
-        } else if sending > Duration::from_millis(5) {
-            self.step.store((step + 1).min(LEVELS.len() - 1), Ordering::Relaxed);
-        }
+    /// Learns how long the last batch took to send, and how long the next was then waited for: it is
+    /// made while the last is sent.
+    pub fn adapt(&mut self, sending: Duration, making: Duration) {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner).learn(sending, making);
     }
 
     /// Makes the frame for objects that lie one after another in `plain`.
@@ -73,7 +106,8 @@ impl Effort {
             self.plain_left -= 1;
             return None;
         }
-        let packed = compress_after(&self.before, plain, LEVELS[self.step.load(Ordering::Relaxed)]);
+        let step = self.pace.lock().unwrap_or_else(PoisonError::into_inner).step;
+        let packed = compress_after(&self.before, plain, LEVELS[step]);
         let gained = packed.filter(|p| p.len() + plain.len() / GAIN_MIN < plain.len());
         self.dense = if gained.is_none() { self.dense + 1 } else { 0 };
         if self.dense == DENSE_BATCHES {
@@ -273,6 +307,21 @@ mod tests {
             open(&[key], false, &[4], Bytes::from_static(b"pack"), &mut Bytes::new()),
             Err(Violation::Form { .. })
         ));
+    }
+
+    #[test]
+    fn what_is_waited_for_decides_how_hard_it_works() {
+        let ms = Duration::from_millis;
+        let mut pace = Pace::default();
+        // A slow wire behind a buffer: most batches go at once, some wait for all of it.
+        for n in 0..100 {
+            pace.learn(ms(if n % 6 == 5 { 400 } else { 0 }), ms(5));
+        }
+        assert_eq!(pace.step, LEVELS.len() - 1);
+        (0..40).for_each(|_| pace.learn(ms(1), ms(5)));
+        assert_eq!(pace.step, 0);
+        (0..40).for_each(|_| pace.learn(Duration::from_micros(100), ms(0)));
+        assert_eq!(pace.step, 0, "a wire that takes all at once is not slow");
     }
 
     proptest! {

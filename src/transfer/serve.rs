@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::timeout;
 
-use super::batch::{self, Effort};
+use super::batch::{self, Effort, Pace};
 use super::error::{Refusal, close};
 use super::frame::{Frame, Request, limit, size_limit_bytes};
 use super::limiter::Limiter;
@@ -44,7 +44,7 @@ pub struct Server {
 /// Serves whatever the peer asks for until the connection ends.
 pub async fn serve(server: Arc<Server>, connection: quinn::Connection, peer: PublicKey) {
     let session =
-        Arc::new(Session { server, connection, peer, logged: AtomicU64::new(0), effort: Arc::default() });
+        Arc::new(Session { server, connection, peer, logged: AtomicU64::new(0), pace: Arc::default() });
     let mut requests = JoinSet::new();
     let mut window = SendWindow::new(&session.connection);
     let mut ticks = tokio::time::interval(WINDOW_LOOK);
@@ -103,7 +103,7 @@ struct Session {
     /// Reasons of refusal already logged, one bit per code: a line each per connection.
     logged: AtomicU64,
     /// How hard batches are compressed on this link.
-    effort: Arc<AtomicUsize>,
+    pace: Arc<Mutex<Pace>>,
 }
 
 /// Why an answer was not sent to its end.
@@ -183,7 +183,7 @@ impl Session {
             keys: request.keys.into_iter(),
             wishes: request.wishes.into_iter(),
             ahead: None,
-            effort: Effort::new(self.effort.clone()),
+            effort: Effort::new(self.pace.clone()),
         };
         let mut last_write = Duration::ZERO;
         let mut next = spawn_blocking(move || producer.step());
