@@ -328,7 +328,15 @@ fn a_broker_that_died_in_the_middle_of_a_move_finds_its_vm_again() {
     world.wait("the VM runs again", 120, |_| boots() == 2);
     assert_eq!(world.vm(0, "web").power, cicada::vm::PowerState::Running);
     world.guest(0, "web", "grep kept /data/kept");
-    // Nothing is left that would hold its process up now.
+    // The move goes on by itself; called off, nothing is left that would hold its process up.
+    let moving = |w: &World| match w.call(0, &Request::MigrationList) {
+        Ok(Reply::Migrations(all)) => all.into_iter().find(|m| !m.progress.ended),
+        other => panic!("{other:?}"),
+    };
+    world.wait("it is moved again", 60, |w| moving(w).is_some());
+    let id = moving(&world).unwrap().progress.id.to_string();
+    world.call(0, &Request::MigrationCancel { id }).unwrap();
+    world.wait("the move is called off", 60, |w| w.vm(0, "web").migration.is_none());
     world.call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: 60 }).unwrap();
     assert_eq!(world.vm(0, "web").power, cicada::vm::PowerState::Stopped);
     assert!(!world.log(0).contains("does not quit"), "{}", world.log(0));

@@ -70,7 +70,9 @@ impl Pace {
 const GAIN_MIN: usize = 32;
 /// After so many batches in a row that did not compress, so many are sent plain.
 const DENSE_BATCHES: u8 = 2;
-const PLAIN_BATCHES: u8 = 4;
+const PLAIN_BATCHES: u8 = 8;
+/// How much of a batch is tried while batches are sent plain.
+const SAMPLE_BYTES: usize = 32 << 10;
 /// zstd levels; each takes about twice the time of the one before.
 const LEVELS: [i32; 5] = [1, 3, 6, 9, 12];
 /// A frame may ask for a window of 8 MiB, the most any level up to 19 does; more would be memory
@@ -102,10 +104,11 @@ impl Effort {
     }
 
     fn compress(&mut self, plain: &[u8]) -> Option<Vec<u8>> {
-        if self.plain_left > 0 {
+        if self.plain_left > 0 && !sample_shrinks(plain) {
             self.plain_left -= 1;
             return None;
         }
+        self.plain_left = 0;
         let step = self.pace.lock().unwrap_or_else(PoisonError::into_inner).step;
         let packed = compress_after(&self.before, plain, LEVELS[step]);
         let gained = packed.filter(|p| p.len() + plain.len() / GAIN_MIN < plain.len());
@@ -115,6 +118,13 @@ impl Effort {
         }
         gained
     }
+}
+
+/// Whether a piece from the middle compresses: a look that costs little where nothing does.
+fn sample_shrinks(plain: &[u8]) -> bool {
+    let middle = plain.len() / 2;
+    let sample = &plain[middle..plain.len().min(middle + SAMPLE_BYTES)];
+    zstd::bulk::compress(sample, LEVELS[0]).is_ok_and(|p| p.len() + sample.len() / GAIN_MIN < sample.len())
 }
 
 fn compress_after(before: &[u8], plain: &[u8], level: i32) -> Option<Vec<u8>> {
@@ -261,10 +271,10 @@ mod tests {
         for n in 0..u64::from(DENSE_BATCHES) {
             assert!(!parts(effort.pack(noise(100_000, n), vec![100_000])).0);
         }
-        for _ in 0..PLAIN_BATCHES {
-            assert!(!parts(effort.pack(vec![0; 100_000], vec![100_000])).0, "still in the plain stretch");
-        }
-        assert!(parts(effort.pack(vec![0; 100_000], vec![100_000])).0);
+        assert!(!parts(effort.pack(noise(100_000, 7), vec![100_000])).0);
+        assert_eq!(effort.plain_left, PLAIN_BATCHES - 1, "it was not tried");
+        assert!(parts(effort.pack(vec![0; 100_000], vec![100_000])).0, "but this is worth it");
+        assert_eq!(effort.plain_left, 0);
     }
 
     #[test]
