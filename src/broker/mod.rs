@@ -30,16 +30,14 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
-use tokio_util::sync::CancellationToken;
 
-use crate::clock::UnixMillis;
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
 use crate::migration::ReplayGuard;
 use crate::migration::source::Event as SourceEvent;
 use crate::migration::target::Event as TargetEvent;
 use crate::placement::{NetworkOffer, Room};
-use crate::types::{ComponentId, MemberJid, MigrationId, RecipeId, VmId, VmName};
+use crate::types::{MemberJid, MigrationId, VmId, VmName};
 use crate::vm::PowerState;
 
 pub use interface::{Event, Reply, Request};
@@ -51,6 +49,7 @@ use incoming::Incoming;
 use interface::{Account, MigrationView, Resource};
 use lending::Lent;
 use negotiation::Rates;
+use optimize::Idle;
 use outgoing::Outgoing;
 use records::RecordError;
 use vms::Vm;
@@ -115,14 +114,7 @@ pub struct Broker {
     unfinished: Vec<unfinished::Unfinished>,
     /// Disks staged here for migrations that are gone.
     interrupted: BTreeMap<VmId, unfinished::Interrupted>,
-    /// When something moved last.
-    idle_since: UnixMillis,
-    /// When it was last looked whether there is something to optimise.
-    optimize_looked: UnixMillis,
-    /// Ends the optimising under way.
-    optimizing: CancellationToken,
-    /// What was optimised last: named components, and recipes of VMs.
-    optimized: Option<(BTreeSet<ComponentId>, BTreeSet<RecipeId>)>,
+    idle: Idle,
     rates: Rates,
     lent: Lent,
     /// Requests of others that were refused.
@@ -145,7 +137,7 @@ impl Broker {
             .map(|record| (record.spec.id, Vm { record, busy: None, power_note: None }))
             .collect();
         let (history, unfinished) = unfinished::split(shared.records.migrations()?, &vms, shared.now());
-        let idle_since = shared.now();
+        let idle = Idle::new(shared.now());
         Ok(Self {
             shared,
             members,
@@ -158,10 +150,7 @@ impl Broker {
             history,
             unfinished,
             interrupted: BTreeMap::new(),
-            idle_since,
-            optimize_looked: idle_since,
-            optimizing: CancellationToken::new(),
-            optimized: None,
+            idle,
             rates: Rates::default(),
             lent: Lent::default(),
             refusals: 0,
@@ -193,7 +182,7 @@ impl Broker {
                 (self.announce)(&self);
             }
         }
-        self.optimizing.cancel();
+        self.idle.stop();
         tracing::info!("the broker stops; VMs keep running");
     }
 

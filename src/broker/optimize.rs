@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::UnixMillis;
 use crate::repository::{ObjectId, Repository, RepositoryError};
 use crate::types::{ComponentId, PackId, RecipeId};
 
-use super::Broker;
 use super::content::{repository_problem, resolve};
 use super::interface::{Event, ReportLine};
 use super::problem::{Problem, ProblemKind};
+use super::{Broker, Input};
 
 /// How often it is looked whether there is something new to optimise.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
@@ -119,39 +120,73 @@ fn optimize_quietly(
     Ok(())
 }
 
+/// What is there to optimise: components that have a name, and recipes of VMs.
+type Wanted = (BTreeSet<ComponentId>, BTreeSet<RecipeId>);
+
+/// Optimising while nothing moves.
+pub(super) struct Idle {
+    /// When something moved last.
+    since: UnixMillis,
+    /// When it was last looked whether there is something new.
+    looked: UnixMillis,
+    /// Ends the work under way.
+    work: CancellationToken,
+    /// What was optimised last, or is just being.
+    done: Option<Wanted>,
+}
+
+impl Idle {
+    pub fn new(now: UnixMillis) -> Self {
+        Self { since: now, looked: now, work: CancellationToken::new(), done: None }
+    }
+
+    /// Ends the work under way; what is optimised already stays so.
+    pub fn stop(&self) {
+        self.work.cancel();
+    }
+}
+
 impl Broker {
     /// Begins to optimise when nothing has moved for a while and there is something new, and stops
     /// when something moves.
     pub(super) fn optimize_when_idle(&mut self) {
         let now = self.shared.now();
         let after = self.shared.config.repository.optimize_after;
-        let moving = !self.outgoing.is_empty() || self.incoming.values().any(|run| run.is_unfinished());
-        if moving {
-            self.idle_since = now;
-            self.optimizing.cancel();
+        if self.is_moving() {
+            self.idle.since = now;
+            self.idle.stop();
             // What was fetched is new, too.
-            self.optimized = None;
-        }
-        let idle = !moving && !after.is_zero() && now.since(self.idle_since) >= after;
-        if !idle || now.since(self.optimize_looked) < LOOK_EVERY {
+            self.idle.done = None;
             return;
         }
-        self.optimize_looked = now;
-        let recipes: BTreeSet<RecipeId> = self.vms.values().map(|vm| vm.record.spec.recipe).collect();
+        if after.is_zero() || now.since(self.idle.since) < after || now.since(self.idle.looked) < LOOK_EVERY {
+            return;
+        }
+        self.idle.looked = now;
+        let recipes = self.vms.values().map(|vm| vm.record.spec.recipe).collect();
         let shared = self.shared.clone();
-        let named = match shared.repository.components() {
-            Ok(all) => all.into_iter().map(|(id, _)| id).collect::<BTreeSet<_>>(),
-            Err(_) => return,
-        };
-        // The same things were optimised already, or are just being.
-        let wanted = (named, recipes);
-        if self.optimized.as_ref() == Some(&wanted) {
+        // Listing many components takes a second.
+        tokio::task::spawn_blocking(move || {
+            let Ok(all) = shared.repository.components() else { return };
+            let wanted = (all.into_iter().map(|(id, _)| id).collect(), recipes);
+            shared.post(Input::apply(move |broker| broker.optimize_anew(wanted)));
+        });
+    }
+
+    fn is_moving(&self) -> bool {
+        !self.outgoing.is_empty() || self.incoming.values().any(|run| run.is_unfinished())
+    }
+
+    /// Optimises `wanted`, unless that was done already, or just is.
+    fn optimize_anew(&mut self, wanted: Wanted) {
+        // Something may have begun to move during the look.
+        if self.is_moving() || self.idle.done.as_ref() == Some(&wanted) {
             return;
         }
-        self.optimizing.cancel();
-        self.optimizing = CancellationToken::new();
-        let (token, (named, recipes)) = (self.optimizing.clone(), wanted.clone());
-        self.optimized = Some(wanted);
+        self.idle.stop();
+        self.idle.work = CancellationToken::new();
+        let (token, shared) = (self.idle.work.clone(), self.shared.clone());
+        let (named, recipes) = self.idle.done.insert(wanted).clone();
         tokio::task::spawn_blocking(move || {
             let recipes = recipes.iter().filter_map(|id| shared.repository.recipe(id).ok());
             let components: BTreeSet<ComponentId> =
