@@ -259,7 +259,9 @@ impl Session {
                 // Not longer, so that a cap that is lifted is lifted at once.
                 tokio::time::sleep(wait.min(LIMIT_LOOK)).await;
             }
-            let piece = bytes.split_to(bytes.len().min(LIMITED_BYTES));
+            // A cap set meanwhile holds from the next piece on.
+            let most = limiter.rate_bytes_per_s().map_or(CHUNK_BYTES, |_| LIMITED_BYTES);
+            let piece = bytes.split_to(bytes.len().min(most));
             limiter.spend((piece.len() as f64 * DATAGRAM_OVERHEAD) as usize);
             self.write_at_once(send, piece).await?;
         }
