@@ -510,7 +510,7 @@ fn a_full_disk_is_said_and_what_was_stored_stays() {
     };
     let kept = pack_of(&repository, 1, 1 << 20).unwrap().unwrap();
     let kept_map = ChunkMap { blocks: vec![(7, Block::Zero)], ..ChunkMap::empty(4096, 1 << 20) };
-    let kept_map_name = repository.put_map(&kept_map).unwrap();
+    let kept_map_name = repository.put_map(&kept_map).unwrap().0;
     let no_space = |what: &str, result: Result<(), RepositoryError>| match result {
         Err(e @ RepositoryError::NoSpace { .. }) => {
             assert!(e.to_string().contains("repository"), "{what}: {e}");

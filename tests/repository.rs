@@ -53,7 +53,7 @@ fn writer() {
         };
         let component = repository.put_manifest(&manifest).unwrap();
         repository.bind_component(&manifest, component).unwrap();
-        let map = repository.put_map(&map_of(n)).unwrap();
+        let map = repository.put_map(&map_of(n)).unwrap().0;
         repository.set_ref(RefKind::Vm, &n.to_string(), &serde_json::to_vec(&map).unwrap()).unwrap();
         writeln!(out, "\nstored {n} {pack} {component}").unwrap();
         if n % 4 == 3 {

@@ -104,8 +104,8 @@ pub fn serve(source: &Repository, state: &State, offer: &Path, address: SocketAd
     };
     let mut offered = |scanned: Option<state::Scanned>| -> Result<Option<MapRef>> {
         let Some(state::Scanned { map, index }) = scanned else { return Ok(None) };
-        let reference = source.put_map(&map)?;
-        served.nodes.extend(map.to_tree().1.into_iter().map(|(hash, _)| hash));
+        let (reference, hashes) = source.put_map(&map)?;
+        served.nodes.extend(hashes);
         served.blocks.push(Arc::new(index));
         Ok(Some(reference))
     };

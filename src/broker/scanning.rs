@@ -112,8 +112,9 @@ pub fn scan(
     let mut nodes = HashSet::new();
     let mut found = Vec::new();
     let mut keep = |map: &ChunkMap| {
-        nodes.extend(map.to_tree().1.into_iter().map(|(hash, _)| hash));
-        shared.repository.put_map(map).map_err(|e| content(&e))
+        let (name, hashes) = shared.repository.put_map(map).map_err(|e| content(&e))?;
+        nodes.extend(hashes);
+        Ok::<_, Denial>(name)
     };
     let root = match since.as_ref().and_then(|s| Some((s.disks.first()?, &s.changes.root))) {
         Some((before, changed)) => before.root_again(&disks.root, &disks.base, changed),

@@ -93,8 +93,8 @@ impl Repository {
         flush(self.layout(), self.index(), &mut lock(&self.inner.pending_nodes))
     }
 
-    /// Stores a chunk map's nodes durably and names the map.
-    pub fn put_map(&self, map: &ChunkMap) -> Result<MapRef> {
+    /// Stores a chunk map's nodes durably, names the map, and tells the nodes' hashes.
+    pub fn put_map(&self, map: &ChunkMap) -> Result<(MapRef, Vec<NodeHash>)> {
         let (name, nodes) = map.to_tree();
         let mut kept = HashSet::new();
         for (hash, bytes) in &nodes {
@@ -110,7 +110,7 @@ impl Repository {
             }
         }
         self.flush_nodes()?;
-        Ok(name)
+        Ok((name, nodes.into_iter().map(|(hash, _)| hash).collect()))
     }
 
     /// Reads a whole chunk map.

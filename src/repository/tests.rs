@@ -390,7 +390,7 @@ fn a_deleted_damaged_or_stale_index_is_made_anew() {
     let pack = put_pack(&repository, b"content");
     let id = bound(&repository, &component("redis", "7", vec![], &[pack]));
     let recipe = repository.put_recipe(&recipe_of(vec![id])).unwrap();
-    let map = repository.put_map(&map_of(0..1000)).unwrap();
+    let map = repository.put_map(&map_of(0..1000)).unwrap().0;
     let stats = repository.stats().unwrap();
     type Spoil = fn(&Path);
     let spoils: [(&str, Spoil); 4] = [
@@ -667,17 +667,17 @@ fn what_a_set_lacks_is_counted_once_and_exactly() {
 fn maps_round_trip_and_share_what_is_equal() {
     let (dir, repository) = repository();
     let first = map_of(0..3000);
-    let name = repository.put_map(&first).unwrap();
+    let name = repository.put_map(&first).unwrap().0;
     let before = repository.stats().unwrap().objects.nodes.count;
     let second = map_of((0..2999).chain([500_000]));
-    let second_name = repository.put_map(&second).unwrap();
+    let second_name = repository.put_map(&second).unwrap().0;
     let added = repository.stats().unwrap().objects.nodes.count - before;
     assert!(added <= 6, "{added} new nodes for one changed leaf and one new");
     let repository = reopen(&dir, repository);
     assert_eq!(repository.map(&name).unwrap(), first);
     assert_eq!(repository.map(&second_name).unwrap(), second);
     let empty = ChunkMap::empty(4096, 4096);
-    let empty_name = repository.put_map(&empty).unwrap();
+    let empty_name = repository.put_map(&empty).unwrap().0;
     assert_eq!(repository.map(&empty_name).unwrap(), empty);
     assert!(repository.nodes_missing(&empty_name).unwrap().is_empty());
 }
@@ -687,7 +687,7 @@ fn a_map_is_fetched_from_the_root_down() {
     let (_a, source) = repository();
     let (dir, target) = repository();
     let map = map_of((0..400_000).step_by(97));
-    let name = source.put_map(&map).unwrap();
+    let name = source.put_map(&map).unwrap().0;
     let mut rounds = 0;
     loop {
         let missing = target.nodes_missing(&name).unwrap();
@@ -719,8 +719,9 @@ fn a_map_is_fetched_from_the_root_down() {
 fn a_damaged_node_is_named_and_healed_and_its_neighbours_stay() {
     let (dir, repository) = repository();
     let map = map_of(0..3000);
-    let name = repository.put_map(&map).unwrap();
+    let (name, hashes) = repository.put_map(&map).unwrap();
     let (_, nodes) = map.to_tree();
+    assert!(hashes.iter().eq(nodes.iter().map(|(hash, _)| hash)));
     let (hash, bytes) = nodes[2].clone();
     let place = repository.index().get(&ObjectId::Node(hash)).unwrap().unwrap().place.unwrap();
     let bundle = nodes::bundle_path(repository.layout(), &place.bundle);
@@ -756,7 +757,7 @@ fn gc_keeps_what_is_referred_to_or_pinned_and_removes_the_rest() {
     let garbage = repository.put_manifest(&component("garbage", "1", vec![], &[pack(5), pack(0)])).unwrap();
     let loose = pack(6).0;
     let garbage_recipe = repository.put_recipe(&recipe_of(vec![garbage])).unwrap();
-    let kept_map = repository.put_map(&map_of(0..2000)).unwrap();
+    let kept_map = repository.put_map(&map_of(0..2000)).unwrap().0;
     repository.put_map(&map_of(5000..9000)).unwrap();
     repository.hot_pack(&loose).unwrap();
     let pin = repository.pin(vec![ObjectId::Manifest(pinned)]);
@@ -831,7 +832,7 @@ fn nodes_leave_bundles_that_are_mostly_dead() {
 #[test]
 fn many_small_bundles_become_few() {
     let (_dir, repository) = repository();
-    let maps: Vec<_> = (0..70).map(|n| repository.put_map(&map_of([n * 1000])).unwrap()).collect();
+    let maps: Vec<_> = (0..70).map(|n| repository.put_map(&map_of([n * 1000])).unwrap().0).collect();
     let roots: Vec<_> = maps.iter().map(|m| ObjectId::Node(m.root.unwrap())).collect();
     let bundles = || {
         let mut count = 0;
