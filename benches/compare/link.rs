@@ -153,14 +153,14 @@ pub fn fetch(
         }
         let mut seeds = Vec::new();
         if let (Some(map), Some(recipe)) = (&offer.root_delta, &offer.recipe) {
-            seeds.extend(held.root_delta()?.map(|s| s.index));
+            seeds.extend(held.root_delta()?.map(|s| Arc::new(s.index)));
             let base = Composer::new(target.clone()).path_of(recipe);
             let disk = DiskFile::Root { overlay: disks.join("root.qcow2"), base };
             let (maps, blocks) = move_.disk(disk, map, &seeds).await?;
             (report.map_bytes, report.root_delta_bytes) = (report.map_bytes + maps, blocks);
         }
         if let Some(map) = &offer.user_data {
-            seeds.extend(held.user_data()?.map(|s| s.index));
+            seeds.extend(held.user_data()?.map(|s| Arc::new(s.index)));
             let disk = DiskFile::UserData { raw: disks.join("user-data.raw") };
             let (maps, blocks) = move_.disk(disk, map, &seeds).await?;
             (report.map_bytes, report.user_data_bytes) = (report.map_bytes + maps, blocks);
@@ -218,7 +218,7 @@ impl Move<'_> {
     }
 
     /// The map, then the blocks that neither the disk nor the seeds have. Bytes of both.
-    async fn disk(&self, disk: DiskFile, map: &MapRef, seeds: &[BlockIndex]) -> Result<(u64, u64)> {
+    async fn disk(&self, disk: DiskFile, map: &MapRef, seeds: &[Arc<BlockIndex>]) -> Result<(u64, u64)> {
         let base = match &disk {
             DiskFile::Root { base, .. } => Some(base.clone()),
             DiskFile::UserData { .. } => None,
@@ -233,26 +233,13 @@ impl Move<'_> {
         }
         let map_content = self.target.map(map)?;
         let mut staged = StagedDisk::open_or_create(disk, map)?;
-        let mut keys = Vec::new();
-        for hash in staged.begin(&map_content)?.fetch {
-            match seeds.iter().find_map(|s| s.read_block(&hash).ok()) {
-                Some(bytes) => drop(staged.write_block(&hash, &bytes)?),
-                None => keys.push(hash),
-            }
-        }
+        let needed = staged.begin(&map_content)?.fetch;
+        let mut left = staged.fill(needed, seeds)?;
         // As a broker does: many blocks of a root delta are worth a look at the composition.
-        let base_blocks = match &base {
-            Some(base) if keys.len() >= 256 => Some(cicada::disk::scan_base(base)?),
-            _ => None,
-        };
-        let mut left = Vec::new();
-        for hash in keys {
-            match base_blocks.as_ref().and_then(|blocks| blocks.read_block(&hash).ok()) {
-                Some(bytes) => drop(staged.write_block(&hash, &bytes)?),
-                None => left.push(ObjectKey::Block(hash)),
-            }
+        if let Some(base) = base.filter(|_| left.len() >= 256) {
+            left = staged.fill(left, &[Arc::new(cicada::disk::scan_base(&base)?)])?;
         }
-        let keys = left;
+        let keys = left.into_iter().map(ObjectKey::Block).collect();
         *self.sink.disk() = Some(staged);
         let block_bytes = self.fetch(keys).await?;
         let mut staged = self.sink.disk().take().ok_or("the disk being made is gone")?;

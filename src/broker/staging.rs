@@ -557,15 +557,10 @@ impl Disks {
         self.with(|staged| {
             let seeds = staged.seeds.clone();
             let Some(disk) = staged.disk(which) else { return Ok(Vec::new()) };
-            let mut fetch = Vec::new();
-            for hash in disk.begin(map)?.fetch {
-                match seeds.iter().find_map(|s| s.read_block(&hash).ok()) {
-                    Some(bytes) => drop(disk.write_block(&hash, &bytes)?),
-                    None => fetch.push(hash),
-                }
-            }
-            if which == Which::UserData || fetch.len() < BASE_SEARCH_BLOCKS_MIN {
-                return Ok(fetch);
+            let needed = disk.begin(map)?.fetch;
+            let left = disk.fill(needed, &seeds)?;
+            if which == Which::UserData || left.len() < BASE_SEARCH_BLOCKS_MIN {
+                return Ok(left);
             }
             // Reading a composition costs a second for some hundred megabytes: worth it for many blocks.
             let blocks = match staged.base_blocks.clone() {
@@ -573,14 +568,7 @@ impl Disks {
                 None => Arc::new(disk::scan_base(&staged.base)?),
             };
             staged.base_blocks = Some(blocks.clone());
-            let mut left = Vec::new();
-            for hash in fetch {
-                match blocks.read_block(&hash) {
-                    Ok(bytes) => drop(staged.root.write_block(&hash, &bytes)?),
-                    Err(_) => left.push(hash),
-                }
-            }
-            Ok(left)
+            staged.root.fill(left, &[blocks])
         })
         .map_err(|e| content(&e))
     }

@@ -8,8 +8,9 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::{DiskError, DiskImage, OverlayWriter, ROOT_BLOCK_BYTES, UserDataDisk};
+use super::{BlockIndex, DiskError, DiskImage, OverlayWriter, ROOT_BLOCK_BYTES, UserDataDisk};
 use super::{create_user_data, scan, staged_map};
 use crate::types::BlockHash;
 use crate::vm::{Block, ChunkMap, MapRef};
@@ -227,6 +228,23 @@ impl StagedDisk {
             self.put(*number, Some((block, bytes)))?;
         }
         Ok(places.len())
+    }
+
+    /// Puts in place what any of `sources` has of a pass's blocks, and returns the others in order. A
+    /// source that cannot read a block any more does not have it.
+    pub fn fill(
+        &mut self,
+        hashes: Vec<BlockHash>,
+        sources: &[Arc<BlockIndex>],
+    ) -> Result<Vec<BlockHash>, DiskError> {
+        let mut left = Vec::new();
+        for hash in hashes {
+            match sources.iter().find_map(|source| source.read_block(&hash).ok()) {
+                Some(bytes) => drop(self.write_block(&hash, &bytes)?),
+                None => left.push(hash),
+            }
+        }
+        Ok(left)
     }
 
     /// A whole pass but for [`Self::finish`], with each block that is not there from `provide`.
