@@ -10,7 +10,7 @@ use crate::clock::UnixMillis;
 use crate::repository::{ObjectId, Repository, RepositoryError};
 use crate::types::{ComponentId, PackId, RecipeId};
 
-use super::content::{repository_problem, resolve};
+use super::content::{line, repository_problem, resolve};
 use super::interface::{Event, ReportLine};
 use super::problem::{Problem, ProblemKind};
 use super::{Broker, Input};
@@ -216,8 +216,4 @@ fn versions(repository: &Repository, ids: &[ComponentId]) -> Result<Vec<(PackId,
 fn stopped() -> Problem {
     Problem::new(ProblemKind::Failed, "component optimize", "was stopped; what was done stays done")
         .next("run it again to go on")
-}
-
-fn line(name: &str, value: u64, unit: &str, detail: &str) -> ReportLine {
-    ReportLine { name: name.into(), value, unit: unit.into(), detail: detail.into() }
 }
