@@ -256,6 +256,12 @@ impl Broker {
             .next(format!("limit it at {}", view.progress.peer)))
     }
 
+    /// Trusted members that are online.
+    pub(super) fn trusted_online(&self) -> impl Iterator<Item = Peer> {
+        let online = self.members.online().filter(|jid| **jid != self.shared.me);
+        online.filter_map(|jid| Some(Peer { jid: jid.clone(), key: self.members.trusted_key(jid).ok()? }))
+    }
+
     /// Members that could be asked: the one named, or all that are online.
     pub(super) fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
         let with = |jid: &crate::types::MemberJid| {
@@ -294,8 +300,8 @@ impl Broker {
                 Ok(vec![with(&jid)?])
             }
             None => {
-                let online = self.members.online().filter(|jid| **jid != self.shared.me);
-                let peers: Vec<_> = online.filter_map(|jid| with(jid).ok()).collect();
+                let with_cloud = |p: Peer| (p.clone(), self.members.cloud_of(&p.jid));
+                let peers: Vec<_> = self.trusted_online().map(with_cloud).collect();
                 if peers.is_empty() {
                     return Err(Problem::new(
                         ProblemKind::Unavailable,

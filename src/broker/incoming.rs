@@ -365,15 +365,6 @@ impl Broker {
         }
     }
 
-    /// Trusted members that are online, but for the one a VM comes from.
-    fn lenders(&self, source: &MemberJid) -> Vec<Peer> {
-        let online = self.members.all().filter(|m| m.is_online() && m.jid != *source);
-        let trusted = online.filter_map(|m| {
-            self.members.trusted_key(&m.jid).ok().map(|key| Peer { jid: m.jid.clone(), key })
-        });
-        trusted.take(LENDERS_MAX).collect()
-    }
-
     fn stage(&mut self, id: MigrationId, init: Initialization) {
         let Some(run) = self.incoming.get_mut(&id) else { return };
         run.component_names = init.component_names.clone();
@@ -385,7 +376,7 @@ impl Broker {
         let from_peer =
             |vm: &&Vm| vm.record.spec.id != own && vm.record.arrival.as_ref().is_some_and(|a| a.from == peer);
         let neighbours = self.vms.values().filter(from_peer).map(|vm| self.disk_paths(&vm.record)).collect();
-        let lenders = self.lenders(&peer);
+        let lenders = self.trusted_online().filter(|p| p.jid != peer).take(LENDERS_MAX).collect();
         let Some(run) = self.incoming.get(&id) else { return };
         if run.staged.is_none() {
             let dir = self.shared.records.vm_dir(run.matter.vm).join(&run.dir_name);
