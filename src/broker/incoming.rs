@@ -21,7 +21,7 @@ use super::interface::MigrationView;
 use super::negotiation;
 use super::problem::{Problem, ProblemKind};
 use super::records::{Arrival, ReturnRecord, VmRecord};
-use super::shared::{Matter, Peer};
+use super::shared::{Matter, Peer, Shared};
 use super::staging::{self, StageJob, Staged};
 use super::vms::{Busy, Vm};
 use super::{Broker, Input};
@@ -65,6 +65,10 @@ impl Incoming {
     }
     pub fn spec(&self) -> &VmSpec {
         &self.spec
+    }
+    /// Where its disks are staged, and stay once the VM is ours.
+    fn dir(&self, shared: &Shared) -> PathBuf {
+        shared.records.vm_dir(self.matter.vm).join(&self.dir_name)
     }
 }
 
@@ -354,7 +358,7 @@ impl Broker {
             Effect::CleanUp => {
                 run.cancel.cancel();
                 run.staged = None;
-                let dir = shared.records.vm_dir(vm).join(&run.dir_name);
+                let dir = run.dir(&shared);
                 if run.superseded && dir.exists() {
                     return self.keep_interrupted(vm, dir);
                 }
@@ -368,36 +372,34 @@ impl Broker {
     fn stage(&mut self, id: MigrationId, init: Initialization) {
         let Some(run) = self.incoming.get_mut(&id) else { return };
         run.component_names = init.component_names.clone();
-        let (own, peer) = (run.matter.vm, run.peer.jid.clone());
-        let seeds =
-            self.vms.get(&run.matter.vm).filter(|vm| !vm.record.is_here()).map(|vm| vm.record.clone());
-        let seeds = seeds.map(|record| self.disk_paths(&record));
-        // Only what that member once had itself: from what is not asked for it learns nothing.
-        let from_peer =
-            |vm: &&Vm| vm.record.spec.id != own && vm.record.arrival.as_ref().is_some_and(|a| a.from == peer);
-        let neighbours = self.vms.values().filter(from_peer).map(|vm| self.disk_paths(&vm.record)).collect();
-        let lenders = self.trusted_online().filter(|p| p.jid != peer).take(LENDERS_MAX).collect();
-        let Some(run) = self.incoming.get(&id) else { return };
-        if run.staged.is_none() {
-            let dir = self.shared.records.vm_dir(run.matter.vm).join(&run.dir_name);
-            self.take_interrupted(run.matter.vm, &dir);
-        }
-        let Some(run) = self.incoming.get_mut(&id) else { return };
         let (progress, mut reports) = tokio::sync::watch::channel(Default::default());
-        let job = StageJob {
+        let mut job = StageJob {
             shared: self.shared.clone(),
             peer: run.peer.clone(),
             spec: run.spec.clone(),
             init,
-            dir: self.shared.records.vm_dir(run.matter.vm).join(&run.dir_name),
-            seeds,
-            neighbours,
-            lenders,
+            dir: run.dir(&self.shared),
+            seeds: None,
+            neighbours: Vec::new(),
+            lenders: Vec::new(),
             staged: run.staged.take(),
             account: run.machine.account().clone(),
             progress,
             cancel: run.cancel.clone(),
         };
+        let (own, source) = (job.spec.id, &job.peer.jid);
+        let left = self.vms.get(&own).filter(|vm| !vm.record.is_here());
+        job.seeds = left.map(|vm| self.disk_paths(&vm.record));
+        // Only what that member once had itself: from what is not asked for it learns nothing.
+        let came_from_it = |vm: &&Vm| {
+            vm.record.spec.id != own && vm.record.arrival.as_ref().is_some_and(|a| a.from == *source)
+        };
+        job.neighbours =
+            self.vms.values().filter(came_from_it).map(|vm| self.disk_paths(&vm.record)).collect();
+        job.lenders = self.trusted_online().filter(|p| p.jid != *source).take(LENDERS_MAX).collect();
+        if job.staged.is_none() {
+            self.take_interrupted(own, &job.dir);
+        }
         let shared = self.shared.clone();
         tokio::spawn(async move {
             let work = tokio::spawn(staging::run(job));
