@@ -1,7 +1,7 @@
 //! Bringing a VM's copy at the target to a given state: fetch what is missing, compose the base,
 //! apply the blocks of both disks.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
@@ -746,33 +746,27 @@ pub fn scrub_dir(dir: &Path) {
     }
 }
 
-/// Disk directories that are not among `used`, with the VMs they are of.
-pub fn leftovers(shared: &Shared, used: &HashSet<PathBuf>) -> Vec<(VmId, PathBuf)> {
-    let Ok(vms) = fs::read_dir(shared.records.vms_dir()) else { return Vec::new() };
-    let mut found = Vec::new();
+/// Directories of VMs, each with the disk directories in it that are not among `used`.
+pub fn leftovers(shared: &Shared, used: &HashSet<PathBuf>) -> BTreeMap<VmId, Vec<PathBuf>> {
+    let mut found = BTreeMap::new();
+    let Ok(vms) = fs::read_dir(shared.records.vms_dir()) else { return found };
     for vm in vms.flatten() {
         let Some(id) = vm.file_name().to_str().and_then(|n| n.parse::<VmId>().ok()) else { continue };
         let Ok(entries) = fs::read_dir(vm.path()) else { continue };
-        for dir in entries.flatten() {
-            let named = dir.file_name().to_string_lossy().starts_with("disks-");
-            if named && !used.contains(&dir.path()) {
-                found.push((id, dir.path()));
-            }
-        }
+        let disks = entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with("disks-"));
+        found.insert(id, disks.map(|e| e.path()).filter(|dir| !used.contains(dir)).collect());
     }
     found
 }
 
-/// Removes disk directories that are not among `used`, and what is left of VMs without a record.
-pub fn remove_leftovers(shared: &Shared, used: &HashSet<PathBuf>) {
-    for (_, dir) in leftovers(shared, used) {
-        tracing::info!(path = %dir.display(), "removing a leftover of an unfinished migration");
-        scrub_dir(&dir);
-    }
-    let Ok(vms) = fs::read_dir(shared.records.vms_dir()) else { return };
-    for vm in vms.flatten().map(|e| e.path()) {
-        if !vm.join("record.json").exists() && !used.iter().any(|dir| dir.starts_with(&vm)) {
-            let _ = fs::remove_dir(&vm);
+/// Removes disk directories, and those of VMs of which nothing else is left.
+pub fn remove_leftovers(shared: &Shared, leftovers: &BTreeMap<VmId, Vec<PathBuf>>) {
+    for (vm, dirs) in leftovers {
+        for dir in dirs {
+            tracing::info!(path = %dir.display(), "removing a leftover of an unfinished migration");
+            scrub_dir(dir);
         }
+        // Fails, as it should, when something else is in it.
+        let _ = fs::remove_dir(shared.records.vm_dir(*vm));
     }
 }

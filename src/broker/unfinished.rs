@@ -154,26 +154,23 @@ impl Broker {
     /// Directories of staging that belong to no migration, after a crash: the newest of each VM
     /// that is not here waits for its source, the others go.
     pub(super) fn find_leftovers(&mut self) {
-        let mut used: HashSet<PathBuf> = self
+        let used: HashSet<PathBuf> = self
             .vms
             .values()
             .map(|vm| self.shared.records.vm_dir(vm.record.spec.id).join(&vm.record.disks))
             .collect();
-        let mut newest: BTreeMap<VmId, (SystemTime, PathBuf)> = BTreeMap::new();
-        for (vm, dir) in staging::leftovers(&self.shared, &used) {
-            if self.vms.get(&vm).is_some_and(|vm| vm.record.is_here()) {
-                continue;
+        let mut leftovers = staging::leftovers(&self.shared, &used);
+        let changed =
+            |dir: &PathBuf| fs::metadata(dir).and_then(|m| m.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+        for (vm, dirs) in &mut leftovers {
+            dirs.sort_by_cached_key(changed);
+            if !self.vms.get(vm).is_some_and(|vm| vm.record.is_here())
+                && let Some(newest) = dirs.pop()
+            {
+                self.keep_interrupted(*vm, newest);
             }
-            let changed = fs::metadata(&dir).and_then(|m| m.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
-            if newest.get(&vm).is_none_or(|(other, _)| *other < changed) {
-                newest.insert(vm, (changed, dir));
-            }
-        }
-        for (vm, (_, dir)) in newest {
-            used.insert(dir.clone());
-            self.keep_interrupted(vm, dir);
         }
         let shared = self.shared.clone();
-        tokio::task::spawn_blocking(move || staging::remove_leftovers(&shared, &used));
+        tokio::task::spawn_blocking(move || staging::remove_leftovers(&shared, &leftovers));
     }
 }
