@@ -10,15 +10,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use cicada::broker::receiving;
+use cicada::broker::receiving::{Packs, Sink, TakeBlock};
 use cicada::broker::serving::{Served, Store, Tickets};
 use cicada::compose::Composer;
 use cicada::disk::{BlockIndex, DiskFile, StagedDisk};
-use cicada::repository::{Repository, RepositoryError};
-use cicada::transfer::{
-    Connection, Endpoint, Limiter, ObjectKey, ObjectSink, PackRange, PackWish, PackWriter, Progress,
-    SinkError, Ticket, Verified,
-};
+use cicada::repository::Repository;
+use cicada::transfer::{Connection, Endpoint, Limiter, ObjectKey, Progress, Ticket};
 use cicada::types::{ComponentId, IdentityKey, PackId, RecipeId};
 use cicada::vm::MapRef;
 
@@ -141,9 +138,7 @@ pub fn fetch(
         let here = SocketAddr::new(if address.is_ipv4() { [0, 0, 0, 0].into() } else { [0; 16].into() }, 0);
         let endpoint = endpoint(1, here, target, &Arc::default())?;
         let connection = endpoint.connect(&[address], key(0).public()).await?;
-        let sink =
-            Arc::new(Sink { repository: target.clone(), disk: Mutex::default(), packs: Mutex::default() });
-        let move_ = Move { target, connection, sink };
+        let move_ = Move { target, connection };
 
         if let Some(recipe) = &offer.recipe {
             move_.components(recipe, &offer.components, &mut report).await?;
@@ -178,15 +173,15 @@ pub fn fetch(
 struct Move<'a> {
     target: &'a Repository,
     connection: Connection,
-    sink: Arc<Sink>,
 }
 
 impl Move<'_> {
     /// Fetches all of `keys`; their bytes as they travelled, before the transport's own.
-    async fn fetch(&self, keys: Vec<ObjectKey>) -> Result<u64> {
+    async fn fetch(&self, keys: Vec<ObjectKey>, packs: Packs, blocks: Option<Box<TakeBlock>>) -> Result<u64> {
         let progress = Arc::new(Progress::default());
         if !keys.is_empty() {
-            self.connection.fetch(&TICKET, keys, self.sink.clone(), progress.clone()).await?;
+            let sink = Sink { repository: self.target.clone(), packs: Arc::new(packs), blocks };
+            self.connection.fetch(&TICKET, keys, Arc::new(sink), progress.clone()).await?;
         }
         Ok(progress.snapshot().encoded_bytes)
     }
@@ -202,7 +197,7 @@ impl Move<'_> {
         if !self.target.has_recipe(recipe) {
             keys.push(ObjectKey::Recipe(*recipe));
         }
-        report.component_bytes = self.fetch(keys).await?;
+        report.component_bytes = self.fetch(keys, Packs::default(), None).await?;
         let missing = packs_of(self.target, ids)?.into_iter().filter(|p| !self.target.has_pack(p));
         report.packs = missing.collect();
         let wanted: HashSet<PackId> = report.packs.iter().copied().collect();
@@ -210,10 +205,9 @@ impl Move<'_> {
         for id in ids {
             sizes.extend(self.target.manifest(id)?.packs.iter().map(|p| (p.id, p.size_bytes)));
         }
-        *self.sink.packs.lock().unwrap_or_else(|e| e.into_inner()) =
-            Packs { sizes, bases: self.target.likely_bases(ids, &wanted)? };
-        report.component_bytes +=
-            self.fetch(report.packs.iter().map(|p| ObjectKey::Pack(*p)).collect()).await?;
+        let packs = Packs { sizes, bases: self.target.likely_bases(ids, &wanted)? };
+        let keys = report.packs.iter().map(|p| ObjectKey::Pack(*p)).collect();
+        report.component_bytes += self.fetch(keys, packs, None).await?;
         Ok(())
     }
 
@@ -229,7 +223,8 @@ impl Move<'_> {
             if missing.is_empty() {
                 break;
             }
-            map_bytes += self.fetch(missing.into_iter().map(ObjectKey::Node).collect()).await?;
+            let keys = missing.into_iter().map(ObjectKey::Node).collect();
+            map_bytes += self.fetch(keys, Packs::default(), None).await?;
         }
         let map_content = self.target.map(map)?;
         let mut staged = StagedDisk::open_or_create(disk, map)?;
@@ -240,72 +235,13 @@ impl Move<'_> {
             left = staged.fill(left, &[Arc::new(cicada::disk::scan_base(&base)?)])?;
         }
         let keys = left.into_iter().map(ObjectKey::Block).collect();
-        *self.sink.disk() = Some(staged);
-        let block_bytes = self.fetch(keys).await?;
-        let mut staged = self.sink.disk().take().ok_or("the disk being made is gone")?;
-        staged.finish(&map_content)?;
+        let staged = Arc::new(Mutex::new(staged));
+        let taking = staged.clone();
+        let take: Box<TakeBlock> = Box::new(move |hash, bytes| {
+            taking.lock().unwrap_or_else(|e| e.into_inner()).write_block(hash, bytes).map(drop)
+        });
+        let block_bytes = self.fetch(keys, Packs::default(), Some(take)).await?;
+        staged.lock().unwrap_or_else(|e| e.into_inner()).finish(&map_content)?;
         Ok((map_bytes, block_bytes))
     }
-}
-
-#[derive(Default)]
-struct Packs {
-    sizes: HashMap<PackId, u64>,
-    bases: HashMap<PackId, Vec<PackId>>,
-}
-
-/// Keeps what arrives, as a broker does.
-struct Sink {
-    repository: Repository,
-    /// The disk being made.
-    disk: Mutex<Option<StagedDisk>>,
-    /// Plain sizes of the packs asked for, and held packs that may be versions of them.
-    packs: Mutex<Packs>,
-}
-
-impl Sink {
-    fn disk(&self) -> std::sync::MutexGuard<'_, Option<StagedDisk>> {
-        self.disk.lock().unwrap_or_else(|e| e.into_inner())
-    }
-}
-
-impl ObjectSink for Sink {
-    fn deliver(&self, objects: Vec<Verified>) -> Result<(), SinkError> {
-        for object in objects {
-            let bytes = &object.bytes;
-            match &object.key {
-                ObjectKey::Manifest(id) => self.repository.put_manifest_bytes(id, bytes).map_err(storage)?,
-                ObjectKey::Recipe(id) => self.repository.put_recipe_bytes(id, bytes).map_err(storage)?,
-                ObjectKey::Node(hash) => self.repository.put_node(*hash, bytes).map_err(storage)?,
-                ObjectKey::Block(hash) => {
-                    if let Some(disk) = self.disk().as_mut() {
-                        disk.write_block(hash, bytes).map_err(|e| SinkError::Storage(Box::new(e)))?;
-                    }
-                }
-                // Packs come through `pack`.
-                ObjectKey::Pack(_) => {}
-            }
-        }
-        self.repository.flush_nodes().map_err(storage)
-    }
-
-    fn wish(&self, pack: &PackId) -> PackWish {
-        let packs = self.packs.lock().unwrap_or_else(|e| e.into_inner());
-        receiving::wish(&self.repository, pack, packs.bases.get(pack).map_or(&[], Vec::as_slice))
-    }
-
-    fn pack(
-        &self,
-        pack: &PackId,
-        is_delta: bool,
-        range: &PackRange,
-        size_bytes: u64,
-    ) -> Result<Box<dyn PackWriter>, SinkError> {
-        let expected = self.packs.lock().unwrap_or_else(|e| e.into_inner()).sizes.get(pack).copied();
-        receiving::receive(&self.repository, pack, is_delta, range, size_bytes, expected)
-    }
-}
-
-fn storage(e: RepositoryError) -> SinkError {
-    SinkError::Storage(Box::new(e))
 }

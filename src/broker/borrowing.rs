@@ -1,7 +1,7 @@
 //! Fetching components by hash from whichever members hold them, from several at once. What
 //! arrives is verified like everything else, so any trusted member is as good as another.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,14 +11,11 @@ use futures::future::join_all;
 use crate::migration::message::{ADDRESSES_MAX, CONTENT_IDS_MAX, ContentAnswer};
 use crate::migration::{AnswerBody, RequestBody};
 use crate::repository::{ObjectId, Repository};
-use crate::transfer::{
-    ObjectKey, ObjectSink, PackRange, PackWish, PackWriter, Progress, Refusal, SinkError, Ticket,
-    TransferError, Verified, Violation,
-};
+use crate::transfer::{ObjectKey, ObjectSink, Progress, Refusal, Ticket, TransferError, Violation};
 use crate::types::{Hash, MemberJid, MigrationId, PackId, VmId};
 
 use super::problem::chain;
-use super::receiving;
+use super::receiving::{Packs, Sink};
 use super::shared::{Matter, Peer, Shared};
 
 /// Attempts to go on with one member after the data link broke.
@@ -90,7 +87,7 @@ async fn fetch_offered(
     borrowed: &mut Borrowed,
     (counter, progress): (&Arc<Progress>, &mut (dyn FnMut(u64) + Send)),
 ) {
-    let sizes = plain_sizes(shared, pending).await;
+    let packs = packs_of(shared, pending).await;
     loop {
         let mut shares: Vec<Vec<ObjectId>> = vec![Vec::new(); offers.len()];
         for object in pending.iter() {
@@ -104,7 +101,7 @@ async fn fetch_offered(
         }
         let fetches = offers.iter().zip(&shares).filter(|(_, share)| !share.is_empty());
         let results =
-            join_all(fetches.map(|(offer, share)| fetch(shared, offer, share, &sizes, counter))).await;
+            join_all(fetches.map(|(offer, share)| fetch(shared, offer, share, &packs, counter))).await;
         let asked = offers.iter_mut().zip(&shares).filter(|(_, share)| !share.is_empty());
         for ((offer, share), (wire_bytes, result)) in asked.zip(results) {
             borrowed.wire_bytes += wire_bytes;
@@ -133,7 +130,7 @@ fn holds(repository: &Repository, object: &ObjectId) -> bool {
     }
 }
 
-async fn plain_sizes(shared: &Arc<Shared>, objects: &BTreeSet<ObjectId>) -> Arc<HashMap<PackId, u64>> {
+async fn packs_of(shared: &Arc<Shared>, objects: &BTreeSet<ObjectId>) -> Arc<Packs> {
     let packs: HashSet<PackId> = objects
         .iter()
         .filter_map(|o| match o {
@@ -143,7 +140,7 @@ async fn plain_sizes(shared: &Arc<Shared>, objects: &BTreeSet<ObjectId>) -> Arc<
         .collect();
     let repository = shared.repository.clone();
     let sizes = tokio::task::spawn_blocking(move || repository.plain_sizes(&packs).unwrap_or_default()).await;
-    Arc::new(sizes.unwrap_or_default())
+    Arc::new(Packs { sizes: sizes.unwrap_or_default(), ..Packs::default() })
 }
 
 /// A request for content belongs to no VM.
@@ -201,11 +198,11 @@ async fn fetch(
     shared: &Shared,
     offer: &Offer,
     objects: &[ObjectId],
-    sizes: &Arc<HashMap<PackId, u64>>,
+    packs: &Arc<Packs>,
     counter: &Arc<Progress>,
 ) -> (u64, Result<(), String>) {
     let mut wire_bytes = 0;
-    let result = fetch_all(shared, offer, objects, sizes, counter, &mut wire_bytes).await;
+    let result = fetch_all(shared, offer, objects, packs, counter, &mut wire_bytes).await;
     (wire_bytes, result)
 }
 
@@ -213,7 +210,7 @@ async fn fetch_all(
     shared: &Shared,
     offer: &Offer,
     objects: &[ObjectId],
-    sizes: &Arc<HashMap<PackId, u64>>,
+    packs: &Arc<Packs>,
     counter: &Arc<Progress>,
     wire_bytes: &mut u64,
 ) -> Result<(), String> {
@@ -226,7 +223,7 @@ async fn fetch_all(
         })
         .collect();
     let sink: Arc<dyn ObjectSink> =
-        Arc::new(Sink { repository: shared.repository.clone(), sizes: sizes.clone() });
+        Arc::new(Sink { repository: shared.repository.clone(), packs: packs.clone(), blocks: None });
     let mut attempt = 0;
     let mut damaged = None;
     while !keys.is_empty() {
@@ -275,37 +272,4 @@ async fn fetch_all(
 
 fn refusal(key: &ObjectKey, why: Refusal) -> String {
     format!("did not serve {key}: {why}")
-}
-
-/// The repository as the place where what is fetched goes.
-struct Sink {
-    repository: Repository,
-    /// Plain sizes that manifests state: no pack may unpack to more.
-    sizes: Arc<HashMap<PackId, u64>>,
-}
-
-impl ObjectSink for Sink {
-    fn deliver(&self, objects: Vec<Verified>) -> Result<(), SinkError> {
-        for object in objects {
-            if let ObjectKey::Manifest(id) = &object.key {
-                self.repository.put_manifest_bytes(id, &object.bytes).map_err(receiving::not_taken)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn wish(&self, pack: &PackId) -> PackWish {
-        receiving::wish(&self.repository, pack, &[])
-    }
-
-    fn pack(
-        &self,
-        pack: &PackId,
-        is_delta: bool,
-        range: &PackRange,
-        size_bytes: u64,
-    ) -> Result<Box<dyn PackWriter>, SinkError> {
-        let expected = self.sizes.get(pack).copied();
-        receiving::receive(&self.repository, pack, is_delta, range, size_bytes, expected)
-    }
 }

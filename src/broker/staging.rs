@@ -19,15 +19,14 @@ use crate::migration::message::{ADDRESSES_MAX, Initialization, Progress, StageAc
 use crate::migration::{Denial, DenialCode};
 use crate::repository::{ObjectId, Repository, RepositoryError};
 use crate::transfer::{
-    Connection, ObjectKey, ObjectSink, PackRange, PackWish, PackWriter, Progress as Counter, Refusal,
-    SinkError, Ticket, TransferError, Verified,
+    Connection, ObjectKey, ObjectSink, Progress as Counter, Refusal, SinkError, Ticket, TransferError,
 };
 use crate::types::{BlockHash, Hash, PackId, VmId};
 use crate::vm::{ChunkMap, MapRef, VmSpec};
 
 use super::borrowing;
 use super::negotiation::blocking;
-use super::receiving;
+use super::receiving::{Packs, Sink, TakeBlock};
 use super::shared::{Peer, Shared};
 use super::vms::DiskPaths;
 
@@ -421,7 +420,10 @@ impl Stage {
             return Ok(());
         }
         let (repository, packs) = (self.job.shared.repository.clone(), self.packs.clone());
-        let sink: Arc<dyn ObjectSink> = Arc::new(Sink { repository, packs, disks });
+        let blocks = disks.map(|(disks, which)| -> Box<TakeBlock> {
+            Box::new(move |hash, bytes| disks.take_block(which, hash, bytes))
+        });
+        let sink: Arc<dyn ObjectSink> = Arc::new(Sink { repository, packs, blocks });
         let mut attempt = 0;
         loop {
             let failure = match self.connect().await {
@@ -573,6 +575,13 @@ impl Disks {
         .map_err(|e| content(&e))
     }
 
+    fn take_block(&self, which: Which, hash: &BlockHash, bytes: &[u8]) -> Result<(), disk::DiskError> {
+        self.with(|staged| match staged.disk(which) {
+            Some(disk) => disk.write_block(hash, bytes).map(drop),
+            None => Ok(()),
+        })
+    }
+
     fn finish(&self, which: Which, map: &ChunkMap, last: bool) -> Result<(), Denial> {
         self.with(|staged| match staged.disk(which) {
             Some(disk) if last => disk.finish(map),
@@ -594,67 +603,6 @@ impl Staged {
             Which::UserData => self.user_data.as_mut(),
         }
     }
-}
-
-/// What is known of the packs to be fetched.
-#[derive(Default)]
-struct Packs {
-    /// Plain sizes the manifests promise: no pack may unpack to more.
-    sizes: HashMap<PackId, u64>,
-    /// Held packs that are likely versions of them.
-    bases: HashMap<PackId, Vec<PackId>>,
-}
-
-/// Where fetched objects go: the repository, or one of the disks.
-struct Sink {
-    repository: Repository,
-    packs: Arc<Packs>,
-    disks: Option<(Arc<Disks>, Which)>,
-}
-
-impl ObjectSink for Sink {
-    fn deliver(&self, objects: Vec<Verified>) -> Result<(), SinkError> {
-        let mut nodes = Vec::new();
-        for object in objects {
-            match (&object.key, &self.disks) {
-                (ObjectKey::Block(hash), Some((disks, which))) => disks
-                    .with(|staged| match staged.disk(*which) {
-                        Some(disk) => disk.write_block(hash, &object.bytes).map(drop),
-                        None => Ok(()),
-                    })
-                    .map_err(storage)?,
-                (ObjectKey::Manifest(id), _) => {
-                    self.repository.put_manifest_bytes(id, &object.bytes).map_err(receiving::not_taken)?;
-                }
-                (ObjectKey::Node(hash), _) => nodes.push((*hash, object.bytes.to_vec())),
-                // Recipes travel in the negotiation, packs through `pack`.
-                _ => {}
-            }
-        }
-        for (hash, bytes) in &nodes {
-            self.repository.put_node(*hash, bytes).map_err(receiving::not_taken)?;
-        }
-        self.repository.flush_nodes().map_err(storage)
-    }
-
-    fn wish(&self, pack: &PackId) -> PackWish {
-        receiving::wish(&self.repository, pack, self.packs.bases.get(pack).map_or(&[], Vec::as_slice))
-    }
-
-    fn pack(
-        &self,
-        pack: &PackId,
-        is_delta: bool,
-        range: &PackRange,
-        size_bytes: u64,
-    ) -> Result<Box<dyn PackWriter>, SinkError> {
-        let expected = self.packs.sizes.get(pack).copied();
-        receiving::receive(&self.repository, pack, is_delta, range, size_bytes, expected)
-    }
-}
-
-fn storage(e: impl std::error::Error + Send + Sync + 'static) -> SinkError {
-    SinkError::Storage(Box::new(e))
 }
 
 fn content(e: &(dyn std::error::Error + 'static)) -> Denial {
