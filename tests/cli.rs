@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use cicada::broker::handle::{ObjectKind, Service};
 use cicada::broker::interface::{Event, Reply, Request};
-use cicada::broker::{Problem, ProblemKind, archive, content};
+use cicada::broker::{Problem, ProblemKind, content};
 use cicada::compose::Composer;
 use cicada::repository::Repository;
 use cicada::types::Hash;
@@ -776,22 +776,10 @@ impl Service for TestService {
                 }
                 other => tokio::task::spawn_blocking(move || {
                     let composer = Composer::new(repository.clone());
-                    let mut told = |event| {
-                        let _ = events.try_send(event);
-                        !events.is_closed()
-                    };
-                    archive::call(&repository, &other, &mut told).unwrap_or_else(|| {
-                        content::call(
-                            &repository,
-                            &composer,
-                            Duration::ZERO,
-                            &[],
-                            &other,
-                            &|| false,
-                            &mut |_| (),
-                        )
+                    let mut tell = |event| drop(events.try_send(event));
+                    let stop = || events.is_closed();
+                    content::call(&repository, &composer, Duration::ZERO, &[], &other, &stop, &mut tell)
                         .unwrap()
-                    })
                 })
                 .await
                 .unwrap(),

@@ -6,39 +6,27 @@ use crate::repository::{ArchiveError, ImportReport, Repository};
 use crate::types::ByteSize;
 
 use super::content::{bind, line, repository_problem, resolve, resolve_recipe};
-use super::interface::{Event, Reply, ReportLine, Request};
+use super::interface::{Event, ReportLine};
 use super::problem::{Problem, ProblemKind};
 
-/// Answers the requests about archives; others come back as `None`. `events` says whether
-/// whoever asked is still there: if not, the work stops, and can be gone on with.
-pub fn call(
-    repository: &Repository,
-    request: &Request,
-    events: &mut dyn FnMut(Event) -> bool,
-) -> Option<Result<Reply, Problem>> {
-    Some(match request {
-        Request::RepoExport { output, components, recipes } => {
-            export(repository, output, components, recipes, events).map(Reply::Report)
-        }
-        Request::RepoImport { input, bind } => import(repository, input, *bind, events).map(Reply::Report),
-        _ => return None,
-    })
-}
-
-fn export(
+/// Writes components and recipes to an archive, until `stop` says so; that can be gone on with.
+pub(super) fn export(
     repository: &Repository,
     output: &str,
     components: &[String],
     recipes: &[String],
-    events: &mut dyn FnMut(Event) -> bool,
+    stop: &dyn Fn() -> bool,
+    events: &mut dyn FnMut(Event),
 ) -> Result<Vec<ReportLine>, Problem> {
     let components = resolve(repository, components)?;
     let recipes = recipes.iter().map(|r| resolve_recipe(repository, r)).collect::<Result<Vec<_>, _>>()?;
     let problem = |e| archive_problem(output, &e);
     let export = repository.export(&components, &recipes).map_err(problem)?;
-    let skipped_bytes = export
-        .write(Path::new(output), &mut |done, total| events(progress("export", done, total)))
-        .map_err(problem)?;
+    let mut go_on = |done, total| {
+        events(progress("export", done, total));
+        !stop()
+    };
+    let skipped_bytes = export.write(Path::new(output), &mut go_on).map_err(problem)?;
     let c = export.content();
     Ok(vec![
         line("components", c.components, "objects", ""),
@@ -50,14 +38,19 @@ fn export(
     ])
 }
 
-fn import(
+/// Takes in an archive, until `stop` says so; that can be gone on with.
+pub(super) fn import(
     repository: &Repository,
     input: &str,
     bind_names: bool,
-    events: &mut dyn FnMut(Event) -> bool,
+    stop: &dyn Fn() -> bool,
+    events: &mut dyn FnMut(Event),
 ) -> Result<Vec<ReportLine>, Problem> {
-    let (report, result) =
-        repository.import(Path::new(input), &mut |done, total| events(progress("import", done, total)));
+    let mut go_on = |done, total| {
+        events(progress("import", done, total));
+        !stop()
+    };
+    let (report, result) = repository.import(Path::new(input), &mut go_on);
     if let Err(e) = result {
         let problem = archive_problem(input, &e);
         let reason = format!("{}; {}", problem.reason, kept(&report));

@@ -18,7 +18,7 @@ use super::outgoing::Course;
 use super::problem::{Problem, ProblemKind};
 use super::scanning::scan;
 use super::shared::{Matter, Peer};
-use super::{Broker, Input, archive, content};
+use super::{Broker, Input, content};
 
 type Answer = oneshot::Sender<Result<Reply, Problem>>;
 
@@ -87,18 +87,9 @@ impl Broker {
         tokio::task::spawn_blocking(move || {
             let grace = shared.config.repository.gc_grace;
             let (repository, composer) = (&shared.repository, &shared.composer);
-            let mut told = |event| {
-                let _ = events.try_send(event);
-                !events.is_closed()
-            };
-            let archived = archive::call(repository, &request, &mut told);
-            let mut report = |event| {
-                told(event);
-            };
             let stop = || events.is_closed();
-            let result = archived.or_else(|| {
-                content::call(repository, composer, grace, &recipes, &request, &stop, &mut report)
-            });
+            let mut tell = |event| drop(events.try_send(event));
+            let result = content::call(repository, composer, grace, &recipes, &request, &stop, &mut tell);
             let unknown = || Err(Problem::new(ProblemKind::BadRequest, "request", "is not known here"));
             let _ = reply.send(result.unwrap_or_else(unknown));
         });

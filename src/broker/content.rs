@@ -21,6 +21,7 @@ use super::interface::{
     ReportLine, Request,
 };
 use super::problem::{Problem, ProblemKind};
+use super::{archive, optimize};
 
 /// Answers the requests that need only content; others come back as `None`. Long work that can be
 /// taken up again asks `stop` whether anybody still waits for it.
@@ -41,7 +42,7 @@ pub fn call(
         Request::ComponentDiff { from, to } => diff(repository, from, to).map(Reply::ComponentDiff),
         Request::ComponentRemove { component } => remove(repository, component).map(|()| Reply::Done),
         Request::ComponentOptimize { components, deltas } => {
-            super::optimize::optimize(repository, components, *deltas, stop, events).map(Reply::Report)
+            optimize::optimize(repository, components, *deltas, stop, events).map(Reply::Report)
         }
         Request::ComponentBind { id } => bind(repository, *id).map(|()| Reply::Done),
         Request::RecipeCreate { components, ordered, root_size, kernel_command_line } => {
@@ -56,6 +57,12 @@ pub fn call(
         Request::RepoCheck => check_repository(repository, events).map(|r| Reply::Report(check_lines(&r))),
         Request::RepoGc { dry_run } => {
             gc(repository, composer, *dry_run, gc_grace, vm_recipes).map(Reply::Report)
+        }
+        Request::RepoExport { output, components, recipes } => {
+            archive::export(repository, output, components, recipes, stop, events).map(Reply::Report)
+        }
+        Request::RepoImport { input, bind } => {
+            archive::import(repository, input, *bind, stop, events).map(Reply::Report)
         }
         Request::RepoRebuildIndex => rebuild(repository).map(Reply::Report),
         _ => return None,

@@ -10,11 +10,11 @@ use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 use tokio::sync::mpsc;
 
+use crate::broker::content;
 use crate::broker::handle::ObjectKind;
 use crate::broker::interface::{Event, Reply, Request};
 use crate::broker::problem::{Problem, ProblemKind};
 use crate::broker::records::Records;
-use crate::broker::{archive, content};
 use crate::client::Client;
 use crate::compose::Composer;
 use crate::config::Config;
@@ -149,12 +149,9 @@ impl Offline {
         let (repository, composer) = (self.repository.clone(), self.composer.clone());
         let (grace, recipes, request) = (self.gc_grace, self.vm_recipes.clone(), request.clone());
         let work = tokio::task::spawn_blocking(move || {
-            // Interrupting the command ends this process with it.
-            let archived = archive::call(&repository, &request, &mut |event| events.send(event).is_ok());
             let mut report = |event| drop(events.send(event));
-            archived.or_else(|| {
-                content::call(&repository, &composer, grace, &recipes, &request, &|| false, &mut report)
-            })
+            // Interrupting the command ends this process, and the work with it.
+            content::call(&repository, &composer, grace, &recipes, &request, &|| false, &mut report)
         });
         while let Some(event) = seen.recv().await {
             on_event(event);
