@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use cicada::component::manifest::{Entry, EntryKind, Kind, Manifest, Meta, PackRef};
-use cicada::repository::{IncomingForm, PackForm, Repository, RepositoryError};
+use cicada::repository::{IncomingForm, ObjectId, PackForm, Repository, RepositoryError};
 use cicada::types::{ComponentId, PackId};
 
 fn repository() -> (tempfile::TempDir, Repository) {
@@ -140,7 +140,18 @@ fn a_new_version_travels_as_a_delta() {
     assert!(strong <= form.size_bytes);
     assert_eq!(source.pack_form(&id, &[base], None).unwrap().size_bytes, strong);
 
+    // Where the delta is gone, nothing goes on saying that it was made so.
+    let deltas = source.dir().join("deltas");
+    let hex = id.to_string();
+    std::fs::remove_file(deltas.join(&hex[..2]).join(format!("{hex}-{base}"))).unwrap();
+    let pin = source.pin([id, base].map(ObjectId::Pack).into());
+    source.gc(false, Duration::ZERO, &[]).unwrap();
+    assert_eq!(files_below(&deltas), 0);
+    source.pack_form(&id, &[base], None).unwrap();
+    assert_eq!(source.prepare_delta(&id, &base).unwrap(), Some(strong));
+
     // Deltas go with their packs.
+    drop(pin);
     source.gc(false, Duration::ZERO, &[]).unwrap();
     assert_eq!(files_below(&source.dir().join("deltas")), 0);
 }

@@ -19,7 +19,7 @@ const COMPARED_MAX: usize = 2;
 /// A delta must save at least this part of the stored form.
 const SAVED_PART_MIN: u64 = 8;
 /// What the cache keeps, the most recently used first.
-pub(super) const CACHE_BYTES_MAX: u64 = 4 << 30;
+const CACHE_BYTES_MAX: u64 = 4 << 30;
 /// How much of a file's beginning makes its tag.
 const TAGGED_BYTES: u64 = 64 << 10;
 
@@ -73,21 +73,17 @@ impl Repository {
     /// size; `None` where it would not be worth it.
     pub fn prepare_delta(&self, id: &PackId, base: &PackId) -> Result<Option<u64>> {
         let stored = self.pack_stored(id)?.stored_size_bytes;
+        let path = self.delta_path(id, base);
+        let mark = strong_mark(&path);
         // One made in haste is replaced.
-        if let Ok(held) = fs::metadata(self.delta_path(id, base))
-            && !self.strong_mark(id, base).exists()
-            && held.len() > 0
-        {
-            let path = self.delta_path(id, base);
+        if fs::metadata(&path).is_ok_and(|held| held.len() > 0) && !mark.exists() {
             fs::remove_file(&path).at("remove", &path)?;
         }
-        let file = self.delta(id, base, BYTES_MAX, delta::STRONG_LEVEL, stored)?;
-        let mark = self.strong_mark(id, base);
+        let Some(file) = self.delta(id, base, BYTES_MAX, delta::STRONG_LEVEL, stored)? else {
+            return Ok(None);
+        };
         File::create(&mark).at("create", &mark)?;
-        match file {
-            Some(file) => Ok(Some(file.metadata().at("read", self.dir())?.len())),
-            None => Ok(None),
-        }
+        Ok(Some(file.metadata().at("read", self.dir())?.len()))
     }
 
     /// The size of a delta that is ready to be sent; nothing is made.
@@ -147,11 +143,6 @@ impl Repository {
         self.layout().dir("deltas").join(&id[..2]).join(format!("{id}-{base}"))
     }
 
-    /// There when the delta was made at the strong level.
-    fn strong_mark(&self, id: &PackId, base: &PackId) -> PathBuf {
-        self.delta_path(id, base).with_extension("strong")
-    }
-
     /// Removes deltas whose packs are gone, and the least recently used over the limit.
     pub(super) fn trim_deltas(&self) -> Result<()> {
         let mut kept = Vec::new();
@@ -161,8 +152,11 @@ impl Repository {
             for file in fs::read_dir(&fan).at("list", &fan)? {
                 let path = file.at("list", &fan)?.path();
                 let useful = packs_of(&path).is_some_and(|ids| ids.iter().all(|id| self.has_pack(id)));
+                let is_mark = path.extension().is_some();
                 match fs::metadata(&path) {
-                    Ok(meta) if useful => kept.push((meta.modified().ok(), meta.len(), path)),
+                    // It goes with its delta.
+                    Ok(_) if useful && is_mark && path.with_extension("").exists() => {}
+                    Ok(meta) if useful && !is_mark => kept.push((meta.modified().ok(), meta.len(), path)),
                     _ => fs::remove_file(&path).at("remove", &path)?,
                 }
             }
@@ -173,11 +167,21 @@ impl Repository {
             if used <= CACHE_BYTES_MAX {
                 break;
             }
+            // The mark first: a delta without one is only made again.
+            let mark = strong_mark(&path);
+            if mark.exists() {
+                fs::remove_file(&mark).at("remove", &mark)?;
+            }
             fs::remove_file(&path).at("remove", &path)?;
             used -= len;
         }
         Ok(())
     }
+}
+
+/// There when the delta was made at the strong level.
+fn strong_mark(delta: &Path) -> PathBuf {
+    delta.with_extension("strong")
 }
 
 /// The pack and its base from a delta's file name.
