@@ -11,6 +11,8 @@ use cicada::vm::Firmware;
 use world::{World, components, missing_tool, turn};
 
 const TINY: [&str; 3] = ["format-uefi-gpt", "kernel-tiny", "os-tiny"];
+/// Slow enough to be caught in the act.
+const SLOW: &str = "[transfer]\nlisten = \"127.0.0.1:0\"\nbandwidth_limit = \"8Mbit\"\n";
 
 #[test]
 fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
@@ -244,29 +246,13 @@ fn a_cancelled_move_leaves_the_vm_running_and_nothing_behind() {
     let _turn = turn();
     let built = components(&TINY);
     let mut world = World::start(&["alpine", "boreal"]);
-    world.stop_broker(0, false);
-    // Slow enough to be caught in the act.
-    world.configure(0, "[transfer]\nlisten = \"127.0.0.1:0\"\nbandwidth_limit = \"8Mbit\"\n");
-    world.start_broker(0);
-    world.wait("the members see each other again", 30, |w| {
-        w.members(0).iter().any(|m| m.state == "online") && w.members(1).iter().any(|m| m.state == "online")
-    });
+    world.reconfigure(0, SLOW);
     world.push(0, &built, &built.ids);
     world.create_vm(0, "web", &built.ids, 32, true);
     world.wait_booted(0, "web", 120);
-    let socket = world.socket(0);
-    let mover = std::thread::spawn(move || {
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        runtime.block_on(async {
-            let client = cicada::client::Client::connect(&socket).await.unwrap();
-            client.call(&Request::Move { vm: "web".into(), to: None, dry_run: false }, |_| {}).await
-        })
-    });
-    let staging = |w: &World| match w.call(0, &Request::MigrationList) {
-        Ok(Reply::Migrations(list)) => {
-            list.into_iter().find(|m| m.progress.phase == "stage" && m.progress.bytes_done > 0)
-        }
-        other => panic!("{other:?}"),
+    let mover = world.begin_move(0, "web", None);
+    let staging = |w: &World| {
+        w.migrations(0).into_iter().find(|m| m.progress.phase == "stage" && m.progress.bytes_done > 0)
     };
     world.wait("it is being staged", 30, |w| staging(w).is_some());
     let id = staging(&world).unwrap().progress.id;
@@ -295,24 +281,13 @@ fn a_broker_that_died_in_the_middle_of_a_move_finds_its_vm_again() {
     let _turn = turn();
     let built = components(&TINY);
     let mut world = World::start(&["alpine", "boreal"]);
-    world.stop_broker(0, false);
-    world.configure(0, "[transfer]\nlisten = \"127.0.0.1:0\"\nbandwidth_limit = \"8Mbit\"\n");
-    world.start_broker(0);
-    world.wait("the members see each other again", 30, |w| {
-        w.members(0).iter().any(|m| m.state == "online") && w.members(1).iter().any(|m| m.state == "online")
-    });
+    world.reconfigure(0, SLOW);
     world.push(0, &built, &built.ids);
     world.create_vm(0, "web", &built.ids, 32, true);
     world.wait_booted(0, "web", 120);
     world.guest(0, "web", "echo kept >/data/kept; sync");
-    let (vm, socket) = (world.vm(0, "web"), world.socket(0));
-    let mover = std::thread::spawn(move || {
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        runtime.block_on(async {
-            let client = cicada::client::Client::connect(&socket).await.unwrap();
-            client.call(&Request::Move { vm: "web".into(), to: None, dry_run: false }, |_| {}).await
-        })
-    });
+    let vm = world.vm(0, "web");
+    let mover = world.begin_move(0, "web", None);
     world.wait("it is being staged", 30, |w| w.log(0).contains("disks scanned"));
     let boots = || std::fs::read_to_string(&vm.console_log).unwrap().matches("guest ready").count();
     assert_eq!(boots(), 1);
@@ -329,10 +304,7 @@ fn a_broker_that_died_in_the_middle_of_a_move_finds_its_vm_again() {
     assert_eq!(world.vm(0, "web").power, cicada::vm::PowerState::Running);
     world.guest(0, "web", "grep kept /data/kept");
     // The move goes on by itself; called off, nothing is left that would hold its process up.
-    let moving = |w: &World| match w.call(0, &Request::MigrationList) {
-        Ok(Reply::Migrations(all)) => all.into_iter().find(|m| !m.progress.ended),
-        other => panic!("{other:?}"),
-    };
+    let moving = |w: &World| w.migrations(0).into_iter().find(|m| !m.progress.ended);
     world.wait("it is moved again", 60, |w| moving(w).is_some());
     let id = moving(&world).unwrap().progress.id.to_string();
     world.call(0, &Request::MigrationCancel { id }).unwrap();
@@ -443,9 +415,7 @@ fn a_full_disk_at_the_target_ends_the_move_cleanly() {
         return;
     };
     world.start_broker(1);
-    world.wait("the members see each other again", 30, |w| {
-        w.members(0).iter().any(|m| m.state == "online") && w.members(1).iter().any(|m| m.state == "online")
-    });
+    world.wait_online();
     let problem = world.call(0, &Request::Move { vm: "web".into(), to: None, dry_run: false }).unwrap_err();
     assert!(problem.reason.contains("no space left") && problem.reason.contains("needed"), "{problem}");
     let vm = world.vm(0, "web");
@@ -511,12 +481,7 @@ fn damage_is_healed_from_another_member() {
     world.create_vm(0, "web", &built.ids, 0, false);
 
     // One that shares with nobody gives nothing.
-    world.stop_broker(1, false);
-    world.configure(1, "[repository]\nshare_with = []\n");
-    world.start_broker(1);
-    world.wait("the members see each other again", 30, |w| {
-        w.members(0).iter().any(|m| m.state == "online") && w.members(1).iter().any(|m| m.state == "online")
-    });
+    world.reconfigure(1, "[repository]\nshare_with = []\n");
     spoil();
     let refused = check_and_heal(&world, 0);
     let text = String::from_utf8_lossy(&refused.stdout);

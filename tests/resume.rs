@@ -7,17 +7,16 @@ mod world;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::{Event, MigrationView};
+use cicada::broker::interface::MigrationView;
 use cicada::broker::{Reply, Request};
-use cicada::client::Client;
 use world::{World, components, missing_tool, turn};
 
 const TINY: [&str; 3] = ["format-uefi-gpt", "kernel-tiny", "os-tiny"];
 const SLOW: &str = "[transfer]\nlisten = \"127.0.0.1:0\"\nbandwidth_limit = \"6M\"\n";
 const USER_DATA_MIB: u64 = 40;
 
-/// A VM that is off, with user data that does not compress.
-fn vm_with_data(world: &World, built: &world::Built, name: &str) {
+/// A VM that is off, with user data that does not compress and differs by `seed`.
+fn vm_with_data(world: &World, built: &world::Built, name: &str, seed: &str) {
     world.create_vm(0, name, &built.ids, USER_DATA_MIB, false);
     let is_data =
         |path: &&std::path::PathBuf| std::fs::metadata(path).is_ok_and(|m| m.len() == USER_DATA_MIB << 20);
@@ -25,41 +24,22 @@ fn vm_with_data(world: &World, built: &world::Built, name: &str) {
     let newest = |p: &&std::path::PathBuf| std::fs::metadata(p).unwrap().modified().unwrap();
     let disk = files.iter().filter(is_data).max_by_key(newest).expect("no user-data disk");
     let mut noise = vec![0; (USER_DATA_MIB << 20) as usize];
-    blake3::Hasher::new().update(name.as_bytes()).finalize_xof().fill(&mut noise);
+    blake3::Hasher::new().update(seed.as_bytes()).finalize_xof().fill(&mut noise);
     let file = std::fs::OpenOptions::new().write(true).open(disk).unwrap();
     file.write_all_at(&noise, 0).unwrap();
-}
-
-/// Begins a move in the background; what it ends with comes through the thread.
-fn begin(world: &World, vm: &str) -> std::thread::JoinHandle<Result<Reply, cicada::broker::Problem>> {
-    let (socket, vm) = (world.socket(0), vm.to_owned());
-    std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let request = Request::Move { vm, to: Some("boreal".into()), dry_run: false };
-            Client::connect(&socket).await?.call(&request, |_: Event| {}).await
-        })
-    })
 }
 
 /// Waits until so much of a move was delivered; returns how much it was.
 fn wait_delivered(world: &World, bytes: u64) -> u64 {
     let begun = Instant::now();
     loop {
-        let running = migrations(world, 0).into_iter().find(|m| !m.progress.ended);
+        let running = world.migrations(0).into_iter().find(|m| !m.progress.ended);
         let done = running.map_or(0, |m| m.progress.bytes_done);
         if done >= bytes {
             return done;
         }
         assert!(begun.elapsed() < Duration::from_secs(60), "only {done} bytes of the move came");
         std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
-fn migrations(world: &World, cloud: usize) -> Vec<MigrationView> {
-    match world.call(cloud, &Request::MigrationList) {
-        Ok(Reply::Migrations(all)) => all,
-        other => panic!("{other:?}"),
     }
 }
 
@@ -79,17 +59,13 @@ fn a_move_goes_on_after_either_broker_dies() {
     let _turn = turn();
     let built = components(&TINY);
     let mut world = World::start(&["alpine", "boreal"]);
-    world.stop_broker(0, false);
-    world.configure(0, SLOW);
-    world.start_broker(0);
+    world.reconfigure(0, SLOW);
     world.push(0, &built, &built.ids);
     let stored: u64 = built.ids.iter().map(|id| built.stored_bytes(id)).sum();
-    let online = |w: &World| w.members(0).iter().any(|m| m.state == "online" && m.trust == "trusted");
-    world.wait("they see each other", 30, online);
 
     // The target dies half-way through the components, and half-way through the user data.
-    vm_with_data(&world, &built, "one");
-    let moving = begin(&world, "one");
+    vm_with_data(&world, &built, "one", "one");
+    let moving = world.begin_move(0, "one", Some("boreal"));
     wait_delivered(&world, stored / 2);
     world.stop_broker(1, true);
     world.start_broker(1);
@@ -103,15 +79,15 @@ fn a_move_goes_on_after_either_broker_dies() {
     assert_eq!(world.vm(1, "one").ownership, "here");
 
     // The source dies: it begins the move again by itself, and the target has what came.
-    vm_with_data(&world, &built, "two");
-    let moving = begin(&world, "two");
+    vm_with_data(&world, &built, "two", "two");
+    let moving = world.begin_move(0, "two", Some("boreal"));
     let before = wait_delivered(&world, USER_DATA_MIB << 19);
     world.stop_broker(0, true);
     assert!(moving.join().unwrap().is_err());
     world.start_broker(0);
     world.wait("the move went on", 90, |w| w.vm(0, "two").ownership == "given-up");
-    world.wait("it ended", 30, |w| migrations(w, 0).iter().all(|m| m.progress.ended));
-    let mut all = migrations(&world, 0);
+    world.wait("it ended", 30, |w| w.migrations(0).iter().all(|m| m.progress.ended));
+    let mut all = world.migrations(0);
     all.retain(|m| m.progress.vm.to_string() == "two");
     let [cut, moved] = &all[..] else { panic!("{all:?}") };
     assert!(cut.problem.as_ref().is_some_and(|p| p.to_string().contains("goes on")), "{cut:?}");
@@ -119,10 +95,10 @@ fn a_move_goes_on_after_either_broker_dies() {
     assert_little_is_sent_again(before, moved, 0);
 
     // A cap set on the way holds, and is lifted.
-    vm_with_data(&world, &built, "three");
-    let moving = begin(&world, "three");
+    vm_with_data(&world, &built, "three", "three");
+    let moving = world.begin_move(0, "three", Some("boreal"));
     wait_delivered(&world, 1 << 20);
-    let id = migrations(&world, 0).into_iter().find(|m| !m.progress.ended).unwrap().progress.id.to_string();
+    let id = world.migrations(0).into_iter().find(|m| !m.progress.ended).unwrap().progress.id.to_string();
     let limit =
         |bytes_per_s| world.call(0, &Request::MigrationLimit { id: id.clone(), bytes_per_s }).unwrap();
     limit(Some(1 << 20));
@@ -197,7 +173,7 @@ fn what_resembles_something_held_travels_as_the_difference() {
     world.push(0, &built, &newer[kernel..=kernel]);
     let whole = built.stored_bytes(&newer[kernel]);
 
-    vm_with_data(&world, &built, "one");
+    vm_with_data(&world, &built, "one", "one");
     world.move_vm(0, "one", "boreal");
 
     // A point release of the kernel.
@@ -214,19 +190,7 @@ fn what_resembles_something_held_travels_as_the_difference() {
     assert_eq!(moved.packs_fetched, 1);
 
     // Another VM with the same data, from the same member.
-    vm_with_data(&world, &built, "one2");
-    let source = world.vm(0, "one2").id.to_string();
-    let noise = {
-        let mut noise = vec![0; (USER_DATA_MIB << 20) as usize];
-        blake3::Hasher::new().update(b"one").finalize_xof().fill(&mut noise);
-        noise
-    };
-    let disk = world
-        .vm_files(0)
-        .into_iter()
-        .find(|p| p.ends_with("user-data.raw") && p.display().to_string().contains(&source));
-    let file = std::fs::OpenOptions::new().write(true).open(disk.unwrap()).unwrap();
-    file.write_all_at(&noise, 0).unwrap();
+    vm_with_data(&world, &built, "one2", "one");
     let twin = world.move_vm(0, "one2", "boreal").account;
     assert_eq!(twin.user_data_bytes, 0, "its blocks are there");
     assert_eq!(twin.component_bytes, 0);
@@ -243,10 +207,6 @@ fn several_members_serve_at_once() {
     for cloud in [0, 2] {
         world.push(cloud, &built, &built.ids);
     }
-    world.wait("they see each other", 30, |w| {
-        (0..3)
-            .all(|c| w.members(c).iter().filter(|m| m.state == "online" && m.trust == "trusted").count() == 2)
-    });
     let whole: u64 = built.ids.iter().map(|id| built.stored_bytes(id)).sum();
     world.create_vm(0, "web", &built.ids, 0, false);
     let account = world.move_vm(0, "web", "boreal").account;

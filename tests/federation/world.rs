@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use cicada::broker::handle::ObjectKind;
@@ -127,16 +128,7 @@ impl World {
             world.configure(world.clouds.len() - 1, "");
             world.start_broker(world.clouds.len() - 1);
         }
-        world.wait("all members see each other", 30, |w| {
-            (0..names.len()).all(|i| {
-                let members = w.members(i);
-                names.iter().enumerate().filter(|(j, _)| *j != i).all(|(_, n)| {
-                    members
-                        .iter()
-                        .any(|m| m.jid.as_str().starts_with(n) && m.state == "online" && m.trust == "trusted")
-                })
-            })
-        });
+        world.wait_online();
         world
     }
 
@@ -209,6 +201,26 @@ impl World {
         child.wait().unwrap();
     }
 
+    /// Starts a broker anew with `extra` in its configuration.
+    pub fn reconfigure(&mut self, cloud: usize, extra: &str) {
+        self.stop_broker(cloud, false);
+        self.configure(cloud, extra);
+        self.start_broker(cloud);
+        self.wait_online();
+    }
+
+    /// Waits until all members see and trust each other.
+    pub fn wait_online(&self) {
+        let sees = |w: &Self, cloud: usize, other: &Cloud| {
+            let is_there = |m: &MemberView| m.state == "online" && m.trust == "trusted";
+            w.members(cloud).iter().any(|m| m.jid.as_str().starts_with(&other.name) && is_there(m))
+        };
+        self.wait("all members see each other", 30, |w| {
+            let clouds = || w.clouds.iter().enumerate();
+            clouds().all(|(i, _)| clouds().all(|(j, other)| i == j || sees(w, i, other)))
+        });
+    }
+
     pub fn socket(&self, cloud: usize) -> PathBuf {
         self.clouds[cloud].dir.join("data/cicada.sock")
     }
@@ -272,6 +284,23 @@ impl World {
         match self.call(cloud, &request) {
             Ok(Reply::Migration(m)) => *m,
             other => panic!("{other:?}\n--- source log\n{}", self.log(cloud)),
+        }
+    }
+
+    /// Begins a move in the background; the thread ends with it.
+    pub fn begin_move(&self, cloud: usize, vm: &str, to: Option<&str>) -> JoinHandle<Result<Reply, Problem>> {
+        let socket = self.socket(cloud);
+        let request = Request::Move { vm: vm.into(), to: to.map(Into::into), dry_run: false };
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async { Client::connect(&socket).await?.call(&request, |_| {}).await })
+        })
+    }
+
+    pub fn migrations(&self, cloud: usize) -> Vec<MigrationView> {
+        match self.call(cloud, &Request::MigrationList) {
+            Ok(Reply::Migrations(all)) => all,
+            other => panic!("{other:?}"),
         }
     }
 
