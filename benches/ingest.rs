@@ -5,11 +5,10 @@
 //! without any. CICADA_BENCH_MB bounds what is read (600). The repository is made in the current
 //! directory and removed.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::io;
+use std::path::PathBuf;
 
+use cicada::cli::bench::{Content, median, timed};
 use cicada::repository::Repository;
 use rayon::prelude::*;
 
@@ -38,27 +37,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for round in 1..=ROUNDS {
         let dir = tempfile::tempdir_in(".")?;
         let repository = Repository::create(dir.path())?;
-        let hash_s = timed(|| {
+        let (hash_s, ()) = timed(|| {
             content.bytes.par_chunks(FRAME_BYTES).for_each(|c| {
                 std::hint::black_box(blake3::hash(c));
             });
-            Ok(())
+            io::Result::Ok(())
         })?;
-        let zstd_s = timed(|| {
-            content.bytes.par_chunks(FRAME_BYTES).try_for_each(|c| zstd::bulk::compress(c, 3).map(drop))
-        })?;
-        let mut pack = None;
-        let ingest_s = timed(|| {
-            let mut writer = repository.pack_writer().map_err(io::Error::other)?;
-            let mut rest = content.bytes.as_slice();
-            for len in &content.files {
-                writer.append(&mut rest, *len as u64).map_err(io::Error::other)?;
-            }
-            pack = writer.finish().map_err(io::Error::other)?;
-            Ok(())
-        })?;
-        let (id, _) = pack.ok_or("there is no content")?;
-        let read_s = timed(|| repository.read_pack(&id, &mut |_, _| Ok(())).map_err(io::Error::other))?;
+        let pack = |c: &[u8]| zstd::bulk::compress(c, 3).map(drop);
+        let (zstd_s, ()) = timed(|| content.bytes.par_chunks(FRAME_BYTES).try_for_each(pack))?;
+        let (ingest_s, pack) = timed(|| content.ingest(&repository))?;
+        let id = pack.ok_or("there is no content")?;
+        let (read_s, ()) = timed(|| repository.read_pack(&id, &mut |_, _| Ok(())))?;
         println!(
             "round {round}: blake3 {hash_s:.2} s, zstd -3 {zstd_s:.2} s, ingest {ingest_s:.2} s, verified read {read_s:.2} s"
         );
@@ -72,40 +61,4 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("ingest / zstd -3 alone: median {zstd:.2}");
     println!("verified read / blake3 alone: median {read:.2}");
     Ok(())
-}
-
-/// File contents, one after the other.
-#[derive(Default)]
-struct Content {
-    bytes: Vec<u8>,
-    files: Vec<usize>,
-}
-
-impl Content {
-    fn read(&mut self, path: &Path, bytes_max: usize) -> io::Result<()> {
-        let meta = path.symlink_metadata()?;
-        if meta.is_dir() {
-            let mut inside: Vec<_> =
-                path.read_dir()?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
-            inside.sort();
-            return inside.iter().try_for_each(|p| self.read(p, bytes_max));
-        }
-        let room = bytes_max.saturating_sub(self.bytes.len());
-        if meta.is_file() && meta.len() > 0 && room > 0 {
-            let read = File::open(path)?.take(room as u64).read_to_end(&mut self.bytes)?;
-            self.files.push(read);
-        }
-        Ok(())
-    }
-}
-
-fn timed(work: impl FnOnce() -> io::Result<()>) -> io::Result<f64> {
-    let begun = Instant::now();
-    work()?;
-    Ok(Duration::as_secs_f64(&begun.elapsed()))
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

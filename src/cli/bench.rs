@@ -105,32 +105,25 @@ fn round(content: &Content, dir: &Path) -> Outcome<[f64; 6]> {
     let refused = |e: RepositoryError| repository_problem(&e);
     let dir = tempfile::tempdir_in(dir).map_err(failed)?;
     let repository = Repository::create(&dir.path().join("repository")).map_err(refused)?;
-    let hash_s = timed(|| {
+    let hashed = timed(|| {
         content.bytes.par_chunks(PIECE_BYTES).for_each(|c| {
             std::hint::black_box(blake3::hash(c));
         });
+        Ok(())
     });
-    let mut packed = Ok(());
-    let zstd_s = timed(|| {
-        let pack = |c: &[u8]| zstd::bulk::compress(c, RECORD_LEVEL).map(drop);
-        packed = content.bytes.par_chunks(PIECE_BYTES).try_for_each(pack);
-    });
-    packed.map_err(failed)?;
-    let mut written = Ok(());
-    let write_s = timed(|| written = write(&dir.path().join("written"), &content.bytes));
-    written.map_err(failed)?;
-    let mut ingested = Ok(None);
-    let ingest_s = timed(|| ingested = ingest(&repository, content));
-    let pack = ingested.map_err(refused)?;
+    let (hash_s, ()) = hashed.map_err(failed)?;
+    let pack = |c: &[u8]| zstd::bulk::compress(c, RECORD_LEVEL).map(drop);
+    let packed = timed(|| content.bytes.par_chunks(PIECE_BYTES).try_for_each(pack));
+    let (zstd_s, ()) = packed.map_err(failed)?;
+    let written = timed(|| write(&dir.path().join("written"), &content.bytes));
+    let (write_s, ()) = written.map_err(failed)?;
+    let (ingest_s, pack) = timed(|| content.ingest(&repository)).map_err(refused)?;
     let Some(id) = pack else {
         return Err(Problem::new(ProblemKind::Failed, "bench", "no pack was made").into());
     };
-    let mut read = Ok(());
-    let read_s = timed(|| read = repository.read_pack(&id, &mut |_, _| Ok(())));
-    read.map_err(refused)?;
-    let mut optimized = Ok(());
-    let strong_s = timed(|| optimized = repository.optimize_pack(&id, &|| false).map(drop));
-    optimized.map_err(refused)?;
+    let read = timed(|| repository.read_pack(&id, &mut |_, _| Ok(())));
+    let (read_s, ()) = read.map_err(refused)?;
+    let (strong_s, _) = timed(|| repository.optimize_pack(&id, &|| false)).map_err(refused)?;
     Ok([hash_s, zstd_s, write_s, ingest_s, read_s, strong_s])
 }
 
@@ -140,24 +133,17 @@ fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
-fn ingest(repository: &Repository, content: &Content) -> Result<Option<PackId>, RepositoryError> {
-    let mut writer = repository.pack_writer()?;
-    let mut rest = content.bytes.as_slice();
-    for len in &content.files {
-        writer.append(&mut rest, *len as u64)?;
-    }
-    Ok(writer.finish()?.map(|(id, _)| id))
-}
-
 /// File contents, one after the other.
-#[derive(Default)]
-struct Content {
-    bytes: Vec<u8>,
-    files: Vec<usize>,
+#[derive(Debug, Default)]
+pub struct Content {
+    pub bytes: Vec<u8>,
+    /// The length of each file.
+    pub files: Vec<usize>,
 }
 
 impl Content {
-    fn read(&mut self, path: &Path, bytes_max: usize) -> io::Result<()> {
+    /// Adds a file, or all below a directory, until there are `bytes_max`.
+    pub fn read(&mut self, path: &Path, bytes_max: usize) -> io::Result<()> {
         let meta = path.symlink_metadata()?;
         if meta.is_dir() {
             let inside = path.read_dir()?.map(|e| e.map(|e| e.path()));
@@ -172,15 +158,26 @@ impl Content {
         }
         Ok(())
     }
+
+    /// Makes a pack of all files.
+    pub fn ingest(&self, repository: &Repository) -> Result<Option<PackId>, RepositoryError> {
+        let mut writer = repository.pack_writer()?;
+        let mut rest = self.bytes.as_slice();
+        for len in &self.files {
+            writer.append(&mut rest, *len as u64)?;
+        }
+        Ok(writer.finish()?.map(|(id, _)| id))
+    }
 }
 
-fn timed(work: impl FnOnce()) -> f64 {
+/// The seconds that `work` takes, and what it gives.
+pub fn timed<T, E>(work: impl FnOnce() -> Result<T, E>) -> Result<(f64, T), E> {
     let begun = Instant::now();
-    work();
-    begun.elapsed().as_secs_f64().max(1e-9)
+    let result = work()?;
+    Ok((begun.elapsed().as_secs_f64().max(1e-9), result))
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

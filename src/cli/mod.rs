@@ -4,7 +4,7 @@
 mod account;
 mod adopt;
 mod archive;
-mod bench;
+pub mod bench;
 mod broker;
 mod component;
 mod config;
