@@ -8,11 +8,9 @@ use cicada::broker::{ProblemKind, Reply, Request};
 use cicada::component::{Kind, Manifest, PackRef};
 use cicada::types::ByteSize;
 use cicada::vm::Firmware;
-use world::{World, components, missing_tool, turn};
+use world::{World, capped, components, missing_tool, turn};
 
 const TINY: [&str; 3] = ["format-uefi-gpt", "kernel-tiny", "os-tiny"];
-/// Slow enough to be caught in the act.
-const SLOW: &str = "[transfer]\nlisten = \"127.0.0.1:0\"\nbandwidth_limit = \"8Mbit\"\n";
 
 #[test]
 fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
@@ -246,7 +244,8 @@ fn a_cancelled_move_leaves_the_vm_running_and_nothing_behind() {
     let _turn = turn();
     let built = components(&TINY);
     let mut world = World::start(&["alpine", "boreal"]);
-    world.reconfigure(0, SLOW);
+    // Slow enough to be caught in the act.
+    world.reconfigure(0, &capped("8Mbit"));
     world.push(0, &built, &built.ids);
     world.create_vm(0, "web", &built.ids, 32, true);
     world.wait_booted(0, "web", 120);
@@ -281,7 +280,8 @@ fn a_broker_that_died_in_the_middle_of_a_move_finds_its_vm_again() {
     let _turn = turn();
     let built = components(&TINY);
     let mut world = World::start(&["alpine", "boreal"]);
-    world.reconfigure(0, SLOW);
+    // The move must not be through before the guest has booted again.
+    world.reconfigure(0, &capped("512Kbit"));
     world.push(0, &built, &built.ids);
     world.create_vm(0, "web", &built.ids, 32, true);
     world.wait_booted(0, "web", 120);

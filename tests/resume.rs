@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 
 use cicada::broker::interface::MigrationView;
 use cicada::broker::{Reply, Request};
-use world::{World, components, missing_tool, turn};
+use world::{World, capped, components, missing_tool, turn};
 
 const TINY: [&str; 3] = ["format-uefi-gpt", "kernel-tiny", "os-tiny"];
-const SLOW: &str = "[transfer]\nlisten = \"127.0.0.1:0\"\nbandwidth_limit = \"6M\"\n";
 const USER_DATA_MIB: u64 = 40;
 
 /// A VM that is off, with user data that does not compress and differs by `seed`.
@@ -59,7 +58,7 @@ fn a_move_goes_on_after_either_broker_dies() {
     let _turn = turn();
     let built = components(&TINY);
     let mut world = World::start(&["alpine", "boreal"]);
-    world.reconfigure(0, SLOW);
+    world.reconfigure(0, &capped("6M"));
     world.push(0, &built, &built.ids);
     let stored: u64 = built.ids.iter().map(|id| built.stored_bytes(id)).sum();
 

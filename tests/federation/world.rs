@@ -45,6 +45,11 @@ pub fn missing_tool() -> bool {
     true
 }
 
+/// Configuration of a broker that sends this slowly.
+pub fn capped(bandwidth_limit: &str) -> String {
+    format!("[transfer]\nlisten = \"127.0.0.1:0\"\nbandwidth_limit = \"{bandwidth_limit}\"\n")
+}
+
 /// Guests run in software emulation on few cores: one world at a time.
 pub fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
