@@ -492,3 +492,26 @@ async fn a_ticket_is_for_one_member_these_objects_and_some_minutes() {
     let many: Vec<_> = (0..1001u32).map(|n| PackId::of(&n.to_le_bytes())).collect();
     assert!(matches!(a.ask_content(b, &many, vec![]).await, Ok(AnswerBody::Denied(_))));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_with_nothing_to_do_compresses_what_it_holds() {
+    let (all, clock) = federation(&[("a", "[repository]\noptimize_after = \"60s\"")]).await;
+    let [a] = &all[..] else { panic!() };
+    let (_, first) = a.holds("first", vec![], true);
+    let is_optimized = |pack: &PackId| a.repository().is_optimized(pack).unwrap();
+    let idle_until_optimized = async |pack: &PackId, idle: Duration| {
+        clock.advance(idle);
+        a.inbox.send(Input::Tick).unwrap_or_else(|_| panic!("stopped"));
+        let done = async {
+            while !is_optimized(pack) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(90), done).await.expect("it was not optimised");
+    };
+    assert!(!is_optimized(&first));
+    idle_until_optimized(&first, Duration::from_secs(61)).await;
+    // What came since is found by a later look.
+    let (_, second) = a.holds("second", vec![], true);
+    idle_until_optimized(&second, Duration::from_secs(31)).await;
+}

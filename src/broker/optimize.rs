@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::UnixMillis;
 use crate::repository::{ObjectId, Repository, RepositoryError};
-use crate::types::{ComponentId, PackId, RecipeId};
+use crate::types::{ComponentId, PackId};
 
 use super::content::{line, repository_problem, resolve};
 use super::interface::{Event, ReportLine};
@@ -18,7 +18,7 @@ use super::{Broker, Input};
 /// How often it is looked whether there is something new to optimise.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
 
-/// Optimises the components named, or all that have a name. What was done stays done when `stop`
+/// Optimises the components named, or all that are held. What was done stays done when `stop`
 /// says so.
 pub fn optimize(
     repository: &Repository,
@@ -97,7 +97,7 @@ fn optimize_quietly(
 ) -> Result<(), RepositoryError> {
     let _pin = repository.pin(components.iter().map(|id| ObjectId::Manifest(*id)).collect());
     for id in components {
-        // A recipe may name what is still on its way here.
+        // It may have been removed meanwhile.
         let Ok(manifest) = repository.manifest(id) else { continue };
         for pack in &manifest.packs {
             if stop() {
@@ -120,9 +120,6 @@ fn optimize_quietly(
     Ok(())
 }
 
-/// What is there to optimise: components that have a name, and recipes of VMs.
-type Wanted = (BTreeSet<ComponentId>, BTreeSet<RecipeId>);
-
 /// Optimising while nothing moves.
 pub(super) struct Idle {
     /// When something moved last.
@@ -131,13 +128,13 @@ pub(super) struct Idle {
     looked: UnixMillis,
     /// Ends the work under way.
     work: CancellationToken,
-    /// What was optimised last, or is just being.
-    done: Option<Wanted>,
+    /// The components that were optimised last, or are just being.
+    done: BTreeSet<ComponentId>,
 }
 
 impl Idle {
     pub fn new(now: UnixMillis) -> Self {
-        Self { since: now, looked: now, work: CancellationToken::new(), done: None }
+        Self { since: now, looked: now, work: CancellationToken::new(), done: BTreeSet::new() }
     }
 
     /// Ends the work under way; what is optimised already stays so.
@@ -156,20 +153,19 @@ impl Broker {
             self.idle.since = now;
             self.idle.stop();
             // What was fetched is new, too.
-            self.idle.done = None;
+            self.idle.done.clear();
             return;
         }
         if after.is_zero() || now.since(self.idle.since) < after || now.since(self.idle.looked) < LOOK_EVERY {
             return;
         }
         self.idle.looked = now;
-        let recipes = self.vms.values().map(|vm| vm.record.spec.recipe).collect();
         let shared = self.shared.clone();
         // Listing many components takes a second.
         tokio::task::spawn_blocking(move || {
             let Ok(all) = shared.repository.components() else { return };
-            let wanted = (all.into_iter().map(|(id, _)| id).collect(), recipes);
-            shared.post(Input::apply(move |broker| broker.optimize_anew(wanted)));
+            let held = all.into_iter().map(|(id, _)| id).collect();
+            shared.post(Input::apply(move |broker| broker.optimize_anew(held)));
         });
     }
 
@@ -177,21 +173,18 @@ impl Broker {
         !self.outgoing.is_empty() || self.incoming.values().any(|run| run.is_unfinished())
     }
 
-    /// Optimises `wanted`, unless that was done already, or just is.
-    fn optimize_anew(&mut self, wanted: Wanted) {
+    /// Optimises the components held, unless that was done already, or just is.
+    fn optimize_anew(&mut self, held: BTreeSet<ComponentId>) {
         // Something may have begun to move during the look.
-        if self.is_moving() || self.idle.done.as_ref() == Some(&wanted) {
+        if self.is_moving() || self.idle.done == held {
             return;
         }
         self.idle.stop();
         self.idle.work = CancellationToken::new();
         let (token, shared) = (self.idle.work.clone(), self.shared.clone());
-        let (named, recipes) = self.idle.done.insert(wanted).clone();
+        let components: Vec<_> = held.iter().copied().collect();
+        self.idle.done = held;
         tokio::task::spawn_blocking(move || {
-            let recipes = recipes.iter().filter_map(|id| shared.repository.recipe(id).ok());
-            let components: BTreeSet<ComponentId> =
-                recipes.flat_map(|recipe| recipe.components).chain(named).collect();
-            let components: Vec<_> = components.into_iter().collect();
             if let Err(error) = optimize_quietly(&shared.repository, &components, &|| token.is_cancelled()) {
                 tracing::warn!(error = super::problem::chain(&error), "not all could be optimised");
             }

@@ -57,7 +57,7 @@ pub enum Command {
     ///
     /// Takes about 3 s for 10 MB on a core, at the lowest priority. It can be stopped and run again.
     Optimize {
-        /// Names, name@version or beginnings of ids; all components that have a name if none is given
+        /// Names, name@version or beginnings of ids; all components held if none is given
         components: Vec<String>,
         /// Only compress
         #[arg(long)]
