@@ -185,10 +185,9 @@ impl Fleet {
             assert_eq!(found.len(), 1, "{} is owned by {found:?}", m.name);
             owners.push(found[0]);
         }
-        for at in 0..self.machines.len() {
-            let (name, runs, id) =
-                (self.machines[at].name, self.machines[at].runs, self.machines[at].id.clone());
-            let owner = owners[at];
+        for (at, &owner) in owners.iter().enumerate() {
+            let m = &self.machines[at];
+            let (name, runs, id) = (m.name, m.runs, m.id.clone());
             if runs {
                 self.assert_runs(world, owner, name, &id, mischief);
                 ask(world, owner, &Request::VmStop { vm: name.into(), force: false, timeout_s: 60 });
@@ -263,7 +262,7 @@ impl Fleet {
             assert!(disks.next().is_none(), "two user-data disks");
             let file = std::fs::OpenOptions::new().write(true).open(disk).unwrap();
             for _ in 0..8 {
-                let piece = noise(&random.next().to_string(), 64 << 10);
+                let piece = noise(&random.draw().to_string(), 64 << 10);
                 let at = random.below((USER_DATA_BYTES - piece.len()) >> 9) << 9;
                 file.write_all_at(&piece, at as u64).unwrap();
                 m.user_data[at..at + piece.len()].copy_from_slice(&piece);
