@@ -3,6 +3,7 @@
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use cicada::broker::interface::{MigrationView, VmAdopt, VmView};
 use cicada::broker::{Problem, ProblemKind, Reply, Request};
@@ -206,9 +207,17 @@ impl Fleet {
             let of = |at: usize| path.to_string_lossy().contains(&ids[at]) && owners[at] == cloud;
             (0..ids.len()).any(of) && path.extension().is_none_or(|e| e != "tmp")
         };
-        world.wait("nothing is left where a VM is not", 120, |w| {
-            (0..CLOUDS.len()).all(|c| w.vm_files(c).iter().all(|p| kept(c, p)))
-        });
+        let strays = || -> Vec<PathBuf> {
+            let files = (0..CLOUDS.len()).flat_map(|c| world.vm_files(c).into_iter().map(move |p| (c, p)));
+            files.filter(|(c, p)| !kept(*c, p)).map(|(_, p)| p).collect()
+        };
+        let begun = Instant::now();
+        while !strays().is_empty() {
+            let logs: Vec<_> = (0..CLOUDS.len()).map(|c| world.log(c)).collect();
+            let late = begun.elapsed() > Duration::from_secs(120);
+            assert!(!late, "left where a VM is not: {:?}\n{}", strays(), logs.join("\n---\n"));
+            std::thread::sleep(Duration::from_millis(200));
+        }
         world.wait("all resources but those of the VMs are free", 60, |w| {
             (0..CLOUDS.len()).all(|c| {
                 let running = (0..ids.len()).filter(|at| owners[*at] == c && self.machines[*at].runs).count();
