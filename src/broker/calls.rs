@@ -190,6 +190,7 @@ impl Broker {
 
     fn migrations(&self) -> Vec<MigrationView> {
         let mut all: Vec<_> = self.history.values().cloned().collect();
+        all.extend(self.unfinished.iter().map(|cut| cut.waiting_view()));
         all.extend(self.outgoing.values().map(|r| r.view.clone()));
         all.extend(self.incoming.values().filter(|r| !r.view.progress.ended).map(|r| r.view.clone()));
         all.sort_by_key(|v| v.progress.started);
@@ -219,6 +220,9 @@ impl Broker {
         let id = view.progress.id;
         if self.outgoing.contains_key(&id) {
             return self.cancel_outgoing(id);
+        }
+        if self.cancel_unfinished(id) {
+            return Ok(());
         }
         let object = format!("migration {id}");
         if view.progress.ended {

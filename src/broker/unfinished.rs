@@ -34,6 +34,20 @@ pub struct Unfinished {
     until: UnixMillis,
 }
 
+impl Unfinished {
+    /// What an operator sees of it: it has not ended, and waits.
+    pub fn waiting_view(&self) -> MigrationView {
+        let mut view = self.view.clone();
+        view.progress.phase = "negotiate".into();
+        view.progress.detail = format!(
+            "a restart of this broker cut it short; it is begun again once {} is back",
+            view.progress.peer
+        );
+        view.progress.eta_s = None;
+        view
+    }
+}
+
 /// Disks staged for a migration that is gone.
 pub struct Interrupted {
     dir: PathBuf,
@@ -79,7 +93,7 @@ impl Broker {
             let is_busy = self.vms.get(&p.vm_id).is_some_and(|vm| vm.busy.is_some());
             if !is_ours || p.attempt >= ATTEMPTS_MAX || cut.until < now {
                 let reason = "was cut short by a restart of this broker, and its target did not come back";
-                self.end_unfinished(cut.view, reason.to_owned());
+                self.end_unfinished(cut.view, ProblemKind::Failed, reason.to_owned());
                 continue;
             }
             let online = self.members.all().any(|m| m.jid == p.peer && m.is_online());
@@ -98,15 +112,26 @@ impl Broker {
             let id =
                 self.begin_move(vm, Course { peer, cloud, recipe: Arc::new(recipe), attempt }, events, reply);
             let goes_on = id.map_or_else(String::new, |id| format!("; it goes on as migration {id}"));
-            self.end_unfinished(cut.view, format!("was cut short by a restart of this broker{goes_on}"));
+            let reason = format!("was cut short by a restart of this broker{goes_on}");
+            self.end_unfinished(cut.view, ProblemKind::Failed, reason);
         }
     }
 
-    fn end_unfinished(&mut self, mut view: MigrationView, reason: String) {
+    /// Calls off a cut move before it is begun again. False if it is none.
+    pub(super) fn cancel_unfinished(&mut self, id: MigrationId) -> bool {
+        let Some(at) = self.unfinished.iter().position(|cut| cut.view.progress.id == id) else {
+            return false;
+        };
+        let cut = self.unfinished.remove(at);
+        self.end_unfinished(cut.view, ProblemKind::Cancelled, "cancelled by the operator".to_owned());
+        true
+    }
+
+    fn end_unfinished(&mut self, mut view: MigrationView, kind: ProblemKind, reason: String) {
         tracing::warn!(migration = %view.progress.id, vm = %view.progress.vm, reason, "move ended");
-        let problem = Problem::new(ProblemKind::Failed, format!("move of {}", view.progress.vm), reason);
+        let problem = Problem::new(kind, format!("move of {}", view.progress.vm), reason);
         view.problem = Some(problem.next("see 'cicada migration list', then move it again if need be"));
-        view.progress.phase = "failed".into();
+        view.progress.phase = if kind == ProblemKind::Cancelled { "cancelled" } else { "failed" }.into();
         view.progress.ended = true;
         view.progress.eta_s = None;
         self.remember(view);

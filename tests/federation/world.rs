@@ -226,6 +226,12 @@ impl World {
         });
     }
 
+    /// To a broker that runs, such as STOP and CONT.
+    pub fn signal_broker(&self, cloud: usize, signal: rustix::process::Signal) {
+        let child = self.clouds[cloud].broker.as_ref().expect("no broker runs");
+        rustix::process::kill_process(rustix::process::Pid::from_child(child), signal).unwrap();
+    }
+
     pub fn socket(&self, cloud: usize) -> PathBuf {
         self.clouds[cloud].dir.join("data/cicada.sock")
     }
