@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::clock::UnixMillis;
 use crate::migration::handover::{Receipt, SignedHandOver};
@@ -22,7 +23,7 @@ use super::negotiation;
 use super::problem::{Problem, ProblemKind};
 use super::records::{Arrival, ReturnRecord, VmRecord};
 use super::shared::{Matter, Peer, Shared};
-use super::staging::{self, StageJob, Staged};
+use super::staging::{self, StageJob, Staged, StagedDir};
 use super::vms::{Busy, Vm};
 use super::{Broker, Input};
 
@@ -46,6 +47,8 @@ pub struct Incoming {
     staged: Option<Staged>,
     cancel: CancellationToken,
     dir_name: String,
+    /// What is at work in that directory.
+    tasks: TaskTracker,
     begun: UnixMillis,
     /// Another migration of the same VM took its place: what it staged is kept for that.
     superseded: bool,
@@ -67,8 +70,9 @@ impl Incoming {
         &self.spec
     }
     /// Where its disks are staged, and stay once the VM is ours.
-    fn dir(&self, shared: &Shared) -> PathBuf {
-        shared.records.vm_dir(self.matter.vm).join(&self.dir_name)
+    fn dir(&self, shared: &Shared) -> StagedDir {
+        let path = shared.records.vm_dir(self.matter.vm).join(&self.dir_name);
+        StagedDir { path, tasks: self.tasks.clone() }
     }
 }
 
@@ -198,6 +202,7 @@ impl Broker {
             cancel: CancellationToken::new(),
             // Of its own: the copy of an earlier try may still be on its way out.
             dir_name: format!("disks-{}", uuid::Uuid::new_v4().simple()),
+            tasks: TaskTracker::new(),
             begun: now,
             superseded: false,
         };
@@ -359,12 +364,11 @@ impl Broker {
                 run.cancel.cancel();
                 run.staged = None;
                 let dir = run.dir(&shared);
-                if run.superseded && dir.exists() {
+                if run.superseded {
                     return self.keep_interrupted(vm, dir);
                 }
-                let no_record = !self.vms.contains_key(&vm);
                 tracing::info!(migration = %id, "removing what was staged");
-                tokio::task::spawn_blocking(move || staging::remove_staged(&shared, vm, &dir, no_record));
+                dir.remove(shared, vm, !self.vms.contains_key(&vm));
             }
         }
     }
@@ -379,6 +383,7 @@ impl Broker {
             spec: run.spec.clone(),
             init,
             dir: run.dir(&self.shared),
+            goes_on_with: None,
             seeds: None,
             neighbours: Vec::new(),
             lenders: Vec::new(),
@@ -398,11 +403,12 @@ impl Broker {
             self.vms.values().filter(came_from_it).map(|vm| self.disk_paths(&vm.record)).collect();
         job.lenders = self.trusted_online().filter(|p| p.jid != *source).take(LENDERS_MAX).collect();
         if job.staged.is_none() {
-            self.take_interrupted(own, &job.dir);
+            job.goes_on_with = self.take_interrupted(own);
         }
         let shared = self.shared.clone();
         tokio::spawn(async move {
-            let work = tokio::spawn(staging::run(job));
+            let tasks = job.dir.tasks.clone();
+            let work = tasks.spawn(staging::run(job));
             while reports.changed().await.is_ok() {
                 let p: crate::migration::message::Progress = reports.borrow_and_update().clone();
                 shared.post(Input::Incoming(id, TargetEvent::StageProgress(p)));

@@ -294,7 +294,11 @@ fn content(e: &dyn std::error::Error) -> Denial {
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Denial> + Send + 'static,
 ) -> Result<T, Denial> {
-    match tokio::task::spawn_blocking(work).await {
+    joined(tokio::task::spawn_blocking(work)).await
+}
+
+pub(super) async fn joined<T>(work: tokio::task::JoinHandle<Result<T, Denial>>) -> Result<T, Denial> {
+    match work.await {
         Ok(result) => result,
         Err(e) => Err(Denial::new(DenialCode::Other, format!("a worker ended early: {e}"))),
     }

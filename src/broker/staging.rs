@@ -12,6 +12,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::component::Recipe;
 use crate::disk::{self, BlockIndex, DiskFile, StagedDisk};
@@ -25,7 +26,7 @@ use crate::types::{BlockHash, Hash, PackId, VmId};
 use crate::vm::{ChunkMap, MapRef, VmSpec};
 
 use super::borrowing;
-use super::negotiation::blocking;
+use super::negotiation::{blocking, joined};
 use super::receiving::{Packs, Sink, TakeBlock};
 use super::shared::{Peer, Shared};
 use super::vms::DiskPaths;
@@ -56,12 +57,22 @@ pub struct Staged {
     reported: Progress,
 }
 
+/// A directory of disks that are or were staged, with everything that may still be at work in it:
+/// a pass that is cancelled ends only after its last step.
+#[derive(Clone)]
+pub struct StagedDir {
+    pub path: PathBuf,
+    pub tasks: TaskTracker,
+}
+
 pub struct StageJob {
     pub shared: Arc<Shared>,
     pub peer: Peer,
     pub spec: VmSpec,
     pub init: Initialization,
-    pub dir: PathBuf,
+    pub dir: StagedDir,
+    /// What an earlier migration of the VM staged.
+    pub goes_on_with: Option<StagedDir>,
     /// Disks of a copy that was kept here.
     pub seeds: Option<DiskPaths>,
     /// Other trusted members that are online: they may lend components.
@@ -177,6 +188,9 @@ impl Stage {
 
     async fn run(&mut self) -> Result<(Staged, StageAccount), Denial> {
         let begun = Instant::now();
+        if let Some(earlier) = self.job.goes_on_with.take() {
+            earlier.become_dir(&self.job.dir.path).await;
+        }
         let mut account = self.job.account.clone();
         self.fetch_components(&mut account).await?;
         let (root_map, user_map) = self.fetch_maps().await?;
@@ -322,12 +336,20 @@ impl Stage {
         .await
     }
 
+    /// Blocking work in the staging directory, which is nobody else's until it is done.
+    async fn on_disks<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, Denial> + Send + 'static,
+    ) -> Result<T, Denial> {
+        joined(self.job.dir.tasks.spawn_blocking(work)).await
+    }
+
     async fn open_disks(&self) -> Result<Staged, Denial> {
-        let (dir, spec, seeds) = (self.job.dir.clone(), self.job.spec.clone(), self.job.seeds.clone());
+        let (dir, spec, seeds) = (self.job.dir.path.clone(), self.job.spec.clone(), self.job.seeds.clone());
         let neighbours = self.job.neighbours.clone();
         let base = self.job.shared.composer.path_of(&self.recipe.id());
         let pass = self.job.init.pass;
-        blocking(move || {
+        self.on_disks(move || {
             fs::create_dir_all(&dir).map_err(|e| content(&e))?;
             let paths = DiskPaths::in_dir(&dir, base);
             let open = |disk: DiskFile, shape: &MapRef| open_disk(&disk, shape).map_err(|e| content(&e));
@@ -381,7 +403,7 @@ impl Stage {
             };
             let fetch = {
                 let (disks, map) = (disks.clone(), map.clone());
-                blocking(move || disks.begin(which, &map)).await?
+                self.on_disks(move || disks.begin(which, &map)).await?
             };
             if !fetch.is_empty() {
                 self.counters.expect("fetch", fetch.len() as u64 * u64::from(map.block_size_bytes));
@@ -389,15 +411,15 @@ impl Stage {
                 self.fetch(keys, counter, Some((disks.clone(), which)), last).await?;
             }
             let disks = disks.clone();
-            blocking(move || disks.finish(which, &map, last)).await?;
+            self.on_disks(move || disks.finish(which, &map, last)).await?;
         }
         disks.take().ok_or_else(|| Denial::new(DenialCode::Other, "cancelled"))
     }
 
     async fn place_firmware(&self) -> Result<(), Denial> {
         let Some(packed) = self.job.init.firmware.clone() else { return Ok(()) };
-        let path = DiskPaths::firmware_in(&self.job.dir);
-        blocking(move || {
+        let path = DiskPaths::firmware_in(&self.job.dir.path);
+        self.on_disks(move || {
             let bad = |text: &str| Denial::new(DenialCode::Content, format!("the firmware variables {text}"));
             let packed = BASE64.decode(packed).map_err(|_| bad("are not base64"))?;
             let bytes =
@@ -672,12 +694,46 @@ fn missing_packs(
     Ok(Lacking { packs: missing, needed: seen.len() as u32, names: incomplete, bases })
 }
 
-/// Removes what an abandoned migration staged, and the VM's directory if nothing else is in it.
-pub fn remove_staged(shared: &Shared, vm: VmId, dir: &Path, no_record: bool) {
-    scrub_dir(dir);
-    if no_record {
-        // Fails, as it should, when something else is in it.
-        let _ = fs::remove_dir(shared.records.vm_dir(vm));
+impl StagedDir {
+    pub fn new(path: PathBuf) -> Self {
+        Self { path, tasks: TaskTracker::new() }
+    }
+
+    /// Returns when nobody works in it any more; nobody must begin to.
+    async fn settled(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    /// Removes what an abandoned migration staged, and the VM's directory if nothing else is in it.
+    pub fn remove(self, shared: Arc<Shared>, vm: VmId, no_record: bool) {
+        tokio::spawn(async move {
+            self.settled().await;
+            tokio::task::spawn_blocking(move || {
+                scrub_dir(&self.path);
+                if no_record {
+                    // Fails, as it should, when something else is in it.
+                    let _ = fs::remove_dir(shared.records.vm_dir(vm));
+                }
+            });
+        });
+    }
+
+    /// Gives what was staged to another migration of the VM, if it came to anything.
+    async fn become_dir(self, path: &Path) {
+        self.settled().await;
+        let to = path.to_owned();
+        let moved = tokio::task::spawn_blocking(move || match fs::rename(&self.path, &to) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(path = %self.path.display(), %error, "what was staged before cannot be used");
+                scrub_dir(&self.path);
+                false
+            }
+            renamed => renamed.is_ok(),
+        });
+        if moved.await.unwrap_or(false) {
+            tracing::info!(path = %path.display(), "going on with what was staged before");
+        }
     }
 }
 

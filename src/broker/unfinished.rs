@@ -15,13 +15,14 @@ use tokio::sync::{mpsc, oneshot};
 use crate::clock::UnixMillis;
 use crate::types::{MigrationId, VmId};
 
+use super::Broker;
 use super::interface::MigrationView;
 use super::outgoing::Course;
 use super::problem::{Problem, ProblemKind};
 use super::records::VmRecord;
 use super::shared::Peer;
+use super::staging::{self, StagedDir};
 use super::vms::Vm;
-use super::{Broker, staging};
 
 /// How long a cut move waits for its target before it counts as failed.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -50,7 +51,7 @@ impl Unfinished {
 
 /// Disks staged for a migration that is gone.
 pub struct Interrupted {
-    dir: PathBuf,
+    dir: StagedDir,
     until: UnixMillis,
 }
 
@@ -138,23 +139,16 @@ impl Broker {
     }
 
     /// Keeps what was staged for a VM that may come again soon.
-    pub(super) fn keep_interrupted(&mut self, vm: VmId, dir: PathBuf) {
+    pub(super) fn keep_interrupted(&mut self, vm: VmId, dir: StagedDir) {
         let until = self.shared.now().plus(self.shared.config.migration.lease);
         if let Some(old) = self.interrupted.insert(vm, Interrupted { dir, until }) {
             self.remove_interrupted(vm, old);
         }
     }
 
-    /// What an earlier migration staged of a VM becomes the new one's.
-    pub(super) fn take_interrupted(&mut self, vm: VmId, dir: &std::path::Path) {
-        let Some(old) = self.interrupted.remove(&vm) else { return };
-        match fs::rename(&old.dir, dir) {
-            Ok(()) => tracing::info!(vm = %vm, "going on with what was staged before"),
-            Err(error) => {
-                tracing::warn!(vm = %vm, %error, "what was staged before cannot be used");
-                self.remove_interrupted(vm, old);
-            }
-        }
+    /// What an earlier migration staged of a VM, for the new one.
+    pub(super) fn take_interrupted(&mut self, vm: VmId) -> Option<StagedDir> {
+        self.interrupted.remove(&vm).map(|old| old.dir)
     }
 
     /// Removes what nobody came back for.
@@ -170,10 +164,8 @@ impl Broker {
     }
 
     fn remove_interrupted(&self, vm: VmId, old: Interrupted) {
-        tracing::info!(vm = %vm, path = %old.dir.display(), "removing what was staged: nobody came back for it");
-        let shared = self.shared.clone();
-        let no_record = !self.vms.contains_key(&vm);
-        tokio::task::spawn_blocking(move || staging::remove_staged(&shared, vm, &old.dir, no_record));
+        tracing::info!(vm = %vm, path = %old.dir.path.display(), "removing what was staged: nobody came back for it");
+        old.dir.remove(self.shared.clone(), vm, !self.vms.contains_key(&vm));
     }
 
     /// Directories of staging that belong to no migration, after a crash: the newest of each VM
@@ -192,7 +184,7 @@ impl Broker {
             if !self.vms.get(vm).is_some_and(|vm| vm.record.is_here())
                 && let Some(newest) = dirs.pop()
             {
-                self.keep_interrupted(*vm, newest);
+                self.keep_interrupted(*vm, StagedDir::new(newest));
             }
         }
         let shared = self.shared.clone();
