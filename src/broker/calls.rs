@@ -164,6 +164,7 @@ impl Broker {
                 Trust::Trusted => "trusted",
                 Trust::Unknown => "unknown",
                 Trust::Changed { .. } => "changed",
+                Trust::Revoked => "revoked",
                 Trust::NoKey => "no key",
             }
             .into(),
@@ -260,9 +261,9 @@ impl Broker {
     pub(super) fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
         let with = |jid: &crate::types::MemberJid| {
             let key = self.members.trusted_key(jid).map_err(|reason| {
-                Problem::new(ProblemKind::Forbidden, format!("member {jid}"), reason).next(format!(
-                    "compare fingerprints with its operator, then: cicada identity trust {jid} KEY"
-                ))
+                Problem::new(ProblemKind::Forbidden, format!("member {jid}"), reason.to_string()).next(
+                    format!("compare fingerprints with its operator, then: cicada identity trust {jid} KEY"),
+                )
             })?;
             Ok((Peer { jid: jid.clone(), key }, self.members.cloud_of(jid)))
         };

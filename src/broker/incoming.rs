@@ -76,7 +76,7 @@ impl Broker {
             Ok(key) => key,
             Err(reason) => {
                 self.refusals += 1;
-                tracing::warn!(member = %from, reason, "request refused");
+                tracing::warn!(member = %from, %reason, "request refused");
                 let _ = reply.send(None);
                 return;
             }

@@ -1,7 +1,7 @@
 //! What must survive a crash: one durable record per VM and one per migration. A VM's record is
 //! the only place that says who owns it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -261,6 +261,16 @@ impl Records {
 
     pub fn save_trust(&self, pinned: &BTreeMap<MemberJid, PublicKey>) -> Result<(), RecordError> {
         save(&self.trust_path(), pinned)
+    }
+
+    /// Members whose keys the operator revoked at run time.
+    pub fn revoked(&self) -> Result<BTreeSet<MemberJid>, RecordError> {
+        let path = self.dir.join("revoked.json");
+        if path.exists() { load(&path) } else { Ok(BTreeSet::new()) }
+    }
+
+    pub fn save_revoked(&self, revoked: &BTreeSet<MemberJid>) -> Result<(), RecordError> {
+        save(&self.dir.join("revoked.json"), revoked)
     }
 
     fn trust_path(&self) -> PathBuf {
