@@ -217,6 +217,8 @@ async fn pump_room(mut events: mpsc::Receiver<XmppEvent>, inbox: mpsc::Unbounded
             XmppEvent::Joined => Input::Room(RoomInput::Joined),
             XmppEvent::Down(reason) => Input::Room(RoomInput::Down(reason)),
             XmppEvent::Presence(p) => Input::Room(RoomInput::Presence(p)),
+            XmppEvent::Removed(member) => Input::Room(RoomInput::Removed(member)),
+            XmppEvent::Refused(tally) => Input::Room(RoomInput::Refused(tally)),
             XmppEvent::Request(r) => Input::Asked { from: r.from, payload: r.sealed, reply: r.reply },
         };
         if inbox.send(input).is_err() {

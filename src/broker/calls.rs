@@ -24,11 +24,15 @@ type Answer = oneshot::Sender<Result<Reply, Problem>>;
 
 impl Broker {
     pub(super) fn call(&mut self, request: Request, events: mpsc::Sender<Event>, reply: Answer) {
+        self.gather_refusals();
         let result = match request {
             Request::Status => Ok(Reply::Status(self.status())),
             Request::Members => Ok(Reply::Members(self.member_views())),
             Request::IdentityTrust { member, key } => self.trust(|b| b.members.pin(&member, key)),
-            Request::IdentityRevoke { member } => self.trust(|b| b.members.revoke(&member)),
+            Request::IdentityRevoke { member } => {
+                let key = self.members.get(&member).and_then(|m| m.key);
+                self.trust(|b| b.members.revoke(&member)).inspect(|_| self.part_with(&member, key))
+            }
             Request::VmCreate(create) => return self.create_vm(create, reply),
             Request::VmAdopt(adopt) => return self.adopt_vm(adopt, events, reply),
             Request::VmExport { vm, output, format, user_data } => {
@@ -131,6 +135,7 @@ impl Broker {
                 + self.incoming.values().filter(|r| r.is_unfinished()).count())
                 as u32,
             resident_bytes: resident_bytes(),
+            refusals: Box::new(self.guard.view()),
         }
     }
 
@@ -169,6 +174,10 @@ impl Broker {
             }
             .into(),
             key: m.key,
+            pinned_fingerprint: match self.members.trust_of(&m.jid) {
+                Trust::Changed { pinned } => pinned.fingerprint(),
+                _ => String::new(),
+            },
             fingerprint: m.key.map(|k| k.fingerprint()).unwrap_or_default(),
             cpus: Resource { total: c.cpus, free: c.cpus_free },
             memory_bytes: Resource { total: c.memory, free: c.memory_free },
@@ -180,17 +189,27 @@ impl Broker {
             price_per_hour: cloud.and_then(|c| c.price),
             features: cloud.map(|c| c.features.clone()).unwrap_or_default(),
             software: cloud.and_then(|c| c.software.clone()).unwrap_or_default(),
+            policy: Some(self.policy_of(&m.jid)),
+            used: self.used_by(&m.jid, None),
+            refused: self
+                .guard
+                .refusals
+                .of(m.jid.as_str())
+                .iter()
+                .map(|(refused, n)| (refused.to_string(), *n))
+                .collect(),
         }
     }
 
     fn trust(&mut self, change: impl FnOnce(&mut Self) -> Result<(), String>) -> Result<Reply, Problem> {
         change(self).map_err(|reason| Problem::new(ProblemKind::BadRequest, "identity", reason))?;
-        let pinned = self.members.pinned().clone();
-        self.shared
-            .records
-            .save_trust(&pinned)
+        let (pinned, revoked) = (self.members.pinned(), self.members.revoked());
+        let records = &self.shared.records;
+        records
+            .save_revoked(revoked)
+            .and_then(|()| records.save_trust(pinned))
             .map_err(|e| Problem::from_error(ProblemKind::Failed, "identity", &e))?;
-        self.shared.tickets.set_members(self.members.trusted_keys().collect());
+        self.admit_members();
         Ok(Reply::Done)
     }
 

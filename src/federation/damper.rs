@@ -56,6 +56,11 @@ impl Damper {
         ready.iter().filter_map(|key| self.held.remove(key)).collect()
     }
 
+    /// What was held back of this member is of no interest any more.
+    pub fn forget(&mut self, member: &MemberJid) {
+        self.held.retain(|(jid, _), _| jid != member);
+    }
+
     /// Nobody is here any more.
     pub fn clear(&mut self) {
         self.held.clear();

@@ -58,7 +58,7 @@ kinds! {
     StaleEpoch = "stale-epoch",
     /// More than is allowed in that time.
     RateLimit = "rate-limit",
-    /// What cannot be read, or is too large.
+    /// What cannot be read or is too large, or a handshake that fails.
     Malformed = "malformed",
     /// A transfer ticket that is not known or does not cover what is asked for.
     Ticket = "ticket",
@@ -143,6 +143,11 @@ impl Refusals {
 
     pub fn by_kind(&self) -> &BTreeMap<Refused, u64> {
         &self.by_kind
+    }
+
+    /// All senders that are told apart, with what they were refused.
+    pub fn senders(&self) -> impl Iterator<Item = (&str, BTreeMap<Refused, u64>)> {
+        self.senders.keys().map(|sender| (sender.as_str(), self.of(sender)))
     }
 
     /// What one sender was refused.
