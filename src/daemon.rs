@@ -39,9 +39,11 @@ const EXIT_DEADLINE: Duration = Duration::from_secs(5);
 pub async fn run(config: Config) -> Result<(), Problem> {
     let failed =
         |object: &str, e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, object, e);
-    std::fs::create_dir_all(&config.cloud.data_dir).map_err(|e| failed("data directory", &e))?;
-    let key = config::load_or_create_identity(&config.cloud.data_dir).map_err(|e| failed("identity", &e))?;
-    let password = config.xmpp.password().map_err(|e| failed("configuration", &e))?;
+    let config_failed = |object: &str, e: &config::ConfigError| failed(object, e).next(e.next_step());
+    config::private_dir(&config.cloud.data_dir).map_err(|e| config_failed("data directory", &e))?;
+    let key =
+        config::load_or_create_identity(&config.cloud.data_dir).map_err(|e| config_failed("identity", &e))?;
+    let password = config.xmpp.password().map_err(|e| config_failed("password", &e))?;
     let records = Records::open(&config.cloud.data_dir).map_err(|e| failed("records", &e))?;
     let repository =
         Repository::open_or_create(&config.repository.dir).map_err(|e| content::repository_problem(&e))?;

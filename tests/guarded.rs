@@ -2,8 +2,8 @@
 //! ends when a member is one no more. Signatures, records and the data link (QUIC) are real.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use cicada::broker::interface::{MemberView, StatusView};
@@ -13,7 +13,7 @@ use cicada::broker::{Broker, Input, Link, LinkError, Reply, Request, RoomInput, 
 use cicada::clock::{Clock, ManualClock, UnixMillis};
 use cicada::compose::Composer;
 use cicada::config::Config;
-use cicada::federation::{Members, Presence};
+use cicada::federation::{Members, Presence, Refused};
 use cicada::hypervisor::FakeDriver;
 use cicada::migration::envelope::{LIFETIME, SKEW, VERSION};
 use cicada::migration::message::{CheckAnswer, ContentAnswer};
@@ -22,7 +22,7 @@ use cicada::repository::Repository;
 use cicada::stanza::Cloud;
 use cicada::transfer::{
     Authority, Connection, Endpoint, FetchReport, Limiter, ObjectBody, ObjectKey, ObjectSink, ObjectSource,
-    PackRange, PackWish, PackWriter, Progress, Refusal, SinkError, Ticket, TransferError, Verified,
+    PackRange, PackWish, PackWriter, Progress, Refusal, Settings, SinkError, Ticket, TransferError, Verified,
 };
 use cicada::types::{
     ByteSize, ComponentId, Hash, IdentityKey, MapId, MemberJid, MigrationId, PackId, PublicKey, RecipeId,
@@ -593,5 +593,61 @@ async fn what_travels_to_a_member_that_is_revoked_or_removed_is_cut() {
         let report = fetch(&connection, &answer, pack).await.unwrap();
         assert_eq!(report.refused, [(ObjectKey::Pack(pack), Refusal::UnknownTicket)]);
         assert_eq!(home.member("a").await.refused["ticket"], 1);
+    }
+}
+
+/// Lets these in, and keeps what was refused.
+struct Keeper(Vec<PublicKey>, Mutex<Vec<Refused>>);
+
+impl Authority for Keeper {
+    fn admit(&self, peer: &PublicKey) -> Result<(), Refusal> {
+        if self.0.contains(peer) { Ok(()) } else { Err(Refusal::NotMember) }
+    }
+    fn check(&self, _: &PublicKey, _: &Ticket, _: &ObjectKey) -> Result<(), Refusal> {
+        Err(Refusal::UnknownTicket)
+    }
+    fn refused(&self, _: Option<&PublicKey>, _: IpAddr, reason: Refused) {
+        self.1.lock().unwrap().push(reason);
+    }
+}
+
+fn keeper(settings: Settings) -> (Arc<Keeper>, Endpoint) {
+    let keeper = Arc::new(Keeper(vec![key("a").public()], Mutex::default()));
+    let (any, limiter) = ("127.0.0.1:0".parse().unwrap(), Limiter::unlimited());
+    let nothing = Arc::new(Nothing);
+    let endpoint =
+        Endpoint::bind_with(any, &key("home"), keeper.clone(), nothing, limiter, settings).unwrap();
+    (keeper, endpoint)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_address_dials_only_so_often_and_one_member_holds_only_so_many_connections() {
+    let few_dials = Settings { dials_burst: 3, dials_per_s: 0, ..Settings::default() };
+    let (keeper_of_few, door) = keeper(few_dials);
+    let stranger = Fetcher::new("stranger");
+    for n in 0..10 {
+        let error =
+            stranger.0.connect(&[door.local_addr().unwrap()], key("home").public()).await.unwrap_err();
+        // Three unproven, and three more that had to prove their address.
+        let heard = matches!(error, TransferError::Refused { reason: Refusal::NotMember, .. });
+        assert_eq!(heard, n < 6, "dial {n}: {error:?}");
+    }
+    let refused = keeper_of_few.1.lock().unwrap().clone();
+    assert_eq!(refused, [[Refused::NotMember; 6].as_slice(), &[Refused::RateLimit; 4]].concat());
+
+    let (keeper_of_two, door) = keeper(Settings { connections_per_member: 2, ..Settings::default() });
+    let (a, at) = (Fetcher::new("a"), [door.local_addr().unwrap()]);
+    let one = a.0.connect(&at, key("home").public()).await.unwrap();
+    let _two = a.0.connect(&at, key("home").public()).await.unwrap();
+    match a.0.connect(&at, key("home").public()).await.unwrap_err() {
+        TransferError::Refused { reason: Refusal::TooMany, .. } => {}
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(*keeper_of_two.1.lock().unwrap(), [Refused::RateLimit]);
+    one.close();
+    let begun = Instant::now();
+    while a.0.connect(&at, key("home").public()).await.is_err() {
+        assert!(begun.elapsed() < SOON, "a connection that was closed counts still");
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

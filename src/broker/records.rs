@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -154,7 +155,10 @@ impl Records {
         let records = Self { dir: data_dir.to_owned() };
         for sub in ["vms", "migrations", "returns", "receipts"] {
             let path = data_dir.join(sub);
-            fs::create_dir_all(&path).map_err(|source| RecordError::Io { action: "create", path, source })?;
+            // What guests wrote is nobody else's business, wherever the data directory is.
+            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+            made.and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o700)))
+                .map_err(|source| RecordError::Io { action: "make private", path, source })?;
         }
         Ok(records)
     }
