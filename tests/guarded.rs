@@ -569,6 +569,7 @@ async fn what_travels_to_a_member_that_is_revoked_or_removed_is_cut() {
         let end = tokio::time::timeout(SOON, fetch_of_minutes).await.expect("the transfer goes on");
         assert!(end.unwrap().is_err());
         assert_eq!(home.member("a").await.used.vms, 0, "its reservation is gone");
+        assert_eq!(home.member("a").await.state, if revoked { "online" } else { "removed" });
         assert!(home.shared.endpoint.connection_with(&key("a").public()).is_none());
         match a.connect(&home).await {
             Err(TransferError::Refused { reason: Refusal::NotMember, .. }) => {}

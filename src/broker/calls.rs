@@ -162,7 +162,12 @@ impl Broker {
         MemberView {
             jid: m.jid.clone(),
             cloud: m.name.clone(),
-            state: if m.is_online() { "online" } else { "gone" }.into(),
+            state: match (m.is_online(), m.removed) {
+                (true, _) => "online",
+                (false, true) => "removed",
+                (false, false) => "gone",
+            }
+            .into(),
             since: m.since,
             last_seen: m.last_seen,
             trust: match self.members.trust_of(&m.jid) {

@@ -291,7 +291,7 @@ pub struct Resource {
 pub struct MemberView {
     pub jid: MemberJid,
     pub cloud: Option<CloudName>,
-    /// `online` or `gone`.
+    /// `online`, `gone`, or `removed` by the room's owner.
     pub state: String,
     pub since: UnixMillis,
     pub last_seen: UnixMillis,

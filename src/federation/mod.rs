@@ -1,5 +1,6 @@
 //! Level 1: members, presence, trust, and what each member may do. Pure: fed with what the room
 //! shows, asked what it means.
+#![doc = include_str!("THREATS.md")]
 
 pub mod announce;
 pub mod damper;
