@@ -39,9 +39,11 @@ const EXIT_DEADLINE: Duration = Duration::from_secs(5);
 pub async fn run(config: Config) -> Result<(), Problem> {
     let failed =
         |object: &str, e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, object, e);
-    std::fs::create_dir_all(&config.cloud.data_dir).map_err(|e| failed("data directory", &e))?;
-    let key = config::load_or_create_identity(&config.cloud.data_dir).map_err(|e| failed("identity", &e))?;
-    let password = config.xmpp.password().map_err(|e| failed("configuration", &e))?;
+    let config_failed = |object: &str, e: &config::ConfigError| failed(object, e).next(e.next_step());
+    config::private_dir(&config.cloud.data_dir).map_err(|e| config_failed("data directory", &e))?;
+    let key =
+        config::load_or_create_identity(&config.cloud.data_dir).map_err(|e| config_failed("identity", &e))?;
+    let password = config.xmpp.password().map_err(|e| config_failed("password", &e))?;
     let records = Records::open(&config.cloud.data_dir).map_err(|e| failed("records", &e))?;
     let repository =
         Repository::open_or_create(&config.repository.dir).map_err(|e| content::repository_problem(&e))?;
@@ -63,7 +65,8 @@ pub async fn run(config: Config) -> Result<(), Problem> {
     let (inbox, inputs) = mpsc::unbounded_channel();
     let configured: BTreeMap<_, _> = config.trust.pinned.iter().map(|p| (p.jid.clone(), p.key)).collect();
     let confirmed = records.trust().map_err(|e| failed("records", &e))?;
-    let members = Members::new(configured, confirmed, config.trust.trust_on_first_use);
+    let revoked = records.revoked().map_err(|e| failed("records", &e))?;
+    let members = Members::new(configured, confirmed, config.trust.trust_on_first_use).with_revoked(revoked);
 
     let socket = config.api.socket.clone();
     let shared = Arc::new(Shared {
@@ -216,6 +219,8 @@ async fn pump_room(mut events: mpsc::Receiver<XmppEvent>, inbox: mpsc::Unbounded
             XmppEvent::Joined => Input::Room(RoomInput::Joined),
             XmppEvent::Down(reason) => Input::Room(RoomInput::Down(reason)),
             XmppEvent::Presence(p) => Input::Room(RoomInput::Presence(p)),
+            XmppEvent::Removed(member) => Input::Room(RoomInput::Removed(member)),
+            XmppEvent::Refused(tally) => Input::Room(RoomInput::Refused(tally)),
             XmppEvent::Request(r) => Input::Asked { from: r.from, payload: r.sealed, reply: r.reply },
         };
         if inbox.send(input).is_err() {

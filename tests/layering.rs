@@ -14,7 +14,7 @@ const ROOMS: &[(&str, u8, &[&str])] = &[
     ("component", 1, &[]),
     ("migration", 1, &["vm", "component"]),
     ("federation", 1, &["stanza"]),
-    ("placement", 1, &["vm", "migration"]),
+    ("placement", 1, &["vm", "migration", "federation"]),
     ("config", 2, &[]),
     ("telemetry", 2, &[]),
     ("disk", 2, &[]),

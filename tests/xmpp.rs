@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use cicada::federation::Presence;
+use cicada::federation::{Presence, Refused};
 use cicada::stanza::{Answer, Cloud, Request, ns};
 use cicada::types::{IdentityKey, MemberJid};
 use cicada::xmpp::admin::{Admin, AdminError};
@@ -134,6 +134,10 @@ struct Seen {
     presences: usize,
     down: Option<String>,
     online: BTreeMap<String, Presence>,
+    /// Members the room's owner removed.
+    removed: Vec<MemberJid>,
+    /// What the session refused by itself.
+    refused: BTreeMap<(String, Refused), u64>,
 }
 
 /// A session that answers requests with the same bytes, turned round.
@@ -186,6 +190,10 @@ async fn watch_events(mut events: mpsc::Receiver<XmppEvent>, out: watch::Sender<
                     true => drop(s.online.insert(name, p)),
                     false => drop(s.online.remove(&name)),
                 }
+            }),
+            XmppEvent::Removed(member) => out.send_modify(|s| s.removed.push(member)),
+            XmppEvent::Refused(t) => out.send_modify(|s| {
+                *s.refused.entry((t.sender, t.refused)).or_default() += t.count;
             }),
             XmppEvent::Request(request) => {
                 let _ = request.reply.send(Some(request.sealed.into_iter().rev().collect()));
@@ -311,6 +319,7 @@ async fn members_see_and_ask_each_other_and_nobody_else() {
     let bad = Element::builder("request", ns::NEGOTIATION).append("!").build();
     let refused = alpine.handle.iq(full_jid("boreal"), true, bad).await.unwrap_err();
     assert!(matches!(refused, RequestError::Refused { condition, .. } if condition == "bad-request"));
+    boreal.sees(|s| s.refused.get(&(jid("alpine").to_string(), Refused::Malformed)) == Some(&1)).await;
 
     // An account of the same server that is no member.
     let (eve, mut events) = connect(Settings { room: None, ..server.settings("eve") }).unwrap();
@@ -324,6 +333,22 @@ async fn members_see_and_ask_each_other_and_nobody_else() {
     );
     let answer = coral.handle.iq(full_jid("alpine"), true, request).await.unwrap().unwrap();
     assert_eq!(Answer::try_from(answer).unwrap().sealed, [3, 2, 1]);
+    alpine.sees(|s| s.refused.get(&(jid("eve").to_string(), Refused::NotMember)) == Some(&1)).await;
+
+    // Small questions are answered as long as there are few of them.
+    let flood: Vec<_> = (0..100)
+        .map(|_| {
+            tokio::spawn({
+                let eve = eve.clone();
+                async move { eve.ping(full_jid("alpine")).await }
+            })
+        })
+        .collect();
+    alpine
+        .sees(|s| s.refused.get(&(jid("eve").to_string(), Refused::RateLimit)).is_some_and(|n| *n >= 20))
+        .await;
+    coral.handle.ping(full_jid("alpine")).await.unwrap();
+    flood.iter().for_each(|asked| asked.abort());
     eve.close().await;
 
     // A burst of changes travels as few presences, the last one included.
@@ -485,13 +510,15 @@ async fn rooms_and_accounts_that_are_wrong_are_refused_with_the_reason() {
     assert!(matches!(eve.add_member(&jid("eve")).await, Err(AdminError::Request { .. })));
 
     // A member that is removed is out, and a room that is opened is left.
+    let other = Settings { room: in_room("open").room, ..server.settings("boreal") };
+    let boreal = Broker::start(other);
+    boreal.sees(|s| s.joined == 1).await;
+    boreal.sees_member("alpine").await;
     owner.remove_member(&jid("alpine")).await.unwrap();
     let removed = broker.sees(|s| s.down.is_some()).await;
     let reason = removed.down.unwrap();
     assert!(reason.contains("member"), "{reason}");
-    let other = Settings { room: in_room("open").room, ..server.settings("boreal") };
-    let boreal = Broker::start(other);
-    boreal.sees(|s| s.joined == 1).await;
+    boreal.sees(|s| s.removed == [jid("alpine")] && !s.online.contains_key("alpine")).await;
     make_room(&admin.0, "open", "membersonly", "0").await;
     let left = boreal.sees(|s| s.down.is_some()).await;
     assert_eq!(left.down.as_deref(), Some("the room is not members-only"));

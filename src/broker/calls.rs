@@ -24,11 +24,15 @@ type Answer = oneshot::Sender<Result<Reply, Problem>>;
 
 impl Broker {
     pub(super) fn call(&mut self, request: Request, events: mpsc::Sender<Event>, reply: Answer) {
+        self.gather_refusals();
         let result = match request {
             Request::Status => Ok(Reply::Status(self.status())),
             Request::Members => Ok(Reply::Members(self.member_views())),
             Request::IdentityTrust { member, key } => self.trust(|b| b.members.pin(&member, key)),
-            Request::IdentityRevoke { member } => self.trust(|b| b.members.revoke(&member)),
+            Request::IdentityRevoke { member } => {
+                let key = self.members.get(&member).and_then(|m| m.key);
+                self.trust(|b| b.members.revoke(&member)).inspect(|_| self.part_with(&member, key))
+            }
             Request::VmCreate(create) => return self.create_vm(create, reply),
             Request::VmAdopt(adopt) => return self.adopt_vm(adopt, events, reply),
             Request::VmExport { vm, output, format, user_data } => {
@@ -122,6 +126,7 @@ impl Broker {
                 + self.incoming.values().filter(|r| r.is_unfinished()).count())
                 as u32,
             resident_bytes: resident_bytes(),
+            refusals: Box::new(self.guard.view()),
         }
     }
 
@@ -148,17 +153,27 @@ impl Broker {
         MemberView {
             jid: m.jid.clone(),
             cloud: m.name.clone(),
-            state: if m.is_online() { "online" } else { "gone" }.into(),
+            state: match (m.is_online(), m.removed) {
+                (true, _) => "online",
+                (false, true) => "removed",
+                (false, false) => "gone",
+            }
+            .into(),
             since: m.since,
             last_seen: m.last_seen,
             trust: match self.members.trust_of(&m.jid) {
                 Trust::Trusted => "trusted",
                 Trust::Unknown => "unknown",
                 Trust::Changed { .. } => "changed",
+                Trust::Revoked => "revoked",
                 Trust::NoKey => "no key",
             }
             .into(),
             key: m.key,
+            pinned_fingerprint: match self.members.trust_of(&m.jid) {
+                Trust::Changed { pinned } => pinned.fingerprint(),
+                _ => String::new(),
+            },
             fingerprint: m.key.map(|k| k.fingerprint()).unwrap_or_default(),
             cpus: Resource { total: c.cpus, free: c.cpus_free },
             memory_bytes: Resource { total: c.memory, free: c.memory_free },
@@ -170,17 +185,27 @@ impl Broker {
             price_per_hour: cloud.and_then(|c| c.price),
             features: cloud.map(|c| c.features.clone()).unwrap_or_default(),
             software: cloud.and_then(|c| c.software.clone()).unwrap_or_default(),
+            policy: Some(self.policy_of(&m.jid)),
+            used: self.used_by(&m.jid, None),
+            refused: self
+                .guard
+                .refusals
+                .of(m.jid.as_str())
+                .iter()
+                .map(|(refused, n)| (refused.to_string(), *n))
+                .collect(),
         }
     }
 
     fn trust(&mut self, change: impl FnOnce(&mut Self) -> Result<(), String>) -> Result<Reply, Problem> {
         change(self).map_err(|reason| Problem::new(ProblemKind::BadRequest, "identity", reason))?;
-        let pinned = self.members.pinned().clone();
-        self.shared
-            .records
-            .save_trust(&pinned)
+        let (pinned, revoked) = (self.members.pinned(), self.members.revoked());
+        let records = &self.shared.records;
+        records
+            .save_revoked(revoked)
+            .and_then(|()| records.save_trust(pinned))
             .map_err(|e| Problem::from_error(ProblemKind::Failed, "identity", &e))?;
-        self.shared.tickets.set_members(self.members.trusted_keys().collect());
+        self.admit_members();
         Ok(Reply::Done)
     }
 
@@ -261,9 +286,9 @@ impl Broker {
     pub(super) fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
         let with = |jid: &crate::types::MemberJid| {
             let key = self.members.trusted_key(jid).map_err(|reason| {
-                Problem::new(ProblemKind::Forbidden, format!("member {jid}"), reason).next(format!(
-                    "compare fingerprints with its operator, then: cicada identity trust {jid} KEY"
-                ))
+                Problem::new(ProblemKind::Forbidden, format!("member {jid}"), reason.to_string()).next(
+                    format!("compare fingerprints with its operator, then: cicada identity trust {jid} KEY"),
+                )
             })?;
             Ok((Peer { jid: jid.clone(), key }, self.members.cloud_of(jid)))
         };

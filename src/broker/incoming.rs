@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::clock::UnixMillis;
+use crate::federation::Refused;
 use crate::migration::handover::{Receipt, SignedHandOver};
 use crate::migration::message::{CheckAnswer, Initialization, StageAccount};
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
@@ -18,6 +19,7 @@ use crate::types::{MemberJid, MigrationId, VmId};
 use crate::vm::VmSpec;
 
 use super::account::{self, new_view};
+use super::guard::{self, Pace, Work};
 use super::interface::MigrationView;
 use super::negotiation;
 use super::problem::{Problem, ProblemKind};
@@ -63,6 +65,13 @@ impl Incoming {
     pub fn gives_way_to(&self, vm: VmId, source: &MemberJid) -> bool {
         self.matter.vm == vm && self.peer.jid == *source && self.machine.leased()
     }
+    pub fn comes_from(&self, member: &MemberJid) -> bool {
+        self.peer.jid == *member
+    }
+    /// Whether it can still be called off from here.
+    pub fn is_leased(&self) -> bool {
+        self.machine.leased()
+    }
     pub fn is_unfinished(&self) -> bool {
         !matches!(self.machine.phase(), Phase::Owned | Phase::Abandoned)
     }
@@ -83,33 +92,42 @@ impl Broker {
         let key = match self.members.trusted_key(&from) {
             Ok(key) => key,
             Err(reason) => {
-                self.refusals += 1;
-                tracing::warn!(member = %from, reason, "request refused");
-                let _ = reply.send(None);
-                return;
+                self.refuse(&from, reason.refused(), &reason);
+                return drop(reply.send(None));
             }
         };
+        let pace = self.guard.pace(&from, self.policy_of(&from).requests_per_minute, now);
+        if pace != Pace::Fine {
+            self.refuse(&from, Refused::RateLimit, &"it asks more often than it may");
+        }
+        if pace == Pace::Never {
+            return drop(reply.send(None));
+        }
         let opened = Envelope::<RequestBody>::open(payload, &key, &from, &self.shared.me, now)
             .and_then(|e| self.replay.admit(&e, now).map(|()| e));
         let request = match opened {
             Ok(request) => request,
             Err(e) => {
-                self.refusals += 1;
-                tracing::warn!(member = %from, reason = super::problem::chain(&e), "request refused");
-                let _ = reply.send(None);
-                return;
+                self.refuse(&from, guard::kind_of(&e), &super::problem::chain(&e));
+                return drop(reply.send(None));
             }
         };
-        let peer = Peer { jid: from, key };
-        if let RequestBody::Configuration { .. } = request.body {
-            self.answer_check(&peer, request, reply);
-            return;
+        if let Pace::Later(wait) = pace {
+            return drop(reply.send(self.shared.answer(&request, guard::too_often(wait)).ok()));
         }
-        if let RequestBody::Content { .. } = request.body {
-            self.answer_content(&peer, request, reply);
-            return;
+        let peer = Peer { jid: from, key };
+        if matches!(request.body, RequestBody::Configuration { .. } | RequestBody::Content { .. }) {
+            let Some(work) = self.guard.begin_work(&peer.jid) else {
+                self.refuse(&peer.jid, Refused::RateLimit, &"it asks more at once than it may");
+                return drop(reply.send(self.shared.answer(&request, guard::too_much()).ok()));
+            };
+            return match request.body {
+                RequestBody::Content { .. } => self.answer_content(&peer, request, work, reply),
+                _ => self.answer_check(&peer, request, work, reply),
+            };
         }
         let answer = self.answer_request(&peer, &request);
+        self.note_denial(&peer.jid, &answer);
         let _ = reply.send(self.shared.answer(&request, answer).ok());
     }
 
@@ -117,21 +135,28 @@ impl Broker {
         &mut self,
         peer: &Peer,
         request: Envelope<RequestBody>,
+        work: Work,
         reply: oneshot::Sender<Option<Vec<u8>>>,
     ) {
         let RequestBody::Configuration { spec, components, packs } = &request.body else { return };
         let room = self.room(&peer.jid, Some(spec.id));
         let seed = self.vms.get(&spec.id).and_then(|vm| vm.record.given_up()).map(|g| g.seed);
         let bad = spec.check().err().map(|text| Denial::new(DenialCode::Other, text));
+        let rules = self.policy_blockers(&peer.jid, spec);
         let (shared, spec) = (self.shared.clone(), spec.clone());
         let (components, packs, source) = (components.clone(), packs.clone(), peer.jid.clone());
         tokio::task::spawn_blocking(move || {
+            let _under_way = work;
             let composed = shared.composer.is_composed(&spec.recipe);
             let needed = negotiation::storage_needed(&spec, composed);
             let (mut blockers, differences) = placement::assess(&room, &spec, &source, needed);
-            blockers.extend(bad);
-            let (components_lacking, packs_lacking) =
-                negotiation::holdings(&shared.repository, &components, &packs);
+            blockers.extend(rules.into_iter().chain(bad));
+            // Whose VMs are never taken need not know what is held.
+            let (components_lacking, packs_lacking) = match room.accepts_source {
+                true => negotiation::holdings(&shared.repository, &components, &packs),
+                false => ((0..components.len() as u32).collect(), (0..packs.len() as u32).collect()),
+            };
+            let seed = seed.filter(|_| room.accepts_source);
             let answer = CheckAnswer { differences, blockers, components_lacking, packs_lacking, seed };
             let _ = reply.send(shared.answer(&request, AnswerBody::Configuration(answer)).ok());
         });
@@ -166,7 +191,8 @@ impl Broker {
         let room = self.room(&peer.jid, None);
         let needed = negotiation::storage_needed(spec, composed);
         let (blockers, _) = placement::assess(&room, spec, &peer.jid, needed);
-        if let Some(first) = blockers.into_iter().next() {
+        let rules = self.policy_blockers(&peer.jid, spec);
+        if let Some(first) = blockers.into_iter().chain(rules).next() {
             return AnswerBody::Denied(first);
         }
         let in_doubt = |vm: &Vm| vm.record.given_up().is_some_and(|g| g.receipt.is_none());
@@ -441,6 +467,7 @@ impl Broker {
     /// From the moment the record is saved, the VM is ours.
     fn take_over(&mut self, id: MigrationId, signed: SignedHandOver) -> Result<Receipt, Denial> {
         let fail = |text: String| Denial::new(DenialCode::HandOver, text);
+        let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, super::problem::chain(e));
         let run = self.incoming.get_mut(&id).ok_or_else(|| fail("unknown migration".into()))?;
         let h = signed.verify().map_err(|e| fail(e.to_string()))?;
         if self.shared.records.has_returned(h.vm, h.epoch) {
@@ -453,7 +480,7 @@ impl Broker {
         // The record to come forgets how the VM arrived before.
         if let Some(a) = previous.as_ref().and_then(|r| r.arrival.as_ref()) {
             let kept = self.shared.records.save_receipt(a.migration, &a.receipt);
-            kept.map_err(|e| fail(super::problem::chain(&e)))?;
+            kept.map_err(|e| broken(&e))?;
         }
         let receipt = signed.accept(&self.shared.key);
         let mut record =
@@ -468,7 +495,7 @@ impl Broker {
             receipt: receipt.clone(),
             acknowledged: false,
         });
-        self.shared.records.save_vm(&record).map_err(|e| fail(super::problem::chain(&e)))?;
+        self.shared.records.save_vm(&record).map_err(|e| broken(&e))?;
         run.staged = None;
         tracing::info!(migration = %id, vm = %record.spec.name, epoch = h.epoch, "taken over");
         // Nothing else may begin before it was started.

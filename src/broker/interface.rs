@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
 use crate::component::Kind;
+use crate::federation::{MemberPolicy, Used};
 use crate::types::{
     ByteSize, CloudName, ComponentId, ImageDigest, MemberJid, MigrationId, PublicKey, RecipeId, VmId, VmName,
 };
@@ -259,6 +260,25 @@ pub struct StatusView {
     pub vms_running: u32,
     pub migrations_running: u32,
     pub resident_bytes: u64,
+    /// What others were refused since this broker started.
+    #[serde(default)]
+    pub refusals: Box<RefusalsView>,
+}
+
+/// Requests, dials and messages that no honest, healthy peer makes.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct RefusalsView {
+    pub total: u64,
+    /// By kind, such as `replay` or `not-member`.
+    pub by_kind: BTreeMap<String, u64>,
+    /// Those that were refused most: members, other accounts, addresses.
+    pub senders: Vec<SenderView>,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct SenderView {
+    pub sender: String,
+    pub by_kind: BTreeMap<String, u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -271,14 +291,17 @@ pub struct Resource {
 pub struct MemberView {
     pub jid: MemberJid,
     pub cloud: Option<CloudName>,
-    /// `online` or `gone`.
+    /// `online`, `gone`, or `removed` by the room's owner.
     pub state: String,
     pub since: UnixMillis,
     pub last_seen: UnixMillis,
-    /// `trusted`, `unknown` or `changed`.
+    /// `trusted`, `unknown`, `changed`, `revoked` or `no key`.
     pub trust: String,
     pub key: Option<PublicKey>,
     pub fingerprint: String,
+    /// Of the pinned key, where the member shows another.
+    #[serde(default)]
+    pub pinned_fingerprint: String,
     pub cpus: Resource,
     pub memory_bytes: Resource,
     pub storage_bytes: Resource,
@@ -289,6 +312,15 @@ pub struct MemberView {
     pub price_per_hour: Option<f32>,
     pub features: Vec<String>,
     pub software: String,
+    /// What it may do here.
+    #[serde(default)]
+    pub policy: Option<MemberPolicy>,
+    /// What VMs from it take here.
+    #[serde(default)]
+    pub used: Used,
+    /// What it was refused, by kind.
+    #[serde(default)]
+    pub refused: BTreeMap<String, u64>,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]

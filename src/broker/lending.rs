@@ -12,6 +12,7 @@ use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
 use crate::transfer::Ticket;
 use crate::types::{Hash, PublicKey};
 
+use super::guard::Work;
 use super::problem::chain;
 use super::serving::Served;
 use super::shared::{Peer, Shared};
@@ -53,6 +54,11 @@ impl Lent {
         closed
     }
 
+    /// Closes all of a member's; the tickets themselves are withdrawn with all it has.
+    pub fn forget(&mut self, peer: &PublicKey) {
+        self.open.remove(peer);
+    }
+
     /// Closes the tickets that have expired, and says which.
     fn expire(&mut self, now: UnixMillis) -> Vec<Ticket> {
         let mut expired = Vec::new();
@@ -75,6 +81,7 @@ impl Broker {
         &mut self,
         peer: &Peer,
         request: Envelope<RequestBody>,
+        work: Work,
         reply: oneshot::Sender<Option<Vec<u8>>>,
     ) {
         let opened = self.open_content_ticket(peer, &request.body);
@@ -87,6 +94,7 @@ impl Broker {
             }
         };
         tokio::task::spawn_blocking(move || {
+            let _under_way = work;
             let answer = lend(&shared, &peer, &request.body, ticket, addresses);
             let lent = matches!(&answer, AnswerBody::Content(a) if a.ticket.is_some());
             if let Some(unused) = ticket.filter(|_| !lent) {
@@ -116,8 +124,11 @@ impl Broker {
             let text = format!("{asked} objects were asked for, at most {CONTENT_IDS_MAX} may be at once");
             return Err(Denial::new(DenialCode::Other, text));
         }
-        if !self.shared.config.repository.share_with.accepts(&peer.jid) {
-            let next = format!("let its operator add {} to repository.share_with", peer.jid);
+        if !self.policy_of(&peer.jid).share_components {
+            let next = format!(
+                "let its operator add {} to repository.share_with, or change its [[member]]",
+                peer.jid
+            );
             return Err(
                 Denial::new(DenialCode::Policy, "components are not shared with this cloud").next(next)
             );

@@ -8,6 +8,7 @@ pub mod archive;
 mod borrowing;
 mod calls;
 pub mod content;
+mod guard;
 pub mod handle;
 pub mod healing;
 mod incoming;
@@ -26,7 +27,7 @@ mod staging;
 mod unfinished;
 mod vms;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
@@ -45,6 +46,7 @@ pub use problem::{Problem, ProblemKind};
 pub use shared::{Link, LinkError, Shared};
 pub use vms::READY_LINE;
 
+use guard::Guard;
 use incoming::Incoming;
 use interface::{Account, MigrationView, Resource};
 use lending::Lent;
@@ -86,6 +88,10 @@ pub enum Input {
 /// What happens in the room and to the session.
 pub enum RoomInput {
     Presence(crate::federation::Presence),
+    /// The room's owner removed a member.
+    Removed(MemberJid),
+    /// What the session refused by itself.
+    Refused(crate::federation::refusals::Tally),
     /// The session is up and the room was joined.
     Joined,
     /// The session is down, or the room refused us; why.
@@ -117,8 +123,8 @@ pub struct Broker {
     idle: Idle,
     rates: Rates,
     lent: Lent,
-    /// Requests of others that were refused.
-    refusals: u64,
+    /// What others may ask, and what they were refused.
+    guard: Guard,
     /// Called with the new state whenever what others see of this cloud may have changed.
     announce: Box<dyn Fn(&Broker) + Send>,
     announce_wanted: bool,
@@ -153,7 +159,7 @@ impl Broker {
             idle,
             rates: Rates::default(),
             lent: Lent::default(),
-            refusals: 0,
+            guard: Guard::default(),
             announce,
             announce_wanted: true,
         })
@@ -191,6 +197,7 @@ impl Broker {
         self.expire_interrupted();
         self.take_up_unfinished();
         self.expire_lent();
+        self.gather_refusals();
         self.scrub_released();
         self.optimize_when_idle();
     }
@@ -205,9 +212,14 @@ impl Broker {
                 if let Err(e) = saved {
                     tracing::warn!(error = problem::chain(&e), "a key pinned on first use is not recorded");
                 }
-                let keys: HashSet<_> = self.members.trusted_keys().collect();
-                self.shared.tickets.set_members(keys);
+                self.admit_members();
             }
+            RoomInput::Removed(member) => {
+                let key = self.members.get(&member).and_then(|m| m.key);
+                self.members.removed(&member, now);
+                self.part_with(&member, key);
+            }
+            RoomInput::Refused(tally) => self.guard.refusals.add(&tally),
             RoomInput::Joined => {
                 self.link = "online".into();
                 self.announce_wanted = true;
@@ -239,7 +251,7 @@ impl Broker {
             cpu_models: features.cpu_models.iter().cloned().collect(),
             networks: self.networks(),
             accelerator: features.accelerator.to_string(),
-            accepts_source: self.shared.config.migration.accept_from.accepts(source),
+            accepts_source: self.policy_of(source).accept_vms,
             present: self
                 .vms
                 .values()

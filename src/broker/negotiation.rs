@@ -129,7 +129,7 @@ async fn ask(
             None => Ok(answer),
             Some(first) => {
                 let all: Vec<_> = answer.blockers.iter().map(|d| d.text.as_str()).collect();
-                Err(Denial { code: first.code, text: all.join("; "), next_step: first.next_step.clone() })
+                Err(Denial::new(first.code, all.join("; ")).next(first.next_step.clone()))
             }
         },
         Ok(AnswerBody::Denied(d)) => Err(d),

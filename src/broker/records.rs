@@ -1,9 +1,10 @@
 //! What must survive a crash: one durable record per VM and one per migration. A VM's record is
 //! the only place that says who owns it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -154,7 +155,10 @@ impl Records {
         let records = Self { dir: data_dir.to_owned() };
         for sub in ["vms", "migrations", "returns", "receipts"] {
             let path = data_dir.join(sub);
-            fs::create_dir_all(&path).map_err(|source| RecordError::Io { action: "create", path, source })?;
+            // What guests wrote is nobody else's business, wherever the data directory is.
+            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+            made.and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o700)))
+                .map_err(|source| RecordError::Io { action: "make private", path, source })?;
         }
         Ok(records)
     }
@@ -261,6 +265,16 @@ impl Records {
 
     pub fn save_trust(&self, pinned: &BTreeMap<MemberJid, PublicKey>) -> Result<(), RecordError> {
         save(&self.trust_path(), pinned)
+    }
+
+    /// Members whose keys the operator revoked at run time.
+    pub fn revoked(&self) -> Result<BTreeSet<MemberJid>, RecordError> {
+        let path = self.dir.join("revoked.json");
+        if path.exists() { load(&path) } else { Ok(BTreeSet::new()) }
+    }
+
+    pub fn save_revoked(&self, revoked: &BTreeSet<MemberJid>) -> Result<(), RecordError> {
+        save(&self.dir.join("revoked.json"), revoked)
     }
 
     fn trust_path(&self) -> PathBuf {

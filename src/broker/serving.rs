@@ -2,15 +2,21 @@
 //! move to, while the migration's ticket is valid.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, RwLock};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, RwLock};
 
 use crate::disk::BlockIndex;
+use crate::federation::Refused;
+use crate::federation::refusals::Tally;
 use crate::repository::{RECORD_LEVEL, Repository};
 use crate::transfer::{
     Authority, Content, Encoding, Limiter, ObjectBody, ObjectKey, ObjectSource, PackRange, PackWish, Refusal,
     Ticket,
 };
 use crate::types::{ComponentId, NodeHash, PackId, PublicKey, RecipeId};
+
+/// Refused peers told apart between two looks of the owner task; the rest are counted as 0.0.0.0.
+const REFUSED_MAX: usize = 1000;
 
 /// The content of one moving VM.
 #[derive(Default)]
@@ -31,13 +37,31 @@ pub struct Served {
 #[derive(Default)]
 pub struct Tickets {
     members: RwLock<HashSet<PublicKey>>,
+    /// Members that have a cap of their own, over all their tickets.
+    caps: RwLock<HashMap<PublicKey, Limiter>>,
     served: RwLock<HashMap<[u8; 32], Arc<Served>>>,
+    /// Peers that were refused, by key where it is a known one, until the owner task counts them.
+    refused: Mutex<HashMap<RefusedPeer, u64>>,
 }
+
+type RefusedPeer = (Option<PublicKey>, IpAddr, Refused);
 
 impl Tickets {
     /// The keys of trusted members now in the room: nobody else may connect.
     pub fn set_members(&self, keys: HashSet<PublicKey>) {
         *write(&self.members) = keys;
+    }
+
+    /// The caps of members that have one, bytes per second. They hold for what is under way, too.
+    pub fn set_caps(&self, rates: HashMap<PublicKey, u64>) {
+        let mut caps = write(&self.caps);
+        caps.retain(|key, _| rates.contains_key(key));
+        for (key, rate) in rates {
+            let limiter = caps.entry(key).or_insert_with(|| Limiter::new(Some(rate)));
+            if limiter.rate_bytes_per_s() != Some(rate) {
+                limiter.set_rate(Some(rate));
+            }
+        }
     }
 
     /// Serves `content` to whoever shows `ticket` and holds the content's peer key.
@@ -47,6 +71,21 @@ impl Tickets {
 
     pub fn withdraw(&self, ticket: &Ticket) {
         write(&self.served).remove(ticket.as_bytes());
+    }
+
+    /// Withdraws whatever was served to this member.
+    pub fn withdraw_all_of(&self, peer: &PublicKey) {
+        write(&self.served).retain(|_, served| served.peer != Some(*peer));
+    }
+
+    /// Who was refused since the last call: the key, if it is a member's, and the count under the
+    /// address.
+    pub fn take_refused(&self) -> Vec<(Option<PublicKey>, Tally)> {
+        let mut refused = self.refused.lock().unwrap_or_else(|e| e.into_inner());
+        let tally = |((peer, address, refused), count): (RefusedPeer, u64)| {
+            (peer, Tally { sender: address.to_string(), refused, count })
+        };
+        refused.drain().map(tally).collect()
     }
 
     fn find(&self, ticket: &Ticket) -> Result<Arc<Served>, Refusal> {
@@ -74,7 +113,21 @@ impl Authority for Tickets {
     }
 
     fn limiter(&self, ticket: &Ticket) -> Option<Limiter> {
-        self.find(ticket).ok().map(|served| served.limiter.clone())
+        let served = self.find(ticket).ok()?;
+        let cap = served.peer.and_then(|peer| read(&self.caps).get(&peer).cloned());
+        Some(match cap {
+            Some(of_member) => served.limiter.within(of_member),
+            None => served.limiter.clone(),
+        })
+    }
+
+    fn refused(&self, peer: Option<&PublicKey>, address: IpAddr, reason: Refused) {
+        // Keys cost nothing: a stranger's says less than where it comes from.
+        let peer = peer.filter(|key| read(&self.members).contains(key)).copied();
+        let mut refused = self.refused.lock().unwrap_or_else(|e| e.into_inner());
+        let full = refused.len() >= REFUSED_MAX && !refused.contains_key(&(peer, address, reason));
+        let address = if full { IpAddr::from([0, 0, 0, 0]) } else { address };
+        *refused.entry((peer, address, reason)).or_default() += 1;
     }
 }
 

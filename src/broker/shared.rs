@@ -12,7 +12,7 @@ use crate::compose::Composer;
 use crate::config::Config;
 use crate::hypervisor::Driver;
 use crate::migration::envelope::{LIFETIME, VERSION};
-use crate::migration::{AnswerBody, Envelope, EnvelopeError, RequestBody};
+use crate::migration::{AnswerBody, DenialCode, Envelope, EnvelopeError, RequestBody};
 use crate::repository::Repository;
 use crate::transfer::Endpoint;
 use crate::types::{IdentityKey, MemberJid, MigrationId, PublicKey, VmId};
@@ -88,6 +88,11 @@ pub struct Shared {
 /// How long one request may take; unanswered ones are repeated by the machines.
 pub const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How often, and after how long, a peer that is asked too often is asked again.
+const PATIENCE: u32 = 10;
+const WAIT_MIN: Duration = Duration::from_millis(100);
+const WAIT_MAX: Duration = Duration::from_secs(5);
+
 impl Shared {
     pub fn now(&self) -> UnixMillis {
         self.clock.now()
@@ -98,8 +103,24 @@ impl Shared {
         let _ = self.inbox.send(input);
     }
 
-    /// Asks a peer, signed, and checks the signature of its answer.
+    /// Asks a peer, signed, and checks the signature of its answer. A peer that is asked too often
+    /// is asked again when it says.
     pub async fn ask(&self, peer: &Peer, matter: Matter, body: RequestBody) -> Result<AnswerBody, AskError> {
+        let mut patience = PATIENCE;
+        loop {
+            let answer = self.ask_once(peer, matter, body.clone()).await?;
+            match &answer {
+                AnswerBody::Denied(d) if d.code == DenialCode::RateLimited && patience > 0 => {
+                    patience -= 1;
+                    let wait = Duration::from_millis(d.retry_after_ms.unwrap_or_default());
+                    tokio::time::sleep(wait.clamp(WAIT_MIN, WAIT_MAX)).await;
+                }
+                _ => return Ok(answer),
+            }
+        }
+    }
+
+    async fn ask_once(&self, peer: &Peer, matter: Matter, body: RequestBody) -> Result<AnswerBody, AskError> {
         let envelope = self.envelope(peer.jid.clone(), matter, body);
         let nonce = envelope.nonce.clone();
         let sealed = envelope.seal(&self.key).map_err(AskError::Request)?;

@@ -1,10 +1,13 @@
 //! `cicada members` and `cicada status`
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clap::Args;
 
 use crate::broker::interface::{MemberView, Message, Reply, Request, StatusView};
+use crate::federation::MemberPolicy;
+use crate::types::PublicKey;
 
 use super::context::Context;
 use super::format::{ago, bytes, resource};
@@ -81,15 +84,29 @@ fn print_members(printer: &Printer, reply: Reply) -> Outcome {
             details(printer, m)?;
         }
     }
-    for (m, key) in members.iter().filter(|m| m.trust != "trusted").filter_map(|m| Some((m, m.key?))) {
-        printer.note(format!(
-            "{} shows the key {}, which is not trusted. If its operator confirms that: cicada identity trust {} {key}",
-            m.jid,
-            key.fingerprint(),
-            m.jid
-        ));
+    for m in members.iter().filter(|m| m.trust != "trusted") {
+        if let Some(key) = m.key {
+            printer.note(distrust(m, &key));
+        }
+    }
+    for m in members.iter().filter(|m| !m.refused.is_empty()) {
+        printer.note(format!("refused to {}: {}", m.jid, counts(&m.refused)));
     }
     Ok(())
+}
+
+/// Why a member's key is not believed, and what to do about it.
+fn distrust(m: &MemberView, key: &PublicKey) -> String {
+    let shown = key.fingerprint();
+    let next = format!("If its operator confirms that: cicada identity trust {} {key}", m.jid);
+    match m.trust.as_str() {
+        "changed" => format!(
+            "{} shows the key {shown}, but {} is pinned: it was set up anew, or somebody else uses its account. {next}",
+            m.jid, m.pinned_fingerprint
+        ),
+        "revoked" => format!("{} shows the key {shown}; its trust was revoked. {next}", m.jid),
+        _ => format!("{} shows the key {shown}, which is not trusted. {next}", m.jid),
+    }
 }
 
 fn details(printer: &Printer, m: &MemberView) -> Outcome {
@@ -104,9 +121,53 @@ fn details(printer: &Printer, m: &MemberView) -> Outcome {
             ("power", m.power.clone()),
             ("carbon", m.carbon_g_per_kwh.map(|c| format!("{c} g/kWh")).unwrap_or_default()),
             ("price", m.price_per_hour.map(|p| format!("{p} per CPU and hour")).unwrap_or_default()),
+            ("may", m.policy.as_ref().map(may).unwrap_or_default()),
+            ("its VMs here", used(m)),
+            ("refused", counts(&m.refused)),
             ("last seen", ago(m.last_seen)),
         ],
     )
+}
+
+/// What a member may do here.
+fn may(p: &MemberPolicy) -> String {
+    let yes = |allowed: bool, what: &str| format!("{}{what}", if allowed { "" } else { "not " });
+    let cap = p.bandwidth_bytes_per_s.map(|b| format!("be served {}/s", bytes(b)));
+    let words = [
+        Some(yes(p.accept_vms, "send VMs here")),
+        Some(yes(p.share_components, "fetch components")),
+        cap,
+        Some(format!("ask {} times a minute", p.requests_per_minute)),
+    ];
+    words.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+/// What a member's VMs take here, of what they may.
+fn used(m: &MemberView) -> String {
+    let of =
+        |used: String, most: Option<String>| most.map_or(used.clone(), |most| format!("{used} of {most}"));
+    let p = m.policy.as_ref();
+    let count = |n: u32| n.to_string();
+    [
+        format!("{} VMs", of(count(m.used.vms), p.and_then(|p| p.vms_max).map(count))),
+        format!("{} CPUs", of(m.used.cpus.to_string(), p.and_then(|p| p.cpus_max).map(count))),
+        format!(
+            "memory {}",
+            of(bytes(m.used.memory_bytes), p.and_then(|p| p.memory_max).map(|s| bytes(s.0)))
+        ),
+        format!(
+            "storage {}",
+            of(bytes(m.used.storage_bytes), p.and_then(|p| p.storage_max).map(|s| bytes(s.0)))
+        ),
+    ]
+    .join(", ")
+}
+
+/// Refusals, the most frequent first; empty if there are none.
+fn counts(by_kind: &BTreeMap<String, u64>) -> String {
+    let mut all: Vec<_> = by_kind.iter().collect();
+    all.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
+    all.iter().map(|(kind, n)| format!("{n} {kind}")).collect::<Vec<_>>().join(", ")
 }
 
 pub async fn status(ctx: &Context) -> Outcome {
@@ -135,6 +196,7 @@ fn print_status(printer: &Printer, s: &StatusView) -> Outcome {
             ("transfer", s.transfer_addresses.join(", ")),
             ("VMs running", s.vms_running.to_string()),
             ("moves running", s.migrations_running.to_string()),
+            ("refused", if s.refusals.total == 0 { "nothing".into() } else { counts(&s.refusals.by_kind) }),
             ("broker's memory", bytes(s.resident_bytes)),
         ],
     )

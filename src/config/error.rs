@@ -20,6 +20,8 @@ pub enum ConfigError {
     Field { origin: String, field: String, reason: String, next_step: String },
     #[error("can be read by others (mode {mode:03o})")]
     Exposed { path: PathBuf, mode: u32 },
+    #[error("can be written to by others (mode {mode:03o})")]
+    Writable { path: PathBuf, mode: u32 },
     #[error("{reason}")]
     Secret { path: PathBuf, reason: &'static str, next_step: &'static str },
     #[error("cannot be written")]
@@ -55,6 +57,7 @@ impl ConfigError {
             | Self::Read { path, .. }
             | Self::Write { path, .. }
             | Self::Exposed { path, .. }
+            | Self::Writable { path, .. }
             | Self::Secret { path, .. } => path.display().to_string(),
             Self::Field { origin, field, .. } if field.is_empty() => origin.clone(),
             Self::Field { origin, field, .. } => format!("{field} in {origin}"),
@@ -70,6 +73,7 @@ impl ConfigError {
             Self::Syntax { .. } => super::SAMPLE.into(),
             Self::Field { next_step, .. } => next_step.clone(),
             Self::Exposed { path, .. } => format!("chmod 600 {}", path.display()),
+            Self::Writable { path, .. } => format!("chmod go-w {}", path.display()),
             Self::Secret { next_step, .. } => (*next_step).into(),
             Self::Write { .. } => "check the directory, its owner and the room on its disk".into(),
         }

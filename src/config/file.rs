@@ -33,6 +33,9 @@ pub struct File {
     pub trust: Trust,
     #[serde(default)]
     pub migration: Migration,
+    /// What single members may do, where it is other than for all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub member: Vec<Member>,
     #[serde(default)]
     pub api: Api,
 }
@@ -222,6 +225,37 @@ pub struct Migration {
     pub concurrency: u32,
     /// `"members"`, or the list of members whose VMs are taken.
     pub accept_from: AcceptFrom,
+    /// Requests that one member may make a minute; ten seconds' worth of them at once.
+    pub requests_per_minute: u32,
+}
+
+/// `[[member]]`: what one member may do here, where it is other than for all.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Member {
+    pub jid: MemberJid,
+    /// Whether its VMs are taken; `migration.accept_from` says so if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accept_vms: Option<bool>,
+    /// Whether it may fetch named components; `repository.share_with` says so if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share_components: Option<bool>,
+    /// What VMs from it may take here together, those on their way counted in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vms_max: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpus_max: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_max: Option<ByteSize>,
+    /// Of their virtual disks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub storage_max: Option<ByteSize>,
+    /// Most that is served to it, over all streams.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth_limit: Option<Rate>,
+    /// `migration.requests_per_minute` if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub requests_per_minute: Option<u32>,
 }
 
 /// Whose VMs are taken.
@@ -296,6 +330,7 @@ impl Default for Migration {
             stop_timeout_s: 90,
             concurrency: 4,
             accept_from: AcceptFrom::Members,
+            requests_per_minute: 6000,
         }
     }
 }

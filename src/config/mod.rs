@@ -6,6 +6,7 @@
 
 mod error;
 pub mod file;
+mod members;
 pub mod secrets;
 mod value;
 
@@ -15,11 +16,12 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::federation::MemberPolicy;
 use crate::types::{ByteSize, MemberJid};
 
 pub use error::ConfigError;
 pub use file::{Accelerator, AcceptFrom, Cloud, DriverKind, Pin, Security, Trust};
-pub use secrets::{Password, load_or_create_identity};
+pub use secrets::{Password, load_or_create_identity, private_dir};
 pub use value::{HumanDuration, Rate};
 
 use error::nearest;
@@ -48,6 +50,8 @@ pub struct Config {
     pub repository: Repository,
     pub trust: Trust,
     pub migration: Migration,
+    /// Rules of the members that have some of their own; see [`Config::policy_of`].
+    members: BTreeMap<MemberJid, MemberPolicy>,
     pub api: Api,
     effective: File,
 }
@@ -120,6 +124,7 @@ pub struct Migration {
     pub stop_timeout: Duration,
     pub concurrency: usize,
     pub accept_from: AcceptFrom,
+    pub requests_per_minute: u32,
 }
 
 #[derive(Clone, Debug)]
@@ -149,7 +154,7 @@ impl Config {
         let path = std::path::absolute(&path).map_err(|source| ConfigError::Read { path, source })?;
         let sources = Sources { environment: settings_of(environment), overrides };
         sources.check_names().map_err(|e| sources.with_origin(e, &path))?;
-        let file = sources.read(&path)?;
+        let file = sources.read(&path).map_err(|e| sources.with_origin(e, &path))?;
         let base = path.parent().unwrap_or(Path::new("/")).to_owned();
         resolve(file, &base, path.clone()).map_err(|e| sources.with_origin(e, &path))
     }
@@ -162,6 +167,11 @@ impl Config {
             std::fs::File::open(path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
         }
         Ok(())
+    }
+
+    /// What a member may do here: its own `[[member]]`, and the settings for all for the rest.
+    pub fn policy_of(&self, member: &MemberJid) -> MemberPolicy {
+        self.members.get(member).cloned().unwrap_or_else(|| members::policy(&self.effective, member, None))
     }
 
     /// The settings in effect, defaults included, in the form of the file.
@@ -265,7 +275,10 @@ impl Sources<'_> {
             .add_source(texts(environment.collect()))
             .add_source(texts(self.overrides.iter().cloned().collect()))
             .build();
-        merged.and_then(config::Config::try_deserialize).map_err(|e| self.explain(e, path))
+        let file: File =
+            merged.and_then(config::Config::try_deserialize).map_err(|e| self.explain(e, path))?;
+        members::check(&file.member, &text)?;
+        Ok(file)
     }
 
     /// Turns the config crate's error into one that names place, reason and next step.
@@ -395,7 +408,9 @@ fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigE
             stop_timeout: seconds(f.migration.stop_timeout_s),
             concurrency: f.migration.concurrency as usize,
             accept_from: f.migration.accept_from,
+            requests_per_minute: f.migration.requests_per_minute,
         },
+        members: members::policies(&file),
         api: Api { socket: f.api.socket.unwrap_or_else(|| f.cloud.data_dir.join("cicada.sock")) },
         cloud: f.cloud,
         effective: file,
@@ -486,6 +501,7 @@ fn check_limits(file: &File) -> Result<(), ConfigError> {
         ("migration.lease_s", Some(file.migration.lease_s.into())),
         ("migration.stop_timeout_s", Some(file.migration.stop_timeout_s.into())),
         ("migration.concurrency", Some(file.migration.concurrency.into())),
+        ("migration.requests_per_minute", Some(file.migration.requests_per_minute.into())),
     ];
     for (field, value) in positive {
         if value == Some(0) {

@@ -2,11 +2,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use zeroize::Zeroizing;
 
 use crate::durable;
 use crate::types::IdentityKey;
@@ -15,9 +16,9 @@ use super::error::ConfigError;
 
 const SECRET_BYTES_MAX: u64 = 4096;
 
-/// A password. `Debug` hides it, and it cannot be shown by accident.
+/// A password. `Debug` hides it, it cannot be shown by accident, and its memory is wiped.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Password(String);
+pub struct Password(Zeroizing<String>);
 
 impl Password {
     pub fn expose(&self) -> &str {
@@ -35,7 +36,7 @@ impl std::fmt::Debug for Password {
 pub fn read_password(path: &Path) -> Result<Password, ConfigError> {
     let text = read_secret(path)?;
     match text.lines().next() {
-        Some(line) if !line.is_empty() => Ok(Password(line.to_owned())),
+        Some(line) if !line.is_empty() => Ok(Password(Zeroizing::new(line.to_owned()))),
         _ => Err(ConfigError::Secret {
             path: path.to_owned(),
             reason: "is empty",
@@ -63,32 +64,62 @@ pub fn load_or_create_identity(data_dir: &Path) -> Result<IdentityKey, ConfigErr
 
 fn create_identity(data_dir: &Path, path: &Path) -> Result<IdentityKey, ConfigError> {
     let failed = |source| ConfigError::Write { path: path.to_owned(), source };
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(data_dir).map_err(failed)?;
-    let mut secret = [0; 32];
-    getrandom::fill(&mut secret).map_err(|e| failed(io::Error::other(e)))?;
-    durable::write_secret(path, format!("{}\n", BASE64.encode(secret)).as_bytes()).map_err(failed)?;
+    private_dir(data_dir)?;
+    let mut secret = Zeroizing::new([0; 32]);
+    getrandom::fill(&mut *secret).map_err(|e| failed(io::Error::other(e)))?;
+    let mut text = Zeroizing::new(BASE64.encode(*secret));
+    text.push('\n');
+    durable::write_secret(path, text.as_bytes()).map_err(failed)?;
     Ok(IdentityKey::from_secret_bytes(&secret))
 }
 
 fn parse_identity(path: &Path, text: &str) -> Result<IdentityKey, ConfigError> {
-    let bytes = BASE64.decode(text.trim()).ok().and_then(|b| <[u8; 32]>::try_from(b).ok());
-    bytes.map(|b| IdentityKey::from_secret_bytes(&b)).ok_or_else(|| ConfigError::Secret {
+    let bytes = BASE64.decode(text.trim()).map(Zeroizing::new).ok();
+    let secret = bytes.as_ref().and_then(|b| <&[u8; 32]>::try_from(b.as_slice()).ok());
+    secret.map(IdentityKey::from_secret_bytes).ok_or_else(|| ConfigError::Secret {
         path: path.to_owned(),
         reason: "is not an identity key: base64 of 32 bytes expected",
         next_step: "restore it from a backup; with a new key the other members must trust this cloud anew",
     })
 }
 
-fn read_secret(path: &Path) -> Result<String, ConfigError> {
+/// Makes a directory for its owner only. One that is there is left as it is, unless others may write
+/// to it: they could put another key or another VM's record into it.
+pub fn private_dir(path: &Path) -> Result<(), ConfigError> {
+    let failed = |source| ConfigError::Write { path: path.to_owned(), source };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
+    let mode = fs::metadata(path).map_err(failed)?.permissions().mode() & 0o777;
+    if mode & 0o022 != 0 {
+        return Err(ConfigError::Writable { path: path.to_owned(), mode });
+    }
+    Ok(())
+}
+
+fn read_secret(path: &Path) -> Result<Zeroizing<String>, ConfigError> {
     let failed = |source| ConfigError::Read { path: path.to_owned(), source };
     let file = File::open(path).map_err(failed)?;
-    let mode = file.metadata().map_err(failed)?.permissions().mode() & 0o777;
+    let metadata = file.metadata().map_err(failed)?;
+    let mode = metadata.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
         return Err(ConfigError::Exposed { path: path.to_owned(), mode });
     }
-    let mut text = String::new();
+    check_owner(path, metadata.uid(), rustix::process::geteuid().as_raw())?;
+    // As large as it may be from the beginning, so that no copy is left behind when it grows.
+    let mut text = Zeroizing::new(String::with_capacity(SECRET_BYTES_MAX as usize + 1));
     file.take(SECRET_BYTES_MAX).read_to_string(&mut text).map_err(failed)?;
     Ok(text)
+}
+
+/// Whoever owns a secret may read and change it: only ourselves and root may.
+fn check_owner(path: &Path, owner: u32, ourselves: u32) -> Result<(), ConfigError> {
+    if owner == ourselves || owner == 0 || ourselves == 0 {
+        return Ok(());
+    }
+    Err(ConfigError::Secret {
+        path: path.to_owned(),
+        reason: "belongs to another user",
+        next_step: "give it to the broker's user with chown",
+    })
 }
 
 #[cfg(test)]
@@ -117,6 +148,33 @@ mod tests {
         }
         let (_dir, path) = file(0o600, "\n");
         assert_eq!(read_password(&path).unwrap_err().to_string(), "is empty");
+    }
+
+    #[test]
+    fn a_secret_of_another_user_is_none() {
+        let path = Path::new("/p");
+        for (owner, ourselves) in [(1000, 1000), (0, 1000), (1000, 0)] {
+            check_owner(path, owner, ourselves).unwrap();
+        }
+        let e = check_owner(path, 1001, 1000).unwrap_err();
+        assert_eq!(
+            (e.to_string().as_str(), e.next_step().contains("chown")),
+            ("belongs to another user", true)
+        );
+    }
+
+    #[test]
+    fn the_data_directory_is_private_and_nobody_else_may_write_to_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let data = dir.path().join("a/b");
+        load_or_create_identity(&data).unwrap();
+        assert_eq!((mode(&data), mode(&identity_path(&data))), (0o700, 0o600));
+        fs::set_permissions(&data, fs::Permissions::from_mode(0o755)).unwrap();
+        private_dir(&data).unwrap();
+        fs::set_permissions(&data, fs::Permissions::from_mode(0o775)).unwrap();
+        let e = private_dir(&data).unwrap_err();
+        assert_eq!(e.next_step(), format!("chmod go-w {}", data.display()));
     }
 
     #[test]

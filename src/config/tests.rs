@@ -55,6 +55,17 @@ trust_on_first_use = true
 [migration]
 grace_period = "7d"
 accept_from = ["b@x"]
+requests_per_minute = 600
+[[member]]
+jid = "b@x"
+accept_vms = false
+share_components = true
+vms_max = 0
+cpus_max = 8
+memory_max = "16G"
+storage_max = 1073741824
+bandwidth_limit = "10Mbit"
+requests_per_minute = 60
 [api]
 socket = "/run/s"
 "#;
@@ -283,4 +294,36 @@ fn names_that_are_expressions_are_refused() {
         let refused = Place::new(GOOD).load(&[], &[(name, "x")]).unwrap_err();
         assert!(refused.to_string().contains("is not a known setting"), "{refused}");
     }
+}
+
+#[test]
+fn a_member_has_its_own_rules_and_those_for_all_for_the_rest() {
+    let text = format!(
+        "{GOOD}\n[migration]\naccept_from = [\"b@x\", \"c@x\"]\n[repository]\nshare_with = []\n\
+         [[member]]\njid = \"B@x\"\naccept_vms = false\nmemory_max = \"2G\"\nbandwidth_limit = \"8Mbit\"\n\
+         [[member]]\njid = \"d@x\"\naccept_vms = true\nshare_components = true\nrequests_per_minute = 60\n"
+    );
+    let c = Place::new(&text).load(&[], &[]).unwrap();
+    let policy = |jid: &str| c.policy_of(&jid.parse().unwrap());
+    let (b, other, d) = (policy("b@x"), policy("c@x"), policy("d@x"));
+    assert_eq!((b.accept_vms, b.share_components, b.requests_per_minute), (false, false, 6000));
+    assert_eq!((b.memory_max, b.bandwidth_bytes_per_s), (Some(ByteSize::gib(2)), Some(1_000_000)));
+    assert_eq!((other.accept_vms, other.share_components, other.memory_max), (true, false, None));
+    assert_eq!((d.accept_vms, d.share_components, d.requests_per_minute), (true, true, 60));
+    assert!(!policy("e@x").accept_vms);
+}
+
+#[test]
+fn a_member_with_two_sections_is_refused_with_both_lines() {
+    let two = "[[member]]\njid = \"b@x\"\n[[member]]\nvms_max = 1\njid = \"B@X\"\n";
+    let place = Place::new(&format!("{GOOD}{two}"));
+    assert_eq!(
+        complaint(&place, &place.load(&[], &[]).unwrap_err()),
+        "member.jid in federation.toml: b@x has two sections: in line 10 and in line 13 (make one section of them)"
+    );
+    let place = Place::new(&format!("{GOOD}[[member]]\njid = \"b@x\"\nvm_max = 1\n"));
+    let complaint = complaint(&place, &place.load(&[], &[]).unwrap_err());
+    assert!(complaint.contains("vm_max") && complaint.contains("did you mean 'vms_max'?"), "{complaint}");
+    let place = Place::new(&format!("{GOOD}[[member]]\njid = \"b@x\"\nrequests_per_minute = 0\n"));
+    assert!(place.load(&[], &[]).is_err());
 }

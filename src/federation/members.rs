@@ -4,11 +4,13 @@
 //! nothing. A key is trusted if it is pinned for that JID, in the configuration or by the
 //! operator; with trust on first use, the first key a JID shows is pinned.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::clock::UnixMillis;
 use crate::stanza::Cloud;
 use crate::types::{CloudName, MemberJid, PublicKey};
+
+use super::refusals::Refused;
 
 /// Members remembered at most; beyond it those gone longest are forgotten.
 const MEMBERS_MAX: usize = 10_000;
@@ -35,6 +37,8 @@ pub struct Member {
     pub name: Option<CloudName>,
     pub key: Option<PublicKey>,
     pub cloud: Option<Cloud>,
+    /// The room's owner took it off the list.
+    pub removed: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -46,8 +50,37 @@ pub enum Trust {
     Changed {
         pinned: PublicKey,
     },
+    /// The operator trusts it no longer.
+    Revoked,
     /// It showed no usable key.
     NoKey,
+}
+
+/// Why a member is not listened to.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Distrust {
+    #[error("is not a member that was seen in the room")]
+    NotSeen,
+    #[error("was removed from the federation")]
+    Removed,
+    #[error("shows the key {} where {} is pinned", shown.fingerprint(), pinned.fingerprint())]
+    Changed { shown: PublicKey, pinned: PublicKey },
+    #[error("its key {} is not confirmed", .0.fingerprint())]
+    Unconfirmed(PublicKey),
+    #[error("its key {} was revoked", .0.fingerprint())]
+    Revoked(PublicKey),
+    #[error("shows no identity key")]
+    NoKey,
+}
+
+impl Distrust {
+    pub fn refused(&self) -> Refused {
+        match self {
+            Distrust::NotSeen | Distrust::Removed => Refused::NotMember,
+            Distrust::Changed { .. } => Refused::ChangedKey,
+            Distrust::Unconfirmed(_) | Distrust::Revoked(_) | Distrust::NoKey => Refused::UntrustedKey,
+        }
+    }
 }
 
 impl Member {
@@ -64,6 +97,8 @@ pub struct Members {
     configured: BTreeMap<MemberJid, PublicKey>,
     /// Confirmed by the operator, or on first use.
     pinned: BTreeMap<MemberJid, PublicKey>,
+    /// Not to be believed on first use.
+    revoked: BTreeSet<MemberJid>,
     trust_on_first_use: bool,
 }
 
@@ -73,7 +108,12 @@ impl Members {
         pinned: BTreeMap<MemberJid, PublicKey>,
         trust_on_first_use: bool,
     ) -> Self {
-        Self { members: BTreeMap::new(), configured, pinned, trust_on_first_use }
+        Self { members: BTreeMap::new(), configured, pinned, revoked: BTreeSet::new(), trust_on_first_use }
+    }
+
+    /// With the members whose keys the operator revoked.
+    pub fn with_revoked(self, revoked: BTreeSet<MemberJid>) -> Self {
+        Self { revoked, ..self }
     }
 
     /// Takes in a presence; true if a key was pinned by first use and should be kept.
@@ -87,6 +127,7 @@ impl Members {
             name: None,
             key: None,
             cloud: None,
+            removed: false,
         });
         member.last_seen = now;
         if !p.available {
@@ -102,12 +143,15 @@ impl Members {
             member.since = now;
         }
         member.resource = Some(p.resource);
+        member.removed = false;
         member.key = cloud.key.parse().ok();
         let name = cloud.name.parse().ok();
         member.cloud = Some(*cloud);
         let first_use = self.trust_on_first_use
             && !self.configured.contains_key(&p.jid)
-            && !self.pinned.contains_key(&p.jid);
+            && !self.pinned.contains_key(&p.jid)
+            && !self.revoked.contains(&p.jid)
+            && self.pinned.len() < MEMBERS_MAX;
         let pinned = match member.key.filter(|_| first_use) {
             Some(key) => self.pinned.insert(p.jid.clone(), key).is_none(),
             None => false,
@@ -133,6 +177,13 @@ impl Members {
         }
     }
 
+    /// The room's owner removed a member: until it is in the room again, it is none.
+    pub fn removed(&mut self, jid: &MemberJid, now: UnixMillis) {
+        if let Some(member) = self.members.get_mut(jid) {
+            (member.resource, member.since, member.removed) = (None, now, true);
+        }
+    }
+
     /// The session is down: nobody can be said to be here.
     pub fn disconnected(&mut self, now: UnixMillis) {
         for member in self.members.values_mut().filter(|m| m.resource.is_some()) {
@@ -147,27 +198,35 @@ impl Members {
         match (offered, pinned) {
             (Some(o), Some(p)) if o == *p => Trust::Trusted,
             (Some(_), Some(p)) => Trust::Changed { pinned: *p },
+            (Some(_), None) if self.revoked.contains(jid) => Trust::Revoked,
             (Some(_), None) => Trust::Unknown,
             (None, _) => Trust::NoKey,
         }
     }
 
     /// The key requests of a member must be signed with, or why it is not listened to.
-    pub fn trusted_key(&self, jid: &MemberJid) -> Result<PublicKey, String> {
-        let member = self.members.get(jid).ok_or("is not a member that was seen in the room")?;
-        match (self.trust_of(jid), member.key) {
-            (Trust::Trusted, Some(key)) => Ok(key),
-            (Trust::Changed { pinned }, Some(key)) => {
-                Err(format!("shows the key {} where {} is pinned", key.fingerprint(), pinned.fingerprint()))
-            }
-            (_, Some(key)) => Err(format!("its key {} is not confirmed", key.fingerprint())),
-            (_, None) => Err("shows no identity key".into()),
+    pub fn trusted_key(&self, jid: &MemberJid) -> Result<PublicKey, Distrust> {
+        let member = self.members.get(jid).ok_or(Distrust::NotSeen)?;
+        let shown = member.key.ok_or(Distrust::NoKey)?;
+        match self.trust_of(jid) {
+            _ if member.removed => Err(Distrust::Removed),
+            Trust::Trusted => Ok(shown),
+            Trust::Changed { pinned } => Err(Distrust::Changed { shown, pinned }),
+            Trust::Unknown => Err(Distrust::Unconfirmed(shown)),
+            Trust::Revoked => Err(Distrust::Revoked(shown)),
+            Trust::NoKey => Err(Distrust::NoKey),
         }
     }
 
     /// Keys of trusted members that are online.
     pub fn trusted_keys(&self) -> impl Iterator<Item = PublicKey> + '_ {
-        self.members.values().filter(|m| m.is_online()).filter_map(|m| self.trusted_key(&m.jid).ok())
+        self.trusted().map(|(_, key)| key)
+    }
+
+    /// Trusted members that are online, with their keys.
+    pub fn trusted(&self) -> impl Iterator<Item = (&MemberJid, PublicKey)> + '_ {
+        let online = self.members.values().filter(|m| m.is_online());
+        online.filter_map(|m| Some((&m.jid, self.trusted_key(&m.jid).ok()?)))
     }
 
     /// Confirms a member's key.
@@ -179,6 +238,7 @@ impl Members {
             Some(_) => Ok(()),
             None => {
                 self.pinned.insert(jid.clone(), key);
+                self.revoked.remove(jid);
                 Ok(())
             }
         }
@@ -191,7 +251,10 @@ impl Members {
             ));
         }
         match self.pinned.remove(jid) {
-            Some(_) => Ok(()),
+            Some(_) => {
+                self.revoked.insert(jid.clone());
+                Ok(())
+            }
             None => Err(format!("no key of {jid} was confirmed")),
         }
     }
@@ -199,6 +262,11 @@ impl Members {
     /// Keys confirmed at run time, to be kept.
     pub fn pinned(&self) -> &BTreeMap<MemberJid, PublicKey> {
         &self.pinned
+    }
+
+    /// Members whose keys were revoked at run time, to be kept.
+    pub fn revoked(&self) -> &BTreeSet<MemberJid> {
+        &self.revoked
     }
 
     /// All that were seen, in order of their JIDs.
@@ -315,7 +383,37 @@ mod tests {
         assert!(m.pin(&jid("a@x"), key(2)).is_err());
         assert!(m.revoke(&jid("a@x")).is_err());
         assert!(!m.presence(presence("a@x", "alpine", key(2)), UnixMillis(1)));
-        assert!(m.trusted_key(&jid("a@x")).unwrap_err().contains("is pinned"));
+        assert!(m.trusted_key(&jid("a@x")).unwrap_err().to_string().contains("is pinned"));
+    }
+
+    #[test]
+    fn who_was_revoked_is_not_believed_on_first_use() {
+        let mut m = Members::new(BTreeMap::new(), BTreeMap::new(), true);
+        assert!(m.presence(presence("a@x", "alpine", key(1)), UnixMillis(1)));
+        m.revoke(&jid("a@x")).unwrap();
+        assert!(!m.presence(presence("a@x", "alpine", key(1)), UnixMillis(2)));
+        assert_eq!(m.trusted_key(&jid("a@x")), Err(Distrust::Revoked(key(1))));
+        let mut again =
+            Members::new(BTreeMap::new(), BTreeMap::new(), true).with_revoked(m.revoked().clone());
+        assert!(
+            !again.presence(presence("a@x", "alpine", key(1)), UnixMillis(1)),
+            "not after a restart either"
+        );
+        again.pin(&jid("a@x"), key(1)).unwrap();
+        assert_eq!((again.trusted_key(&jid("a@x")), again.revoked().len()), (Ok(key(1)), 0));
+    }
+
+    #[test]
+    fn who_was_removed_is_no_member_until_the_room_shows_it_again() {
+        let mut m = Members::new(BTreeMap::new(), BTreeMap::new(), true);
+        m.presence(presence("a@x", "alpine", key(1)), UnixMillis(1));
+        let gone = Presence { available: false, cloud: None, ..presence("a@x", "alpine", key(1)) };
+        m.presence(gone, UnixMillis(2));
+        assert_eq!(m.trusted_key(&jid("a@x")), Ok(key(1)), "it is only away");
+        m.removed(&jid("a@x"), UnixMillis(3));
+        assert_eq!(m.trusted_key(&jid("a@x")), Err(Distrust::Removed));
+        m.presence(presence("a@x", "alpine", key(1)), UnixMillis(4));
+        assert_eq!(m.trusted_key(&jid("a@x")), Ok(key(1)));
     }
 
     #[test]

@@ -187,11 +187,18 @@ pub struct Denial {
     pub text: String,
     #[serde(default)]
     pub next_step: String,
+    /// When asking again may help, milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_ms: Option<u64>,
 }
 
 impl Denial {
     pub fn new(code: DenialCode, text: impl Into<String>) -> Self {
-        Self { code, text: text.into(), next_step: String::new() }
+        Self { code, text: text.into(), next_step: String::new(), retry_after_ms: None }
+    }
+    pub fn retry_after(mut self, wait: std::time::Duration) -> Self {
+        self.retry_after_ms = Some(wait.as_millis() as u64);
+        self
     }
     pub fn next(mut self, step: impl Into<String>) -> Self {
         self.next_step = step.into();
@@ -231,6 +238,8 @@ pub enum DenialCode {
     NotYours,
     /// This mode of migration is not supported here.
     Unsupported,
+    /// The sender asks more often, or more at once, than it may.
+    RateLimited,
     #[serde(other)]
     Other,
 }

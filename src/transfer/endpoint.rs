@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
@@ -14,12 +15,14 @@ use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
 use super::connection::Connection;
-use super::error::{TransferError, close};
+use super::door::{self, Dial, Door, Entry};
+use super::error::{Refusal, TransferError, close};
 use super::limiter::Limiter;
 use super::object::{Authority, ObjectSource};
 use super::serve::{Server, serve};
 use super::tls::{self, Identity, alert};
 use super::{fetch, socket};
+use crate::federation::{Refusals, Refused};
 use crate::types::{IdentityKey, PublicKey};
 
 /// How patient an endpoint is, and how much it takes on. The defaults suit the internet.
@@ -33,6 +36,13 @@ pub struct Settings {
     pub stall_timeout: Duration,
     /// Connections at the same time; above half of it, dialling takes proof of address.
     pub connections_max: usize,
+    /// Handshakes with those who dial us at the same time; likewise.
+    pub handshakes_max: usize,
+    /// Dials that one address may make at once, and a second in the long run.
+    pub dials_burst: u32,
+    pub dials_per_s: u32,
+    /// Connections with one member at the same time.
+    pub connections_per_member: usize,
     /// Requests answered at the same time, over all connections.
     pub requests_max: usize,
 }
@@ -44,6 +54,10 @@ impl Default for Settings {
             idle_timeout: Duration::from_secs(20),
             stall_timeout: Duration::from_secs(20),
             connections_max: 512,
+            handshakes_max: 128,
+            dials_burst: 60,
+            dials_per_s: 5,
+            connections_per_member: 16,
             requests_max: 256,
         }
     }
@@ -79,8 +93,13 @@ struct Shared {
     server: Arc<Server>,
     transport: Arc<quinn::TransportConfig>,
     settings: Settings,
-    /// The newest live connection with each member, whoever dialled.
-    connections: Mutex<HashMap<PublicKey, Connection>>,
+    /// Live connections with each member, whoever dialled, the newest last.
+    connections: Mutex<HashMap<PublicKey, Vec<Connection>>>,
+    door: Mutex<Door>,
+    handshakes: AtomicUsize,
+    /// What was logged of dials that were refused.
+    refusals: Mutex<Refusals>,
+    started: Instant,
 }
 
 impl std::fmt::Debug for Shared {
@@ -133,8 +152,18 @@ impl Endpoint {
             permits: Semaphore::new(settings.requests_max),
             stall_timeout: settings.stall_timeout,
         });
-        let connections = Mutex::default();
-        let shared = Arc::new(Shared { quinn, identity, server, transport, settings, connections });
+        let shared = Arc::new(Shared {
+            quinn,
+            identity,
+            server,
+            transport,
+            settings,
+            connections: Mutex::default(),
+            door: Mutex::default(),
+            handshakes: AtomicUsize::new(0),
+            refusals: Mutex::default(),
+            started: Instant::now(),
+        });
         tokio::spawn(shared.clone().accept());
         Ok(Self { shared })
     }
@@ -197,7 +226,15 @@ impl Endpoint {
     /// The newest live connection with a member, whoever dialled: objects can be fetched over it
     /// in either direction.
     pub fn connection_with(&self, peer: &PublicKey) -> Option<Connection> {
-        self.shared.connections().get(peer).filter(|c| c.is_open()).cloned()
+        self.shared.connections().get(peer)?.iter().rev().find(|c| c.is_open()).cloned()
+    }
+
+    /// Ends every connection with a peer that is no member any more, and what travels over them.
+    pub fn cut(&self, peer: &PublicKey) {
+        let all = self.shared.connections().remove(peer).unwrap_or_default();
+        for connection in all {
+            connection.quinn.close(close::refused(Refusal::NotMember), b"no member any more");
+        }
     }
 
     /// Ends all connections and stops answering; waits a moment so that the peers hear of it.
@@ -214,22 +251,54 @@ impl Drop for Endpoint {
 }
 
 impl Shared {
-    fn connections(&self) -> MutexGuard<'_, HashMap<PublicKey, Connection>> {
+    fn connections(&self) -> MutexGuard<'_, HashMap<PublicKey, Vec<Connection>>> {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn accept(self: Arc<Self>) {
         while let Some(incoming) = self.quinn.accept().await {
             let address = incoming.remote_address();
-            let open = self.quinn.open_connections();
-            if open >= self.settings.connections_max {
-                tracing::warn!(%address, open, "refused a dial: too many connections");
-                incoming.refuse();
-            } else if open >= self.settings.connections_max / 2 && incoming.may_retry() {
-                let _ = incoming.retry();
-            } else {
-                tokio::spawn(self.clone().welcome(incoming));
+            let dial = Dial {
+                address: address.ip(),
+                proven: incoming.remote_address_validated(),
+                may_prove: incoming.may_retry(),
+            };
+            let (open, handshakes) = (self.quinn.open_connections(), self.handshakes.load(Ordering::Relaxed));
+            let entry = self.door.lock().unwrap_or_else(PoisonError::into_inner).enter(
+                dial,
+                open,
+                handshakes,
+                &self.settings,
+                door::moment(self.started.elapsed()),
+            );
+            match entry {
+                Entry::Welcome => {
+                    self.handshakes.fetch_add(1, Ordering::Relaxed);
+                    tokio::spawn(self.clone().welcome(incoming));
+                }
+                Entry::Prove => drop(incoming.retry()),
+                Entry::Refuse(crowd) => {
+                    self.refused(None, address, Refused::RateLimit, &crowd.as_str());
+                    incoming.refuse();
+                }
             }
+        }
+    }
+
+    /// Counts a dial that was refused, and logs it: once for each address and kind in a while.
+    fn refused(
+        &self,
+        peer: Option<&PublicKey>,
+        address: SocketAddr,
+        refused: Refused,
+        reason: &dyn std::fmt::Display,
+    ) {
+        self.server.authority.refused(peer, door::site(address.ip()), refused);
+        let now = door::moment(self.started.elapsed());
+        let sender = door::site(address.ip()).to_string();
+        let told = self.refusals.lock().unwrap_or_else(PoisonError::into_inner).refuse(&sender, refused, now);
+        if let Some(suppressed) = told {
+            tracing::warn!(%address, ?peer, kind = %refused, %reason, suppressed, "refused a dial");
         }
     }
 
@@ -242,21 +311,36 @@ impl Shared {
         };
         let silent = TransferError::Handshake { address, source: ConnectionError::TimedOut };
         let outcome = timeout(self.settings.connect_timeout, handshake).await;
+        self.handshakes.fetch_sub(1, Ordering::Relaxed);
         let connection = match outcome.unwrap_or(Err(silent)) {
             Ok(connection) => connection,
             Err(failure) => {
-                let detail = std::error::Error::source(&failure).map(tracing::field::display);
-                tracing::warn!(%address, reason = %failure, detail, "refused a dial");
-                return;
+                let kind = match &failure {
+                    TransferError::WrongProtocol { .. } => Refused::Version,
+                    _ => Refused::Malformed,
+                };
+                let cause =
+                    std::error::Error::source(&failure).map(|e| format!(" ({e})")).unwrap_or_default();
+                return self.refused(None, address, kind, &format!("{failure}{cause}"));
             }
         };
         let Some(peer) = tls::peer_of(&connection) else {
-            tracing::warn!(%address, reason = "no usable key or protocol", "refused a dial");
+            self.refused(None, address, Refused::Version, &"no usable key or protocol");
             connection.close(close::MISBEHAVED, b"no usable key or protocol");
             return;
         };
-        if let Err(reason) = self.server.authority.admit(&peer) {
-            tracing::warn!(%address, ?peer, %reason, "refused a dial");
+        let crowded = || {
+            let open =
+                self.connections().get(&peer).map_or(0, |all| all.iter().filter(|c| c.is_open()).count());
+            open >= self.settings.connections_per_member
+        };
+        let admitted = self.server.authority.admit(&peer).map_err(|reason| (reason, Refused::NotMember));
+        let admitted = admitted.and_then(|()| match crowded() {
+            true => Err((Refusal::TooMany, Refused::RateLimit)),
+            false => Ok(()),
+        });
+        if let Err((reason, kind)) = admitted {
+            self.refused(Some(&peer), address, kind, &reason);
             connection.close(close::refused(reason), reason.to_string().as_bytes());
             return;
         }
@@ -310,12 +394,15 @@ impl Shared {
     fn keep(self: Arc<Self>, connection: Connection) {
         let peer = connection.peer;
         let id = connection.quinn.stable_id();
-        self.connections().insert(peer, connection.clone());
+        self.connections().entry(peer).or_default().push(connection.clone());
         tokio::spawn(async move {
             serve(self.server.clone(), connection.quinn, peer).await;
             let mut connections = self.connections();
-            if connections.get(&peer).is_some_and(|c| c.quinn.stable_id() == id) {
-                connections.remove(&peer);
+            if let Some(all) = connections.get_mut(&peer) {
+                all.retain(|c| c.quinn.stable_id() != id);
+                if all.is_empty() {
+                    connections.remove(&peer);
+                }
             }
         });
     }

@@ -9,6 +9,7 @@ use quinn::{ConnectionError, VarInt};
 
 use super::fetch::FetchReport;
 use super::object::{ObjectKey, SinkError};
+use crate::federation::Refused;
 use crate::types::codec::CodecError;
 use crate::types::{Hash, PublicKey};
 
@@ -47,6 +48,15 @@ impl Refusal {
             Refusal::TooMany => 7,
             Refusal::Failed => 8,
             Refusal::Other(code) => code,
+        }
+    }
+    /// As what it counts, where no honest peer is refused so.
+    pub(super) fn refused(self) -> Option<Refused> {
+        match self {
+            Refusal::NotMember => Some(Refused::NotMember),
+            Refusal::UnknownTicket | Refusal::ExpiredTicket | Refusal::OutOfScope => Some(Refused::Ticket),
+            Refusal::TooMany => Some(Refused::RateLimit),
+            Refusal::NotHeld | Refusal::Changed | Refusal::Failed | Refusal::Other(_) => None,
         }
     }
     pub const fn from_code(code: u8) -> Self {

@@ -16,6 +16,8 @@ const BURST_BYTES_MIN: f64 = 4096.0;
 pub struct Limiter {
     bucket: Arc<Mutex<Bucket>>,
     started: Instant,
+    /// What this cap is a part of.
+    outer: Option<Arc<Limiter>>,
 }
 
 impl Default for Limiter {
@@ -31,7 +33,13 @@ impl Limiter {
 
     /// `None` is no cap.
     pub fn new(rate_bytes_per_s: Option<u64>) -> Self {
-        Self { bucket: Arc::new(Mutex::new(Bucket::new(rate_bytes_per_s))), started: Instant::now() }
+        let bucket = Arc::new(Mutex::new(Bucket::new(rate_bytes_per_s)));
+        Self { bucket, started: Instant::now(), outer: None }
+    }
+
+    /// This cap inside another: what draws from it draws from both.
+    pub fn within(&self, outer: Limiter) -> Limiter {
+        Limiter { outer: Some(Arc::new(outer)), ..self.clone() }
     }
 
     /// Changes the cap at once, also of transfers under way. Rates below 8 KiB/s are raised to it.
@@ -40,8 +48,11 @@ impl Limiter {
         self.bucket().set_rate(now, rate_bytes_per_s);
     }
 
+    /// The tightest cap.
     pub fn rate_bytes_per_s(&self) -> Option<u64> {
-        self.bucket().rate_bytes_per_s
+        let outer = self.outer.as_ref().and_then(|outer| outer.rate_bytes_per_s());
+        let own = self.bucket().rate_bytes_per_s;
+        own.into_iter().chain(outer).min()
     }
 
     /// Bytes of UDP payload sent since the start.
@@ -52,12 +63,16 @@ impl Limiter {
     pub(super) fn spend(&self, bytes: usize) {
         let now = self.started.elapsed();
         self.bucket().spend(now, bytes);
+        if let Some(outer) = &self.outer {
+            outer.spend(bytes);
+        }
     }
 
     /// How long to wait before the next datagram may go; `None` is not at all.
     pub(super) fn wait(&self) -> Option<Duration> {
         let now = self.started.elapsed();
-        self.bucket().wait(now)
+        let own = self.bucket().wait(now);
+        own.max(self.outer.as_ref().and_then(|outer| outer.wait()))
     }
 
     fn bucket(&self) -> MutexGuard<'_, Bucket> {
@@ -162,6 +177,23 @@ mod tests {
         assert!((rate / 5e6 - 1.0).abs() < 0.02, "{rate}");
         bucket.set_rate(now, None);
         assert_eq!(bucket.wait(now), None);
+    }
+
+    #[test]
+    fn a_cap_inside_another_draws_from_both() {
+        let (member, ticket) = (Limiter::new(Some(1 << 20)), Limiter::unlimited());
+        let both = ticket.within(member.clone());
+        assert_eq!((both.rate_bytes_per_s(), ticket.rate_bytes_per_s()), (Some(1 << 20), None));
+        both.spend(10 << 20);
+        assert!(both.wait().is_some() && member.wait().is_some());
+        assert_eq!(ticket.wait(), None);
+        assert!(
+            Limiter::unlimited().within(member.clone()).wait().is_some(),
+            "the member's other tickets wait too"
+        );
+        ticket.set_rate(Some(1 << 19));
+        assert_eq!(both.rate_bytes_per_s(), Some(1 << 19));
+        assert_eq!((member.sent_bytes(), ticket.sent_bytes()), (10 << 20, 10 << 20));
     }
 
     #[test]

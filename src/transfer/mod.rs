@@ -7,6 +7,7 @@
 
 mod batch;
 mod connection;
+mod door;
 mod endpoint;
 mod error;
 mod fetch;

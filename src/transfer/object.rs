@@ -2,11 +2,13 @@
 
 use std::fmt;
 use std::fs::File;
+use std::net::IpAddr;
 
 use bytes::Bytes;
 
 use super::error::Refusal;
 use super::limiter::Limiter;
+use crate::federation::Refused;
 use crate::types::{BlockHash, ComponentId, Hash, NodeHash, PackId, PublicKey, RecipeId};
 
 /// Names one object a broker may ask another for.
@@ -172,6 +174,8 @@ pub trait Authority: Send + Sync + 'static {
     fn limiter(&self, _ticket: &Ticket) -> Option<Limiter> {
         None
     }
+    /// Counts a peer, or whoever dials from an address, that was refused.
+    fn refused(&self, _peer: Option<&PublicKey>, _address: IpAddr, _reason: Refused) {}
 }
 
 /// An object whose bytes have the hash its key says. The bytes of one batch share a buffer: who

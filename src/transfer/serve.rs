@@ -20,6 +20,7 @@ use super::error::{Refusal, close};
 use super::frame::{Frame, Request, limit, size_limit_bytes};
 use super::limiter::Limiter;
 use super::object::{Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSource, PackWish, Ticket};
+use crate::federation::Refused;
 use crate::types::PublicKey;
 
 /// How much of a large object is read, and written, at a time.
@@ -146,6 +147,7 @@ impl Session {
         let request = match request {
             Ok(request) => request,
             Err(reason) => {
+                self.server.authority.refused(Some(&self.peer), self.address().ip(), Refused::Malformed);
                 tracing::warn!(peer = ?self.peer, address = %self.address(), reason, "cut off a peer that broke the transfer protocol");
                 self.connection.close(close::MISBEHAVED, reason.as_bytes());
                 return;
@@ -155,7 +157,7 @@ impl Session {
             Ok(_permit) => self.clone().send_objects(&mut send, request).await,
             Err(_) => {
                 let all = Frame::Refused { reason: Refusal::TooMany, count: request.keys.len() };
-                self.log_refusal(Refusal::TooMany, &request.keys[0]);
+                self.log_refusal(Refusal::TooMany, &request.keys[0], &mut 0);
                 self.write(&mut send, all.encode().into(), &None).await
             }
         };
@@ -184,6 +186,7 @@ impl Session {
             wishes: request.wishes.into_iter(),
             ahead: None,
             effort: Effort::new(self.pace.clone()),
+            counted: 0,
         };
         let mut last_write = Duration::ZERO;
         let mut next = spawn_blocking(move || producer.step());
@@ -285,8 +288,13 @@ impl Session {
         Ok(())
     }
 
-    fn log_refusal(&self, reason: Refusal, key: &ObjectKey) {
+    /// `counted` are the reasons counted for this request already.
+    fn log_refusal(&self, reason: Refusal, key: &ObjectKey, counted: &mut u64) {
         let bit = 1 << u32::from(reason.code()).min(63);
+        if let Some(refused) = reason.refused().filter(|_| *counted & bit == 0) {
+            *counted |= bit;
+            self.server.authority.refused(Some(&self.peer), self.address().ip(), refused);
+        }
         if self.logged.fetch_or(bit, Ordering::Relaxed) & bit == 0 {
             tracing::warn!(peer = ?self.peer, address = %self.address(), %reason, object = %key, "refused to serve a peer");
         }
@@ -326,6 +334,7 @@ struct Producer {
     /// Opened, but belongs to the next step.
     ahead: Option<Opened>,
     effort: Effort,
+    counted: u64,
 }
 
 impl Producer {
@@ -358,7 +367,7 @@ impl Producer {
         self.ahead.take().or_else(|| {
             let key = self.keys.next()?;
             Some(self.open(&key).unwrap_or_else(|reason| {
-                self.session.log_refusal(reason, &key);
+                self.session.log_refusal(reason, &key, &mut self.counted);
                 Opened::Refused(reason)
             }))
         })

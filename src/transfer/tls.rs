@@ -35,7 +35,8 @@ pub struct Identity {
 
 impl Identity {
     pub fn new(identity: &IdentityKey) -> Result<Self, Error> {
-        let secret = PrivatePkcs8KeyDer::from(identity.pkcs8_der());
+        let secret = identity.pkcs8_der();
+        let secret = PrivatePkcs8KeyDer::from(secret.as_slice());
         let key = rustls::crypto::ring::sign::any_eddsa_type(&secret)?;
         let public = CertificateDer::from(identity.public().spki_der());
         Ok(Self {

@@ -7,6 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use ed25519_dalek::{Signer, SigningKey, VerifyingKey};
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
 
 use super::hash::Hash;
 
@@ -146,10 +147,11 @@ impl IdentityKey {
         Signature(self.0.sign(message).to_bytes())
     }
     /// The secret key as PKCS #8 v1 DER (RFC 8410), the form TLS libraries load.
-    pub fn pkcs8_der(&self) -> Vec<u8> {
+    pub fn pkcs8_der(&self) -> Zeroizing<Vec<u8>> {
         const PREFIX: [u8; 16] =
             [0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
-        [&PREFIX[..], &self.secret_bytes()].concat()
+        let secret = Zeroizing::new(self.secret_bytes());
+        Zeroizing::new([&PREFIX[..], &*secret].concat())
     }
 }
 

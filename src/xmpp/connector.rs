@@ -126,7 +126,7 @@ impl Connector {
         }
     }
 
-    /// One connection. PLAIN is never offered, whatever the server says. An error comes with
+    /// One connection. Nothing but SCRAM is used, whatever the server offers. An error comes with
     /// whether channel binding was used.
     async fn attempt(
         &self,
@@ -138,8 +138,7 @@ impl Connector {
         let (stream, binding) = self.open(domain).await.map_err(|e| (e, false))?;
         let (features, stream) = stream.recv_features().await.map_err(|e| (e.into(), false))?;
         let mut mechanisms = features.sasl_mechanisms;
-        mechanisms.remove("PLAIN");
-        mechanisms.remove("ANONYMOUS");
+        mechanisms.retain(|m| m.starts_with("SCRAM-"));
         // Given a binding, the library tries only -PLUS mechanisms.
         let bound = bind_channel
             && matches!(binding, ChannelBinding::TlsExporter(_))

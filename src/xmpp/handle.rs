@@ -11,6 +11,7 @@ use xmpp_parsers::minidom::Element;
 use xmpp_parsers::ping::Ping;
 
 use crate::federation::Presence;
+use crate::federation::refusals::Tally;
 use crate::stanza::Cloud;
 use crate::types::{CloudName, MemberJid};
 
@@ -43,7 +44,11 @@ pub enum XmppEvent {
     /// No session, or no room; why. It is tried again, and `Joined` follows when it succeeds.
     Down(String),
     Presence(Presence),
+    /// The room's owner took this member off the list.
+    Removed(MemberJid),
     Request(IncomingRequest),
+    /// What was refused here already.
+    Refused(Tally),
 }
 
 /// Another member's sealed request.

@@ -130,6 +130,13 @@ pub fn read(stanza: &Stanza, me: &Jid) -> RoomPresence {
     }
 }
 
+/// Whether a member's going means that it is none any more (XEP-0045, sections 9.4 and 9.1).
+pub fn is_removal(stanza: &Stanza) -> bool {
+    let user = stanza.payloads.iter().find(|p| p.is("x", ns::MUC_USER));
+    stanza.type_ == Type::Unavailable
+        && user.is_some_and(|x| statuses(x).any(|code| matches!(code, "301" | "321" | "322")))
+}
+
 fn cloud_in(stanza: &Stanza) -> Option<Box<Cloud>> {
     let payload = stanza.payloads.iter().find(|p| p.is("cloud", ns::CLOUD))?;
     Cloud::try_from(payload.clone()).ok().map(Box::new)
@@ -231,6 +238,21 @@ mod tests {
         assert_eq!(of_room(item, ""), RoomPresence::Entered);
         let removed = of_room(&format!("{item}<status code='321'/>"), "type='unavailable'");
         assert_eq!(removed, RoomPresence::Removed("this account is no member of the room any more".into()));
+    }
+
+    #[test]
+    fn going_and_being_removed_are_two_things() {
+        let going = |status: &str, kind: &str| {
+            let item = format!("<item affiliation='none' role='none' jid='a@example.org/cicada'/>{status}");
+            let user = format!("<x xmlns='http://jabber.org/protocol/muc#user'>{item}</x>");
+            is_removal(&stanza(&user, kind))
+        };
+        for code in ["301", "321", "322"] {
+            assert!(going(&format!("<status code='{code}'/>"), "type='unavailable'"), "{code}");
+        }
+        assert!(!going("", "type='unavailable'"));
+        assert!(!going("<status code='307'/>", "type='unavailable'"), "who was thrown out may come back");
+        assert!(!going("<status code='321'/>", ""));
     }
 
     #[test]

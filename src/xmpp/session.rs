@@ -26,7 +26,8 @@ use xmpp_parsers::minidom::Element;
 use xmpp_parsers::ping::Ping;
 use xmpp_parsers::presence::Presence as PresenceStanza;
 
-use crate::federation::{Announcer, Presence};
+use crate::clock::UnixMillis;
+use crate::federation::{Announcer, Damper, Presence};
 use crate::migration::envelope::SEALED_BYTES_MAX;
 use crate::stanza::error::{condition_name, text_of};
 use crate::stanza::{Cloud, Request};
@@ -37,7 +38,7 @@ use super::handle::{Command, Handle, IQ_TIMEOUT, IqReply, RequestError, Settings
 use super::link::{self, Trouble};
 use super::outbox::Outbox;
 use super::pending::{Pending, Waiting};
-use super::refusals::Refusals;
+use super::refusals::Strangers;
 use super::room::{self, RoomPresence};
 
 mod asked;
@@ -51,6 +52,8 @@ const SELF_PING_EVERY: Duration = Duration::from_secs(60);
 const PRESENCE_PAUSE: Duration = Duration::from_secs(2);
 /// Accounts in the room that are told apart; a room of more is none of ours.
 const OCCUPANTS_MAX: usize = 10_000;
+/// Sessions of one account that are told apart.
+const SESSIONS_MAX: usize = 8;
 const COMMANDS_DEPTH: usize = 256;
 const EVENTS_DEPTH: usize = 1024;
 const TICK: Duration = Duration::from_millis(500);
@@ -100,7 +103,8 @@ pub fn connect(settings: Settings) -> std::io::Result<(Handle, mpsc::Receiver<Xm
         bound: false,
         pinged: Instant::now(),
         answering: Arc::default(),
-        refusals: Refusals::default(),
+        strangers: Strangers::new(Instant::now()),
+        damper: Damper::default(),
         reason_told: String::new(),
     };
     tokio::spawn(session.run(stream, inbox, wanted, told));
@@ -144,7 +148,9 @@ struct Session {
     bound: bool,
     pinged: Instant,
     answering: Arc<AtomicUsize>,
-    refusals: Refusals,
+    strangers: Strangers,
+    /// Members whose presence changes too often.
+    damper: Damper,
     /// The last reason logged, so that attempts do not repeat it.
     reason_told: String,
 }
@@ -252,6 +258,7 @@ impl Session {
     async fn offline(&mut self, reason: String) {
         self.place = Place::Offline;
         self.occupants.clear();
+        self.damper.clear();
         self.emit(XmppEvent::Down(reason)).await;
     }
 
@@ -323,6 +330,12 @@ impl Session {
                     self.barred("the room does not answer".into()).await;
                 }
                 waiting => waiting.end(Err(error)),
+            }
+        }
+        self.tell_refusals();
+        if matches!(self.place, Place::Inside) {
+            for presence in self.damper.due(self.moment()) {
+                self.emit(XmppEvent::Presence(presence)).await;
             }
         }
         match self.place {
@@ -441,7 +454,12 @@ impl Session {
             (RoomPresence::Refused(reason), Place::Entering { .. }) => self.barred(reason).await,
             (RoomPresence::Refused(reason), Place::Inside) => self.lost_room(reason).await,
             (RoomPresence::Member(presence), Place::Entering { .. } | Place::Inside) => {
-                self.member(presence).await
+                let removed = room::is_removal(stanza).then(|| presence.jid.clone());
+                self.member(presence).await;
+                if let Some(jid) = removed {
+                    self.damper.forget(&jid);
+                    self.emit(XmppEvent::Removed(jid)).await;
+                }
             }
             _ => {}
         }
@@ -453,6 +471,9 @@ impl Session {
                 return;
             }
             let sessions = self.occupants.entry(presence.jid.clone()).or_default();
+            if sessions.len() >= SESSIONS_MAX && !sessions.contains_key(&presence.resource) {
+                return;
+            }
             sessions.insert(presence.resource.clone(), presence.clone());
         } else if let Some(sessions) = self.occupants.get_mut(&presence.jid) {
             sessions.remove(&presence.resource);
@@ -461,9 +482,17 @@ impl Session {
             }
         }
         // Before we are in the room, its members are gathered only.
-        if matches!(self.place, Place::Inside) {
+        if !matches!(self.place, Place::Inside) {
+            return;
+        }
+        if let Some(presence) = self.damper.offer(presence, self.moment()) {
             self.emit(XmppEvent::Presence(presence)).await;
         }
+    }
+
+    /// Time for what counts it from any start.
+    fn moment(&self) -> UnixMillis {
+        UnixMillis::default().plus(self.started.elapsed())
     }
 
     // What comes in.

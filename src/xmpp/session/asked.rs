@@ -29,6 +29,10 @@ impl Session {
     pub(super) fn asked(&mut self, iq: Iq) {
         let (header, payload) = iq.split();
         let (from, id) = (header.from, header.id);
+        let is_request = matches!(&payload, IqPayload::Set(e) if e.is("request", ns::NEGOTIATION));
+        if !is_request && !self.may_ask(from.as_ref()) {
+            return;
+        }
         let answer = match payload {
             IqPayload::Get(e) if e.is("ping", ns::PING) => Ok(None),
             IqPayload::Get(e) if e.is("query", ns::DISCO_INFO) => {
@@ -46,6 +50,24 @@ impl Session {
         self.send(reply(from, id, answer));
     }
 
+    /// Whether a small question is answered: our own server's and the room's always are.
+    fn may_ask(&mut self, from: Option<&Jid>) -> bool {
+        let Some(account) = from.map(Jid::to_bare) else { return true };
+        let server = account.node().is_none() && account.domain() == self.me.domain();
+        let room = self.occupant.as_ref().is_some_and(|o| o.to_bare() == account);
+        server
+            || room
+            || account == self.me.to_bare()
+            || self.strangers.may_ask(account.as_str(), Instant::now())
+    }
+
+    /// Tells what was refused here, as far as there is room.
+    pub(super) fn tell_refusals(&mut self) {
+        for tally in self.strangers.take_new() {
+            let _ = self.events.try_send(XmppEvent::Refused(tally));
+        }
+    }
+
     /// A member's request goes to the broker; anybody else's is refused.
     fn request(&mut self, from: Option<&Jid>, id: &str, payload: Element) -> Verdict {
         let Some(from) = from else { return Verdict::Dropped };
@@ -57,7 +79,11 @@ impl Session {
         let Some(member) = sender.filter(|jid| self.occupants.contains_key(jid)) else {
             return self.refuse_outsider(from);
         };
-        let request = match Request::try_from(payload) {
+        let readable = Request::try_from(payload);
+        if !readable.as_ref().is_ok_and(|r| r.sealed.len() <= SEALED_BYTES_MAX) {
+            self.strangers.malformed(member.as_str(), Instant::now());
+        }
+        let request = match readable {
             Ok(request) if request.sealed.len() <= SEALED_BYTES_MAX => request,
             Ok(_) => return Verdict::refuse(DefinedCondition::PolicyViolation, "too large"),
             Err(e) => return Verdict::refuse(DefinedCondition::BadRequest, &e.to_string()),
@@ -78,11 +104,11 @@ impl Session {
     }
 
     fn refuse_outsider(&mut self, from: &Jid) -> Verdict {
-        let refusals = self.refusals.refuse(from.to_bare().as_str(), Instant::now());
-        if let Some(count) = refusals.log {
-            tracing::warn!(%from, count, "request refused: the sender is no member in the room");
+        let refusal = self.strangers.refuse(from.to_bare().as_str(), Instant::now());
+        if let Some(suppressed) = refusal.log {
+            tracing::warn!(%from, suppressed, "request refused: the sender is no member in the room");
         }
-        if refusals.answer {
+        if refusal.answer {
             Verdict::refuse(DefinedCondition::Forbidden, "only members of the federation may ask")
         } else {
             Verdict::Dropped

@@ -1,0 +1,267 @@
+//! How much other brokers may ask of this one, and what becomes of those that may not: rates, work
+//! under way, refusals, and the end of all dealings with a member that is none any more.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Display;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::clock::UnixMillis;
+use crate::federation::rate::{Allowance, Buckets};
+use crate::federation::{MemberPolicy, Refusals, Refused, Used};
+use crate::migration::target::Event as TargetEvent;
+use crate::migration::{AnswerBody, Denial, DenialCode, EnvelopeError};
+use crate::placement::policy;
+use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
+use crate::vm::VmSpec;
+
+use super::Broker;
+use super::interface::{RefusalsView, SenderView};
+
+/// Members whose requests are counted apart; as many as a room may have.
+const MEMBERS_MAX: usize = 10_000;
+/// Answers that tell a member it asks too often. Who goes on in spite of them gets none.
+const WARNINGS: Allowance = Allowance::new(10.0, 2.0);
+/// Checks and content requests of one member, and of all, that may be worked on at once.
+const WORK_OF_MEMBER_MAX: usize = 8;
+const WORK_MAX: usize = 32;
+/// When a member that asks too much at once may ask again.
+const WORK_PAUSE: Duration = Duration::from_millis(500);
+/// Senders that a status names.
+const SENDERS_SHOWN: usize = 20;
+
+/// Whether a request is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    Fine,
+    /// It is told to ask again after this long.
+    Later(Duration),
+    /// Not even that.
+    Never,
+}
+
+/// One expensive request being worked on; dropped when it is answered.
+pub type Work = (OwnedSemaphorePermit, OwnedSemaphorePermit);
+
+pub struct Guard {
+    requests: Buckets<MemberJid>,
+    warnings: Buckets<MemberJid>,
+    work: HashMap<MemberJid, Arc<Semaphore>>,
+    all_work: Arc<Semaphore>,
+    pub refusals: Refusals,
+}
+
+impl Default for Guard {
+    fn default() -> Self {
+        Self {
+            requests: Buckets::new(MEMBERS_MAX),
+            warnings: Buckets::new(MEMBERS_MAX),
+            work: HashMap::new(),
+            all_work: Arc::new(Semaphore::new(WORK_MAX)),
+            refusals: Refusals::default(),
+        }
+    }
+}
+
+impl Guard {
+    /// Counts a request before anything of it is read.
+    pub fn pace(&mut self, from: &MemberJid, per_minute: u32, now: UnixMillis) -> Pace {
+        match self.requests.take(from, &Allowance::per_minute(per_minute), now) {
+            Ok(()) => Pace::Fine,
+            Err(wait) if self.warnings.take(from, &WARNINGS, now).is_ok() => Pace::Later(wait),
+            Err(_) => Pace::Never,
+        }
+    }
+
+    /// Begins an expensive request, unless as many are under way as may be.
+    pub fn begin_work(&mut self, from: &MemberJid) -> Option<Work> {
+        if self.work.len() >= WORK_MAX {
+            self.work.retain(|_, own| own.available_permits() < WORK_OF_MEMBER_MAX);
+        }
+        let own =
+            self.work.entry(from.clone()).or_insert_with(|| Arc::new(Semaphore::new(WORK_OF_MEMBER_MAX)));
+        let own = own.clone().try_acquire_owned().ok()?;
+        Some((own, self.all_work.clone().try_acquire_owned().ok()?))
+    }
+
+    pub fn view(&self) -> RefusalsView {
+        let words = |kinds: &BTreeMap<Refused, u64>| {
+            kinds.iter().map(|(refused, n)| (refused.to_string(), *n)).collect::<BTreeMap<_, _>>()
+        };
+        let mut senders: Vec<_> = self
+            .refusals
+            .senders()
+            .map(|(sender, kinds)| SenderView { sender: sender.to_owned(), by_kind: words(&kinds) })
+            .collect();
+        senders.sort_by_key(|s| std::cmp::Reverse(s.by_kind.values().sum::<u64>()));
+        senders.truncate(SENDERS_SHOWN);
+        RefusalsView { total: self.refusals.total(), by_kind: words(self.refusals.by_kind()), senders }
+    }
+}
+
+/// What to tell a member that asks too often.
+pub fn too_often(wait: Duration) -> AnswerBody {
+    let text = "more requests than this cloud answers in that time";
+    AnswerBody::Denied(Denial::new(DenialCode::RateLimited, text).retry_after(wait))
+}
+
+/// What to tell a member that asks too much at once.
+pub fn too_much() -> AnswerBody {
+    let text = format!("{WORK_OF_MEMBER_MAX} checks and content requests are worked on at once");
+    AnswerBody::Denied(Denial::new(DenialCode::RateLimited, text).retry_after(WORK_PAUSE))
+}
+
+/// What kind of refusal a message is that cannot be opened.
+pub fn kind_of(error: &EnvelopeError) -> Refused {
+    match error {
+        EnvelopeError::TooLarge(_) | EnvelopeError::TooShort | EnvelopeError::Malformed(_) => {
+            Refused::Malformed
+        }
+        EnvelopeError::Signature => Refused::Signature,
+        EnvelopeError::Version(_) => Refused::Version,
+        EnvelopeError::WrongRecipient(_) => Refused::WrongRecipient,
+        EnvelopeError::WrongSender { .. } => Refused::WrongSender,
+        EnvelopeError::Expired => Refused::Expired,
+        EnvelopeError::Replay => Refused::Replay,
+        EnvelopeError::Flood => Refused::RateLimit,
+    }
+}
+
+impl Broker {
+    /// Counts a refusal, and logs it if it is news.
+    pub(super) fn refuse(&mut self, from: &MemberJid, refused: Refused, reason: &dyn Display) {
+        let now = self.shared.now();
+        if let Some(suppressed) = self.guard.refusals.refuse(from.as_str(), refused, now) {
+            tracing::warn!(member = %from, kind = %refused, %reason, suppressed, "request refused");
+        }
+    }
+
+    /// An answer that denies what no honest member asks for is counted as a refusal.
+    pub(super) fn note_denial(&mut self, from: &MemberJid, answer: &AnswerBody) {
+        let AnswerBody::Denied(denial) = answer else { return };
+        match denial.code {
+            DenialCode::NotYours => self.refuse(from, Refused::NotYours, &denial.text),
+            DenialCode::HandOver => self.refuse(from, Refused::StaleEpoch, &denial.text),
+            _ => {}
+        }
+    }
+
+    /// Takes in what the data link refused, under the names of members where they have one.
+    pub(super) fn gather_refusals(&mut self) {
+        for (peer, mut tally) in self.shared.tickets.take_refused() {
+            let member = self.members.all().find(|m| m.key.is_some() && m.key == peer);
+            if let Some(member) = member {
+                tally.sender = member.jid.to_string();
+            }
+            self.guard.refusals.add(&tally);
+        }
+    }
+
+    pub(super) fn policy_of(&self, member: &MemberJid) -> MemberPolicy {
+        self.shared.config.policy_of(member)
+    }
+
+    /// What VMs from `member` take here. `except` is a VM that would take its own earlier
+    /// reservation's place.
+    pub(super) fn used_by(&self, member: &MemberJid, except: Option<VmId>) -> Used {
+        let came = |vm: &&super::vms::Vm| {
+            vm.record.is_here() && vm.record.arrival.as_ref().is_some_and(|a| a.from == *member)
+        };
+        let here = self.vms.values().filter(came).map(|vm| &vm.record.spec);
+        // Taken over already, and not ended yet: counted as here.
+        let arriving = self.incoming.values().filter(|run| {
+            run.is_unfinished()
+                && run.comes_from(member)
+                && !except.is_some_and(|vm| run.gives_way_to(vm, member))
+                && !self.vms.get(&run.spec().id).is_some_and(|vm| vm.record.is_here())
+        });
+        let all = here.chain(arriving.map(super::incoming::Incoming::spec));
+        all.fold(Used::default(), |sum, spec| sum.plus(policy::taken_by(spec)))
+    }
+
+    /// Why the rules for `member` do not let `spec` come from it.
+    pub(super) fn policy_blockers(&self, member: &MemberJid, spec: &VmSpec) -> Vec<Denial> {
+        policy::blockers(&self.policy_of(member), &self.used_by(member, Some(spec.id)), spec)
+    }
+
+    /// Tells the data link who may connect, and what is served to whom at most.
+    pub(super) fn admit_members(&mut self) {
+        let trusted: Vec<_> = self.members.trusted().map(|(jid, key)| (jid.clone(), key)).collect();
+        let cap = |jid: &MemberJid| self.policy_of(jid).bandwidth_bytes_per_s;
+        let caps = trusted.iter().filter_map(|(jid, key)| Some((*key, cap(jid)?))).collect();
+        self.shared.tickets.set_members(trusted.iter().map(|(_, key)| *key).collect());
+        self.shared.tickets.set_caps(caps);
+    }
+
+    /// Ends all dealings with a member that is none any more, or is not trusted any more: tickets,
+    /// connections, and moves that can still be called off. VMs handed over stay where they are.
+    pub(super) fn part_with(&mut self, member: &MemberJid, key: Option<PublicKey>) {
+        self.admit_members();
+        if let Some(key) = key {
+            self.lent.forget(&key);
+            self.shared.tickets.withdraw_all_of(&key);
+            self.shared.endpoint.cut(&key);
+        }
+        let leaving: Vec<MigrationId> = self
+            .outgoing
+            .iter()
+            .filter(|(_, run)| run.view.progress.peer == *member)
+            .map(|(id, _)| *id)
+            .collect();
+        let arriving: Vec<MigrationId> = self
+            .incoming
+            .iter()
+            .filter(|(_, run)| run.comes_from(member) && run.is_leased())
+            .map(|(id, _)| *id)
+            .collect();
+        tracing::warn!(%member, leaving = leaving.len(), arriving = arriving.len(), "parted with a member");
+        for id in leaving {
+            let _ = self.cancel_outgoing(id);
+        }
+        for id in arriving {
+            self.incoming_event(id, TargetEvent::LeaseExpired);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn jid(text: &str) -> MemberJid {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_member_that_asks_too_often_is_told_and_then_ignored_and_others_are_not_slowed() {
+        let (mut guard, now) = (Guard::default(), UnixMillis(1_000_000));
+        let paces: Vec<_> = (0..1100).map(|_| guard.pace(&jid("a@x"), 6000, now)).collect();
+        assert_eq!(paces.iter().filter(|p| **p == Pace::Fine).count(), 1000);
+        assert_eq!(paces[1000..1010], vec![Pace::Later(Duration::from_millis(10)); 10]);
+        assert!(paces[1010..].iter().all(|p| *p == Pace::Never));
+        assert_eq!(guard.pace(&jid("b@x"), 6000, now), Pace::Fine);
+        assert_eq!(guard.pace(&jid("a@x"), 6000, now.plus(Duration::from_millis(10))), Pace::Fine);
+    }
+
+    #[test]
+    fn expensive_work_is_bounded_for_each_and_for_all() {
+        let mut guard = Guard::default();
+        let of = |guard: &mut Guard, name: &str| -> Vec<Work> {
+            std::iter::from_fn(|| guard.begin_work(&jid(name))).take(100).collect()
+        };
+        let first = of(&mut guard, "a@x");
+        assert_eq!(first.len(), WORK_OF_MEMBER_MAX);
+        let rest: Vec<_> = ["b@x", "c@x", "d@x", "e@x"].map(|name| of(&mut guard, name).len()).into();
+        assert_eq!(rest, [8, 8, 8, 8], "what was dropped at once is free again");
+        let held: Vec<_> = (0..5).map(|n| of(&mut guard, &format!("m{n}@x"))).collect();
+        assert_eq!(held.iter().map(Vec::len).collect::<Vec<_>>(), [8, 8, 8, 0, 0]);
+        drop(first);
+        assert_eq!(of(&mut guard, "m4@x").len(), 8);
+        for n in 0..1000 {
+            drop(guard.begin_work(&jid(&format!("{n}@x"))));
+        }
+        assert!(guard.work.len() <= WORK_MAX + 1, "{}", guard.work.len());
+    }
+}
