@@ -5,9 +5,12 @@
 pub mod account;
 mod adopting;
 pub mod archive;
+pub mod aside;
 mod borrowing;
 mod calls;
 pub mod content;
+mod errands;
+mod evidence;
 pub mod handle;
 pub mod healing;
 mod incoming;
@@ -19,12 +22,15 @@ mod outgoing;
 pub mod problem;
 pub mod receiving;
 pub mod records;
+mod resolution_words;
+pub mod resolving;
 mod scanning;
 pub mod serving;
 pub mod shared;
 mod staging;
 mod unfinished;
 mod vms;
+mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
@@ -36,6 +42,7 @@ use crate::clock::UnixMillis;
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
 use crate::migration::ReplayGuard;
+use crate::migration::handover::SignedHandOver;
 use crate::migration::source::Event as SourceEvent;
 use crate::migration::target::Event as TargetEvent;
 use crate::placement::{NetworkOffer, Room};
@@ -52,7 +59,9 @@ use interface::{Account, MigrationView, Resource};
 use lending::Lent;
 use negotiation::Rates;
 use outgoing::Outgoing;
-use records::RecordError;
+use records::{Damaged, RecordError};
+use resolving::Resolution;
+use shared::Peer;
 use vms::Vm;
 
 /// Ended migrations that are remembered.
@@ -115,6 +124,14 @@ pub struct Broker {
     unfinished: Vec<unfinished::Unfinished>,
     /// Disks staged here for migrations that are gone.
     interrupted: BTreeMap<VmId, unfinished::Interrupted>,
+    /// VMs whose record cannot be used.
+    aside: BTreeMap<VmId, Damaged>,
+    /// What operators decided about hand-overs in doubt.
+    resolutions: BTreeMap<MigrationId, Resolution>,
+    /// What others are still to be told or asked.
+    errands: BTreeMap<MigrationId, errands::Errand>,
+    /// Hand-overs to us that cannot be answered: the VM's record is damaged.
+    unanswered: BTreeMap<MigrationId, (Peer, SignedHandOver)>,
     /// When something moved last.
     idle_since: UnixMillis,
     /// When it was last looked whether there is something to optimise.
@@ -139,7 +156,16 @@ impl Broker {
         members: Members,
         announce: Box<dyn Fn(&Broker) + Send>,
     ) -> Result<Self, RecordError> {
-        let vms = shared.records.vms()?;
+        let (vms, damaged) = shared.records.vms()?;
+        for d in &damaged {
+            tracing::error!(vm = %d.vm, reason = d.reason, "set aside: it is not run, and its disks are not touched");
+        }
+        for record in &vms {
+            if let Err(e) = evidence::keep_receipts(&shared.records, record) {
+                tracing::warn!(vm = %record.spec.name, error = problem::chain(&e), "a receipt lies in its record alone");
+            }
+        }
+        let resolutions = shared.records.resolutions()?;
         let vms: BTreeMap<_, _> = vms
             .into_iter()
             .map(|record| (record.spec.id, Vm { record, busy: None, power_note: None }))
@@ -158,6 +184,10 @@ impl Broker {
             history,
             unfinished,
             interrupted: BTreeMap::new(),
+            aside: damaged.into_iter().map(|d| (d.vm, d)).collect(),
+            resolutions: resolutions.into_iter().map(|r| (r.migration, r)).collect(),
+            errands: BTreeMap::new(),
+            unanswered: BTreeMap::new(),
             idle_since,
             optimize_looked: idle_since,
             optimizing: CancellationToken::new(),
@@ -174,6 +204,7 @@ impl Broker {
     pub async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Input>) {
         self.find_leftovers();
         self.adopt_running().await;
+        self.resume_resolutions();
         self.resume_outgoing();
         self.resume_incoming();
         self.start_wanted();
@@ -201,6 +232,7 @@ impl Broker {
         self.expire_leases();
         self.expire_interrupted();
         self.take_up_unfinished();
+        self.run_due_errands();
         self.expire_lent();
         self.scrub_released();
         self.optimize_when_idle();
@@ -210,6 +242,7 @@ impl Broker {
         let now = self.shared.now();
         match input {
             RoomInput::Presence(presence) => {
+                let (jid, was_online) = (presence.jid.clone(), self.members.is_online(&presence.jid));
                 let pinned = self.members.presence(presence, now);
                 let saved =
                     if pinned { self.shared.records.save_trust(self.members.pinned()) } else { Ok(()) };
@@ -218,6 +251,9 @@ impl Broker {
                 }
                 let keys: HashSet<_> = self.members.trusted_keys().collect();
                 self.shared.tickets.set_members(keys);
+                if !was_online && self.members.is_online(&jid) {
+                    self.hurry_errands(&jid);
+                }
             }
             RoomInput::Joined => {
                 self.link = "online".into();
@@ -256,6 +292,7 @@ impl Broker {
                 .values()
                 .filter(|vm| vm.record.is_here())
                 .map(|vm| (vm.record.spec.id, vm.record.spec.name.clone()))
+                .chain(self.aside.keys().map(|vm| (*vm, VmName::unknown(*vm))))
                 .chain(self.incoming.values().filter(counts).map(|r| (r.spec().id, r.spec().name.clone())))
                 .collect(),
             incoming: self.incoming.values().filter(counts).count(),

@@ -1,5 +1,6 @@
 //! What must survive a crash: one durable record per VM and one per migration. A VM's record is
 //! the only place that says who owns it.
+#![doc = include_str!("RECORDS.md")]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,15 +13,18 @@ use crate::clock::UnixMillis;
 use crate::durable;
 use crate::migration::handover::SignedHandOver;
 use crate::migration::message::Seed;
-use crate::migration::{HandOver, Receipt};
+use crate::migration::{HandOver, Receipt, Return};
 use crate::types::codec::CodecError;
 use crate::types::{MemberJid, MigrationId, PublicKey, VmId, hex};
 use crate::vm::VmSpec;
 
 use super::interface::MigrationView;
+use super::resolving::Resolution;
 
 /// Version of the records below.
-const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
+/// Records of one beginning that are told apart.
+const FOUND_MAX: usize = 16;
 
 /// A VM this cloud owns, or owned and keeps a copy of.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -61,7 +65,8 @@ pub struct GivenUp {
     /// The disks' state when given up: a seed should the VM come home.
     pub seed: Seed,
     pub receipt: Option<Receipt>,
-    /// When the copy is scrubbed; `None` while the target has not acknowledged.
+    /// When the copy is scrubbed; `None` while the target has not acknowledged and no operator has
+    /// accepted that it is the owner.
     pub scrub_after: Option<UnixMillis>,
 }
 
@@ -73,12 +78,20 @@ pub struct Arrival {
     pub receipt: Receipt,
     /// The source knows that we own it and has been told that it runs.
     pub acknowledged: bool,
+    /// Since when we know that the source's operator took the VM back without our word.
+    #[serde(default)]
+    pub contested: Option<UnixMillis>,
 }
 
 impl GivenUp {
     pub fn hand_over(&self) -> Result<HandOver, CodecError> {
         let bad = || CodecError::Invalid { what: "hand-over record", rule: "not hex".into() };
         HandOver::decode(&hex::decode(&self.record).ok_or_else(bad)?)
+    }
+
+    /// Whether nobody has said yet who owns the VM: no receipt, no operator.
+    pub fn in_doubt(&self) -> bool {
+        self.receipt.is_none() && self.scrub_after.is_none()
     }
 }
 
@@ -107,6 +120,19 @@ impl VmRecord {
             Ownership::GivenUp(g) => Some(g),
         }
     }
+
+    /// The highest epoch of the VM this record knows of. Whoever brings it here was handed a later one.
+    pub fn seen_epoch(&self) -> u64 {
+        self.epoch + u64::from(!self.is_here())
+    }
+}
+
+/// A VM whose record cannot be used. Its disks are not touched.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Damaged {
+    pub vm: VmId,
+    pub path: PathBuf,
+    pub reason: String,
 }
 
 /// A migration this broker has or had a part in.
@@ -121,7 +147,9 @@ pub struct MigrationRecord {
 pub struct ReturnRecord {
     pub vm: VmId,
     pub epoch: u64,
-    pub hand_over: SignedHandOver,
+    /// `None` if the operator promised it before the hand-over came.
+    #[serde(default)]
+    pub hand_over: Option<SignedHandOver>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -133,7 +161,7 @@ pub enum RecordError {
         #[source]
         source: io::Error,
     },
-    #[error("record {path} is not readable: restore it from a backup, the VM's disks are untouched")]
+    #[error("record {path} is not readable: restore it from a backup")]
     Malformed {
         path: PathBuf,
         #[source]
@@ -152,11 +180,16 @@ pub struct Records {
 impl Records {
     pub fn open(data_dir: &Path) -> Result<Self, RecordError> {
         let records = Self { dir: data_dir.to_owned() };
-        for sub in ["vms", "migrations", "returns", "receipts"] {
+        for sub in ["vms", "migrations", "returns", "receipts", "resolutions"] {
             let path = data_dir.join(sub);
             fs::create_dir_all(&path).map_err(|source| RecordError::Io { action: "create", path, source })?;
         }
         Ok(records)
+    }
+
+    /// Keys the operator of `data_dir` has confirmed, read without changing anything there.
+    pub fn trust_in(data_dir: &Path) -> Result<BTreeMap<MemberJid, PublicKey>, RecordError> {
+        Self { dir: data_dir.to_owned() }.trust()
     }
 
     /// The cloud's data directory.
@@ -198,20 +231,34 @@ impl Records {
         }
     }
 
-    pub fn vms(&self) -> Result<Vec<VmRecord>, RecordError> {
-        let mut out: Vec<VmRecord> = Vec::new();
+    /// All VMs, and those whose record is damaged: one must not keep the others down.
+    pub fn vms(&self) -> Result<(Vec<VmRecord>, Vec<Damaged>), RecordError> {
+        let (mut good, mut damaged) = (Vec::new(), Vec::new());
         for dir in entries(&self.dir.join("vms"))? {
             let path = dir.join("record.json");
-            if !path.exists() {
-                continue;
+            let name = dir.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse::<VmId>().ok());
+            let Some(vm) = name.filter(|_| path.exists()) else { continue };
+            match self.vm(vm, &path) {
+                Ok(record) => good.push(record),
+                Err(reason) => damaged.push(Damaged { vm, path, reason }),
             }
-            let record: VmRecord = load(&path)?;
-            if record.version != VERSION {
-                return Err(RecordError::Version { path, version: record.version });
-            }
-            out.push(record);
         }
-        Ok(out)
+        Ok((good, damaged))
+    }
+
+    fn vm(&self, vm: VmId, path: &Path) -> Result<VmRecord, String> {
+        let record: VmRecord = load(path).map_err(|e| super::problem::chain(&e))?;
+        if record.version != VERSION {
+            return Err(RecordError::Version { path: path.to_owned(), version: record.version }.to_string());
+        }
+        if record.spec.id != vm {
+            return Err(format!("record {} is of another VM: {}", path.display(), record.spec.id));
+        }
+        // An operator promised it while the record could not be read.
+        if record.is_here() && self.has_returned(vm, record.epoch) {
+            return Err(format!("epoch {} was returned to its source and must never run here", record.epoch));
+        }
+        Ok(record)
     }
 
     pub fn save_migration(&self, view: &MigrationView) -> Result<(), RecordError> {
@@ -241,12 +288,61 @@ impl Records {
         save(&self.receipt_path(migration), receipt)
     }
 
-    pub fn receipt(&self, migration: MigrationId) -> Option<Receipt> {
-        load(&self.receipt_path(migration)).ok()
+    /// An error, other than `None`, says nothing about whether one was given.
+    pub fn receipt(&self, migration: MigrationId) -> Result<Option<Receipt>, RecordError> {
+        load_if_there(&self.receipt_path(migration))
+    }
+
+    /// Keeps the other doubly signed record for good.
+    pub fn save_returned(&self, migration: MigrationId, back: &Return) -> Result<(), RecordError> {
+        save(&self.returned_path(migration), back)
+    }
+
+    pub fn returned(&self, migration: MigrationId) -> Result<Option<Return>, RecordError> {
+        load_if_there(&self.returned_path(migration))
+    }
+
+    /// Migrations whose doubly signed record is kept and whose id begins so, a few at most.
+    pub fn signed_migrations(&self, prefix: &str) -> Result<Vec<MigrationId>, RecordError> {
+        let mut found = Vec::new();
+        for dir in ["receipts", "returns"] {
+            let path = self.dir.join(dir);
+            let io = |source| RecordError::Io { action: "list", path: path.clone(), source };
+            // For good means many: what is not asked for is not kept in memory.
+            for entry in fs::read_dir(&path).map_err(io)? {
+                let name = entry.map_err(io)?.file_name();
+                let id =
+                    name.to_str().and_then(|n| n.strip_suffix(".json")).filter(|n| n.starts_with(prefix));
+                let id = id.and_then(|n| n.parse::<MigrationId>().ok());
+                found.extend(id.filter(|id| found.len() < FOUND_MAX && !found.contains(id)));
+            }
+        }
+        Ok(found)
+    }
+
+    /// What an operator decided about a hand-over in doubt.
+    pub fn save_resolution(&self, r: &Resolution) -> Result<(), RecordError> {
+        save(&self.dir.join("resolutions").join(format!("{}.json", r.migration)), r)
+    }
+
+    /// A damaged one is left out, loudly: it must not keep the VMs down.
+    pub fn resolutions(&self) -> Result<Vec<Resolution>, RecordError> {
+        let readable = |path: &PathBuf| match load(path) {
+            Ok(resolution) => Some(resolution),
+            Err(e) => {
+                tracing::error!(error = super::problem::chain(&e), "an operator's decision is unreadable");
+                None
+            }
+        };
+        Ok(entries(&self.dir.join("resolutions"))?.iter().filter_map(readable).collect())
     }
 
     fn receipt_path(&self, migration: MigrationId) -> PathBuf {
         self.dir.join("receipts").join(format!("{migration}.json"))
+    }
+
+    fn returned_path(&self, migration: MigrationId) -> PathBuf {
+        self.dir.join("returns").join(format!("{migration}.json"))
     }
 
     pub fn has_returned(&self, vm: VmId, epoch: u64) -> bool {
@@ -289,6 +385,14 @@ fn save<T: Serialize>(path: &Path, value: &T) -> Result<(), RecordError> {
         path: path.to_owned(),
         source,
     })
+}
+
+fn load_if_there<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Option<T>, RecordError> {
+    match load(path) {
+        Ok(value) => Ok(Some(value)),
+        Err(RecordError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
 }
 
 fn load<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T, RecordError> {

@@ -19,7 +19,7 @@ use crate::types::{ByteSize, MemberJid};
 
 pub use error::ConfigError;
 pub use file::{Accelerator, AcceptFrom, Cloud, DriverKind, Pin, Security, Trust};
-pub use secrets::{Password, load_or_create_identity};
+pub use secrets::{Password, identity_path, load_or_create_identity};
 pub use value::{HumanDuration, Rate};
 
 use error::nearest;
