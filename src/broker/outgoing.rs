@@ -153,10 +153,11 @@ impl Broker {
             let now = self.shared.now();
             let peer = Peer { jid: given.to.clone(), key: given.to_key };
             let (machine, effects) = Source::resume(given.was_running, hand_over.sign(&self.shared.key));
-            let view = self
+            let mut view = self
                 .history
                 .remove(&id)
                 .unwrap_or_else(|| new_view(id, &record.spec, "source", &peer.jid, None, now));
+            (view.progress.ended, view.problem) = (false, None);
             tracing::info!(migration = %id, vm = %record.spec.name, to = %peer.jid, "asking again whether the hand-over arrived");
             self.outgoing.insert(
                 id,

@@ -83,6 +83,13 @@ pub struct Arrival {
     pub contested: Option<UnixMillis>,
 }
 
+impl Arrival {
+    /// Whether the source has still something to say about it.
+    pub fn is_open(&self) -> bool {
+        !self.acknowledged || self.contested.is_some()
+    }
+}
+
 impl GivenUp {
     pub fn hand_over(&self) -> Result<HandOver, CodecError> {
         let bad = || CodecError::Invalid { what: "hand-over record", rule: "not hex".into() };
@@ -399,4 +406,112 @@ fn load<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T, RecordError> {
     let json =
         fs::read(path).map_err(|source| RecordError::Io { action: "read", path: path.to_owned(), source })?;
     serde_json::from_slice(&json).map_err(|source| RecordError::Malformed { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::handover::HandOver;
+    use crate::types::{ByteSize, IdentityKey, MapId, RecipeId};
+    use crate::vm::Firmware;
+
+    fn record(name: &str) -> VmRecord {
+        let spec = VmSpec {
+            id: VmId::random(),
+            name: name.parse().unwrap(),
+            cpus: 1,
+            memory: ByteSize::mib(64),
+            recipe: RecipeId::of(b"r"),
+            root_size: ByteSize::mib(1),
+            user_data_size: ByteSize(0),
+            nics: Vec::new(),
+            architecture: "amd64".into(),
+            cpu_model: "qemu64".into(),
+            firmware: Firmware::Bios,
+        };
+        VmRecord::new(spec, Vec::new(), "disks-1", UnixMillis(1))
+    }
+
+    fn signed() -> SignedHandOver {
+        let (a, b) = (IdentityKey::from_secret_bytes(&[1; 32]), IdentityKey::from_secret_bytes(&[2; 32]));
+        let record = HandOver {
+            vm: VmId::random(),
+            migration: MigrationId::random(),
+            epoch: 2,
+            source: "a@x".parse().unwrap(),
+            source_key: a.public(),
+            target: "b@x".parse().unwrap(),
+            target_key: b.public(),
+            recipe: RecipeId::of(b"r"),
+            root_delta: MapId::of(b"d"),
+            user_data: MapId::of(b"u"),
+            issued: UnixMillis(5),
+        };
+        record.sign(&a)
+    }
+
+    #[test]
+    fn one_damaged_record_leaves_the_others_readable() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path()).unwrap();
+        let (good, bad) = (record("good"), record("bad"));
+        records.save_vm(&good).unwrap();
+        records.save_vm(&bad).unwrap();
+        let path = records.vm_dir(bad.spec.id).join("record.json");
+        let whole = fs::read(&path).unwrap();
+        for cut in 0..whole.len() {
+            fs::write(&path, &whole[..cut]).unwrap();
+            let (vms, damaged) = records.vms().unwrap();
+            assert_eq!(vms, [good.clone()], "cut at {cut}");
+            assert_eq!((damaged[0].vm, &damaged[0].path), (bad.spec.id, &path));
+        }
+        // Of a later release, of another VM, or of an epoch that was promised away.
+        let spoilt =
+            [VmRecord { version: 9, ..bad.clone() }, VmRecord { spec: good.spec.clone(), ..bad.clone() }];
+        for record in spoilt {
+            fs::write(&path, serde_json::to_vec(&record).unwrap()).unwrap();
+            assert_eq!(records.vms().unwrap().1.len(), 1, "{record:?}");
+        }
+        fs::write(&path, whole).unwrap();
+        assert_eq!(records.vms().unwrap().1, []);
+        records.save_return(&ReturnRecord { vm: bad.spec.id, epoch: bad.epoch, hand_over: None }).unwrap();
+        assert_eq!(records.vms().unwrap().1.len(), 1);
+    }
+
+    #[test]
+    fn signed_records_are_found_by_the_beginning_of_their_id() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path()).unwrap();
+        let key = IdentityKey::from_secret_bytes(&[2; 32]);
+        let (came, back) = (MigrationId::random(), MigrationId::random());
+        records.save_receipt(came, &signed().accept(&key)).unwrap();
+        let returned = signed().give_back(&key);
+        records.save_returned(back, &returned).unwrap();
+        // A promise is not found as a migration.
+        records.save_return(&ReturnRecord { vm: VmId::random(), epoch: 2, hand_over: None }).unwrap();
+        for id in [came, back] {
+            assert_eq!(records.signed_migrations(&id.to_string()[..8]).unwrap(), [id]);
+        }
+        assert_eq!(records.signed_migrations("").unwrap().len(), 2);
+        assert_eq!(records.returned(back).unwrap(), Some(returned));
+        assert_eq!(records.receipt(back).unwrap(), None);
+        fs::write(dir.path().join(format!("receipts/{came}.json")), b"{").unwrap();
+        assert!(records.receipt(came).is_err(), "a damaged receipt is not the same as none");
+    }
+
+    #[test]
+    fn records_of_earlier_releases_are_read() {
+        let mut value =
+            serde_json::to_value(ReturnRecord { vm: VmId::random(), epoch: 2, hand_over: Some(signed()) })
+                .unwrap();
+        serde_json::from_value::<ReturnRecord>(value.clone()).unwrap();
+        value.as_object_mut().unwrap().remove("hand_over");
+        serde_json::from_value::<ReturnRecord>(value).unwrap();
+        let arrival = serde_json::json!({
+            "migration": MigrationId::random(), "from": "a@x", "acknowledged": true,
+            "from_key": IdentityKey::from_secret_bytes(&[1; 32]).public(),
+            "receipt": signed().accept(&IdentityKey::from_secret_bytes(&[2; 32])),
+        });
+        assert!(!serde_json::from_value::<Arrival>(arrival).unwrap().is_open());
+    }
 }

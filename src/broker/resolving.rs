@@ -117,7 +117,7 @@ impl Broker {
     fn resolvable(&self, text: &str) -> Result<MigrationId, Problem> {
         let given = self.vms.values().filter_map(|vm| vm.record.given_up()).filter(|g| g.in_doubt());
         let arrived = self.vms.values().filter_map(|vm| vm.record.arrival.as_ref());
-        let arrived = arrived.filter(|a| !a.acknowledged).map(|a| a.migration);
+        let arrived = arrived.filter(|a| a.is_open()).map(|a| a.migration);
         let contested = self.resolutions.values().filter(|r| r.is_contested()).map(|r| r.migration);
         let arriving = self.incoming.iter().filter(|(_, r)| r.is_unfinished()).map(|(id, _)| *id);
         let mut found: Vec<_> = given.map(|g| g.migration).chain(arrived).chain(contested).collect();
@@ -181,9 +181,10 @@ impl Broker {
 
     fn target_decision(&self, id: MigrationId, owner: Side) -> Result<Decision, Problem> {
         let unknown = || conflict(id, "nothing of it is in doubt here");
-        let arrived = self.vms.values().map(|vm| &vm.record).find(|r| {
-            r.is_here() && r.arrival.as_ref().is_some_and(|a| a.migration == id && !a.acknowledged)
-        });
+        let arrived =
+            self.vms.values().map(|vm| &vm.record).find(|r| {
+                r.is_here() && r.arrival.as_ref().is_some_and(|a| a.migration == id && a.is_open())
+            });
         if let Some((record, a)) = arrived.and_then(|r| Some((r, r.arrival.as_ref()?))) {
             let (vm, name) = (record.spec.id, record.spec.name.clone());
             let peer = Peer { jid: a.from.clone(), key: a.from_key };
@@ -472,7 +473,10 @@ impl Broker {
         else {
             return;
         };
-        a.contested = Some(now);
+        // Told again for ever: the source may settle it in our favour.
+        (a.contested, a.acknowledged) = (Some(now), false);
+        let peer = Peer { jid: a.from.clone(), key: a.from_key };
+        let matter = Matter { migration: id, vm, epoch: entry.record.epoch - 1 };
         tracing::error!(
             migration = %id, vm = %entry.record.spec.name, peer = %a.from, words,
             "TWO OWNERS: this cloud took the VM over, and the operator of its source took it back. It is not \
@@ -480,6 +484,9 @@ impl Broker {
         );
         if let Err(e) = self.shared.records.save_vm(&entry.record) {
             tracing::error!(vm = %vm, error = chain(&e), "that the VM is contested is not recorded");
+        }
+        if !self.errands.contains_key(&id) {
+            self.run_errand(peer, matter, RequestBody::Delete { boot_ms: None });
         }
     }
 

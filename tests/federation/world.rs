@@ -209,6 +209,12 @@ impl World {
         child.wait().unwrap();
     }
 
+    /// Freezes a broker's process, as a machine that hangs does.
+    pub fn freeze_broker(&self, cloud: usize) {
+        let pid = rustix::process::Pid::from_child(self.clouds[cloud].broker.as_ref().unwrap());
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    }
+
     pub fn socket(&self, cloud: usize) -> PathBuf {
         self.clouds[cloud].dir.join("data/cicada.sock")
     }
