@@ -462,7 +462,7 @@ mod tests {
         for cut in 0..whole.len() {
             fs::write(&path, &whole[..cut]).unwrap();
             let (vms, damaged) = records.vms().unwrap();
-            assert_eq!(vms, [good.clone()], "cut at {cut}");
+            assert!(vms.len() == 1 && vms[0] == good, "cut at {cut}");
             assert_eq!((damaged[0].vm, &damaged[0].path), (bad.spec.id, &path));
         }
         // Of a later release, of another VM, or of an epoch that was promised away.
