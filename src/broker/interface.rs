@@ -547,7 +547,8 @@ pub struct MigrationProgress {
     pub role: String,
     pub peer: MemberJid,
     pub peer_cloud: Option<CloudName>,
-    /// `negotiate`, `stage`, `compose`, `switch-over`, `start`, `release`, `completed`, `cancelled`, `failed`, `in-doubt`.
+    /// `negotiate`, `stage`, `compose`, `switch-over`, `start`, `release`, `completed`, `cancelled`, `failed`, `in-doubt`,
+    /// `waiting` (cut by a restart, begins again).
     pub phase: String,
     /// Words for a person about what is happening or awaited now.
     pub detail: String,

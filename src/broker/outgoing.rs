@@ -307,8 +307,10 @@ impl Broker {
     }
 
     fn outgoing_publish(&mut self, id: MigrationId) {
+        let Some(mut view) = self.outgoing.get(&id).map(|run| run.view.clone()) else { return };
+        self.explain(&mut view);
         if let Some(run) = self.outgoing.get_mut(&id) {
-            let event = Event::Migration(run.view.progress.clone());
+            let event = Event::Migration(view.progress);
             // A subscriber that is slow misses lines; one that is gone is forgotten.
             run.subscribers
                 .retain(|s| !matches!(s.try_send(event.clone()), Err(mpsc::error::TrySendError::Closed(_))));

@@ -43,6 +43,9 @@ pub struct VmRecord {
     pub created: UnixMillis,
     /// How it came here, unless it was born here.
     pub arrival: Option<Arrival>,
+    /// The hand-over that an operator took back without the target's word, which made it ours.
+    #[serde(default)]
+    pub taken_back: Option<MigrationId>,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -114,6 +117,7 @@ impl VmRecord {
             disks: disks.to_owned(),
             created,
             arrival: None,
+            taken_back: None,
         }
     }
 

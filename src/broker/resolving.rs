@@ -299,6 +299,7 @@ impl Broker {
                 _ => {
                     record.ownership = Ownership::Here;
                     record.epoch += 2;
+                    record.taken_back = Some(id);
                     // The operator starts it, once satisfied that nobody else runs it.
                     record.run = false;
                 }
@@ -523,14 +524,16 @@ impl Broker {
         let receipt = self.shared.records.receipt(id)?;
         let Some(r) = self.resolutions.get(&id) else { return Ok(()) };
         let (Some(given), Some(h)) = (&r.given, r.hand_over()) else { return Ok(()) };
-        // Anything later than what was taken back has nothing to do with it any more.
-        let held = self.vms.get_mut(&r.vm).filter(|vm| vm.record.is_here() && vm.record.epoch == h.epoch + 1);
+        // Moved on, or come home since: that has nothing to do with it any more.
+        let taken_back = |record: &records::VmRecord| record.is_here() && record.taken_back == Some(id);
+        let held = self.vms.get_mut(&r.vm).filter(|vm| taken_back(&vm.record));
         let Some(entry) = held else { return Ok(()) };
         let mut record = entry.record.clone();
         let scrub_after = Some(self.shared.now().plus(self.shared.config.migration.grace_period));
         record.ownership =
             Ownership::GivenUp(Box::new(GivenUp { receipt, scrub_after, ..(**given).clone() }));
         record.epoch = h.epoch - 1;
+        record.taken_back = None;
         record.run = false;
         self.shared.records.save_vm(&record)?;
         entry.record = record;
@@ -556,6 +559,8 @@ impl Broker {
             run.end_because("the operator here promised never to run it".into());
             self.incoming_event(id, TargetEvent::LeaseExpired);
         }
+        // What had come to an end would still answer with its receipt.
+        self.incoming.remove(&id);
         let ours = self.vms.get(&d.vm).is_some_and(|vm| vm.record.is_here() && vm.record.epoch == epoch);
         if ours {
             // Its disks stay, for the operator to look at.

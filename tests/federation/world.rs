@@ -210,6 +210,7 @@ impl World {
     }
 
     /// Freezes a broker's process, as a machine that hangs does.
+    #[allow(dead_code, reason = "not every test that uses this world freezes one")]
     pub fn freeze_broker(&self, cloud: usize) {
         let pid = rustix::process::Pid::from_child(self.clouds[cloud].broker.as_ref().unwrap());
         rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
