@@ -296,7 +296,7 @@ fn a_broker_that_died_in_the_middle_of_a_move_finds_its_vm_again() {
     let built = components(&TINY);
     let mut world = World::start(&["alpine", "boreal"]);
     world.stop_broker(0, false);
-    world.configure(0, "[transfer]\nlisten = \"127.0.0.1:0\"\nbandwidth_limit = \"8Mbit\"\n");
+    world.configure(0, "[transfer]\nlisten = \"127.0.0.1:0\"\nbandwidth_limit = \"1Mbit\"\n");
     world.start_broker(0);
     world.wait("the members see each other again", 30, |w| {
         w.members(0).iter().any(|m| m.state == "online") && w.members(1).iter().any(|m| m.state == "online")
@@ -326,7 +326,7 @@ fn a_broker_that_died_in_the_middle_of_a_move_finds_its_vm_again() {
     world.start_broker(0);
     assert!(world.log(0).contains("took over a running VM"), "its process did not wait\n{}", world.log(0));
     world.wait("the VM runs again", 120, |_| boots() == 2);
-    assert_eq!(world.vm(0, "web").power, cicada::vm::PowerState::Running);
+    assert_eq!(world.vm(0, "web").power, cicada::vm::PowerState::Running, "{}", world.log(0));
     world.guest(0, "web", "grep kept /data/kept");
     // The move goes on by itself; called off, nothing is left that would hold its process up.
     let moving = |w: &World| match w.call(0, &Request::MigrationList) {
