@@ -14,8 +14,10 @@ use cicada::broker::handle::{ObjectKind, Service};
 use cicada::broker::interface::{Event, Reply, Request};
 use cicada::broker::{Problem, ProblemKind, content};
 use cicada::compose::Composer;
+use cicada::migration::Evidence;
+use cicada::migration::handover::HandOver;
 use cicada::repository::Repository;
-use cicada::types::Hash;
+use cicada::types::{Hash, IdentityKey};
 use clap::CommandFactory;
 use futures::StreamExt;
 use futures::future::BoxFuture;
@@ -211,6 +213,62 @@ fn the_identity_is_stable_and_private() {
     assert_eq!(show(), first);
     let key = dir.path().join("data/identity.key");
     assert_eq!(std::fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn a_receipt_is_checked_without_a_broker_and_by_the_keys_at_hand() {
+    let dir = tempfile::tempdir().unwrap();
+    let keys = [1, 2].map(|n| IdentityKey::from_secret_bytes(&[n; 32]));
+    let hand_over = HandOver {
+        vm: VM.parse().unwrap(),
+        migration: MIGRATION.parse().unwrap(),
+        epoch: 7,
+        source: "a@example.org".parse().unwrap(),
+        source_key: keys[0].public(),
+        target: "b@example.org".parse().unwrap(),
+        target_key: keys[1].public(),
+        recipe: cicada::types::RecipeId::of(b"recipe"),
+        root_delta: cicada::types::MapId::of(b"delta"),
+        user_data: cicada::types::MapId::of(b"data"),
+        issued: cicada::clock::UnixMillis(1_700_000_000_000),
+    };
+    let mut evidence = Evidence::from(hand_over.sign(&keys[0]).give_back(&keys[1]));
+    evidence.remarks.push("\u{1b}[2Jhello".into());
+    let json = serde_json::to_vec(&evidence).unwrap();
+    let verify = |more: &[&str]| {
+        let o = run_with_input(dir.path(), &[&["receipt", "verify", "-"], more].concat(), &json);
+        (o.status.code(), stdout(&o), stderr(&o))
+    };
+    let (code, out, err) = verify(&[]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(
+        out.contains("return: the target never ran the VM") && out.contains("2023-11-14 22:13:20 UTC"),
+        "{out}"
+    );
+    assert!(!out.contains('\u{1b}') && out.contains("[2Jhello"), "a remark reaches the terminal as it is");
+    assert_eq!((out.matches("NOT KNOWN").count(), err.matches("WARNING").count()), (2, 2), "{out}{err}");
+    let [a, b] = keys.map(|k| k.public().to_string());
+    let (code, out, err) = verify(&["--source-key", &a, "--target-key", &b]);
+    assert_eq!((code, err.as_str(), out.matches("the key given").count()), (Some(0), "", 2), "{out}");
+    assert_eq!(verify(&["--target-key", &a]).0, Some(8));
+
+    // With a configuration, its keys are the ones that count.
+    std::fs::write(dir.path().join("password"), "x").unwrap();
+    let pinned = |key: &str| {
+        let text = format!(
+            "[cloud]\nname = \"cloud-c\"\ndata_dir = \"data\"\n[xmpp]\njid = \"c@example.org\"\n\
+             password_file = \"password\"\nroom = \"fed@rooms.example.org\"\n\
+             [trust]\npinned = [{{ jid = \"a@example.org\", key = \"{key}\" }}]\n"
+        );
+        std::fs::write(dir.path().join("federation.toml"), text).unwrap();
+        verify(&[])
+    };
+    let (code, out, err) = pinned(&a);
+    assert_eq!((code, out.matches("a key trusted here").count()), (Some(0), 1), "{out}{err}");
+    let (code, _, err) = pinned(&b);
+    assert_eq!(code, Some(8));
+    assert!(err.contains("not the one trusted here"), "{err}");
+    assert!(!dir.path().join("data").exists(), "a check left something behind");
 }
 
 #[test]

@@ -302,7 +302,7 @@ fn a_broker_that_died_in_the_middle_of_a_move_finds_its_vm_again() {
     world.start_broker(0);
     assert!(world.log(0).contains("took over a running VM"), "its process did not wait\n{}", world.log(0));
     world.wait("the VM runs again", 120, |_| boots() == 2);
-    assert_eq!(world.vm(0, "web").power, cicada::vm::PowerState::Running);
+    assert_eq!(world.vm(0, "web").power, cicada::vm::PowerState::Running, "{}", world.log(0));
     world.guest(0, "web", "grep kept /data/kept");
     // The move goes on by itself; called off, nothing is left that would hold its process up.
     let moving = |w: &World| w.migrations(0).into_iter().find(|m| !m.progress.ended);

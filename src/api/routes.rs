@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
-use axum::extract::{Path, State};
+use axum::extract::connect_info::Connected;
+use axum::extract::{ConnectInfo, Path, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{post, put};
+use axum::serve::IncomingStream;
 use bytes::Bytes;
 use futures::stream::{self, Stream, StreamExt, TryStreamExt};
 use serde::Serialize;
@@ -50,8 +52,21 @@ pub async fn serve(
         .with_state(Api { service, stop: stop.clone() });
     let deadline = after_stop(stop.clone(), EXIT_DEADLINE);
     tokio::select! {
-        result = axum::serve(listener, router).with_graceful_shutdown(after_stop(stop, Duration::ZERO)) => result,
+        result = axum::serve(listener, router.into_make_service_with_connect_info::<Caller>())
+            .with_graceful_shutdown(after_stop(stop, Duration::ZERO)) => result,
         () = deadline => Ok(()),
+    }
+}
+
+/// The user at the other end of a connection, where the system tells.
+#[derive(Clone, Copy)]
+struct Caller {
+    uid: Option<u32>,
+}
+
+impl Connected<IncomingStream<'_, UnixListener>> for Caller {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+        Self { uid: stream.io().peer_cred().ok().map(|c| c.uid()) }
     }
 }
 
@@ -61,11 +76,12 @@ async fn after_stop(mut stop: watch::Receiver<bool>, wait: Duration) {
     tokio::time::sleep(wait).await;
 }
 
-async fn request(State(api): State<Api>, body: Body) -> Response {
-    let request: Request = match read_json(body).await {
+async fn request(State(api): State<Api>, ConnectInfo(caller): ConnectInfo<Caller>, body: Body) -> Response {
+    let mut request: Request = match read_json(body).await {
         Ok(request) => request,
         Err(problem) => return problem_response(problem),
     };
+    request.asked_by(caller.uid);
     let (out, mut messages) = mpsc::channel(1);
     tokio::spawn(answer(api, request, out));
     // The first message decides the status.

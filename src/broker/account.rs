@@ -49,6 +49,7 @@ pub fn new_view(
         },
         account: Account::default(),
         problem: None,
+        remarks: Vec::new(),
     }
 }
 

@@ -18,9 +18,9 @@ use super::outgoing::Course;
 use super::problem::{Problem, ProblemKind};
 use super::scanning::scan;
 use super::shared::{Matter, Peer};
-use super::{Broker, Input, content};
+use super::{Broker, Input, aside, content};
 
-type Answer = oneshot::Sender<Result<Reply, Problem>>;
+pub(super) type Answer = oneshot::Sender<Result<Reply, Problem>>;
 
 impl Broker {
     pub(super) fn call(&mut self, request: Request, events: mpsc::Sender<Event>, reply: Answer) {
@@ -41,9 +41,12 @@ impl Broker {
                     Err(p) => Err(p),
                 }
             }
-            Request::VmList => Ok(Reply::Vms(self.vms.values().map(|vm| self.vm_view(vm)).collect())),
+            Request::VmList => {
+                let vms = self.vms.values().map(|vm| self.vm_view(vm));
+                Ok(Reply::Vms(vms.chain(self.aside_views()).collect()))
+            }
             Request::VmShow { vm } => self.find_vm(&vm).map(|id| self.shown(id)),
-            Request::VmStart { vm } => match self.free_vm(&vm) {
+            Request::VmStart { vm } => match self.movable_vm(&vm) {
                 Ok(id) => return self.start_vm(id, reply),
                 Err(p) => Err(p),
             },
@@ -58,7 +61,13 @@ impl Broker {
                 return self.move_vm(&vm, to.as_deref(), events, reply);
             }
             Request::MigrationList => Ok(Reply::Migrations(self.migrations())),
-            Request::MigrationShow { id } => self.migration(&id).map(|v| Reply::Migration(Box::new(v))),
+            Request::MigrationShow { id } => {
+                self.migration(&id).map(|v| Reply::Migration(Box::new(self.remarked(v))))
+            }
+            Request::MigrationReceipt { id } => return self.receipt(id, reply),
+            Request::MigrationResolve { id, owner, confirmed, by_uid } => {
+                self.resolve(&id, owner, confirmed, by_uid)
+            }
             Request::MigrationWatch { id } => match self.migration(&id) {
                 Ok(v) if self.outgoing.contains_key(&v.progress.id) => {
                     return self.watch_outgoing(v.progress.id, events, reply);
@@ -84,6 +93,10 @@ impl Broker {
 
     /// Requests about components, recipes and the repository run off this task.
     fn content_call(&self, request: Request, events: mpsc::Sender<Event>, reply: Answer) {
+        if let (Request::RepoGc { .. }, Some(damaged)) = (&request, self.aside.values().next()) {
+            let _ = reply.send(Err(aside::gc_problem(damaged)));
+            return;
+        }
         let shared = self.shared.clone();
         // What VMs and their kept copies are made of must stay.
         let recipes = self.vms.values().map(|vm| vm.record.spec.recipe);
@@ -215,15 +228,16 @@ impl Broker {
 
     fn migrations(&self) -> Vec<MigrationView> {
         let mut all: Vec<_> = self.history.values().cloned().collect();
-        all.extend(self.unfinished.iter().map(|cut| cut.waiting_view()));
         all.extend(self.outgoing.values().map(|r| r.view.clone()));
         all.extend(self.incoming.values().filter(|r| !r.view.progress.ended).map(|r| r.view.clone()));
+        all.extend(self.unfinished.iter().map(|u| u.view().clone()));
+        all.iter_mut().for_each(|view| self.explain(view));
         all.sort_by_key(|v| v.progress.started);
         all
     }
 
     /// A migration by id or the beginning of one.
-    fn migration(&self, text: &str) -> Result<MigrationView, Problem> {
+    pub(super) fn migration(&self, text: &str) -> Result<MigrationView, Problem> {
         let mut found: Vec<_> = self
             .migrations()
             .into_iter()
@@ -336,7 +350,7 @@ impl Broker {
     }
 
     fn plan(&mut self, vm: &str, to: Option<&str>, reply: Answer) {
-        let prepared = self.free_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
+        let prepared = self.movable_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
         let (id, peers) = match prepared {
             Ok(p) => p,
             Err(problem) => return drop(reply.send(Err(problem))),
@@ -347,7 +361,7 @@ impl Broker {
     }
 
     fn move_vm(&mut self, vm: &str, to: Option<&str>, events: mpsc::Sender<Event>, reply: Answer) {
-        let prepared = self.free_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
+        let prepared = self.movable_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
         let (id, mut peers) = match prepared {
             Ok(p) => p,
             Err(problem) => return drop(reply.send(Err(problem))),

@@ -10,7 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::clock::UnixMillis;
 use crate::federation::Refused;
-use crate::migration::handover::{Receipt, SignedHandOver};
+use crate::migration::handover::{HandOver, Receipt, SignedHandOver};
 use crate::migration::message::{CheckAnswer, Initialization, StageAccount};
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
@@ -19,11 +19,12 @@ use crate::types::{MemberJid, MigrationId, VmId};
 use crate::vm::VmSpec;
 
 use super::account::{self, new_view};
+use super::evidence;
 use super::guard::{self, Pace, Work};
 use super::interface::MigrationView;
 use super::negotiation;
 use super::problem::{Problem, ProblemKind};
-use super::records::{Arrival, ReturnRecord, VmRecord};
+use super::records::{Arrival, GivenUp, ReturnRecord, VmRecord};
 use super::shared::{Matter, Peer, Shared};
 use super::staging::{self, StageJob, Staged, StagedDir};
 use super::vms::{Busy, Vm};
@@ -54,6 +55,8 @@ pub struct Incoming {
     begun: UnixMillis,
     /// Another migration of the same VM took its place: what it staged is kept for that.
     superseded: bool,
+    /// Why it ended without a hand-over, if not by the machine's own reason.
+    ended_because: Option<String>,
 }
 
 impl Incoming {
@@ -82,6 +85,18 @@ impl Incoming {
     fn dir(&self, shared: &Shared) -> StagedDir {
         let path = shared.records.vm_dir(self.matter.vm).join(&self.dir_name);
         StagedDir { path, tasks: self.tasks.clone() }
+    }
+    pub fn about(&self) -> (Matter, &Peer) {
+        (self.matter, &self.peer)
+    }
+    pub fn phase(&self) -> &Phase {
+        self.machine.phase()
+    }
+    pub fn lease_until(&self) -> UnixMillis {
+        self.lease_until
+    }
+    pub fn end_because(&mut self, reason: String) {
+        self.ended_because.get_or_insert(reason);
     }
 }
 
@@ -167,6 +182,7 @@ impl Broker {
         let known = self.incoming.get(&id).map(|run| run.peer == *peer && run.matter.vm == request.vm);
         match (&request.body, known) {
             (_, Some(false)) => deny(DenialCode::NotYours, "this migration is another member's"),
+            (RequestBody::Withdraw { hand_over }, _) => self.answer_withdraw(peer, hand_over),
             (RequestBody::Delete { boot_ms }, _) => self.answer_delete(peer, request, *boot_ms),
             (RequestBody::Suspend | RequestBody::Stop, _) => {
                 deny(DenialCode::Unsupported, "cold migrations are driven by their source")
@@ -195,11 +211,11 @@ impl Broker {
         if let Some(first) = blockers.into_iter().chain(rules).next() {
             return AnswerBody::Denied(first);
         }
-        let in_doubt = |vm: &Vm| vm.record.given_up().is_some_and(|g| g.receipt.is_none());
+        let in_doubt = |vm: &Vm| vm.record.given_up().is_some_and(GivenUp::in_doubt);
         if self.vms.get(&spec.id).is_some_and(in_doubt) {
             return deny(DenialCode::Busy, "this cloud gave the VM up and still waits for the receipt");
         }
-        let newest = self.vms.get(&spec.id).map_or(0, |vm| vm.record.epoch);
+        let newest = self.vms.get(&spec.id).map_or(0, |vm| vm.record.seen_epoch());
         if request.epoch < newest {
             return deny(DenialCode::HandOver, "this cloud has seen a later epoch of the VM");
         }
@@ -231,8 +247,14 @@ impl Broker {
             tasks: TaskTracker::new(),
             begun: now,
             superseded: false,
+            ended_because: None,
         };
         tracing::info!(migration = %request.migration, vm = %spec.name, from = %peer.jid, "reserved");
+        // Found after a restart, it is known how it ended.
+        if let Err(e) = self.shared.records.save_migration(&run.view) {
+            tracing::warn!(migration = %request.migration, error = super::problem::chain(&e), "a restart would forget it");
+        }
+        self.history.remove(&request.migration);
         self.incoming.insert(request.migration, run);
         self.presence_changed();
         AnswerBody::Reserved { expires_in_s: lease.as_secs() }
@@ -246,6 +268,7 @@ impl Broker {
             tracing::info!(migration = %id, "its source begins anew");
             if let Some(run) = self.incoming.get_mut(&id) {
                 run.superseded = true;
+                run.end_because(format!("{} began anew", peer.jid));
             }
             self.incoming_event(id, TargetEvent::LeaseExpired);
         }
@@ -254,21 +277,35 @@ impl Broker {
     /// A hand-over for a migration nobody here remembers: either we took the VM over before a
     /// restart, or we never will.
     fn start_unknown(&mut self, peer: &Peer, signed: &SignedHandOver) -> AnswerBody {
-        let h = match signed.verify() {
-            Ok(h) if h.target == self.shared.me && h.target_key == self.shared.key.public() => h,
-            Ok(_) => return deny(DenialCode::HandOver, "the hand-over is for another target"),
-            Err(e) => return deny(DenialCode::HandOver, &e.to_string()),
-        };
-        if h.source != peer.jid || h.source_key != peer.key {
-            return deny(DenialCode::HandOver, "the hand-over is another source's");
+        match self.addressed(peer, signed) {
+            Ok(h) => self.what_became_of(peer, &h, signed),
+            Err(denial) => AnswerBody::Denied(denial),
         }
+    }
+
+    /// Our receipt if we took the VM over, else our promise never to run it under this epoch.
+    pub(super) fn what_became_of(
+        &mut self,
+        peer: &Peer,
+        h: &HandOver,
+        signed: &SignedHandOver,
+    ) -> AnswerBody {
         let arrived = self
             .vms
             .get(&h.vm)
             .and_then(|vm| vm.record.arrival.as_ref())
             .filter(|a| a.migration == h.migration);
-        let receipt = arrived.map(|a| a.receipt.clone()).or_else(|| self.shared.records.receipt(h.migration));
+        let receipt = match (arrived, self.shared.records.receipt(h.migration)) {
+            // The operator gave back what was taken over, knowing the risk.
+            _ if self.shared.records.has_returned(h.vm, h.epoch) => None,
+            (Some(a), _) => Some(a.receipt.clone()),
+            (None, Ok(receipt)) => receipt,
+            (None, Err(e)) => return deny(DenialCode::Other, &super::problem::chain(&e)),
+        };
         if let Some(receipt) = receipt {
+            if receipt.hand_over.record != signed.record {
+                return deny(DenialCode::HandOver, "another hand-over of this migration was taken");
+            }
             let running = self.shared.driver.state(h.vm).is_ok_and(|s| s == crate::vm::PowerState::Running);
             return AnswerBody::Started {
                 receipt,
@@ -277,16 +314,22 @@ impl Broker {
                 account: StageAccount::default(),
             };
         }
+        if self.aside.contains_key(&h.vm) && !self.shared.records.has_returned(h.vm, h.epoch) {
+            self.unanswered.insert(h.migration, (peer.clone(), signed.clone()));
+            let text = "the target's record of the VM is damaged: its operator must restore it, or promise \
+                        never to run it with 'cicada migration resolve'";
+            return deny(DenialCode::Other, text);
+        }
         // The promise binds from here on, whatever happens to this process.
-        let promise = ReturnRecord { vm: h.vm, epoch: h.epoch, hand_over: signed.clone() };
-        match self.shared.records.save_return(&promise) {
+        let promise = ReturnRecord { vm: h.vm, epoch: h.epoch, hand_over: Some(signed.clone()) };
+        let back = signed.clone().give_back(&self.shared.key);
+        let kept = self.shared.records.save_return(&promise);
+        match kept.and_then(|()| self.shared.records.save_returned(h.migration, &back)) {
             Ok(()) => {
-                tracing::info!(migration = %h.migration, vm = %h.vm, "hand-over returned: its staged copy is gone");
-                let denial = Denial::new(
-                    DenialCode::UnknownMigration,
-                    "the target restarted and had forgotten the migration",
-                );
-                AnswerBody::Returned { back: signed.clone().give_back(&self.shared.key), denial }
+                tracing::info!(migration = %h.migration, vm = %h.vm, "hand-over returned: it is never run here under this epoch");
+                let denial =
+                    Denial::new(DenialCode::UnknownMigration, "the target had not taken the VM over");
+                AnswerBody::Returned { back, denial }
             }
             Err(e) => deny(DenialCode::Other, &super::problem::chain(&e)),
         }
@@ -298,6 +341,12 @@ impl Broker {
         request: &Envelope<RequestBody>,
         boot_ms: Option<u64>,
     ) -> AnswerBody {
+        if let Some(denial) = self.delete_of_contested(request) {
+            return AnswerBody::Denied(denial);
+        }
+        if self.aside.contains_key(&request.vm) {
+            return deny(DenialCode::Busy, "the record of that VM is damaged here");
+        }
         let given = self.vms.get(&request.vm).and_then(|vm| vm.record.given_up());
         match given {
             Some(g) if g.migration == request.migration && g.to == peer.jid => {
@@ -323,8 +372,15 @@ impl Broker {
         let now = self.shared.now();
         let none = || deny(DenialCode::UnknownMigration, "no such migration here");
         let Some(run) = self.incoming.get_mut(&id) else { return none() };
-        if matches!(event, TargetEvent::Asked(_)) {
-            run.lease_until = now.plus(self.shared.config.migration.lease);
+        match &event {
+            TargetEvent::Asked(request) => {
+                run.lease_until = now.plus(self.shared.config.migration.lease);
+                if let (RequestBody::Cancel { reason }, true) = (&**request, run.is_leased()) {
+                    run.end_because(format!("{} called it off: {reason}", run.peer.jid));
+                }
+            }
+            TargetEvent::LeaseExpired => run.end_because(format!("{} asked nothing any more", run.peer.jid)),
+            _ => {}
         }
         let effects = run.machine.step(event);
         let p = &mut run.view.progress;
@@ -375,16 +431,7 @@ impl Broker {
                 }
                 let view = run.view.clone();
                 self.remember(view);
-                tokio::spawn(async move {
-                    for attempt in 0u64..20 {
-                        let asked = shared.ask(&peer, matter, RequestBody::Delete { boot_ms }).await;
-                        if matches!(asked, Ok(AnswerBody::Deleted { .. } | AnswerBody::Denied(_))) {
-                            shared.post(Input::apply(move |b| b.acknowledged(id, vm)));
-                            return;
-                        }
-                        tokio::time::sleep(Duration::from_secs(2 + attempt * 3)).await;
-                    }
-                });
+                self.run_errand(peer, matter, RequestBody::Delete { boot_ms });
             }
             Effect::CleanUp => {
                 run.cancel.cancel();
@@ -474,13 +521,18 @@ impl Broker {
             return Err(fail(format!("epoch {} of this VM was returned and will never run here", h.epoch)));
         }
         let previous = self.vms.get(&h.vm).map(|vm| vm.record.clone());
-        if previous.as_ref().is_some_and(|r| r.is_here() || r.epoch >= h.epoch) {
+        if previous.as_ref().is_some_and(|r| r.is_here() || r.seen_epoch() >= h.epoch) {
             return Err(fail("this cloud has seen a later epoch of the VM".into()));
         }
+        if self.aside.contains_key(&h.vm) {
+            return Err(fail("the record of this VM is damaged here".into()));
+        }
+        if !matches!(self.shared.records.receipt(id), Ok(None)) {
+            return Err(fail("this hand-over was taken before".into()));
+        }
         // The record to come forgets how the VM arrived before.
-        if let Some(a) = previous.as_ref().and_then(|r| r.arrival.as_ref()) {
-            let kept = self.shared.records.save_receipt(a.migration, &a.receipt);
-            kept.map_err(|e| broken(&e))?;
+        if let Some(previous) = &previous {
+            evidence::keep_receipts(&self.shared.records, previous).map_err(|e| broken(&e))?;
         }
         let receipt = signed.accept(&self.shared.key);
         let mut record =
@@ -494,8 +546,13 @@ impl Broker {
             from_key: run.peer.key,
             receipt: receipt.clone(),
             acknowledged: false,
+            contested: None,
         });
         self.shared.records.save_vm(&record).map_err(|e| broken(&e))?;
+        // Not before: a receipt that is kept is given to whoever asks.
+        if let Err(e) = self.shared.records.save_receipt(id, &receipt) {
+            tracing::warn!(migration = %id, error = super::problem::chain(&e), "the receipt lies in the VM's record alone");
+        }
         run.staged = None;
         tracing::info!(migration = %id, vm = %record.spec.name, epoch = h.epoch, "taken over");
         // Nothing else may begin before it was started.
@@ -532,10 +589,10 @@ impl Broker {
         self.incoming_event(id, TargetEvent::Started(result));
     }
 
-    fn acknowledged(&mut self, id: MigrationId, vm: crate::types::VmId) {
+    pub(super) fn acknowledged(&mut self, id: MigrationId, vm: VmId) {
         let Some(entry) = self.vms.get_mut(&vm) else { return };
         if let Some(a) = entry.record.arrival.as_mut().filter(|a| a.migration == id && !a.acknowledged) {
-            a.acknowledged = true;
+            (a.acknowledged, a.contested) = (true, None);
             if let Err(e) = self.shared.records.save_vm(&entry.record) {
                 tracing::warn!(vm = %vm, error = super::problem::chain(&e), "acknowledgement not recorded");
             }
@@ -550,6 +607,13 @@ impl Broker {
             return;
         }
         run.view.progress.ended = true;
+        let abandoned = *run.machine.phase() == Phase::Abandoned;
+        if let Some(reason) =
+            run.ended_because.clone().filter(|_| abandoned && run.machine.problem().is_none())
+        {
+            let arrival = format!("arrival of {}", run.spec.name);
+            run.view.problem = Some(Problem::new(ProblemKind::Cancelled, arrival, reason));
+        }
         if let Some(reason) = run.machine.problem() {
             let vm = format!("VM {}", run.spec.name);
             run.view.problem = Some(
@@ -560,7 +624,6 @@ impl Broker {
         let seconds = now.since(run.begun).as_secs_f64();
         self.rates.record(&run.peer.jid, run.view.account.wire_bytes, seconds);
         let view = run.view.clone();
-        let abandoned = *run.machine.phase() == Phase::Abandoned;
         self.remember(view);
         if abandoned {
             self.incoming.remove(&id);
@@ -610,17 +673,7 @@ impl Broker {
         for (vm, arrival, epoch) in arrived {
             let peer = Peer { jid: arrival.from.clone(), key: arrival.from_key };
             let matter = Matter { migration: arrival.migration, vm, epoch: epoch - 1 };
-            let shared = self.shared.clone();
-            tokio::spawn(async move {
-                for attempt in 0u64..20 {
-                    let asked = shared.ask(&peer, matter, RequestBody::Delete { boot_ms: None }).await;
-                    if matches!(asked, Ok(AnswerBody::Deleted { .. })) {
-                        shared.post(Input::apply(move |b| b.acknowledged(arrival.migration, vm)));
-                        return;
-                    }
-                    tokio::time::sleep(Duration::from_secs(5 + attempt * 3)).await;
-                }
-            });
+            self.run_errand(peer, matter, RequestBody::Delete { boot_ms: None });
         }
     }
 }

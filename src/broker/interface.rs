@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::clock::UnixMillis;
 use crate::component::Kind;
 use crate::federation::{MemberPolicy, Used};
+use crate::migration::Evidence;
 use crate::types::{
     ByteSize, CloudName, ComponentId, ImageDigest, MemberJid, MigrationId, PublicKey, RecipeId, VmId, VmName,
 };
@@ -132,6 +133,19 @@ pub enum Request {
     MigrationCancel {
         id: String,
     },
+    /// The doubly signed record of a migration, remembered or long ago.
+    MigrationReceipt {
+        id: String,
+    },
+    /// Decides a hand-over in doubt. Until `confirmed` it only says what that means.
+    MigrationResolve {
+        id: String,
+        owner: Side,
+        confirmed: bool,
+        /// Who asks, as the API's socket knows it.
+        #[serde(skip)]
+        by_uid: Option<u32>,
+    },
     /// Caps what a migration sends from here, from now on; `None` lifts the cap.
     MigrationLimit {
         id: String,
@@ -139,6 +153,23 @@ pub enum Request {
     },
     /// Stops the broker; VMs keep running.
     Shutdown,
+}
+
+impl Request {
+    /// Notes who asks, where that is kept.
+    pub fn asked_by(&mut self, uid: Option<u32>) {
+        if let Request::MigrationResolve { by_uid, .. } = self {
+            *by_uid = uid;
+        }
+    }
+}
+
+/// Which cloud of a migration is to own the VM, as seen from the broker that is asked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Side {
+    Here,
+    There,
 }
 
 /// A new VM. With a user-data size of zero it has no second disk.
@@ -202,6 +233,8 @@ pub enum Reply {
     Plan(PlanView),
     Migration(Box<MigrationView>),
     Migrations(Vec<MigrationView>),
+    Receipt(Box<Evidence>),
+    Resolution(Box<ResolutionView>),
 }
 
 /// One line of progress of a long request.
@@ -433,7 +466,8 @@ pub struct VmView {
     pub id: VmId,
     pub name: VmName,
     pub power: PowerState,
-    /// `here`, `given-up` (now in another cloud, copy kept for the grace period), `in-doubt` or `arriving`.
+    /// `here`, `given-up` (now in another cloud, copy kept for the grace period), `in-doubt`,
+    /// `contested` (here, and in another cloud too; see `problem`), or `damaged` (its record cannot be used, only its id is known).
     pub ownership: String,
     /// Where it went, when it was given up.
     pub owner: Option<MemberJid>,
@@ -452,6 +486,9 @@ pub struct VmView {
     pub console_log: String,
     /// The migration that holds it now.
     pub migration: Option<MigrationId>,
+    /// What an operator must know before touching it: in doubt, contested, damaged.
+    #[serde(default)]
+    pub problem: Option<Problem>,
     pub spec: VmSpec,
 }
 
@@ -511,6 +548,26 @@ pub struct MigrationView {
     pub account: Account,
     /// Why it ended without a hand-over.
     pub problem: Option<Problem>,
+    /// What else is to be known of it, such as an operator's override; empty in lists.
+    #[serde(default)]
+    pub remarks: Vec<String>,
+}
+
+/// An operator's decision about a hand-over in doubt, before or after it was made.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ResolutionView {
+    pub migration: MigrationId,
+    pub vm: VmName,
+    pub vm_id: VmId,
+    pub owner: Side,
+    pub peer: MemberJid,
+    /// Of the other cloud's key.
+    pub fingerprint: String,
+    /// What is done and what it risks.
+    pub statement: String,
+    /// What to make sure of first.
+    pub checks: Vec<String>,
+    pub done: bool,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -522,7 +579,8 @@ pub struct MigrationProgress {
     pub role: String,
     pub peer: MemberJid,
     pub peer_cloud: Option<CloudName>,
-    /// `negotiate`, `stage`, `compose`, `switch-over`, `start`, `release`, `completed`, `cancelled`, `failed`, `in-doubt`.
+    /// `negotiate`, `stage`, `compose`, `switch-over`, `start`, `release`, `completed`, `cancelled`, `failed`, `in-doubt`,
+    /// `waiting` (cut by a restart, begins again).
     pub phase: String,
     /// Words for a person about what is happening or awaited now.
     pub detail: String,

@@ -5,9 +5,12 @@
 pub mod account;
 mod adopting;
 pub mod archive;
+pub mod aside;
 mod borrowing;
 mod calls;
 pub mod content;
+mod errands;
+mod evidence;
 mod guard;
 pub mod handle;
 pub mod healing;
@@ -20,12 +23,15 @@ mod outgoing;
 pub mod problem;
 pub mod receiving;
 pub mod records;
+mod resolution_words;
+pub mod resolving;
 mod scanning;
 pub mod serving;
 pub mod shared;
 mod staging;
 mod unfinished;
 mod vms;
+mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -35,6 +41,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
 use crate::migration::ReplayGuard;
+use crate::migration::handover::SignedHandOver;
 use crate::migration::source::Event as SourceEvent;
 use crate::migration::target::Event as TargetEvent;
 use crate::placement::{NetworkOffer, Room};
@@ -53,7 +60,9 @@ use lending::Lent;
 use negotiation::Rates;
 use optimize::Idle;
 use outgoing::Outgoing;
-use records::RecordError;
+use records::{Damaged, RecordError};
+use resolving::Resolution;
+use shared::Peer;
 use vms::Vm;
 
 /// Ended migrations that are remembered.
@@ -120,6 +129,14 @@ pub struct Broker {
     unfinished: Vec<unfinished::Unfinished>,
     /// Disks staged here for migrations that are gone.
     interrupted: BTreeMap<VmId, unfinished::Interrupted>,
+    /// VMs whose record cannot be used.
+    aside: BTreeMap<VmId, Damaged>,
+    /// What operators decided about hand-overs in doubt.
+    resolutions: BTreeMap<MigrationId, Resolution>,
+    /// What others are still to be told or asked.
+    errands: BTreeMap<MigrationId, errands::Errand>,
+    /// Hand-overs to us that cannot be answered: the VM's record is damaged.
+    unanswered: BTreeMap<MigrationId, (Peer, SignedHandOver)>,
     idle: Idle,
     rates: Rates,
     lent: Lent,
@@ -137,7 +154,16 @@ impl Broker {
         members: Members,
         announce: Box<dyn Fn(&Broker) + Send>,
     ) -> Result<Self, RecordError> {
-        let vms = shared.records.vms()?;
+        let (vms, damaged) = shared.records.vms()?;
+        for d in &damaged {
+            tracing::error!(vm = %d.vm, reason = d.reason, "set aside: it is not run, and its disks are not touched");
+        }
+        for record in &vms {
+            if let Err(e) = evidence::keep_receipts(&shared.records, record) {
+                tracing::warn!(vm = %record.spec.name, error = problem::chain(&e), "a receipt lies in its record alone");
+            }
+        }
+        let resolutions = shared.records.resolutions()?;
         let vms: BTreeMap<_, _> = vms
             .into_iter()
             .map(|record| (record.spec.id, Vm { record, busy: None, power_note: None }))
@@ -156,6 +182,10 @@ impl Broker {
             history,
             unfinished,
             interrupted: BTreeMap::new(),
+            aside: damaged.into_iter().map(|d| (d.vm, d)).collect(),
+            resolutions: resolutions.into_iter().map(|r| (r.migration, r)).collect(),
+            errands: BTreeMap::new(),
+            unanswered: BTreeMap::new(),
             idle,
             rates: Rates::default(),
             lent: Lent::default(),
@@ -169,6 +199,7 @@ impl Broker {
     pub async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Input>) {
         self.find_leftovers();
         self.adopt_running().await;
+        self.resume_resolutions();
         self.resume_outgoing();
         self.resume_incoming();
         self.start_wanted();
@@ -196,6 +227,7 @@ impl Broker {
         self.expire_leases();
         self.expire_interrupted();
         self.take_up_unfinished();
+        self.run_due_errands();
         self.expire_lent();
         self.gather_refusals();
         self.scrub_released();
@@ -206,6 +238,7 @@ impl Broker {
         let now = self.shared.now();
         match input {
             RoomInput::Presence(presence) => {
+                let (jid, was_online) = (presence.jid.clone(), self.members.is_online(&presence.jid));
                 let pinned = self.members.presence(presence, now);
                 let saved =
                     if pinned { self.shared.records.save_trust(self.members.pinned()) } else { Ok(()) };
@@ -213,6 +246,9 @@ impl Broker {
                     tracing::warn!(error = problem::chain(&e), "a key pinned on first use is not recorded");
                 }
                 self.admit_members();
+                if !was_online && self.members.is_online(&jid) {
+                    self.hurry_errands(&jid);
+                }
             }
             RoomInput::Removed(member) => {
                 let key = self.members.get(&member).and_then(|m| m.key);
@@ -257,6 +293,7 @@ impl Broker {
                 .values()
                 .filter(|vm| vm.record.is_here())
                 .map(|vm| (vm.record.spec.id, vm.record.spec.name.clone()))
+                .chain(self.aside.keys().map(|vm| (*vm, VmName::unknown(*vm))))
                 .chain(self.incoming.values().filter(counts).map(|r| (r.spec().id, r.spec().name.clone())))
                 .collect(),
             incoming: self.incoming.values().filter(counts).count(),

@@ -19,7 +19,7 @@ use crate::transfer::{Limiter, Ticket};
 use crate::types::{CloudName, MigrationId, NodeHash, VmId, hex};
 
 use super::account::{self, new_view};
-use super::interface::{Event, MigrationView, Reply};
+use super::interface::{Event, MigrationView, Reply, Side};
 use super::negotiation::{self, Checked};
 use super::problem::{Problem, ProblemKind};
 use super::records::{GivenUp, Ownership};
@@ -31,15 +31,16 @@ use super::{Broker, Input};
 
 /// Packed firmware variables that fit into a message beside everything else.
 const FIRMWARE_BYTES_MAX: usize = 48 << 10;
-/// Unanswered hand-over requests after which the owner is said to be in doubt.
-const IN_DOUBT_AFTER: u32 = 5;
+/// How long a hand-over may be without a sign of the target before its owner is said to be in doubt.
+const IN_DOUBT_AFTER: Duration = Duration::from_secs(20);
 
 /// One migration this broker is the source of.
 pub struct Outgoing {
     machine: Source,
     peer: Peer,
     matter: Matter,
-    recipe: Arc<Recipe>,
+    /// Not there if the hand-over was found after a restart: nothing is staged any more.
+    recipe: Option<Arc<Recipe>>,
     component_names: Vec<String>,
     ticket: Ticket,
     limiter: Limiter,
@@ -50,6 +51,10 @@ pub struct Outgoing {
     pass: Option<Pass>,
     pub view: MigrationView,
     phase_since: UnixMillis,
+    /// When the target was last heard to be at it, or the hand-over began.
+    heard: UnixMillis,
+    /// What came of the last request, if not an answer that leads on.
+    pub last_word: String,
     stopped_at: Option<UnixMillis>,
     subscribers: Vec<mpsc::Sender<Event>>,
     waiters: Vec<oneshot::Sender<Result<Reply, Problem>>>,
@@ -63,6 +68,13 @@ pub struct Course {
     pub recipe: Arc<Recipe>,
     /// How many tries restarts cut short.
     pub attempt: u32,
+}
+
+impl Outgoing {
+    /// Whether it is not known who owns the VM: it was given away, and the target does not say.
+    pub fn in_doubt(&self, now: UnixMillis) -> bool {
+        self.machine.phase() == Phase::HandingOver && now.since(self.heard) >= IN_DOUBT_AFTER
+    }
 }
 
 impl Broker {
@@ -96,7 +108,7 @@ impl Broker {
         let run = Outgoing {
             machine: Source::new(was_running),
             matter: Matter { migration: id, vm, epoch: record.epoch },
-            recipe,
+            recipe: Some(recipe),
             component_names: record.components.clone(),
             ticket,
             limiter: Limiter::unlimited(),
@@ -107,6 +119,8 @@ impl Broker {
             view,
             peer,
             phase_since: now,
+            heard: now,
+            last_word: String::new(),
             stopped_at: None,
             subscribers: vec![events],
             waiters: vec![reply],
@@ -127,13 +141,11 @@ impl Broker {
             .vms
             .values()
             .filter_map(|vm| {
-                vm.record.given_up().filter(|g| g.receipt.is_none()).map(|g| (vm.record.clone(), g.clone()))
+                vm.record.given_up().filter(|g| g.in_doubt()).map(|g| (vm.record.clone(), g.clone()))
             })
             .collect();
         for (record, given) in pending {
-            let (Ok(hand_over), Ok(recipe), Ok(ticket)) =
-                (given.hand_over(), self.shared.repository.recipe(&record.spec.recipe), Ticket::random())
-            else {
+            let (Ok(hand_over), Ok(ticket)) = (given.hand_over(), Ticket::random()) else {
                 tracing::error!(vm = %record.spec.name, "the record of its hand-over is damaged; its owner is in doubt");
                 continue;
             };
@@ -141,10 +153,11 @@ impl Broker {
             let now = self.shared.now();
             let peer = Peer { jid: given.to.clone(), key: given.to_key };
             let (machine, effects) = Source::resume(given.was_running, hand_over.sign(&self.shared.key));
-            let view = self
+            let mut view = self
                 .history
                 .remove(&id)
                 .unwrap_or_else(|| new_view(id, &record.spec, "source", &peer.jid, None, now));
+            (view.progress.ended, view.problem) = (false, None);
             tracing::info!(migration = %id, vm = %record.spec.name, to = %peer.jid, "asking again whether the hand-over arrived");
             self.outgoing.insert(
                 id,
@@ -152,7 +165,7 @@ impl Broker {
                     machine,
                     peer,
                     matter: Matter { migration: id, vm: record.spec.id, epoch: record.epoch },
-                    recipe: Arc::new(recipe),
+                    recipe: None,
                     component_names: record.components.clone(),
                     ticket,
                     limiter: Limiter::unlimited(),
@@ -162,6 +175,8 @@ impl Broker {
                     pass: None,
                     view,
                     phase_since: now,
+                    heard: given.since,
+                    last_word: "this broker restarted and asks anew".into(),
                     stopped_at: None,
                     subscribers: Vec::new(),
                     waiters: Vec::new(),
@@ -170,8 +185,22 @@ impl Broker {
             if let Some(vm) = self.vms.get_mut(&record.spec.id) {
                 vm.busy = Some(Busy::Migration(id));
             }
+            self.outgoing_report(id, Phase::HandingOver);
             effects.into_iter().for_each(|e| self.outgoing_effect(id, e));
         }
+    }
+
+    /// An operator decided the hand-over: the machine ends where it is.
+    pub(super) fn resolved_outgoing(&mut self, id: MigrationId, owner: Side) {
+        let Some(run) = self.outgoing.get_mut(&id) else { return };
+        let (phase, reason) = match owner {
+            Side::Here => ("failed", "was in doubt, and taken back by the operator"),
+            Side::There => ("completed", "was in doubt, and left to the target by the operator"),
+        };
+        let object = format!("move of {}", run.view.progress.vm);
+        let next = format!("see 'cicada migration show {id}' for what the target says in the end");
+        run.view.problem = Some(Problem::new(ProblemKind::Conflict, object, reason).next(next));
+        self.end_outgoing(id, phase);
     }
 
     pub(super) fn watch_outgoing(
@@ -232,7 +261,10 @@ impl Broker {
                 now.since(run.phase_since).as_millis() as u64;
             run.phase_since = now;
         }
-        let in_doubt = after == Phase::HandingOver && run.machine.unanswered() >= IN_DOUBT_AFTER;
+        if before != after {
+            run.heard = now;
+        }
+        let in_doubt = run.in_doubt(now);
         let p = &mut run.view.progress;
         p.updated = now;
         p.phase = if in_doubt { "in-doubt".into() } else { new.into() };
@@ -245,7 +277,7 @@ impl Broker {
             Phase::Staging(_) => "last pass: the VM is stopped".into(),
             Phase::Stopping => "stopping the VM".into(),
             Phase::HandingOver if in_doubt => format!(
-                "the VM was given to {} and its receipt is missing; asking until it answers. It must not be started here",
+                "in doubt whether {} took the VM over; asking until it answers. It must not be started here",
                 run.peer.jid
             ),
             Phase::GivingUp | Phase::HandingOver => format!("handing the VM over to {}", run.peer.jid),
@@ -275,8 +307,10 @@ impl Broker {
     }
 
     fn outgoing_publish(&mut self, id: MigrationId) {
+        let Some(mut view) = self.outgoing.get(&id).map(|run| run.view.clone()) else { return };
+        self.explain(&mut view);
         if let Some(run) = self.outgoing.get_mut(&id) {
-            let event = Event::Migration(run.view.progress.clone());
+            let event = Event::Migration(view.progress);
             // A subscriber that is slow misses lines; one that is gone is forgotten.
             run.subscribers
                 .retain(|s| !matches!(s.try_send(event.clone()), Err(mpsc::error::TrySendError::Closed(_))));
@@ -290,7 +324,7 @@ impl Broker {
         let vm = matter.vm;
         match effect {
             Effect::Check => {
-                let (Some(entry), recipe) = (self.vms.get(&vm), run.recipe.clone()) else { return };
+                let (Some(entry), Some(recipe)) = (self.vms.get(&vm), run.recipe.clone()) else { return };
                 let spec = entry.record.spec.clone();
                 tokio::spawn(async move {
                     let result = negotiation::check(&shared, &peer, matter, &spec, &recipe).await;
@@ -374,7 +408,7 @@ impl Broker {
         let entry = self.vms.get(&run.matter.vm)?;
         Some(RequestBody::Initialization(Box::new(Initialization {
             spec: entry.record.spec.clone(),
-            recipe: BASE64.encode(run.recipe.encode()),
+            recipe: BASE64.encode(run.recipe.as_ref()?.encode()),
             component_names: run.component_names.clone(),
             component_bytes: run.checked.as_ref().map_or(0, |c| c.component_bytes),
             pass,
@@ -409,12 +443,17 @@ impl Broker {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let event = match answer {
             Ok(AnswerBody::Started { ref receipt, .. }) if !receipt_fits(receipt, run) => {
+                run.last_word = "its receipt is for something else".into();
                 tracing::warn!(migration = %id, peer = %run.peer.jid, "answered with a receipt that does not fit; ignored");
                 SourceEvent::Unanswered
             }
             Ok(body) => {
+                if let AnswerBody::Denied(d) = &body {
+                    run.last_word = format!("it denied: {}", d.text);
+                }
                 if let AnswerBody::Working(p) = &body {
                     let now = self.shared.now();
+                    run.heard = now;
                     account::progress(&mut run.view.progress, p, now);
                 }
                 if let AnswerBody::Staged { account, .. } = &body {
@@ -423,8 +462,12 @@ impl Broker {
                 SourceEvent::Answered(Box::new(body))
             }
             Err(e) => {
-                tracing::info!(migration = %id, peer = %run.peer.jid, reason = super::problem::chain(&e), "no answer");
-                run.view.progress.detail = format!("{}; trying again", super::problem::chain(&e));
+                let reason = super::problem::chain(&e);
+                // Asked every few seconds, perhaps for days.
+                if reason != run.last_word {
+                    tracing::info!(migration = %id, peer = %run.peer.jid, reason, "no answer");
+                }
+                run.last_word = reason;
                 SourceEvent::Unanswered
             }
         };
@@ -455,8 +498,8 @@ impl Broker {
                 run.ticket,
                 Served {
                     peer: Some(run.peer.key),
-                    recipe: Some(run.recipe.id()),
-                    components: run.recipe.components.iter().copied().collect(),
+                    recipe: run.recipe.as_ref().map(|r| r.id()),
+                    components: run.recipe.iter().flat_map(|r| r.components.iter().copied()).collect(),
                     packs: s.packs,
                     nodes: run.nodes.clone(),
                     blocks: run.looked.disks.iter().map(|d| d.index.clone()).collect(),
@@ -521,6 +564,8 @@ impl Broker {
         let mut record = entry.record.clone();
         record.ownership = Ownership::Here;
         record.epoch = h.epoch + 1;
+        // Only evidence: without it the target would be asked again, and give it again.
+        self.shared.records.save_returned(id, &back).map_err(|e| refuse(super::problem::chain(&e)))?;
         self.shared.records.save_vm(&record).map_err(|e| refuse(super::problem::chain(&e)))?;
         entry.record = record;
         Ok(())
@@ -551,6 +596,9 @@ impl Broker {
         }
         let vm = run.matter.vm;
         let grace = self.shared.config.migration.grace_period;
+        if let Err(e) = self.shared.records.save_receipt(id, &receipt) {
+            tracing::warn!(migration = %id, error = super::problem::chain(&e), "the receipt lies in the VM's record alone");
+        }
         if let Some(entry) = self.vms.get_mut(&vm) {
             if let Ownership::GivenUp(g) = &mut entry.record.ownership {
                 g.receipt = Some(receipt);
@@ -577,8 +625,9 @@ impl Broker {
     /// What a move of the whole disk would have sent, worked out in the background.
     fn estimate_monolithic(&mut self, id: MigrationId) {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
-        let (shared, recipe, disks) =
-            (self.shared.clone(), run.recipe.id(), std::mem::take(&mut run.looked.disks));
+        // After a restart nothing was looked at.
+        let Some(recipe) = run.recipe.as_ref().map(|r| r.id()) else { return };
+        let (shared, disks) = (self.shared.clone(), std::mem::take(&mut run.looked.disks));
         tokio::task::spawn_blocking(move || match account::monolithic(&shared, &recipe, &disks) {
             Ok((zstd, raw)) => shared.post(Input::apply(move |b| {
                 b.amend_history(id, |a| {

@@ -1,5 +1,6 @@
 //! What must survive a crash: one durable record per VM and one per migration. A VM's record is
 //! the only place that says who owns it.
+#![doc = include_str!("RECORDS.md")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,15 +14,18 @@ use crate::clock::UnixMillis;
 use crate::durable;
 use crate::migration::handover::SignedHandOver;
 use crate::migration::message::Seed;
-use crate::migration::{HandOver, Receipt};
+use crate::migration::{HandOver, Receipt, Return};
 use crate::types::codec::CodecError;
 use crate::types::{MemberJid, MigrationId, PublicKey, VmId, hex};
 use crate::vm::VmSpec;
 
 use super::interface::MigrationView;
+use super::resolving::Resolution;
 
 /// Version of the records below.
-const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
+/// Records of one beginning that are told apart.
+const FOUND_MAX: usize = 16;
 
 /// A VM this cloud owns, or owned and keeps a copy of.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -40,6 +44,9 @@ pub struct VmRecord {
     pub created: UnixMillis,
     /// How it came here, unless it was born here.
     pub arrival: Option<Arrival>,
+    /// The hand-over that an operator took back without the target's word, which made it ours.
+    #[serde(default)]
+    pub taken_back: Option<MigrationId>,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -62,7 +69,8 @@ pub struct GivenUp {
     /// The disks' state when given up: a seed should the VM come home.
     pub seed: Seed,
     pub receipt: Option<Receipt>,
-    /// When the copy is scrubbed; `None` while the target has not acknowledged.
+    /// When the copy is scrubbed; `None` while the target has not acknowledged and no operator has
+    /// accepted that it is the owner.
     pub scrub_after: Option<UnixMillis>,
 }
 
@@ -74,12 +82,27 @@ pub struct Arrival {
     pub receipt: Receipt,
     /// The source knows that we own it and has been told that it runs.
     pub acknowledged: bool,
+    /// Since when we know that the source's operator took the VM back without our word.
+    #[serde(default)]
+    pub contested: Option<UnixMillis>,
+}
+
+impl Arrival {
+    /// Whether the source has still something to say about it.
+    pub fn is_open(&self) -> bool {
+        !self.acknowledged || self.contested.is_some()
+    }
 }
 
 impl GivenUp {
     pub fn hand_over(&self) -> Result<HandOver, CodecError> {
         let bad = || CodecError::Invalid { what: "hand-over record", rule: "not hex".into() };
         HandOver::decode(&hex::decode(&self.record).ok_or_else(bad)?)
+    }
+
+    /// Whether nobody has said yet who owns the VM: no receipt, no operator.
+    pub fn in_doubt(&self) -> bool {
+        self.receipt.is_none() && self.scrub_after.is_none()
     }
 }
 
@@ -95,6 +118,7 @@ impl VmRecord {
             disks: disks.to_owned(),
             created,
             arrival: None,
+            taken_back: None,
         }
     }
 
@@ -108,6 +132,19 @@ impl VmRecord {
             Ownership::GivenUp(g) => Some(g),
         }
     }
+
+    /// The highest epoch of the VM this record knows of. Whoever brings it here was handed a later one.
+    pub fn seen_epoch(&self) -> u64 {
+        self.epoch + u64::from(!self.is_here())
+    }
+}
+
+/// A VM whose record cannot be used. Its disks are not touched.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Damaged {
+    pub vm: VmId,
+    pub path: PathBuf,
+    pub reason: String,
 }
 
 /// A migration this broker has or had a part in.
@@ -122,7 +159,9 @@ pub struct MigrationRecord {
 pub struct ReturnRecord {
     pub vm: VmId,
     pub epoch: u64,
-    pub hand_over: SignedHandOver,
+    /// `None` if the operator promised it before the hand-over came.
+    #[serde(default)]
+    pub hand_over: Option<SignedHandOver>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -134,7 +173,7 @@ pub enum RecordError {
         #[source]
         source: io::Error,
     },
-    #[error("record {path} is not readable: restore it from a backup, the VM's disks are untouched")]
+    #[error("record {path} is not readable: restore it from a backup")]
     Malformed {
         path: PathBuf,
         #[source]
@@ -153,7 +192,7 @@ pub struct Records {
 impl Records {
     pub fn open(data_dir: &Path) -> Result<Self, RecordError> {
         let records = Self { dir: data_dir.to_owned() };
-        for sub in ["vms", "migrations", "returns", "receipts"] {
+        for sub in ["vms", "migrations", "returns", "receipts", "resolutions"] {
             let path = data_dir.join(sub);
             // What guests wrote is nobody else's business, wherever the data directory is.
             let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
@@ -161,6 +200,11 @@ impl Records {
                 .map_err(|source| RecordError::Io { action: "make private", path, source })?;
         }
         Ok(records)
+    }
+
+    /// Keys the operator of `data_dir` has confirmed, read without changing anything there.
+    pub fn trust_in(data_dir: &Path) -> Result<BTreeMap<MemberJid, PublicKey>, RecordError> {
+        Self { dir: data_dir.to_owned() }.trust()
     }
 
     /// The cloud's data directory.
@@ -202,20 +246,34 @@ impl Records {
         }
     }
 
-    pub fn vms(&self) -> Result<Vec<VmRecord>, RecordError> {
-        let mut out: Vec<VmRecord> = Vec::new();
+    /// All VMs, and those whose record is damaged: one must not keep the others down.
+    pub fn vms(&self) -> Result<(Vec<VmRecord>, Vec<Damaged>), RecordError> {
+        let (mut good, mut damaged) = (Vec::new(), Vec::new());
         for dir in entries(&self.dir.join("vms"))? {
             let path = dir.join("record.json");
-            if !path.exists() {
-                continue;
+            let name = dir.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse::<VmId>().ok());
+            let Some(vm) = name.filter(|_| path.exists()) else { continue };
+            match self.vm(vm, &path) {
+                Ok(record) => good.push(record),
+                Err(reason) => damaged.push(Damaged { vm, path, reason }),
             }
-            let record: VmRecord = load(&path)?;
-            if record.version != VERSION {
-                return Err(RecordError::Version { path, version: record.version });
-            }
-            out.push(record);
         }
-        Ok(out)
+        Ok((good, damaged))
+    }
+
+    fn vm(&self, vm: VmId, path: &Path) -> Result<VmRecord, String> {
+        let record: VmRecord = load(path).map_err(|e| super::problem::chain(&e))?;
+        if record.version != VERSION {
+            return Err(RecordError::Version { path: path.to_owned(), version: record.version }.to_string());
+        }
+        if record.spec.id != vm {
+            return Err(format!("record {} is of another VM: {}", path.display(), record.spec.id));
+        }
+        // An operator promised it while the record could not be read.
+        if record.is_here() && self.has_returned(vm, record.epoch) {
+            return Err(format!("epoch {} was returned to its source and must never run here", record.epoch));
+        }
+        Ok(record)
     }
 
     pub fn save_migration(&self, view: &MigrationView) -> Result<(), RecordError> {
@@ -245,12 +303,61 @@ impl Records {
         save(&self.receipt_path(migration), receipt)
     }
 
-    pub fn receipt(&self, migration: MigrationId) -> Option<Receipt> {
-        load(&self.receipt_path(migration)).ok()
+    /// An error, other than `None`, says nothing about whether one was given.
+    pub fn receipt(&self, migration: MigrationId) -> Result<Option<Receipt>, RecordError> {
+        load_if_there(&self.receipt_path(migration))
+    }
+
+    /// Keeps the other doubly signed record for good.
+    pub fn save_returned(&self, migration: MigrationId, back: &Return) -> Result<(), RecordError> {
+        save(&self.returned_path(migration), back)
+    }
+
+    pub fn returned(&self, migration: MigrationId) -> Result<Option<Return>, RecordError> {
+        load_if_there(&self.returned_path(migration))
+    }
+
+    /// Migrations whose doubly signed record is kept and whose id begins so, a few at most.
+    pub fn signed_migrations(&self, prefix: &str) -> Result<Vec<MigrationId>, RecordError> {
+        let mut found = Vec::new();
+        for dir in ["receipts", "returns"] {
+            let path = self.dir.join(dir);
+            let io = |source| RecordError::Io { action: "list", path: path.clone(), source };
+            // For good means many: what is not asked for is not kept in memory.
+            for entry in fs::read_dir(&path).map_err(io)? {
+                let name = entry.map_err(io)?.file_name();
+                let id =
+                    name.to_str().and_then(|n| n.strip_suffix(".json")).filter(|n| n.starts_with(prefix));
+                let id = id.and_then(|n| n.parse::<MigrationId>().ok());
+                found.extend(id.filter(|id| found.len() < FOUND_MAX && !found.contains(id)));
+            }
+        }
+        Ok(found)
+    }
+
+    /// What an operator decided about a hand-over in doubt.
+    pub fn save_resolution(&self, r: &Resolution) -> Result<(), RecordError> {
+        save(&self.dir.join("resolutions").join(format!("{}.json", r.migration)), r)
+    }
+
+    /// A damaged one is left out, loudly: it must not keep the VMs down.
+    pub fn resolutions(&self) -> Result<Vec<Resolution>, RecordError> {
+        let readable = |path: &PathBuf| match load(path) {
+            Ok(resolution) => Some(resolution),
+            Err(e) => {
+                tracing::error!(error = super::problem::chain(&e), "an operator's decision is unreadable");
+                None
+            }
+        };
+        Ok(entries(&self.dir.join("resolutions"))?.iter().filter_map(readable).collect())
     }
 
     fn receipt_path(&self, migration: MigrationId) -> PathBuf {
         self.dir.join("receipts").join(format!("{migration}.json"))
+    }
+
+    fn returned_path(&self, migration: MigrationId) -> PathBuf {
+        self.dir.join("returns").join(format!("{migration}.json"))
     }
 
     pub fn has_returned(&self, vm: VmId, epoch: u64) -> bool {
@@ -305,8 +412,124 @@ fn save<T: Serialize>(path: &Path, value: &T) -> Result<(), RecordError> {
     })
 }
 
+fn load_if_there<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Option<T>, RecordError> {
+    match load(path) {
+        Ok(value) => Ok(Some(value)),
+        Err(RecordError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
 fn load<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T, RecordError> {
     let json =
         fs::read(path).map_err(|source| RecordError::Io { action: "read", path: path.to_owned(), source })?;
     serde_json::from_slice(&json).map_err(|source| RecordError::Malformed { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::handover::HandOver;
+    use crate::types::{ByteSize, IdentityKey, MapId, RecipeId};
+    use crate::vm::Firmware;
+
+    fn record(name: &str) -> VmRecord {
+        let spec = VmSpec {
+            id: VmId::random(),
+            name: name.parse().unwrap(),
+            cpus: 1,
+            memory: ByteSize::mib(64),
+            recipe: RecipeId::of(b"r"),
+            root_size: ByteSize::mib(1),
+            user_data_size: ByteSize(0),
+            nics: Vec::new(),
+            architecture: "amd64".into(),
+            cpu_model: "qemu64".into(),
+            firmware: Firmware::Bios,
+        };
+        VmRecord::new(spec, Vec::new(), "disks-1", UnixMillis(1))
+    }
+
+    fn signed() -> SignedHandOver {
+        let (a, b) = (IdentityKey::from_secret_bytes(&[1; 32]), IdentityKey::from_secret_bytes(&[2; 32]));
+        let record = HandOver {
+            vm: VmId::random(),
+            migration: MigrationId::random(),
+            epoch: 2,
+            source: "a@x".parse().unwrap(),
+            source_key: a.public(),
+            target: "b@x".parse().unwrap(),
+            target_key: b.public(),
+            recipe: RecipeId::of(b"r"),
+            root_delta: MapId::of(b"d"),
+            user_data: MapId::of(b"u"),
+            issued: UnixMillis(5),
+        };
+        record.sign(&a)
+    }
+
+    #[test]
+    fn one_damaged_record_leaves_the_others_readable() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path()).unwrap();
+        let (good, bad) = (record("good"), record("bad"));
+        records.save_vm(&good).unwrap();
+        records.save_vm(&bad).unwrap();
+        let path = records.vm_dir(bad.spec.id).join("record.json");
+        let whole = fs::read(&path).unwrap();
+        for cut in 0..whole.len() {
+            fs::write(&path, &whole[..cut]).unwrap();
+            let (vms, damaged) = records.vms().unwrap();
+            assert!(vms.len() == 1 && vms[0] == good, "cut at {cut}");
+            assert_eq!((damaged[0].vm, &damaged[0].path), (bad.spec.id, &path));
+        }
+        // Of a later release, of another VM, or of an epoch that was promised away.
+        let spoilt =
+            [VmRecord { version: 9, ..bad.clone() }, VmRecord { spec: good.spec.clone(), ..bad.clone() }];
+        for record in spoilt {
+            fs::write(&path, serde_json::to_vec(&record).unwrap()).unwrap();
+            assert_eq!(records.vms().unwrap().1.len(), 1, "{record:?}");
+        }
+        fs::write(&path, whole).unwrap();
+        assert_eq!(records.vms().unwrap().1, []);
+        records.save_return(&ReturnRecord { vm: bad.spec.id, epoch: bad.epoch, hand_over: None }).unwrap();
+        assert_eq!(records.vms().unwrap().1.len(), 1);
+    }
+
+    #[test]
+    fn signed_records_are_found_by_the_beginning_of_their_id() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path()).unwrap();
+        let key = IdentityKey::from_secret_bytes(&[2; 32]);
+        let (came, back) = (MigrationId::random(), MigrationId::random());
+        records.save_receipt(came, &signed().accept(&key)).unwrap();
+        let returned = signed().give_back(&key);
+        records.save_returned(back, &returned).unwrap();
+        // A promise is not found as a migration.
+        records.save_return(&ReturnRecord { vm: VmId::random(), epoch: 2, hand_over: None }).unwrap();
+        for id in [came, back] {
+            assert_eq!(records.signed_migrations(&id.to_string()[..8]).unwrap(), [id]);
+        }
+        assert_eq!(records.signed_migrations("").unwrap().len(), 2);
+        assert_eq!(records.returned(back).unwrap(), Some(returned));
+        assert_eq!(records.receipt(back).unwrap(), None);
+        fs::write(dir.path().join(format!("receipts/{came}.json")), b"{").unwrap();
+        assert!(records.receipt(came).is_err(), "a damaged receipt is not the same as none");
+    }
+
+    #[test]
+    fn records_of_earlier_releases_are_read() {
+        let mut value =
+            serde_json::to_value(ReturnRecord { vm: VmId::random(), epoch: 2, hand_over: Some(signed()) })
+                .unwrap();
+        serde_json::from_value::<ReturnRecord>(value.clone()).unwrap();
+        value.as_object_mut().unwrap().remove("hand_over");
+        serde_json::from_value::<ReturnRecord>(value).unwrap();
+        let arrival = serde_json::json!({
+            "migration": MigrationId::random(), "from": "a@x", "acknowledged": true,
+            "from_key": IdentityKey::from_secret_bytes(&[1; 32]).public(),
+            "receipt": signed().accept(&IdentityKey::from_secret_bytes(&[2; 32])),
+        });
+        assert!(!serde_json::from_value::<Arrival>(arrival).unwrap().is_open());
+    }
 }

@@ -35,20 +35,6 @@ pub struct Unfinished {
     until: UnixMillis,
 }
 
-impl Unfinished {
-    /// What an operator sees of it: it has not ended, and waits.
-    pub fn waiting_view(&self) -> MigrationView {
-        let mut view = self.view.clone();
-        view.progress.phase = "negotiate".into();
-        view.progress.detail = format!(
-            "a restart of this broker cut it short; it is begun again once {} is back",
-            view.progress.peer
-        );
-        view.progress.eta_s = None;
-        view
-    }
-}
-
 /// Disks staged for a migration that is gone.
 pub struct Interrupted {
     dir: StagedDir,
@@ -72,11 +58,21 @@ pub fn split(
                 continue;
             }
             // Only the note that it ended is missing, unless its hand-over awaits a receipt.
-            let waits =
-                |r: &VmRecord| r.given_up().is_some_and(|g| g.migration == p.id && g.receipt.is_none());
+            let waits = |r: &VmRecord| r.given_up().is_some_and(|g| g.migration == p.id && g.in_doubt());
             if !record.is_some_and(waits) {
                 p.ended = true;
                 p.phase = "completed".into();
+            }
+        } else if p.role == "target" && !p.ended {
+            let arrival = vms.get(&p.vm_id).and_then(|vm| vm.record.arrival.as_ref());
+            p.ended = true;
+            p.phase = "completed".into();
+            if arrival.is_none_or(|a| a.migration != p.id) {
+                p.phase = "cancelled".into();
+                let reason = "was cut short by a restart of this broker before the VM was handed over";
+                let problem = Problem::new(ProblemKind::Failed, format!("arrival of {}", p.vm), reason);
+                view.problem =
+                    Some(problem.next("its source goes on by itself; what was staged is kept a while"));
             }
         }
         history.insert(view.progress.id, view);
@@ -84,13 +80,33 @@ pub fn split(
     (history, cut)
 }
 
+impl Unfinished {
+    pub fn view(&self) -> &MigrationView {
+        &self.view
+    }
+
+    pub fn until(&self) -> UnixMillis {
+        self.until
+    }
+}
+
 impl Broker {
+    /// Begins no more what the operator calls off. Whether it was waiting.
+    pub(super) fn cancel_unfinished(&mut self, id: MigrationId) -> bool {
+        let Some(at) = self.unfinished.iter().position(|u| u.view.progress.id == id) else { return false };
+        let cut = self.unfinished.remove(at);
+        let reason = "was cut short by a restart, then cancelled by the operator";
+        self.end_unfinished(cut.view, ProblemKind::Cancelled, reason.to_owned());
+        true
+    }
+
     /// Begins cut moves again whose target is there, and gives up those that waited too long.
     pub(super) fn take_up_unfinished(&mut self) {
         let now = self.shared.now();
         for cut in std::mem::take(&mut self.unfinished) {
             let p = &cut.view.progress;
-            let is_ours = self.vms.get(&p.vm_id).is_some_and(|vm| vm.record.is_here());
+            let is_ours = self.vms.get(&p.vm_id).is_some_and(|vm| vm.record.is_here())
+                && self.contested(p.vm_id).is_none();
             let is_busy = self.vms.get(&p.vm_id).is_some_and(|vm| vm.busy.is_some());
             if !is_ours || p.attempt >= ATTEMPTS_MAX || cut.until < now {
                 let reason = "was cut short by a restart of this broker, and its target did not come back";
@@ -116,16 +132,6 @@ impl Broker {
             let reason = format!("was cut short by a restart of this broker{goes_on}");
             self.end_unfinished(cut.view, ProblemKind::Failed, reason);
         }
-    }
-
-    /// Calls off a cut move before it is begun again. False if it is none.
-    pub(super) fn cancel_unfinished(&mut self, id: MigrationId) -> bool {
-        let Some(at) = self.unfinished.iter().position(|cut| cut.view.progress.id == id) else {
-            return false;
-        };
-        let cut = self.unfinished.remove(at);
-        self.end_unfinished(cut.view, ProblemKind::Cancelled, "cancelled by the operator".to_owned());
-        true
     }
 
     fn end_unfinished(&mut self, mut view: MigrationView, kind: ProblemKind, reason: String) {
@@ -177,6 +183,8 @@ impl Broker {
             .map(|vm| self.shared.records.vm_dir(vm.record.spec.id).join(&vm.record.disks))
             .collect();
         let mut leftovers = staging::leftovers(&self.shared, &used);
+        // Nothing is known of those set aside, so all they have stays.
+        leftovers.retain(|vm, _| !self.aside.contains_key(vm));
         let changed =
             |dir: &PathBuf| fs::metadata(dir).and_then(|m| m.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
         for (vm, dirs) in &mut leftovers {

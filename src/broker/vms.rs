@@ -16,8 +16,8 @@ use crate::vm::{Mac, PowerState, VmSpec};
 use super::content;
 use super::interface::{Reply, VmCreate, VmView};
 use super::problem::{Problem, ProblemKind, chain};
-use super::records::VmRecord;
-use super::{Broker, Input, Shared, staging};
+use super::records::{GivenUp, VmRecord};
+use super::{Broker, Input, Shared, aside, evidence, staging};
 
 /// What guests of our own components print on their console when they have booted.
 pub const READY_LINE: &str = "cicada: guest ready";
@@ -82,6 +82,9 @@ impl Broker {
 
     /// A VM by name or UUID. Where a name is both a present VM's and a given-up one's, the present wins.
     pub(super) fn find_vm(&self, name: &str) -> Result<VmId, Problem> {
+        if let Some(damaged) = self.find_aside(name) {
+            return Err(aside::problem(damaged));
+        }
         let by_id = name.parse::<VmId>().ok().filter(|id| self.vms.contains_key(id));
         let by_name = || {
             let mut found: Vec<_> = self
@@ -124,12 +127,18 @@ impl Broker {
         }
     }
 
+    /// As [`Broker::free_vm`], for what makes a VM run or sends it away.
+    pub(super) fn movable_vm(&self, name: &str) -> Result<VmId, Problem> {
+        let id = self.free_vm(name)?;
+        self.contested(id).map_or(Ok(id), Err)
+    }
+
     pub(super) fn vm_view(&self, vm: &Vm) -> VmView {
         let record = &vm.record;
         let spec = &record.spec;
         let disks = self.disk_paths(record);
         let given = record.given_up();
-        let in_doubt = given.is_some_and(|g| g.receipt.is_none());
+        let in_doubt = given.is_some_and(GivenUp::in_doubt);
         let power = match given {
             Some(_) => PowerState::Stopped,
             None => self.shared.driver.state(spec.id).unwrap_or(PowerState::Stopped),
@@ -140,6 +149,7 @@ impl Broker {
             name: spec.name.clone(),
             power,
             ownership: match given {
+                None if self.contested(spec.id).is_some() => "contested",
                 None => "here",
                 Some(_) if in_doubt => "in-doubt",
                 Some(_) => "given-up",
@@ -172,6 +182,7 @@ impl Broker {
                 Some(Busy::Migration(id)) => Some(id),
                 _ => None,
             },
+            problem: self.vm_problem(spec.id),
             spec: spec.clone(),
         }
     }
@@ -282,6 +293,10 @@ impl Broker {
 
     /// Starts a VM without an operator waiting: at boot, after an abandoned move, or on arrival.
     pub(super) fn start_machine(&mut self, id: VmId, arrival: Option<MigrationId>) {
+        if let Some(problem) = self.contested(id) {
+            tracing::error!(vm = %id, reason = %problem, "not started by itself");
+            return;
+        }
         let Some(vm) = self.vms.get_mut(&id).filter(|vm| vm.record.is_here()) else { return };
         if !vm.record.run {
             vm.record.run = true;
@@ -350,7 +365,7 @@ impl Broker {
         let id = self.find_vm(name)?;
         let object = format!("VM {name}");
         match self.vms.get(&id).and_then(|vm| vm.record.given_up()) {
-            Some(g) if g.receipt.is_none() => Err(Problem::new(
+            Some(g) if g.in_doubt() => Err(Problem::new(
                 ProblemKind::Conflict,
                 object,
                 "its hand-over is not acknowledged: this may be the only copy",
@@ -370,8 +385,8 @@ impl Broker {
 
     /// Scrubs and forgets a VM's copy here.
     pub(super) fn remove_vm(&mut self, id: VmId, reply: Option<Answer>) {
-        let arrival = self.vms.get(&id).and_then(|vm| vm.record.arrival.clone());
-        let kept = arrival.map_or(Ok(()), |a| self.shared.records.save_receipt(a.migration, &a.receipt));
+        let kept =
+            self.vms.get(&id).map_or(Ok(()), |vm| evidence::keep_receipts(&self.shared.records, &vm.record));
         if let Err(e) = kept {
             let problem = Problem::from_error(ProblemKind::Failed, format!("VM {id}"), &e);
             tracing::warn!(vm = %id, reason = %problem, "not removed: its receipt cannot be kept");

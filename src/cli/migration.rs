@@ -1,5 +1,7 @@
 //! `cicada migration`
 
+use std::path::PathBuf;
+
 use clap::Subcommand;
 
 use crate::broker::interface::{Message, MigrationView, Reply, Request};
@@ -11,6 +13,7 @@ use super::context::Context;
 use super::format::{ago, bytes, utc};
 use super::printer::{Failure, Outcome, Printer, unexpected};
 use super::table::{Table, card};
+use super::{receipt, resolve};
 
 #[derive(Subcommand)]
 pub enum Command {
@@ -25,6 +28,16 @@ pub enum Command {
     Cancel { id: String },
     /// Follow a move until it ends
     Watch { id: String },
+    /// Print the doubly signed record of a move, also of one long ago; 'cicada receipt verify' checks it
+    Receipt {
+        /// The move's id, or the beginning of it
+        id: String,
+        /// A file to write it to, instead of printing it; it must not exist
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Decide who owns a VM whose hand-over is in doubt. Says what that risks, and asks
+    Resolve(resolve::Resolve),
     /// Cap what a move sends from here, from now on, while it runs
     Limit {
         id: String,
@@ -68,6 +81,8 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
             });
             Ok(())
         }
+        Command::Receipt { id, output } => receipt::fetch(ctx, id, output).await,
+        Command::Resolve(args) => resolve::run(ctx, args).await,
         Command::Watch { id } => {
             let result = ctx.follow(&Request::MigrationWatch { id }).await;
             end(ctx, result)
@@ -138,6 +153,9 @@ fn print_view(printer: &Printer, view: &MigrationView) -> Outcome {
             ("next step", problem.map(|p| p.next_step.clone()).unwrap_or_default()),
         ],
     )?;
+    for remark in &view.remarks {
+        printer.line(format!("{}  {remark}", printer.bold("note")))?;
+    }
     printer.line("")?;
     account::print(printer, &view.account)
 }

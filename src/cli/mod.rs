@@ -21,8 +21,10 @@ mod plan;
 mod printer;
 mod progress;
 mod push;
+mod receipt;
 mod recipe;
 mod repo;
+mod resolve;
 mod table;
 mod target;
 mod vm;
@@ -146,6 +148,9 @@ enum Command {
     /// Moves that run or ended
     #[command(subcommand)]
     Migration(migration::Command),
+    /// The doubly signed records of hand-overs
+    #[command(subcommand)]
+    Receipt(receipt::Command),
     /// Measure what this machine makes of a repository's work (without a broker)
     Bench(bench::Bench),
     /// Print completions for a shell (without a broker)
@@ -203,6 +208,7 @@ async fn dispatch(ctx: Context, command: Command) -> Outcome {
         Command::Plan(c) => plan::run(&ctx, c).await,
         Command::Move(c) => moving::run(&ctx, c).await,
         Command::Migration(c) => migration::run(&ctx, c).await,
+        Command::Receipt(c) => receipt::run(&ctx, c),
         Command::Bench(b) => bench::run(&ctx, &b),
         Command::Completions(c) => generate::completions(&ctx, &c),
         Command::Man(c) => generate::man(&ctx, &c),

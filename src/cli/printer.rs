@@ -105,6 +105,11 @@ impl Printer {
         }
     }
 
+    /// As this one, but what must be known is printed in spite of `--quiet`.
+    pub fn aloud(&self) -> Self {
+        Self { quiet: false, ..self.clone() }
+    }
+
     /// The end of a command that went wrong, on stderr.
     pub fn problem(&self, problem: &Problem) {
         self.to_stderr(&format!("{} {problem}", self.paint_err("1;31", "error:")));

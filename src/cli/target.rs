@@ -10,11 +10,12 @@ use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 use tokio::sync::mpsc;
 
+use crate::broker::aside;
 use crate::broker::content;
 use crate::broker::handle::ObjectKind;
 use crate::broker::interface::{Event, Reply, Request};
 use crate::broker::problem::{Problem, ProblemKind};
-use crate::broker::records::Records;
+use crate::broker::records::{Damaged, Records};
 use crate::client::Client;
 use crate::compose::Composer;
 use crate::config::Config;
@@ -35,6 +36,8 @@ pub struct Offline {
     gc_grace: Duration,
     /// What VMs here are made of, and must stay.
     vm_recipes: Vec<RecipeId>,
+    /// A VM of which that is not known.
+    damaged: Option<Damaged>,
 }
 
 /// One object as it is stored and sent.
@@ -84,6 +87,8 @@ impl Target {
             | R::MigrationWatch { .. }
             | R::MigrationCancel { .. }
             | R::MigrationLimit { .. }
+            | R::MigrationReceipt { .. }
+            | R::MigrationResolve { .. }
             | R::Shutdown => false,
         }
     }
@@ -98,11 +103,12 @@ impl Target {
         })?;
         let failed = |e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, "records", e);
         let records = Records::open(&config.cloud.data_dir).map_err(|e| failed(&e))?;
-        let vms = records.vms().map_err(|e| failed(&e))?;
+        let (vms, damaged) = records.vms().map_err(|e| failed(&e))?;
         Ok(Target::Offline(Box::new(Offline {
             composer: Composer::new(repository.clone()),
             repository,
             gc_grace: config.repository.gc_grace,
+            damaged: damaged.into_iter().next(),
             vm_recipes: vms.iter().map(|vm| vm.spec.recipe).collect(),
         })))
     }
@@ -145,6 +151,9 @@ impl Target {
 
 impl Offline {
     async fn call(&self, request: &Request, mut on_event: impl FnMut(Event)) -> Result<Reply, Problem> {
+        if let (Request::RepoGc { .. }, Some(damaged)) = (request, &self.damaged) {
+            return Err(aside::gc_problem(damaged));
+        }
         let (events, mut seen) = mpsc::unbounded_channel();
         let (repository, composer) = (self.repository.clone(), self.composer.clone());
         let (grace, recipes, request) = (self.gc_grace, self.vm_recipes.clone(), request.clone());

@@ -187,6 +187,8 @@ fn print_vm(printer: &Printer, reply: Reply) -> Outcome {
             ("console", vm.console_socket.clone()),
             ("console log", vm.console_log.clone()),
             ("migration", vm.migration.map(|m| m.to_string()).unwrap_or_default()),
+            ("problem", vm.problem.as_ref().map(|p| printer.bad(&p.reason)).unwrap_or_default()),
+            ("next step", vm.problem.as_ref().map(|p| p.next_step.clone()).unwrap_or_default()),
         ],
     )
 }

@@ -21,7 +21,7 @@ use crate::types::{ByteSize, MemberJid};
 
 pub use error::ConfigError;
 pub use file::{Accelerator, AcceptFrom, Cloud, DriverKind, Pin, Security, Trust};
-pub use secrets::{Password, load_or_create_identity, private_dir};
+pub use secrets::{Password, identity_path, load_or_create_identity, private_dir};
 pub use value::{HumanDuration, Rate};
 
 use error::nearest;

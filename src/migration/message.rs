@@ -31,6 +31,9 @@ pub enum RequestBody {
     Initialization(Box<Initialization>),
     /// To the target: it is yours; start it. Repeated until a receipt or a return comes back.
     Start { hand_over: SignedHandOver, run: bool },
+    /// To the target: our operator took the VM back without your word. Promise never to run it under
+    /// this epoch, or say with your receipt that you took it over.
+    Withdraw { hand_over: SignedHandOver },
     /// To the target: forget this migration and remove what was made for it.
     Cancel { reason: String },
     /// To the source: pause the VM (live modes).
@@ -236,6 +239,8 @@ pub enum DenialCode {
     Start,
     /// The sender may not ask this.
     NotYours,
+    /// The operator of the source took the VM back without the target's word: it has two owners.
+    Contested,
     /// This mode of migration is not supported here.
     Unsupported,
     /// The sender asks more often, or more at once, than it may.

@@ -2,11 +2,13 @@
 #![doc = include_str!("PROTOCOL.md")]
 
 pub mod envelope;
+pub mod evidence;
 pub mod handover;
 pub mod message;
 pub mod source;
 pub mod target;
 
 pub use envelope::{Envelope, EnvelopeError, ReplayGuard};
+pub use evidence::Evidence;
 pub use handover::{HandOver, Receipt, Return};
 pub use message::{Answer, AnswerBody, Denial, DenialCode, Pass, RequestBody};

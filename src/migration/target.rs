@@ -195,6 +195,8 @@ impl Target {
             RequestBody::Cancel { .. } if self.phase == Phase::Abandoned => answer(Answer::Cancelled),
             RequestBody::Cancel { .. } => deny(DenialCode::OutOfOrder, "the VM was already handed over"),
             RequestBody::Reservation { .. } => deny(DenialCode::OutOfOrder, "the reservation was redeemed"),
+            // Answered from the records, whatever this machine knows.
+            RequestBody::Withdraw { .. } => deny(DenialCode::OutOfOrder, "is not asked of a migration"),
             RequestBody::Suspend | RequestBody::Stop | RequestBody::Delete { .. } => {
                 deny(DenialCode::NotYours, "only the target of a migration asks this of its source")
             }

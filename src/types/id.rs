@@ -136,6 +136,13 @@ name_type!(
     "VM name"
 );
 
+impl VmName {
+    /// What a VM is called here whose name is not known.
+    pub fn unknown(vm: VmId) -> Self {
+        Self(format!("unknown-{}", vm.short()))
+    }
+}
+
 /// The bare JID of a member's account, `local@domain`, the identity an XMPP server vouches for.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

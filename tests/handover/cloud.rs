@@ -25,6 +25,13 @@ pub struct Record {
     pub arrival: Option<Arrival>,
 }
 
+impl Record {
+    /// The highest epoch of the VM this record knows of.
+    fn seen_epoch(&self) -> u64 {
+        self.epoch + u64::from(self.given_up.is_some())
+    }
+}
+
 #[derive(Clone, PartialEq, Debug)]
 pub struct GivenUp {
     pub to: usize,
@@ -564,7 +571,7 @@ impl Cloud {
         if self.rules.no_arrival_while_in_doubt && !self.memory.outgoing.is_empty() {
             return deny(DenialCode::Busy, "its last hand-over from here is not acknowledged");
         }
-        if self.durable.record.as_ref().is_some_and(|r| epoch < r.epoch) {
+        if self.durable.record.as_ref().is_some_and(|r| epoch < r.seen_epoch()) {
             return deny(DenialCode::HandOver, "a later epoch was seen");
         }
         let agreement = Agreement {
@@ -663,7 +670,7 @@ impl Cloud {
         let h = signed.verify().map_err(|e| refuse(&e.to_string()))?;
         let run = self.memory.incoming.get(&id).ok_or_else(|| refuse("unknown"))?;
         let (from, dir, wanted) = (run.from, run.dir.clone(), run.machine.run());
-        let newer = |r: &Record| r.given_up.is_none() || r.epoch >= h.epoch;
+        let newer = |r: &Record| r.given_up.is_none() || r.seen_epoch() >= h.epoch;
         if self.durable.returns.contains(&h.epoch) || self.durable.past.contains_key(&id) {
             return Err(refuse("returned, or taken over before"));
         }

@@ -1,0 +1,87 @@
+//! VMs set aside: their record is damaged, or forbids them to run. They are listed, never run, nothing
+//! arrives over them, and their disks stay as they are.
+
+use crate::types::{ByteSize, RecipeId, VmId, VmName};
+use crate::vm::{Firmware, PowerState, VmSpec};
+
+use super::Broker;
+use super::interface::VmView;
+use super::problem::{Problem, ProblemKind};
+use super::records::Damaged;
+
+/// What an operator is told of it.
+pub fn problem(d: &Damaged) -> Problem {
+    let object = format!("VM {}", d.vm);
+    let dir = d.path.parent().unwrap_or(&d.path).display();
+    Problem::new(ProblemKind::Damaged, object, format!("is set aside: {}", d.reason)).next(format!(
+        "stop the broker, restore {} from a backup and start it again; or, if the VM is not needed, remove          {dir}. Its disks there are untouched",
+        d.path.display()
+    ))
+}
+
+/// While it is not known what a VM consists of, nothing may be removed that it could need.
+pub fn gc_problem(d: &Damaged) -> Problem {
+    Problem::new(
+        ProblemKind::Conflict,
+        "repository",
+        format!("what VM {} needs is not known: {}", d.vm, d.reason),
+    )
+    .next(problem(d).next_step)
+}
+
+impl Broker {
+    /// A VM set aside, by its id or by what it is called.
+    pub(super) fn find_aside(&self, text: &str) -> Option<&Damaged> {
+        let by_id = text.parse::<VmId>().ok();
+        self.aside.values().find(|d| by_id == Some(d.vm) || VmName::unknown(d.vm).as_str() == text)
+    }
+
+    pub(super) fn put_aside(&mut self, vm: VmId, reason: String) {
+        self.vms.remove(&vm);
+        let path = self.shared.records.vm_dir(vm).join("record.json");
+        self.aside.insert(vm, Damaged { vm, path, reason });
+    }
+
+    pub(super) fn aside_views(&self) -> impl Iterator<Item = VmView> + '_ {
+        self.aside.values().map(view)
+    }
+}
+
+fn view(d: &Damaged) -> VmView {
+    let none = ByteSize(0);
+    let spec = VmSpec {
+        id: d.vm,
+        name: VmName::unknown(d.vm),
+        cpus: 0,
+        memory: none,
+        recipe: RecipeId::from_bytes([0; 32]),
+        root_size: none,
+        user_data_size: none,
+        nics: Vec::new(),
+        architecture: String::new(),
+        cpu_model: String::new(),
+        firmware: Firmware::default(),
+    };
+    VmView {
+        id: spec.id,
+        name: spec.name.clone(),
+        power: PowerState::Stopped,
+        ownership: "damaged".into(),
+        owner: None,
+        epoch: 0,
+        cpus: 0,
+        memory: none,
+        root_size: none,
+        user_data_size: none,
+        nics: Vec::new(),
+        recipe: spec.recipe,
+        components: Vec::new(),
+        root_delta_bytes: 0,
+        user_data_bytes: 0,
+        console_socket: String::new(),
+        console_log: String::new(),
+        migration: None,
+        problem: Some(problem(d)),
+        spec,
+    }
+}

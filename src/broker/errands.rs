@@ -1,0 +1,107 @@
+//! What another broker must be told or asked until it answers, however long it is away. An errand
+//! is due when its member comes online, and else less and less often. The list itself is not kept:
+//! a restart finds what is still to be said in the records.
+
+use std::time::Duration;
+
+use crate::clock::UnixMillis;
+use crate::migration::{AnswerBody, RequestBody};
+use crate::types::{MemberJid, MigrationId};
+
+use super::problem::chain;
+use super::shared::{AskError, Matter, Peer};
+use super::{Broker, Input};
+
+const PAUSE_FIRST: Duration = Duration::from_secs(2);
+const PAUSE_MAX: Duration = Duration::from_secs(300);
+
+pub struct Errand {
+    peer: Peer,
+    matter: Matter,
+    body: RequestBody,
+    due: UnixMillis,
+    tries: u32,
+    /// A request is on its way.
+    asking: bool,
+    /// What came of the last try.
+    last: String,
+}
+
+impl Broker {
+    /// Begins to tell `peer`, at once and until it answered. The errand takes the place of an
+    /// earlier one of the same migration.
+    pub(super) fn run_errand(&mut self, peer: Peer, matter: Matter, body: RequestBody) {
+        let due = self.shared.now();
+        let last = "it has not answered yet".to_owned();
+        let errand = Errand { peer, matter, body, due, tries: 0, asking: false, last };
+        self.errands.insert(matter.migration, errand);
+        self.run_due_errands();
+    }
+
+    pub(super) fn hurry_errands(&mut self, member: &MemberJid) {
+        let now = self.shared.now();
+        for errand in self.errands.values_mut().filter(|e| e.peer.jid == *member) {
+            (errand.due, errand.tries) = (now, 0);
+        }
+        self.run_due_errands();
+    }
+
+    pub(super) fn run_due_errands(&mut self) {
+        let now = self.shared.now();
+        for (id, errand) in self.errands.iter_mut().filter(|(_, e)| e.due <= now && !e.asking) {
+            errand.due = now.plus(pause(errand.tries));
+            errand.tries += 1;
+            errand.asking = true;
+            let (id, shared) = (*id, self.shared.clone());
+            let (peer, matter, body) = (errand.peer.clone(), errand.matter, errand.body.clone());
+            tokio::spawn(async move {
+                let answer = shared.ask(&peer, matter, body).await;
+                shared.post(Input::apply(move |b| b.errand_answered(id, answer)));
+            });
+        }
+    }
+
+    fn errand_answered(&mut self, id: MigrationId, answer: Result<AnswerBody, AskError>) {
+        let Some(errand) = self.errands.get_mut(&id) else { return };
+        errand.asking = false;
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(e) => return errand.last = chain(&e),
+        };
+        let (body, peer, vm) = (errand.body.clone(), errand.peer.clone(), errand.matter.vm);
+        let done = match body {
+            RequestBody::Delete { .. } => self.delete_answered(id, vm, &answer),
+            _ => self.follow_answered(id, &peer, &answer),
+        };
+        if done {
+            self.errands.remove(&id);
+        } else if let Some(errand) = self.errands.get_mut(&id) {
+            errand.last = match answer {
+                AnswerBody::Denied(d) => format!("it answered: {}", d.text),
+                _ => "it is still at it".into(),
+            };
+        }
+    }
+
+    /// What came of the last try to tell, if something is still to be told.
+    pub(super) fn errand_words(&self, id: MigrationId) -> Option<String> {
+        self.errands.get(&id).map(|e| e.last.clone())
+    }
+}
+
+/// Doubles with every try, up to a limit.
+fn pause(tries: u32) -> Duration {
+    PAUSE_FIRST.saturating_mul(1 << tries.min(16)).min(PAUSE_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_a_limit_and_never_end() {
+        let pauses: Vec<u64> = (0..10).map(|n| pause(n).as_secs()).collect();
+        assert_eq!(pauses, [2, 4, 8, 16, 32, 64, 128, 256, 300, 300]);
+        assert_eq!(pause(u32::MAX), PAUSE_MAX);
+    }
+}

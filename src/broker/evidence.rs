@@ -1,0 +1,81 @@
+//! The doubly signed records this cloud keeps for good, and how operators get them.
+
+use super::calls::Answer;
+use super::problem::{Problem, ProblemKind, chain};
+use super::records::{RecordError, Records, VmRecord};
+use super::{Broker, Reply};
+use crate::migration::Evidence;
+use crate::types::MigrationId;
+
+impl Broker {
+    /// Answers with the record of one migration, remembered or not.
+    pub(super) fn receipt(&self, id: String, reply: Answer) {
+        let known = self.migration(&id).map(|view| view.progress);
+        let remarks = self.resolution_remarks();
+        let records = self.shared.records.clone();
+        tokio::task::spawn_blocking(move || {
+            let object = format!("migration {id}");
+            let failed = |e: RecordError| {
+                Problem::from_error(ProblemKind::Damaged, object.clone(), &e)
+                    .next("the other cloud of the migration keeps the same record")
+            };
+            let result = (|| {
+                let found = find(&records, &id, &object)?;
+                let found = found.or_else(|| known.as_ref().ok().map(|p| p.id));
+                let Some(migration) = found else {
+                    return Err(known.err().unwrap_or_else(|| {
+                        Problem::new(ProblemKind::NotFound, object.clone(), "is not known here")
+                    }));
+                };
+                let returned = records.returned(migration).map_err(failed)?.map(Evidence::from);
+                let given = records.receipt(migration).map_err(failed)?.map(Evidence::from);
+                let Some(mut evidence) = returned.or(given) else {
+                    let reason = "there is no doubly signed record of it: it was not handed over, or not yet";
+                    let mut reason = reason.to_owned();
+                    remarks.iter().filter(|(id, _)| *id == migration).for_each(|(_, remark)| {
+                        reason.push_str("; ");
+                        reason.push_str(remark);
+                    });
+                    return Err(Problem::new(ProblemKind::Conflict, object.clone(), reason)
+                        .next(format!("see 'cicada migration show {migration}'")));
+                };
+                evidence.remarks =
+                    remarks.into_iter().filter(|(id, _)| *id == migration).map(|(_, r)| r).collect();
+                Ok(Reply::Receipt(Box::new(evidence)))
+            })();
+            let _ = reply.send(result);
+        });
+    }
+}
+
+/// Keeps the receipts that `record` holds beyond it: at start, and before it is replaced or removed.
+pub fn keep_receipts(records: &Records, record: &VmRecord) -> Result<(), RecordError> {
+    let came = record.arrival.as_ref().map(|a| (a.migration, &a.receipt));
+    let went = record.given_up().and_then(|g| Some((g.migration, g.receipt.as_ref()?)));
+    for (migration, receipt) in came.into_iter().chain(went) {
+        match records.receipt(migration) {
+            Ok(Some(_)) => {}
+            Ok(None) => records.save_receipt(migration, receipt)?,
+            Err(e) => {
+                tracing::warn!(%migration, error = chain(&e), "its receipt is damaged; written anew");
+                records.save_receipt(migration, receipt)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The one migration whose record is kept and whose id begins so.
+fn find(records: &Records, prefix: &str, object: &str) -> Result<Option<MigrationId>, Problem> {
+    if prefix.len() < 4 {
+        return Ok(None);
+    }
+    let found = records.signed_migrations(prefix);
+    let found = found.map_err(|e| Problem::from_error(ProblemKind::Failed, object, &e))?;
+    match found.as_slice() {
+        [] => Ok(None),
+        [id] => Ok(Some(*id)),
+        _ => Err(Problem::new(ProblemKind::BadRequest, object, "several migrations begin so")
+            .next("write more digits")),
+    }
+}

@@ -1,0 +1,634 @@
+//! Hand-overs in doubt that an operator decides: `cicada migration resolve`. The decision is written
+//! before anything follows from it, and the other cloud is asked until it has said what it knows.
+//! What comes late is never passed over: a VM that turns out to have two owners is *contested*.
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::UnixMillis;
+use crate::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
+use crate::migration::target::Event as TargetEvent;
+use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
+use crate::types::{MemberJid, MigrationId, PublicKey, VmId, VmName};
+use crate::vm::PowerState;
+
+use super::interface::{Reply, ResolutionView, Side};
+use super::problem::{Problem, ProblemKind, chain};
+use super::records::{self, GivenUp, Ownership, ReturnRecord};
+use super::shared::{Matter, Peer};
+use super::{Broker, resolution_words as words};
+
+/// An operator's decision, kept for good.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Resolution {
+    pub version: u32,
+    pub migration: MigrationId,
+    pub vm: VmId,
+    pub name: VmName,
+    pub peer: MemberJid,
+    pub owner: Side,
+    /// Who called the API, where the system tells.
+    pub by_uid: Option<u32>,
+    pub at: UnixMillis,
+    /// What the operator was told and agreed to.
+    pub statement: String,
+    /// At the source: the hand-over as it was.
+    pub given: Option<Box<GivenUp>>,
+    pub outcome: Outcome,
+}
+
+/// What became of a decision.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The other cloud has not said yet what it knows.
+    Awaited,
+    /// Its word agrees with the decision, or none is needed.
+    Agreed { at: UnixMillis },
+    /// Taken back here, but the other cloud had taken it over.
+    Contested { since: UnixMillis },
+    /// Left to the other cloud, which had not taken it: taken back, if the copy was still there.
+    Reverted { at: UnixMillis },
+    /// Contested, until the operator said which one counts.
+    Settled { owner: Side, by_uid: Option<u32>, at: UnixMillis },
+}
+
+impl Resolution {
+    fn hand_over(&self) -> Option<HandOver> {
+        self.given.as_ref()?.hand_over().ok()
+    }
+
+    pub fn is_contested(&self) -> bool {
+        matches!(self.outcome, Outcome::Contested { .. })
+    }
+}
+
+/// What a decision does.
+#[derive(Clone, Debug)]
+enum Act {
+    /// At the source: ours again, under the epoch after the one given away.
+    TakeBack,
+    /// At the source: the target's, without its receipt.
+    Accept,
+    /// At the source, contested: which of the two counts.
+    Settle(Side),
+    /// At the target: never to run the VM under the epoch.
+    Promise { epoch: u64, hand_over: Option<SignedHandOver> },
+    /// At the target, contested: ours, whatever the source says.
+    Keep,
+}
+
+struct Decision {
+    act: Act,
+    vm: VmId,
+    name: VmName,
+    peer: Peer,
+    statement: String,
+    checks: Vec<String>,
+}
+
+impl Broker {
+    /// Says what a decision risks, or, once `confirmed`, records it and lets it happen.
+    pub(super) fn resolve(
+        &mut self,
+        text: &str,
+        owner: Side,
+        confirmed: bool,
+        by_uid: Option<u32>,
+    ) -> Result<Reply, Problem> {
+        let id = self.resolvable(text)?;
+        let d = self.decision(id, owner)?;
+        if confirmed {
+            self.act(id, owner, by_uid, &d)?;
+        }
+        Ok(Reply::Resolution(Box::new(ResolutionView {
+            migration: id,
+            vm: d.name,
+            vm_id: d.vm,
+            owner,
+            fingerprint: d.peer.key.fingerprint(),
+            peer: d.peer.jid,
+            statement: d.statement,
+            checks: d.checks,
+            done: confirmed,
+        })))
+    }
+
+    /// The one migration whose id begins so and about which something can be in doubt.
+    fn resolvable(&self, text: &str) -> Result<MigrationId, Problem> {
+        let given = self.vms.values().filter_map(|vm| vm.record.given_up()).filter(|g| g.in_doubt());
+        let arrived = self.vms.values().filter_map(|vm| vm.record.arrival.as_ref());
+        let arrived = arrived.filter(|a| a.is_open()).map(|a| a.migration);
+        let contested = self.resolutions.values().filter(|r| r.is_contested()).map(|r| r.migration);
+        let arriving = self.incoming.iter().filter(|(_, r)| r.is_unfinished()).map(|(id, _)| *id);
+        let mut found: Vec<_> = given.map(|g| g.migration).chain(arrived).chain(contested).collect();
+        found.extend(arriving.chain(self.unanswered.keys().copied()));
+        found.retain(|id| text.len() >= 4 && id.to_string().starts_with(text));
+        found.sort();
+        found.dedup();
+        match found.as_slice() {
+            [id] => Ok(*id),
+            [] => {
+                let p = self.migration(text)?.progress;
+                let reason = match p.ended {
+                    true => format!("is not in doubt: it has ended ({})", p.phase),
+                    false => format!("is not in doubt: its phase is {}", p.phase),
+                };
+                Err(Problem::new(ProblemKind::Conflict, format!("migration {}", p.id), reason)
+                    .next(format!("see 'cicada migration show {}'", p.id)))
+            }
+            _ => Err(Problem::new(ProblemKind::BadRequest, format!("migration {text}"), "several begin so")
+                .next("write more digits")),
+        }
+    }
+
+    fn decision(&self, id: MigrationId, owner: Side) -> Result<Decision, Problem> {
+        if let Some(r) = self.resolutions.get(&id).filter(|r| r.is_contested()) {
+            return self.settlement(r, owner);
+        }
+        let given = self.vms.values().find(|vm| vm.record.given_up().is_some_and(|g| g.migration == id));
+        if let Some((vm, g)) = given.and_then(|vm| Some((vm, vm.record.given_up()?))) {
+            if self.outgoing.get(&id).is_some_and(|run| !run.in_doubt(self.shared.now())) {
+                return Err(conflict(id, "is being handed over right now")
+                    .next("wait: it counts as in doubt once the target has not answered for a while"));
+            }
+            let (act, (statement, checks)) = match owner {
+                Side::Here => (Act::TakeBack, words::take_back(&vm.record, g)),
+                Side::There => {
+                    (Act::Accept, words::accept(&vm.record, g, self.shared.config.migration.grace_period))
+                }
+            };
+            let peer = Peer { jid: g.to.clone(), key: g.to_key };
+            let (vm, name) = (vm.record.spec.id, vm.record.spec.name.clone());
+            return Ok(Decision { act, vm, name, peer, statement, checks });
+        }
+        self.target_decision(id, owner)
+    }
+
+    fn settlement(&self, r: &Resolution, owner: Side) -> Result<Decision, Problem> {
+        let given = r.given.as_ref().ok_or_else(|| conflict(r.migration, "its record is incomplete"))?;
+        let mine = self.vms.get(&r.vm).filter(|vm| vm.record.is_here());
+        if owner == Side::There && mine.is_some() {
+            if mine.is_some_and(|vm| vm.busy.is_some()) {
+                return Err(conflict(r.migration, "something holds the VM").next("wait a moment"));
+            }
+            self.must_stand_still(r.vm, &r.name)?;
+        }
+        let grace = self.shared.config.migration.grace_period;
+        let (statement, checks) = words::settle(r, owner, grace);
+        let peer = Peer { jid: given.to.clone(), key: given.to_key };
+        Ok(Decision { act: Act::Settle(owner), vm: r.vm, name: r.name.clone(), peer, statement, checks })
+    }
+
+    fn target_decision(&self, id: MigrationId, owner: Side) -> Result<Decision, Problem> {
+        let unknown = || conflict(id, "nothing of it is in doubt here");
+        let arrived =
+            self.vms.values().map(|vm| &vm.record).find(|r| {
+                r.is_here() && r.arrival.as_ref().is_some_and(|a| a.migration == id && a.is_open())
+            });
+        if let Some((record, a)) = arrived.and_then(|r| Some((r, r.arrival.as_ref()?))) {
+            let (vm, name) = (record.spec.id, record.spec.name.clone());
+            let peer = Peer { jid: a.from.clone(), key: a.from_key };
+            if owner == Side::Here {
+                if a.contested.is_none() {
+                    return Err(conflict(id, "the VM is this cloud's already"));
+                }
+                let (statement, checks) = words::keep(&name, &peer);
+                return Ok(Decision { act: Act::Keep, vm, name, peer, statement, checks });
+            }
+            self.must_stand_still(vm, &name)?;
+            let (statement, checks) = words::give_back(&name, record.epoch, &peer);
+            let act = Act::Promise { epoch: record.epoch, hand_over: Some(a.receipt.hand_over.clone()) };
+            return Ok(Decision { act, vm, name, peer, statement, checks });
+        }
+        let (vm, name, epoch, peer, hand_over) = match (self.unanswered.get(&id), self.incoming.get(&id)) {
+            (Some((peer, signed)), _) => {
+                let h = signed.verify().map_err(|_| unknown())?;
+                let name = VmName::unknown(h.vm);
+                (h.vm, name, h.epoch, peer.clone(), Some(signed.clone()))
+            }
+            (None, Some(run)) => {
+                let (matter, peer) = run.about();
+                (matter.vm, run.spec().name.clone(), matter.epoch + 1, peer.clone(), None)
+            }
+            (None, None) => return Err(unknown()),
+        };
+        if owner == Side::Here {
+            let reason = "cannot be made this cloud's: that takes the source's signed hand-over";
+            return Err(
+                conflict(id, reason).next(format!("the source decides; its operator is {}", peer.jid))
+            );
+        }
+        let (statement, checks) = words::promise(&name, epoch, &peer);
+        Ok(Decision { act: Act::Promise { epoch, hand_over }, vm, name, peer, statement, checks })
+    }
+
+    fn must_stand_still(&self, vm: VmId, name: &VmName) -> Result<(), Problem> {
+        match self.shared.driver.state(vm) {
+            Ok(PowerState::Stopped | PowerState::Crashed) | Err(_) => Ok(()),
+            Ok(state) => {
+                Err(Problem::new(ProblemKind::Conflict, format!("VM {name}"), format!("is {state}"))
+                    .next(format!("cicada vm stop {name}")))
+            }
+        }
+    }
+
+    /// First the record of the decision, then what follows from it.
+    fn act(
+        &mut self,
+        id: MigrationId,
+        owner: Side,
+        by_uid: Option<u32>,
+        d: &Decision,
+    ) -> Result<(), Problem> {
+        let now = self.shared.now();
+        let given = self.vms.get(&d.vm).and_then(|vm| vm.record.given_up()).filter(|g| g.migration == id);
+        let fresh = Resolution {
+            version: records::VERSION,
+            migration: id,
+            vm: d.vm,
+            name: d.name.clone(),
+            peer: d.peer.jid.clone(),
+            owner,
+            by_uid,
+            at: now,
+            statement: d.statement.clone(),
+            given: given.cloned().map(Box::new),
+            outcome: match d.act {
+                Act::TakeBack | Act::Accept => Outcome::Awaited,
+                _ => Outcome::Agreed { at: now },
+            },
+        };
+        let resolution = match (&d.act, self.resolutions.get(&id)) {
+            (Act::Settle(owner), Some(r)) => {
+                Resolution { outcome: Outcome::Settled { owner: *owner, by_uid, at: now }, ..r.clone() }
+            }
+            _ => fresh,
+        };
+        self.keep(resolution).map_err(|e| failed(&d.name, e))?;
+        tracing::warn!(
+            migration = %id, vm = %d.name, peer = %d.peer.jid, ?owner, ?by_uid, statement = d.statement,
+            "an operator decided who owns a VM, without the other cloud's word"
+        );
+        match &d.act {
+            Act::TakeBack | Act::Accept => self.apply(id).map_err(|e| failed(&d.name, e)),
+            Act::Settle(Side::Here) | Act::Keep => self.uncontested(d.vm).map_err(|e| failed(&d.name, e)),
+            Act::Settle(Side::There) => self.yield_to_target(id).map_err(|e| failed(&d.name, e)),
+            Act::Promise { epoch, hand_over } => {
+                self.promise(id, d, *epoch, hand_over.as_ref()).map_err(|e| failed(&d.name, e))
+            }
+        }
+    }
+
+    fn keep(&mut self, resolution: Resolution) -> Result<(), records::RecordError> {
+        self.shared.records.save_resolution(&resolution)?;
+        self.resolutions.insert(resolution.migration, resolution);
+        Ok(())
+    }
+
+    /// Lets a decision of the source's operator happen, if it has not yet, and begins to ask.
+    fn apply(&mut self, id: MigrationId) -> Result<(), records::RecordError> {
+        let Some(r) = self.resolutions.get(&id).cloned() else { return Ok(()) };
+        let undecided = |g: &GivenUp| g.migration == id && g.in_doubt();
+        let held = self.vms.get_mut(&r.vm).filter(|vm| vm.record.given_up().is_some_and(undecided));
+        if let Some(entry) = held {
+            let mut record = entry.record.clone();
+            match (r.owner, &mut record.ownership) {
+                (Side::There, Ownership::GivenUp(g)) => {
+                    g.scrub_after = Some(self.shared.now().plus(self.shared.config.migration.grace_period));
+                }
+                _ => {
+                    record.ownership = Ownership::Here;
+                    record.epoch += 2;
+                    record.taken_back = Some(id);
+                    // The operator starts it, once satisfied that nobody else runs it.
+                    record.run = false;
+                }
+            }
+            self.shared.records.save_vm(&record)?;
+            entry.record = record;
+            entry.busy = None;
+            self.resolved_outgoing(id, r.owner);
+        }
+        if matches!(r.outcome, Outcome::Awaited | Outcome::Contested { .. }) {
+            self.follow(&r);
+        }
+        Ok(())
+    }
+
+    /// At start: finishes what was decided, and goes on asking.
+    pub(super) fn resume_resolutions(&mut self) {
+        let open = self.resolutions.values().filter(|r| r.given.is_some()).filter(|r| match r.outcome {
+            Outcome::Awaited => true,
+            Outcome::Contested { .. } => !matches!(self.shared.records.receipt(r.migration), Ok(Some(_))),
+            // The decision was written, what follows from it perhaps not.
+            Outcome::Settled { owner: Side::There, .. } => true,
+            _ => false,
+        });
+        let open: Vec<_> = open.map(|r| (r.migration, r.outcome.clone())).collect();
+        for (id, outcome) in open {
+            let result = match outcome {
+                Outcome::Settled { .. } => self.yield_to_target(id),
+                _ => self.apply(id),
+            };
+            if let Err(e) = result {
+                tracing::error!(migration = %id, error = chain(&e), "an operator's decision cannot be carried out");
+            }
+        }
+    }
+
+    /// Asks the target what it knows of a hand-over that the operator decided.
+    fn follow(&mut self, r: &Resolution) {
+        let (Some(given), Some(h)) = (&r.given, r.hand_over()) else { return };
+        let matter = Matter { migration: r.migration, vm: r.vm, epoch: h.epoch - 1 };
+        let hand_over = h.sign(&self.shared.key);
+        let body = match r.owner {
+            // It must not take the VM over from here on, so it is not asked to start it again.
+            Side::Here => RequestBody::Withdraw { hand_over },
+            Side::There => RequestBody::Start { hand_over, run: given.was_running },
+        };
+        self.run_errand(Peer { jid: given.to.clone(), key: given.to_key }, matter, body);
+    }
+
+    /// The target's word on a hand-over that the operator decided. Whether that was all.
+    pub(super) fn follow_answered(&mut self, id: MigrationId, peer: &Peer, answer: &AnswerBody) -> bool {
+        let Some(r) = self.resolutions.get(&id).cloned() else { return true };
+        let Some(h) = r.hand_over() else { return true };
+        let kept = match answer {
+            AnswerBody::Started { receipt, .. } if receipt.verify().as_ref() == Ok(&h) => {
+                self.taken_over_there(&r, receipt)
+            }
+            AnswerBody::Returned { back, .. } if back.verify().as_ref() == Ok(&h) => {
+                self.returned_late(&r, back)
+            }
+            _ => return false,
+        };
+        if let Err(e) = &kept {
+            tracing::error!(migration = %id, peer = %peer.jid, error = chain(e), "its answer is not recorded; it is asked again");
+        }
+        kept.is_ok()
+    }
+
+    fn taken_over_there(&mut self, r: &Resolution, receipt: &Receipt) -> Result<(), records::RecordError> {
+        self.shared.records.save_receipt(r.migration, receipt)?;
+        if r.owner == Side::Here {
+            return self.contest(r.migration);
+        }
+        let held = self.vms.get_mut(&r.vm);
+        if let Some(entry) = held
+            && let Ownership::GivenUp(g) = &mut entry.record.ownership
+            && g.migration == r.migration
+        {
+            g.receipt = Some(receipt.clone());
+            self.shared.records.save_vm(&entry.record)?;
+        }
+        tracing::info!(migration = %r.migration, vm = %r.name, "the target's receipt came: the operator was right");
+        self.keep(Resolution { outcome: Outcome::Agreed { at: self.shared.now() }, ..r.clone() })
+    }
+
+    fn returned_late(&mut self, r: &Resolution, back: &Return) -> Result<(), records::RecordError> {
+        self.shared.records.save_returned(r.migration, back)?;
+        let at = self.shared.now();
+        if r.is_contested() {
+            tracing::error!(migration = %r.migration, vm = %r.name, peer = %r.peer, "says both that it took the VM over and that it never did");
+            return Ok(());
+        }
+        if r.owner == Side::Here {
+            tracing::info!(migration = %r.migration, vm = %r.name, "the target promised never to run it: the VM has one owner");
+            return self.keep(Resolution { outcome: Outcome::Agreed { at }, ..r.clone() });
+        }
+        let held = self.vms.get_mut(&r.vm);
+        match held.filter(|vm| vm.record.given_up().is_some_and(|g| g.migration == r.migration)) {
+            Some(entry) => {
+                let mut record = entry.record.clone();
+                record.ownership = Ownership::Here;
+                record.epoch += 2;
+                record.run = false;
+                self.shared.records.save_vm(&record)?;
+                entry.record = record;
+                tracing::warn!(migration = %r.migration, vm = %r.name, "the target never took the VM the operator left to it: it is here again, stopped");
+            }
+            None => {
+                tracing::error!(migration = %r.migration, vm = %r.name, "the target never took the VM the operator left to it, and the copy here is gone");
+            }
+        }
+        self.keep(Resolution { outcome: Outcome::Reverted { at }, ..r.clone() })
+    }
+
+    /// The VM was taken back here, and the target had taken it over.
+    fn contest(&mut self, id: MigrationId) -> Result<(), records::RecordError> {
+        let Some(r) = self.resolutions.get(&id).filter(|r| r.outcome == Outcome::Awaited) else {
+            return Ok(());
+        };
+        let r = r.clone();
+        tracing::error!(
+            migration = %id, vm = %r.name, peer = %r.peer,
+            "TWO OWNERS: the operator took the VM back here, and {} had taken it over. It is not started or \
+             moved by itself; see 'cicada vm show {}'", r.peer, r.name
+        );
+        let outcome = Outcome::Contested { since: self.shared.now() };
+        self.keep(Resolution { outcome, ..r })
+    }
+
+    /// A target that tells us it runs a VM which our operator took back. The denial it gets.
+    pub(super) fn delete_of_contested(&mut self, request: &Envelope<RequestBody>) -> Option<Denial> {
+        let r = self.resolutions.get(&request.migration).filter(|r| r.owner == Side::Here)?;
+        let open = matches!(
+            r.outcome,
+            Outcome::Awaited | Outcome::Contested { .. } | Outcome::Settled { owner: Side::Here, .. }
+        );
+        if !open || r.given.is_none() || r.vm != request.vm || r.peer != request.from {
+            return None;
+        }
+        let (peer, text) = (r.peer.clone(), words::contested_answer(r));
+        if let Err(e) = self.contest(request.migration) {
+            tracing::error!(migration = %request.migration, error = chain(&e), "that the VM is contested is not recorded");
+        }
+        // Its receipt is still to be asked for.
+        self.hurry_errands(&peer);
+        Some(Denial::new(DenialCode::Contested, text))
+    }
+
+    /// At the target: what its source answered to being told that the VM is ours. Whether that was all.
+    pub(super) fn delete_answered(&mut self, id: MigrationId, vm: VmId, answer: &AnswerBody) -> bool {
+        match answer {
+            AnswerBody::Deleted { .. } => self.acknowledged(id, vm),
+            AnswerBody::Denied(d) if d.code == DenialCode::NotYours => {
+                tracing::warn!(migration = %id, vm = %vm, reason = d.text, "the source knows nothing of giving the VM up to us");
+                self.acknowledged(id, vm);
+            }
+            AnswerBody::Denied(d) if d.code == DenialCode::Contested => {
+                self.contested_by_source(id, vm, &d.text);
+                // It may be settled in our favour one day.
+                return false;
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    /// At the target: the source's operator took a VM back that we had taken over.
+    fn contested_by_source(&mut self, id: MigrationId, vm: VmId, words: &str) {
+        let now = self.shared.now();
+        let Some(entry) = self.vms.get_mut(&vm) else { return };
+        let Some(a) = entry.record.arrival.as_mut().filter(|a| a.migration == id && a.contested.is_none())
+        else {
+            return;
+        };
+        // Told again for ever: the source may settle it in our favour.
+        (a.contested, a.acknowledged) = (Some(now), false);
+        let peer = Peer { jid: a.from.clone(), key: a.from_key };
+        let matter = Matter { migration: id, vm, epoch: entry.record.epoch - 1 };
+        tracing::error!(
+            migration = %id, vm = %entry.record.spec.name, peer = %a.from, words,
+            "TWO OWNERS: this cloud took the VM over, and the operator of its source took it back. It is not \
+             started or moved by itself; see 'cicada vm show {}'", entry.record.spec.name
+        );
+        if let Err(e) = self.shared.records.save_vm(&entry.record) {
+            tracing::error!(vm = %vm, error = chain(&e), "that the VM is contested is not recorded");
+        }
+        if !self.errands.contains_key(&id) {
+            self.run_errand(peer, matter, RequestBody::Delete { boot_ms: None });
+        }
+    }
+
+    /// Answers a source whose operator took the VM back: with our promise, or with our receipt.
+    pub(super) fn answer_withdraw(&mut self, peer: &Peer, signed: &SignedHandOver) -> AnswerBody {
+        let h = match self.addressed(peer, signed) {
+            Ok(h) => h,
+            Err(denial) => return AnswerBody::Denied(denial),
+        };
+        if let Some(run) = self.incoming.get_mut(&h.migration).filter(|r| r.is_leased()) {
+            run.end_because(format!("the operator of {} took the VM back", peer.jid));
+            self.incoming_event(h.migration, TargetEvent::LeaseExpired);
+        }
+        let answer = self.what_became_of(peer, &h, signed);
+        if let AnswerBody::Started { .. } = answer {
+            self.contested_by_source(h.migration, h.vm, "the source withdrew its hand-over");
+        }
+        answer
+    }
+
+    fn uncontested(&mut self, vm: VmId) -> Result<(), records::RecordError> {
+        let Some(entry) = self.vms.get_mut(&vm) else { return Ok(()) };
+        let mut record = entry.record.clone();
+        if let Some(a) = record.arrival.as_mut().filter(|a| a.contested.is_some()) {
+            a.contested = None;
+            self.shared.records.save_vm(&record)?;
+            entry.record = record;
+        }
+        Ok(())
+    }
+
+    /// Contested and settled: the target's copy counts, ours is kept for the grace period.
+    fn yield_to_target(&mut self, id: MigrationId) -> Result<(), records::RecordError> {
+        let receipt = self.shared.records.receipt(id)?;
+        let Some(r) = self.resolutions.get(&id) else { return Ok(()) };
+        let (Some(given), Some(h)) = (&r.given, r.hand_over()) else { return Ok(()) };
+        // Moved on, or come home since: that has nothing to do with it any more.
+        let taken_back = |record: &records::VmRecord| record.is_here() && record.taken_back == Some(id);
+        let held = self.vms.get_mut(&r.vm).filter(|vm| taken_back(&vm.record));
+        let Some(entry) = held else { return Ok(()) };
+        let mut record = entry.record.clone();
+        let scrub_after = Some(self.shared.now().plus(self.shared.config.migration.grace_period));
+        record.ownership =
+            Ownership::GivenUp(Box::new(GivenUp { receipt, scrub_after, ..(**given).clone() }));
+        record.epoch = h.epoch - 1;
+        record.taken_back = None;
+        record.run = false;
+        self.shared.records.save_vm(&record)?;
+        entry.record = record;
+        let (shared, vm) = (self.shared.clone(), r.vm);
+        tokio::spawn(async move { drop(shared.driver.undefine(vm).await) });
+        self.presence_changed();
+        Ok(())
+    }
+
+    /// At the target: never to run the VM under this epoch, whatever comes.
+    fn promise(
+        &mut self,
+        id: MigrationId,
+        d: &Decision,
+        epoch: u64,
+        hand_over: Option<&SignedHandOver>,
+    ) -> Result<(), records::RecordError> {
+        let record = ReturnRecord { vm: d.vm, epoch, hand_over: hand_over.cloned() };
+        self.shared.records.save_return(&record)?;
+        self.unanswered.remove(&id);
+        self.errands.remove(&id);
+        if let Some(run) = self.incoming.get_mut(&id).filter(|r| r.is_leased()) {
+            run.end_because("the operator here promised never to run it".into());
+            self.incoming_event(id, TargetEvent::LeaseExpired);
+        }
+        // What had come to an end would still answer with its receipt.
+        self.incoming.remove(&id);
+        let ours = self.vms.get(&d.vm).is_some_and(|vm| vm.record.is_here() && vm.record.epoch == epoch);
+        if ours {
+            // Its disks stay, for the operator to look at.
+            self.put_aside(
+                d.vm,
+                format!("epoch {epoch} was returned to {}: it must never run here", d.peer.jid),
+            );
+        }
+        Ok(())
+    }
+
+    /// Why a VM must not be started or moved without the operator: it has two owners.
+    pub(super) fn contested(&self, vm: VmId) -> Option<Problem> {
+        let record = &self.vms.get(&vm)?.record;
+        if !record.is_here() {
+            return None;
+        }
+        let arrival = record.arrival.as_ref().and_then(|a| Some((a, a.contested?)));
+        if let Some((a, since)) = arrival {
+            return Some(words::contested_at_target(record, a, since));
+        }
+        let found = self.resolutions.values().find(|r| r.vm == vm && r.is_contested())?;
+        Some(words::contested_at_source(found))
+    }
+
+    /// What operators decided here, in words, by migration.
+    pub(super) fn resolution_remarks(&self) -> Vec<(MigrationId, String)> {
+        self.resolutions.values().map(|r| (r.migration, words::remark(r))).collect()
+    }
+
+    /// What an operator should know before touching the VM.
+    pub(super) fn vm_problem(&self, vm: VmId) -> Option<Problem> {
+        if let Some(problem) = self.contested(vm) {
+            return Some(problem);
+        }
+        let record = &self.vms.get(&vm)?.record;
+        let open = self.resolutions.values().find(|r| r.vm == vm && r.outcome == Outcome::Awaited);
+        if let Some(r) = open.filter(|r| (r.owner == Side::Here) == record.is_here()) {
+            return Some(words::unconfirmed(r));
+        }
+        let g = record.given_up().filter(|g| g.in_doubt())?;
+        Some(words::in_doubt(record, g))
+    }
+
+    /// The hand-over, if it is this member's and for us.
+    pub(super) fn addressed(&self, peer: &Peer, signed: &SignedHandOver) -> Result<HandOver, Denial> {
+        let refuse = |text: String| Denial::new(DenialCode::HandOver, text);
+        let h = signed.verify().map_err(|e| refuse(e.to_string()))?;
+        if h.target != self.shared.me || h.target_key != self.shared.key.public() {
+            return Err(refuse("the hand-over is for another target".into()));
+        }
+        if h.source != peer.jid || h.source_key != peer.key {
+            return Err(refuse("the hand-over is another source's".into()));
+        }
+        Ok(h)
+    }
+}
+
+fn conflict(id: MigrationId, reason: &str) -> Problem {
+    Problem::new(ProblemKind::Conflict, format!("migration {id}"), reason)
+}
+
+fn failed(name: &VmName, e: records::RecordError) -> Problem {
+    Problem::from_error(ProblemKind::Failed, format!("VM {name}"), &e)
+        .next("free room on the disk, then decide again: what was recorded is carried out at the next start")
+}
+
+/// The fingerprint operators compare before they believe another cloud.
+pub(super) fn known_as(jid: &MemberJid, key: &PublicKey) -> String {
+    format!("{jid} (key {})", key.fingerprint())
+}
