@@ -447,6 +447,9 @@ impl Broker {
         if self.shared.records.has_returned(h.vm, h.epoch) {
             return Err(fail(format!("epoch {} of this VM was returned and will never run here", h.epoch)));
         }
+        if self.shared.records.receipt(h.migration).is_some() {
+            return Err(fail("this hand-over was taken over before, and the VM has moved on".into()));
+        }
         let previous = self.vms.get(&h.vm).map(|vm| vm.record.clone());
         if previous.as_ref().is_some_and(|r| r.is_here() || r.epoch >= h.epoch) {
             return Err(fail("this cloud has seen a later epoch of the VM".into()));

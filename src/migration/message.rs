@@ -72,7 +72,7 @@ pub struct Initialization {
 }
 
 /// The disks' state one staging pass aims at.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Pass {
     /// Counts from 1.
     pub number: u32,
@@ -154,7 +154,7 @@ pub struct Seed {
     pub user_data: MapRef,
 }
 
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 pub struct Progress {
     /// `fetch`, `compose` or `start`.
     pub step: String,
@@ -163,7 +163,7 @@ pub struct Progress {
 }
 
 /// What staging cost so far, as the target counted it.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 pub struct StageAccount {
     pub components_fetched: u32,
     pub packs_needed: u32,
@@ -181,7 +181,7 @@ pub struct StageAccount {
 }
 
 /// A refusal with its reason. Codes are stable; the text is for people.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Denial {
     pub code: DenialCode,
     pub text: String,

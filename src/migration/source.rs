@@ -31,7 +31,7 @@ const WAIT_MS: u64 = 250;
 const WAIT_SWITCH_OVER_MS: u64 = 50;
 const WAIT_UNANSWERED_MS: u64 = 2000;
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Phase {
     Checking,
     Reserving,
@@ -114,7 +114,7 @@ pub enum Effect {
 
 /// The machine. `step` never blocks, never fails and treats an event that does not fit as noise:
 /// a late answer of an earlier try must not disturb.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Source {
     phase: Phase,
     was_running: bool,

@@ -2,6 +2,8 @@
 //! that keep only what they record durably. A run is told by its seed.
 
 mod cloud;
+mod exhaustive;
+mod model;
 mod world;
 
 use world::{Tally, World};
