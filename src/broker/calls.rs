@@ -7,6 +7,7 @@ use futures::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::federation::{Member, Trust};
+use crate::migration::RequestBody;
 use crate::placement::{Offer, rank};
 use crate::types::{CloudName, MigrationId, VmId};
 
@@ -68,6 +69,14 @@ impl Broker {
             Request::MigrationLimit { id, bytes_per_s } => {
                 self.migration(&id).and_then(|v| self.limit(&v, bytes_per_s)).map(|()| Reply::Done)
             }
+            Request::MigrationSwitchOver { id } => match self.migration(&id) {
+                Ok(v) => return self.steer(&v, RequestBody::Stop, reply),
+                Err(p) => Err(p),
+            },
+            Request::MigrationHold { id } => match self.migration(&id) {
+                Ok(v) => return self.steer(&v, RequestBody::Suspend, reply),
+                Err(p) => Err(p),
+            },
             Request::RepoHeal => return self.heal(events, reply),
             Request::Shutdown => {
                 self.shared.post(Input::Shutdown);

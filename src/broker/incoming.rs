@@ -35,9 +35,9 @@ const BOOT_WATCH: Duration = Duration::from_secs(600);
 
 /// One migration this broker is the target of.
 pub struct Incoming {
-    machine: Target,
-    peer: Peer,
-    matter: Matter,
+    pub(super) machine: Target,
+    pub(super) peer: Peer,
+    pub(super) matter: Matter,
     spec: VmSpec,
     pub view: MigrationView,
     lease_until: UnixMillis,
@@ -135,9 +135,7 @@ impl Broker {
         match (&request.body, known) {
             (_, Some(false)) => deny(DenialCode::NotYours, "this migration is another member's"),
             (RequestBody::Delete { boot_ms }, _) => self.answer_delete(peer, request, *boot_ms),
-            (RequestBody::Suspend | RequestBody::Stop, _) => {
-                deny(DenialCode::Unsupported, "cold migrations are driven by their source")
-            }
+            (RequestBody::Suspend | RequestBody::Stop, _) => self.answer_steering(peer, request),
             (body, Some(true)) => self.incoming_event(id, TargetEvent::Asked(Box::new(body.clone()))),
             (RequestBody::Reservation { spec }, None) => self.reserve(peer, request, spec),
             (RequestBody::Start { hand_over, .. }, None) => self.start_unknown(peer, hand_over),

@@ -84,6 +84,8 @@ impl Target {
             | R::MigrationWatch { .. }
             | R::MigrationCancel { .. }
             | R::MigrationLimit { .. }
+            | R::MigrationSwitchOver { .. }
+            | R::MigrationHold { .. }
             | R::Shutdown => false,
         }
     }

@@ -222,6 +222,8 @@ pub struct Migration {
     pub concurrency: u32,
     /// `"members"`, or the list of members whose VMs are taken.
     pub accept_from: AcceptFrom,
+    /// Whether the target of a move may have a guest here held still, and ask to switch over.
+    pub steered_by_target: bool,
 }
 
 /// Whose VMs are taken.
@@ -296,6 +298,7 @@ impl Default for Migration {
             stop_timeout_s: 90,
             concurrency: 4,
             accept_from: AcceptFrom::Members,
+            steered_by_target: true,
         }
     }
 }

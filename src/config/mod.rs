@@ -120,6 +120,7 @@ pub struct Migration {
     pub stop_timeout: Duration,
     pub concurrency: usize,
     pub accept_from: AcceptFrom,
+    pub steered_by_target: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -395,6 +396,7 @@ fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigE
             stop_timeout: seconds(f.migration.stop_timeout_s),
             concurrency: f.migration.concurrency as usize,
             accept_from: f.migration.accept_from,
+            steered_by_target: f.migration.steered_by_target,
         },
         api: Api { socket: f.api.socket.unwrap_or_else(|| f.cloud.data_dir.join("cicada.sock")) },
         cloud: f.cloud,

@@ -33,9 +33,11 @@ pub enum RequestBody {
     Start { hand_over: SignedHandOver, run: bool },
     /// To the target: forget this migration and remove what was made for it.
     Cancel { reason: String },
-    /// To the source: pause the VM (live modes).
+    /// To the source: hold the guest still, so that the copy catches up with it. Repeated to learn
+    /// whether it stands still.
     Suspend,
-    /// To the source: stop the VM.
+    /// To the source: switch over now, with no pass more while the VM runs. Repeated to learn
+    /// whether it is stopped.
     Stop,
     /// To the source: the VM runs here; release your copy. Tells how long the guest took to boot.
     Delete { boot_ms: Option<u64> },
@@ -111,6 +113,14 @@ pub enum AnswerBody {
         denial: Denial,
     },
     Cancelled,
+    /// The guest is about to stand still; ask again.
+    Suspending,
+    /// The guest stands still, until it is switched over or the migration ends.
+    Suspended,
+    /// The VM is stopped after the pass under way; ask again.
+    Stopping,
+    /// The VM is stopped.
+    Stopped,
     /// The source's copy is gone, or will be in so many seconds.
     Deleted {
         grace_s: u64,

@@ -58,6 +58,7 @@ pub struct Durable {
     pub dirs: BTreeMap<String, u64>,
     /// The VM's process lives on without its broker.
     pub running: bool,
+    pub paused: bool,
 }
 
 pub struct Outgoing {
@@ -78,6 +79,8 @@ pub enum Job {
     Check(MigrationId),
     Scan(MigrationId),
     Stop(MigrationId),
+    Pause(MigrationId),
+    Resume,
     Start(Option<MigrationId>),
     Stage { id: MigrationId, dir: String, content: u64 },
     Scrub(String),
@@ -169,6 +172,7 @@ impl Cloud {
                 past: BTreeMap::new(),
                 dirs: BTreeMap::new(),
                 running: false,
+                paused: false,
             },
             memory: Memory::default(),
             rules,
@@ -210,7 +214,8 @@ impl Cloud {
         // What had been asked of the hypervisor may still come to pass.
         for job in jobs {
             match job {
-                Job::Stop(_) if random.one_in(2) => self.durable.running = false,
+                Job::Stop(_) if random.one_in(2) => self.switched_off(),
+                Job::Pause(_) if random.one_in(2) => self.durable.paused = self.durable.running,
                 Job::Scrub(dir) if random.one_in(2) => drop(self.durable.dirs.remove(&dir)),
                 _ => {}
             }
@@ -295,11 +300,17 @@ impl Cloud {
         self.memory.jobs.push(Job::Start(arrival));
     }
 
+    fn switched_off(&mut self) {
+        (self.durable.running, self.durable.paused) = (false, false);
+    }
+
     fn started(&mut self, arrival: Option<MigrationId>, random: &mut Random) {
         if self.memory.busy == Some(Busy::Starting) {
             self.memory.busy = None;
         }
         let mut result = Ok(());
+        // Starting a paused VM lets it go on.
+        self.durable.paused = false;
         if self.memory.jobs.iter().any(|j| matches!(j, Job::Stop(_))) {
             result = Err("a VM that is stopping cannot be started".to_owned());
         } else if self.faults && random.one_in(25) && !self.durable.running {
@@ -342,12 +353,26 @@ impl Cloud {
                 let result = match failed(random) {
                     true => Err(denial(DenialCode::Other, "does not stop")),
                     false => {
-                        self.durable.running = false;
+                        self.switched_off();
                         Ok(())
                     }
                 };
                 self.source_event(id, source::Event::Stopped(result), random);
             }
+            Job::Pause(id) => {
+                let result = match failed(random) {
+                    true => Err(denial(DenialCode::Unsupported, "cannot")),
+                    false => {
+                        self.durable.paused = self.durable.running;
+                        Ok(())
+                    }
+                };
+                match self.memory.outgoing.contains_key(&id) {
+                    true => self.source_event(id, source::Event::Held(result), random),
+                    false => self.durable.paused = false,
+                }
+            }
+            Job::Resume => self.durable.paused = false,
             Job::Start(arrival) => self.started(arrival, random),
             Job::Stage { id, dir, content } => {
                 let result = match failed(random) {
@@ -398,6 +423,8 @@ impl Cloud {
                 self.send(to, id, epoch, body, Waiting::Source(id));
             }
             Effect::Stop => self.memory.jobs.push(Job::Stop(id)),
+            Effect::Suspend => self.memory.jobs.push(Job::Pause(id)),
+            Effect::Resume => self.memory.jobs.push(Job::Resume),
             Effect::GiveUp(pass) => {
                 let result = match self.disk_fails(random) {
                     true => Err(denial(DenialCode::Other, "disk full")),
@@ -542,6 +569,7 @@ impl Cloud {
         let answer = match (body, known) {
             (_, Some(false)) => Some(deny(DenialCode::NotYours, "another's")),
             (RequestBody::Delete { .. }, _) => Some(AnswerBody::Deleted { grace_s: 0 }),
+            (RequestBody::Stop | RequestBody::Suspend, _) => Some(self.steered(m.from, id, body, random)),
             (body, Some(true)) => self.target_event(id, target::Event::Asked(Box::new(body.clone())), random),
             (RequestBody::Reservation { .. }, None) => Some(self.reserve(m.from, id, epoch, random)),
             (RequestBody::Start { hand_over, .. }, None) => {
@@ -553,6 +581,29 @@ impl Cloud {
         if let Some(body) = answer {
             let payload = crate::world::Payload::Answer(body);
             self.sent.push(Message { from: self.me, to: m.from, nonce: m.nonce, payload });
+        }
+    }
+
+    fn steered(
+        &mut self,
+        from: usize,
+        id: MigrationId,
+        body: &RequestBody,
+        random: &mut Random,
+    ) -> AnswerBody {
+        let Some(run) = self.memory.outgoing.get_mut(&id).filter(|run| run.to == from) else {
+            return deny(DenialCode::UnknownMigration, "unknown");
+        };
+        let (answer, effects) = run.machine.asked(body);
+        effects.into_iter().for_each(|effect| self.source_effect(id, effect, random));
+        answer
+    }
+
+    /// The operator of the target of a running migration asks its source.
+    pub fn steer(&mut self, body: RequestBody) {
+        let run = self.memory.incoming.iter().find(|(_, run)| run.machine.leased());
+        if let Some((id, to)) = run.map(|(id, run)| (*id, run.from)) {
+            self.send(to, id, 0, body, Waiting::Nobody);
         }
     }
 

@@ -46,6 +46,7 @@ fn run(seeds: impl Iterator<Item = u64>, rules: Rules) -> Result<Tally, (u64, St
         sum.hand_overs += t.hand_overs;
         sum.returns += t.returns;
         sum.abandoned += t.abandoned;
+        sum.held += t.held;
         sum.lost += t.lost;
         sum.repeated += t.repeated;
         sum.replayed += t.replayed;

@@ -112,6 +112,7 @@ pub struct Outgoing {
     pub of: usize,
     machine: Source,
     work: Option<SourceWork>,
+    pausing: bool,
     asked: Option<Ask>,
 }
 
@@ -131,6 +132,7 @@ pub struct Side {
     /// Moves whose receipt outlives its record.
     pub past: BTreeSet<usize>,
     pub running: bool,
+    pub paused: bool,
     // What does not.
     pub outgoing: Option<Outgoing>,
     pub incoming: Option<Incoming>,
@@ -168,6 +170,14 @@ pub enum Action {
     },
     Cancel(usize),
     Silence(usize),
+    /// The target, or an operator, asks to switch over or to hold the guest.
+    SwitchOver(usize),
+    Hold(usize),
+    Pause {
+        side: usize,
+        ok: bool,
+    },
+    HoldOver(usize),
     LeaseOver(usize),
     /// `stops`: a guest that was being switched off goes off all the same.
     Crash {
@@ -257,7 +267,7 @@ impl State {
     }
 
     /// Everything that can happen next.
-    pub fn actions(&self, moves_max: usize, broken: Broken, out: &mut Vec<Action>) {
+    pub fn actions(&self, moves_max: usize, steered: bool, broken: Broken, out: &mut Vec<Action>) {
         if self.moves.len() < moves_max && self.sides.iter().any(|s| s.owns() && !s.busy(broken)) {
             out.push(Action::Move);
         }
@@ -289,6 +299,15 @@ impl State {
                 }
                 if run.machine.phase().can_cancel() {
                     out.push(Action::Cancel(side));
+                    if steered && run.machine.was_running() {
+                        out.extend([Action::SwitchOver(side), Action::Hold(side)]);
+                    }
+                }
+                if run.pausing {
+                    out.extend([true, false].map(|ok| Action::Pause { side, ok }));
+                }
+                if run.machine.held() {
+                    out.push(Action::HoldOver(side));
                 }
             }
             match s.incoming.as_ref().and_then(|run| run.work) {
@@ -335,6 +354,18 @@ impl State {
             Action::Start { side, ok } => self.started(side, ok),
             Action::Cancel(side) => self.source_step(side, source::Event::Cancel),
             Action::Silence(side) => self.silence(side),
+            Action::SwitchOver(side) => self.steer(side, &RequestBody::Stop),
+            Action::Hold(side) => self.steer(side, &RequestBody::Suspend),
+            Action::HoldOver(side) => self.source_step(side, source::Event::HoldOver),
+            Action::Pause { side, ok } => {
+                let s = &mut self.sides[side];
+                if let Some(run) = s.outgoing.as_mut() {
+                    run.pausing = false;
+                    s.paused = ok && s.running;
+                    let result = if ok { Ok(()) } else { Err(no(DenialCode::Unsupported)) };
+                    self.source_step(side, source::Event::Held(result));
+                }
+            }
             Action::LeaseOver(side) => {
                 if let Some(run) = self.sides[side].incoming.as_mut() {
                     run.machine.step(target::Event::LeaseExpired);
@@ -354,7 +385,9 @@ impl State {
     pub fn calm(&self, broken: Broken) -> Option<Self> {
         let mut next = self.clone();
         for (side, s) in self.sides.iter().enumerate() {
-            let action = if s.outgoing.as_ref().is_some_and(|run| run.work.is_some()) {
+            let action = if s.outgoing.as_ref().is_some_and(|run| run.pausing) {
+                Action::Pause { side, ok: true }
+            } else if s.outgoing.as_ref().is_some_and(|run| run.work.is_some()) {
                 Action::SourceWork { side, ok: true }
             } else if s.incoming.as_ref().is_some_and(|run| run.work.is_some()) {
                 Action::TargetWork { side, ok: true }
@@ -388,6 +421,7 @@ impl State {
         let owners: Vec<_> = self.sides.iter().filter(|s| s.owns()).collect();
         match owners[..] {
             [_] if !self.sides.iter().all(Side::idle) => Err("something is still under way"),
+            [_] if self.sides.iter().any(|s| s.paused) => Err("the guest is left paused"),
             [owner] if !owner.running && !self.excused => Err("the VM ran and does not run"),
             [_] => Ok(()),
             _ => Err("not exactly one owner"),
@@ -399,7 +433,8 @@ impl State {
         let of = self.moves.len();
         let s = &mut self.sides[from];
         self.moves.push(Move { from, epoch: s.epoch(), ran: s.running });
-        s.outgoing = Some(Outgoing { of, machine: Source::new(s.running), work: None, asked: None });
+        s.outgoing =
+            Some(Outgoing { of, machine: Source::new(s.running), work: None, pausing: false, asked: None });
         self.source_step(from, source::Event::Begin);
     }
 
@@ -407,12 +442,13 @@ impl State {
         let s = &mut self.sides[side];
         (s.outgoing, s.incoming, s.starting) = (None, None, None);
         s.running &= !stops;
+        s.paused &= s.running;
         let Some(record) = &s.record else { return };
         match record.given_up.clone() {
             Some(g) if !g.receipt => {
                 let m = self.moves[g.of];
                 let (machine, effects) = Source::resume(m.ran, signed(g.of, m));
-                s.outgoing = Some(Outgoing { of: g.of, machine, work: None, asked: None });
+                s.outgoing = Some(Outgoing { of: g.of, machine, work: None, pausing: false, asked: None });
                 self.source_effects(side, effects);
             }
             None if record.run => s.start(None),
@@ -424,10 +460,18 @@ impl State {
         let s = &mut self.sides[side];
         let arrival = s.starting.take().flatten();
         s.running |= ok;
+        s.paused &= !ok;
         self.excused |= !ok;
         if let Some(run) = s.incoming.as_mut().filter(|run| arrival == Some(run.of)) {
             let result = if ok { Ok(()) } else { Err("the hypervisor failed".to_owned()) };
             run.machine.step(target::Event::Started(result));
+        }
+    }
+
+    fn steer(&mut self, side: usize, request: &RequestBody) {
+        if let Some(run) = self.sides[side].outgoing.as_mut() {
+            let (_, effects) = run.machine.asked(request);
+            self.source_effects(side, effects);
         }
     }
 
@@ -466,6 +510,8 @@ impl State {
                 Effect::TakeBack(_) => run.work = Some(SourceWork::TakeBack),
                 // How long it takes is no matter: messages take any time.
                 Effect::Wait { .. } => self.source_step(side, source::Event::Timer),
+                Effect::Suspend => run.pausing = true,
+                Effect::Resume => s.paused = false,
                 Effect::Restart => s.start(None),
                 Effect::Release { .. } => {
                     s.outgoing = None;
@@ -473,6 +519,7 @@ impl State {
                         g.receipt = true;
                     }
                 }
+                // A pause that comes late is undone by the broker: nobody else would.
                 Effect::Abandon(_) => s.outgoing = None,
             }
         }
@@ -489,6 +536,7 @@ impl State {
             Some(SourceWork::Scan) => Event::Scanned(result.map(|()| (map(1), map(1)))),
             Some(SourceWork::Stop) => {
                 s.running &= !ok;
+                s.paused = false;
                 Event::Stopped(result)
             }
             Some(SourceWork::GiveUp) if ok && broken == Broken::SignsFirst => {

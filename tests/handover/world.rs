@@ -58,6 +58,7 @@ pub struct Tally {
     pub hand_overs: u64,
     pub returns: u64,
     pub abandoned: u64,
+    pub held: u64,
     pub lost: u64,
     pub repeated: u64,
     pub replayed: u64,
@@ -127,6 +128,9 @@ impl World {
             22..=27 => self.time_out(n),
             28..=30 => self.expire(n),
             31..=33 => self.cancel(n),
+            51..=54 => self.clouds[n].steer(RequestBody::Suspend),
+            55..=56 => self.clouds[n].steer(RequestBody::Stop),
+            57..=58 => self.hold_over(n),
             34..=39 => self.clouds[n].scrub_released(),
             40..=50 => self.write(),
             _ => self.progress(),
@@ -229,9 +233,19 @@ impl World {
         }
     }
 
+    fn hold_over(&mut self, n: usize) {
+        let held = self.clouds[n].memory.outgoing.iter().find(|(_, run)| run.machine.held());
+        if let Some(id) = held.map(|(id, _)| *id) {
+            self.tally.held += 1;
+            self.clouds[n].source_event(id, SourceEvent::HoldOver, &mut self.random);
+        }
+    }
+
     /// The guest writes.
     fn write(&mut self) {
-        let Some(cloud) = self.clouds.iter_mut().find(|c| c.durable.running) else { return };
+        let Some(cloud) = self.clouds.iter_mut().find(|c| c.durable.running && !c.durable.paused) else {
+            return;
+        };
         let dir = cloud.durable.record.as_ref().map(|r| r.dir.clone()).unwrap_or_default();
         if let Some(content) = cloud.durable.dirs.get_mut(&dir) {
             *content += 1;
@@ -314,6 +328,9 @@ impl World {
         let content = owner.durable.record.as_ref().and_then(|r| owner.durable.dirs.get(&r.dir));
         if content != Some(&owner.newest) {
             return Err(format!("the owner's disks hold {content:?}, not {}", owner.newest));
+        }
+        if let Some(c) = self.clouds.iter().find(|c| c.durable.paused) {
+            return Err(format!("the guest is left paused in cloud {}", c.me));
         }
         let excused = !self.ran || self.clouds.iter().any(|c| c.start_failed);
         if !excused && !owner.durable.running {
