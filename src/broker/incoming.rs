@@ -11,9 +11,9 @@ use crate::clock::UnixMillis;
 use crate::migration::handover::{Receipt, SignedHandOver};
 use crate::migration::message::{CheckAnswer, Initialization, StageAccount};
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
-use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
+use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, RequestBody};
 use crate::placement;
-use crate::types::{MemberJid, MigrationId, VmId};
+use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
 use crate::vm::VmSpec;
 
 use super::account::{self, new_view};
@@ -88,7 +88,10 @@ impl Broker {
             Err(e) => {
                 self.refusals += 1;
                 tracing::warn!(member = %from, reason = super::problem::chain(&e), "request refused");
-                let _ = reply.send(None);
+                let told = matches!(e, EnvelopeError::Version(_))
+                    .then(|| self.other_version(&from, &key, payload, &e.to_string()))
+                    .flatten();
+                let _ = reply.send(told);
                 return;
             }
         };
@@ -103,6 +106,22 @@ impl Broker {
         }
         let answer = self.answer_request(&peer, &request);
         let _ = reply.send(self.shared.answer(&request, answer).ok());
+    }
+
+    /// A trusted member that speaks another version is told so, in ours.
+    fn other_version(
+        &mut self,
+        from: &MemberJid,
+        key: &PublicKey,
+        payload: &[u8],
+        text: &str,
+    ) -> Option<Vec<u8>> {
+        let now = self.shared.now();
+        let request = Envelope::<RequestBody>::open_foreign(payload, key, from, &self.shared.me, now).ok()?;
+        self.replay.admit(&request, now).ok()?;
+        let denial =
+            Denial::new(DenialCode::Version, text).next("bring the older of the two brokers up to date");
+        self.shared.answer(&request, AnswerBody::Denied(denial)).ok()
     }
 
     fn answer_check(

@@ -241,6 +241,8 @@ pub enum DenialCode {
     NotYours,
     /// This mode of migration is not supported here.
     Unsupported,
+    /// The message is of a protocol version that is not spoken here.
+    Version,
     #[serde(other)]
     Other,
 }

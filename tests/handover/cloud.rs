@@ -2,13 +2,15 @@
 //! survive its crashes, VM processes and disks that do too, and a memory that does not.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::LazyLock;
 
 use cicada::clock::UnixMillis;
+use cicada::migration::envelope::{LIFETIME, VERSION};
 use cicada::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
 use cicada::migration::message::{Initialization, StageAccount};
 use cicada::migration::source::{self, Source};
 use cicada::migration::target::{self, Agreement, Target};
-use cicada::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
+use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, Pass, ReplayGuard, RequestBody};
 use cicada::types::{ByteSize, IdentityKey, MemberJid, MigrationId, RecipeId, VmId};
 use cicada::vm::{MapRef, VmSpec};
 
@@ -103,8 +105,7 @@ pub struct Memory {
     pub incoming: BTreeMap<MigrationId, Incoming>,
     pub jobs: Vec<Job>,
     pub waiting: BTreeMap<u64, Waiting>,
-    /// Nonces of requests: the replay guard.
-    pub seen: BTreeSet<(usize, u64)>,
+    pub replay: ReplayGuard,
     pub busy: Option<Busy>,
 }
 
@@ -122,10 +123,17 @@ pub struct Cloud {
     pub newest: u64,
     next: u64,
     pub broken: Option<String>,
+    /// What its own clock says.
+    pub now: UnixMillis,
+    /// Requests refused because their time is over, or not come yet.
+    pub refused: u64,
 }
 
 pub fn jid(n: usize) -> MemberJid {
-    format!("cloud-{n}@federation").parse().expect("a valid address")
+    static JIDS: LazyLock<[MemberJid; 3]> = LazyLock::new(|| {
+        [0, 1, 2].map(|n| format!("cloud-{n}@federation").parse().expect("a valid address"))
+    });
+    JIDS[n].clone()
 }
 
 pub fn key(n: usize) -> IdentityKey {
@@ -182,6 +190,8 @@ impl Cloud {
             newest: 1,
             next: 0,
             broken: None,
+            now: UnixMillis(0),
+            refused: 0,
         }
     }
 
@@ -204,7 +214,7 @@ impl Cloud {
         let nonce = self.fresh();
         self.memory.waiting.insert(nonce, waiting);
         let message = crate::world::Payload::Request { migration: id, epoch, body };
-        self.sent.push(Message { from: self.me, to, nonce, payload: message });
+        self.sent.push(Message { from: self.me, to, nonce, issued: self.now, payload: message });
     }
 
     // --- life and death of the process ---
@@ -554,6 +564,33 @@ impl Cloud {
 
     // --- the target's side ---
 
+    /// What every broker checks first. Each 64th message goes all the way through the seal.
+    fn admits(&mut self, m: &Message, id: MigrationId, epoch: u64) -> bool {
+        let envelope = Envelope {
+            version: VERSION,
+            from: jid(m.from),
+            to: jid(self.me),
+            migration: id,
+            vm: VmId(uuid::Uuid::from_u128(VM)),
+            epoch,
+            nonce: format!("{:032x}", m.nonce),
+            issued: m.issued,
+            expires: m.issued.plus(LIFETIME),
+            body: (),
+        };
+        let fresh = envelope.is_fresh(self.now);
+        if m.nonce % 64 == 0 {
+            let sealed = envelope.seal(&key(m.from)).expect("it is small");
+            let opened =
+                Envelope::<()>::open(&sealed, &key(m.from).public(), &jid(m.from), &jid(self.me), self.now);
+            if opened.is_ok() != fresh {
+                self.broken = Some("a sealed message is judged otherwise".into());
+            }
+        }
+        self.refused += u64::from(!fresh);
+        fresh && self.memory.replay.admit(&envelope, self.now).is_ok()
+    }
+
     pub fn asked(
         &mut self,
         m: &Message,
@@ -562,7 +599,7 @@ impl Cloud {
         body: &RequestBody,
         random: &mut Random,
     ) {
-        if !self.memory.seen.insert((m.from, m.nonce)) {
+        if !self.admits(m, id, epoch) {
             return;
         }
         let known = self.memory.incoming.get(&id).map(|r| r.from == m.from);
@@ -580,7 +617,7 @@ impl Cloud {
         };
         if let Some(body) = answer {
             let payload = crate::world::Payload::Answer(body);
-            self.sent.push(Message { from: self.me, to: m.from, nonce: m.nonce, payload });
+            self.sent.push(Message { from: self.me, to: m.from, nonce: m.nonce, issued: self.now, payload });
         }
     }
 
