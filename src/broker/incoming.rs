@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::UnixMillis;
 use crate::migration::handover::{Receipt, SignedHandOver};
-use crate::migration::message::{CheckAnswer, Initialization, StageAccount};
+use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, StageAccount};
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, RequestBody};
 use crate::placement;
@@ -131,6 +131,11 @@ impl Broker {
         reply: oneshot::Sender<Option<Vec<u8>>>,
     ) {
         let RequestBody::Configuration { spec, components, packs } = &request.body else { return };
+        if components.len() + packs.len() > CHECK_IDS_MAX {
+            let text = format!("at most {CHECK_IDS_MAX} ids may be asked about at once");
+            let _ = reply.send(self.shared.answer(&request, deny(DenialCode::Other, &text)).ok());
+            return;
+        }
         let room = self.room(&peer.jid, Some(spec.id));
         let seed = self.vms.get(&spec.id).and_then(|vm| vm.record.given_up()).map(|g| g.seed);
         let bad = spec.check().err().map(|text| Denial::new(DenialCode::Other, text));
