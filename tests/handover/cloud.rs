@@ -579,7 +579,7 @@ impl Cloud {
             body: (),
         };
         let fresh = envelope.is_fresh(self.now);
-        if m.nonce % 64 == 0 {
+        if m.nonce.is_multiple_of(64) {
             let sealed = envelope.seal(&key(m.from)).expect("it is small");
             let opened =
                 Envelope::<()>::open(&sealed, &key(m.from).public(), &jid(m.from), &jid(self.me), self.now);
