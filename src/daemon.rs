@@ -171,7 +171,7 @@ fn presence(broker: &Broker) -> Cloud {
     Cloud {
         name: s.cloud.to_string(),
         key: s.key.to_string(),
-        versions: crate::migration::envelope::VERSION.to_string(),
+        versions: crate::migration::envelope::VERSIONS.map(|v| v.to_string()).join(","),
         software: Some(format!("cicada {}", s.version)),
         region: Some(config.cloud.region.clone()).filter(|r| !r.is_empty()),
         power: "on".into(),

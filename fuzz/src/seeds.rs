@@ -507,6 +507,8 @@ fn control(corpus: &Corpus<'_>) {
             "returned",
             AnswerBody::Returned { back: signed.clone().give_back(&target_key), denial: denial.clone() },
         ),
+        ("stopping", AnswerBody::Stopping),
+        ("suspended", AnswerBody::Suspended),
         ("denied", AnswerBody::Denied(denial)),
     ];
     fn enveloped<T: Serialize>(body: T) -> Vec<u8> {

@@ -7,6 +7,7 @@ use futures::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::federation::{Member, Trust};
+use crate::migration::{RequestBody, envelope};
 use crate::placement::{Offer, rank};
 use crate::types::{CloudName, MigrationId, VmId};
 
@@ -81,6 +82,14 @@ impl Broker {
             Request::MigrationLimit { id, bytes_per_s } => {
                 self.migration(&id).and_then(|v| self.limit(&v, bytes_per_s)).map(|()| Reply::Done)
             }
+            Request::MigrationSwitchOver { id } => match self.migration(&id) {
+                Ok(v) => return self.steer(&v, RequestBody::Stop, reply),
+                Err(p) => Err(p),
+            },
+            Request::MigrationHold { id } => match self.migration(&id) {
+                Ok(v) => return self.steer(&v, RequestBody::Suspend, reply),
+                Err(p) => Err(p),
+            },
             Request::RepoHeal => return self.heal(events, reply),
             Request::Shutdown => {
                 self.shared.post(Input::Shutdown);
@@ -304,6 +313,7 @@ impl Broker {
                     format!("compare fingerprints with its operator, then: cicada identity trust {jid} KEY"),
                 )
             })?;
+            speaks_with_us(jid, self.members.versions_of(jid))?;
             Ok((Peer { jid: jid.clone(), key }, self.members.cloud_of(jid)))
         };
         match to {
@@ -334,9 +344,15 @@ impl Broker {
                 Ok(vec![with(&jid)?])
             }
             None => {
-                let with_cloud = |p: Peer| (p.clone(), self.members.cloud_of(&p.jid));
-                let peers: Vec<_> = self.trusted_online().map(with_cloud).collect();
+                let online = self.members.online().filter(|jid| **jid != self.shared.me);
+                let (peers, refused): (Vec<_>, Vec<_>) = online.map(with).partition(Result::is_ok);
+                let peers: Vec<_> = peers.into_iter().flatten().collect();
+                let mut refused = refused.into_iter().filter_map(Result::err);
                 if peers.is_empty() {
+                    // Trust is the usual lack; another is worth its own words.
+                    if let Some(problem) = refused.find(|p| p.kind == ProblemKind::Refused) {
+                        return Err(problem);
+                    }
                     return Err(Problem::new(
                         ProblemKind::Unavailable,
                         "federation",
@@ -493,4 +509,29 @@ fn resident_bytes() -> u64 {
         .and_then(|text| text.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()))
         .unwrap_or(0);
     pages * 4096
+}
+
+/// Whether a member speaks a version of the negotiation protocol that is spoken here.
+fn speaks_with_us(jid: &crate::types::MemberJid, theirs: &str) -> Result<(), Problem> {
+    if envelope::common_version(theirs).is_some() {
+        return Ok(());
+    }
+    let ours = envelope::VERSIONS.map(|v| v.to_string()).join(",");
+    let reason = format!("negotiates in version {theirs:?}, and this cloud in version {ours:?}");
+    Err(Problem::new(ProblemKind::Refused, format!("member {jid}"), reason)
+        .next("bring the older of the two brokers up to date"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_member_of_another_version_is_refused_with_what_to_do() {
+        let jid = "b@x".parse().unwrap();
+        assert!(speaks_with_us(&jid, "2,1").is_ok());
+        let problem = speaks_with_us(&jid, "3,2").unwrap_err();
+        assert_eq!(problem.kind, ProblemKind::Refused);
+        assert!(problem.reason.contains("\"3,2\"") && problem.next_step.contains("up to date"), "{problem}");
+    }
 }

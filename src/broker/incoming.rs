@@ -11,11 +11,11 @@ use tokio_util::task::TaskTracker;
 use crate::clock::UnixMillis;
 use crate::federation::Refused;
 use crate::migration::handover::{HandOver, Receipt, SignedHandOver};
-use crate::migration::message::{CheckAnswer, Initialization, StageAccount};
+use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, StageAccount};
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
-use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
+use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, RequestBody};
 use crate::placement;
-use crate::types::{MemberJid, MigrationId, VmId};
+use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
 use crate::vm::VmSpec;
 
 use super::account::{self, new_view};
@@ -39,9 +39,9 @@ const BOOT_WATCH: Duration = Duration::from_secs(600);
 
 /// One migration this broker is the target of.
 pub struct Incoming {
-    machine: Target,
-    peer: Peer,
-    matter: Matter,
+    pub(super) machine: Target,
+    pub(super) peer: Peer,
+    pub(super) matter: Matter,
     spec: VmSpec,
     pub view: MigrationView,
     lease_until: UnixMillis,
@@ -124,7 +124,10 @@ impl Broker {
             Ok(request) => request,
             Err(e) => {
                 self.refuse(&from, guard::kind_of(&e), &super::problem::chain(&e));
-                return drop(reply.send(None));
+                let told = matches!(e, EnvelopeError::Version(_))
+                    .then(|| self.other_version(&from, &key, payload, &e.to_string()))
+                    .flatten();
+                return drop(reply.send(told));
             }
         };
         if let Pace::Later(wait) = pace {
@@ -146,6 +149,22 @@ impl Broker {
         let _ = reply.send(self.shared.answer(&request, answer).ok());
     }
 
+    /// A trusted member that speaks another version is told so, in ours.
+    fn other_version(
+        &mut self,
+        from: &MemberJid,
+        key: &PublicKey,
+        payload: &[u8],
+        text: &str,
+    ) -> Option<Vec<u8>> {
+        let now = self.shared.now();
+        let request = Envelope::<RequestBody>::open_foreign(payload, key, from, &self.shared.me, now).ok()?;
+        self.replay.admit(&request, now).ok()?;
+        let denial =
+            Denial::new(DenialCode::Version, text).next("bring the older of the two brokers up to date");
+        self.shared.answer(&request, AnswerBody::Denied(denial)).ok()
+    }
+
     fn answer_check(
         &mut self,
         peer: &Peer,
@@ -154,6 +173,11 @@ impl Broker {
         reply: oneshot::Sender<Option<Vec<u8>>>,
     ) {
         let RequestBody::Configuration { spec, components, packs } = &request.body else { return };
+        if components.len() + packs.len() > CHECK_IDS_MAX {
+            let text = format!("at most {CHECK_IDS_MAX} ids may be asked about at once");
+            let _ = reply.send(self.shared.answer(&request, deny(DenialCode::Other, &text)).ok());
+            return;
+        }
         let room = self.room(&peer.jid, Some(spec.id));
         let seed = self.vms.get(&spec.id).and_then(|vm| vm.record.given_up()).map(|g| g.seed);
         let bad = spec.check().err().map(|text| Denial::new(DenialCode::Other, text));
@@ -184,9 +208,7 @@ impl Broker {
             (_, Some(false)) => deny(DenialCode::NotYours, "this migration is another member's"),
             (RequestBody::Withdraw { hand_over }, _) => self.answer_withdraw(peer, hand_over),
             (RequestBody::Delete { boot_ms }, _) => self.answer_delete(peer, request, *boot_ms),
-            (RequestBody::Suspend | RequestBody::Stop, _) => {
-                deny(DenialCode::Unsupported, "cold migrations are driven by their source")
-            }
+            (RequestBody::Suspend | RequestBody::Stop, _) => self.answer_steering(peer, request),
             (body, Some(true)) => self.incoming_event(id, TargetEvent::Asked(Box::new(body.clone()))),
             (RequestBody::Reservation { spec }, None) => self.reserve(peer, request, spec),
             (RequestBody::Start { hand_over, .. }, None) => self.start_unknown(peer, hand_over),

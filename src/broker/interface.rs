@@ -151,6 +151,14 @@ pub enum Request {
         id: String,
         bytes_per_s: Option<u64>,
     },
+    /// No more passes while the VM runs: switch over. At the target its source is asked.
+    MigrationSwitchOver {
+        id: String,
+    },
+    /// Holds the guest still until it is switched over. At the target its source is asked.
+    MigrationHold {
+        id: String,
+    },
     /// Stops the broker; VMs keep running.
     Shutdown,
 }

@@ -29,6 +29,7 @@ mod scanning;
 pub mod serving;
 pub mod shared;
 mod staging;
+mod steering;
 mod unfinished;
 mod vms;
 mod waiting;

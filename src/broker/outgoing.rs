@@ -36,9 +36,9 @@ const IN_DOUBT_AFTER: Duration = Duration::from_secs(20);
 
 /// One migration this broker is the source of.
 pub struct Outgoing {
-    machine: Source,
-    peer: Peer,
-    matter: Matter,
+    pub(super) machine: Source,
+    pub(super) peer: Peer,
+    pub(super) matter: Matter,
     /// Not there if the hand-over was found after a restart: nothing is staged any more.
     recipe: Option<Arc<Recipe>>,
     component_names: Vec<String>,
@@ -251,7 +251,7 @@ impl Broker {
     }
 
     /// Keeps the view true after a step.
-    fn outgoing_report(&mut self, id: MigrationId, before: Phase) {
+    pub(super) fn outgoing_report(&mut self, id: MigrationId, before: Phase) {
         let now = self.shared.now();
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let after = run.machine.phase();
@@ -285,6 +285,9 @@ impl Broker {
             Phase::Released => format!("the VM runs in {}", run.peer.jid),
             Phase::Abandoned => "ended without a hand-over; the VM is here".into(),
         };
+        if run.machine.held() {
+            p.detail.push_str("; the guest is held still");
+        }
         let staged = match p.bytes_total {
             0 => 0.0,
             total => (p.bytes_done as f64 / total as f64).min(1.0),
@@ -317,7 +320,7 @@ impl Broker {
         }
     }
 
-    fn outgoing_effect(&mut self, id: MigrationId, effect: Effect) {
+    pub(super) fn outgoing_effect(&mut self, id: MigrationId, effect: Effect) {
         let shared = self.shared.clone();
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let (peer, matter) = (run.peer.clone(), run.matter);
@@ -369,6 +372,8 @@ impl Broker {
                     shared.post(Input::Outgoing(id, SourceEvent::Stopped(result)));
                 });
             }
+            Effect::Suspend => self.hold_guest(id, vm),
+            Effect::Resume => self.resume_guest(vm),
             Effect::GiveUp(pass) => {
                 let result = self.give_up(id, pass);
                 self.shared.post(Input::Outgoing(id, SourceEvent::GaveUp(result)));

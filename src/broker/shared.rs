@@ -135,11 +135,7 @@ impl Shared {
     }
 
     /// Seals the answer to `request`.
-    pub fn answer(
-        &self,
-        request: &Envelope<RequestBody>,
-        body: AnswerBody,
-    ) -> Result<Vec<u8>, EnvelopeError> {
+    pub fn answer<T>(&self, request: &Envelope<T>, body: AnswerBody) -> Result<Vec<u8>, EnvelopeError> {
         let matter = Matter { migration: request.migration, vm: request.vm, epoch: request.epoch };
         let mut envelope = self.envelope(request.from.clone(), matter, body);
         envelope.nonce = request.nonce.clone();

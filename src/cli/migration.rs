@@ -38,6 +38,10 @@ pub enum Command {
     },
     /// Decide who owns a VM whose hand-over is in doubt. Says what that risks, and asks
     Resolve(resolve::Resolve),
+    /// Switch over now: no more copying while the VM runs. At either of the two clouds
+    SwitchOver { id: String },
+    /// Hold the guest still, so that copying catches up with it. At either of the two clouds
+    Hold { id: String },
     /// Cap what a move sends from here, from now on, while it runs
     Limit {
         id: String,
@@ -71,6 +75,16 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
         Command::Cancel { id } => {
             ctx.ask(&Request::MigrationCancel { id: id.clone() }).await?;
             ctx.printer.note(format!("{id} is being cancelled"));
+            Ok(())
+        }
+        Command::SwitchOver { id } => {
+            ctx.ask(&Request::MigrationSwitchOver { id: id.clone() }).await?;
+            ctx.printer.note(format!("{id} switches over after the pass under way"));
+            Ok(())
+        }
+        Command::Hold { id } => {
+            ctx.ask(&Request::MigrationHold { id: id.clone() }).await?;
+            ctx.printer.note(format!("the guest of {id} is held still until it is switched over"));
             Ok(())
         }
         Command::Limit { id, rate: Cap(bytes_per_s) } => {

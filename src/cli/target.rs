@@ -89,6 +89,8 @@ impl Target {
             | R::MigrationLimit { .. }
             | R::MigrationReceipt { .. }
             | R::MigrationResolve { .. }
+            | R::MigrationSwitchOver { .. }
+            | R::MigrationHold { .. }
             | R::Shutdown => false,
         }
     }

@@ -225,6 +225,8 @@ pub struct Migration {
     pub concurrency: u32,
     /// `"members"`, or the list of members whose VMs are taken.
     pub accept_from: AcceptFrom,
+    /// Whether the target of a move may have a guest here held still, and ask to switch over.
+    pub steered_by_target: bool,
     /// Requests that one member may make a minute; ten seconds' worth of them at once.
     pub requests_per_minute: u32,
 }
@@ -331,6 +333,7 @@ impl Default for Migration {
             concurrency: 4,
             accept_from: AcceptFrom::Members,
             requests_per_minute: 6000,
+            steered_by_target: true,
         }
     }
 }

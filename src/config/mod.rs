@@ -125,6 +125,7 @@ pub struct Migration {
     pub concurrency: usize,
     pub accept_from: AcceptFrom,
     pub requests_per_minute: u32,
+    pub steered_by_target: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -409,6 +410,7 @@ fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigE
             concurrency: f.migration.concurrency as usize,
             accept_from: f.migration.accept_from,
             requests_per_minute: f.migration.requests_per_minute,
+            steered_by_target: f.migration.steered_by_target,
         },
         members: members::policies(&file),
         api: Api { socket: f.api.socket.unwrap_or_else(|| f.cloud.data_dir.join("cicada.sock")) },

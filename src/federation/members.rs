@@ -290,6 +290,11 @@ impl Members {
         self.members.get(jid).and_then(|m| m.name.clone())
     }
 
+    /// The negotiation versions a member says it speaks; empty if it is not online.
+    pub fn versions_of(&self, jid: &MemberJid) -> &str {
+        self.members.get(jid).and_then(|m| m.cloud.as_ref()).map_or("", |c| &c.versions)
+    }
+
     /// A member by cloud name or bare JID.
     pub fn find(&self, text: &str) -> Option<MemberJid> {
         let by_name = || self.members.values().find(|m| m.name.as_ref().is_some_and(|n| n.as_str() == text));

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
@@ -13,6 +13,15 @@ use crate::types::{IdentityKey, MemberJid, MigrationId, PublicKey, Signature, Vm
 
 /// The protocol version this code speaks.
 pub const VERSION: u32 = 1;
+/// All versions this code speaks, newest first; presence tells them to the others.
+pub const VERSIONS: [u32; 1] = [VERSION];
+
+/// The newest version both sides speak, from the list in the other's presence.
+pub fn common_version(theirs: &str) -> Option<u32> {
+    let theirs: Vec<u32> = theirs.split(',').filter_map(|v| v.trim().parse().ok()).collect();
+    VERSIONS.into_iter().find(|v| theirs.contains(v))
+}
+
 /// The largest sealed message.
 pub const SEALED_BYTES_MAX: usize = 128 << 10;
 /// How long a message is valid after it was signed.
@@ -87,6 +96,30 @@ impl<T: DeserializeOwned> Envelope<T> {
         recipient: &MemberJid,
         now: UnixMillis,
     ) -> Result<Self, EnvelopeError> {
+        Self::open_spoken(&VERSIONS, sealed, key, sender, recipient, now)
+    }
+
+    /// As [`Envelope::open`] whatever the version, for a body that is not looked at: every version
+    /// keeps the fields around the body, so that who speaks another can be told.
+    pub fn open_foreign(
+        sealed: &[u8],
+        key: &PublicKey,
+        sender: &MemberJid,
+        recipient: &MemberJid,
+        now: UnixMillis,
+    ) -> Result<Envelope<IgnoredAny>, EnvelopeError> {
+        Envelope::open_spoken(&[], sealed, key, sender, recipient, now)
+    }
+
+    /// No versions means any.
+    fn open_spoken(
+        spoken: &[u32],
+        sealed: &[u8],
+        key: &PublicKey,
+        sender: &MemberJid,
+        recipient: &MemberJid,
+        now: UnixMillis,
+    ) -> Result<Self, EnvelopeError> {
         if sealed.len() > SEALED_BYTES_MAX {
             return Err(EnvelopeError::TooLarge(sealed.len()));
         }
@@ -99,7 +132,7 @@ impl<T: DeserializeOwned> Envelope<T> {
             version: u32,
         }
         let version = serde_json::from_slice::<Version>(json).map_err(EnvelopeError::Malformed)?.version;
-        if version != VERSION {
+        if !spoken.is_empty() && !spoken.contains(&version) {
             return Err(EnvelopeError::Version(version));
         }
         let e: Self = serde_json::from_slice(json).map_err(EnvelopeError::Malformed)?;
@@ -109,11 +142,17 @@ impl<T: DeserializeOwned> Envelope<T> {
         if e.to != *recipient {
             return Err(EnvelopeError::WrongRecipient(e.to));
         }
-        let fresh = e.issued <= now.plus(SKEW)
-            && now <= e.expires.plus(SKEW)
-            && e.expires <= e.issued.plus(LIFETIME)
-            && e.nonce.len() == 32;
-        if fresh { Ok(e) } else { Err(EnvelopeError::Expired) }
+        if e.is_fresh(now) { Ok(e) } else { Err(EnvelopeError::Expired) }
+    }
+}
+
+impl<T> Envelope<T> {
+    /// Neither expired nor from the future, by more than clocks may differ.
+    pub fn is_fresh(&self, now: UnixMillis) -> bool {
+        self.issued <= now.plus(SKEW)
+            && now <= self.expires.plus(SKEW)
+            && self.expires <= self.issued.plus(LIFETIME)
+            && self.nonce.len() == 32
     }
 }
 
@@ -161,6 +200,15 @@ mod tests {
     }
 
     #[test]
+    fn the_newest_common_version_is_found() {
+        assert_eq!(common_version("1"), Some(1));
+        assert_eq!(common_version("3, 2,1"), Some(1));
+        for none in ["", "2", "3,2", "11", "one"] {
+            assert_eq!(common_version(none), None, "{none}");
+        }
+    }
+
+    #[test]
     fn only_the_right_message_opens() {
         let now = UnixMillis(1_000_000_000);
         let (key, other) =
@@ -185,6 +233,12 @@ mod tests {
         }
         let old = Envelope { version: 7, ..e.clone() }.seal(&key).unwrap();
         assert!(matches!(open(&old, &key, &a, &b, now), Err(EnvelopeError::Version(7))));
+        // Who speaks another version is understood well enough to be told so, and no forger is.
+        let foreign = |s: &[u8], k: &IdentityKey| {
+            Envelope::<String>::open_foreign(s, &k.public(), &a, &b, now).map(|e| (e.version, e.nonce))
+        };
+        assert_eq!(foreign(&old, &key).unwrap(), (7, e.nonce.clone()));
+        assert!(matches!(foreign(&old, &other), Err(EnvelopeError::Signature)));
         let mut guard = ReplayGuard::default();
         guard.admit(&e, now).unwrap();
         assert!(matches!(guard.admit(&e, now), Err(EnvelopeError::Replay)));

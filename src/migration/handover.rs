@@ -94,7 +94,7 @@ impl HandOver {
 }
 
 /// A hand-over with the source's signature, as it travels and as it is kept.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct SignedHandOver {
     /// The canonical bytes, in hex.
     pub record: String,
@@ -145,7 +145,7 @@ const ACCEPT: &[u8] = b"cicada hand-over accepted 1\0";
 const RETURN: &[u8] = b"cicada hand-over returned 1\0";
 
 /// The doubly signed record: the target owns the VM.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Receipt {
     pub hand_over: SignedHandOver,
     pub signature: Signature,
@@ -153,7 +153,7 @@ pub struct Receipt {
 
 /// The doubly signed opposite: the target never ran the VM and never will under this epoch; the
 /// source owns it again under the next.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Return {
     pub hand_over: SignedHandOver,
     pub signature: Signature,

@@ -36,9 +36,11 @@ pub enum RequestBody {
     Withdraw { hand_over: SignedHandOver },
     /// To the target: forget this migration and remove what was made for it.
     Cancel { reason: String },
-    /// To the source: pause the VM (live modes).
+    /// To the source: hold the guest still, so that the copy catches up with it. Repeated to learn
+    /// whether it stands still.
     Suspend,
-    /// To the source: stop the VM.
+    /// To the source: switch over now, with no pass more while the VM runs. Repeated to learn
+    /// whether it is stopped.
     Stop,
     /// To the source: the VM runs here; release your copy. Tells how long the guest took to boot.
     Delete { boot_ms: Option<u64> },
@@ -75,7 +77,7 @@ pub struct Initialization {
 }
 
 /// The disks' state one staging pass aims at.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Pass {
     /// Counts from 1.
     pub number: u32,
@@ -114,6 +116,14 @@ pub enum AnswerBody {
         denial: Denial,
     },
     Cancelled,
+    /// The guest is about to stand still; ask again.
+    Suspending,
+    /// The guest stands still, until it is switched over or the migration ends.
+    Suspended,
+    /// The VM is stopped after the pass under way; ask again.
+    Stopping,
+    /// The VM is stopped.
+    Stopped,
     /// The source's copy is gone, or will be in so many seconds.
     Deleted {
         grace_s: u64,
@@ -157,7 +167,7 @@ pub struct Seed {
     pub user_data: MapRef,
 }
 
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 pub struct Progress {
     /// `fetch`, `compose` or `start`.
     pub step: String,
@@ -166,7 +176,7 @@ pub struct Progress {
 }
 
 /// What staging cost so far, as the target counted it.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 pub struct StageAccount {
     pub components_fetched: u32,
     pub packs_needed: u32,
@@ -184,7 +194,7 @@ pub struct StageAccount {
 }
 
 /// A refusal with its reason. Codes are stable; the text is for people.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Denial {
     pub code: DenialCode,
     pub text: String,
@@ -245,6 +255,8 @@ pub enum DenialCode {
     Unsupported,
     /// The sender asks more often, or more at once, than it may.
     RateLimited,
+    /// The message is of a protocol version that is not spoken here.
+    Version,
     #[serde(other)]
     Other,
 }

@@ -17,7 +17,7 @@
 use crate::vm::MapRef;
 
 use super::handover::{Receipt, Return, SignedHandOver};
-use super::message::{Answer, Denial, DenialCode, Pass, StageAccount};
+use super::message::{Answer, Denial, DenialCode, Pass, RequestBody, StageAccount};
 
 /// Pre-passes while the VM runs; each carries what changed during the one before.
 const PRE_PASSES_MAX: u32 = 4;
@@ -25,13 +25,15 @@ const PRE_PASSES_MAX: u32 = 4;
 const PASS_BYTES_SMALL: u64 = 8 << 20;
 /// Unanswered requests in a row before an unfinished move is abandoned.
 const UNANSWERED_MAX: u32 = 40;
+/// Unanswered requests in a row before a guest that is held still goes on.
+const UNANSWERED_HELD_MAX: u32 = 5;
 /// Times the whole staging is begun again because the target forgot it.
 const RESTARTS_MAX: u32 = 3;
 const WAIT_MS: u64 = 250;
 const WAIT_SWITCH_OVER_MS: u64 = 50;
 const WAIT_UNANSWERED_MS: u64 = 2000;
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Phase {
     Checking,
     Reserving,
@@ -69,6 +71,10 @@ pub enum Event {
     Unanswered,
     Scanned(Result<(MapRef, MapRef), Denial>),
     Stopped(Result<(), Denial>),
+    /// The guest stands still, or why not.
+    Held(Result<(), Denial>),
+    /// It has been held for as long as it may be.
+    HoldOver,
     /// `Err` only if it is certain that nothing was recorded.
     GaveUp(Result<SignedHandOver, Denial>),
     TookBack(Result<(), Denial>),
@@ -77,7 +83,7 @@ pub enum Event {
     Cancel,
 }
 
-/// What to do; each effect but the last four is answered by one event.
+/// What to do; each effect up to [`Effect::Wait`] is answered by one event.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Effect {
     /// Ask the target whether it can take the VM.
@@ -90,6 +96,8 @@ pub enum Effect {
     },
     AskInitialization(Pass),
     Stop,
+    /// Pause the guest.
+    Suspend,
     /// Record durably that the VM is the target's under the next epoch, then sign.
     GiveUp(Pass),
     AskStart(SignedHandOver),
@@ -98,6 +106,8 @@ pub enum Effect {
     Wait {
         ms: u64,
     },
+    /// Let a paused guest go on.
+    Resume,
     /// Start the VM again: it ran when the migration began.
     Restart,
     TellCancel,
@@ -112,13 +122,26 @@ pub enum Effect {
     Abandon(Denial),
 }
 
+/// Whether the guest stands still although the VM runs.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Hold {
+    No,
+    Pausing,
+    Held,
+}
+
 /// The machine. `step` never blocks, never fails and treats an event that does not fit as noise:
 /// a late answer of an earlier try must not disturb.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Source {
     phase: Phase,
     was_running: bool,
     stopped: bool,
+    /// No more passes while the VM runs.
+    hurry: bool,
+    hold: Hold,
+    /// Why the guest could not be held, until somebody asks again.
+    not_held: Option<Denial>,
     unanswered: u32,
     restarts: u32,
     next_pass: u32,
@@ -134,6 +157,9 @@ impl Source {
             phase: Phase::Checking,
             was_running,
             stopped: !was_running,
+            hurry: false,
+            hold: Hold::No,
+            not_held: None,
             unanswered: 0,
             restarts: 0,
             next_pass: 1,
@@ -165,6 +191,39 @@ impl Source {
         self.unanswered
     }
 
+    /// Whether the guest is held still.
+    pub fn held(&self) -> bool {
+        self.hold == Hold::Held
+    }
+
+    /// `stop` or `suspend`, asked by the target or by an operator here. Repeating changes nothing.
+    pub fn asked(&mut self, request: &RequestBody) -> (Answer, Vec<Effect>) {
+        let deny = |code, text| (Answer::Denied(Denial::new(code, text)), Vec::new());
+        match (request, self.phase) {
+            (_, Phase::Released | Phase::Abandoned) => {
+                deny(DenialCode::UnknownMigration, "the migration has ended")
+            }
+            (_, Phase::GivingUp | Phase::HandingOver | Phase::TakingBack) => {
+                deny(DenialCode::OutOfOrder, "the hand-over has begun")
+            }
+            (RequestBody::Stop | RequestBody::Suspend, _) if self.stopped => (Answer::Stopped, Vec::new()),
+            (RequestBody::Stop, _) | (RequestBody::Suspend, Phase::Stopping) => {
+                self.hurry = true;
+                (Answer::Stopping, Vec::new())
+            }
+            (RequestBody::Suspend, _) => match (self.hold, self.not_held.take()) {
+                (Hold::Held, _) => (Answer::Suspended, Vec::new()),
+                (Hold::Pausing, _) => (Answer::Suspending, Vec::new()),
+                (Hold::No, Some(denial)) => (Answer::Denied(denial), Vec::new()),
+                (Hold::No, None) => {
+                    self.hold = Hold::Pausing;
+                    (Answer::Suspending, vec![Effect::Suspend])
+                }
+            },
+            _ => deny(DenialCode::NotYours, "only the source of a migration asks this of its target"),
+        }
+    }
+
     pub fn step(&mut self, event: Event) -> Vec<Effect> {
         if matches!(event, Event::Answered(_)) {
             self.unanswered = 0;
@@ -185,6 +244,22 @@ impl Source {
                 Vec::new()
             }
             (phase, Event::Cancel) if phase.can_cancel() => self.abandon(cancelled()),
+
+            (phase, Event::Held(result)) if self.hold == Hold::Pausing => {
+                self.hold = if result.is_ok() { Hold::Held } else { Hold::No };
+                self.not_held = result.err();
+                match phase {
+                    // The stop has waited for this.
+                    Phase::Stopping => match self.denial.take() {
+                        None => vec![Effect::Stop],
+                        Some(denial) => self.abandon(denial),
+                    },
+                    phase if phase.ended() => self.let_go(),
+                    _ => Vec::new(),
+                }
+            }
+            // A stop makes a paused guest go on by itself.
+            (phase, Event::HoldOver) if phase != Phase::Stopping => self.let_go(),
 
             (Phase::Reserving, Event::Answered(a)) => match *a {
                 Answer::Reserved { .. } => self.scan(),
@@ -210,14 +285,18 @@ impl Source {
             (Phase::Reserving | Phase::Staging(_), Event::Unanswered) => {
                 self.unanswered += 1;
                 if self.unanswered < UNANSWERED_MAX {
-                    vec![Effect::Wait { ms: WAIT_UNANSWERED_MS }]
+                    // A target that is gone must not keep the guest from going on.
+                    let silent = self.unanswered >= UNANSWERED_HELD_MAX;
+                    let mut effects = if silent { self.let_go() } else { Vec::new() };
+                    effects.push(Effect::Wait { ms: WAIT_UNANSWERED_MS });
+                    effects
                 } else {
                     self.abandon(Denial::new(DenialCode::Other, "the target stopped answering"))
                 }
             }
 
             (Phase::Stopping, Event::Stopped(Ok(()))) => {
-                self.stopped = true;
+                (self.stopped, self.hold) = (true, Hold::No);
                 match self.denial.take() {
                     None => self.scan(),
                     Some(denial) => self.abandon(denial),
@@ -297,11 +376,12 @@ impl Source {
         let delivered = account.root_delta_bytes + account.user_data_bytes;
         let carried = delivered.saturating_sub(self.delivered_bytes);
         self.delivered_bytes = delivered;
-        if carried > PASS_BYTES_SMALL && pass.number < PRE_PASSES_MAX {
+        if carried > PASS_BYTES_SMALL && pass.number < PRE_PASSES_MAX && !self.hurry {
             return self.scan();
         }
         self.phase = Phase::Stopping;
-        vec![Effect::Stop]
+        // A guest paused while it switches off would never be off.
+        if self.hold == Hold::Pausing { Vec::new() } else { vec![Effect::Stop] }
     }
 
     fn unexpected(&mut self, answer: Answer) -> Vec<Effect> {
@@ -311,11 +391,25 @@ impl Source {
             Answer::Denied(d) if d.code == DenialCode::UnknownMigration && self.restarts < RESTARTS_MAX => {
                 self.restarts += 1;
                 self.delivered_bytes = 0;
-                self.reserve()
+                // All is fetched anew: too long to stand still for.
+                let mut effects = self.let_go();
+                effects.extend(self.reserve());
+                effects
             }
             Answer::Denied(d) => self.abandon(d),
             // An answer to an earlier request that was repeated.
             _ => vec![Effect::Wait { ms: WAIT_MS }],
+        }
+    }
+
+    fn let_go(&mut self) -> Vec<Effect> {
+        match std::mem::replace(&mut self.hold, Hold::No) {
+            Hold::Held => vec![Effect::Resume],
+            // Told when it stands still.
+            hold => {
+                self.hold = hold;
+                Vec::new()
+            }
         }
     }
 
@@ -324,6 +418,8 @@ impl Source {
         // A stop that failed may have come half-way; starting a VM that runs changes nothing.
         if self.was_running && (self.stopped || self.phase == Phase::Stopping) {
             effects.push(Effect::Restart);
+        } else {
+            effects.extend(self.let_go());
         }
         self.phase = Phase::Abandoned;
         effects.push(Effect::Abandon(denial));
@@ -403,6 +499,96 @@ mod tests {
             let effects = s.step(Event::Stopped(stopped));
             assert!(matches!(effects[..], [Effect::TellCancel, Effect::Restart, Effect::Abandon(_)]));
         }
+    }
+
+    fn held() -> Source {
+        let mut s = until_staging(true);
+        assert_eq!(s.asked(&RequestBody::Suspend), (Answer::Suspending, vec![Effect::Suspend]));
+        assert_eq!(s.asked(&RequestBody::Suspend), (Answer::Suspending, Vec::new()), "paused once");
+        assert!(s.step(Event::Held(Ok(()))).is_empty());
+        assert_eq!(s.asked(&RequestBody::Suspend), (Answer::Suspended, Vec::new()));
+        s
+    }
+
+    fn denied(answer: &Answer) -> Option<DenialCode> {
+        match answer {
+            Answer::Denied(d) => Some(d.code),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn a_stop_ends_the_passes() {
+        let mut s = until_staging(true);
+        assert_eq!(s.asked(&RequestBody::Stop), (Answer::Stopping, Vec::new()));
+        assert_eq!(s.step(staged(1, 1 << 30)), [Effect::Stop]);
+        assert_eq!(s.asked(&RequestBody::Stop).0, Answer::Stopping);
+        assert_eq!(s.asked(&RequestBody::Suspend), (Answer::Stopping, Vec::new()));
+        s.step(Event::Stopped(Ok(())));
+        assert_eq!(s.asked(&RequestBody::Stop).0, Answer::Stopped);
+        s.step(Event::Scanned(Ok((map(), map()))));
+        assert!(matches!(s.step(staged(2, 1 << 30))[..], [Effect::GiveUp(_)]));
+        for request in [RequestBody::Stop, RequestBody::Suspend] {
+            assert_eq!(denied(&s.asked(&request).0), Some(DenialCode::OutOfOrder), "too late");
+        }
+        let cancel = RequestBody::Cancel { reason: String::new() };
+        assert_eq!(denied(&until_staging(true).asked(&cancel).0), Some(DenialCode::NotYours));
+    }
+
+    #[test]
+    fn a_held_guest_goes_on_whatever_ends_the_hold() {
+        let mut s = held();
+        let effects = s.step(Event::Cancel);
+        assert!(
+            matches!(effects[..], [Effect::TellCancel, Effect::Resume, Effect::Abandon(_)]),
+            "{effects:?}"
+        );
+        assert_eq!(denied(&s.asked(&RequestBody::Suspend).0), Some(DenialCode::UnknownMigration));
+
+        assert_eq!(held().step(Event::HoldOver), [Effect::Resume]);
+        let forgot = Denial::new(DenialCode::UnknownMigration, "?");
+        assert_eq!(held().step(answered(Answer::Denied(forgot))), [Effect::Resume, Effect::AskReservation]);
+
+        let mut s = held();
+        let goes_on = (0..UNANSWERED_MAX).position(|_| s.step(Event::Unanswered).contains(&Effect::Resume));
+        assert_eq!(goes_on, Some(UNANSWERED_HELD_MAX as usize - 1));
+        assert!(!s.held());
+
+        // Switched over, it is stopped, and started should that fail.
+        let mut s = held();
+        assert_eq!(s.step(staged(1, 0)), [Effect::Stop]);
+        assert!(s.step(Event::HoldOver).is_empty());
+        let effects = s.step(Event::Stopped(Err(Denial::new(DenialCode::Other, "hangs"))));
+        assert!(
+            matches!(effects[..], [Effect::TellCancel, Effect::Restart, Effect::Abandon(_)]),
+            "{effects:?}"
+        );
+    }
+
+    #[test]
+    fn a_stop_waits_for_a_pause_under_way() {
+        for result in [Ok(()), Err(Denial::new(DenialCode::Unsupported, "cannot"))] {
+            let mut s = until_staging(true);
+            s.asked(&RequestBody::Suspend);
+            assert!(s.step(staged(1, 0)).is_empty());
+            assert_eq!(s.step(Event::Held(result)), [Effect::Stop]);
+        }
+        // Ended meanwhile, it is not left paused.
+        let mut s = until_staging(true);
+        s.asked(&RequestBody::Suspend);
+        s.step(Event::Cancel);
+        assert_eq!(s.step(Event::Held(Ok(()))), [Effect::Resume]);
+    }
+
+    #[test]
+    fn why_a_guest_cannot_be_held_is_told_once() {
+        let mut s = until_staging(true);
+        s.asked(&RequestBody::Suspend);
+        s.step(Event::Held(Err(Denial::new(DenialCode::Unsupported, "cannot"))));
+        assert_eq!(denied(&s.asked(&RequestBody::Suspend).0), Some(DenialCode::Unsupported));
+        assert_eq!(s.asked(&RequestBody::Suspend).1, [Effect::Suspend], "then it is tried again");
+        let mut s = until_staging(false);
+        assert_eq!(s.asked(&RequestBody::Suspend), (Answer::Stopped, Vec::new()));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::types::{MemberJid, PublicKey, RecipeId};
 use super::handover::{HandOver, Receipt, SignedHandOver};
 use super::message::{Answer, Denial, DenialCode, Initialization, Pass, Progress, RequestBody, StageAccount};
 
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Phase {
     Reserved,
     Staging(Pass),
@@ -62,7 +62,7 @@ pub enum Effect {
 }
 
 /// What the migration is about, fixed by the reservation.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Agreement {
     pub source: MemberJid,
     pub source_key: PublicKey,
@@ -75,7 +75,7 @@ pub struct Agreement {
     pub recipe: RecipeId,
 }
 
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Target {
     phase: Phase,
     agreement: Agreement,

@@ -17,7 +17,7 @@ use super::hash::Hash;
 pub struct PublicKey([u8; 32]);
 
 /// An ed25519 signature. As text: base64 of its 64 bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Signature([u8; 64]);
 

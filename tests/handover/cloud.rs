@@ -2,13 +2,15 @@
 //! survive its crashes, VM processes and disks that do too, and a memory that does not.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::LazyLock;
 
 use cicada::clock::UnixMillis;
+use cicada::migration::envelope::{LIFETIME, VERSION};
 use cicada::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
 use cicada::migration::message::{Initialization, StageAccount};
 use cicada::migration::source::{self, Source};
 use cicada::migration::target::{self, Agreement, Target};
-use cicada::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
+use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, Pass, ReplayGuard, RequestBody};
 use cicada::types::{ByteSize, IdentityKey, MemberJid, MigrationId, RecipeId, VmId};
 use cicada::vm::{MapRef, VmSpec};
 
@@ -65,6 +67,7 @@ pub struct Durable {
     pub dirs: BTreeMap<String, u64>,
     /// The VM's process lives on without its broker.
     pub running: bool,
+    pub paused: bool,
 }
 
 pub struct Outgoing {
@@ -85,6 +88,8 @@ pub enum Job {
     Check(MigrationId),
     Scan(MigrationId),
     Stop(MigrationId),
+    Pause(MigrationId),
+    Resume,
     Start(Option<MigrationId>),
     Stage { id: MigrationId, dir: String, content: u64 },
     Scrub(String),
@@ -107,8 +112,7 @@ pub struct Memory {
     pub incoming: BTreeMap<MigrationId, Incoming>,
     pub jobs: Vec<Job>,
     pub waiting: BTreeMap<u64, Waiting>,
-    /// Nonces of requests: the replay guard.
-    pub seen: BTreeSet<(usize, u64)>,
+    pub replay: ReplayGuard,
     pub busy: Option<Busy>,
 }
 
@@ -126,10 +130,17 @@ pub struct Cloud {
     pub newest: u64,
     next: u64,
     pub broken: Option<String>,
+    /// What its own clock says.
+    pub now: UnixMillis,
+    /// Requests refused because their time is over, or not come yet.
+    pub refused: u64,
 }
 
 pub fn jid(n: usize) -> MemberJid {
-    format!("cloud-{n}@federation").parse().expect("a valid address")
+    static JIDS: LazyLock<[MemberJid; 3]> = LazyLock::new(|| {
+        [0, 1, 2].map(|n| format!("cloud-{n}@federation").parse().expect("a valid address"))
+    });
+    JIDS[n].clone()
 }
 
 pub fn key(n: usize) -> IdentityKey {
@@ -176,6 +187,7 @@ impl Cloud {
                 past: BTreeMap::new(),
                 dirs: BTreeMap::new(),
                 running: false,
+                paused: false,
             },
             memory: Memory::default(),
             rules,
@@ -185,6 +197,8 @@ impl Cloud {
             newest: 1,
             next: 0,
             broken: None,
+            now: UnixMillis(0),
+            refused: 0,
         }
     }
 
@@ -207,7 +221,7 @@ impl Cloud {
         let nonce = self.fresh();
         self.memory.waiting.insert(nonce, waiting);
         let message = crate::world::Payload::Request { migration: id, epoch, body };
-        self.sent.push(Message { from: self.me, to, nonce, payload: message });
+        self.sent.push(Message { from: self.me, to, nonce, issued: self.now, payload: message });
     }
 
     // --- life and death of the process ---
@@ -217,7 +231,8 @@ impl Cloud {
         // What had been asked of the hypervisor may still come to pass.
         for job in jobs {
             match job {
-                Job::Stop(_) if random.one_in(2) => self.durable.running = false,
+                Job::Stop(_) if random.one_in(2) => self.switched_off(),
+                Job::Pause(_) if random.one_in(2) => self.durable.paused = self.durable.running,
                 Job::Scrub(dir) if random.one_in(2) => drop(self.durable.dirs.remove(&dir)),
                 _ => {}
             }
@@ -302,11 +317,17 @@ impl Cloud {
         self.memory.jobs.push(Job::Start(arrival));
     }
 
+    fn switched_off(&mut self) {
+        (self.durable.running, self.durable.paused) = (false, false);
+    }
+
     fn started(&mut self, arrival: Option<MigrationId>, random: &mut Random) {
         if self.memory.busy == Some(Busy::Starting) {
             self.memory.busy = None;
         }
         let mut result = Ok(());
+        // Starting a paused VM lets it go on.
+        self.durable.paused = false;
         if self.memory.jobs.iter().any(|j| matches!(j, Job::Stop(_))) {
             result = Err("a VM that is stopping cannot be started".to_owned());
         } else if self.faults && random.one_in(25) && !self.durable.running {
@@ -349,12 +370,26 @@ impl Cloud {
                 let result = match failed(random) {
                     true => Err(denial(DenialCode::Other, "does not stop")),
                     false => {
-                        self.durable.running = false;
+                        self.switched_off();
                         Ok(())
                     }
                 };
                 self.source_event(id, source::Event::Stopped(result), random);
             }
+            Job::Pause(id) => {
+                let result = match failed(random) {
+                    true => Err(denial(DenialCode::Unsupported, "cannot")),
+                    false => {
+                        self.durable.paused = self.durable.running;
+                        Ok(())
+                    }
+                };
+                match self.memory.outgoing.contains_key(&id) {
+                    true => self.source_event(id, source::Event::Held(result), random),
+                    false => self.durable.paused = false,
+                }
+            }
+            Job::Resume => self.durable.paused = false,
             Job::Start(arrival) => self.started(arrival, random),
             Job::Stage { id, dir, content } => {
                 let result = match failed(random) {
@@ -405,6 +440,8 @@ impl Cloud {
                 self.send(to, id, epoch, body, Waiting::Source(id));
             }
             Effect::Stop => self.memory.jobs.push(Job::Stop(id)),
+            Effect::Suspend => self.memory.jobs.push(Job::Pause(id)),
+            Effect::Resume => self.memory.jobs.push(Job::Resume),
             Effect::GiveUp(pass) => {
                 let result = match self.disk_fails(random) {
                     true => Err(denial(DenialCode::Other, "disk full")),
@@ -534,6 +571,33 @@ impl Cloud {
 
     // --- the target's side ---
 
+    /// What every broker checks first. Each 64th message goes all the way through the seal.
+    fn admits(&mut self, m: &Message, id: MigrationId, epoch: u64) -> bool {
+        let envelope = Envelope {
+            version: VERSION,
+            from: jid(m.from),
+            to: jid(self.me),
+            migration: id,
+            vm: VmId(uuid::Uuid::from_u128(VM)),
+            epoch,
+            nonce: format!("{:032x}", m.nonce),
+            issued: m.issued,
+            expires: m.issued.plus(LIFETIME),
+            body: (),
+        };
+        let fresh = envelope.is_fresh(self.now);
+        if m.nonce.is_multiple_of(64) {
+            let sealed = envelope.seal(&key(m.from)).expect("it is small");
+            let opened =
+                Envelope::<()>::open(&sealed, &key(m.from).public(), &jid(m.from), &jid(self.me), self.now);
+            if opened.is_ok() != fresh {
+                self.broken = Some("a sealed message is judged otherwise".into());
+            }
+        }
+        self.refused += u64::from(!fresh);
+        fresh && self.memory.replay.admit(&envelope, self.now).is_ok()
+    }
+
     pub fn asked(
         &mut self,
         m: &Message,
@@ -542,13 +606,14 @@ impl Cloud {
         body: &RequestBody,
         random: &mut Random,
     ) {
-        if !self.memory.seen.insert((m.from, m.nonce)) {
+        if !self.admits(m, id, epoch) {
             return;
         }
         let known = self.memory.incoming.get(&id).map(|r| r.from == m.from);
         let answer = match (body, known) {
             (_, Some(false)) => Some(deny(DenialCode::NotYours, "another's")),
             (RequestBody::Delete { .. }, _) => Some(AnswerBody::Deleted { grace_s: 0 }),
+            (RequestBody::Stop | RequestBody::Suspend, _) => Some(self.steered(m.from, id, body, random)),
             (body, Some(true)) => self.target_event(id, target::Event::Asked(Box::new(body.clone())), random),
             (RequestBody::Reservation { .. }, None) => Some(self.reserve(m.from, id, epoch, random)),
             (RequestBody::Start { hand_over, .. }, None) => {
@@ -559,7 +624,30 @@ impl Cloud {
         };
         if let Some(body) = answer {
             let payload = crate::world::Payload::Answer(body);
-            self.sent.push(Message { from: self.me, to: m.from, nonce: m.nonce, payload });
+            self.sent.push(Message { from: self.me, to: m.from, nonce: m.nonce, issued: self.now, payload });
+        }
+    }
+
+    fn steered(
+        &mut self,
+        from: usize,
+        id: MigrationId,
+        body: &RequestBody,
+        random: &mut Random,
+    ) -> AnswerBody {
+        let Some(run) = self.memory.outgoing.get_mut(&id).filter(|run| run.to == from) else {
+            return deny(DenialCode::UnknownMigration, "unknown");
+        };
+        let (answer, effects) = run.machine.asked(body);
+        effects.into_iter().for_each(|effect| self.source_effect(id, effect, random));
+        answer
+    }
+
+    /// The operator of the target of a running migration asks its source.
+    pub fn steer(&mut self, body: RequestBody) {
+        let run = self.memory.incoming.iter().find(|(_, run)| run.machine.leased());
+        if let Some((id, to)) = run.map(|(id, run)| (*id, run.from)) {
+            self.send(to, id, 0, body, Waiting::Nobody);
         }
     }
 

@@ -2,7 +2,12 @@
 //! that keep only what they record durably. A run is told by its seed.
 
 mod cloud;
+mod exhaustive;
+mod model;
 mod world;
+
+use std::collections::HashSet;
+use std::hash::Hasher;
 
 use world::{Tally, World};
 
@@ -32,7 +37,8 @@ const ALL: Rules = Rules {
 
 const RUNS: u64 = 20_000;
 
-fn run(seeds: impl Iterator<Item = u64>, rules: Rules) -> Result<Tally, (u64, String)> {
+fn run(seeds: impl Iterator<Item = u64>, rules: Rules) -> Result<(Tally, usize), (u64, String)> {
+    let mut histories = HashSet::new();
     let mut sum = Tally::default();
     for seed in seeds {
         let mut world = World::new(seed.wrapping_mul(0x2545_f491_4f6c_dd1d), rules);
@@ -44,18 +50,23 @@ fn run(seeds: impl Iterator<Item = u64>, rules: Rules) -> Result<Tally, (u64, St
         sum.hand_overs += t.hand_overs;
         sum.returns += t.returns;
         sum.abandoned += t.abandoned;
+        sum.held += t.held;
         sum.lost += t.lost;
         sum.repeated += t.repeated;
         sum.replayed += t.replayed;
+        sum.refused += t.refused;
+        histories.insert(world.history.finish());
     }
-    Ok(sum)
+    Ok((sum, histories.len()))
 }
 
 #[test]
 fn one_owner_whatever_happens() {
     match run(0..RUNS, ALL) {
-        Ok(tally) => {
-            println!("{RUNS} runs: {tally:?}");
+        Ok((tally, interleavings)) => {
+            let faults = tally.crashes + tally.lost + tally.repeated + tally.replayed + tally.refused;
+            println!("{RUNS} runs, {interleavings} distinct interleavings, {faults} faults: {tally:?}");
+            assert!(interleavings as u64 > RUNS / 10 * 9 && tally.refused > 1000, "too much alike");
             assert!(tally.hand_overs > 1000 && tally.returns > 100, "too tame to prove anything");
         }
         Err((seed, what)) => panic!("seed {seed}: {what}"),
@@ -75,7 +86,7 @@ fn every_rule_of_the_broker_is_needed() {
     for (name, change) in without {
         let mut rules = ALL;
         change(&mut rules);
-        match run(0..RUNS, rules) {
+        match run(0..RUNS * 5, rules) {
             Ok(_) => panic!("no run needs the rule {name}"),
             Err((seed, what)) => println!("without {name}, seed {seed}: {what}"),
         }

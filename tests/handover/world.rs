@@ -1,5 +1,9 @@
 //! Three clouds, one VM and a network that loses, repeats, delays and reorders.
 
+use std::collections::hash_map::DefaultHasher;
+use std::hash::Hash;
+
+use cicada::clock::UnixMillis;
 use cicada::migration::source::Event as SourceEvent;
 use cicada::migration::target::Event as TargetEvent;
 use cicada::migration::{AnswerBody, RequestBody};
@@ -13,12 +17,18 @@ const CLOUDS: usize = 3;
 /// A healed federation comes to rest within this many steps.
 const HEALED_STEPS_MAX: usize = 3000;
 const REPLAYED_MAX: usize = 200;
+/// Clocks are off by at most this much while there are faults, and by so much that brokers still
+/// understand each other when there are none.
+const OFF_FAULTY_MS: u64 = 240_000;
+const OFF_HEALED_MS: u64 = 55_000;
 
 #[derive(Clone, Debug)]
 pub struct Message {
     pub from: usize,
     pub to: usize,
     pub nonce: u64,
+    /// By the sender's clock.
+    pub issued: UnixMillis,
     pub payload: Payload,
 }
 
@@ -58,9 +68,12 @@ pub struct Tally {
     pub hand_overs: u64,
     pub returns: u64,
     pub abandoned: u64,
+    pub held: u64,
     pub lost: u64,
     pub repeated: u64,
     pub replayed: u64,
+    /// Requests refused for their time.
+    pub refused: u64,
 }
 
 pub struct World {
@@ -69,6 +82,11 @@ pub struct World {
     log: Vec<Message>,
     random: Random,
     ran: bool,
+    now_ms: u64,
+    /// Each clock is ahead of the true time by this.
+    ahead_ms: [u64; CLOUDS],
+    /// A hash of everything that happened, in order.
+    pub history: DefaultHasher,
     pub tally: Tally,
     moves_left: usize,
 }
@@ -92,6 +110,9 @@ impl World {
             log: Vec::new(),
             random,
             ran,
+            now_ms: 1_000_000_000,
+            ahead_ms: [0; CLOUDS],
+            history: DefaultHasher::new(),
             tally: Tally::default(),
             moves_left,
         }
@@ -102,21 +123,45 @@ impl World {
     pub fn run(&mut self) -> Outcome {
         let steps = 60 + self.random.below(200);
         let calm = self.random.one_in(3);
+        self.set_clocks(OFF_FAULTY_MS);
         for _ in 0..steps {
             self.disturb(calm);
             self.settle()?;
         }
         self.clouds.iter_mut().for_each(|c| c.faults = false);
         self.moves_left = 0;
+        self.set_clocks(OFF_HEALED_MS);
         self.heal()?;
         self.at_rest()?;
         if self.random.one_in(3) { self.replay() } else { Ok(()) }
     }
 
+    /// Half of the time they are right.
+    fn set_clocks(&mut self, off_ms: u64) {
+        let right = self.random.one_in(2);
+        for ahead in &mut self.ahead_ms {
+            *ahead = if right { 0 } else { self.random.below(off_ms as usize) as u64 };
+        }
+        self.pass_time(0);
+    }
+
+    fn pass_time(&mut self, ms: u64) {
+        self.now_ms += ms;
+        for (cloud, ahead) in self.clouds.iter_mut().zip(self.ahead_ms) {
+            cloud.now = UnixMillis(self.now_ms + ahead);
+        }
+    }
+
     fn disturb(&mut self, calm: bool) {
+        let pause_ms = if self.random.one_in(100) { 60_000 } else { 200 };
+        let ms = self.random.below(pause_ms) as u64;
+        self.pass_time(ms);
         let n = self.random.below(CLOUDS);
         // In calm runs migrations get further before something happens to them.
         let choice = self.random.below(if calm { 1000 } else { 200 });
+        if choice <= 58 {
+            (choice, n).hash(&mut self.history);
+        }
         match choice {
             0..=5 => {
                 self.tally.crashes += 1;
@@ -127,6 +172,9 @@ impl World {
             22..=27 => self.time_out(n),
             28..=30 => self.expire(n),
             31..=33 => self.cancel(n),
+            51..=54 => self.clouds[n].steer(RequestBody::Suspend),
+            55..=56 => self.clouds[n].steer(RequestBody::Stop),
+            57..=58 => self.hold_over(n),
             34..=39 => self.clouds[n].scrub_released(),
             40..=50 => self.write(),
             _ => self.progress(),
@@ -149,6 +197,7 @@ impl World {
         for cloud in &mut self.clouds {
             if at < cloud.memory.jobs.len() {
                 let job = cloud.memory.jobs.remove(at);
+                (cloud.me, std::mem::discriminant(&job)).hash(&mut self.history);
                 return cloud.run_job(job, &mut self.random);
             }
             at -= cloud.memory.jobs.len();
@@ -160,6 +209,8 @@ impl World {
     }
 
     fn deliver(&mut self, message: &Message) {
+        let answer = matches!(message.payload, Payload::Answer(_));
+        (message.from, message.to, message.nonce, answer).hash(&mut self.history);
         let cloud = &mut self.clouds[message.to];
         match &message.payload {
             Payload::Request { migration, epoch, body } => {
@@ -229,9 +280,19 @@ impl World {
         }
     }
 
+    fn hold_over(&mut self, n: usize) {
+        let held = self.clouds[n].memory.outgoing.iter().find(|(_, run)| run.machine.held());
+        if let Some(id) = held.map(|(id, _)| *id) {
+            self.tally.held += 1;
+            self.clouds[n].source_event(id, SourceEvent::HoldOver, &mut self.random);
+        }
+    }
+
     /// The guest writes.
     fn write(&mut self) {
-        let Some(cloud) = self.clouds.iter_mut().find(|c| c.durable.running) else { return };
+        let Some(cloud) = self.clouds.iter_mut().find(|c| c.durable.running && !c.durable.paused) else {
+            return;
+        };
         let dir = cloud.durable.record.as_ref().map(|r| r.dir.clone()).unwrap_or_default();
         if let Some(content) = cloud.durable.dirs.get_mut(&dir) {
             *content += 1;
@@ -244,6 +305,7 @@ impl World {
     fn settle(&mut self) -> Outcome {
         self.tally.steps += 1;
         for cloud in &mut self.clouds {
+            self.tally.refused += std::mem::take(&mut cloud.refused);
             self.log.extend(cloud.sent.iter().cloned());
             self.network.append(&mut cloud.sent);
             if let Some(what) = cloud.broken.take() {
@@ -314,6 +376,9 @@ impl World {
         let content = owner.durable.record.as_ref().and_then(|r| owner.durable.dirs.get(&r.dir));
         if content != Some(&owner.newest) {
             return Err(format!("the owner's disks hold {content:?}, not {}", owner.newest));
+        }
+        if let Some(c) = self.clouds.iter().find(|c| c.durable.paused) {
+            return Err(format!("the guest is left paused in cloud {}", c.me));
         }
         let excused = !self.ran || self.clouds.iter().any(|c| c.start_failed);
         if !excused && !owner.durable.running {
