@@ -141,12 +141,14 @@ async fn ask(
     }
 }
 
+/// What the answer's positions name, each of them once.
 fn pick<T: Copy>(ids: &[T], positions: &[u32]) -> Result<Vec<T>, Denial> {
-    positions
-        .iter()
-        .map(|p| ids.get(*p as usize).copied())
-        .collect::<Option<Vec<_>>>()
-        .ok_or_else(|| Denial::new(DenialCode::Other, "the answer names positions that were not asked about"))
+    let bad = |text: &str| Denial::new(DenialCode::Other, format!("the answer names positions {text}"));
+    if !positions.is_sorted_by(|a, b| a < b) {
+        return Err(bad("twice or out of order"));
+    }
+    let picked = positions.iter().map(|p| ids.get(*p as usize).copied()).collect::<Option<Vec<_>>>();
+    picked.ok_or_else(|| bad("that were not asked about"))
 }
 
 fn manifests_of(repository: &Repository, ids: &[ComponentId]) -> Result<Vec<(Arc<Manifest>, u64)>, Denial> {
