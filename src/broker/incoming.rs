@@ -8,8 +8,8 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::UnixMillis;
-use crate::migration::handover::{Receipt, SignedHandOver};
-use crate::migration::message::{CheckAnswer, Initialization, StageAccount};
+use crate::migration::handover::{EPOCH_MAX, Receipt, SignedHandOver};
+use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, StageAccount};
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
 use crate::placement;
@@ -112,6 +112,10 @@ impl Broker {
         reply: oneshot::Sender<Option<Vec<u8>>>,
     ) {
         let RequestBody::Configuration { spec, components, packs } = &request.body else { return };
+        if components.len() + packs.len() > CHECK_IDS_MAX {
+            let denial = deny(DenialCode::Other, "more ids than may be asked about at once");
+            return drop(reply.send(self.shared.answer(&request, denial).ok()));
+        }
         let room = self.room(&peer.jid, Some(spec.id));
         let seed = self.vms.get(&spec.id).and_then(|vm| vm.record.given_up()).map(|g| g.seed);
         let bad = spec.check().err().map(|text| Denial::new(DenialCode::Other, text));
@@ -140,7 +144,7 @@ impl Broker {
             }
             (body, Some(true)) => self.incoming_event(id, TargetEvent::Asked(Box::new(body.clone()))),
             (RequestBody::Reservation { spec }, None) => self.reserve(peer, request, spec),
-            (RequestBody::Start { hand_over, .. }, None) => self.start_unknown(peer, hand_over),
+            (RequestBody::Start { hand_over, .. }, None) => self.start_unknown(peer, request, hand_over),
             (RequestBody::Cancel { .. }, None) => AnswerBody::Cancelled,
             _ => deny(DenialCode::UnknownMigration, "no such migration here; the reservation may have ended"),
         }
@@ -164,6 +168,9 @@ impl Broker {
         let in_doubt = |vm: &Vm| vm.record.given_up().is_some_and(|g| g.receipt.is_none());
         if self.vms.get(&spec.id).is_some_and(in_doubt) {
             return deny(DenialCode::Busy, "this cloud gave the VM up and still waits for the receipt");
+        }
+        if request.epoch >= EPOCH_MAX {
+            return deny(DenialCode::HandOver, "no VM has moved that often");
         }
         let newest = self.vms.get(&spec.id).map_or(0, |vm| vm.record.epoch);
         if request.epoch < newest {
@@ -218,7 +225,12 @@ impl Broker {
 
     /// A hand-over for a migration nobody here remembers: either we took the VM over before a
     /// restart, or we never will.
-    fn start_unknown(&mut self, peer: &Peer, signed: &SignedHandOver) -> AnswerBody {
+    fn start_unknown(
+        &mut self,
+        peer: &Peer,
+        request: &Envelope<RequestBody>,
+        signed: &SignedHandOver,
+    ) -> AnswerBody {
         let h = match signed.verify() {
             Ok(h) if h.target == self.shared.me && h.target_key == self.shared.key.public() => h,
             Ok(_) => return deny(DenialCode::HandOver, "the hand-over is for another target"),
@@ -226,6 +238,12 @@ impl Broker {
         };
         if h.source != peer.jid || h.source_key != peer.key {
             return deny(DenialCode::HandOver, "the hand-over is another source's");
+        }
+        if h.migration != request.migration || h.vm != request.vm {
+            return deny(
+                DenialCode::HandOver,
+                "the hand-over is for another migration or VM than the message",
+            );
         }
         let arrived = self
             .vms
@@ -244,7 +262,7 @@ impl Broker {
         }
         // The promise binds from here on, whatever happens to this process.
         let promise = ReturnRecord { vm: h.vm, epoch: h.epoch, hand_over: signed.clone() };
-        match self.shared.records.save_return(&promise) {
+        match self.shared.records.save_return(&promise, &peer.key) {
             Ok(()) => {
                 tracing::info!(migration = %h.migration, vm = %h.vm, "hand-over returned: its staged copy is gone");
                 let denial = Denial::new(
@@ -444,7 +462,7 @@ impl Broker {
         let fail = |text: String| Denial::new(DenialCode::HandOver, text);
         let run = self.incoming.get_mut(&id).ok_or_else(|| fail("unknown migration".into()))?;
         let h = signed.verify().map_err(|e| fail(e.to_string()))?;
-        if self.shared.records.has_returned(h.vm, h.epoch) {
+        if self.shared.records.has_returned(h.vm, h.epoch, &run.peer.key) {
             return Err(fail(format!("epoch {} of this VM was returned and will never run here", h.epoch)));
         }
         let previous = self.vms.get(&h.vm).map(|vm| vm.record.clone());

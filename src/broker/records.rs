@@ -230,9 +230,10 @@ impl Records {
         durable::remove(&path).map_err(|source| RecordError::Io { action: "remove", path, source })
     }
 
-    /// Promises never to run the VM under the hand-over's epoch.
-    pub fn save_return(&self, record: &ReturnRecord) -> Result<(), RecordError> {
-        save(&self.return_path(record.vm, record.epoch), record)
+    /// Promises never to run the VM under the hand-over's epoch. The promise is made to the holder of
+    /// `source`, who signed the hand-over: nobody else can spoil an epoch for it.
+    pub fn save_return(&self, record: &ReturnRecord, source: &PublicKey) -> Result<(), RecordError> {
+        save(&self.return_path(record.vm, record.epoch, source), record)
     }
 
     /// Keeps a receipt for good. The VM's record holds it only until the VM arrives again or is
@@ -249,8 +250,8 @@ impl Records {
         self.dir.join("receipts").join(format!("{migration}.json"))
     }
 
-    pub fn has_returned(&self, vm: VmId, epoch: u64) -> bool {
-        self.return_path(vm, epoch).exists()
+    pub fn has_returned(&self, vm: VmId, epoch: u64, source: &PublicKey) -> bool {
+        self.return_path(vm, epoch, source).exists()
     }
 
     /// Keys the operator has confirmed at run time; those in the configuration come first.
@@ -267,8 +268,8 @@ impl Records {
         self.dir.join("trust.json")
     }
 
-    fn return_path(&self, vm: VmId, epoch: u64) -> PathBuf {
-        self.dir.join("returns").join(format!("{vm}-{epoch}.json"))
+    fn return_path(&self, vm: VmId, epoch: u64, source: &PublicKey) -> PathBuf {
+        self.dir.join("returns").join(format!("{vm}-{epoch}-{}.json", source.fingerprint()))
     }
 }
 
