@@ -385,8 +385,6 @@ fn content_rows(bench: &mut Bench) {
     peer.ask(matter, init(peer.initialization(matter)));
     bench.world.wait("content is being fetched", 30, |_| peer.has_connection());
     bench.settled("content at a byte a second");
-    let (code, _) = denied(&bench.victim.ask(matter, started(&bench.victim, Matter { epoch: 0, ..matter })));
-    assert_eq!(code, DenialCode::HandOver);
     bench.table.row(step, "a byte a second, and no further word", "the lease ends it");
 
     let peer = &bench.victim;

@@ -22,7 +22,8 @@ use cicada::migration::{AnswerBody, Envelope, HandOver, Pass, RequestBody};
 use cicada::repository::Repository;
 use cicada::stanza::{Cloud, Request as RequestStanza};
 use cicada::transfer::{
-    Authority, Content, Endpoint, Limiter, ObjectBody, ObjectKey, ObjectSource, PackWish, Refusal, Ticket,
+    Authority, Content, Encoding, Endpoint, Limiter, ObjectBody, ObjectKey, ObjectSource, PackWish, Refusal,
+    Ticket,
 };
 use cicada::types::{ByteSize, Hash, IdentityKey, MemberJid, MigrationId, PackId, PublicKey, VmId};
 use cicada::vm::{Firmware, MapRef, VmSpec};
@@ -140,16 +141,24 @@ struct Shop {
 
 impl Shop {
     fn spoiled(&self, body: ObjectBody) -> ObjectBody {
-        match (*self.manners.lock().unwrap(), &body.content) {
-            (Manners::Lying, Content::Bytes(bytes)) => {
-                let mut bytes = bytes.to_vec();
-                if let Some(last) = bytes.last_mut() {
-                    *last ^= 1;
-                }
-                ObjectBody { encoding: body.encoding, content: Content::Bytes(Bytes::from(bytes)) }
-            }
-            _ => body,
+        let Content::Bytes(bytes) = &body.content else { return body };
+        if *self.manners.lock().unwrap() != Manners::Lying {
+            return body;
         }
+        // A sound frame, of other bytes.
+        let mut bytes = match body.encoding {
+            Encoding::Zstd { plain_size_bytes } => {
+                zstd::bulk::decompress(bytes, plain_size_bytes as usize).unwrap()
+            }
+            _ => bytes.to_vec(),
+        };
+        if let Some(last) = bytes.last_mut() {
+            *last ^= 1;
+        }
+        if let Encoding::Zstd { .. } = body.encoding {
+            bytes = zstd::bulk::compress(&bytes, 3).unwrap();
+        }
+        ObjectBody { encoding: body.encoding, content: Content::Bytes(Bytes::from(bytes)) }
     }
 }
 
