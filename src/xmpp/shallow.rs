@@ -212,6 +212,14 @@ impl Filter {
     }
 }
 
+/// What of `bytes` is passed on.
+#[cfg(fuzzing)]
+pub fn filtered(bytes: &[u8]) -> Vec<u8> {
+    let (mut filter, mut out) = (Filter::default(), Vec::new());
+    bytes.iter().for_each(|byte| filter.pass(*byte, |kept| out.extend_from_slice(kept)));
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
