@@ -675,8 +675,8 @@ fn journal(corpus: &Corpus<'_>) {
 fn edges(corpus: &Corpus<'_>) {
     let key = parties().0.public();
     let put = |name: &str, selector: u8, bytes: &[u8]| corpus.pick("edges", name, selector, bytes);
-    put("key", 0, &parties().0.spki_der());
-    let small_order = [&parties().0.spki_der()[..12], &[0; 32]].concat();
+    put("key", 0, &parties().0.public().spki_der());
+    let small_order = [&parties().0.public().spki_der()[..12], &[0; 32]].concat();
     put("key-small-order", 0, &small_order);
     put("jid", 1, "Ä.b@Example.org".as_bytes());
     put("key-text", 1, key.to_string().as_bytes());

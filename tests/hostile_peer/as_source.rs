@@ -29,6 +29,9 @@ const SPOILS: [(Spoil, &str, &str); 11] = [
     (Spoil::ShortNonce, "a nonce of 8 digits", "message expired"),
 ];
 
+type SpoiltPass = Box<dyn Fn(&Peer, &mut Initialization)>;
+type SpoiltHandOver = Box<dyn Fn(&Peer, HandOver) -> SignedHandOver>;
+
 pub fn denied(answer: &AnswerBody) -> (DenialCode, String) {
     match answer {
         AnswerBody::Denied(d) => (d.code, format!("denied: {} ({})", d.code.as_str(), short(&d.text))),
@@ -245,7 +248,7 @@ fn reservation_rows(bench: &mut Bench) {
 
 fn initialization_rows(bench: &mut Bench) {
     let step = "source: initialization";
-    let cases: Vec<(&str, Box<dyn Fn(&Peer, &mut Initialization)>)> = vec![
+    let cases: Vec<(&str, SpoiltPass)> = vec![
         (
             "another recipe than was reserved",
             Box::new(|p, i| {
@@ -455,7 +458,7 @@ fn start_rows(bench: &mut Bench) {
     bench.settled("another's epoch");
     bench.table.row(step, "returned for another's VM, whose source then brings it", "takes the VM over");
 
-    let cases: Vec<(&str, Box<dyn Fn(&Peer, HandOver) -> SignedHandOver>)> = vec![
+    let cases: Vec<(&str, SpoiltHandOver)> = vec![
         ("for another VM", Box::new(|p, h| HandOver { vm: VmId::random(), ..h }.sign(&p.key))),
         (
             "for another migration",

@@ -19,6 +19,9 @@ use crate::{Bench, Moving};
 /// How long the real broker may take until it asks again.
 const SOON: Duration = Duration::from_secs(30);
 
+/// What a target makes of a hand-over.
+type Trick = Box<dyn Fn(&Peer, SignedHandOver) -> AnswerBody>;
+
 /// What an honest target answers.
 fn honest(peer: &Peer, request: &RequestBody) -> AnswerBody {
     match request {
@@ -438,7 +441,7 @@ fn start_rows(bench: &mut Bench) {
     let (key, other) = (bench.mallory.key.clone(), IdentityKey::from_secret_bytes(&[9; 32]));
     let moving = bench.begin_move(&vm);
     let account = StageAccount::default;
-    let tricks: Vec<(&str, Box<dyn Fn(&Peer, SignedHandOver) -> AnswerBody>)> = vec![
+    let tricks: Vec<(&str, Trick)> = vec![
         ("denies", Box::new(|_, _| AnswerBody::Denied(no("never heard of it")))),
         ("answers `cancelled`", Box::new(|_, _| AnswerBody::Cancelled)),
         ("answers `staged`", Box::new(move |_, _| AnswerBody::Staged { pass: 1, account: account() })),
