@@ -99,7 +99,6 @@ async fn federation(members: &[(&str, &str)]) -> (Vec<Member>, ManualClock) {
                 jid: jid(name),
                 resource: "broker".into(),
                 available: true,
-                expelled: false,
                 cloud: Some(Box::new(cloud)),
             };
             member

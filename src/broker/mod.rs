@@ -210,7 +210,6 @@ impl Broker {
         let now = self.shared.now();
         match input {
             RoomInput::Presence(presence) => {
-                let expelled = presence.expelled.then(|| presence.jid.clone());
                 let pinned = self.members.presence(presence, now);
                 let saved =
                     if pinned { self.shared.records.save_trust(self.members.pinned()) } else { Ok(()) };
@@ -219,9 +218,6 @@ impl Broker {
                 }
                 let keys: HashSet<_> = self.members.trusted_keys().collect();
                 self.shared.tickets.set_members(keys);
-                if let Some(jid) = expelled {
-                    self.expelled(&jid);
-                }
             }
             RoomInput::Joined => {
                 self.link = "online".into();
@@ -231,16 +227,6 @@ impl Broker {
                 self.link = reason;
                 self.members.disconnected(now);
             }
-        }
-    }
-
-    /// Who merely went offline may go on fetching; who is no member any more may not.
-    fn expelled(&mut self, jid: &MemberJid) {
-        tracing::warn!(member = %jid, "is no member of the federation any more");
-        let Some(key) = self.members.get(jid).and_then(|m| m.key) else { return };
-        self.shared.tickets.withdraw_all_of(&key);
-        if let Some(connection) = self.shared.endpoint.connection_with(&key) {
-            connection.close();
         }
     }
 

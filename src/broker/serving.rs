@@ -49,11 +49,6 @@ impl Tickets {
         write(&self.served).remove(ticket.as_bytes());
     }
 
-    /// Ends all that is served to the holder of `peer`.
-    pub fn withdraw_all_of(&self, peer: &PublicKey) {
-        write(&self.served).retain(|_, content| content.peer != Some(*peer));
-    }
-
     fn find(&self, ticket: &Ticket) -> Result<Arc<Served>, Refusal> {
         read(&self.served).get(ticket.as_bytes()).cloned().ok_or(Refusal::UnknownTicket)
     }

@@ -21,8 +21,6 @@ pub struct Presence {
     /// Its resource; a member's broker is the one that sends `<cloud/>`.
     pub resource: String,
     pub available: bool,
-    /// The room's owner took its membership.
-    pub expelled: bool,
     pub cloud: Option<Box<Cloud>>,
 }
 
@@ -283,7 +281,6 @@ mod tests {
             jid: jid(member),
             resource: "broker".into(),
             available: true,
-            expelled: false,
             cloud: Some(Box::new(cloud)),
         }
     }

@@ -123,8 +123,7 @@ pub fn read(stanza: &Stanza, me: &Jid) -> RoomPresence {
             // Another client of our own account is no other member.
             Some((jid, _)) if jid.as_str() == me.to_bare().as_str() => RoomPresence::Irrelevant,
             Some((jid, resource)) => {
-                let expelled = !available && is_expelled(user);
-                RoomPresence::Member(Presence { jid, resource, available, expelled, cloud: cloud_in(stanza) })
+                RoomPresence::Member(Presence { jid, resource, available, cloud: cloud_in(stanza) })
             }
             None => RoomPresence::Irrelevant,
         },
@@ -165,12 +164,6 @@ fn occupant(user: &Element, available: bool) -> Option<(MemberJid, String)> {
 
 fn is_member(item: &Element) -> bool {
     matches!(item.attr("affiliation"), Some("member" | "admin" | "owner"))
-}
-
-/// Who merely leaves keeps its affiliation.
-fn is_expelled(user: &Element) -> bool {
-    let mut items = user.children().filter(|c| c.name() == "item");
-    items.any(|item| matches!(item.attr("affiliation"), Some("none" | "outcast")))
 }
 
 fn real_jid(text: &str) -> Option<(MemberJid, String)> {
@@ -228,10 +221,7 @@ mod tests {
             "<item affiliation='none' role='none' jid='a@example.org/cicada'/>",
             "type='unavailable'",
         );
-        assert!(
-            matches!(gone, RoomPresence::Member(Presence { available: false, expelled: true, .. })),
-            "{gone:?}"
-        );
+        assert!(matches!(gone, RoomPresence::Member(Presence { available: false, .. })), "{gone:?}");
     }
 
     #[test]
