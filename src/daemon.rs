@@ -66,7 +66,9 @@ pub async fn run(config: Config) -> Result<(), Problem> {
     let configured: BTreeMap<_, _> = config.trust.pinned.iter().map(|p| (p.jid.clone(), p.key)).collect();
     let confirmed = records.trust().map_err(|e| failed("records", &e))?;
     let revoked = records.revoked().map_err(|e| failed("records", &e))?;
-    let members = Members::new(configured, confirmed, config.trust.trust_on_first_use).with_revoked(revoked);
+    let members = Members::new(configured, confirmed, config.trust.trust_on_first_use)
+        .with_revoked(revoked)
+        .seen_by(config.cloud.name.clone());
 
     let socket = config.api.socket.clone();
     let shared = Arc::new(Shared {

@@ -8,6 +8,8 @@
 mod content;
 mod control;
 mod disk;
+mod edges;
+mod machines;
 mod memory;
 mod pack;
 mod seeds;
@@ -19,16 +21,18 @@ use std::sync::OnceLock;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 14] = [
+const TARGETS: [(&str, Target); 16] = [
     ("chunk-map", trees::chunk_map),
     ("config", settings::config),
     ("definition", settings::definition),
     ("delta", pack::delta),
     ("disk", disk::qcow2),
+    ("edges", edges::edges),
     ("extents", content::extents),
     ("fragments", content::fragments),
     ("frames", control::frames),
     ("journal", settings::journal),
+    ("machines", machines::machines),
     ("manifest", content::manifest),
     ("negotiation", control::negotiation),
     ("pack", pack::stored_form),

@@ -72,7 +72,9 @@ fn receive(repository: &Repository, piece: u8, stored: &[u8]) -> bool {
 /// A delta against a base that the first byte makes. What is accepted has the size it claims.
 pub fn delta(data: &[u8]) {
     let Some((seed, delta)) = split(data) else { return };
-    let Some(claimed) = delta.get(8..16).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes) else { return };
+    let Some(claimed) = delta.get(8..16).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes) else {
+        return;
+    };
     // One segment is taken whole; larger claims differ in nothing but the memory they may take.
     if claimed > PLAIN_BYTES_MAX {
         return;

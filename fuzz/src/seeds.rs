@@ -64,6 +64,8 @@ pub fn write(dir: &Path) {
     texts(&corpus);
     control(&corpus);
     journal(&corpus);
+    edges(&corpus);
+    machines(&corpus);
 }
 
 fn manifest() -> Manifest {
@@ -233,9 +235,8 @@ fn wide_window(magic: &[u8], size_bytes: u64) -> Vec<u8> {
 }
 
 fn packs(corpus: &Corpus<'_>) {
-    let header = |size: u64| {
-        [&b"CICPAK\0\x02"[..], &size.to_le_bytes(), &(1u64 << 20).to_le_bytes()].concat()
-    };
+    let header =
+        |size: u64| [&b"CICPAK\0\x02"[..], &size.to_le_bytes(), &(1u64 << 20).to_le_bytes()].concat();
     let framed = |size: u64, frames: &[&[u8]]| {
         let mut out = header(size);
         for frame in frames {
@@ -266,7 +267,9 @@ fn deltas(corpus: &Corpus<'_>) {
     corpus.pick("delta", "version", 3, &good);
     corpus.pick("delta", "another-base", 4, &good);
     corpus.pick("delta", "cut", 3, &good[..good.len() - 9]);
-    for (name, at) in [("size-that-lies", 8), ("length-that-lies", 56), ("offset-that-lies", 60), ("region-that-lies", 68)] {
+    for (name, at) in
+        [("size-that-lies", 8), ("length-that-lies", 56), ("offset-that-lies", 60), ("region-that-lies", 68)]
+    {
         let mut lies = good.clone();
         lies[at..at + 4].copy_from_slice(&0x7fff_f000u32.to_le_bytes());
         corpus.pick("delta", name, 3, &lies);
@@ -669,4 +672,53 @@ fn journal(corpus: &Corpus<'_>) {
     put("problem", 5, br#"{"problem":{"kind":"bad-request","object":"o","reason":"r"}}"#.to_vec());
     put("event", 5, br#"{"event":{"event":"note","text":"t"}}"#.to_vec());
     put("nested", 3, "[".repeat(2000).into());
+}
+
+fn edges(corpus: &Corpus<'_>) {
+    let key = parties().0.public();
+    let put = |name: &str, selector: u8, bytes: &[u8]| corpus.pick("edges", name, selector, bytes);
+    put("key", 0, &parties().0.public().spki_der());
+    let small_order = [&parties().0.public().spki_der()[..12], &[0; 32]].concat();
+    put("key-small-order", 0, &small_order);
+    put("jid", 1, "Ä.b@Example.org".as_bytes());
+    put("key-text", 1, key.to_string().as_bytes());
+    put("ticket", 1, "07".repeat(32).as_bytes());
+    put("odd", 2, b"<s><iq a='/>'><![CDATA[<a>]]><b/>t</iq><!-- x --></s>");
+    put("deep", 2, format!("<s>{}{}</s>", "<a>".repeat(200), "</a>".repeat(200)).as_bytes());
+    put("long-tag", 2, format!("<s><m><a b='{}'>x</a></m><iq c='{0}'/></s>", "y".repeat(8001)).as_bytes());
+    put(
+        "greeting",
+        3,
+        br#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}}, "capabilities": []}}"#,
+    );
+    put("return", 3, br#"{"return": {"status": "running"}, "id": 7}"#);
+    put("refusal", 3, br#"{"id": 7, "error": {"class": "GenericError", "desc": "no"}}"#);
+    put(
+        "event",
+        3,
+        br#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "SHUTDOWN", "data": {"guest": true}}"#,
+    );
+    let extents =
+        br#"[{"start": 0, "length": 65536, "data": false}, {"start": 65536, "length": 65536, "data": true}]"#;
+    put("map", 4, &[&131_072u64.to_le_bytes()[..], &[16, 1], extents].concat());
+    let trust = std::collections::BTreeMap::from([(parties().1.clone(), key)]);
+    put("trust", 5, &json(&trust));
+    let receipt = hand_over().sign(&parties().0).accept(&IdentityKey::from_secret_bytes(&[2; 32]));
+    put("receipt", 5, &json(&receipt));
+}
+
+/// Pairs of bytes: see `machines.rs`.
+fn machines(corpus: &Corpus<'_>) {
+    let put = |name: &str, steps: &[u8]| corpus.put("machines", name, steps);
+    put("target", &[0, 0, 0, 1, 1, 9, 0, 1, 6, 9, 0, 2, 1, 2, 1, 11, 0, 2, 0, 12, 0, 13, 0, 2, 0, 4, 0]);
+    put("target-refuses", &[0, 0, 0, 1, 5, 9, 0, 3, 1, 3, 3, 3, 5, 3, 4, 2, 0]);
+    put("target-not-recorded", &[0, 1, 5, 9, 0, 2, 0, 11, 1, 2, 0, 15, 0]);
+    put("target-cancelled", &[0, 1, 5, 9, 1, 1, 5, 4, 0, 4, 0, 0, 0]);
+    // Staged answers name the pass: `what ^ (kind >> 3)` is its number in the low bits.
+    put("source", &[1, 0, 0, 1, 0, 2, 0, 9, 1, 2, 26, 12, 0, 2, 1, 14, 0, 2, 4]);
+    put(
+        "source-running",
+        &[3, 0, 0, 1, 0, 2, 0, 9, 1, 2, 26, 11, 0, 9, 1, 2, 2, 12, 0, 8, 0, 14, 0, 2, 5, 13, 0],
+    );
+    put("source-cancelled", &[3, 0, 0, 1, 0, 2, 0, 9, 1, 2, 26, 15, 0, 11, 0]);
 }

@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use futures::future::join_all;
 
-use crate::migration::message::{ADDRESSES_MAX, CONTENT_IDS_MAX, ContentAnswer};
+use crate::migration::message::{CONTENT_IDS_MAX, ContentAnswer};
 use crate::migration::{AnswerBody, RequestBody};
 use crate::repository::{ObjectId, Repository};
 use crate::transfer::{ObjectKey, ObjectSink, Progress, Refusal, Ticket, TransferError, Violation};
 use crate::types::{Hash, MemberJid, MigrationId, PackId, VmId};
 
 use super::problem::chain;
-use super::receiving::{Packs, Sink};
+use super::receiving::{self, Packs, Sink};
 use super::shared::{Matter, Peer, Shared};
 
 /// Attempts to go on with one member after the data link broke.
@@ -172,13 +172,7 @@ async fn ask(shared: &Shared, peer: &Peer, objects: &[ObjectId]) -> Result<Optio
     let components = answer.components_held.iter().filter_map(|i| components.get(*i as usize));
     let packs = answer.packs_held.iter().filter_map(|i| packs.get(*i as usize));
     let holds = components.map(|id| ObjectId::Manifest(*id)).chain(packs.map(|id| ObjectId::Pack(*id)));
-    let mut addresses = Vec::new();
-    for address in answer.addresses.iter().take(ADDRESSES_MAX) {
-        if let Ok(found) = tokio::net::lookup_host(address.as_str()).await {
-            addresses.extend(found);
-        }
-    }
-    addresses.truncate(ADDRESSES_MAX);
+    let addresses = receiving::resolve(&answer.addresses).await;
     let ticket = Ticket::from_bytes(*ticket.as_bytes());
     Ok(Some(Offer { peer: peer.clone(), ticket, addresses, holds: holds.collect() }))
 }

@@ -10,7 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::clock::UnixMillis;
 use crate::federation::Refused;
-use crate::migration::handover::{HandOver, Receipt, SignedHandOver};
+use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, SignedHandOver};
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, StageAccount};
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, RequestBody};
@@ -211,7 +211,7 @@ impl Broker {
             (RequestBody::Suspend | RequestBody::Stop, _) => self.answer_steering(peer, request),
             (body, Some(true)) => self.incoming_event(id, TargetEvent::Asked(Box::new(body.clone()))),
             (RequestBody::Reservation { spec }, None) => self.reserve(peer, request, spec),
-            (RequestBody::Start { hand_over, .. }, None) => self.start_unknown(peer, hand_over),
+            (RequestBody::Start { hand_over, .. }, None) => self.start_unknown(peer, request, hand_over),
             (RequestBody::Cancel { .. }, None) => AnswerBody::Cancelled,
             _ => deny(DenialCode::UnknownMigration, "no such migration here; the reservation may have ended"),
         }
@@ -236,6 +236,9 @@ impl Broker {
         let in_doubt = |vm: &Vm| vm.record.given_up().is_some_and(GivenUp::in_doubt);
         if self.vms.get(&spec.id).is_some_and(in_doubt) {
             return deny(DenialCode::Busy, "this cloud gave the VM up and still waits for the receipt");
+        }
+        if request.epoch >= EPOCH_MAX {
+            return deny(DenialCode::HandOver, "no VM has moved that often");
         }
         let newest = self.vms.get(&spec.id).map_or(0, |vm| vm.record.seen_epoch());
         if request.epoch < newest {
@@ -298,8 +301,16 @@ impl Broker {
 
     /// A hand-over for a migration nobody here remembers: either we took the VM over before a
     /// restart, or we never will.
-    fn start_unknown(&mut self, peer: &Peer, signed: &SignedHandOver) -> AnswerBody {
+    fn start_unknown(
+        &mut self,
+        peer: &Peer,
+        request: &Envelope<RequestBody>,
+        signed: &SignedHandOver,
+    ) -> AnswerBody {
         match self.addressed(peer, signed) {
+            Ok(h) if h.migration != request.migration || h.vm != request.vm => {
+                deny(DenialCode::HandOver, "the hand-over is for another migration or VM than the message")
+            }
             Ok(h) => self.what_became_of(peer, &h, signed),
             Err(denial) => AnswerBody::Denied(denial),
         }
@@ -319,7 +330,7 @@ impl Broker {
             .filter(|a| a.migration == h.migration);
         let receipt = match (arrived, self.shared.records.receipt(h.migration)) {
             // The operator gave back what was taken over, knowing the risk.
-            _ if self.shared.records.has_returned(h.vm, h.epoch) => None,
+            _ if self.shared.records.has_returned(h.vm, h.epoch, Some(&peer.key)) => None,
             (Some(a), _) => Some(a.receipt.clone()),
             (None, Ok(receipt)) => receipt,
             (None, Err(e)) => return deny(DenialCode::Other, &super::problem::chain(&e)),
@@ -336,7 +347,8 @@ impl Broker {
                 account: StageAccount::default(),
             };
         }
-        if self.aside.contains_key(&h.vm) && !self.shared.records.has_returned(h.vm, h.epoch) {
+        if self.aside.contains_key(&h.vm) && !self.shared.records.has_returned(h.vm, h.epoch, Some(&peer.key))
+        {
             self.unanswered.insert(h.migration, (peer.clone(), signed.clone()));
             let text = "the target's record of the VM is damaged: its operator must restore it, or promise \
                         never to run it with 'cicada migration resolve'";
@@ -345,7 +357,7 @@ impl Broker {
         // The promise binds from here on, whatever happens to this process.
         let promise = ReturnRecord { vm: h.vm, epoch: h.epoch, hand_over: Some(signed.clone()) };
         let back = signed.clone().give_back(&self.shared.key);
-        let kept = self.shared.records.save_return(&promise);
+        let kept = self.shared.records.save_return(&promise, Some(&peer.key));
         match kept.and_then(|()| self.shared.records.save_returned(h.migration, &back)) {
             Ok(()) => {
                 tracing::info!(migration = %h.migration, vm = %h.vm, "hand-over returned: it is never run here under this epoch");
@@ -539,7 +551,7 @@ impl Broker {
         let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, super::problem::chain(e));
         let run = self.incoming.get_mut(&id).ok_or_else(|| fail("unknown migration".into()))?;
         let h = signed.verify().map_err(|e| fail(e.to_string()))?;
-        if self.shared.records.has_returned(h.vm, h.epoch) {
+        if self.shared.records.has_returned(h.vm, h.epoch, Some(&run.peer.key)) {
             return Err(fail(format!("epoch {} of this VM was returned and will never run here", h.epoch)));
         }
         let previous = self.vms.get(&h.vm).map(|vm| vm.record.clone());

@@ -141,12 +141,14 @@ async fn ask(
     }
 }
 
+/// What the answer's positions name, each of them once.
 fn pick<T: Copy>(ids: &[T], positions: &[u32]) -> Result<Vec<T>, Denial> {
-    positions
-        .iter()
-        .map(|p| ids.get(*p as usize).copied())
-        .collect::<Option<Vec<_>>>()
-        .ok_or_else(|| Denial::new(DenialCode::Other, "the answer names positions that were not asked about"))
+    let bad = |text: &str| Denial::new(DenialCode::Other, format!("the answer names positions {text}"));
+    if !positions.is_sorted_by(|a, b| a < b) {
+        return Err(bad("twice or out of order"));
+    }
+    let picked = positions.iter().map(|p| ids.get(*p as usize).copied()).collect::<Option<Vec<_>>>();
+    picked.ok_or_else(|| bad("that were not asked about"))
 }
 
 fn manifests_of(repository: &Repository, ids: &[ComponentId]) -> Result<Vec<(Arc<Manifest>, u64)>, Denial> {
@@ -255,7 +257,8 @@ const OVERLAY_RESERVE_BYTES: u64 = 256 << 20;
 /// Storage a VM needs here at most: its composition (unless made already), delta and user data.
 pub fn storage_needed(spec: &VmSpec, composed: bool) -> u64 {
     let composition = if composed { 0 } else { spec.root_size.0 / 2 };
-    composition + spec.user_data_size.0 + OVERLAY_RESERVE_BYTES
+    // Asked before the spec was found sound.
+    composition.saturating_add(spec.user_data_size.0).saturating_add(OVERLAY_RESERVE_BYTES)
 }
 
 /// Remembers link rates so that durations can be predicted.

@@ -1,12 +1,29 @@
 //! What arrives from other brokers goes to the repository, packs in whatever form they come.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::disk::DiskError;
+use crate::migration::message::ADDRESSES_MAX;
 use crate::repository::{IncomingForm, IncomingPack, Repository, RepositoryError};
 use crate::transfer::{ObjectKey, ObjectSink, PackRange, PackWish, PackWriter, SinkError, Verified};
 use crate::types::{BlockHash, PackId};
+
+/// How long another cloud's host names may take to be looked up, all together.
+const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where another cloud says that it serves. Names that are not found in time are left out.
+pub async fn resolve(addresses: &[String]) -> Vec<SocketAddr> {
+    let look_ups = addresses.iter().take(ADDRESSES_MAX).map(|address| async move {
+        let found = tokio::time::timeout(LOOK_UP_TIMEOUT, tokio::net::lookup_host(address.as_str()));
+        found.await.ok().and_then(Result::ok).into_iter().flatten().collect::<Vec<_>>()
+    });
+    let mut found = futures::future::join_all(look_ups).await.concat();
+    found.truncate(ADDRESSES_MAX);
+    found
+}
 
 /// What is known of the packs to be fetched.
 #[derive(Debug, Default)]

@@ -270,7 +270,8 @@ impl Records {
             return Err(format!("record {} is of another VM: {}", path.display(), record.spec.id));
         }
         // An operator promised it while the record could not be read.
-        if record.is_here() && self.has_returned(vm, record.epoch) {
+        let source = record.arrival.as_ref().map(|a| &a.from_key);
+        if record.is_here() && self.has_returned(vm, record.epoch, source) {
             return Err(format!("epoch {} was returned to its source and must never run here", record.epoch));
         }
         Ok(record)
@@ -292,9 +293,11 @@ impl Records {
         durable::remove(&path).map_err(|source| RecordError::Io { action: "remove", path, source })
     }
 
-    /// Promises never to run the VM under the hand-over's epoch.
-    pub fn save_return(&self, record: &ReturnRecord) -> Result<(), RecordError> {
-        save(&self.return_path(record.vm, record.epoch), record)
+    /// Promises never to run the VM under the hand-over's epoch. The promise is made to the holder of
+    /// `source`, who signed the hand-over: nobody else can spoil an epoch for it. An operator who does
+    /// not know whose hand-over it was promises it to all.
+    pub fn save_return(&self, record: &ReturnRecord, source: Option<&PublicKey>) -> Result<(), RecordError> {
+        save(&self.return_path(record.vm, record.epoch, source), record)
     }
 
     /// Keeps a receipt for good. The VM's record holds it only until the VM arrives again or is
@@ -360,8 +363,10 @@ impl Records {
         self.dir.join("returns").join(format!("{migration}.json"))
     }
 
-    pub fn has_returned(&self, vm: VmId, epoch: u64) -> bool {
-        self.return_path(vm, epoch).exists()
+    /// Whether that epoch was promised away, to the holder of `source` or to whomever.
+    pub fn has_returned(&self, vm: VmId, epoch: u64, source: Option<&PublicKey>) -> bool {
+        let promised_to = |source| self.return_path(vm, epoch, source).exists();
+        promised_to(None) || source.is_some_and(|key| promised_to(Some(key)))
     }
 
     /// Keys the operator has confirmed at run time; those in the configuration come first.
@@ -388,8 +393,9 @@ impl Records {
         self.dir.join("trust.json")
     }
 
-    fn return_path(&self, vm: VmId, epoch: u64) -> PathBuf {
-        self.dir.join("returns").join(format!("{vm}-{epoch}.json"))
+    fn return_path(&self, vm: VmId, epoch: u64, source: Option<&PublicKey>) -> PathBuf {
+        let source = source.map_or_else(|| "all".into(), PublicKey::fingerprint);
+        self.dir.join("returns").join(format!("{vm}-{epoch}-{source}.json"))
     }
 }
 
@@ -492,7 +498,9 @@ mod tests {
         }
         fs::write(&path, whole).unwrap();
         assert_eq!(records.vms().unwrap().1, []);
-        records.save_return(&ReturnRecord { vm: bad.spec.id, epoch: bad.epoch, hand_over: None }).unwrap();
+        records
+            .save_return(&ReturnRecord { vm: bad.spec.id, epoch: bad.epoch, hand_over: None }, None)
+            .unwrap();
         assert_eq!(records.vms().unwrap().1.len(), 1);
     }
 
@@ -506,7 +514,7 @@ mod tests {
         let returned = signed().give_back(&key);
         records.save_returned(back, &returned).unwrap();
         // A promise is not found as a migration.
-        records.save_return(&ReturnRecord { vm: VmId::random(), epoch: 2, hand_over: None }).unwrap();
+        records.save_return(&ReturnRecord { vm: VmId::random(), epoch: 2, hand_over: None }, None).unwrap();
         for id in [came, back] {
             assert_eq!(records.signed_migrations(&id.to_string()[..8]).unwrap(), [id]);
         }

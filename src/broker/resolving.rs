@@ -552,7 +552,8 @@ impl Broker {
         hand_over: Option<&SignedHandOver>,
     ) -> Result<(), records::RecordError> {
         let record = ReturnRecord { vm: d.vm, epoch, hand_over: hand_over.cloned() };
-        self.shared.records.save_return(&record)?;
+        let source = hand_over.and_then(|h| h.verify().ok()).map(|h| h.source_key);
+        self.shared.records.save_return(&record, source.as_ref())?;
         self.unanswered.remove(&id);
         self.errands.remove(&id);
         if let Some(run) = self.incoming.get_mut(&id).filter(|r| r.is_leased()) {

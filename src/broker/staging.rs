@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
-use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,7 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::component::Recipe;
 use crate::disk::{self, BlockIndex, DiskFile, StagedDisk};
-use crate::migration::message::{ADDRESSES_MAX, Initialization, Progress, StageAccount};
+use crate::migration::message::{Initialization, Progress, StageAccount};
 use crate::migration::{Denial, DenialCode};
 use crate::repository::{ObjectId, Repository, RepositoryError};
 use crate::transfer::{
@@ -27,7 +26,7 @@ use crate::vm::{ChunkMap, MapRef, VmSpec};
 
 use super::borrowing;
 use super::negotiation::{blocking, joined};
-use super::receiving::{Packs, Sink, TakeBlock};
+use super::receiving::{self, Packs, Sink, TakeBlock};
 use super::shared::{Peer, Shared};
 use super::vms::DiskPaths;
 
@@ -127,7 +126,8 @@ impl Counters {
     fn expect(&self, step: &str, more_bytes: u64) {
         let mut totals = self.totals.lock().unwrap_or_else(|e| e.into_inner());
         totals.0 = step.to_owned();
-        totals.1 += more_bytes;
+        // Partly what the source says.
+        totals.1 = totals.1.saturating_add(more_bytes);
     }
 }
 
@@ -135,7 +135,6 @@ struct Stage {
     job: StageJob,
     recipe: Arc<Recipe>,
     ticket: Ticket,
-    addresses: Vec<SocketAddr>,
     connection: Option<Connection>,
     /// UDP bytes of connections that were lost.
     wire_bytes: u64,
@@ -168,12 +167,9 @@ impl Stage {
         }
         let before = job.staged.as_ref().map(|s| s.reported.clone()).unwrap_or_default();
         let ticket: Hash = job.init.ticket.parse().map_err(|_| bad("the ticket is malformed".into()))?;
-        let addresses = job.init.addresses.iter().take(ADDRESSES_MAX);
-        let addresses = addresses.filter_map(|a| a.to_socket_addrs().ok()).flatten().collect();
         Ok(Self {
             recipe: Arc::new(recipe),
             ticket: Ticket::from_bytes(*ticket.as_bytes()),
-            addresses,
             connection: None,
             wire_bytes: job.account.wire_bytes,
             counters: Arc::new(Counters {
@@ -493,7 +489,8 @@ impl Stage {
             return Ok(connection.clone());
         }
         self.drop_connection();
-        let connection = self.job.shared.endpoint.connect(&self.addresses, self.job.peer.key).await?;
+        let addresses = receiving::resolve(&self.job.init.addresses).await;
+        let connection = self.job.shared.endpoint.connect(&addresses, self.job.peer.key).await?;
         self.connection = Some(connection.clone());
         Ok(connection)
     }

@@ -30,7 +30,9 @@ pub fn print(printer: &Printer, a: &Account) -> Outcome {
 
 /// Payload of all kinds.
 pub fn sent_bytes(a: &Account) -> u64 {
-    a.component_bytes + a.root_delta_bytes + a.user_data_bytes + a.control_bytes
+    [a.component_bytes, a.root_delta_bytes, a.user_data_bytes, a.control_bytes]
+        .into_iter()
+        .fold(0, u64::saturating_add)
 }
 
 fn components(printer: &Printer, a: &Account) -> Outcome {

@@ -100,6 +100,8 @@ pub struct Members {
     /// Not to be believed on first use.
     revoked: BTreeSet<MemberJid>,
     trust_on_first_use: bool,
+    /// This cloud's own name: nobody else has it.
+    own_name: Option<CloudName>,
 }
 
 impl Members {
@@ -108,12 +110,24 @@ impl Members {
         pinned: BTreeMap<MemberJid, PublicKey>,
         trust_on_first_use: bool,
     ) -> Self {
-        Self { members: BTreeMap::new(), configured, pinned, revoked: BTreeSet::new(), trust_on_first_use }
+        Self {
+            members: BTreeMap::new(),
+            configured,
+            pinned,
+            revoked: BTreeSet::new(),
+            trust_on_first_use,
+            own_name: None,
+        }
     }
 
     /// With the members whose keys the operator revoked.
     pub fn with_revoked(self, revoked: BTreeSet<MemberJid>) -> Self {
         Self { revoked, ..self }
+    }
+
+    /// The members as the cloud of this name sees them.
+    pub fn seen_by(self, own_name: CloudName) -> Self {
+        Self { own_name: Some(own_name), ..self }
     }
 
     /// Takes in a presence; true if a key was pinned by first use and should be kept.
@@ -156,7 +170,7 @@ impl Members {
             Some(key) => self.pinned.insert(p.jid.clone(), key).is_none(),
             None => false,
         };
-        self.bind_name(&p.jid, name);
+        self.bind_name(&p.jid, name.filter(|name| self.own_name.as_ref() != Some(name)));
         self.forget_oldest();
         pinned
     }
@@ -439,6 +453,15 @@ mod tests {
         assert_eq!(m.find("alpine"), None, "a payload is needed to take a name");
         m.presence(presence("a@x", "alpine", key(1)), UnixMillis(8));
         assert_eq!(m.find("alpine"), Some(jid("a@x")));
+    }
+
+    #[test]
+    fn nobody_takes_this_clouds_own_name() {
+        let trusting = Members::new(BTreeMap::new(), BTreeMap::new(), true);
+        let mut m = trusting.seen_by("alpine".parse().unwrap());
+        m.presence(presence("a@x", "alpine", key(1)), UnixMillis(1));
+        assert_eq!((m.find("alpine"), m.cloud_of(&jid("a@x"))), (None, None));
+        assert!(m.is_online(&jid("a@x")));
     }
 
     #[test]

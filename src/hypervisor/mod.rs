@@ -17,3 +17,9 @@ pub use driver::{
 pub use error::DriverError;
 pub use fake::FakeDriver;
 pub use qemu::{QemuConfig, QemuDriver, QemuTools, find_qemu};
+
+/// What `fuzz/` reaches into.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    pub use super::qemu::fuzzing::{dirty_ranges, is_message};
+}

@@ -10,6 +10,8 @@ use crate::types::{IdentityKey, MapId, MemberJid, MigrationId, PublicKey, Recipe
 
 const MAGIC: &[u8; 8] = b"CICHOV\x00\x01";
 const JID_BYTES_MAX: u64 = 3071;
+/// Every move adds two at most, so no honest VM comes near it, and what follows still counts.
+pub const EPOCH_MAX: u64 = 1 << 60;
 /// No record that decodes has more hex digits.
 const RECORD_DIGITS_MAX: usize = 32 << 10;
 
@@ -55,6 +57,10 @@ impl HandOver {
         let vm = VmId(uuid::Uuid::from_bytes(r.array("vm")?));
         let migration = MigrationId(uuid::Uuid::from_bytes(r.array("migration")?));
         let epoch = r.u64("epoch")?;
+        if epoch > EPOCH_MAX {
+            let rule = format!("{epoch} is more than {EPOCH_MAX}");
+            return Err(CodecError::Invalid { what: "epoch", rule });
+        }
         let mut party = || {
             let text = r.str("member", JID_BYTES_MAX)?;
             let jid: MemberJid = text.parse().map_err(invalid("member"))?;

@@ -373,7 +373,7 @@ impl Source {
             self.phase = Phase::GivingUp;
             return vec![Effect::GiveUp(pass)];
         }
-        let delivered = account.root_delta_bytes + account.user_data_bytes;
+        let delivered = account.root_delta_bytes.saturating_add(account.user_data_bytes);
         let carried = delivered.saturating_sub(self.delivered_bytes);
         self.delivered_bytes = delivered;
         if carried > PASS_BYTES_SMALL && pass.number < PRE_PASSES_MAX && !self.hurry {

@@ -75,12 +75,24 @@ impl Cloud {
     pub fn is_bounded(&self) -> bool {
         let texts = [&self.name, &self.key, &self.versions, &self.power];
         let optional = [&self.software, &self.region].into_iter().flatten();
-        texts.into_iter().chain(optional).chain(&self.features).all(|t| t.len() <= limit::TEXT_BYTES)
+        texts
+            .into_iter()
+            .chain(optional)
+            .chain(&self.features)
+            .all(|t| t.len() <= limit::TEXT_BYTES && t.chars().all(is_plain))
             && self.features.len() <= limit::FEATURES
             && self.load.is_none_or(|l| l <= limit::LOAD_PERCENT)
             && [self.carbon, self.price].into_iter().flatten().all(|n| (0.0..=limit::RATE).contains(&n))
             && self.capacity.is_none_or(|c| c.is_possible())
     }
+}
+
+/// Neither a control character nor one that changes the direction of what is printed around it.
+fn is_plain(c: char) -> bool {
+    let turns = ['\u{61c}', '\u{200e}', '\u{200f}'].contains(&c)
+        || ('\u{202a}'..='\u{202e}').contains(&c)
+        || ('\u{2066}'..='\u{2069}').contains(&c);
+    !c.is_control() && !turns
 }
 
 impl Capacity {
@@ -120,6 +132,8 @@ mod tests {
         for absurd in [
             Cloud { region: Some("x".repeat(300)), ..cloud.clone() },
             Cloud { features: vec!["f".into(); 65], ..cloud.clone() },
+            Cloud { software: Some("\u{9b}2J".into()), ..cloud.clone() },
+            Cloud { features: vec!["\u{202e}gnortsni".into()], ..cloud.clone() },
             Cloud { load: Some(101), ..cloud.clone() },
             Cloud { carbon: Some(f32::NAN), ..cloud.clone() },
             Cloud { price: Some(-1.0), ..cloud.clone() },

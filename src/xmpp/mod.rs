@@ -24,4 +24,5 @@ pub use session::connect;
 #[cfg(fuzzing)]
 pub mod fuzzing {
     pub use super::room::{RoomPresence, configuration_changed, read};
+    pub use super::shallow::filtered;
 }

@@ -1,9 +1,11 @@
-//! Reads XML only so deep: what is nested deeper is left out of the stream, well-formed as it was.
+//! Reads XML only so deep, and tags only so long: what is nested deeper, and an element whose tag is
+//! longer, is left out of the stream, well-formed as it was.
 //!
 //! The stanza parser goes one call deeper with every element, and so does dropping what it made: a
 //! stanza of a few ten thousand bytes that is nothing but `<a><a><a>…` would end the process for
-//! want of stack. Any account that can reach ours could send it. Ending the connection instead would
-//! let it end every next one too.
+//! want of stack; and it ends the connection over a name or an attribute of more than 8,192 bytes. Any
+//! account that can reach ours could send them. Ending the connection instead would let it end every
+//! next one too: the room shows its members' presence again to whoever enters.
 
 use std::io;
 use std::pin::Pin;
@@ -13,9 +15,16 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Elements around an element, the stream's own included. Nothing that is understood here comes near.
 const DEPTH_MAX: usize = 64;
+/// Of a start tag, as it comes. What it consists of is shorter, so the parser takes it.
+const TAG_BYTES_MAX: usize = 8000;
+/// Instead of a stanza that is left out, since both ends of a stream count them (XEP-0198).
+const EMPTY_STANZA: &[u8] = b"<message/>";
+/// Of a stanza: only the stream is around it.
+const STANZA_DEPTH: usize = 2;
 const CDATA: &[u8] = b"![CDATA[";
 
-/// A connection whose incoming XML is never deeper than [`DEPTH_MAX`].
+/// A connection whose incoming XML is never deeper than [`DEPTH_MAX`], with tags of at most
+/// [`TAG_BYTES_MAX`].
 #[derive(Debug)]
 pub struct Shallow<Io> {
     io: Io,
@@ -96,15 +105,25 @@ enum Place {
     },
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Filter {
     place: Place,
     depth: usize,
+    /// What is deeper is left out.
+    depth_max: usize,
+    /// A start tag that has not ended yet.
+    tag: Vec<u8>,
+}
+
+impl Default for Filter {
+    fn default() -> Self {
+        Self { place: Place::default(), depth: 0, depth_max: DEPTH_MAX, tag: Vec::new() }
+    }
 }
 
 impl Filter {
     fn pass(&mut self, byte: u8, mut keep: impl FnMut(&[u8])) {
-        let mut kept = self.depth <= DEPTH_MAX;
+        let mut kept = self.depth <= self.depth_max;
         let mut held = false;
         self.place = match (self.place, byte) {
             // Whether it is left out shows the next byte.
@@ -121,24 +140,34 @@ impl Filter {
                     b'?' => Place::Other { cdata: CDATA.len() + 1 },
                     _ => {
                         self.depth += 1;
-                        kept = self.depth <= DEPTH_MAX;
+                        kept = false;
+                        self.tag_goes_on(&[b'<', byte], &mut keep);
                         Place::StartTag { quote: None, slash: false }
                     }
                 }
             }
-            (Place::StartTag { quote: Some(quote), .. }, _) => {
-                Place::StartTag { quote: Some(quote).filter(|q| *q != byte), slash: false }
+            (Place::StartTag { quote, slash }, _) => {
+                kept = false;
+                self.tag_goes_on(&[byte], &mut keep);
+                match (quote, byte) {
+                    (Some(quote), _) => {
+                        Place::StartTag { quote: Some(quote).filter(|q| *q != byte), slash: false }
+                    }
+                    (None, b'>') => {
+                        keep(&std::mem::take(&mut self.tag));
+                        if slash {
+                            self.element_ended();
+                        }
+                        Place::Text
+                    }
+                    (None, _) => Place::StartTag {
+                        quote: Some(byte).filter(|b| matches!(b, b'\'' | b'"')),
+                        slash: byte == b'/',
+                    },
+                }
             }
-            (Place::StartTag { slash, .. }, b'>') => {
-                self.depth -= usize::from(slash);
-                Place::Text
-            }
-            (Place::StartTag { .. }, _) => Place::StartTag {
-                quote: Some(byte).filter(|b| matches!(b, b'\'' | b'"')),
-                slash: byte == b'/',
-            },
             (Place::EndTag, b'>') => {
-                self.depth = self.depth.saturating_sub(1);
+                self.element_ended();
                 Place::Text
             }
             (Place::EndTag, _) => Place::EndTag,
@@ -159,6 +188,36 @@ impl Filter {
             keep(&[byte]);
         }
     }
+
+    /// A tag is held back until it has ended, or is found to be too long.
+    fn tag_goes_on(&mut self, bytes: &[u8], keep: &mut impl FnMut(&[u8])) {
+        if self.depth > self.depth_max {
+            return;
+        }
+        self.tag.extend_from_slice(bytes);
+        if self.tag.len() > TAG_BYTES_MAX {
+            self.tag = Vec::new();
+            self.depth_max = self.depth - 1;
+            if self.depth == STANZA_DEPTH {
+                keep(EMPTY_STANZA);
+            }
+        }
+    }
+
+    fn element_ended(&mut self) {
+        self.depth = self.depth.saturating_sub(1);
+        if self.depth <= self.depth_max {
+            self.depth_max = DEPTH_MAX;
+        }
+    }
+}
+
+/// What of `bytes` is passed on.
+#[cfg(fuzzing)]
+pub fn filtered(bytes: &[u8]) -> Vec<u8> {
+    let (mut filter, mut out) = (Filter::default(), Vec::new());
+    bytes.iter().for_each(|byte| filter.pass(*byte, |kept| out.extend_from_slice(kept)));
+    out
 }
 
 #[cfg(test)]
@@ -189,6 +248,26 @@ mod tests {
             assert_eq!(filtered(&deep), nested(DEPTH_MAX, ""), "{within}");
             assert_eq!(filtered(&format!("<s>{deep}t</s>")).len(), nested(DEPTH_MAX - 1, "").len() + 8);
         }
+    }
+
+    #[test]
+    fn an_element_whose_tag_is_too_long_is_left_out() {
+        let long = "x".repeat(TAG_BYTES_MAX);
+        let within = |element: &str| format!("<s><iq>{element}<b/></iq><y/></s>");
+        for element in [
+            format!("<a c='{long}'/>"),
+            format!("<a c='{long}>'>text<d>more</d><d/></a>"),
+            format!("<{long}><a></a></{long}>"),
+            format!("<a {long}='/>'><![CDATA[</a>]]></a>"),
+            format!("<a c='1'{}/>", " d='2'".repeat(2000)),
+        ] {
+            assert_eq!(filtered(&within(&element)), within(""));
+        }
+        let just = format!("<a c='{}'>t</a>", "x".repeat(TAG_BYTES_MAX - 9));
+        assert_eq!(filtered(&within(&just)), within(&just));
+        // A stanza leaves an empty one, so that it counts.
+        let stanzas = format!("<s><iq id='{long}'><a/></iq><iq id='{long}'/><iq id='1'><a/></iq></s>");
+        assert_eq!(filtered(&stanzas), "<s><message/><message/><iq id='1'><a/></iq></s>");
     }
 
     /// Without the filter this ends the process.

@@ -107,6 +107,12 @@ pub struct Cloud {
 impl World {
     /// Starts a server and brokers of these names, all members of one room that trust each other.
     pub fn start(names: &[&str]) -> Self {
+        Self::start_with(names, &[], "")
+    }
+
+    /// As `start`, with accounts that are members too and whose sessions the test plays itself, and
+    /// with settings beside the usual ones.
+    pub fn start_with(names: &[&str], played: &[&str], extra: &str) -> Self {
         let dir = tempfile::Builder::new().prefix("cicada-").tempdir().unwrap();
         let port = free_port();
         let mut world =
@@ -114,14 +120,14 @@ impl World {
         world.server(&[
             "start",
             "--accounts",
-            &format!("{},outsider", names.join(",")),
+            &format!("{},outsider", [names, played].concat().join(",")),
             "--port",
             &port.to_string(),
         ]);
         world.runtime.block_on(async {
             let admin = Admin::open(world.account("admin")).await.unwrap();
             admin.create_room("lobby").await.unwrap();
-            for name in names {
+            for name in names.iter().chain(played) {
                 admin.add_member(&format!("{name}@federation.test").parse().unwrap()).await.unwrap();
             }
             admin.close().await;
@@ -130,7 +136,7 @@ impl World {
             let dir = world.dir.path().join(name);
             std::fs::create_dir_all(&dir).unwrap();
             world.clouds.push(Cloud { name: (*name).into(), dir, broker: None });
-            world.configure(world.clouds.len() - 1, "");
+            world.configure(world.clouds.len() - 1, extra);
             world.start_broker(world.clouds.len() - 1);
         }
         world.wait_online();

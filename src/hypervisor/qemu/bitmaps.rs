@@ -278,13 +278,21 @@ fn dirty_ranges(
     if at != disk_bytes {
         return Err(format!("it ends at byte {at} of {disk_bytes}"));
     }
-    let granules =
-        |(start, end): (&u64, &u64)| (end.div_ceil(granularity) - start / granularity) * granularity;
-    let listed: u64 = ranges.iter().map(granules).sum();
+    let granules = |(start, end): (&u64, &u64)| {
+        (end.div_ceil(granularity) - start / granularity).saturating_mul(granularity)
+    };
+    let listed = ranges.iter().map(granules).fold(0, u64::saturating_add);
     if listed != count {
         return Err(format!("{listed} bytes are listed, {count} were counted"));
     }
     Ok(ranges.into_iter().map(|(start, end)| start..end).collect())
+}
+
+/// What `qemu-img map` said, as ranges.
+#[cfg(fuzzing)]
+pub fn ranges_in(json: &[u8], disk_bytes: u64, granularity: u64, count: u64) -> Option<Vec<Range<u64>>> {
+    let extents: Vec<Extent> = serde_json::from_slice(json).ok()?;
+    dirty_ranges(&extents, disk_bytes, granularity, count).ok()
 }
 
 #[cfg(test)]

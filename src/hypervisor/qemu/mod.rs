@@ -16,6 +16,13 @@ pub mod qmp;
 mod tools;
 mod vm;
 
+/// What `fuzz/` reaches into.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    pub use super::bitmaps::ranges_in as dirty_ranges;
+    pub use super::qmp::is_message;
+}
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::path::PathBuf;

@@ -266,6 +266,12 @@ async fn serve<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
     }
 }
 
+/// Whether a line of QMP makes sense.
+#[cfg(fuzzing)]
+pub fn is_message(line: &str) -> bool {
+    Message::parse(line).is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
