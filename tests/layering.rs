@@ -9,6 +9,7 @@ const ROOMS: &[(&str, u8, &[&str])] = &[
     ("types", 0, &[]),
     ("clock", 0, &[]),
     ("durable", 0, &[]),
+    ("fault", 0, &[]),
     ("stanza", 1, &[]),
     ("vm", 1, &[]),
     ("component", 1, &[]),

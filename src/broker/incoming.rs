@@ -8,6 +8,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::UnixMillis;
+use crate::fault;
 use crate::migration::handover::{Receipt, SignedHandOver};
 use crate::migration::message::{CheckAnswer, Initialization, StageAccount};
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
@@ -153,6 +154,7 @@ impl Broker {
         if let Err(text) = spec.check() {
             return deny(DenialCode::Other, &text);
         }
+        fault::point("target-reserving");
         self.supersede(peer, spec.id);
         let composed = self.shared.composer.is_composed(&spec.recipe);
         let room = self.room(&peer.jid, None);
@@ -244,8 +246,10 @@ impl Broker {
         }
         // The promise binds from here on, whatever happens to this process.
         let promise = ReturnRecord { vm: h.vm, epoch: h.epoch, hand_over: signed.clone() };
+        fault::point("target-returning");
         match self.shared.records.save_return(&promise) {
             Ok(()) => {
+                fault::point("target-returned");
                 tracing::info!(migration = %h.migration, vm = %h.vm, "hand-over returned: its staged copy is gone");
                 let denial = Denial::new(
                     DenialCode::UnknownMigration,
@@ -332,8 +336,12 @@ impl Broker {
                 let result = self.take_over(id, signed);
                 self.shared.post(Input::Incoming(id, TargetEvent::TookOver(result)));
             }
-            Effect::Start => self.start_machine(vm, Some(id)),
+            Effect::Start => {
+                fault::point("target-starting");
+                self.start_machine(vm, Some(id));
+            }
             Effect::AskDelete { boot_ms } => {
+                fault::point("target-telling");
                 run.view.account.boot_ms = boot_ms;
                 if let Some(ms) = boot_ms {
                     run.view.account.phase_ms.insert("boot".into(), ms);
@@ -375,6 +383,7 @@ impl Broker {
     }
 
     fn stage(&mut self, id: MigrationId, init: Initialization) {
+        fault::point("target-staging");
         let Some(run) = self.incoming.get_mut(&id) else { return };
         run.component_names = init.component_names.clone();
         let (own, peer) = (run.matter.vm, run.peer.jid.clone());
@@ -425,6 +434,8 @@ impl Broker {
 
     fn stage_finished(&mut self, id: MigrationId, result: Result<(Staged, StageAccount), Denial>) {
         let Some(run) = self.incoming.get_mut(&id) else { return };
+        let is_last = matches!(run.machine.phase(), Phase::Staging(pass) if pass.last);
+        fault::point(if is_last { "target-staged-last" } else { "target-staged" });
         let event = match result {
             Ok((staged, account)) => {
                 account::stage(&mut run.view.account, &account);
@@ -469,7 +480,9 @@ impl Broker {
             receipt: receipt.clone(),
             acknowledged: false,
         });
+        fault::point("target-taking-over");
         self.shared.records.save_vm(&record).map_err(|e| fail(super::problem::chain(&e)))?;
+        fault::point("target-taken-over");
         run.staged = None;
         tracing::info!(migration = %id, vm = %record.spec.name, epoch = h.epoch, "taken over");
         // Nothing else may begin before it was started.
@@ -485,6 +498,7 @@ impl Broker {
 
     /// After [`Broker::start_machine`] for an arriving VM.
     pub(super) fn arrival_started(&mut self, id: MigrationId, result: Result<(), String>) {
+        fault::point("target-started");
         let Some(run) = self.incoming.get(&id) else { return };
         let vm = run.matter.vm;
         if let Some(entry) = self.vms.get_mut(&vm) {

@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::UnixMillis;
 use crate::component::Recipe;
+use crate::fault;
 use crate::hypervisor::StopMode;
 use crate::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
 use crate::migration::message::{Initialization, Seed, StageAccount};
@@ -332,6 +333,7 @@ impl Broker {
                         )
                         .next("look at its console; or stop it with 'cicada vm stop --force', then move it")
                     });
+                    fault::point("source-stopped");
                     shared.post(Input::Outgoing(id, SourceEvent::Stopped(result)));
                 });
             }
@@ -406,6 +408,12 @@ impl Broker {
     }
 
     fn outgoing_answered(&mut self, id: MigrationId, answer: Result<AnswerBody, AskError>) {
+        match &answer {
+            Ok(AnswerBody::Reserved { .. }) => fault::point("source-reserved"),
+            Ok(AnswerBody::Staged { .. }) => fault::point("source-staged"),
+            Ok(AnswerBody::Started { .. }) => fault::point("source-start-answered"),
+            _ => {}
+        }
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let event = match answer {
             Ok(AnswerBody::Started { ref receipt, .. }) if !receipt_fits(receipt, run) => {
@@ -432,6 +440,7 @@ impl Broker {
     }
 
     fn checked(&mut self, id: MigrationId, result: Result<Checked, Denial>) {
+        fault::point("source-checked");
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let event = result.map(|checked| {
             let a = &mut run.view.account;
@@ -445,6 +454,7 @@ impl Broker {
     }
 
     fn scanned(&mut self, id: MigrationId, vm: VmId, result: Result<Scanned, Denial>) {
+        fault::point("source-scanned");
         // Called off meanwhile, perhaps before the look began to track changes.
         let Some(run) = self.outgoing.get_mut(&id) else { return self.end_tracking(vm) };
         let event = result.map(|s| {
@@ -498,10 +508,12 @@ impl Broker {
             receipt: None,
             scrub_after: None,
         }));
+        fault::point("source-giving-up");
         self.shared
             .records
             .save_vm(&record)
             .map_err(|e| Denial::new(DenialCode::Other, super::problem::chain(&e)))?;
+        fault::point("source-given-up");
         entry.record = record;
         // Found again after a restart even if the answer never comes.
         let _ = self.shared.records.save_migration(&run.view);
@@ -521,7 +533,9 @@ impl Broker {
         let mut record = entry.record.clone();
         record.ownership = Ownership::Here;
         record.epoch = h.epoch + 1;
+        fault::point("source-taking-back");
         self.shared.records.save_vm(&record).map_err(|e| refuse(super::problem::chain(&e)))?;
+        fault::point("source-taken-back");
         entry.record = record;
         Ok(())
     }
@@ -557,9 +571,11 @@ impl Broker {
                 g.scrub_after = Some(now.plus(grace));
             }
             entry.busy = None;
+            fault::point("source-releasing");
             if let Err(e) = self.shared.records.save_vm(&entry.record) {
                 tracing::error!(vm = %entry.record.spec.name, error = super::problem::chain(&e), "receipt not recorded; it will be asked for again");
             }
+            fault::point("source-released");
         }
         let shared = self.shared.clone();
         tokio::spawn(async move {
