@@ -96,11 +96,26 @@ pub struct Cloud {
     pub name: String,
     pub dir: PathBuf,
     broker: Option<Child>,
+    /// Where its broker finds the XMPP server.
+    pub xmpp_port: u16,
+    /// What its broker has in its environment, beside ours.
+    pub environment: Vec<(String, PathBuf)>,
 }
 
 impl World {
     /// Starts a server and brokers of these names, all members of one room that trust each other.
     pub fn start(names: &[&str]) -> Self {
+        let mut world = Self::prepare(names, 30);
+        for cloud in 0..names.len() {
+            world.configure(cloud, "");
+            world.start_broker(cloud);
+        }
+        world.wait_together();
+        world
+    }
+
+    /// The server and the room for brokers that are to be configured and started.
+    pub fn prepare(names: &[&str], hibernation_s: u32) -> Self {
         let dir = tempfile::Builder::new().prefix("cicada-").tempdir().unwrap();
         let port = free_port();
         let mut world =
@@ -111,6 +126,8 @@ impl World {
             &format!("{},outsider", names.join(",")),
             "--port",
             &port.to_string(),
+            "--hibernation",
+            &hibernation_s.to_string(),
         ]);
         world.runtime.block_on(async {
             let admin = Admin::open(world.account("admin")).await.unwrap();
@@ -123,21 +140,25 @@ impl World {
         for name in names {
             let dir = world.dir.path().join(name);
             std::fs::create_dir_all(&dir).unwrap();
-            world.clouds.push(Cloud { name: (*name).into(), dir, broker: None });
-            world.configure(world.clouds.len() - 1, "");
-            world.start_broker(world.clouds.len() - 1);
+            let environment = Vec::new();
+            world.clouds.push(Cloud { name: (*name).into(), dir, broker: None, xmpp_port: port, environment });
         }
-        world.wait("all members see each other", 30, |w| {
-            (0..names.len()).all(|i| {
+        world
+    }
+
+    pub fn wait_together(&self) {
+        self.wait("all members see each other", 60, |w| {
+            (0..w.clouds.len()).all(|i| {
                 let members = w.members(i);
-                names.iter().enumerate().filter(|(j, _)| *j != i).all(|(_, n)| {
-                    members
-                        .iter()
-                        .any(|m| m.jid.as_str().starts_with(n) && m.state == "online" && m.trust == "trusted")
+                w.clouds.iter().enumerate().filter(|(j, _)| *j != i).all(|(_, other)| {
+                    members.iter().any(|m| {
+                        m.jid.as_str().starts_with(&other.name)
+                            && m.state == "online"
+                            && m.trust == "trusted"
+                    })
                 })
             })
         });
-        world
     }
 
     pub fn account(&self, name: &str) -> cicada::xmpp::Settings {
@@ -166,7 +187,7 @@ impl World {
     /// Writes a cloud's configuration, with `extra` appended.
     pub fn configure(&self, cloud: usize, extra: &str) {
         let c = &self.clouds[cloud];
-        let (name, xmpp, port) = (&c.name, self.dir.path().join("xmpp"), self.port);
+        let (name, xmpp, port) = (&c.name, self.dir.path().join("xmpp"), c.xmpp_port);
         let (data, xmpp) = (c.dir.join("data").display().to_string(), xmpp.display());
         let text = format!(
             "[cloud]\nname = \"{name}\"\ndata_dir = \"{data}\"\n\
@@ -185,6 +206,7 @@ impl World {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(c.dir.join("log")).unwrap();
         Command::new(env!("CARGO_BIN_EXE_cicada"))
             .args(["--config", &c.dir.join("federation.toml").display().to_string(), "broker"])
+            .envs(c.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
