@@ -39,8 +39,9 @@ const EXIT_DEADLINE: Duration = Duration::from_secs(5);
 pub async fn run(config: Config) -> Result<(), Problem> {
     let failed =
         |object: &str, e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, object, e);
-    crate::fault::check_environment()
-        .map_err(|e| failed("environment", &e).next(format!("unset {}: it is for tests", crate::fault::VARIABLE)))?;
+    crate::fault::check_environment().map_err(|e| {
+        failed("environment", &e).next(format!("unset {}: it is for tests", crate::fault::VARIABLE))
+    })?;
     std::fs::create_dir_all(&config.cloud.data_dir).map_err(|e| failed("data directory", &e))?;
     let key = config::load_or_create_identity(&config.cloud.data_dir).map_err(|e| failed("identity", &e))?;
     let password = config.xmpp.password().map_err(|e| failed("configuration", &e))?;

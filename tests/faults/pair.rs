@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cicada::broker::interface::{Event, VmAdopt, VmView};
@@ -15,6 +16,21 @@ use cicada::vm::{Firmware, PowerState};
 use crate::guest;
 use crate::links::Wire;
 use crate::world::World;
+
+/// Says loudly why there can be no clouds here.
+pub fn missing_tool() -> bool {
+    let found = |tool: &&str| {
+        let mut look = Command::new("sh");
+        look.args(["-c", &format!("command -v {tool}")]).stdout(Stdio::null());
+        look.status().is_ok_and(|s| s.success())
+    };
+    let missing: Vec<_> =
+        ["prosody", "qemu-system-x86_64", "qemu-img", "openssl"].into_iter().filter(|t| !found(t)).collect();
+    if !missing.is_empty() {
+        eprintln!("SKIPPED: not installed: {} (deploy/install installs them)", missing.join(", "));
+    }
+    !missing.is_empty()
+}
 
 pub const VM: &str = "web";
 const ROOT_BYTES: usize = 4 << 20;
@@ -29,10 +45,10 @@ pub struct Pair {
     pub world: World,
     pub xmpp: [Wire; 2],
     pub data: [Wire; 2],
+    /// But for the last sector, which counts.
     root: blake3::Hash,
-    /// But for the last block, which counts.
     user_data: blake3::Hash,
-    boots: u64,
+    starts: u32,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -63,14 +79,14 @@ impl Pair {
         world.wait_together();
         let [(x0, d0), (x1, d1)]: [(Wire, Wire); 2] =
             wires.try_into().unwrap_or_else(|_| unreachable!("two clouds"));
-        let (root, user_data) = (guest::root_disk(ROOT_BYTES), guest::user_data(USER_DATA_BYTES));
+        let (root, user_data) = (guest::root_disk(ROOT_BYTES), guest::noise("user data", USER_DATA_BYTES));
         let pair = Self {
             world,
             xmpp: [x0, x1],
             data: [d0, d1],
-            root: blake3::hash(&root),
-            user_data: blake3::hash(&user_data[..USER_DATA_BYTES - guest::BLOCK_BYTES]),
-            boots: 0,
+            root: blake3::hash(&root[..ROOT_BYTES - guest::SECTOR_BYTES]),
+            user_data: blake3::hash(&user_data),
+            starts: 0,
             runtime,
         };
         let path = |name: &str, bytes: &[u8]| {
@@ -84,7 +100,7 @@ impl Pair {
             user_data: Some(path("user-data.img", &user_data)),
             format: "raw".into(),
             architecture: "amd64".into(),
-            firmware: Firmware::Uefi,
+            firmware: Firmware::Bios,
             memory: ByteSize::mib(128),
             cpus: 1,
             networks: Vec::new(),
@@ -97,23 +113,28 @@ impl Pair {
         pair
     }
 
-    /// The file that a broker waits at.
-    pub fn hold(&self, cloud: usize) -> PathBuf {
+    fn hold_file(&self, cloud: usize) -> PathBuf {
         self.world.clouds[cloud].dir.join("hold")
     }
 
-    pub fn instruct(&self, cloud: usize, point: &str, action: &str) {
+    /// A cloud's broker will wait at this point.
+    pub fn hold_at(&self, cloud: usize, point: &str) {
         // Never read half-written.
         let dir = &self.world.clouds[cloud].dir;
-        fs::write(dir.join("fault.new"), format!("{point}={action}")).unwrap();
+        fs::write(dir.join("fault.new"), format!("{point}=hold:{}", self.hold_file(cloud).display()))
+            .unwrap();
         fs::rename(dir.join("fault.new"), dir.join("fault")).unwrap();
     }
 
-    /// No instruction is left, and nobody waits.
-    pub fn clear_instructions(&self) {
+    pub fn is_held(&self, cloud: usize) -> bool {
+        self.hold_file(cloud).exists()
+    }
+
+    /// Nobody waits, and nobody will.
+    pub fn let_go(&self) {
         for cloud in 0..2 {
             let _ = fs::remove_file(self.world.clouds[cloud].dir.join("fault"));
-            let _ = fs::remove_file(self.hold(cloud));
+            let _ = fs::remove_file(self.hold_file(cloud));
         }
     }
 
@@ -139,7 +160,8 @@ impl Pair {
             .filter(|pid: &i32| {
                 let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
                 let line = String::from_utf8_lossy(&line);
-                line.starts_with("qemu-system") && line.contains(&dir) || line.contains("/qemu-system") && line.contains(&dir)
+                line.split('\0').next().is_some_and(|program| program.contains("qemu-system"))
+                    && line.contains(&dir)
             })
             .collect()
     }
@@ -203,14 +225,15 @@ impl Pair {
         self.view(cloud).map_or(PowerState::Stopped, |vm| vm.power)
     }
 
-    /// Boots that the guest's consoles tell of, over both clouds, in what is left of their logs.
-    pub fn has_booted(&self, cloud: usize) -> bool {
+    /// Whether the guest said since its last start that its disk is whole.
+    pub fn is_ready(&self, cloud: usize) -> bool {
         let Some(vm) = self.view(cloud) else { return false };
         let text = fs::read_to_string(&vm.console_log).unwrap_or_default();
-        assert!(!text.contains(guest::DAMAGED), "the guest says that its disks are damaged");
-        // The firmware clears the screen at every start.
-        let boot = text.rfind("\u{1b}[2J").unwrap_or(0);
-        text[boot..].contains(READY_LINE)
+        assert!(!text.contains(guest::DAMAGED), "the guest says that its disk is damaged");
+        let written = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
+        let started = written(&Path::new(&vm.console_log).with_file_name("qemu.pid"));
+        let boot = text.rfind("SeaBIOS").unwrap_or(0);
+        started < written(Path::new(&vm.console_log)) && text[boot..].contains(READY_LINE)
     }
 
     /// Everything that must hold at rest, the VM running at `owner`.
@@ -240,7 +263,7 @@ impl Pair {
         let dir = dir.join(&record.disks);
         let user_data = fs::read(dir.join("user-data.raw")).map_err(|e| e.to_string())?;
         let raw = self.world.dir.path().join("read-back.raw");
-        let output = std::process::Command::new("qemu-img")
+        let output = Command::new("qemu-img")
             .args(["convert", "-U", "-O", "raw"])
             .args([&dir.join("root.qcow2"), &raw])
             .output()
@@ -249,18 +272,20 @@ impl Pair {
             return Err(String::from_utf8_lossy(&output.stderr).into_owned());
         }
         let root = fs::read(&raw).map_err(|e| e.to_string())?;
-        if blake3::hash(&root) != self.root || !guest::is_whole(&root) {
+        if blake3::hash(&root[..ROOT_BYTES - guest::SECTOR_BYTES]) != self.root || !guest::is_whole(&root) {
             return Err("the root disk has other content".into());
         }
-        let content = &user_data[..user_data.len() - guest::BLOCK_BYTES];
-        if blake3::hash(content) != self.user_data || !guest::is_whole(&user_data) {
+        if blake3::hash(&user_data) != self.user_data {
             return Err("the user data has other content".into());
         }
-        let boots = guest::boots(&user_data);
-        if boots < self.boots {
-            return Err(format!("the guest counted {} boots, and now {boots}: writes were lost", self.boots));
+        let starts = guest::starts(&root);
+        if starts < self.starts {
+            return Err(format!(
+                "the guest counted {} starts, and now {starts}: writes were lost",
+                self.starts
+            ));
         }
-        self.boots = boots;
+        self.starts = starts;
         Ok(())
     }
 
@@ -286,7 +311,11 @@ impl Pair {
 
 fn walk(dir: &Path, out: &mut BTreeSet<String>) {
     for path in fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path()) {
-        if path.is_dir() { walk(&path, out) } else { drop(out.insert(path.display().to_string())) }
+        if path.is_dir() {
+            walk(&path, out);
+        } else {
+            out.insert(path.display().to_string());
+        }
     }
 }
 

@@ -141,7 +141,13 @@ impl World {
             let dir = world.dir.path().join(name);
             std::fs::create_dir_all(&dir).unwrap();
             let environment = Vec::new();
-            world.clouds.push(Cloud { name: (*name).into(), dir, broker: None, xmpp_port: port, environment });
+            world.clouds.push(Cloud {
+                name: (*name).into(),
+                dir,
+                broker: None,
+                xmpp_port: port,
+                environment,
+            });
         }
         world
     }
@@ -152,9 +158,7 @@ impl World {
                 let members = w.members(i);
                 w.clouds.iter().enumerate().filter(|(j, _)| *j != i).all(|(_, other)| {
                     members.iter().any(|m| {
-                        m.jid.as_str().starts_with(&other.name)
-                            && m.state == "online"
-                            && m.trust == "trusted"
+                        m.jid.as_str().starts_with(&other.name) && m.state == "online" && m.trust == "trusted"
                     })
                 })
             })

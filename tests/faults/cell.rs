@@ -1,0 +1,89 @@
+//! One cell of the table: a move, a fault at one point of it, and what is there when all is mended.
+
+use std::time::{Duration, Instant};
+
+use cicada::broker::{Reply, Request};
+use cicada::vm::PowerState;
+
+use crate::pair::{Pair, VM, comes};
+use crate::table::{Fault, Outcome, Recovery};
+
+/// How long a link stays cut, and the server gone.
+const CUT: Duration = Duration::from_millis(1500);
+/// How long a world may take to come to rest.
+const PATIENCE_S: u64 = 90;
+
+/// The VM must run at `source`.
+pub fn run(pair: &mut Pair, source: usize, point: &str, fault: Fault) -> Result<Recovery, String> {
+    let target = 1 - source;
+    let epoch = pair.record(source).ok_or("no record")?.epoch;
+    let held = if point.starts_with("source") { source } else { target };
+    pair.hold_at(held, point);
+    drop(pair.begin_move(source));
+    if !comes(60, || pair.is_held(held)) {
+        return Err("the point was not reached".into());
+    }
+
+    let begun = Instant::now();
+    match fault {
+        Fault::SourceBroker => pair.world.stop_broker(source, true),
+        Fault::TargetBroker => pair.world.stop_broker(target, true),
+        Fault::SourceQemu if !pair.kill_qemu(source) => return Err("there is no QEMU at the source".into()),
+        Fault::TargetQemu if !pair.kill_qemu(target) => return Err("there is no QEMU at the target".into()),
+        Fault::SourceQemu | Fault::TargetQemu => {}
+        Fault::Server => pair.kill_server(),
+        Fault::SourceXmpp => pair.xmpp[source].cut(),
+        Fault::TargetXmpp => pair.xmpp[target].cut(),
+        Fault::Data => pair.data.iter().for_each(|wire| wire.cut()),
+    }
+    pair.let_go();
+    match fault {
+        Fault::SourceBroker => pair.world.start_broker(source),
+        Fault::TargetBroker => pair.world.start_broker(target),
+        Fault::SourceQemu | Fault::TargetQemu => {}
+        Fault::Server | Fault::SourceXmpp | Fault::TargetXmpp | Fault::Data => std::thread::sleep(CUT),
+    }
+    if fault == Fault::Server {
+        pair.world.server(&["restart"]);
+    }
+    pair.xmpp.iter().chain(&pair.data).for_each(|wire| wire.mend());
+
+    let owner = rest(pair)?;
+    let by_itself = comes(10, || pair.power(owner) == PowerState::Running);
+    if !by_itself {
+        let started = pair.world.call(owner, &Request::VmStart { vm: VM.into() });
+        if !matches!(started, Ok(Reply::Vm(_))) {
+            return Err(format!("it does not start: {started:?}"));
+        }
+    }
+    if !comes(60, || pair.is_ready(owner)) {
+        return Err("the guest does not come up".into());
+    }
+    let seconds = begun.elapsed().as_secs_f64();
+    // Copies and reservations go when their time is over.
+    let mut found = Ok(());
+    comes(40, || {
+        found = pair.check(owner);
+        found.is_ok()
+    });
+    found?;
+    let now = pair.record(owner).ok_or("no record")?.epoch;
+    let outcome = match (owner == target, now - epoch) {
+        (true, 1) => Outcome::Moved,
+        (true, 3) => Outcome::MovedAgain,
+        (false, 0) => Outcome::Abandoned,
+        (false, 2) => Outcome::Returned,
+        _ => return Err(format!("the epoch is {now} after {epoch}, at {owner}")),
+    };
+    Ok(Recovery { outcome, seconds, by_hand: !by_itself })
+}
+
+/// The owner, when nothing moves any more.
+pub fn rest(pair: &Pair) -> Result<usize, String> {
+    let mut last = Err(String::new());
+    comes(PATIENCE_S, || {
+        last = pair.owner_at_rest();
+        last.is_ok()
+    });
+    last.map_err(|why| format!("no rest: {why}"))
+}
