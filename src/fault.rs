@@ -7,6 +7,7 @@
 //!
 //! - `POINT=kill`: the process kills itself, as `kill -9` would.
 //! - `POINT=hold:PATH`: the process makes the file PATH and waits until somebody removes it.
+//! - `POINT=fail`: what is done at the point fails; only some points can.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -46,13 +47,15 @@ pub const POINTS: &[&str] = &[
     // Before and after the record that it never will be.
     "target-returning",
     "target-returned",
+    // Fails: the fsync of the directory after the rename of any durable write.
+    "durable-renamed",
 ];
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FaultError {
     #[error("{VARIABLE} is set, and this is a release build: it has no points at which to fail")]
     Release,
-    #[error("'{line}' in {} is no instruction: it is POINT=kill or POINT=hold:PATH", path.display())]
+    #[error("'{line}' in {} is no instruction: it is POINT=kill, POINT=hold:PATH or POINT=fail", path.display())]
     Malformed { path: PathBuf, line: String },
     #[error("there is no point '{name}'; there are {}", POINTS.join(", "))]
     Unknown { name: String },
@@ -62,6 +65,7 @@ pub enum FaultError {
 enum Action {
     Kill,
     Hold(PathBuf),
+    Fail,
 }
 
 /// Whether a process may start with this value of [`VARIABLE`]; `has_points` is true of debug builds.
@@ -80,29 +84,34 @@ pub fn check_environment() -> Result<(), FaultError> {
 
 /// A place where a test may want a crash. `name` is one of [`POINTS`].
 pub fn point(name: &'static str) {
-    if !cfg!(debug_assertions) {
-        return;
-    }
-    debug_assert!(POINTS.contains(&name), "{name} is missing in POINTS");
-    let Some(file) = std::env::var_os(VARIABLE) else { return };
-    let Ok(Some((_, action))) = read(Path::new(&file)).map(|i| i.filter(|(at, _)| at == name)) else {
-        return;
-    };
-    // Whoever removes it carries it out: once.
-    if std::fs::remove_file(&file).is_err() {
-        return;
-    }
-    match action {
-        Action::Kill => {
+    match take(name) {
+        None | Some(Action::Fail) => {}
+        Some(Action::Kill) => {
             let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
         }
-        Action::Hold(path) => {
+        Some(Action::Hold(path)) => {
             let made = std::fs::write(&path, name).is_ok();
             while made && path.exists() {
                 std::thread::sleep(Duration::from_millis(5));
             }
         }
     }
+}
+
+/// Whether a test wants that what is done at `name` fails.
+pub fn fails(name: &'static str) -> bool {
+    take(name) == Some(Action::Fail)
+}
+
+/// The instruction for this point. Whoever removes it carries it out: once.
+fn take(name: &'static str) -> Option<Action> {
+    if !cfg!(debug_assertions) {
+        return None;
+    }
+    debug_assert!(POINTS.contains(&name), "{name} is missing in POINTS");
+    let file = std::env::var_os(VARIABLE)?;
+    let (_, action) = read(Path::new(&file)).ok()?.filter(|(at, _)| at == name)?;
+    std::fs::remove_file(&file).ok().map(|()| action)
 }
 
 /// The instruction, unless there is none.
@@ -116,6 +125,7 @@ fn read(path: &Path) -> Result<Option<(String, Action)>, FaultError> {
     let (name, action) = line.split_once('=').ok_or_else(malformed)?;
     let action = match action.split_once(':') {
         None if action == "kill" => Action::Kill,
+        None if action == "fail" => Action::Fail,
         Some(("hold", path)) if !path.is_empty() => Action::Hold(path.into()),
         _ => return Err(malformed()),
     };
@@ -146,6 +156,7 @@ mod tests {
         assert_eq!(told(""), Ok(()));
         assert_eq!(told("source-given-up=kill\n"), Ok(()));
         assert_eq!(told("target-started=hold:/tmp/here"), Ok(()));
+        assert_eq!(told("durable-renamed=fail"), Ok(()));
         for bad in ["source-given-up", "source-given-up=die", "source-given-up=hold:"] {
             assert!(matches!(told(bad), Err(FaultError::Malformed { .. })), "{bad}");
         }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const ROOMS: &[(&str, u8, &[&str])] = &[
     ("types", 0, &[]),
     ("clock", 0, &[]),
-    ("durable", 0, &[]),
+    ("durable", 0, &["fault"]),
     ("fault", 0, &[]),
     ("stanza", 1, &[]),
     ("vm", 1, &[]),

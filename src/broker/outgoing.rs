@@ -511,7 +511,7 @@ impl Broker {
         fault::point("source-giving-up");
         self.shared
             .records
-            .save_vm(&record)
+            .save_ownership(&record)
             .map_err(|e| Denial::new(DenialCode::Other, super::problem::chain(&e)))?;
         fault::point("source-given-up");
         entry.record = record;
@@ -534,7 +534,7 @@ impl Broker {
         record.ownership = Ownership::Here;
         record.epoch = h.epoch + 1;
         fault::point("source-taking-back");
-        self.shared.records.save_vm(&record).map_err(|e| refuse(super::problem::chain(&e)))?;
+        self.shared.records.save_ownership(&record).map_err(|e| refuse(super::problem::chain(&e)))?;
         fault::point("source-taken-back");
         entry.record = record;
         Ok(())

@@ -154,7 +154,8 @@ impl Records {
         let records = Self { dir: data_dir.to_owned() };
         for sub in ["vms", "migrations", "returns", "receipts"] {
             let path = data_dir.join(sub);
-            fs::create_dir_all(&path).map_err(|source| RecordError::Io { action: "create", path, source })?;
+            let made = fs::create_dir_all(&path).and_then(|()| durable::sync_dir_of(&path.join("record")));
+            made.map_err(|source| RecordError::Io { action: "create", path, source })?;
         }
         Ok(records)
     }
@@ -186,6 +187,12 @@ impl Records {
         save(&dir.join("record.json"), record)
     }
 
+    /// As [`Records::save_vm`], where the record changes who may run the VM. An error means that
+    /// nothing was recorded.
+    pub fn save_ownership(&self, record: &VmRecord) -> Result<(), RecordError> {
+        self.save_vm(record).map_err(end_if_undecided)
+    }
+
     pub fn remove_vm(&self, vm: VmId) -> Result<(), RecordError> {
         let path = self.vm_dir(vm).join("record.json");
         durable::remove(&path).map_err(|source| RecordError::Io { action: "remove", path, source })?;
@@ -205,6 +212,12 @@ impl Records {
             if !path.exists() {
                 continue;
             }
+            // The process before this one may have ended because it could not.
+            durable::sync_dir_of(&path).map_err(|source| RecordError::Io {
+                action: "make durable",
+                path: path.clone(),
+                source,
+            })?;
             let record: VmRecord = load(&path)?;
             if record.version != VERSION {
                 return Err(RecordError::Version { path, version: record.version });
@@ -232,7 +245,7 @@ impl Records {
 
     /// Promises never to run the VM under the hand-over's epoch.
     pub fn save_return(&self, record: &ReturnRecord) -> Result<(), RecordError> {
-        save(&self.return_path(record.vm, record.epoch), record)
+        save(&self.return_path(record.vm, record.epoch), record).map_err(end_if_undecided)
     }
 
     /// Keeps a receipt for good. The VM's record holds it only until the VM arrives again or is
@@ -270,6 +283,18 @@ impl Records {
     fn return_path(&self, vm: VmId, epoch: u64) -> PathBuf {
         self.dir.join("returns").join(format!("{vm}-{epoch}.json"))
     }
+}
+
+/// A record that may be there, or not after the next crash, must neither be acted on nor denied.
+/// The process ends; the next one makes what it finds durable, and goes by that.
+fn end_if_undecided(error: RecordError) -> RecordError {
+    if let RecordError::Io { source, path, .. } = &error
+        && durable::is_undecided(source)
+    {
+        tracing::error!(path = %path.display(), error = super::problem::chain(&error), "who owns the VM cannot be recorded: the broker ends here, and asks when it is started again");
+        std::process::exit(1);
+    }
+    error
 }
 
 fn entries(dir: &Path) -> Result<Vec<PathBuf>, RecordError> {
