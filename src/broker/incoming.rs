@@ -481,13 +481,13 @@ impl Broker {
             acknowledged: false,
         });
         fault::point("target-taking-over");
-        self.shared.records.save_vm(&record).map_err(|e| fail(super::problem::chain(&e)))?;
+        self.shared.records.save_ownership(&record).map_err(|e| fail(super::problem::chain(&e)))?;
         fault::point("target-taken-over");
         run.staged = None;
         tracing::info!(migration = %id, vm = %record.spec.name, epoch = h.epoch, "taken over");
         // Nothing else may begin before it was started.
         let busy = record.run.then_some(Busy::Verb("starting"));
-        self.vms.insert(h.vm, Vm { record, busy, power_note: None });
+        self.vms.insert(h.vm, Vm { busy, ..Vm::new(record) });
         // The copy from before it left is older than what is ours now.
         if let Some(old) = previous {
             let dir: PathBuf = self.shared.records.vm_dir(h.vm).join(&old.disks);

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use crate::clock::UnixMillis;
 use crate::disk;
 use crate::hypervisor::{DiskFormat, Machine, StopMode};
 use crate::types::{ByteSize, ComponentId, MigrationId, VmId, VmName};
@@ -19,6 +20,11 @@ use super::problem::{Problem, ProblemKind, chain};
 use super::records::VmRecord;
 use super::{Broker, Input, Shared, staging};
 
+/// How often a VM whose hypervisor process dies is started again within [`CRASH_WINDOW`], each time
+/// after a longer pause.
+const RESTARTS_MAX: usize = 3;
+const CRASH_WINDOW: Duration = Duration::from_secs(600);
+const RESTART_PAUSE: Duration = Duration::from_secs(1);
 /// What guests of our own components print on their console when they have booted.
 pub const READY_LINE: &str = "cicada: guest ready";
 const ROOT_FILE: &str = "root.qcow2";
@@ -30,6 +36,14 @@ pub struct Vm {
     pub busy: Option<Busy>,
     /// How it last ended, when not by our doing.
     pub power_note: Option<String>,
+    /// When its hypervisor process ended unasked, as far back as it counts.
+    pub crashes: Vec<UnixMillis>,
+}
+
+impl Vm {
+    pub fn new(record: VmRecord) -> Self {
+        Self { record, busy: None, power_note: None, crashes: Vec::new() }
+    }
 }
 
 /// Why a VM cannot be touched right now.
@@ -232,7 +246,7 @@ impl Broker {
             return;
         }
         tracing::info!(vm = %record.spec.name, id = %id, "created");
-        self.vms.insert(id, Vm { record, busy: None, power_note: None });
+        self.vms.insert(id, Vm::new(record));
         if start {
             self.start_vm(id, reply);
         } else if let Some(vm) = self.vms.get(&id) {
@@ -434,6 +448,7 @@ impl Broker {
             EventKind::Crashed { detail } => {
                 tracing::error!(vm = %name, detail, "the hypervisor process ended unasked");
                 vm.power_note = Some(detail.clone());
+                self.restart_crashed(event.vm);
             }
             EventKind::DiskError { device, reason, paused } => {
                 tracing::error!(vm = %name, device, reason, paused, "disk error");
@@ -441,6 +456,33 @@ impl Broker {
             _ => {}
         }
         self.presence_changed();
+    }
+
+    /// A VM that should run and whose hypervisor process ended is started again, unless that
+    /// happens all the time.
+    fn restart_crashed(&mut self, id: VmId) {
+        let now = self.shared.now();
+        let Some(vm) = self.vms.get_mut(&id).filter(|vm| vm.record.is_here() && vm.record.run) else {
+            return;
+        };
+        vm.crashes.retain(|at| now.since(*at) < CRASH_WINDOW);
+        vm.crashes.push(now);
+        let pause = RESTART_PAUSE * 4u32.pow(vm.crashes.len() as u32 - 1);
+        if vm.crashes.len() > RESTARTS_MAX {
+            tracing::error!(vm = %vm.record.spec.name, "crashes again and again; it stays off until 'cicada vm start'");
+            return;
+        }
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            shared.post(Input::apply(move |b| {
+                let crashed = b.shared.driver.state(id).is_ok_and(|s| s == PowerState::Crashed);
+                // A move that is under way, or an operator, decides for itself.
+                if crashed && b.vms.get(&id).is_some_and(|vm| vm.busy.is_none() && vm.record.run) {
+                    b.start_machine(id, None);
+                }
+            }));
+        });
     }
 
     /// VMs that should run and do not: after a restart of the host.
