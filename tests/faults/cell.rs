@@ -19,8 +19,9 @@ pub fn run(pair: &mut Pair, source: usize, point: &str, fault: Fault) -> Result<
     let epoch = pair.record(source).ok_or("no record")?.epoch;
     let held = if point.starts_with("source") { source } else { target };
     pair.hold_at(held, point);
-    drop(pair.begin_move(source));
-    if !comes(60, || pair.is_held(held)) {
+    let moving = pair.begin_move(source);
+    comes(60, || pair.is_held(held) || moving.is_finished());
+    if !pair.is_held(held) {
         return Err("the point was not reached".into());
     }
 
@@ -35,18 +36,32 @@ pub fn run(pair: &mut Pair, source: usize, point: &str, fault: Fault) -> Result<
         Fault::SourceXmpp => pair.xmpp[source].cut(),
         Fault::TargetXmpp => pair.xmpp[target].cut(),
         Fault::Data => pair.data.iter().for_each(|wire| wire.cut()),
+        Fault::SourceFull => pair.storage[source].fill(),
+        Fault::TargetFull => pair.storage[target].fill(),
+        Fault::SourceReadOnly => pair.storage[source].turn_read_only(),
+        Fault::TargetReadOnly => pair.storage[target].turn_read_only(),
     }
     pair.let_go();
     match fault {
         Fault::SourceBroker => pair.world.start_broker(source),
         Fault::TargetBroker => pair.world.start_broker(target),
         Fault::SourceQemu | Fault::TargetQemu => {}
-        Fault::Server | Fault::SourceXmpp | Fault::TargetXmpp | Fault::Data => std::thread::sleep(CUT),
+        _ => std::thread::sleep(CUT),
     }
     if fault == Fault::Server {
         pair.world.server(&["restart"]);
     }
     pair.xmpp.iter().chain(&pair.data).for_each(|wire| wire.mend());
+    pair.storage.iter().for_each(|storage| storage.free());
+    for (cloud, ails) in [(source, Fault::SourceReadOnly), (target, Fault::TargetReadOnly)] {
+        if fault == ails {
+            // What an operator does: everything that uses it is ended, and started again.
+            pair.world.stop_broker(cloud, true);
+            pair.kill_qemu(cloud);
+            pair.storage[cloud].repair();
+            pair.world.start_broker(cloud);
+        }
+    }
 
     let owner = rest(pair)?;
     let by_itself = comes(10, || pair.power(owner) == PowerState::Running);
@@ -70,7 +85,6 @@ pub fn run(pair: &mut Pair, source: usize, point: &str, fault: Fault) -> Result<
     let now = pair.record(owner).ok_or("no record")?.epoch;
     let outcome = match (owner == target, now - epoch) {
         (true, 1) => Outcome::Moved,
-        (true, 3) => Outcome::MovedAgain,
         (false, 0) => Outcome::Abandoned,
         (false, 2) => Outcome::Returned,
         _ => return Err(format!("the epoch is {now} after {epoch}, at {owner}")),

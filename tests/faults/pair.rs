@@ -15,6 +15,7 @@ use cicada::vm::{Firmware, PowerState};
 
 use crate::guest;
 use crate::links::Wire;
+use crate::storage::Storage;
 use crate::world::World;
 
 /// Says loudly why there can be no clouds here.
@@ -42,6 +43,8 @@ const HIBERNATION_S: u32 = 5;
 const CPUS: u64 = 4;
 
 pub struct Pair {
+    /// File systems of the clouds' data, where asked for. Gone before the directories below.
+    pub storage: Vec<Storage>,
     pub world: World,
     pub xmpp: [Wire; 2],
     pub data: [Wire; 2],
@@ -53,16 +56,20 @@ pub struct Pair {
 }
 
 impl Pair {
-    pub fn start() -> Self {
+    /// With `own_storage`, each cloud's data has a small file system; None if none can be mounted.
+    pub fn start(own_storage: bool) -> Option<Self> {
         let mut world = World::prepare(&["alpine", "boreal"], HIBERNATION_S);
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let mut wires = Vec::new();
+        let (mut wires, mut storage) = (Vec::new(), Vec::new());
         for cloud in 0..2 {
             let xmpp = Wire::tcp(&runtime, world.clouds[cloud].xmpp_port);
             let listen = free_udp_port();
             let data = Wire::udp(&runtime, listen);
             let c = &mut world.clouds[cloud];
+            if own_storage {
+                storage.push(Storage::mount(&c.dir.join("data.img"), &c.dir.join("data"))?);
+            }
             c.xmpp_port = xmpp.port;
             c.environment.push((cicada::fault::VARIABLE.into(), c.dir.join("fault")));
             world.configure(
@@ -81,6 +88,7 @@ impl Pair {
             wires.try_into().unwrap_or_else(|_| unreachable!("two clouds"));
         let (root, user_data) = (guest::root_disk(ROOT_BYTES), guest::noise("user data", USER_DATA_BYTES));
         let pair = Self {
+            storage,
             world,
             xmpp: [x0, x1],
             data: [d0, d1],
@@ -110,7 +118,7 @@ impl Pair {
         };
         let adopted = pair.world.call(0, &Request::VmAdopt(adopt));
         assert!(matches!(adopted, Ok(Reply::Adopted(_))), "{adopted:?}");
-        pair
+        Some(pair)
     }
 
     fn hold_file(&self, cloud: usize) -> PathBuf {

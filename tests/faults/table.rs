@@ -14,10 +14,14 @@ pub enum Fault {
     SourceXmpp,
     TargetXmpp,
     Data,
+    SourceFull,
+    TargetFull,
+    SourceReadOnly,
+    TargetReadOnly,
 }
 
 impl Fault {
-    pub const ALL: [Fault; 8] = [
+    pub const ALL: [Fault; 12] = [
         Fault::SourceBroker,
         Fault::TargetBroker,
         Fault::SourceQemu,
@@ -26,6 +30,10 @@ impl Fault {
         Fault::SourceXmpp,
         Fault::TargetXmpp,
         Fault::Data,
+        Fault::SourceFull,
+        Fault::TargetFull,
+        Fault::SourceReadOnly,
+        Fault::TargetReadOnly,
     ];
 
     fn title(self) -> &'static str {
@@ -38,16 +46,37 @@ impl Fault {
             Fault::SourceXmpp => "source's XMPP link cut",
             Fault::TargetXmpp => "target's XMPP link cut",
             Fault::Data => "data link cut",
+            Fault::SourceFull => "source's disk full",
+            Fault::TargetFull => "target's disk full",
+            Fault::SourceReadOnly => "source's disk read-only",
+            Fault::TargetReadOnly => "target's disk read-only",
         }
     }
 
     /// Whether what it hits exists at a point.
     pub fn is_possible_at(self, point: &str) -> bool {
-        let at = |name: &str| POINTS.iter().position(|p| *p == name).expect("a point of the table");
         match self {
             Fault::SourceQemu => at(point) < at("source-stopped"),
             Fault::TargetQemu => at(point) >= at("target-started"),
+            _ if self.is_of_storage() => WRITING.contains(&point),
             _ => true,
+        }
+    }
+
+    pub fn is_of_storage(self) -> bool {
+        matches!(self, Fault::SourceFull | Fault::TargetFull | Fault::SourceReadOnly | Fault::TargetReadOnly)
+    }
+
+    /// Until the source gives the VM up, a move may be called off. From then on there is one way
+    /// only: back if the target has forgotten what it staged and has not taken over, else on.
+    pub fn may_end(self, point: &str, outcome: Outcome) -> bool {
+        let forgets = self == Fault::TargetBroker && at(point) < at("target-taken-over");
+        match at(point) {
+            n if n < at("source-giving-up") => outcome != Outcome::Returned,
+            _ if forgets => outcome == Outcome::Returned,
+            // A take-over that cannot be recorded is given back.
+            n if self.is_of_storage() && n < at("target-taken-over") => true,
+            _ => outcome == Outcome::Moved,
         }
     }
 }
@@ -76,6 +105,22 @@ pub const POINTS: [&str; 20] = [
     "target-telling",
 ];
 
+/// Where something is about to be written.
+const WRITING: [&str; 8] = [
+    "source-checked",
+    "target-staging",
+    "target-composed",
+    "source-stopped",
+    "source-giving-up",
+    "target-taking-over",
+    "target-starting",
+    "source-releasing",
+];
+
+fn at(point: &str) -> usize {
+    POINTS.iter().position(|p| *p == point).expect("a point of the table")
+}
+
 /// Who has the VM in the end, and how.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Outcome {
@@ -85,8 +130,6 @@ pub enum Outcome {
     Abandoned,
     /// It was handed over and handed back.
     Returned,
-    /// Handed back, and moved again.
-    MovedAgain,
 }
 
 impl fmt::Display for Outcome {
@@ -95,7 +138,6 @@ impl fmt::Display for Outcome {
             Outcome::Moved => "moved",
             Outcome::Abandoned => "stays",
             Outcome::Returned => "returned",
-            Outcome::MovedAgain => "returned, moved again",
         })
     }
 }
