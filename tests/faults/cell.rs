@@ -53,9 +53,17 @@ pub fn run(pair: &mut Pair, source: usize, point: &str, fault: Fault) -> Result<
     }
     pair.xmpp.iter().chain(&pair.data).for_each(|wire| wire.mend());
     pair.storage.iter().for_each(|storage| storage.free());
-    for (cloud, ails) in [(source, Fault::SourceReadOnly), (target, Fault::TargetReadOnly)] {
-        if fault == ails {
-            // What an operator does: everything that uses it is ended, and started again.
+    // What an operator does: whatever uses the disk is ended, and started again. After a full disk
+    // that is the broker alone, whose index does not forget the error.
+    for (cloud, full, read_only) in [
+        (source, Fault::SourceFull, Fault::SourceReadOnly),
+        (target, Fault::TargetFull, Fault::TargetReadOnly),
+    ] {
+        if fault == full {
+            pair.world.stop_broker(cloud, true);
+            pair.world.start_broker(cloud);
+        }
+        if fault == read_only {
             pair.world.stop_broker(cloud, true);
             pair.kill_qemu(cloud);
             pair.storage[cloud].repair();
