@@ -55,9 +55,10 @@ impl Storage {
         assert!(File::create(self.filler()).is_err(), "it can still be written");
     }
 
-    /// Nobody may have files open.
+    /// Whoever had files open was killed, and may still be on its way out.
     pub fn repair(&self) {
-        assert!(run(Command::new("umount").arg(&self.at)), "{} is in use", self.at.display());
+        let unmounted = crate::pair::comes(20, || run(Command::new("umount").arg(&self.at)));
+        assert!(unmounted, "{} is in use", self.at.display());
         let _ = run(Command::new("e2fsck").arg("-fp").arg(&self.image));
         assert!(self.attach());
     }
