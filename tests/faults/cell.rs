@@ -16,15 +16,8 @@ const PATIENCE_S: u64 = 90;
 /// The VM must run at `source`.
 pub fn run(pair: &mut Pair, source: usize, point: &str, fault: Fault) -> Result<Recovery, String> {
     let target = 1 - source;
-    let epoch = pair.record(source).ok_or("no record")?.epoch;
     let held = if point.starts_with("source") { source } else { target };
-    pair.hold_at(held, point);
-    let moving = pair.begin_move(source);
-    comes(60, || pair.is_held(held) || moving.is_finished());
-    if !pair.is_held(held) {
-        return Err("the point was not reached".into());
-    }
-
+    let epoch = begin_held(pair, source, held, point)?;
     let begun = Instant::now();
     match fault {
         Fault::SourceBroker => pair.world.stop_broker(source, true),
@@ -71,6 +64,48 @@ pub fn run(pair: &mut Pair, source: usize, point: &str, fault: Fault) -> Result<
         }
     }
 
+    recovered(pair, source, epoch, begun)
+}
+
+/// A move whose target forgets what it staged, so that the VM is given back. The broker that reaches
+/// `point` on that way dies there.
+pub fn run_returned(pair: &mut Pair, source: usize, point: &str) -> Result<Recovery, String> {
+    let target = 1 - source;
+    let epoch = begin_held(pair, source, source, "source-given-up")?;
+    pair.world.stop_broker(target, true);
+    let dying = if point.starts_with("source") { source } else { target };
+    pair.let_go_after(source, dying, &format!("{point}=kill"));
+    let begun = Instant::now();
+    pair.world.start_broker(target);
+    pair.world.wait_end(dying)?;
+    pair.world.start_broker(dying);
+    recovered(pair, source, epoch, begun)
+}
+
+/// A change of ownership that is about to be recorded at `point` is written, and the directory
+/// cannot be made durable: the broker must end by itself.
+pub fn run_undecided(pair: &mut Pair, source: usize, point: &str) -> Result<Recovery, String> {
+    let writer = if point.starts_with("source") { source } else { 1 - source };
+    let epoch = begin_held(pair, source, writer, point)?;
+    let begun = Instant::now();
+    pair.let_go_after(writer, writer, "durable-renamed=fail");
+    pair.world.wait_end(writer)?;
+    pair.world.start_broker(writer);
+    recovered(pair, source, epoch, begun)
+}
+
+/// Begins a move of which the broker of `held` waits at `point`; returns the epoch it began under.
+fn begin_held(pair: &Pair, source: usize, held: usize, point: &str) -> Result<u64, String> {
+    let epoch = pair.record(source).ok_or("no record")?.epoch;
+    pair.hold_at(held, point);
+    let moving = pair.begin_move(source);
+    comes(60, || pair.is_held(held) || moving.is_finished());
+    if pair.is_held(held) { Ok(epoch) } else { Err("the point was not reached".into()) }
+}
+
+/// Waits until all is well again, and looks.
+fn recovered(pair: &mut Pair, source: usize, epoch: u64, begun: Instant) -> Result<Recovery, String> {
+    let target = 1 - source;
     let owner = rest(pair)?;
     let by_itself = comes(10, || pair.power(owner) == PowerState::Running);
     if !by_itself {

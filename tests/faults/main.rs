@@ -75,6 +75,39 @@ fn every_fault_at_every_phase_leaves_one_owner_and_no_trace() {
     assert!(failed.is_empty(), "{failed:#?}");
 }
 
+#[test]
+fn a_hand_over_is_given_back_and_recorded_whatever_happens_to_either_broker() {
+    if !cfg!(debug_assertions) || pair::missing_tool() {
+        eprintln!("SKIPPED: a release build has no points at which to fail, or a tool is missing");
+        return;
+    }
+    let mut pair = Pair::start(false).unwrap();
+    for point in ["target-returning", "target-returned", "source-taking-back", "source-taken-back"] {
+        let source = at_rest(&pair).unwrap();
+        let result = cell::run_returned(&mut pair, source, point);
+        println!("given back, {point}: {result:?}");
+        let outcome = result.map(|r| r.outcome);
+        assert_eq!(outcome, Ok(Outcome::Returned), "{point}\n{}\n{}", pair.world.log(0), pair.world.log(1));
+    }
+    for point in ["source-giving-up", "target-taking-over"] {
+        let source = at_rest(&pair).unwrap();
+        let result = cell::run_undecided(&mut pair, source, point);
+        println!("not known to be recorded, {point}: {result:?}");
+        let outcome = result.map(|r| r.outcome);
+        assert_eq!(outcome, Ok(Outcome::Moved), "{point}\n{}\n{}", pair.world.log(0), pair.world.log(1));
+    }
+}
+
+/// The VM's cloud, once it runs and nothing else happens.
+fn at_rest(pair: &Pair) -> Result<usize, String> {
+    let source = cell::rest(pair)?;
+    if !comes(60, || pair.is_ready(source)) {
+        return Err("the guest is not ready".to_owned());
+    }
+    pair.world.wait_together();
+    Ok(source)
+}
+
 /// Runs a cell in a world that is at rest; one in which something went wrong is not used again.
 fn run_cell(world: &mut Option<Pair>, point: &'static str, fault: Fault) -> Option<Row> {
     if world.as_ref().is_none_or(|pair| pair.storage.is_empty() == fault.is_of_storage()) {
@@ -85,11 +118,7 @@ fn run_cell(world: &mut Option<Pair>, point: &'static str, fault: Fault) -> Opti
         eprintln!("SKIPPED: {point} x {fault:?}: a file system cannot be mounted here");
         return None;
     };
-    let result = cell::rest(pair).and_then(|source| {
-        if !comes(60, || pair.is_ready(source)) {
-            return Err("the guest is not ready".to_owned());
-        }
-        pair.world.wait_together();
+    let result = at_rest(pair).and_then(|source| {
         let result = cell::run(pair, source, point, fault);
         match &result {
             Ok(r) if !fault.may_end(point, r.outcome) => Err(format!("it must not end as '{}'", r.outcome)),

@@ -127,11 +127,20 @@ impl Pair {
 
     /// A cloud's broker will wait at this point.
     pub fn hold_at(&self, cloud: usize, point: &str) {
+        self.instruct(cloud, &format!("{point}=hold:{}", self.hold_file(cloud).display()));
+    }
+
+    fn instruct(&self, cloud: usize, instruction: &str) {
         // Never read half-written.
         let dir = &self.world.clouds[cloud].dir;
-        fs::write(dir.join("fault.new"), format!("{point}=hold:{}", self.hold_file(cloud).display()))
-            .unwrap();
+        fs::write(dir.join("fault.new"), instruction).unwrap();
         fs::rename(dir.join("fault.new"), dir.join("fault")).unwrap();
+    }
+
+    /// Lets the broker of `held` go on once that of `next` has another instruction.
+    pub fn let_go_after(&self, held: usize, next: usize, instruction: &str) {
+        self.instruct(next, instruction);
+        fs::remove_file(self.hold_file(held)).unwrap();
     }
 
     pub fn is_held(&self, cloud: usize) -> bool {

@@ -235,6 +235,20 @@ impl World {
         child.wait().unwrap();
     }
 
+    /// Waits until a broker ends by itself.
+    pub fn wait_end(&mut self, cloud: usize) -> Result<(), String> {
+        let Some(mut child) = self.clouds[cloud].broker.take() else { return Err("it does not run".into()) };
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(60) {
+            if child.try_wait().unwrap().is_some() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.clouds[cloud].broker = Some(child);
+        Err("the broker goes on".into())
+    }
+
     pub fn socket(&self, cloud: usize) -> PathBuf {
         self.clouds[cloud].dir.join("data/cicada.sock")
     }
