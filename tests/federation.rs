@@ -1,5 +1,6 @@
 //! The main job for real: two clouds, Prosody, QEMU, components from the distribution's packages.
 
+#[allow(dead_code)]
 #[path = "federation/world.rs"]
 mod world;
 

@@ -1,6 +1,7 @@
 //! Links that can be cut: one for an XMPP connection, one for the data between brokers.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -47,15 +48,14 @@ impl Wire {
             let mut callers: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
             let mut datagram = vec![0; 1 << 16];
             loop {
-                // A port that nobody listens at any more is told as an error of the next call.
                 let Ok((n, caller)) = near.recv_from(&mut datagram).await else { continue };
                 if *is_cut.borrow() {
                     continue;
                 }
-                if !callers.contains_key(&caller) {
+                if let Entry::Vacant(place) = callers.entry(caller) {
                     let far = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
                     far.connect(("127.0.0.1", to)).await.unwrap();
-                    callers.insert(caller, far.clone());
+                    place.insert(far.clone());
                     tokio::spawn(answers(far, near.clone(), caller, is_cut.clone()));
                 }
                 let _ = callers[&caller].send(&datagram[..n]).await;
@@ -81,6 +81,7 @@ async fn answers(
 ) {
     let mut datagram = vec![0; 1 << 16];
     loop {
+        // A port that nobody listens at is told as an error, once for each datagram sent there.
         let Ok(n) = far.recv(&mut datagram).await else { continue };
         if !*is_cut.borrow() {
             let _ = near.send_to(&datagram[..n], caller).await;
