@@ -39,6 +39,9 @@ const EXIT_DEADLINE: Duration = Duration::from_secs(5);
 pub async fn run(config: Config) -> Result<(), Problem> {
     let failed =
         |object: &str, e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, object, e);
+    crate::fault::check_environment().map_err(|e| {
+        failed("environment", &e).next(format!("unset {}: it is for tests", crate::fault::VARIABLE))
+    })?;
     let config_failed = |object: &str, e: &config::ConfigError| failed(object, e).next(e.next_step());
     config::private_dir(&config.cloud.data_dir).map_err(|e| config_failed("data directory", &e))?;
     let key =

@@ -11,10 +11,24 @@ use std::time::{Duration, Instant};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
+use crate::fault;
+
 /// Temporary files end in this; whatever bears it after a crash is a leftover and may be removed.
 pub const TEMPORARY_SUFFIX: &str = ".tmp";
 
-/// Replaces `path` by `bytes`, durably. On error the old file is untouched and nothing is left behind.
+/// The file was replaced, and it is not known whether a crash of the machine undoes that.
+#[derive(Debug, thiserror::Error)]
+#[error("written, but the directory cannot be made durable")]
+struct Undecided(#[source] io::Error);
+
+/// Whether after this failure of a write the new content may be there: nobody may act on either
+/// then, before [`sync_dir_of`] has succeeded and the file was read again.
+pub fn is_undecided(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.is::<Undecided>())
+}
+
+/// Replaces `path` by `bytes`, durably. On error the old file is untouched, but for the one that
+/// [`is_undecided`] tells of; nothing else is left behind.
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     write_with_mode(path, bytes, 0o644)
 }
@@ -94,7 +108,9 @@ impl PendingFile {
         self.file.sync_all()?;
         fs::rename(&self.temporary, target)?;
         self.done = true;
-        sync_dir_of(target)
+        let synced =
+            if fault::fails("durable-renamed") { Err(Errno::IO.into()) } else { sync_dir_of(target) };
+        synced.map_err(|e| io::Error::new(e.kind(), Undecided(e)))
     }
 }
 

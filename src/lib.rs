@@ -5,6 +5,7 @@
 // Level 0
 pub mod clock;
 pub mod durable;
+pub mod fault;
 pub mod types;
 // Level 1: pure
 pub mod component;

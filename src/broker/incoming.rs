@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::clock::UnixMillis;
+use crate::fault;
 use crate::federation::Refused;
 use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, SignedHandOver};
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, StageAccount};
@@ -224,6 +225,7 @@ impl Broker {
         if let Err(text) = spec.check() {
             return deny(DenialCode::Other, &text);
         }
+        fault::point("target-reserving");
         self.supersede(peer, spec.id);
         let composed = self.shared.composer.is_composed(&spec.recipe);
         let room = self.room(&peer.jid, None);
@@ -357,9 +359,11 @@ impl Broker {
         // The promise binds from here on, whatever happens to this process.
         let promise = ReturnRecord { vm: h.vm, epoch: h.epoch, hand_over: Some(signed.clone()) };
         let back = signed.clone().give_back(&self.shared.key);
+        fault::point("target-returning");
         let kept = self.shared.records.save_return(&promise, Some(&peer.key));
         match kept.and_then(|()| self.shared.records.save_returned(h.migration, &back)) {
             Ok(()) => {
+                fault::point("target-returned");
                 tracing::info!(migration = %h.migration, vm = %h.vm, "hand-over returned: it is never run here under this epoch");
                 let denial =
                     Denial::new(DenialCode::UnknownMigration, "the target had not taken the VM over");
@@ -457,8 +461,12 @@ impl Broker {
                 let result = self.take_over(id, signed);
                 self.shared.post(Input::Incoming(id, TargetEvent::TookOver(result)));
             }
-            Effect::Start => self.start_machine(vm, Some(id)),
+            Effect::Start => {
+                fault::point("target-starting");
+                self.start_machine(vm, Some(id));
+            }
             Effect::AskDelete { boot_ms } => {
+                fault::point("target-telling");
                 run.view.account.boot_ms = boot_ms;
                 if let Some(ms) = boot_ms {
                     run.view.account.phase_ms.insert("boot".into(), ms);
@@ -481,6 +489,7 @@ impl Broker {
     }
 
     fn stage(&mut self, id: MigrationId, init: Initialization) {
+        fault::point("target-staging");
         let Some(run) = self.incoming.get_mut(&id) else { return };
         run.component_names = init.component_names.clone();
         let (progress, mut reports) = tokio::sync::watch::channel(Default::default());
@@ -531,6 +540,8 @@ impl Broker {
 
     fn stage_finished(&mut self, id: MigrationId, result: Result<(Staged, StageAccount), Denial>) {
         let Some(run) = self.incoming.get_mut(&id) else { return };
+        let is_last = matches!(run.machine.phase(), Phase::Staging(pass) if pass.last);
+        fault::point(if is_last { "target-staged-last" } else { "target-staged" });
         let event = match result {
             Ok((staged, account)) => {
                 account::stage(&mut run.view.account, &account);
@@ -582,7 +593,9 @@ impl Broker {
             acknowledged: false,
             contested: None,
         });
-        self.shared.records.save_vm(&record).map_err(|e| broken(&e))?;
+        fault::point("target-taking-over");
+        self.shared.records.save_ownership(&record).map_err(|e| broken(&e))?;
+        fault::point("target-taken-over");
         // Not before: a receipt that is kept is given to whoever asks.
         if let Err(e) = self.shared.records.save_receipt(id, &receipt) {
             tracing::warn!(migration = %id, error = super::problem::chain(&e), "the receipt lies in the VM's record alone");
@@ -591,7 +604,7 @@ impl Broker {
         tracing::info!(migration = %id, vm = %record.spec.name, epoch = h.epoch, "taken over");
         // Nothing else may begin before it was started.
         let busy = record.run.then_some(Busy::Verb("starting"));
-        self.vms.insert(h.vm, Vm { record, busy, power_note: None });
+        self.vms.insert(h.vm, Vm { busy, ..Vm::new(record) });
         // The copy from before it left is older than what is ours now.
         if let Some(old) = previous {
             let dir: PathBuf = self.shared.records.vm_dir(h.vm).join(&old.disks);
@@ -602,6 +615,7 @@ impl Broker {
 
     /// After [`Broker::start_machine`] for an arriving VM.
     pub(super) fn arrival_started(&mut self, id: MigrationId, result: Result<(), String>) {
+        fault::point("target-started");
         let Some(run) = self.incoming.get(&id) else { return };
         let vm = run.matter.vm;
         if let Some(entry) = self.vms.get_mut(&vm) {

@@ -165,11 +165,13 @@ impl Broker {
             }
         }
         let resolutions = shared.records.resolutions()?;
-        let vms: BTreeMap<_, _> = vms
-            .into_iter()
-            .map(|record| (record.spec.id, Vm { record, busy: None, power_note: None }))
-            .collect();
-        let (history, unfinished) = unfinished::split(shared.records.migrations()?, &vms, shared.now());
+        let vms: BTreeMap<_, _> = vms.into_iter().map(|record| (record.spec.id, Vm::new(record))).collect();
+        let note = |view: &MigrationView| {
+            if let Err(e) = shared.records.save_migration(view) {
+                tracing::warn!(migration = %view.progress.id, error = problem::chain(&e), "not recorded");
+            }
+        };
+        let (history, unfinished) = unfinished::split(shared.records.migrations()?, &vms, shared.now(), note);
         let idle = Idle::new(shared.now());
         Ok(Self {
             shared,

@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::UnixMillis;
 use crate::component::Recipe;
+use crate::fault;
 use crate::hypervisor::StopMode;
 use crate::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
 use crate::migration::message::{Initialization, Seed, StageAccount};
@@ -369,6 +370,7 @@ impl Broker {
                         )
                         .next("look at its console; or stop it with 'cicada vm stop --force', then move it")
                     });
+                    fault::point("source-stopped");
                     shared.post(Input::Outgoing(id, SourceEvent::Stopped(result)));
                 });
             }
@@ -445,6 +447,12 @@ impl Broker {
     }
 
     fn outgoing_answered(&mut self, id: MigrationId, answer: Result<AnswerBody, AskError>) {
+        match &answer {
+            Ok(AnswerBody::Reserved { .. }) => fault::point("source-reserved"),
+            Ok(AnswerBody::Staged { .. }) => fault::point("source-staged"),
+            Ok(AnswerBody::Started { .. }) => fault::point("source-start-answered"),
+            _ => {}
+        }
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let event = match answer {
             Ok(AnswerBody::Started { ref receipt, .. }) if !receipt_fits(receipt, run) => {
@@ -480,6 +488,7 @@ impl Broker {
     }
 
     fn checked(&mut self, id: MigrationId, result: Result<Checked, Denial>) {
+        fault::point("source-checked");
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let event = result.map(|checked| {
             let a = &mut run.view.account;
@@ -493,6 +502,7 @@ impl Broker {
     }
 
     fn scanned(&mut self, id: MigrationId, vm: VmId, result: Result<Scanned, Denial>) {
+        fault::point("source-scanned");
         // Called off meanwhile, perhaps before the look began to track changes.
         let Some(run) = self.outgoing.get_mut(&id) else { return self.end_tracking(vm) };
         let event = result.map(|s| {
@@ -546,10 +556,12 @@ impl Broker {
             receipt: None,
             scrub_after: None,
         }));
+        fault::point("source-giving-up");
         self.shared
             .records
-            .save_vm(&record)
+            .save_ownership(&record)
             .map_err(|e| Denial::new(DenialCode::Other, super::problem::chain(&e)))?;
+        fault::point("source-given-up");
         entry.record = record;
         // Found again after a restart even if the answer never comes.
         let _ = self.shared.records.save_migration(&run.view);
@@ -571,7 +583,9 @@ impl Broker {
         record.epoch = h.epoch + 1;
         // Only evidence: without it the target would be asked again, and give it again.
         self.shared.records.save_returned(id, &back).map_err(|e| refuse(super::problem::chain(&e)))?;
-        self.shared.records.save_vm(&record).map_err(|e| refuse(super::problem::chain(&e)))?;
+        fault::point("source-taking-back");
+        self.shared.records.save_ownership(&record).map_err(|e| refuse(super::problem::chain(&e)))?;
+        fault::point("source-taken-back");
         entry.record = record;
         Ok(())
     }
@@ -610,9 +624,11 @@ impl Broker {
                 g.scrub_after = Some(now.plus(grace));
             }
             entry.busy = None;
+            fault::point("source-releasing");
             if let Err(e) = self.shared.records.save_vm(&entry.record) {
                 tracing::error!(vm = %entry.record.spec.name, error = super::problem::chain(&e), "receipt not recorded; it will be asked for again");
             }
+            fault::point("source-released");
         }
         let shared = self.shared.clone();
         tokio::spawn(async move {

@@ -197,6 +197,7 @@ impl Records {
             // What guests wrote is nobody else's business, wherever the data directory is.
             let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
             made.and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o700)))
+                .and_then(|()| durable::sync_dir_of(&path.join("record")))
                 .map_err(|source| RecordError::Io { action: "make private", path, source })?;
         }
         Ok(records)
@@ -234,6 +235,12 @@ impl Records {
         save(&dir.join("record.json"), record)
     }
 
+    /// As [`Records::save_vm`], where the record changes who may run the VM. An error means that
+    /// nothing was recorded.
+    pub fn save_ownership(&self, record: &VmRecord) -> Result<(), RecordError> {
+        self.save_vm(record).map_err(end_if_undecided)
+    }
+
     pub fn remove_vm(&self, vm: VmId) -> Result<(), RecordError> {
         let path = self.vm_dir(vm).join("record.json");
         durable::remove(&path).map_err(|source| RecordError::Io { action: "remove", path, source })?;
@@ -262,6 +269,8 @@ impl Records {
     }
 
     fn vm(&self, vm: VmId, path: &Path) -> Result<VmRecord, String> {
+        // The process before this one may have ended because it could not.
+        durable::sync_dir_of(path).map_err(|e| format!("{} cannot be made durable: {e}", path.display()))?;
         let record: VmRecord = load(path).map_err(|e| super::problem::chain(&e))?;
         if record.version != VERSION {
             return Err(RecordError::Version { path: path.to_owned(), version: record.version }.to_string());
@@ -297,7 +306,7 @@ impl Records {
     /// `source`, who signed the hand-over: nobody else can spoil an epoch for it. An operator who does
     /// not know whose hand-over it was promises it to all.
     pub fn save_return(&self, record: &ReturnRecord, source: Option<&PublicKey>) -> Result<(), RecordError> {
-        save(&self.return_path(record.vm, record.epoch, source), record)
+        save(&self.return_path(record.vm, record.epoch, source), record).map_err(end_if_undecided)
     }
 
     /// Keeps a receipt for good. The VM's record holds it only until the VM arrives again or is
@@ -397,6 +406,18 @@ impl Records {
         let source = source.map_or_else(|| "all".into(), PublicKey::fingerprint);
         self.dir.join("returns").join(format!("{vm}-{epoch}-{source}.json"))
     }
+}
+
+/// A record that may be there, or not after the next crash, must neither be acted on nor denied.
+/// The process ends; the next one makes what it finds durable, and goes by that.
+fn end_if_undecided(error: RecordError) -> RecordError {
+    if let RecordError::Io { source, path, .. } = &error
+        && durable::is_undecided(source)
+    {
+        tracing::error!(path = %path.display(), error = super::problem::chain(&error), "who owns the VM cannot be recorded: the broker ends here, and asks when it is started again");
+        std::process::exit(1);
+    }
+    error
 }
 
 fn entries(dir: &Path) -> Result<Vec<PathBuf>, RecordError> {

@@ -304,7 +304,7 @@ impl Broker {
                     record.run = false;
                 }
             }
-            self.shared.records.save_vm(&record)?;
+            self.shared.records.save_ownership(&record)?;
             entry.record = record;
             entry.busy = None;
             self.resolved_outgoing(id, r.owner);
@@ -379,7 +379,7 @@ impl Broker {
             && g.migration == r.migration
         {
             g.receipt = Some(receipt.clone());
-            self.shared.records.save_vm(&entry.record)?;
+            self.shared.records.save_ownership(&entry.record)?;
         }
         tracing::info!(migration = %r.migration, vm = %r.name, "the target's receipt came: the operator was right");
         self.keep(Resolution { outcome: Outcome::Agreed { at: self.shared.now() }, ..r.clone() })
@@ -403,7 +403,7 @@ impl Broker {
                 record.ownership = Ownership::Here;
                 record.epoch += 2;
                 record.run = false;
-                self.shared.records.save_vm(&record)?;
+                self.shared.records.save_ownership(&record)?;
                 entry.record = record;
                 tracing::warn!(migration = %r.migration, vm = %r.name, "the target never took the VM the operator left to it: it is here again, stopped");
             }
@@ -483,7 +483,7 @@ impl Broker {
             "TWO OWNERS: this cloud took the VM over, and the operator of its source took it back. It is not \
              started or moved by itself; see 'cicada vm show {}'", entry.record.spec.name
         );
-        if let Err(e) = self.shared.records.save_vm(&entry.record) {
+        if let Err(e) = self.shared.records.save_ownership(&entry.record) {
             tracing::error!(vm = %vm, error = chain(&e), "that the VM is contested is not recorded");
         }
         if !self.errands.contains_key(&id) {
@@ -513,7 +513,7 @@ impl Broker {
         let mut record = entry.record.clone();
         if let Some(a) = record.arrival.as_mut().filter(|a| a.contested.is_some()) {
             a.contested = None;
-            self.shared.records.save_vm(&record)?;
+            self.shared.records.save_ownership(&record)?;
             entry.record = record;
         }
         Ok(())
@@ -535,7 +535,7 @@ impl Broker {
         record.epoch = h.epoch - 1;
         record.taken_back = None;
         record.run = false;
-        self.shared.records.save_vm(&record)?;
+        self.shared.records.save_ownership(&record)?;
         entry.record = record;
         let (shared, vm) = (self.shared.clone(), r.vm);
         tokio::spawn(async move { drop(shared.driver.undefine(vm).await) });

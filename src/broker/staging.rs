@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::component::Recipe;
 use crate::disk::{self, BlockIndex, DiskFile, StagedDisk};
+use crate::fault;
 use crate::migration::message::{Initialization, Progress, StageAccount};
 use crate::migration::{Denial, DenialCode};
 use crate::repository::{ObjectId, Repository, RepositoryError};
@@ -201,6 +202,7 @@ impl Stage {
             self.compose().await?;
         }
         let compose_ms = compose_begun.elapsed().as_millis() as u64;
+        fault::point("target-composed");
         let staged = match self.job.staged.take() {
             Some(staged) => staged,
             None => self.open_disks().await?,

@@ -42,11 +42,13 @@ pub struct Interrupted {
 }
 
 /// Tells the moves that were cut short from those that ended or wait for an acknowledgement. A VM
-/// that has changed hands since is not moved again.
+/// that has changed hands since is not moved again: `ended` is told of a move of which only that
+/// was missing.
 pub fn split(
     views: Vec<MigrationView>,
     vms: &BTreeMap<VmId, Vm>,
     now: UnixMillis,
+    mut ended: impl FnMut(&MigrationView),
 ) -> (BTreeMap<MigrationId, MigrationView>, Vec<Unfinished>) {
     let (mut history, mut cut) = (BTreeMap::new(), Vec::new());
     for mut view in views {
@@ -62,6 +64,7 @@ pub fn split(
             if !record.is_some_and(waits) {
                 p.ended = true;
                 p.phase = "completed".into();
+                ended(&view);
             }
         } else if p.role == "target" && !p.ended {
             let arrival = vms.get(&p.vm_id).and_then(|vm| vm.record.arrival.as_ref());

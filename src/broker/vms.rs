@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use crate::clock::UnixMillis;
 use crate::disk;
 use crate::hypervisor::{DiskFormat, Machine, StopMode};
 use crate::types::{ByteSize, ComponentId, MigrationId, VmId, VmName};
@@ -19,6 +20,11 @@ use super::problem::{Problem, ProblemKind, chain};
 use super::records::{GivenUp, VmRecord};
 use super::{Broker, Input, Shared, aside, evidence, staging};
 
+/// Pause before a VM that crashed or did not start is started again; each failure within
+/// [`FAILURE_WINDOW`] makes it four times as long.
+const RESTART_PAUSE: Duration = Duration::from_secs(1);
+const RESTART_PAUSE_MAX: Duration = Duration::from_secs(300);
+const FAILURE_WINDOW: Duration = Duration::from_secs(1800);
 /// What guests of our own components print on their console when they have booted.
 pub const READY_LINE: &str = "cicada: guest ready";
 const ROOT_FILE: &str = "root.qcow2";
@@ -30,6 +36,14 @@ pub struct Vm {
     pub busy: Option<Busy>,
     /// How it last ended, when not by our doing.
     pub power_note: Option<String>,
+    /// When it crashed or did not start, as far back as it counts.
+    pub failures: Vec<UnixMillis>,
+}
+
+impl Vm {
+    pub fn new(record: VmRecord) -> Self {
+        Self { record, busy: None, power_note: None, failures: Vec::new() }
+    }
 }
 
 /// Why a VM cannot be touched right now.
@@ -243,7 +257,7 @@ impl Broker {
             return;
         }
         tracing::info!(vm = %record.spec.name, id = %id, "created");
-        self.vms.insert(id, Vm { record, busy: None, power_note: None });
+        self.vms.insert(id, Vm::new(record));
         if start {
             self.start_vm(id, reply);
         } else if let Some(vm) = self.vms.get(&id) {
@@ -313,7 +327,12 @@ impl Broker {
             }
             shared.post(Input::apply(move |b| match arrival {
                 Some(migration) => b.arrival_started(migration, result),
-                None => b.presence_changed(),
+                None => {
+                    if result.is_err() {
+                        b.start_again(id);
+                    }
+                    b.presence_changed();
+                }
             }));
         });
     }
@@ -449,6 +468,7 @@ impl Broker {
             EventKind::Crashed { detail } => {
                 tracing::error!(vm = %name, detail, "the hypervisor process ended unasked");
                 vm.power_note = Some(detail.clone());
+                self.start_again(event.vm);
             }
             EventKind::DiskError { device, reason, paused } => {
                 tracing::error!(vm = %name, device, reason, paused, "disk error");
@@ -456,6 +476,34 @@ impl Broker {
             _ => {}
         }
         self.presence_changed();
+    }
+
+    /// A VM that should run, and whose hypervisor process ended or could not be started, is started
+    /// again after a pause, which grows while that goes on.
+    fn start_again(&mut self, id: VmId) {
+        let now = self.shared.now();
+        let Some(vm) = self.vms.get_mut(&id).filter(|vm| vm.record.is_here() && vm.record.run) else {
+            return;
+        };
+        vm.failures.retain(|at| now.since(*at) < FAILURE_WINDOW);
+        let pause = (RESTART_PAUSE * 4u32.pow(vm.failures.len().min(5) as u32)).min(RESTART_PAUSE_MAX);
+        vm.failures.push(now);
+        tracing::info!(vm = %vm.record.spec.name, pause_s = pause.as_secs(), "starting it again after a pause");
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            shared.post(Input::apply(move |b| {
+                let is_off = b
+                    .shared
+                    .driver
+                    .state(id)
+                    .is_ok_and(|s| matches!(s, PowerState::Crashed | PowerState::Stopped));
+                // A move that is under way, or an operator, decides for itself.
+                if is_off && b.vms.get(&id).is_some_and(|vm| vm.busy.is_none() && vm.record.run) {
+                    b.start_machine(id, None);
+                }
+            }));
+        });
     }
 
     /// VMs that should run and do not: after a restart of the host.

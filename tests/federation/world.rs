@@ -102,6 +102,10 @@ pub struct Cloud {
     pub name: String,
     pub dir: PathBuf,
     broker: Option<Child>,
+    /// Where its broker finds the XMPP server.
+    pub xmpp_port: u16,
+    /// What its broker has in its environment, beside ours.
+    pub environment: Vec<(String, PathBuf)>,
 }
 
 impl World {
@@ -113,6 +117,17 @@ impl World {
     /// As `start`, with accounts that are members too and whose sessions the test plays itself, and
     /// with settings beside the usual ones.
     pub fn start_with(names: &[&str], played: &[&str], extra: &str) -> Self {
+        let mut world = Self::prepare(names, played, 30);
+        for cloud in 0..names.len() {
+            world.configure(cloud, extra);
+            world.start_broker(cloud);
+        }
+        world.wait_online();
+        world
+    }
+
+    /// The server and the room for brokers that are to be configured and started.
+    pub fn prepare(names: &[&str], played: &[&str], hibernation_s: u32) -> Self {
         let dir = tempfile::Builder::new().prefix("cicada-").tempdir().unwrap();
         let port = free_port();
         let mut world =
@@ -123,6 +138,8 @@ impl World {
             &format!("{},outsider", [names, played].concat().join(",")),
             "--port",
             &port.to_string(),
+            "--hibernation",
+            &hibernation_s.to_string(),
         ]);
         world.runtime.block_on(async {
             let admin = Admin::open(world.account("admin")).await.unwrap();
@@ -135,11 +152,15 @@ impl World {
         for name in names {
             let dir = world.dir.path().join(name);
             std::fs::create_dir_all(&dir).unwrap();
-            world.clouds.push(Cloud { name: (*name).into(), dir, broker: None });
-            world.configure(world.clouds.len() - 1, extra);
-            world.start_broker(world.clouds.len() - 1);
+            let environment = Vec::new();
+            world.clouds.push(Cloud {
+                name: (*name).into(),
+                dir,
+                broker: None,
+                xmpp_port: port,
+                environment,
+            });
         }
-        world.wait_online();
         world
     }
 
@@ -169,7 +190,7 @@ impl World {
     /// Writes a cloud's configuration, with `extra` appended.
     pub fn configure(&self, cloud: usize, extra: &str) {
         let c = &self.clouds[cloud];
-        let (name, xmpp, port) = (&c.name, self.dir.path().join("xmpp"), self.port);
+        let (name, xmpp, port) = (&c.name, self.dir.path().join("xmpp"), c.xmpp_port);
         let (data, xmpp) = (c.dir.join("data").display().to_string(), xmpp.display());
         let text = format!(
             "[cloud]\nname = \"{name}\"\ndata_dir = \"{data}\"\n\
@@ -188,6 +209,7 @@ impl World {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(c.dir.join("log")).unwrap();
         Command::new(env!("CARGO_BIN_EXE_cicada"))
             .args(["--config", &c.dir.join("federation.toml").display().to_string(), "broker"])
+            .envs(c.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
@@ -212,6 +234,20 @@ impl World {
         child.wait().unwrap();
     }
 
+    /// Waits until a broker ends by itself.
+    pub fn wait_end(&mut self, cloud: usize) -> Result<(), String> {
+        let Some(mut child) = self.clouds[cloud].broker.take() else { return Err("it does not run".into()) };
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(60) {
+            if child.try_wait().unwrap().is_some() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.clouds[cloud].broker = Some(child);
+        Err("the broker goes on".into())
+    }
+
     /// Starts a broker anew with `extra` in its configuration.
     pub fn reconfigure(&mut self, cloud: usize, extra: &str) {
         self.stop_broker(cloud, false);
@@ -226,7 +262,7 @@ impl World {
             let is_there = |m: &MemberView| m.state == "online" && m.trust == "trusted";
             w.members(cloud).iter().any(|m| m.jid.as_str().starts_with(&other.name) && is_there(m))
         };
-        self.wait("all members see each other", 30, |w| {
+        self.wait("all members see each other", 60, |w| {
             let clouds = || w.clouds.iter().enumerate();
             clouds().all(|(i, _)| clouds().all(|(j, other)| i == j || sees(w, i, other)))
         });

@@ -77,7 +77,8 @@ impl Process {
 }
 
 /// Starts QEMU in a session of its own, so that no signal meant for the broker reaches it, with
-/// its complaints going to a file. The record is durable before and after.
+/// its complaints going to a file. The record is durable before and after; on error no process is
+/// left, for nobody would know of it.
 pub fn spawn(system: &Path, argv: &[String], state_dir: &Path) -> io::Result<Process> {
     let log = OpenOptions::new()
         .create(true)
@@ -94,12 +95,25 @@ pub fn spawn(system: &Path, argv: &[String], state_dir: &Path) -> io::Result<Pro
     unsafe {
         command.pre_exec(|| Ok(rustix::process::setsid().map(drop)?));
     }
-    let child = command.spawn()?;
+    let mut child = command.spawn()?;
+    match recorded(&child, state_dir) {
+        Ok(handle) => Ok(Process { handle, child: Some(child) }),
+        Err(e) => {
+            let _ = child.start_kill();
+            while matches!(child.try_wait(), Ok(None)) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(e)
+        }
+    }
+}
+
+fn recorded(child: &Child, state_dir: &Path) -> io::Result<Handle> {
     let pid = child.id().and_then(|id| i32::try_from(id).ok()).ok_or(io::ErrorKind::NotFound)?;
     // Not yet awaited, the child keeps its number even if it has ended.
     let handle = Handle::open(pid)?;
     Record::of(pid)?.write(state_dir)?;
-    Ok(Process { handle, child: Some(child) })
+    Ok(handle)
 }
 
 /// What the driver has written down about a VM's process; the format is in `STATE.md`.
