@@ -14,6 +14,8 @@ mod peer;
 mod room;
 mod table;
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -42,6 +44,8 @@ pub struct Bench {
     pub table: Table,
     resident_bytes: u64,
     made: u32,
+    /// Refusals by kind that were looked at.
+    counted: RefCell<BTreeMap<String, u64>>,
 }
 
 fn missing_tool() -> bool {
@@ -68,7 +72,8 @@ fn a_member_that_misbehaves_at_any_step_does_no_harm() {
         Arc::new(tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap());
     let join = |name: &str| Peer::join(runtime.clone(), world.account(name), name, world.dir.path());
     let (mallory, victim) = (join("mallory"), join("victim"));
-    let mut bench = Bench { world, mallory, victim, table: Table::default(), resident_bytes: 0, made: 0 };
+    let (table, counted) = (Table::default(), RefCell::default());
+    let mut bench = Bench { world, mallory, victim, table, resident_bytes: 0, made: 0, counted };
     bench.world.wait("the played members are seen and trusted", 60, |w| {
         let members = w.members(0);
         ["mallory", "victim"].iter().all(|name| {
@@ -83,6 +88,7 @@ fn a_member_that_misbehaves_at_any_step_does_no_harm() {
     as_target::rows(&mut bench);
     room::rows(&mut bench);
 
+    bench.refusals_are_logged_once();
     bench.table.keep();
     let rows = bench.table.len();
     assert!(rows > 150, "{rows} rows");
@@ -145,12 +151,26 @@ impl Bench {
         left
     }
 
-    /// One line of the log at least says this reason for a refusal.
-    pub fn refused_for(&self, reason: &str) {
-        let told = |w: &World| {
-            w.log(0).lines().any(|line| line.contains("request refused") && line.contains(reason))
-        };
-        self.world.wait(&format!("the log says '{reason}'"), 20, told);
+    /// One more refusal of this kind was counted than when this was last asked, and it is in the log.
+    pub fn refused_for(&self, kind: &str) {
+        let count = |w: &World| w.status(0).refusals.by_kind.get(kind).copied().unwrap_or(0);
+        let before = self.counted.borrow().get(kind).copied().unwrap_or(0);
+        self.world.wait(&format!("a refusal is counted as {kind}"), 20, |w| count(w) > before);
+        self.counted.borrow_mut().insert(kind.to_owned(), count(&self.world));
+        let kind = format!("\"kind\":\"{kind}\"");
+        assert!(self.lines_with(&["request refused", &kind]) > 0, "{kind} is not in the log");
+    }
+
+    /// However often it happened: one line for each member, or account, and kind.
+    fn refusals_are_logged_once(&self) {
+        let mut told = BTreeMap::<(String, String), usize>::new();
+        for line in self.world.log(0).lines().filter(|line| line.contains("request refused")) {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            let word = |name: &str| line[name].as_str().unwrap_or_default().to_owned();
+            *told.entry((word("member"), word("kind"))).or_default() += 1;
+        }
+        let again: Vec<_> = told.iter().filter(|(_, lines)| **lines > 1).collect();
+        assert!(again.is_empty() && told.len() >= 8, "{told:?}");
     }
 
     /// How many lines of the log say this.

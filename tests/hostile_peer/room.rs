@@ -158,7 +158,7 @@ fn key_rows(bench: &mut Bench) {
         let answer = bench.mallory.ask_spoiled(matter, bench.mallory.reservation(matter), spoil);
         assert!(matches!(&answer, Err(RequestError::Refused { .. })), "{answer:?}");
     }
-    bench.refused_for("is pinned");
+    bench.refused_for("changed-key");
     bench.settled("a changed key");
     let mut none = bench.mallory.cloud();
     none.key = "no key".into();
@@ -166,7 +166,7 @@ fn key_rows(bench: &mut Bench) {
     bench.world.wait("the key is gone", 30, trust("no key"));
     let answer = bench.mallory.ask_spoiled(matter, bench.mallory.reservation(matter), Spoil::Nothing);
     assert!(matches!(&answer, Err(RequestError::Refused { .. })), "{answer:?}");
-    bench.refused_for("shows no identity key");
+    bench.refused_for("untrusted-key");
     bench.mallory.show(bench.mallory.cloud());
     bench.world.wait("the pinned key is seen again", 30, trust("trusted"));
     bench.table.row(
@@ -200,7 +200,7 @@ fn outsider(bench: &mut Bench) {
         matches!(&answer, Err(RequestError::Refused { condition, .. }) if condition == "forbidden"),
         "{answer:?}"
     );
-    bench.refused_for("no member in the room");
+    bench.refused_for("not-member");
     bench.settled("an outsider");
     bench.table.row("no member", "a sealed request to the known address", "refused: forbidden, and logged");
 }
@@ -264,7 +264,7 @@ fn expelled(bench: &mut Bench) {
             "{answer:?}"
         );
     }
-    bench.refused_for("no member in the room");
+    bench.refused_for("not-member");
     drop(asked);
     bench.cancel_all();
     assert!(moving.outcome().is_err());
