@@ -77,6 +77,7 @@ pub fn split(
                 view.problem =
                     Some(problem.next("its source goes on by itself; what was staged is kept a while"));
             }
+            ended(&view);
         }
         history.insert(view.progress.id, view);
     }

@@ -628,7 +628,7 @@ fn others_rows(bench: &mut Bench) {
     for (verb, request) in [("suspend", RequestBody::Suspend), ("stop", RequestBody::Stop)] {
         let matter = Matter { vm: own.id, ..Matter::new(1) };
         let (code, text) = denied(&bench.mallory.ask(matter, request));
-        assert_eq!(code, DenialCode::Unsupported);
+        assert_eq!(code, DenialCode::UnknownMigration);
         bench.table.row(&format!("source: {verb}"), "of a VM that the broker owns", text);
     }
 

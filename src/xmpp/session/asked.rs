@@ -11,6 +11,7 @@ use xmpp_parsers::jid::Jid;
 use xmpp_parsers::minidom::Element;
 use xmpp_parsers::stanza_error::{DefinedCondition, StanzaError};
 
+use crate::federation::Refused;
 use crate::migration::envelope::SEALED_BYTES_MAX;
 use crate::stanza::error::refusal;
 use crate::stanza::{Answer, Request, ns};
@@ -106,7 +107,8 @@ impl Session {
     fn refuse_outsider(&mut self, from: &Jid) -> Verdict {
         let refusal = self.strangers.refuse(from.to_bare().as_str(), Instant::now());
         if let Some(suppressed) = refusal.log {
-            tracing::warn!(%from, suppressed, "request refused: the sender is no member in the room");
+            let (kind, reason) = (Refused::NotMember, "the sender is no member in the room");
+            tracing::warn!(member = %from.to_bare(), %kind, reason, suppressed, "request refused");
         }
         if refusal.answer {
             Verdict::refuse(DefinedCondition::Forbidden, "only members of the federation may ask")
