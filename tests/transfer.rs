@@ -342,7 +342,7 @@ async fn the_cap_holds_and_changes_under_way() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_ticket_s_cap_holds_and_is_lifted_under_way() {
     let store = Store::new();
-    let mut keys: Vec<_> = (0..6).map(|i| store.add_pack(data::noise(i, 12 << 20))).collect();
+    let mut keys: Vec<_> = (0..12).map(|i| store.add_pack(data::noise(i, 12 << 20))).collect();
     keys.extend((100..3100).map(|i| store.add_block(data::noise(i, 4096))));
     let (source, target) = Broker::pair(store).await;
     let limiter = source.members.1.clone();
@@ -354,12 +354,18 @@ async fn a_ticket_s_cap_holds_and_is_lifted_under_way() {
     for mbit in [40, 16] {
         limiter.set_rate(Some(mbit * 1_000_000 / 8));
         sleep(Duration::from_millis(700)).await;
-        let (from, at) = (connection.stats().received_bytes, Instant::now());
-        sleep(Duration::from_secs(3)).await;
-        let moved = connection.stats().received_bytes - from;
-        let measured = moved as f64 * 8e-6 / at.elapsed().as_secs_f64();
-        println!("ticket capped at {mbit} Mbit/s: {measured:.2} Mbit/s of UDP payload arrived");
-        assert!((measured / mbit as f64 - 1.0).abs() < 0.08, "cap {mbit}, measured {measured}");
+        // On a busy machine less may come for a while, but never more.
+        let mut windows = Vec::new();
+        while windows.len() < 5 && !windows.last().is_some_and(|part| *part > 0.92) {
+            let (from, at) = (connection.stats().received_bytes, Instant::now());
+            sleep(Duration::from_secs(2)).await;
+            let moved = connection.stats().received_bytes - from;
+            let measured = moved as f64 * 8e-6 / at.elapsed().as_secs_f64();
+            println!("ticket capped at {mbit} Mbit/s: {measured:.2} Mbit/s of UDP payload arrived");
+            windows.push(measured / mbit as f64);
+        }
+        assert!(windows.iter().all(|part| *part < 1.08), "cap {mbit}, measured {windows:?}");
+        assert!(windows.iter().any(|part| *part > 0.92), "cap {mbit}, measured {windows:?}");
     }
     limiter.set_rate(None);
     fetch.await.unwrap().unwrap();
