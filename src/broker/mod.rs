@@ -227,6 +227,7 @@ impl Broker {
     }
 
     fn tick(&mut self) {
+        self.end_stalled();
         self.expire_leases();
         self.expire_interrupted();
         self.take_up_unfinished();

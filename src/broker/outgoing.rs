@@ -13,7 +13,7 @@ use crate::component::Recipe;
 use crate::fault;
 use crate::hypervisor::StopMode;
 use crate::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
-use crate::migration::message::{Initialization, Seed, StageAccount};
+use crate::migration::message::{Initialization, Progress, Seed, StageAccount};
 use crate::migration::source::{Effect, Event as SourceEvent, Phase, Source};
 use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
 use crate::transfer::{Limiter, Ticket};
@@ -35,6 +35,9 @@ const FIRMWARE_BYTES_MAX: usize = 48 << 10;
 /// How long a hand-over may be without a sign of the target before its owner is said to be in doubt.
 const IN_DOUBT_AFTER: Duration = Duration::from_secs(20);
 
+/// How long a VM stands still for a target whose copy comes no further.
+const STALLED_AFTER: Duration = Duration::from_secs(300);
+
 /// One migration this broker is the source of.
 pub struct Outgoing {
     pub(super) machine: Source,
@@ -54,6 +57,8 @@ pub struct Outgoing {
     phase_since: UnixMillis,
     /// When the target was last heard to be at it, or the hand-over began.
     heard: UnixMillis,
+    /// When its copy was last seen to come further, and how far it was.
+    advanced: (UnixMillis, Progress),
     /// What came of the last request, if not an answer that leads on.
     pub last_word: String,
     stopped_at: Option<UnixMillis>,
@@ -121,6 +126,7 @@ impl Broker {
             peer,
             phase_since: now,
             heard: now,
+            advanced: (now, Progress::default()),
             last_word: String::new(),
             stopped_at: None,
             subscribers: vec![events],
@@ -177,6 +183,7 @@ impl Broker {
                     view,
                     phase_since: now,
                     heard: given.since,
+                    advanced: (given.since, Progress::default()),
                     last_word: "this broker restarted and asks anew".into(),
                     stopped_at: None,
                     subscribers: Vec::new(),
@@ -264,6 +271,7 @@ impl Broker {
         }
         if before != after {
             run.heard = now;
+            run.advanced.0 = now;
         }
         let in_doubt = run.in_doubt(now);
         let p = &mut run.view.progress;
@@ -437,6 +445,17 @@ impl Broker {
         Some(BASE64.encode(packed))
     }
 
+    /// A guest stands still for its last pass: a target that does not get on with it gets no VM.
+    pub(super) fn end_stalled(&mut self) {
+        let now = self.shared.now();
+        let stalled = |run: &&Outgoing| {
+            matches!(run.machine.phase(), Phase::Staging(pass) if pass.last)
+                && now.since(run.advanced.0) > STALLED_AFTER
+        };
+        let ids: Vec<_> = self.outgoing.values().filter(stalled).map(|run| run.matter.migration).collect();
+        ids.into_iter().for_each(|id| self.outgoing_event(id, SourceEvent::Stalled));
+    }
+
     fn ask_target(&mut self, id: MigrationId, request: RequestBody) {
         let Some(run) = self.outgoing.get(&id) else { return };
         let (shared, peer, matter) = (self.shared.clone(), run.peer.clone(), run.matter);
@@ -467,6 +486,9 @@ impl Broker {
                 if let AnswerBody::Working(p) = &body {
                     let now = self.shared.now();
                     run.heard = now;
+                    if *p != run.advanced.1 {
+                        run.advanced = (now, p.clone());
+                    }
                     account::progress(&mut run.view.progress, p, now);
                 }
                 if let AnswerBody::Staged { account, .. } = &body {

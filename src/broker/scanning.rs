@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::disk::{self, Scan};
 use crate::hypervisor::{Ability, DiskChanges, DriverError, Period};
@@ -16,6 +16,9 @@ use crate::vm::{ChunkMap, VmSpec};
 
 use super::vms::{Busy, DiskPaths};
 use super::{Broker, Shared, negotiation, problem};
+
+/// How long a hypervisor that ends may take to let go of the disks.
+const DISKS_FREE_WITHIN: Duration = Duration::from_secs(5);
 
 /// A look at the disks, as the next one needs it.
 #[derive(Clone, Default)]
@@ -57,6 +60,10 @@ pub async fn look(
     last: bool,
 ) -> Result<Scanned, Denial> {
     let begun = Instant::now();
+    if last {
+        let disks = disks.clone();
+        negotiation::blocking(move || stands_still(&disks)).await?;
+    }
     // First the period of changes, then the reading: what is written meanwhile is in one of them.
     let (period, changes) = next_period(&shared, spec.id, &before, last).await;
     let since = changes.map(|changes| Since { disks: before.disks, changes });
@@ -68,6 +75,23 @@ pub async fn look(
         ms = begun.elapsed().as_millis() as u64, "disks scanned"
     );
     Ok(scanned)
+}
+
+/// Refuses where a hypervisor nobody knows of has a disk open: what it writes would be lost, and the
+/// VM would run twice. Those we know of have ended by now, or are about to. Blocking.
+fn stands_still(disks: &DiskPaths) -> Result<(), Denial> {
+    let begun = Instant::now();
+    for path in [&disks.root, &disks.user_data] {
+        while disk::is_in_use(path).map_err(|e| Denial::new(DenialCode::Content, problem::chain(&e)))? {
+            if begun.elapsed() > DISKS_FREE_WITHIN {
+                let why = format!("{} is in use by another process", path.display());
+                return Err(Denial::new(DenialCode::Busy, why)
+                    .next("end the process that has it open (fuser tells which), then move again"));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    Ok(())
 }
 
 /// Begins the next period, unless this is the last look, and tells what changed since the look

@@ -11,6 +11,7 @@
 
 mod error;
 mod image;
+mod in_use;
 mod index;
 mod mapping;
 pub mod overlay;
@@ -24,6 +25,7 @@ pub mod user_data;
 
 pub use error::DiskError;
 pub use image::DiskImage;
+pub use in_use::is_in_use;
 pub use index::BlockIndex;
 pub use overlay::{OverlayWriter, create_overlay};
 pub use qcow2::Qcow2;

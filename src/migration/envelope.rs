@@ -28,7 +28,8 @@ pub const SEALED_BYTES_MAX: usize = 128 << 10;
 pub const LIFETIME: Duration = Duration::from_secs(120);
 /// How far two clouds' clocks may differ.
 pub const SKEW: Duration = Duration::from_secs(120);
-/// Nonces remembered at once; beyond that new messages are refused rather than old ones forgotten.
+/// Nonces of one member remembered at once; beyond that its new messages are refused rather than old
+/// ones forgotten.
 const NONCES_MAX: usize = 100_000;
 /// Separates these signatures from every other use of the key.
 const CONTEXT: &[u8] = b"cicada negotiation 1\0";
@@ -159,21 +160,26 @@ impl<T> Envelope<T> {
 /// Remembers nonces for as long as their messages could be accepted.
 #[derive(Debug, Default)]
 pub struct ReplayGuard {
-    seen: BTreeMap<(MemberJid, String), UnixMillis>,
+    /// By sender: one that floods keeps nobody else out.
+    seen: BTreeMap<MemberJid, BTreeMap<String, UnixMillis>>,
     swept: UnixMillis,
 }
 
 impl ReplayGuard {
     /// Admits a message once.
     pub fn admit<T>(&mut self, e: &Envelope<T>, now: UnixMillis) -> Result<(), EnvelopeError> {
-        if now.since(self.swept) > Duration::from_secs(10) || self.seen.len() >= NONCES_MAX {
-            self.seen.retain(|_, expires| now <= expires.plus(SKEW));
+        if now.since(self.swept) > Duration::from_secs(10) {
+            for nonces in self.seen.values_mut() {
+                nonces.retain(|_, expires| now <= expires.plus(SKEW));
+            }
+            self.seen.retain(|_, nonces| !nonces.is_empty());
             self.swept = now;
         }
-        if self.seen.len() >= NONCES_MAX {
+        let nonces = self.seen.entry(e.from.clone()).or_default();
+        if nonces.len() >= NONCES_MAX {
             return Err(EnvelopeError::Flood);
         }
-        match self.seen.insert((e.from.clone(), e.nonce.clone()), e.expires) {
+        match nonces.insert(e.nonce.clone(), e.expires) {
             None => Ok(()),
             Some(_) => Err(EnvelopeError::Replay),
         }
@@ -242,5 +248,15 @@ mod tests {
         let mut guard = ReplayGuard::default();
         guard.admit(&e, now).unwrap();
         assert!(matches!(guard.admit(&e, now), Err(EnvelopeError::Replay)));
+
+        // One that floods is refused, and nobody else.
+        for n in 1..NONCES_MAX {
+            guard.admit(&Envelope { nonce: format!("{n:032x}"), ..e.clone() }, now).unwrap();
+        }
+        let more = Envelope { nonce: "f".repeat(32), ..e.clone() };
+        assert!(matches!(guard.admit(&more, now), Err(EnvelopeError::Flood)));
+        guard.admit(&Envelope { from: b, ..more.clone() }, now).unwrap();
+        let later = now.plus(LIFETIME + SKEW * 2);
+        guard.admit(&more, later).unwrap();
     }
 }

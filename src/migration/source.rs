@@ -80,6 +80,8 @@ pub enum Event {
     TookBack(Result<(), Denial>),
     /// The wait asked for is over.
     Timer,
+    /// The target answers, and brings its copy no further, while the VM stands still for it.
+    Stalled,
     Cancel,
 }
 
@@ -279,6 +281,10 @@ impl Source {
                 Answer::Staged { pass: n, account } if n == pass.number => self.staged(pass, account),
                 other => self.unexpected(other),
             },
+            (Phase::Staging(pass), Event::Stalled) if pass.last => {
+                let why = "the target brought its copy no further while the VM stood still for it";
+                self.abandon(Denial::new(DenialCode::Other, why))
+            }
             (Phase::Staging(pass), Event::Timer) => vec![Effect::AskInitialization(pass)],
             (Phase::Reserving, Event::Timer) => vec![Effect::AskReservation],
 
@@ -468,6 +474,20 @@ mod tests {
         s.step(Event::Scanned(Ok((map(), map()))));
         assert!(matches!(s.step(staged(3, 1 << 31))[..], [Effect::GiveUp(_)]));
         assert!(s.step(Event::Cancel).is_empty(), "too late");
+    }
+
+    #[test]
+    fn a_vm_stands_still_for_no_target_that_stalls() {
+        let mut s = until_staging(true);
+        assert!(s.step(Event::Stalled).is_empty(), "the VM runs");
+        s.step(staged(1, 0));
+        s.step(Event::Stopped(Ok(())));
+        s.step(Event::Scanned(Ok((map(), map()))));
+        let effects = s.step(Event::Stalled);
+        assert!(
+            matches!(effects[..], [Effect::TellCancel, Effect::Restart, Effect::Abandon(_)]),
+            "{effects:?}"
+        );
     }
 
     #[test]

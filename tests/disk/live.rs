@@ -73,3 +73,34 @@ fn a_disk_is_scanned_while_qemu_writes() {
         }
     }
 }
+
+#[test]
+fn a_disk_that_qemu_has_open_is_in_use() {
+    if !qemu::installed("a_disk_that_qemu_has_open_is_in_use") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let base = make_base(dir.path(), 1 << 20, 3);
+    let overlay = dir.path().join("overlay.qcow2");
+    create_overlay(&overlay, &base, 1 << 20).unwrap();
+    let raw = dir.path().join("user-data.raw");
+    std::fs::write(&raw, vec![7; 1 << 20]).unwrap();
+    assert!(!cicada::disk::is_in_use(&dir.path().join("nothing")).unwrap());
+    for (format, disk) in [("qcow2", &overlay), ("raw", &raw)] {
+        assert!(!cicada::disk::is_in_use(disk).unwrap(), "{format}");
+        let mut guest = Command::new("qemu-io")
+            .args(["-f", format, qemu::text(disk)])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let begun = std::time::Instant::now();
+        while !cicada::disk::is_in_use(disk).unwrap() {
+            assert!(begun.elapsed().as_secs() < 60, "{format}: not seen to be in use");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        drop(guest.stdin.take());
+        guest.wait().unwrap();
+        assert!(!cicada::disk::is_in_use(disk).unwrap(), "{format}");
+    }
+}
