@@ -153,7 +153,7 @@ fn take_request(body: &RequestBody) {
                 assert_eq!(recipe.encode(), bytes);
             }
         }
-        RequestBody::Start { hand_over, .. } => {
+        RequestBody::Start { hand_over, .. } | RequestBody::Withdraw { hand_over } => {
             if let Ok(record) = hand_over.verify() {
                 assert_eq!(record.clone().sign(&parties().0).record, hand_over.record, "one spelling");
             }

@@ -239,7 +239,8 @@ fn drive_source(was_running: bool, steps: impl Iterator<Item = (u8, u8)>) {
             11 => Event::Stopped(if kind & 1 == 0 { Ok(()) } else { Err(denial(kind)) }),
             12 => Event::GaveUp(if kind & 1 == 0 { Ok(hand_overs()[0].clone()) } else { Err(denial(kind)) }),
             13 => Event::TookBack(if kind & 1 == 0 { Ok(()) } else { Err(denial(kind)) }),
-            14 => Event::Timer,
+            14 if kind & 1 == 0 => Event::Timer,
+            14 => Event::Stalled,
             _ => Event::Cancel,
         };
         let before = machine.phase();
@@ -269,6 +270,8 @@ fn drive_source(was_running: bool, steps: impl Iterator<Item = (u8, u8)>) {
                 | Effect::AskReservation
                 | Effect::Scan { .. }
                 | Effect::AskInitialization(_)
+                | Effect::Suspend
+                | Effect::Resume
                 | Effect::Stop => assert!(!giving_up, "given up, and {effect:?}"),
                 Effect::Wait { .. } => {}
             }

@@ -631,6 +631,7 @@ fn journal(corpus: &Corpus<'_>) {
         from_key: parties().0.public(),
         receipt: receipt.clone(),
         acknowledged: false,
+        contested: None,
     });
     let put = |name: &str, selector, json: Vec<u8>| corpus.pick("journal", name, selector, &json);
     put("vm", 0, json(&record));
@@ -646,7 +647,7 @@ fn journal(corpus: &Corpus<'_>) {
         scrub_after: None,
     }));
     put("vm-given-up", 0, json(&record));
-    put("return", 2, json(&ReturnRecord { vm: spec().id, epoch: 2, hand_over: signed }));
+    put("return", 2, json(&ReturnRecord { vm: spec().id, epoch: 2, hand_over: Some(signed) }));
     let migration = r#"{"version":1,"view":{"progress":{"id":"02020202-0202-0202-0202-020202020202","vm":"web-1","vm_id":"01010101-0101-0101-0101-010101010101","role":"source","peer":"b@example.org","peer_cloud":"b","phase":"stage","detail":"","bytes_done":1,"bytes_total":2,"rate_bytes_per_s":3,"eta_s":4,"fraction":0.5,"started":5,"updated":6,"ended":false},"account":{}}}"#;
     put("migration", 1, migration.into());
     for (name, request) in [

@@ -83,7 +83,7 @@ pub fn journal(data: &[u8]) {
         1 => drop(serde_json::from_slice::<MigrationRecord>(json).map(|r| serde_json::to_vec(&r))),
         2 => {
             if let Some(record) = read_back::<ReturnRecord>(json) {
-                let _ = record.hand_over.verify();
+                let _ = record.hand_over.map(|signed| signed.verify());
             }
         }
         3 => drop(read_back::<Request>(json)),
