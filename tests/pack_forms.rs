@@ -147,8 +147,10 @@ fn a_new_version_travels_as_a_delta() {
     let pin = source.pin([id, base].map(ObjectId::Pack).into());
     source.gc(false, Duration::ZERO, &[]).unwrap();
     assert_eq!(files_below(&deltas), 0);
-    source.pack_form(&id, &[base], None).unwrap();
-    assert_eq!(source.prepare_delta(&id, &base).unwrap(), Some(strong));
+    let quick = source.pack_form(&id, &[base], None).unwrap().size_bytes;
+    let again = source.prepare_delta(&id, &base).unwrap().unwrap();
+    // The compressor is not the same to the byte when it is fed in other pieces.
+    assert!(again <= quick && again.abs_diff(strong) * 1000 < strong, "{quick}, {strong}, {again}");
 
     // Deltas go with their packs.
     drop(pin);
