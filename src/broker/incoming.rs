@@ -40,9 +40,9 @@ const BOOT_WATCH: Duration = Duration::from_secs(600);
 
 /// One migration this broker is the target of.
 pub struct Incoming {
-    pub(super) machine: Target,
-    pub(super) peer: Peer,
-    pub(super) matter: Matter,
+    machine: Target,
+    peer: Peer,
+    matter: Matter,
     spec: VmSpec,
     pub view: MigrationView,
     lease_until: UnixMillis,

@@ -60,7 +60,7 @@ impl Broker {
             let _ = reply.send(outcome(object, answer));
             return;
         }
-        let Some(run) = self.incoming.get(&id).filter(|run| run.machine.leased()) else {
+        let Some(run) = self.incoming.get(&id).filter(|run| run.is_leased()) else {
             let reason = match view.progress.ended {
                 true => format!("has ended: {}", view.progress.phase),
                 false => "the VM is already being handed over".to_owned(),
@@ -68,7 +68,8 @@ impl Broker {
             let _ = reply.send(Err(Problem::new(ProblemKind::Conflict, object, reason)));
             return;
         };
-        let (shared, peer, matter) = (self.shared.clone(), run.peer.clone(), run.matter);
+        let (matter, peer) = run.about();
+        let (shared, peer) = (self.shared.clone(), peer.clone());
         tokio::spawn(async move {
             let mut answer = Ok(AnswerBody::Suspending);
             for _ in 0..ASKED_MAX {
