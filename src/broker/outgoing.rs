@@ -105,6 +105,12 @@ impl Broker {
             let _ = reply.send(Err(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile")));
             return None;
         };
+        if entry.starting {
+            let object = format!("VM {}", entry.record.spec.name);
+            let problem = Problem::new(ProblemKind::Conflict, object, "is being started");
+            let _ = reply.send(Err(problem.next("move it when it runs")));
+            return None;
+        }
         let id = MigrationId::random();
         entry.busy = Some(Busy::Migration(id));
         let record = &entry.record;

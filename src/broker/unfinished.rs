@@ -111,7 +111,7 @@ impl Broker {
             let p = &cut.view.progress;
             let is_ours = self.vms.get(&p.vm_id).is_some_and(|vm| vm.record.is_here())
                 && self.contested(p.vm_id).is_none();
-            let is_busy = self.vms.get(&p.vm_id).is_some_and(|vm| vm.busy.is_some());
+            let is_busy = self.vms.get(&p.vm_id).is_some_and(|vm| vm.busy.is_some() || vm.starting);
             if !is_ours || p.attempt >= ATTEMPTS_MAX || cut.until < now {
                 let reason = "was cut short by a restart of this broker, and its target did not come back";
                 self.end_unfinished(cut.view, ProblemKind::Failed, reason.to_owned());

@@ -38,11 +38,13 @@ pub struct Vm {
     pub power_note: Option<String>,
     /// When it crashed or did not start, as far back as it counts.
     pub failures: Vec<UnixMillis>,
+    /// It is being started: a move would take it for one that stands still.
+    pub starting: bool,
 }
 
 impl Vm {
     pub fn new(record: VmRecord) -> Self {
-        Self { record, busy: None, power_note: None, failures: Vec::new() }
+        Self { record, busy: None, power_note: None, failures: Vec::new(), starting: false }
     }
 }
 
@@ -318,6 +320,7 @@ impl Broker {
                 tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "cannot record that it should run");
             }
         }
+        vm.starting = true;
         let Some(machine) = self.machine_of(id) else { return };
         let shared = self.shared.clone();
         tokio::spawn(async move {
@@ -325,13 +328,18 @@ impl Broker {
             if let Err(reason) = &result {
                 tracing::error!(vm = %machine.spec.name, reason, "does not start");
             }
-            shared.post(Input::apply(move |b| match arrival {
-                Some(migration) => b.arrival_started(migration, result),
-                None => {
-                    if result.is_err() {
-                        b.start_again(id);
+            shared.post(Input::apply(move |b| {
+                if let Some(vm) = b.vms.get_mut(&id) {
+                    vm.starting = false;
+                }
+                match arrival {
+                    Some(migration) => b.arrival_started(migration, result),
+                    None => {
+                        if result.is_err() {
+                            b.start_again(id);
+                        }
+                        b.presence_changed();
                     }
-                    b.presence_changed();
                 }
             }));
         });
