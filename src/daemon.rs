@@ -36,7 +36,7 @@ use crate::xmpp::{self, RequestError, XmppEvent};
 const EXIT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Runs a broker until a signal or a shutdown request ends it.
-pub async fn run(config: Config) -> Result<(), Problem> {
+pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
     let failed =
         |object: &str, e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, object, e);
     crate::fault::check_environment().map_err(|e| {
@@ -86,12 +86,18 @@ pub async fn run(config: Config) -> Result<(), Problem> {
         tickets,
         records,
         inbox: inbox.clone(),
+        versions: Default::default(),
         config,
     });
     let announcer = session.clone();
     let announce = move |broker: &Broker| announcer.set_presence(presence(broker));
     let broker =
         Broker::open(shared.clone(), members, Box::new(announce)).map_err(|e| failed("records", &e))?;
+
+    let broker = match after_restore {
+        true => broker.after_restore().map_err(|e| failed("records", &e))?,
+        false => broker,
+    };
 
     let listener = crate::api::bind(&socket).await?;
     let (stop_api, api_stopped) = tokio::sync::watch::channel(false);

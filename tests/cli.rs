@@ -231,6 +231,7 @@ fn a_receipt_is_checked_without_a_broker_and_by_the_keys_at_hand() {
         root_delta: cicada::types::MapId::of(b"delta"),
         user_data: cicada::types::MapId::of(b"data"),
         issued: cicada::clock::UnixMillis(1_700_000_000_000),
+        provenance: None,
     };
     let mut evidence = Evidence::from(hand_over.sign(&keys[0]).give_back(&keys[1]));
     evidence.remarks.push("\u{1b}[2Jhello".into());

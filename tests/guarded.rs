@@ -99,6 +99,7 @@ impl Home {
             tickets,
             records: Records::open(&config.cloud.data_dir).unwrap(),
             inbox: inbox.clone(),
+            versions: Default::default(),
             config,
         });
         let confirmed = BTreeMap::from(["a", "b"].map(|name| (jid(name), key(name).public())));
@@ -468,6 +469,7 @@ async fn every_attack_is_refused_and_counted_by_its_kind_and_sender() {
         root_delta: MapId::of(b"root"),
         user_data: MapId::of(b"data"),
         issued: now,
+        provenance: None,
     };
     for (source, target) in [("a", "b"), ("b", "home")] {
         let signed = hand_over(source, target).sign(&key(source));

@@ -148,6 +148,7 @@ fn start(
         tickets,
         records: Records::open(&config.cloud.data_dir).unwrap(),
         inbox: inbox.clone(),
+        versions: Default::default(),
         config,
     });
     let trusted = members.iter().filter(|(other, _)| *other != "stranger");

@@ -71,6 +71,7 @@ fn hand_overs() -> &'static [SignedHandOver] {
             root_delta: map(0).id(),
             user_data: map(0).id(),
             issued: UnixMillis(9),
+            provenance: None,
         };
         let key = &parties().0;
         vec![

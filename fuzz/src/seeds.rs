@@ -439,6 +439,7 @@ fn hand_over() -> HandOver {
         root_delta: MapId::of(b"d"),
         user_data: MapId::of(b"u"),
         issued: NOW,
+        provenance: None,
     }
 }
 

@@ -47,7 +47,7 @@ impl Broker {
                 Ok(Reply::Vms(vms.chain(self.aside_views()).collect()))
             }
             Request::VmShow { vm } => self.find_vm(&vm).map(|id| self.shown(id)),
-            Request::VmStart { vm } => match self.movable_vm(&vm) {
+            Request::VmStart { vm, unconfirmed, by_uid } => match self.startable_vm(&vm, unconfirmed, by_uid) {
                 Ok(id) => return self.start_vm(id, reply),
                 Err(p) => Err(p),
             },
@@ -530,8 +530,8 @@ mod tests {
     fn a_member_of_another_version_is_refused_with_what_to_do() {
         let jid = "b@x".parse().unwrap();
         assert!(speaks_with_us(&jid, "2,1").is_ok());
-        let problem = speaks_with_us(&jid, "3,2").unwrap_err();
+        let problem = speaks_with_us(&jid, "4,3").unwrap_err();
         assert_eq!(problem.kind, ProblemKind::Refused);
-        assert!(problem.reason.contains("\"3,2\"") && problem.next_step.contains("up to date"), "{problem}");
+        assert!(problem.reason.contains("\"4,3\"") && problem.next_step.contains("up to date"), "{problem}");
     }
 }

@@ -1,10 +1,11 @@
 //! The doubly signed records this cloud keeps for good, and how operators get them.
 
 use super::calls::Answer;
+use super::lineages::LAW;
 use super::problem::{Problem, ProblemKind, chain};
 use super::records::{RecordError, Records, VmRecord};
 use super::{Broker, Reply};
-use crate::migration::Evidence;
+use crate::migration::{Evidence, Lineage};
 use crate::types::MigrationId;
 
 impl Broker {
@@ -50,19 +51,25 @@ impl Broker {
 
 /// Keeps the receipts that `record` holds beyond it: at start, and before it is replaced or removed.
 pub fn keep_receipts(records: &Records, record: &VmRecord) -> Result<(), RecordError> {
-    let came = record.arrival.as_ref().map(|a| (a.migration, &a.receipt));
-    let went = record.given_up().and_then(|g| Some((g.migration, g.receipt.as_ref()?)));
-    for (migration, receipt) in came.into_iter().chain(went) {
+    for (migration, receipt) in LAW.outlive(record) {
         match records.receipt(migration) {
             Ok(Some(_)) => {}
-            Ok(None) => records.save_receipt(migration, receipt)?,
+            Ok(None) => records.save_receipt(migration, &receipt)?,
             Err(e) => {
                 tracing::warn!(%migration, error = chain(&e), "its receipt is damaged; written anew");
-                records.save_receipt(migration, receipt)?;
+                records.save_receipt(migration, &receipt)?;
             }
         }
     }
-    Ok(())
+    keep_lineage(records, &LAW.known(records.lineage(record.spec.id)?, Some(record)))
+}
+
+/// Makes a history durable, if it is not what is kept.
+pub fn keep_lineage(records: &Records, lineage: &Lineage) -> Result<(), RecordError> {
+    if lineage.is_empty() || records.lineage(lineage.vm()).is_ok_and(|kept| kept == *lineage) {
+        return Ok(());
+    }
+    records.save_lineage(lineage)
 }
 
 /// The one migration whose record is kept and whose id begins so.

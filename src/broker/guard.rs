@@ -29,6 +29,8 @@ const WORK_OF_MEMBER_MAX: usize = 8;
 const WORK_MAX: usize = 32;
 /// When a member that asks too much at once may ask again.
 const WORK_PAUSE: Duration = Duration::from_millis(500);
+/// New promises never to run a VM that was never here, for one member in a day: each is a file for good.
+const PROMISES: Allowance = Allowance::new(100.0, 100.0 / 86_400.0);
 /// Senders that a status names.
 const SENDERS_SHOWN: usize = 20;
 
@@ -48,6 +50,7 @@ pub type Work = (OwnedSemaphorePermit, OwnedSemaphorePermit);
 pub struct Guard {
     requests: Buckets<MemberJid>,
     warnings: Buckets<MemberJid>,
+    promises: Buckets<MemberJid>,
     work: HashMap<MemberJid, Arc<Semaphore>>,
     all_work: Arc<Semaphore>,
     pub refusals: Refusals,
@@ -58,6 +61,7 @@ impl Default for Guard {
         Self {
             requests: Buckets::new(MEMBERS_MAX),
             warnings: Buckets::new(MEMBERS_MAX),
+            promises: Buckets::new(MEMBERS_MAX),
             work: HashMap::new(),
             all_work: Arc::new(Semaphore::new(WORK_MAX)),
             refusals: Refusals::default(),
@@ -73,6 +77,11 @@ impl Guard {
             Err(wait) if self.warnings.take(from, &WARNINGS, now).is_ok() => Pace::Later(wait),
             Err(_) => Pace::Never,
         }
+    }
+
+    /// Whether one more promise may be recorded for the member's sake.
+    pub fn may_promise(&mut self, from: &MemberJid, now: UnixMillis) -> bool {
+        self.promises.take(from, &PROMISES, now).is_ok()
     }
 
     /// Begins an expensive request, unless as many are under way as may be.

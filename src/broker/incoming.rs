@@ -1,7 +1,6 @@
 //! Migrations that come to this cloud, and the answers to every request of another broker.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -11,21 +10,24 @@ use tokio_util::task::TaskTracker;
 use crate::clock::UnixMillis;
 use crate::fault;
 use crate::federation::Refused;
-use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, SignedHandOver};
+use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, Return, SignedHandOver};
+use crate::migration::envelope::VERSION_BEFORE;
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, StageAccount};
+use crate::migration::ownership::{Became, Given, Guest};
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
-use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, RequestBody};
+use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, Lineage, RequestBody};
 use crate::placement;
-use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
+use crate::types::{MemberJid, MigrationId, PublicKey, ReservationId, VmId};
 use crate::vm::VmSpec;
 
 use super::account::{self, new_view};
 use super::evidence;
 use super::guard::{self, Pace, Work};
 use super::interface::MigrationView;
+use super::lineages::{LAW, Offer, denial};
 use super::negotiation;
 use super::problem::{Problem, ProblemKind};
-use super::records::{Arrival, GivenUp, ReturnRecord, VmRecord};
+use super::records::ReturnRecord;
 use super::shared::{Matter, Peer, Shared};
 use super::staging::{self, StageJob, Staged, StagedDir};
 use super::vms::{Busy, Vm};
@@ -35,6 +37,8 @@ use super::{Broker, Input};
 const KEPT_AFTER_END: Duration = Duration::from_secs(120);
 /// Members asked to lend components for one migration.
 const LENDERS_MAX: usize = 4;
+/// Hand-overs remembered that wait for an operator because a record is damaged.
+const UNANSWERED_MAX: usize = 1000;
 /// How long a guest is watched for its ready line before its boot counts as unobserved.
 const BOOT_WATCH: Duration = Duration::from_secs(600);
 
@@ -58,6 +62,8 @@ pub struct Incoming {
     superseded: bool,
     /// Why it ended without a hand-over, if not by the machine's own reason.
     ended_because: Option<String>,
+    /// What its source shows of the VM's history.
+    pub(super) offer: Offer,
 }
 
 impl Incoming {
@@ -86,6 +92,13 @@ impl Incoming {
     fn dir(&self, shared: &Shared) -> StagedDir {
         let path = shared.records.vm_dir(self.matter.vm).join(&self.dir_name);
         StagedDir { path, tasks: self.tasks.clone() }
+    }
+    pub fn is_of(&self, peer: &Peer, vm: VmId) -> bool {
+        self.peer == *peer && self.matter.vm == vm
+    }
+    /// Its source asks: the lease runs anew.
+    pub fn is_asked(&mut self, lease_until: UnixMillis) {
+        self.lease_until = lease_until;
     }
     pub fn about(&self) -> (Matter, &Peer) {
         (self.matter, &self.peer)
@@ -135,19 +148,29 @@ impl Broker {
             return drop(reply.send(self.shared.answer(&request, guard::too_often(wait)).ok()));
         }
         let peer = Peer { jid: from, key };
-        if matches!(request.body, RequestBody::Configuration { .. } | RequestBody::Content { .. }) {
+        let is_work = |body: &RequestBody| {
+            use RequestBody::{Configuration, Content, Lineage, Owners};
+            matches!(body, Configuration { .. } | Content { .. } | Lineage { .. } | Owners { .. })
+        };
+        if is_work(&request.body) {
             let Some(work) = self.guard.begin_work(&peer.jid) else {
                 self.refuse(&peer.jid, Refused::RateLimit, &"it asks more at once than it may");
                 return drop(reply.send(self.shared.answer(&request, guard::too_much()).ok()));
             };
             return match request.body {
                 RequestBody::Content { .. } => self.answer_content(&peer, request, work, reply),
+                RequestBody::Lineage { .. } => self.answer_lineage(&peer, request, work, reply),
+                RequestBody::Owners { .. } => self.answer_owners(&peer, request, work, reply),
                 _ => self.answer_check(&peer, request, work, reply),
             };
         }
-        let answer = self.answer_request(&peer, &request);
-        self.note_denial(&peer.jid, &answer);
-        let _ = reply.send(self.shared.answer(&request, answer).ok());
+        match self.answer_request(&peer, &request) {
+            Answered::Now(answer) => {
+                self.note_denial(&peer.jid, &answer);
+                let _ = reply.send(self.shared.answer(&request, answer).ok());
+            }
+            Answered::Promised(promise, back) => self.promise_then(&peer, request, promise, back, reply),
+        }
     }
 
     /// A trusted member that speaks another version is told so, in ours.
@@ -180,7 +203,7 @@ impl Broker {
             return;
         }
         let room = self.room(&peer.jid, Some(spec.id));
-        let seed = self.vms.get(&spec.id).and_then(|vm| vm.record.given_up()).map(|g| g.seed);
+        let seed = self.vms.get(&spec.id).and_then(|vm| vm.record.given_up()).and_then(|g| g.seed);
         let bad = spec.check().err().map(|text| Denial::new(DenialCode::Other, text));
         let rules = self.policy_blockers(&peer.jid, spec);
         let (shared, spec) = (self.shared.clone(), spec.clone());
@@ -202,20 +225,25 @@ impl Broker {
         });
     }
 
-    fn answer_request(&mut self, peer: &Peer, request: &Envelope<RequestBody>) -> AnswerBody {
+    fn answer_request(&mut self, peer: &Peer, request: &Envelope<RequestBody>) -> Answered {
         let id = request.migration;
-        let known = self.incoming.get(&id).map(|run| run.peer == *peer && run.matter.vm == request.vm);
-        match (&request.body, known) {
+        let known = self.incoming.get(&id).map(|run| run.is_of(peer, request.vm));
+        let answer = match (&request.body, known) {
+            (RequestBody::Withdraw { hand_over }, None | Some(true)) => {
+                return self.answer_withdraw(peer, hand_over);
+            }
+            (RequestBody::Start { hand_over, .. }, None) => {
+                return self.start_unknown(peer, request, hand_over);
+            }
             (_, Some(false)) => deny(DenialCode::NotYours, "this migration is another member's"),
-            (RequestBody::Withdraw { hand_over }, _) => self.answer_withdraw(peer, hand_over),
             (RequestBody::Delete { boot_ms }, _) => self.answer_delete(peer, request, *boot_ms),
             (RequestBody::Suspend | RequestBody::Stop, _) => self.answer_steering(peer, request),
             (body, Some(true)) => self.incoming_event(id, TargetEvent::Asked(Box::new(body.clone()))),
             (RequestBody::Reservation { spec }, None) => self.reserve(peer, request, spec),
-            (RequestBody::Start { hand_over, .. }, None) => self.start_unknown(peer, request, hand_over),
             (RequestBody::Cancel { .. }, None) => AnswerBody::Cancelled,
             _ => deny(DenialCode::UnknownMigration, "no such migration here; the reservation may have ended"),
-        }
+        };
+        Answered::Now(answer)
     }
 
     fn reserve(&mut self, peer: &Peer, request: &Envelope<RequestBody>, spec: &VmSpec) -> AnswerBody {
@@ -224,6 +252,10 @@ impl Broker {
         }
         if let Err(text) = spec.check() {
             return deny(DenialCode::Other, &text);
+        }
+        if self.confirming.is_some() {
+            let text = "this cloud asks the others first what became of its VMs while it was away";
+            return AnswerBody::Denied(Denial::new(DenialCode::Busy, text).next("try again in a minute"));
         }
         fault::point("target-reserving");
         self.supersede(peer, spec.id);
@@ -235,16 +267,24 @@ impl Broker {
         if let Some(first) = blockers.into_iter().chain(rules).next() {
             return AnswerBody::Denied(first);
         }
-        let in_doubt = |vm: &Vm| vm.record.given_up().is_some_and(GivenUp::in_doubt);
-        if self.vms.get(&spec.id).is_some_and(in_doubt) {
-            return deny(DenialCode::Busy, "this cloud gave the VM up and still waits for the receipt");
-        }
         if request.epoch >= EPOCH_MAX {
             return deny(DenialCode::HandOver, "no VM has moved that often");
         }
-        let newest = self.vms.get(&spec.id).map_or(0, |vm| vm.record.seen_epoch());
-        if request.epoch < newest {
-            return deny(DenialCode::HandOver, "this cloud has seen a later epoch of the VM");
+        let known = match self.known(spec.id) {
+            Ok(known) => known,
+            Err(e) => {
+                tracing::error!(vm = %spec.id, error = super::problem::chain(&e), "a VM cannot come: what is known of it is damaged");
+                return deny(DenialCode::Other, "what is known of the VM here is damaged");
+            }
+        };
+        // Its history comes with the next messages, if its source keeps one.
+        let standing = self.standing(spec.id, &known);
+        let allowed = match request.version {
+            VERSION_BEFORE => LAW.offer(standing, &peer.jid, &peer.key, None).map(drop),
+            _ => LAW.may_arrive(standing),
+        };
+        if let Err(refusal) = allowed {
+            return AnswerBody::Denied(denial(&refusal));
         }
         let now = self.shared.now();
         let lease = self.shared.config.migration.lease;
@@ -257,10 +297,14 @@ impl Broker {
             vm: spec.id,
             epoch: request.epoch,
             recipe: spec.recipe,
+            reservation: ReservationId::random(),
+            known: known.tip().map(|tip| tip.id),
         };
+        let machine = Target::new(agreement, lease.as_secs());
+        let answer = machine.reserved();
         let cloud = self.members.cloud_of(&peer.jid);
         let run = Incoming {
-            machine: Target::new(agreement, lease.as_secs()),
+            machine,
             peer: peer.clone(),
             matter: Matter { migration: request.migration, vm: spec.id, epoch: request.epoch },
             view: new_view(request.migration, spec, "target", &peer.jid, cloud, now),
@@ -275,6 +319,7 @@ impl Broker {
             begun: now,
             superseded: false,
             ended_because: None,
+            offer: Offer::default(),
         };
         tracing::info!(migration = %request.migration, vm = %spec.name, from = %peer.jid, "reserved");
         // Found after a restart, it is known how it ended.
@@ -284,7 +329,7 @@ impl Broker {
         self.history.remove(&request.migration);
         self.incoming.insert(request.migration, run);
         self.presence_changed();
-        AnswerBody::Reserved { expires_in_s: lease.as_secs() }
+        answer
     }
 
     /// A source that asks anew for the same VM has forgotten its earlier migration.
@@ -308,69 +353,109 @@ impl Broker {
         peer: &Peer,
         request: &Envelope<RequestBody>,
         signed: &SignedHandOver,
-    ) -> AnswerBody {
+    ) -> Answered {
         match self.addressed(peer, signed) {
             Ok(h) if h.migration != request.migration || h.vm != request.vm => {
-                deny(DenialCode::HandOver, "the hand-over is for another migration or VM than the message")
+                let text = "the hand-over is for another migration or VM than the message";
+                Answered::Now(deny(DenialCode::HandOver, text))
             }
             Ok(h) => self.what_became_of(peer, &h, signed),
-            Err(denial) => AnswerBody::Denied(denial),
+            Err(denial) => Answered::Now(AnswerBody::Denied(denial)),
         }
     }
 
-    /// Our receipt if we took the VM over, else our promise never to run it under this epoch.
-    pub(super) fn what_became_of(
+    /// Our receipt if we took the VM over, else our word that we never will by this hand-over.
+    pub(super) fn what_became_of(&mut self, peer: &Peer, h: &HandOver, signed: &SignedHandOver) -> Answered {
+        let records = &self.shared.records;
+        let broken = |e: &dyn std::error::Error| Answered::Now(deny(DenialCode::Other, &super::problem::chain(e)));
+        let receipt = match records.receipt(h.migration) {
+            Ok(receipt) => receipt,
+            Err(e) => return broken(&e),
+        };
+        let promised = records.has_returned(h.vm, h.epoch, Some(&peer.key));
+        // What a history says does not matter here: only what this cloud itself recorded.
+        let known = Lineage::empty(h.vm);
+        let given = Given { promised, receipt: receipt.as_ref() };
+        let became = LAW.what_became_of(self.standing(h.vm, &known), given, h, signed);
+        // What was taken over after the backup was made is not known any more.
+        let lost = self.restored.is_some_and(|at| h.issued < at) && !promised;
+        match became {
+            Became::Void | Became::ToBePromised if lost => {
+                self.unanswered.insert(h.migration, (peer.clone(), signed.clone()));
+                let text = "the target was restored from a backup, and may have taken the VM over before: its \
+                            operator must promise never to run it with 'cicada migration resolve'";
+                Answered::Now(deny(DenialCode::Other, text))
+            }
+            Became::Taken(receipt) => {
+                let state = self.shared.driver.state(h.vm);
+                let running = state.is_ok_and(|s| s == crate::vm::PowerState::Running);
+                Answered::Now(AnswerBody::Started {
+                    receipt,
+                    running,
+                    problem: (!running).then(|| "it is not running at this moment".into()),
+                    account: StageAccount::default(),
+                })
+            }
+            Became::Other => {
+                Answered::Now(deny(DenialCode::HandOver, "another hand-over of this migration was taken"))
+            }
+            Became::Unknowable => {
+                self.unanswered.insert(h.migration, (peer.clone(), signed.clone()));
+                while self.unanswered.len() > UNANSWERED_MAX {
+                    self.unanswered.pop_first();
+                }
+                let text = "the target's record of the VM is damaged: its operator must restore it, or promise \
+                            never to run it with 'cicada migration resolve'";
+                Answered::Now(deny(DenialCode::Other, text))
+            }
+            Became::Void => Answered::Now(returned(signed.clone().give_back(&self.shared.key))),
+            Became::ToBePromised => {
+                let promise = ReturnRecord { vm: h.vm, epoch: h.epoch, hand_over: Some(signed.clone()) };
+                let back = signed.clone().give_back(&self.shared.key);
+                if promised {
+                    return Answered::Now(returned(back));
+                }
+                let is_new = !records.has_promised(h.vm, &peer.key);
+                if is_new && !self.guard.may_promise(&peer.jid, self.shared.now()) {
+                    let text = "as many hand-overs of VMs unknown here were returned as may be in one day";
+                    let wait = Duration::from_secs(3600);
+                    let denial = Denial::new(DenialCode::RateLimited, text).retry_after(wait);
+                    self.refuse(&peer.jid, Refused::RateLimit, &text);
+                    return Answered::Now(AnswerBody::Denied(denial));
+                }
+                Answered::Promised(promise, Box::new(back))
+            }
+        }
+    }
+
+    /// Records a promise, away from the owner task, and only then gives it.
+    fn promise_then(
         &mut self,
         peer: &Peer,
-        h: &HandOver,
-        signed: &SignedHandOver,
-    ) -> AnswerBody {
-        let arrived = self
-            .vms
-            .get(&h.vm)
-            .and_then(|vm| vm.record.arrival.as_ref())
-            .filter(|a| a.migration == h.migration);
-        let receipt = match (arrived, self.shared.records.receipt(h.migration)) {
-            // The operator gave back what was taken over, knowing the risk.
-            _ if self.shared.records.has_returned(h.vm, h.epoch, Some(&peer.key)) => None,
-            (Some(a), _) => Some(a.receipt.clone()),
-            (None, Ok(receipt)) => receipt,
-            (None, Err(e)) => return deny(DenialCode::Other, &super::problem::chain(&e)),
-        };
-        if let Some(receipt) = receipt {
-            if receipt.hand_over.record != signed.record {
-                return deny(DenialCode::HandOver, "another hand-over of this migration was taken");
-            }
-            let running = self.shared.driver.state(h.vm).is_ok_and(|s| s == crate::vm::PowerState::Running);
-            return AnswerBody::Started {
-                receipt,
-                running,
-                problem: (!running).then(|| "it is not running at this moment".into()),
-                account: StageAccount::default(),
+        request: Envelope<RequestBody>,
+        promise: ReturnRecord,
+        back: Box<Return>,
+        reply: oneshot::Sender<Option<Vec<u8>>>,
+    ) {
+        // It binds from here on, whatever becomes of the write.
+        self.promising.insert((promise.vm, peer.key));
+        let (shared, key) = (self.shared.clone(), peer.key);
+        tokio::task::spawn_blocking(move || {
+            fault::point("target-returning");
+            let answer = match shared.records.save_return(&promise, Some(&key)) {
+                Ok(()) => {
+                    fault::point("target-returned");
+                    tracing::info!(vm = %promise.vm, epoch = promise.epoch, "hand-over returned: it is never run here under this epoch");
+                    returned(*back)
+                }
+                Err(e) => deny(DenialCode::Other, &super::problem::chain(&e)),
             };
-        }
-        if self.aside.contains_key(&h.vm) && !self.shared.records.has_returned(h.vm, h.epoch, Some(&peer.key))
-        {
-            self.unanswered.insert(h.migration, (peer.clone(), signed.clone()));
-            let text = "the target's record of the VM is damaged: its operator must restore it, or promise \
-                        never to run it with 'cicada migration resolve'";
-            return deny(DenialCode::Other, text);
-        }
-        // The promise binds from here on, whatever happens to this process.
-        let promise = ReturnRecord { vm: h.vm, epoch: h.epoch, hand_over: Some(signed.clone()) };
-        let back = signed.clone().give_back(&self.shared.key);
-        fault::point("target-returning");
-        let kept = self.shared.records.save_return(&promise, Some(&peer.key));
-        match kept.and_then(|()| self.shared.records.save_returned(h.migration, &back)) {
-            Ok(()) => {
-                fault::point("target-returned");
-                tracing::info!(migration = %h.migration, vm = %h.vm, "hand-over returned: it is never run here under this epoch");
-                let denial =
-                    Denial::new(DenialCode::UnknownMigration, "the target had not taken the VM over");
-                AnswerBody::Returned { back, denial }
-            }
-            Err(e) => deny(DenialCode::Other, &super::problem::chain(&e)),
-        }
+            let vm = promise.vm;
+            let _ = reply.send(shared.answer(&request, answer).ok());
+            shared.post(Input::apply(move |b| {
+                b.promising.remove(&(vm, key));
+            }));
+        });
     }
 
     fn answer_delete(
@@ -558,57 +643,65 @@ impl Broker {
 
     /// From the moment the record is saved, the VM is ours.
     fn take_over(&mut self, id: MigrationId, signed: SignedHandOver) -> Result<Receipt, Denial> {
-        let fail = |text: String| Denial::new(DenialCode::HandOver, text);
+        let fail = |text: &str| Denial::new(DenialCode::HandOver, text);
         let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, super::problem::chain(e));
-        let run = self.incoming.get_mut(&id).ok_or_else(|| fail("unknown migration".into()))?;
-        let h = signed.verify().map_err(|e| fail(e.to_string()))?;
-        if self.shared.records.has_returned(h.vm, h.epoch, Some(&run.peer.key)) {
-            return Err(fail(format!("epoch {} of this VM was returned and will never run here", h.epoch)));
-        }
-        let previous = self.vms.get(&h.vm).map(|vm| vm.record.clone());
-        if previous.as_ref().is_some_and(|r| r.is_here() || r.seen_epoch() >= h.epoch) {
-            return Err(fail("this cloud has seen a later epoch of the VM".into()));
-        }
-        if self.aside.contains_key(&h.vm) {
-            return Err(fail("the record of this VM is damaged here".into()));
-        }
-        if !matches!(self.shared.records.receipt(id), Ok(None)) {
-            return Err(fail("this hand-over was taken before".into()));
-        }
+        let run = self.incoming.get(&id).ok_or_else(|| fail("unknown migration"))?;
+        let h = signed.verify().map_err(|e| fail(&e.to_string()))?;
+        let records = &self.shared.records;
+        let known = self.known(h.vm).map_err(|e| broken(&e))?;
+        let kept = records.receipt(id).map_err(|e| broken(&e))?;
+        let promised = records.has_returned(h.vm, h.epoch, Some(&run.peer.key))
+            || self.promising.contains(&(h.vm, run.peer.key));
+        let guest = Guest {
+            spec: run.spec.clone(),
+            components: run.component_names.clone(),
+            disks: run.dir_name.clone(),
+            // Should this process end here, the next one starts the VM.
+            run: run.machine.run(),
+            reservation: run.machine.agreement().reservation,
+            now: self.shared.now(),
+            grace: self.shared.config.migration.grace_period,
+        };
+        let given = Given { promised, receipt: kept.as_ref() };
+        let taken = LAW.take_over(
+            self.standing(h.vm, &known),
+            given,
+            run.offer.lineage.as_ref(),
+            signed,
+            &self.shared.key,
+            guest,
+        );
+        let (record, lineage) = taken.map_err(|refusal| {
+            if refusal.is_false_claim() {
+                let peer = run.peer.jid.clone();
+                tracing::warn!(migration = %id, vm = %h.vm, from = %peer, reason = super::problem::chain(&refusal), "not taken over");
+            }
+            denial(&refusal)
+        })?;
         // The record to come forgets how the VM arrived before.
-        if let Some(previous) = &previous {
-            evidence::keep_receipts(&self.shared.records, previous).map_err(|e| broken(&e))?;
+        if let Some(previous) = self.vms.get(&h.vm) {
+            evidence::keep_receipts(records, &previous.record).map_err(|e| broken(&e))?;
         }
-        let receipt = signed.accept(&self.shared.key);
-        let mut record =
-            VmRecord::new(run.spec.clone(), run.component_names.clone(), &run.dir_name, self.shared.now());
-        record.epoch = h.epoch;
-        // Should this process end here, the next one starts the VM.
-        record.run = run.machine.run();
-        record.arrival = Some(Arrival {
-            migration: id,
-            from: run.peer.jid.clone(),
-            from_key: run.peer.key,
-            receipt: receipt.clone(),
-            acknowledged: false,
-            contested: None,
-        });
+        self.keep_lineage(&lineage).map_err(|e| broken(&e))?;
+        let Some(receipt) = record.arrival.as_ref().map(|a| a.receipt.clone()) else {
+            return Err(fail("no receipt was made"));
+        };
         fault::point("target-taking-over");
-        self.shared.records.save_ownership(&record).map_err(|e| broken(&e))?;
+        records.save_ownership(&record).map_err(|e| broken(&e))?;
         fault::point("target-taken-over");
         // Not before: a receipt that is kept is given to whoever asks.
-        if let Err(e) = self.shared.records.save_receipt(id, &receipt) {
+        if let Err(e) = records.save_receipt(id, &receipt) {
             tracing::warn!(migration = %id, error = super::problem::chain(&e), "the receipt lies in the VM's record alone");
         }
-        run.staged = None;
+        if let Err(e) = self.keep_lineage(&LAW.known(lineage, Some(&record))) {
+            tracing::warn!(migration = %id, error = super::problem::chain(&e), "the last link of its history lies in the VM's record alone");
+        }
         tracing::info!(migration = %id, vm = %record.spec.name, epoch = h.epoch, "taken over");
         // Nothing else may begin before it was started.
         let busy = record.run.then_some(Busy::Verb("starting"));
         self.vms.insert(h.vm, Vm { busy, ..Vm::new(record) });
-        // The copy from before it left is older than what is ours now.
-        if let Some(old) = previous {
-            let dir: PathBuf = self.shared.records.vm_dir(h.vm).join(&old.disks);
-            tokio::task::spawn_blocking(move || staging::scrub_dir(&dir));
+        if let Some(run) = self.incoming.get_mut(&id) {
+            run.staged = None;
         }
         Ok(receipt)
     }
@@ -639,8 +732,8 @@ impl Broker {
 
     pub(super) fn acknowledged(&mut self, id: MigrationId, vm: VmId) {
         let Some(entry) = self.vms.get_mut(&vm) else { return };
-        if let Some(a) = entry.record.arrival.as_mut().filter(|a| a.migration == id && !a.acknowledged) {
-            (a.acknowledged, a.contested) = (true, None);
+        if let Some(record) = LAW.acknowledge(&entry.record, id) {
+            entry.record = record;
             if let Err(e) = self.shared.records.save_vm(&entry.record) {
                 tracing::warn!(vm = %vm, error = super::problem::chain(&e), "acknowledgement not recorded");
             }
@@ -724,6 +817,18 @@ impl Broker {
             self.run_errand(peer, matter, RequestBody::Delete { boot_ms: None });
         }
     }
+}
+
+/// How a request is answered.
+pub(super) enum Answered {
+    Now(AnswerBody),
+    /// With the return, once this promise is durable.
+    Promised(ReturnRecord, Box<Return>),
+}
+
+fn returned(back: Return) -> AnswerBody {
+    let denial = Denial::new(DenialCode::UnknownMigration, "the target had not taken the VM over");
+    AnswerBody::Returned { back, denial }
 }
 
 fn deny(code: DenialCode, text: &str) -> AnswerBody {

@@ -104,6 +104,12 @@ pub enum Request {
     },
     VmStart {
         vm: String,
+        /// Start it although members that may know more of its owner did not say.
+        #[serde(default)]
+        unconfirmed: bool,
+        /// Filled in by the API.
+        #[serde(default)]
+        by_uid: Option<u32>,
     },
     VmStop {
         vm: String,
@@ -166,7 +172,7 @@ pub enum Request {
 impl Request {
     /// Notes who asks, where that is kept.
     pub fn asked_by(&mut self, uid: Option<u32>) {
-        if let Request::MigrationResolve { by_uid, .. } = self {
+        if let Request::MigrationResolve { by_uid, .. } | Request::VmStart { by_uid, .. } = self {
             *by_uid = uid;
         }
     }

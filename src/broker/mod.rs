@@ -8,6 +8,7 @@ pub mod archive;
 pub mod aside;
 mod borrowing;
 mod calls;
+pub mod continuity;
 pub mod content;
 mod errands;
 mod evidence;
@@ -17,9 +18,11 @@ pub mod healing;
 mod incoming;
 pub mod interface;
 mod lending;
+mod lineages;
 pub mod negotiation;
 pub mod optimize;
 mod outgoing;
+mod owners;
 pub mod problem;
 pub mod receiving;
 pub mod records;
@@ -34,19 +37,21 @@ mod unfinished;
 mod vms;
 mod waiting;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
+use crate::clock::UnixMillis;
 use crate::migration::ReplayGuard;
+use crate::migration::envelope::common_version;
 use crate::migration::handover::SignedHandOver;
 use crate::migration::source::Event as SourceEvent;
 use crate::migration::target::Event as TargetEvent;
 use crate::placement::{NetworkOffer, Room};
-use crate::types::{MemberJid, MigrationId, VmId, VmName};
+use crate::types::{MemberJid, MigrationId, PublicKey, VmId, VmName};
 use crate::vm::PowerState;
 
 pub use interface::{Event, Reply, Request};
@@ -54,6 +59,7 @@ pub use problem::{Problem, ProblemKind};
 pub use shared::{Link, LinkError, Shared};
 pub use vms::READY_LINE;
 
+use continuity::Continuity;
 use guard::Guard;
 use incoming::Incoming;
 use interface::{Account, MigrationView, Resource};
@@ -138,6 +144,21 @@ pub struct Broker {
     errands: BTreeMap<MigrationId, errands::Errand>,
     /// Hand-overs to us that cannot be answered: the VM's record is damaged.
     unanswered: BTreeMap<MigrationId, (Peer, SignedHandOver)>,
+    /// Promises that are being written: of which VM, to whose key.
+    promising: HashSet<(VmId, PublicKey)>,
+    /// VMs of ours that another member runs as well.
+    disputes: BTreeMap<VmId, owners::Dispute>,
+    /// Members that were asked since they came online.
+    met: BTreeSet<MemberJid>,
+    met_at: UnixMillis,
+    /// Set until those that may know more than the records here were asked.
+    confirming: Option<owners::Confirming>,
+    continuity: Continuity,
+    /// Changes of records that its mark knows of.
+    noted: u64,
+    /// Records of before this time came from a backup.
+    restored: Option<UnixMillis>,
+    after_restore: bool,
     idle: Idle,
     rates: Rates,
     lent: Lent,
@@ -159,6 +180,12 @@ impl Broker {
         for d in &damaged {
             tracing::error!(vm = %d.vm, reason = d.reason, "set aside: it is not run, and its disks are not touched");
         }
+        let mut vms = vms;
+        for record in &mut vms {
+            if let Err(e) = lineages::complete(&shared, record) {
+                tracing::error!(vm = %record.spec.name, error = problem::chain(&e), "it cannot move: its history is damaged");
+            }
+        }
         for record in &vms {
             if let Err(e) = evidence::keep_receipts(&shared.records, record) {
                 tracing::warn!(vm = %record.spec.name, error = problem::chain(&e), "a receipt lies in its record alone");
@@ -173,6 +200,8 @@ impl Broker {
         };
         let (history, unfinished) = unfinished::split(shared.records.migrations()?, &vms, shared.now(), note);
         let idle = Idle::new(shared.now());
+        let continuity = Continuity::of(shared.records.dir());
+        let restored = shared.records.restored()?;
         Ok(Self {
             shared,
             members,
@@ -189,6 +218,15 @@ impl Broker {
             resolutions: resolutions.into_iter().map(|r| (r.migration, r)).collect(),
             errands: BTreeMap::new(),
             unanswered: BTreeMap::new(),
+            promising: HashSet::new(),
+            disputes: BTreeMap::new(),
+            met: BTreeSet::new(),
+            met_at: UnixMillis(0),
+            confirming: None,
+            continuity,
+            noted: 0,
+            restored,
+            after_restore: false,
             idle,
             rates: Rates::default(),
             lent: Lent::default(),
@@ -198,6 +236,15 @@ impl Broker {
         })
     }
 
+    /// The records came from a backup, its operator says: everybody is asked before a VM is run, and
+    /// hand-overs of before are not returned by themselves.
+    pub fn after_restore(mut self) -> Result<Self, RecordError> {
+        let now = self.shared.now();
+        self.shared.records.save_restored(now)?;
+        (self.restored, self.after_restore) = (Some(now), true);
+        Ok(self)
+    }
+
     /// The owner task. Ends at [`Input::Shutdown`]; VMs keep running.
     pub async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Input>) {
         self.find_leftovers();
@@ -205,7 +252,11 @@ impl Broker {
         self.resume_resolutions();
         self.resume_outgoing();
         self.resume_incoming();
+        let digest = continuity::digest(self.vms.values().map(|vm| &vm.record));
+        let restored = self.after_restore || self.continuity.is_broken(digest);
+        self.begin_confirming(restored, self.continuity.is_unbroken(digest));
         self.start_wanted();
+        self.noted = u64::MAX;
         while let Some(input) = inbox.recv().await {
             match input {
                 Input::Call { request, events, reply } => self.call(request, events, reply),
@@ -218,6 +269,7 @@ impl Broker {
                 Input::Tick => self.tick(),
                 Input::Shutdown => break,
             }
+            self.note_continuity();
             if std::mem::take(&mut self.announce_wanted) {
                 (self.announce)(&self);
             }
@@ -228,6 +280,9 @@ impl Broker {
 
     fn tick(&mut self) {
         self.end_stalled();
+        self.review_confirming();
+        self.meet_members();
+        self.warn_unconfirmed();
         self.expire_leases();
         self.expire_interrupted();
         self.take_up_unfinished();
@@ -250,9 +305,12 @@ impl Broker {
                     tracing::warn!(error = problem::chain(&e), "a key pinned on first use is not recorded");
                 }
                 self.admit_members();
+                let spoken = common_version(self.members.versions_of(&jid));
+                self.shared.versions.note(&jid, spoken);
                 if !was_online && self.members.is_online(&jid) {
                     self.hurry_errands(&jid);
                 }
+                self.meet(&jid);
             }
             RoomInput::Removed(member) => {
                 let key = self.members.get(&member).and_then(|m| m.key);

@@ -12,18 +12,20 @@ use crate::clock::UnixMillis;
 use crate::component::Recipe;
 use crate::fault;
 use crate::hypervisor::StopMode;
-use crate::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
-use crate::migration::message::{Initialization, Progress, Seed, StageAccount};
+use crate::migration::handover::{Receipt, Return, SignedHandOver};
+use crate::migration::message::{Initialization, Seed, StageAccount};
+use crate::migration::ownership::Gift;
 use crate::migration::source::{Effect, Event as SourceEvent, Phase, Source};
 use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
 use crate::transfer::{Limiter, Ticket};
-use crate::types::{CloudName, MigrationId, NodeHash, VmId, hex};
+use crate::types::{CloudName, MigrationId, NodeHash, ReservationId, VmId};
 
 use super::account::{self, new_view};
+use super::evidence;
 use super::interface::{Event, MigrationView, Reply, Side};
+use super::lineages::{self, LAW};
 use super::negotiation::{self, Checked};
 use super::problem::{Problem, ProblemKind};
-use super::records::{GivenUp, Ownership};
 use super::scanning::{self, Looked, Scanned};
 use super::serving::Served;
 use super::shared::{AskError, Matter, Peer};
@@ -35,8 +37,12 @@ const FIRMWARE_BYTES_MAX: usize = 48 << 10;
 /// How long a hand-over may be without a sign of the target before its owner is said to be in doubt.
 const IN_DOUBT_AFTER: Duration = Duration::from_secs(20);
 
-/// How long a VM stands still for a target whose copy comes no further.
+/// How long a VM stands still for a target that fetches nothing, and how long a pass may last in which it
+/// composes, and fetches nothing, while the VM runs or is off anyway.
 const STALLED_AFTER: Duration = Duration::from_secs(300);
+const PASS_STALLED_AFTER: Duration = Duration::from_secs(1800);
+/// Fetching less than this is fetching nothing: a target that takes a byte a minute gets no VM.
+const ADVANCE_BYTES: u64 = 64 << 10;
 
 /// One migration this broker is the source of.
 pub struct Outgoing {
@@ -48,6 +54,8 @@ pub struct Outgoing {
     component_names: Vec<String>,
     ticket: Ticket,
     limiter: Limiter,
+    /// The target's reservation; none if it speaks the version before.
+    reservation: Option<ReservationId>,
     checked: Option<Checked>,
     nodes: HashSet<NodeHash>,
     /// The last look at the disks.
@@ -57,11 +65,13 @@ pub struct Outgoing {
     phase_since: UnixMillis,
     /// When the target was last heard to be at it, or the hand-over began.
     heard: UnixMillis,
-    /// When its copy was last seen to come further, and how far it was.
-    advanced: (UnixMillis, Progress),
+    /// When the target was last seen to fetch something, and how much had been sent to it then.
+    advanced: (UnixMillis, u64),
     /// What came of the last request, if not an answer that leads on.
     pub last_word: String,
     stopped_at: Option<UnixMillis>,
+    /// Its guest was held still before.
+    was_held: bool,
     subscribers: Vec<mpsc::Sender<Event>>,
     waiters: Vec<oneshot::Sender<Result<Reply, Problem>>>,
 }
@@ -77,6 +87,11 @@ pub struct Course {
 }
 
 impl Outgoing {
+    /// Whether its guest is held for the first time.
+    pub fn first_held(&mut self) -> bool {
+        !std::mem::replace(&mut self.was_held, true)
+    }
+
     /// Whether it is not known who owns the VM: it was given away, and the target does not say.
     pub fn in_doubt(&self, now: UnixMillis) -> bool {
         self.machine.phase() == Phase::HandingOver && now.since(self.heard) >= IN_DOUBT_AFTER
@@ -105,10 +120,10 @@ impl Broker {
             let _ = reply.send(Err(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile")));
             return None;
         };
-        if entry.starting {
+        if let Err(refusal) = LAW.may_move(&entry.record, entry.hold(), entry.confirmed) {
             let object = format!("VM {}", entry.record.spec.name);
-            let problem = Problem::new(ProblemKind::Conflict, object, "is being started");
-            let _ = reply.send(Err(problem.next("move it when it runs")));
+            let problem = Problem::new(ProblemKind::Conflict, object, refusal.to_string());
+            let _ = reply.send(Err(problem.next("see 'cicada vm show'; move it when nothing holds it")));
             return None;
         }
         let id = MigrationId::random();
@@ -124,6 +139,7 @@ impl Broker {
             component_names: record.components.clone(),
             ticket,
             limiter: Limiter::unlimited(),
+            reservation: None,
             checked: None,
             nodes: HashSet::new(),
             looked: Looked::default(),
@@ -132,9 +148,10 @@ impl Broker {
             peer,
             phase_since: now,
             heard: now,
-            advanced: (now, Progress::default()),
+            advanced: (now, 0),
             last_word: String::new(),
             stopped_at: None,
+            was_held: false,
             subscribers: vec![events],
             waiters: vec![reply],
         };
@@ -182,6 +199,7 @@ impl Broker {
                     component_names: record.components.clone(),
                     ticket,
                     limiter: Limiter::unlimited(),
+                    reservation: None,
                     checked: None,
                     nodes: HashSet::new(),
                     looked: Looked::default(),
@@ -189,9 +207,10 @@ impl Broker {
                     view,
                     phase_since: now,
                     heard: given.since,
-                    advanced: (given.since, Progress::default()),
+                    advanced: (given.since, 0),
                     last_word: "this broker restarted and asks anew".into(),
                     stopped_at: None,
+                    was_held: false,
                     subscribers: Vec::new(),
                     waiters: Vec::new(),
                 },
@@ -351,7 +370,21 @@ impl Broker {
             }
             Effect::AskReservation => {
                 let Some(entry) = self.vms.get(&vm) else { return };
-                self.ask_target(id, RequestBody::Reservation { spec: entry.record.spec.clone() });
+                let spec = entry.record.spec.clone();
+                match self.known(vm) {
+                    Ok(lineage) => {
+                        tokio::spawn(async move {
+                            let answer = lineages::reserve(&shared, &peer, matter, spec, &lineage).await;
+                            shared.post(Input::apply(move |b| b.outgoing_answered(id, answer)));
+                        });
+                    }
+                    Err(e) => {
+                        let denial = Denial::new(DenialCode::Other, super::problem::chain(&e))
+                            .next("restore the VM's file below lineages/ from a backup");
+                        let denied = SourceEvent::Answered(Box::new(AnswerBody::Denied(denial)));
+                        shared.post(Input::Outgoing(id, denied));
+                    }
+                }
             }
             Effect::AskInitialization(pass) => {
                 run.pass = Some(pass);
@@ -454,9 +487,17 @@ impl Broker {
     /// A guest stands still for its last pass: a target that does not get on with it gets no VM.
     pub(super) fn end_stalled(&mut self) {
         let now = self.shared.now();
+        for run in self.outgoing.values_mut() {
+            let sent = run.limiter.sent_bytes();
+            if sent >= run.advanced.1.saturating_add(ADVANCE_BYTES) {
+                run.advanced = (now, sent);
+            }
+        }
         let stalled = |run: &&Outgoing| {
-            matches!(run.machine.phase(), Phase::Staging(pass) if pass.last)
-                && now.since(run.advanced.0) > STALLED_AFTER
+            let Phase::Staging(pass) = run.machine.phase() else { return false };
+            let stands_still = pass.last && run.machine.was_running();
+            let limit = if stands_still { STALLED_AFTER } else { PASS_STALLED_AFTER };
+            now.since(run.advanced.0) > limit
         };
         let ids: Vec<_> = self.outgoing.values().filter(stalled).map(|run| run.matter.migration).collect();
         ids.into_iter().for_each(|id| self.outgoing_event(id, SourceEvent::Stalled));
@@ -478,23 +519,28 @@ impl Broker {
             Ok(AnswerBody::Started { .. }) => fault::point("source-start-answered"),
             _ => {}
         }
+        let fits = |receipt: &Receipt| {
+            let vm = self.outgoing.get(&id).and_then(|run| self.vms.get(&run.matter.vm));
+            vm.is_some_and(|vm| LAW.receipt_fits(&vm.record, receipt).is_ok())
+        };
+        let is_false = matches!(&answer, Ok(AnswerBody::Started { receipt, .. }) if !fits(receipt));
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let event = match answer {
-            Ok(AnswerBody::Started { ref receipt, .. }) if !receipt_fits(receipt, run) => {
+            Ok(AnswerBody::Started { .. }) if is_false => {
                 run.last_word = "its receipt is for something else".into();
                 tracing::warn!(migration = %id, peer = %run.peer.jid, "answered with a receipt that does not fit; ignored");
                 SourceEvent::Unanswered
             }
             Ok(body) => {
+                if let AnswerBody::Reserved { reservation, .. } = &body {
+                    run.reservation = *reservation;
+                }
                 if let AnswerBody::Denied(d) = &body {
                     run.last_word = format!("it denied: {}", d.text);
                 }
                 if let AnswerBody::Working(p) = &body {
                     let now = self.shared.now();
                     run.heard = now;
-                    if *p != run.advanced.1 {
-                        run.advanced = (now, p.clone());
-                    }
                     account::progress(&mut run.view.progress, p, now);
                 }
                 if let AnswerBody::Staged { account, .. } = &body {
@@ -558,32 +604,23 @@ impl Broker {
     fn give_up(&mut self, id: MigrationId, pass: Pass) -> Result<SignedHandOver, Denial> {
         let missing = || Denial::new(DenialCode::Other, "the VM's record is gone");
         let run = self.outgoing.get(&id).ok_or_else(missing)?;
-        let entry = self.vms.get_mut(&run.matter.vm).ok_or_else(missing)?;
-        let hand_over = HandOver {
-            vm: run.matter.vm,
+        let vm = run.matter.vm;
+        let gift = Gift {
             migration: id,
-            epoch: entry.record.epoch + 1,
             source: self.shared.me.clone(),
             source_key: self.shared.key.public(),
             target: run.peer.jid.clone(),
             target_key: run.peer.key,
-            recipe: entry.record.spec.recipe,
-            root_delta: pass.root_delta.id(),
-            user_data: pass.user_data.id(),
-            issued: self.shared.now(),
-        };
-        let mut record = entry.record.clone();
-        record.ownership = Ownership::GivenUp(Box::new(GivenUp {
-            migration: id,
-            to: run.peer.jid.clone(),
-            to_key: run.peer.key,
-            record: hex::encode(&hand_over.encode()),
-            was_running: run.machine.was_running(),
-            since: self.shared.now(),
+            reservation: run.reservation,
             seed: Seed { root_delta: pass.root_delta, user_data: pass.user_data },
-            receipt: None,
-            scrub_after: None,
-        }));
+            was_running: run.machine.was_running(),
+            now: self.shared.now(),
+        };
+        let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, super::problem::chain(e));
+        let known = self.known(vm).map_err(|e| broken(&e))?;
+        let entry = self.vms.get_mut(&vm).ok_or_else(missing)?;
+        let (record, hand_over) =
+            LAW.give_up(&entry.record, &known, gift).map_err(|refusal| lineages::denial(&refusal))?;
         fault::point("source-giving-up");
         self.shared
             .records
@@ -600,21 +637,22 @@ impl Broker {
     fn take_back(&mut self, id: MigrationId, back: Return) -> Result<(), Denial> {
         let refuse = |text: String| Denial::new(DenialCode::HandOver, text);
         let run = self.outgoing.get(&id).ok_or_else(|| refuse("unknown".into()))?;
-        let h = back.verify().map_err(|e| refuse(e.to_string()))?;
-        let entry = self.vms.get_mut(&run.matter.vm).ok_or_else(|| refuse("unknown VM".into()))?;
-        let given = entry.record.given_up().ok_or_else(|| refuse("not given up".into()))?;
-        if given.hand_over().ok().as_ref() != Some(&h) {
-            return Err(refuse("the return is for another hand-over".into()));
-        }
-        let mut record = entry.record.clone();
-        record.ownership = Ownership::Here;
-        record.epoch = h.epoch + 1;
+        let vm = run.matter.vm;
+        let known = self.known(vm).map_err(|e| refuse(super::problem::chain(&e)))?;
+        let entry = self.vms.get(&vm).ok_or_else(|| refuse("unknown VM".into()))?;
+        let (record, known) = LAW
+            .take_back(&entry.record, &known, &back)
+            .map_err(|refusal| lineages::denial(&refusal))?;
         // Only evidence: without it the target would be asked again, and give it again.
         self.shared.records.save_returned(id, &back).map_err(|e| refuse(super::problem::chain(&e)))?;
+        // Then the history, which is ahead of the record for a moment: both are facts by now.
+        self.keep_lineage(&known).map_err(|e| refuse(super::problem::chain(&e)))?;
         fault::point("source-taking-back");
         self.shared.records.save_ownership(&record).map_err(|e| refuse(super::problem::chain(&e)))?;
         fault::point("source-taken-back");
-        entry.record = record;
+        if let Some(entry) = self.vms.get_mut(&vm) {
+            entry.record = record;
+        }
         Ok(())
     }
 
@@ -647,9 +685,14 @@ impl Broker {
             tracing::warn!(migration = %id, error = super::problem::chain(&e), "the receipt lies in the VM's record alone");
         }
         if let Some(entry) = self.vms.get_mut(&vm) {
-            if let Ownership::GivenUp(g) = &mut entry.record.ownership {
-                g.receipt = Some(receipt);
-                g.scrub_after = Some(now.plus(grace));
+            match LAW.release(&entry.record, receipt, now.plus(grace)) {
+                Ok(record) => {
+                    if let Err(e) = evidence::keep_receipts(&self.shared.records, &record) {
+                        tracing::warn!(migration = %id, error = super::problem::chain(&e), "the last link of its history lies in the VM's record alone");
+                    }
+                    entry.record = record;
+                }
+                Err(refusal) => tracing::error!(migration = %id, %refusal, "released by a receipt that does not fit"),
             }
             entry.busy = None;
             fault::point("source-releasing");
@@ -742,14 +785,4 @@ fn phase_name(phase: Phase) -> &'static str {
         Phase::Released => "completed",
         Phase::Abandoned => "failed",
     }
-}
-
-fn receipt_fits(receipt: &Receipt, run: &Outgoing) -> bool {
-    receipt.verify().is_ok_and(|h| {
-        h.migration == run.matter.migration
-            && h.vm == run.matter.vm
-            && h.epoch == run.matter.epoch + 1
-            && h.target == run.peer.jid
-            && h.target_key == run.peer.key
-    })
 }

@@ -7,137 +7,26 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
 use crate::durable;
 use crate::migration::handover::SignedHandOver;
-use crate::migration::message::Seed;
-use crate::migration::{HandOver, Receipt, Return};
-use crate::types::codec::CodecError;
-use crate::types::{MemberJid, MigrationId, PublicKey, VmId, hex};
-use crate::vm::VmSpec;
+use crate::migration::lineage::{Lineage, LineageError};
+pub use crate::migration::records::{
+    Arrival, Disproved, GivenUp, KeptCopy, Ownership, UnconfirmedStart, VERSION, VmRecord,
+};
+use crate::migration::{Receipt, Return};
+use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
 
 use super::interface::MigrationView;
 use super::resolving::Resolution;
 
-/// Version of the records below.
-pub(super) const VERSION: u32 = 1;
 /// Records of one beginning that are told apart.
 const FOUND_MAX: usize = 16;
-
-/// A VM this cloud owns, or owned and keeps a copy of.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct VmRecord {
-    pub version: u32,
-    pub spec: VmSpec,
-    /// Number of hand-overs so far; whoever holds the highest signed epoch owns the VM.
-    pub epoch: u64,
-    pub ownership: Ownership,
-    /// Whether the operator wants it to run.
-    pub run: bool,
-    /// Names of the recipe's components, for people.
-    pub components: Vec<String>,
-    /// Directory of its disks, relative to the VM's own.
-    pub disks: String,
-    pub created: UnixMillis,
-    /// How it came here, unless it was born here.
-    pub arrival: Option<Arrival>,
-    /// The hand-over that an operator took back without the target's word, which made it ours.
-    #[serde(default)]
-    pub taken_back: Option<MigrationId>,
-}
-
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(tag = "state", rename_all = "kebab-case")]
-pub enum Ownership {
-    Here,
-    /// Given to another cloud under `epoch + 1`; never to be run here under this epoch.
-    GivenUp(Box<GivenUp>),
-}
-
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct GivenUp {
-    pub migration: MigrationId,
-    pub to: MemberJid,
-    pub to_key: PublicKey,
-    /// The hand-over's canonical bytes in hex, recorded before they were signed.
-    pub record: String,
-    pub was_running: bool,
-    pub since: UnixMillis,
-    /// The disks' state when given up: a seed should the VM come home.
-    pub seed: Seed,
-    pub receipt: Option<Receipt>,
-    /// When the copy is scrubbed; `None` while the target has not acknowledged and no operator has
-    /// accepted that it is the owner.
-    pub scrub_after: Option<UnixMillis>,
-}
-
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Arrival {
-    pub migration: MigrationId,
-    pub from: MemberJid,
-    pub from_key: PublicKey,
-    pub receipt: Receipt,
-    /// The source knows that we own it and has been told that it runs.
-    pub acknowledged: bool,
-    /// Since when we know that the source's operator took the VM back without our word.
-    #[serde(default)]
-    pub contested: Option<UnixMillis>,
-}
-
-impl Arrival {
-    /// Whether the source has still something to say about it.
-    pub fn is_open(&self) -> bool {
-        !self.acknowledged || self.contested.is_some()
-    }
-}
-
-impl GivenUp {
-    pub fn hand_over(&self) -> Result<HandOver, CodecError> {
-        let bad = || CodecError::Invalid { what: "hand-over record", rule: "not hex".into() };
-        HandOver::decode(&hex::decode(&self.record).ok_or_else(bad)?)
-    }
-
-    /// Whether nobody has said yet who owns the VM: no receipt, no operator.
-    pub fn in_doubt(&self) -> bool {
-        self.receipt.is_none() && self.scrub_after.is_none()
-    }
-}
-
-impl VmRecord {
-    pub fn new(spec: VmSpec, components: Vec<String>, disks: &str, created: UnixMillis) -> Self {
-        Self {
-            version: VERSION,
-            spec,
-            epoch: 1,
-            ownership: Ownership::Here,
-            run: false,
-            components,
-            disks: disks.to_owned(),
-            created,
-            arrival: None,
-            taken_back: None,
-        }
-    }
-
-    pub fn is_here(&self) -> bool {
-        self.ownership == Ownership::Here
-    }
-
-    pub fn given_up(&self) -> Option<&GivenUp> {
-        match &self.ownership {
-            Ownership::Here => None,
-            Ownership::GivenUp(g) => Some(g),
-        }
-    }
-
-    /// The highest epoch of the VM this record knows of. Whoever brings it here was handed a later one.
-    pub fn seen_epoch(&self) -> u64 {
-        self.epoch + u64::from(!self.is_here())
-    }
-}
 
 /// A VM whose record cannot be used. Its disks are not touched.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -179,6 +68,12 @@ pub enum RecordError {
         #[source]
         source: serde_json::Error,
     },
+    #[error("history of ownership {path} is damaged: restore it from a backup")]
+    Lineage {
+        path: PathBuf,
+        #[source]
+        source: LineageError,
+    },
     #[error("record {path} has version {version}; this release reads version {VERSION}")]
     Version { path: PathBuf, version: u32 },
 }
@@ -187,12 +82,13 @@ pub enum RecordError {
 #[derive(Clone, Debug)]
 pub struct Records {
     dir: PathBuf,
+    changes: Arc<AtomicU64>,
 }
 
 impl Records {
     pub fn open(data_dir: &Path) -> Result<Self, RecordError> {
-        let records = Self { dir: data_dir.to_owned() };
-        for sub in ["vms", "migrations", "returns", "receipts", "resolutions"] {
+        let records = Self { dir: data_dir.to_owned(), changes: Arc::default() };
+        for sub in ["vms", "migrations", "returns", "receipts", "resolutions", "lineages"] {
             let path = data_dir.join(sub);
             // What guests wrote is nobody else's business, wherever the data directory is.
             let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
@@ -205,7 +101,21 @@ impl Records {
 
     /// Keys the operator of `data_dir` has confirmed, read without changing anything there.
     pub fn trust_in(data_dir: &Path) -> Result<BTreeMap<MemberJid, PublicKey>, RecordError> {
-        Self { dir: data_dir.to_owned() }.trust()
+        Self { dir: data_dir.to_owned(), changes: Arc::default() }.trust()
+    }
+
+    /// Grows with every change of a VM's record.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Relaxed)
+    }
+
+    /// When this broker's operator said that its state came from a backup.
+    pub fn restored(&self) -> Result<Option<UnixMillis>, RecordError> {
+        load_if_there(&self.dir.join("restored.json"))
+    }
+
+    pub fn save_restored(&self, at: UnixMillis) -> Result<(), RecordError> {
+        save(&self.dir.join("restored.json"), &at)
     }
 
     /// The cloud's data directory.
@@ -223,6 +133,7 @@ impl Records {
 
     /// Makes `record` the truth about its VM. When this returns, it survives a crash.
     pub fn save_vm(&self, record: &VmRecord) -> Result<(), RecordError> {
+        self.changes.fetch_add(1, Ordering::Relaxed);
         let dir = self.vm_dir(record.spec.id);
         let io = |action, path: &Path| {
             let path = path.to_owned();
@@ -242,6 +153,7 @@ impl Records {
     }
 
     pub fn remove_vm(&self, vm: VmId) -> Result<(), RecordError> {
+        self.changes.fetch_add(1, Ordering::Relaxed);
         let path = self.vm_dir(vm).join("record.json");
         durable::remove(&path).map_err(|source| RecordError::Io { action: "remove", path, source })?;
         let dir = self.vm_dir(vm);
@@ -302,11 +214,50 @@ impl Records {
         durable::remove(&path).map_err(|source| RecordError::Io { action: "remove", path, source })
     }
 
-    /// Promises never to run the VM under the hand-over's epoch. The promise is made to the holder of
-    /// `source`, who signed the hand-over: nobody else can spoil an epoch for it. An operator who does
-    /// not know whose hand-over it was promises it to all.
+    /// What is known of a VM's history beside its record; empty if nothing is.
+    pub fn lineage(&self, vm: VmId) -> Result<Lineage, RecordError> {
+        let path = self.lineage_path(vm);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Lineage::empty(vm)),
+            Err(source) => return Err(RecordError::Io { action: "read", path, source }),
+        };
+        Lineage::reopen(vm, &bytes).map_err(|source| RecordError::Lineage { path, source })
+    }
+
+    /// Keeps a VM's history for good.
+    pub fn save_lineage(&self, lineage: &Lineage) -> Result<(), RecordError> {
+        let path = self.lineage_path(lineage.vm());
+        durable::write(&path, &lineage.encode())
+            .map_err(|source| RecordError::Io { action: "write", path, source })
+    }
+
+    fn lineage_path(&self, vm: VmId) -> PathBuf {
+        self.dir.join("lineages").join(vm.to_string())
+    }
+
+    /// The returns of this VM's hand-overs that are kept here. Reads all that are kept of any VM: for
+    /// records of earlier releases, once.
+    pub fn returns_of(&self, vm: VmId) -> Result<Vec<Return>, RecordError> {
+        let all = entries(&self.dir.join("returns"))?;
+        let of_it = |back: &Return| back.hand_over.read().is_ok_and(|h| h.vm == vm);
+        Ok(all.iter().filter_map(|path| load::<Return>(path).ok()).filter(of_it).collect())
+    }
+
+    /// Promises never to run the VM under the hand-over's epoch, nor any before it. The promise is made
+    /// to the holder of `source`, who signed the hand-over: nobody else can spoil an epoch for it. An
+    /// operator who does not know whose hand-over it was promises it to all.
     pub fn save_return(&self, record: &ReturnRecord, source: Option<&PublicKey>) -> Result<(), RecordError> {
-        save(&self.return_path(record.vm, record.epoch, source), record).map_err(end_if_undecided)
+        let path = self.return_path(record.vm, source);
+        if load_if_there::<ReturnRecord>(&path)?.is_some_and(|kept| kept.epoch >= record.epoch) {
+            return Ok(());
+        }
+        save(&path, record).map_err(end_if_undecided)
+    }
+
+    /// Whether anything was promised to that source about the VM.
+    pub fn has_promised(&self, vm: VmId, source: &PublicKey) -> bool {
+        self.return_path(vm, Some(source)).exists()
     }
 
     /// Keeps a receipt for good. The VM's record holds it only until the VM arrives again or is
@@ -372,9 +323,16 @@ impl Records {
         self.dir.join("returns").join(format!("{migration}.json"))
     }
 
-    /// Whether that epoch was promised away, to the holder of `source` or to whomever.
+    /// Whether that epoch was promised away, to the holder of `source` or to whomever. A promise that
+    /// cannot be read binds for every epoch.
     pub fn has_returned(&self, vm: VmId, epoch: u64, source: Option<&PublicKey>) -> bool {
-        let promised_to = |source| self.return_path(vm, epoch, source).exists();
+        let promised_to = |source: Option<&PublicKey>| {
+            let kept = load_if_there::<ReturnRecord>(&self.return_path(vm, source));
+            let name = source.map_or_else(|| "all".into(), PublicKey::fingerprint);
+            // As earlier releases wrote it: one file for each epoch.
+            let each = self.dir.join("returns").join(format!("{vm}-{epoch}-{name}.json"));
+            !matches!(&kept, Ok(None)) && kept.map_or(true, |k| k.is_some_and(|k| k.epoch >= epoch)) || each.exists()
+        };
         promised_to(None) || source.is_some_and(|key| promised_to(Some(key)))
     }
 
@@ -402,9 +360,9 @@ impl Records {
         self.dir.join("trust.json")
     }
 
-    fn return_path(&self, vm: VmId, epoch: u64, source: Option<&PublicKey>) -> PathBuf {
+    fn return_path(&self, vm: VmId, source: Option<&PublicKey>) -> PathBuf {
         let source = source.map_or_else(|| "all".into(), PublicKey::fingerprint);
-        self.dir.join("returns").join(format!("{vm}-{epoch}-{source}.json"))
+        self.dir.join("returns").join(format!("{vm}-{source}.json"))
     }
 }
 
@@ -458,7 +416,7 @@ mod tests {
     use super::*;
     use crate::migration::handover::HandOver;
     use crate::types::{ByteSize, IdentityKey, MapId, RecipeId};
-    use crate::vm::Firmware;
+    use crate::vm::{Firmware, VmSpec};
 
     fn record(name: &str) -> VmRecord {
         let spec = VmSpec {
@@ -491,6 +449,7 @@ mod tests {
             root_delta: MapId::of(b"d"),
             user_data: MapId::of(b"u"),
             issued: UnixMillis(5),
+            provenance: None,
         };
         record.sign(&a)
     }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::clock::UnixMillis;
+use crate::migration::HandOver;
 use crate::types::VmName;
 
 use super::interface::Side;
@@ -96,6 +97,18 @@ pub fn keep(name: &VmName, source: &Peer) -> Statement {
             source.jid
         )],
     )
+}
+
+/// A VM that was given up, as another cloud showed, and of which a copy was run here.
+pub fn concede(name: &VmName, h: &HandOver, grace: Duration) -> Statement {
+    let statement = format!(
+        "VM {name} was given to {} under epoch {} by this cloud's own signature, which its records lost. The copy \
+         here is given up and scrubbed after {} s. RISK: what only this copy's guest wrote is lost then.",
+        h.target,
+        h.epoch,
+        grace.as_secs()
+    );
+    (statement, vec!["what only this copy has was saved elsewhere, or is not needed".into()])
 }
 
 pub fn give_back(name: &VmName, epoch: u64, source: &Peer) -> Statement {

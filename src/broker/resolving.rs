@@ -11,9 +11,11 @@ use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
 use crate::types::{MemberJid, MigrationId, PublicKey, VmId, VmName};
 use crate::vm::PowerState;
 
+use super::incoming::Answered;
 use super::interface::{Reply, ResolutionView, Side};
+use super::lineages::LAW;
 use super::problem::{Problem, ProblemKind, chain};
-use super::records::{self, GivenUp, Ownership, ReturnRecord};
+use super::records::{self, GivenUp, ReturnRecord};
 use super::shared::{Matter, Peer};
 use super::{Broker, resolution_words as words};
 
@@ -75,6 +77,8 @@ enum Act {
     Promise { epoch: u64, hand_over: Option<SignedHandOver> },
     /// At the target, contested: ours, whatever the source says.
     Keep,
+    /// Given up long ago, as another cloud shows: the copy here is let go of.
+    Concede,
 }
 
 struct Decision {
@@ -119,8 +123,10 @@ impl Broker {
         let arrived = self.vms.values().filter_map(|vm| vm.record.arrival.as_ref());
         let arrived = arrived.filter(|a| a.is_open()).map(|a| a.migration);
         let contested = self.resolutions.values().filter(|r| r.is_contested()).map(|r| r.migration);
+        let disproved = self.vms.values().filter_map(|vm| vm.record.disproved.as_ref()?.hand_over());
         let arriving = self.incoming.iter().filter(|(_, r)| r.is_unfinished()).map(|(id, _)| *id);
         let mut found: Vec<_> = given.map(|g| g.migration).chain(arrived).chain(contested).collect();
+        found.extend(disproved.map(|h| h.migration));
         found.extend(arriving.chain(self.unanswered.keys().copied()));
         found.retain(|id| text.len() >= 4 && id.to_string().starts_with(text));
         found.sort();
@@ -142,6 +148,12 @@ impl Broker {
     }
 
     fn decision(&self, id: MigrationId, owner: Side) -> Result<Decision, Problem> {
+        let disproved = |vm: &&super::vms::Vm| {
+            vm.record.disproved.as_ref().and_then(|d| d.hand_over()).is_some_and(|h| h.migration == id)
+        };
+        if let Some(vm) = self.vms.values().find(disproved) {
+            return self.concession(&vm.record, id, owner);
+        }
         if let Some(r) = self.resolutions.get(&id).filter(|r| r.is_contested()) {
             return self.settlement(r, owner);
         }
@@ -162,6 +174,42 @@ impl Broker {
             return Ok(Decision { act, vm, name, peer, statement, checks });
         }
         self.target_decision(id, owner)
+    }
+
+    /// A VM that this cloud gave up, as its own signature shows: it can only let go of it.
+    fn concession(
+        &self,
+        record: &records::VmRecord,
+        id: MigrationId,
+        owner: Side,
+    ) -> Result<Decision, Problem> {
+        let (vm, name) = (record.spec.id, record.spec.name.clone());
+        let h = record.disproved.as_ref().and_then(|d| d.hand_over());
+        let h = h.ok_or_else(|| conflict(id, "what was shown of it is unreadable"))?;
+        if owner == Side::Here {
+            let reason = format!("this cloud's own signature gave the VM to {} under epoch {}", h.target, h.epoch);
+            let next = "move it here from the cloud that owns it, or adopt this copy's disk as another VM";
+            return Err(conflict(id, &reason).next(next));
+        }
+        self.must_stand_still(vm, &name)?;
+        let peer = Peer { jid: h.target.clone(), key: h.target_key };
+        let (statement, checks) = words::concede(&name, &h, self.shared.config.migration.grace_period);
+        Ok(Decision { act: Act::Concede, vm, name, peer, statement, checks })
+    }
+
+    fn concede(&mut self, vm: VmId) -> Result<(), records::RecordError> {
+        let now = self.shared.now();
+        let scrub_after = now.plus(self.shared.config.migration.grace_period);
+        let Some(entry) = self.vms.get_mut(&vm) else { return Ok(()) };
+        let Ok(record) = LAW.concede(&entry.record, now, scrub_after) else { return Ok(()) };
+        self.shared.records.save_ownership(&record)?;
+        entry.record = record;
+        let shared = self.shared.clone();
+        tokio::spawn(async move { drop(shared.driver.undefine(vm).await) });
+        // What was shown in full is asked for again: the history goes on from there.
+        self.forget_meetings();
+        self.presence_changed();
+        Ok(())
     }
 
     fn settlement(&self, r: &Resolution, owner: Side) -> Result<Decision, Problem> {
@@ -272,6 +320,7 @@ impl Broker {
         match &d.act {
             Act::TakeBack | Act::Accept => self.apply(id).map_err(|e| failed(&d.name, e)),
             Act::Settle(Side::Here) | Act::Keep => self.uncontested(d.vm).map_err(|e| failed(&d.name, e)),
+            Act::Concede => self.concede(d.vm).map_err(|e| failed(&d.name, e)),
             Act::Settle(Side::There) => self.yield_to_target(id).map_err(|e| failed(&d.name, e)),
             Act::Promise { epoch, hand_over } => {
                 self.promise(id, d, *epoch, hand_over.as_ref()).map_err(|e| failed(&d.name, e))
@@ -289,24 +338,33 @@ impl Broker {
     fn apply(&mut self, id: MigrationId) -> Result<(), records::RecordError> {
         let Some(r) = self.resolutions.get(&id).cloned() else { return Ok(()) };
         let undecided = |g: &GivenUp| g.migration == id && g.in_doubt();
-        let held = self.vms.get_mut(&r.vm).filter(|vm| vm.record.given_up().is_some_and(undecided));
+        let held = self.vms.get(&r.vm).filter(|vm| vm.record.given_up().is_some_and(undecided));
         if let Some(entry) = held {
-            let mut record = entry.record.clone();
-            match (r.owner, &mut record.ownership) {
-                (Side::There, Ownership::GivenUp(g)) => {
-                    g.scrub_after = Some(self.shared.now().plus(self.shared.config.migration.grace_period));
+            let record = entry.record.clone();
+            let record = match r.owner {
+                Side::There => {
+                    let scrub_after = self.shared.now().plus(self.shared.config.migration.grace_period);
+                    LAW.leave_to_target(&record, scrub_after).unwrap_or(record)
                 }
-                _ => {
-                    record.ownership = Ownership::Here;
-                    record.epoch += 2;
-                    record.taken_back = Some(id);
-                    // The operator starts it, once satisfied that nobody else runs it.
-                    record.run = false;
+                Side::Here => {
+                    let known = self.known(r.vm)?;
+                    match LAW.take_back_by_word(&record, &known, &self.shared.key) {
+                        Ok((record, known)) => {
+                            self.keep_lineage(&known)?;
+                            record
+                        }
+                        Err(refusal) => {
+                            tracing::error!(migration = %id, vm = %r.name, %refusal, "the operator's decision cannot be carried out");
+                            return Ok(());
+                        }
+                    }
                 }
-            }
+            };
             self.shared.records.save_ownership(&record)?;
-            entry.record = record;
-            entry.busy = None;
+            if let Some(entry) = self.vms.get_mut(&r.vm) {
+                entry.record = record;
+                entry.busy = None;
+            }
             self.resolved_outgoing(id, r.owner);
         }
         if matches!(r.outcome, Outcome::Awaited | Outcome::Contested { .. }) {
@@ -373,13 +431,12 @@ impl Broker {
         if r.owner == Side::Here {
             return self.contest(r.migration);
         }
-        let held = self.vms.get_mut(&r.vm);
-        if let Some(entry) = held
-            && let Ownership::GivenUp(g) = &mut entry.record.ownership
-            && g.migration == r.migration
+        if let Some(entry) = self.vms.get_mut(&r.vm)
+            && let Some(end) = entry.record.given_up().and_then(|g| g.scrub_after)
+            && let Ok(record) = LAW.release(&entry.record, receipt.clone(), end)
         {
-            g.receipt = Some(receipt.clone());
-            self.shared.records.save_ownership(&entry.record)?;
+            self.shared.records.save_ownership(&record)?;
+            entry.record = record;
         }
         tracing::info!(migration = %r.migration, vm = %r.name, "the target's receipt came: the operator was right");
         self.keep(Resolution { outcome: Outcome::Agreed { at: self.shared.now() }, ..r.clone() })
@@ -393,18 +450,20 @@ impl Broker {
             return Ok(());
         }
         if r.owner == Side::Here {
+            self.confirm_back(r, back)?;
             tracing::info!(migration = %r.migration, vm = %r.name, "the target promised never to run it: the VM has one owner");
             return self.keep(Resolution { outcome: Outcome::Agreed { at }, ..r.clone() });
         }
-        let held = self.vms.get_mut(&r.vm);
-        match held.filter(|vm| vm.record.given_up().is_some_and(|g| g.migration == r.migration)) {
-            Some(entry) => {
-                let mut record = entry.record.clone();
-                record.ownership = Ownership::Here;
-                record.epoch += 2;
-                record.run = false;
+        let known = self.known(r.vm)?;
+        let record = self.vms.get(&r.vm).map(|vm| vm.record.clone());
+        match record.and_then(|record| LAW.take_back(&record, &known, back).ok()) {
+            Some((record, known)) => {
+                let record = records::VmRecord { run: false, ..record };
+                self.keep_lineage(&known)?;
                 self.shared.records.save_ownership(&record)?;
-                entry.record = record;
+                if let Some(entry) = self.vms.get_mut(&r.vm) {
+                    entry.record = record;
+                }
                 tracing::warn!(migration = %r.migration, vm = %r.name, "the target never took the VM the operator left to it: it is here again, stopped");
             }
             None => {
@@ -412,6 +471,20 @@ impl Broker {
             }
         }
         self.keep(Resolution { outcome: Outcome::Reverted { at }, ..r.clone() })
+    }
+
+    /// The target's return takes the place of our operator's word in the VM's history.
+    fn confirm_back(&mut self, r: &Resolution, back: &Return) -> Result<(), records::RecordError> {
+        let known = self.known(r.vm)?;
+        let Some(entry) = self.vms.get(&r.vm) else { return Ok(()) };
+        if let Ok(Some((record, known))) = LAW.confirm_back(&entry.record, &known, back) {
+            self.keep_lineage(&known)?;
+            self.shared.records.save_ownership(&record)?;
+            if let Some(entry) = self.vms.get_mut(&r.vm) {
+                entry.record = record;
+            }
+        }
+        Ok(())
     }
 
     /// The VM was taken back here, and the target had taken it over.
@@ -425,8 +498,14 @@ impl Broker {
             "TWO OWNERS: the operator took the VM back here, and {} had taken it over. It is not started or \
              moved by itself; see 'cicada vm show {}'", r.peer, r.name
         );
-        let outcome = Outcome::Contested { since: self.shared.now() };
-        self.keep(Resolution { outcome, ..r })
+        let since = self.shared.now();
+        if let Some(entry) = self.vms.get_mut(&r.vm)
+            && let Some(record) = LAW.contest(&entry.record, id, since)
+        {
+            self.shared.records.save_ownership(&record)?;
+            entry.record = record;
+        }
+        self.keep(Resolution { outcome: Outcome::Contested { since }, ..r })
     }
 
     /// A target that tells us it runs a VM which our operator took back. The denial it gets.
@@ -470,12 +549,12 @@ impl Broker {
     fn contested_by_source(&mut self, id: MigrationId, vm: VmId, words: &str) {
         let now = self.shared.now();
         let Some(entry) = self.vms.get_mut(&vm) else { return };
-        let Some(a) = entry.record.arrival.as_mut().filter(|a| a.migration == id && a.contested.is_none())
-        else {
+        let Some(record) = LAW.withdrawn(&entry.record, id, now) else {
+            tracing::warn!(migration = %id, vm = %entry.record.spec.name, words, "its source's withdrawal changes nothing: the hand-over is complete");
             return;
         };
-        // Told again for ever: the source may settle it in our favour.
-        (a.contested, a.acknowledged) = (Some(now), false);
+        entry.record = record;
+        let Some(a) = &entry.record.arrival else { return };
         let peer = Peer { jid: a.from.clone(), key: a.from_key };
         let matter = Matter { migration: id, vm, epoch: entry.record.epoch - 1 };
         tracing::error!(
@@ -492,17 +571,17 @@ impl Broker {
     }
 
     /// Answers a source whose operator took the VM back: with our promise, or with our receipt.
-    pub(super) fn answer_withdraw(&mut self, peer: &Peer, signed: &SignedHandOver) -> AnswerBody {
+    pub(super) fn answer_withdraw(&mut self, peer: &Peer, signed: &SignedHandOver) -> Answered {
         let h = match self.addressed(peer, signed) {
             Ok(h) => h,
-            Err(denial) => return AnswerBody::Denied(denial),
+            Err(denial) => return Answered::Now(AnswerBody::Denied(denial)),
         };
         if let Some(run) = self.incoming.get_mut(&h.migration).filter(|r| r.is_leased()) {
             run.end_because(format!("the operator of {} took the VM back", peer.jid));
             self.incoming_event(h.migration, TargetEvent::LeaseExpired);
         }
         let answer = self.what_became_of(peer, &h, signed);
-        if let AnswerBody::Started { .. } = answer {
+        if let Answered::Now(AnswerBody::Started { .. }) = answer {
             self.contested_by_source(h.migration, h.vm, "the source withdrew its hand-over");
         }
         answer
@@ -510,9 +589,7 @@ impl Broker {
 
     fn uncontested(&mut self, vm: VmId) -> Result<(), records::RecordError> {
         let Some(entry) = self.vms.get_mut(&vm) else { return Ok(()) };
-        let mut record = entry.record.clone();
-        if let Some(a) = record.arrival.as_mut().filter(|a| a.contested.is_some()) {
-            a.contested = None;
+        if let Some(record) = LAW.uncontested(&entry.record) {
             self.shared.records.save_ownership(&record)?;
             entry.record = record;
         }
@@ -523,21 +600,27 @@ impl Broker {
     fn yield_to_target(&mut self, id: MigrationId) -> Result<(), records::RecordError> {
         let receipt = self.shared.records.receipt(id)?;
         let Some(r) = self.resolutions.get(&id) else { return Ok(()) };
-        let (Some(given), Some(h)) = (&r.given, r.hand_over()) else { return Ok(()) };
+        let Some(given) = &r.given else { return Ok(()) };
         // Moved on, or come home since: that has nothing to do with it any more.
         let taken_back = |record: &records::VmRecord| record.is_here() && record.taken_back == Some(id);
-        let held = self.vms.get_mut(&r.vm).filter(|vm| taken_back(&vm.record));
-        let Some(entry) = held else { return Ok(()) };
-        let mut record = entry.record.clone();
-        let scrub_after = Some(self.shared.now().plus(self.shared.config.migration.grace_period));
-        record.ownership =
-            Ownership::GivenUp(Box::new(GivenUp { receipt, scrub_after, ..(**given).clone() }));
-        record.epoch = h.epoch - 1;
-        record.taken_back = None;
-        record.run = false;
+        let Some(entry) = self.vms.get(&r.vm).filter(|vm| taken_back(&vm.record)) else { return Ok(()) };
+        let scrub_after = self.shared.now().plus(self.shared.config.migration.grace_period);
+        let known = self.known(r.vm)?;
+        let given = (**given).clone();
+        let (record, known) = match LAW.yield_to_target(&entry.record, &known, given, receipt, scrub_after) {
+            Ok(yielded) => yielded,
+            Err(refusal) => {
+                tracing::error!(migration = %id, vm = %r.name, %refusal, "the VM is not left to its target");
+                return Ok(());
+            }
+        };
+        let vm = r.vm;
+        self.keep_lineage(&known)?;
         self.shared.records.save_ownership(&record)?;
-        entry.record = record;
-        let (shared, vm) = (self.shared.clone(), r.vm);
+        if let Some(entry) = self.vms.get_mut(&vm) {
+            entry.record = record;
+        }
+        let shared = self.shared.clone();
         tokio::spawn(async move { drop(shared.driver.undefine(vm).await) });
         self.presence_changed();
         Ok(())
@@ -554,6 +637,12 @@ impl Broker {
         let record = ReturnRecord { vm: d.vm, epoch, hand_over: hand_over.cloned() };
         let source = hand_over.and_then(|h| h.verify().ok()).map(|h| h.source_key);
         self.shared.records.save_return(&record, source.as_ref())?;
+        // The VM may come again: its history goes on with the return.
+        if let Some(signed) = hand_over {
+            let back = signed.clone().give_back(&self.shared.key);
+            let known = LAW.give_back(&self.known(d.vm)?, &back);
+            self.keep_lineage(&known)?;
+        }
         self.unanswered.remove(&id);
         self.errands.remove(&id);
         if let Some(run) = self.incoming.get_mut(&id).filter(|r| r.is_leased()) {
@@ -579,6 +668,9 @@ impl Broker {
         if !record.is_here() {
             return None;
         }
+        if let Some(problem) = self.disproved(record) {
+            return Some(problem);
+        }
         let arrival = record.arrival.as_ref().and_then(|a| Some((a, a.contested?)));
         if let Some((a, since)) = arrival {
             return Some(words::contested_at_target(record, a, since));
@@ -595,6 +687,9 @@ impl Broker {
     /// What an operator should know before touching the VM.
     pub(super) fn vm_problem(&self, vm: VmId) -> Option<Problem> {
         if let Some(problem) = self.contested(vm) {
+            return Some(problem);
+        }
+        if let Some(problem) = self.disputed(vm).or_else(|| self.unconfirmed(vm)) {
             return Some(problem);
         }
         let record = &self.vms.get(&vm)?.record;

@@ -1,7 +1,8 @@
 //! What the owner task and its effect runners share: resources that are safe to use from anywhere.
 //! State lives in [`super::Broker`] alone.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -11,7 +12,7 @@ use crate::clock::{Clock, UnixMillis};
 use crate::compose::Composer;
 use crate::config::Config;
 use crate::hypervisor::Driver;
-use crate::migration::envelope::{LIFETIME, VERSION};
+use crate::migration::envelope::{LIFETIME, VERSION, VERSIONS};
 use crate::migration::{AnswerBody, DenialCode, Envelope, EnvelopeError, RequestBody};
 use crate::repository::Repository;
 use crate::transfer::Endpoint;
@@ -83,6 +84,28 @@ pub struct Shared {
     pub tickets: Arc<Tickets>,
     pub records: Records,
     pub inbox: mpsc::UnboundedSender<Input>,
+    /// The newest protocol version spoken by us and each member, from its presence.
+    pub versions: Versions,
+}
+
+/// Which protocol version is spoken with whom.
+#[derive(Default)]
+pub struct Versions(RwLock<BTreeMap<MemberJid, u32>>);
+
+impl Versions {
+    /// The newest, if the member's presence did not say.
+    pub fn with(&self, member: &MemberJid) -> u32 {
+        let known = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        known.get(member).copied().unwrap_or(VERSION)
+    }
+
+    pub fn note(&self, member: &MemberJid, version: Option<u32>) {
+        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        match version {
+            Some(version) => known.insert(member.clone(), version),
+            None => known.remove(member),
+        };
+    }
 }
 
 /// How long one request may take; unanswered ones are repeated by the machines.
@@ -139,13 +162,15 @@ impl Shared {
         let matter = Matter { migration: request.migration, vm: request.vm, epoch: request.epoch };
         let mut envelope = self.envelope(request.from.clone(), matter, body);
         envelope.nonce = request.nonce.clone();
+        // In the version it came in; who speaks none of ours is told so in our newest.
+        envelope.version = if VERSIONS.contains(&request.version) { request.version } else { VERSION };
         envelope.seal(&self.key)
     }
 
     fn envelope<T>(&self, to: MemberJid, matter: Matter, body: T) -> Envelope<T> {
         let now = self.now();
         Envelope {
-            version: VERSION,
+            version: self.versions.with(&to),
             from: self.me.clone(),
             to,
             migration: matter.migration,

@@ -11,6 +11,7 @@ use crate::types::{MigrationId, VmId};
 
 use super::interface::{MigrationView, Reply};
 use super::problem::{Problem, ProblemKind, chain};
+use super::outgoing::Outgoing;
 use super::shared::Peer;
 use super::{Broker, Input};
 
@@ -105,7 +106,8 @@ impl Broker {
             return self.resume_guest(vm);
         }
         match &result {
-            Ok(()) => {
+            // One time for the whole move, however often it is held and let go.
+            Ok(()) if self.outgoing.get_mut(&id).is_some_and(Outgoing::first_held) => {
                 let (shared, longest) = (self.shared.clone(), self.shared.config.migration.lease);
                 tokio::spawn(async move {
                     tokio::time::sleep(longest).await;
@@ -113,6 +115,7 @@ impl Broker {
                 });
                 tracing::info!(migration = %id, "the guest is held still");
             }
+            Ok(()) => tracing::info!(migration = %id, "the guest is held still again"),
             Err(d) => tracing::warn!(migration = %id, reason = d.text, "not held"),
         }
         self.outgoing_event(id, SourceEvent::Held(result));

@@ -184,7 +184,11 @@ impl Broker {
         let used: HashSet<PathBuf> = self
             .vms
             .values()
-            .map(|vm| self.shared.records.vm_dir(vm.record.spec.id).join(&vm.record.disks))
+            .flat_map(|vm| {
+                let dir = self.shared.records.vm_dir(vm.record.spec.id);
+                let kept = vm.record.kept.iter().map(|copy| &copy.disks);
+                kept.chain([&vm.record.disks]).map(|disks| dir.join(disks)).collect::<Vec<_>>()
+            })
             .collect();
         let mut leftovers = staging::leftovers(&self.shared, &used);
         // Nothing is known of those set aside, so all they have stays.

@@ -10,12 +10,14 @@ use tokio::sync::oneshot;
 use crate::clock::UnixMillis;
 use crate::disk;
 use crate::hypervisor::{DiskFormat, Machine, StopMode};
+use crate::migration::ownership::Hold;
 use crate::types::{ByteSize, ComponentId, MigrationId, VmId, VmName};
 use crate::vm::spec::Nic;
 use crate::vm::{Mac, PowerState, VmSpec};
 
 use super::content;
 use super::interface::{Reply, VmCreate, VmView};
+use super::lineages::LAW;
 use super::problem::{Problem, ProblemKind, chain};
 use super::records::{GivenUp, VmRecord};
 use super::{Broker, Input, Shared, aside, evidence, staging};
@@ -40,11 +42,25 @@ pub struct Vm {
     pub failures: Vec<UnixMillis>,
     /// It is being started: a move would take it for one that stands still.
     pub starting: bool,
+    /// Whether those that may know more of who owns it were asked, or an operator took the risk.
+    pub confirmed: bool,
 }
 
 impl Vm {
     pub fn new(record: VmRecord) -> Self {
-        Self { record, busy: None, power_note: None, failures: Vec::new(), starting: false }
+        Self { record, busy: None, power_note: None, failures: Vec::new(), starting: false, confirmed: true }
+    }
+}
+
+impl Vm {
+    /// What holds it.
+    pub fn hold(&self) -> Hold {
+        match &self.busy {
+            Some(Busy::Migration(id)) => Hold::Migration(*id),
+            Some(Busy::Verb(verb)) => Hold::Verb(verb),
+            None if self.starting => Hold::Verb("started"),
+            None => Hold::Free,
+        }
     }
 }
 
@@ -130,13 +146,13 @@ impl Broker {
             return Err(Problem::new(ProblemKind::Conflict, object, reason)
                 .next("run the command there; the copy here must never be started"));
         }
-        match &vm.busy {
-            None => Ok(id),
-            Some(Busy::Migration(m)) => {
+        match vm.hold() {
+            Hold::Free => Ok(id),
+            Hold::Migration(m) => {
                 Err(Problem::new(ProblemKind::Conflict, object, format!("is being moved by migration {m}"))
                     .next(format!("wait for it, or: cicada migration cancel {m}")))
             }
-            Some(Busy::Verb(verb)) => {
+            Hold::Verb(verb) => {
                 Err(Problem::new(ProblemKind::Conflict, object, format!("is {verb} right now"))
                     .next("wait a moment"))
             }
@@ -145,8 +161,32 @@ impl Broker {
 
     /// As [`Broker::free_vm`], for what makes a VM run or sends it away.
     pub(super) fn movable_vm(&self, name: &str) -> Result<VmId, Problem> {
+        let id = self.undisputed_vm(name)?;
+        self.unconfirmed(id).map_or(Ok(id), Err)
+    }
+
+    fn undisputed_vm(&self, name: &str) -> Result<VmId, Problem> {
         let id = self.free_vm(name)?;
         self.contested(id).map_or(Ok(id), Err)
+    }
+
+    /// As [`Broker::movable_vm`], for what makes a VM run. `by_word`: the operator takes the risk that
+    /// another cloud owns it.
+    pub(super) fn startable_vm(
+        &mut self,
+        name: &str,
+        by_word: bool,
+        by_uid: Option<u32>,
+    ) -> Result<VmId, Problem> {
+        let id = self.undisputed_vm(name)?;
+        match self.unconfirmed(id) {
+            Some(_) if by_word => self
+                .confirm_by_word(id, by_uid)
+                .map(|()| id)
+                .map_err(|e| Problem::from_error(ProblemKind::Failed, format!("VM {name}"), &e)),
+            Some(problem) => Err(problem),
+            None => Ok(id),
+        }
     }
 
     pub(super) fn vm_view(&self, vm: &Vm) -> VmView {
@@ -165,7 +205,7 @@ impl Broker {
             name: spec.name.clone(),
             power,
             ownership: match given {
-                None if self.contested(spec.id).is_some() => "contested",
+                None if self.contested(spec.id).is_some() || self.disputed(spec.id).is_some() => "contested",
                 None => "here",
                 Some(_) if in_doubt => "in-doubt",
                 Some(_) => "given-up",
@@ -309,11 +349,11 @@ impl Broker {
 
     /// Starts a VM without an operator waiting: at boot, after an abandoned move, or on arrival.
     pub(super) fn start_machine(&mut self, id: VmId, arrival: Option<MigrationId>) {
-        if let Some(problem) = self.contested(id) {
-            tracing::error!(vm = %id, reason = %problem, "not started by itself");
+        let Some(vm) = self.vms.get_mut(&id) else { return };
+        if let Err(refusal) = LAW.may_run(&vm.record, vm.confirmed) {
+            tracing::error!(vm = %vm.record.spec.name, reason = %refusal, "not started by itself");
             return;
         }
-        let Some(vm) = self.vms.get_mut(&id).filter(|vm| vm.record.is_here()) else { return };
         if !vm.record.run {
             vm.record.run = true;
             if let Err(e) = self.shared.records.save_vm(&vm.record) {
@@ -428,7 +468,10 @@ impl Broker {
             let undefined = shared.driver.undefine(id).await;
             let name = vm.record.spec.name.clone();
             let work = tokio::task::spawn_blocking(move || {
-                staging::scrub_dir(&shared.records.vm_dir(id).join(&vm.record.disks));
+                let kept = vm.record.kept.iter().map(|copy| &copy.disks);
+                for disks in kept.chain([&vm.record.disks]) {
+                    staging::scrub_dir(&shared.records.vm_dir(id).join(disks));
+                }
                 shared.records.remove_vm(id)
             });
             let object = format!("VM {name}");
@@ -458,6 +501,23 @@ impl Broker {
             .map(|(id, _)| *id)
             .collect();
         due.into_iter().for_each(|id| self.remove_vm(id, None));
+        self.scrub_kept(now);
+    }
+
+    /// Scrubs copies from before VMs left and came home.
+    fn scrub_kept(&mut self, now: UnixMillis) {
+        for vm in self.vms.values_mut() {
+            let Some((over, record)) = LAW.due(&vm.record, now) else { continue };
+            // What the record does not name any more, the next start would find and remove as well.
+            if let Err(e) = self.shared.records.save_vm(&record) {
+                tracing::warn!(vm = %record.spec.name, error = chain(&e), "earlier copies are not scrubbed yet");
+                continue;
+            }
+            vm.record = record;
+            let dir = self.shared.records.vm_dir(vm.record.spec.id);
+            tracing::info!(vm = %vm.record.spec.name, copies = over.len(), "the grace period of earlier copies is over");
+            tokio::task::spawn_blocking(move || over.iter().for_each(|disks| staging::scrub_dir(&dir.join(disks))));
+        }
     }
 
     /// A VM ended or crashed without our doing.

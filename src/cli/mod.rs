@@ -113,7 +113,11 @@ enum Command {
     ///
     /// It runs in the foreground and logs to stderr. TERM and INT stop it: VMs keep running, and moves go on
     /// when it starts again.
-    Broker,
+    Broker {
+        /// Its state was restored from a backup: ask all members before any VM is run
+        #[arg(long)]
+        after_restore: bool,
+    },
     /// Check or show the configuration (without a broker)
     #[command(subcommand)]
     Config(config::Command),
@@ -173,7 +177,7 @@ pub fn run() -> ExitCode {
 }
 
 fn execute(globals: Globals, command: Command, printer: Printer) -> Outcome {
-    let is_broker = matches!(command, Command::Broker);
+    let is_broker = matches!(command, Command::Broker { .. });
     let default = if is_broker { telemetry::BROKER_FILTER } else { telemetry::COMMAND_FILTER };
     telemetry::start(globals.log.as_deref().unwrap_or(default)).map_err(|e| {
         Problem::from_error(ProblemKind::BadRequest, "--log", &e).next("write for example: --log info")
@@ -194,7 +198,7 @@ fn execute(globals: Globals, command: Command, printer: Printer) -> Outcome {
 
 async fn dispatch(ctx: Context, command: Command) -> Outcome {
     match command {
-        Command::Broker => broker::run(&ctx).await,
+        Command::Broker { after_restore } => broker::run(&ctx, after_restore).await,
         Command::Config(c) => config::run(&ctx, c),
         Command::Identity(c) => identity::run(&ctx, c).await,
         Command::Federation(c) => federation::run(&ctx, c).await,

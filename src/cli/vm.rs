@@ -31,7 +31,12 @@ pub enum Command {
         vm: String,
     },
     /// Start a VM
-    Start { vm: String },
+    Start {
+        vm: String,
+        /// Although members that may own it by now did not say: you are sure that it runs nowhere else
+        #[arg(long)]
+        unconfirmed: bool,
+    },
     /// Shut a VM down
     Stop {
         vm: String,
@@ -76,8 +81,9 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
         Command::Export(args) => adopt::export(ctx, args).await,
         Command::List => ctx.read(&Request::VmList, print_list).await,
         Command::Show { vm } => ctx.read(&Request::VmShow { vm }, print_vm).await,
-        Command::Start { vm } => {
-            done(ctx, Request::VmStart { vm: vm.clone() }, format!("{vm} is started")).await
+        Command::Start { vm, unconfirmed } => {
+            let request = Request::VmStart { vm: vm.clone(), unconfirmed, by_uid: None };
+            done(ctx, request, format!("{vm} is started")).await
         }
         Command::Stop { vm, force, timeout } => {
             // Whole seconds, and not zero of them for a short time.

@@ -219,6 +219,9 @@ pub struct Migration {
     pub grace_period: HumanDuration,
     /// How long a reservation at the target lives without being extended, seconds.
     pub lease_s: u32,
+    /// Seconds a broker that may run on old records waits for silent members before it tells its operator
+    /// how to start VMs all the same.
+    pub confirm_patience_s: u32,
     /// How long a guest may take to shut down before the move is called off, seconds.
     pub stop_timeout_s: u32,
     /// Migrations that may arrive at once.
@@ -329,6 +332,7 @@ impl Default for Migration {
         Self {
             grace_period: HumanDuration::from_secs(24 * 3600),
             lease_s: 120,
+            confirm_patience_s: 60,
             stop_timeout_s: 90,
             concurrency: 4,
             accept_from: AcceptFrom::Members,

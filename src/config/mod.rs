@@ -121,6 +121,8 @@ pub struct Repository {
 pub struct Migration {
     pub grace_period: Duration,
     pub lease: Duration,
+    /// How long members that may own VMs by now are waited for before an operator is told what to do.
+    pub confirm_patience: Duration,
     pub stop_timeout: Duration,
     pub concurrency: usize,
     pub accept_from: AcceptFrom,
@@ -406,6 +408,7 @@ fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigE
         migration: Migration {
             grace_period: f.migration.grace_period.0,
             lease: seconds(f.migration.lease_s),
+            confirm_patience: seconds(f.migration.confirm_patience_s),
             stop_timeout: seconds(f.migration.stop_timeout_s),
             concurrency: f.migration.concurrency as usize,
             accept_from: f.migration.accept_from,

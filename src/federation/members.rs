@@ -243,6 +243,13 @@ impl Members {
         online.filter_map(|m| Some((&m.jid, self.trusted_key(&m.jid).ok()?)))
     }
 
+    /// Members whose key is believed, online or not, and whether or not they were seen.
+    pub fn believed(&self) -> impl Iterator<Item = &MemberJid> + '_ {
+        let all = self.configured.keys().chain(self.pinned.keys().filter(|jid| !self.configured.contains_key(jid)));
+        all.filter(|jid| !self.revoked.contains(*jid))
+            .filter(|jid| !self.members.get(*jid).is_some_and(|m| m.removed))
+    }
+
     /// Confirms a member's key.
     pub fn pin(&mut self, jid: &MemberJid, key: PublicKey) -> Result<(), String> {
         match self.configured.get(jid) {

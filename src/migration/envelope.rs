@@ -11,10 +11,13 @@ use serde::{Deserialize, Serialize};
 use crate::clock::UnixMillis;
 use crate::types::{IdentityKey, MemberJid, MigrationId, PublicKey, Signature, VmId};
 
-/// The protocol version this code speaks.
-pub const VERSION: u32 = 1;
+/// The newest protocol version this code speaks: hand-overs say how their giver became the owner, and
+/// the VM's history travels with them.
+pub const VERSION: u32 = 2;
+/// The version before: no history.
+pub const VERSION_BEFORE: u32 = 1;
 /// All versions this code speaks, newest first; presence tells them to the others.
-pub const VERSIONS: [u32; 1] = [VERSION];
+pub const VERSIONS: [u32; 2] = [VERSION, VERSION_BEFORE];
 
 /// The newest version both sides speak, from the list in the other's presence.
 pub fn common_version(theirs: &str) -> Option<u32> {
@@ -61,7 +64,7 @@ pub enum EnvelopeError {
     Signature,
     #[error("malformed message")]
     Malformed(#[source] serde_json::Error),
-    #[error("protocol version {0} is not spoken here, only {VERSION}")]
+    #[error("protocol version {0} is not spoken here, only {VERSION} and {VERSION_BEFORE}")]
     Version(u32),
     #[error("message is addressed to {0}")]
     WrongRecipient(MemberJid),
@@ -208,8 +211,8 @@ mod tests {
     #[test]
     fn the_newest_common_version_is_found() {
         assert_eq!(common_version("1"), Some(1));
-        assert_eq!(common_version("3, 2,1"), Some(1));
-        for none in ["", "2", "3,2", "11", "one"] {
+        assert_eq!(common_version("3, 2,1"), Some(2));
+        for none in ["", "3", "4,3", "11", "one"] {
             assert_eq!(common_version(none), None, "{none}");
         }
     }

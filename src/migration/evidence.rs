@@ -134,6 +134,7 @@ mod tests {
             root_delta: MapId::of(b"d"),
             user_data: MapId::of(b"u"),
             issued: UnixMillis(5),
+            provenance: None,
         };
         record.sign(&a).accept(&b).into()
     }

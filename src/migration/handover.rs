@@ -6,17 +6,42 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
 use crate::types::codec::{CodecError, Reader, Writer};
-use crate::types::{IdentityKey, MapId, MemberJid, MigrationId, PublicKey, RecipeId, Signature, VmId, hex};
+use crate::types::{
+    IdentityKey, LinkId, MapId, MemberJid, MigrationId, PublicKey, RecipeId, ReservationId, Signature, VmId, hex,
+};
 
-const MAGIC: &[u8; 8] = b"CICHOV\x00\x01";
+/// A record that says nothing of how its source became the owner.
+const MAGIC_1: &[u8; 8] = b"CICHOV\x00\x01";
+/// A record with its [`Provenance`].
+const MAGIC_2: &[u8; 8] = b"CICHOV\x00\x02";
 const JID_BYTES_MAX: u64 = 3071;
 /// Every move adds two at most, so no honest VM comes near it, and what follows still counts.
 pub const EPOCH_MAX: u64 = 1 << 60;
-/// No record that decodes has more hex digits.
-const RECORD_DIGITS_MAX: usize = 32 << 10;
+/// No record that decodes is longer.
+pub const RECORD_BYTES_MAX: u64 = 16 << 10;
+const RECORD_DIGITS_MAX: usize = 2 * RECORD_BYTES_MAX as usize;
+
+/// By which record the source owns the VM.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Origin {
+    /// It was made there and never left.
+    Born,
+    /// The last link of the VM's history (`lineage.rs`).
+    After(LinkId),
+}
+
+/// What a record of version 2 is bound to besides.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Provenance {
+    pub origin: Origin,
+    /// The target's reservation it redeems. One that has ended never comes again, so a hand-over
+    /// under it can be returned without a record of that.
+    pub reservation: ReservationId,
+}
 
 /// Who gives which VM, in which exact state, to whom.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct HandOver {
     pub vm: VmId,
     pub migration: MigrationId,
@@ -31,12 +56,14 @@ pub struct HandOver {
     pub root_delta: MapId,
     pub user_data: MapId,
     pub issued: UnixMillis,
+    /// None: version 1.
+    pub provenance: Option<Provenance>,
 }
 
 impl HandOver {
     /// The canonical bytes both sides sign.
     pub fn encode(&self) -> Vec<u8> {
-        let mut w = Writer::with_magic(MAGIC);
+        let mut w = Writer::with_magic(if self.provenance.is_some() { MAGIC_2 } else { MAGIC_1 });
         w.fixed(self.vm.0.as_bytes());
         w.fixed(self.migration.0.as_bytes());
         w.u64(self.epoch);
@@ -48,11 +75,23 @@ impl HandOver {
             w.fixed(hash);
         }
         w.u64(self.issued.0);
+        if let Some(p) = &self.provenance {
+            match p.origin {
+                Origin::Born => w.u8(0),
+                Origin::After(id) => {
+                    w.u8(1);
+                    w.fixed(id.as_bytes());
+                }
+            }
+            w.fixed(p.reservation.0.as_bytes());
+        }
         w.into_bytes()
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self, CodecError> {
-        let mut r = Reader::with_magic(bytes, MAGIC, "hand-over record of version 1")?;
+        let bound = bytes.starts_with(MAGIC_2);
+        let magic = if bound { MAGIC_2 } else { MAGIC_1 };
+        let mut r = Reader::with_magic(bytes, magic, "hand-over record of version 1 or 2")?;
         let invalid = |what| move |_| CodecError::Invalid { what, rule: "malformed".into() };
         let vm = VmId(uuid::Uuid::from_bytes(r.array("vm")?));
         let migration = MigrationId(uuid::Uuid::from_bytes(r.array("migration")?));
@@ -86,6 +125,7 @@ impl HandOver {
             root_delta: MapId::from_bytes(r.array("root delta")?),
             user_data: MapId::from_bytes(r.array("user data")?),
             issued: UnixMillis(r.u64("issued")?),
+            provenance: if bound { Some(Provenance::read(&mut r)?) } else { None },
         };
         r.end()?;
         Ok(out)
@@ -96,6 +136,18 @@ impl HandOver {
         let bytes = self.encode();
         let signature = key.sign(&bytes);
         SignedHandOver { record: hex::encode(&bytes), signature }
+    }
+}
+
+impl Provenance {
+    fn read(r: &mut Reader<'_>) -> Result<Self, CodecError> {
+        let origin = match r.u8("origin")? {
+            0 => Origin::Born,
+            1 => Origin::After(LinkId::from_bytes(r.array("link")?)),
+            value => return Err(CodecError::Unknown { what: "origin", value: value.into() }),
+        };
+        let reservation = ReservationId(uuid::Uuid::from_bytes(r.array("reservation")?));
+        Ok(Self { origin, reservation })
     }
 }
 
@@ -120,10 +172,19 @@ pub enum HandOverError {
 }
 
 impl SignedHandOver {
+    fn bytes(&self) -> Result<Vec<u8>, HandOverError> {
+        let short = Some(&self.record).filter(|r| r.len() <= RECORD_DIGITS_MAX);
+        short.and_then(|r| hex::decode(r)).ok_or(HandOverError::NotHex)
+    }
+
+    /// What it says; for records whose signatures were checked before.
+    pub fn read(&self) -> Result<HandOver, HandOverError> {
+        HandOver::decode(&self.bytes()?).map_err(HandOverError::Malformed)
+    }
+
     /// The record, if the source it names signed it.
     pub fn verify(&self) -> Result<HandOver, HandOverError> {
-        let short = Some(&self.record).filter(|r| r.len() <= RECORD_DIGITS_MAX);
-        let bytes = short.and_then(|r| hex::decode(r)).ok_or(HandOverError::NotHex)?;
+        let bytes = self.bytes()?;
         let record = HandOver::decode(&bytes).map_err(HandOverError::Malformed)?;
         record.source_key.verify(&bytes, &self.signature).map_err(|_| HandOverError::Signature("source"))?;
         Ok(record)
@@ -147,8 +208,18 @@ impl SignedHandOver {
     }
 }
 
+impl SignedHandOver {
+    /// The source's operator takes the VM back without the target's word. Call it only after that was
+    /// durably recorded.
+    pub fn take_back(self, key: &IdentityKey) -> TakenBack {
+        let signature = key.sign(&self.countersigned_bytes(TAKE_BACK));
+        TakenBack { hand_over: self, signature }
+    }
+}
+
 const ACCEPT: &[u8] = b"cicada hand-over accepted 1\0";
 const RETURN: &[u8] = b"cicada hand-over returned 1\0";
+const TAKE_BACK: &[u8] = b"cicada hand-over taken back 1\0";
 
 /// The doubly signed record: the target owns the VM.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
@@ -165,19 +236,36 @@ pub struct Return {
     pub signature: Signature,
 }
 
+/// The source's word that it owns the VM again although it gave it away: an operator decided so while
+/// the target was silent. It proves nothing about the target.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub struct TakenBack {
+    pub hand_over: SignedHandOver,
+    pub signature: Signature,
+}
+
 impl Receipt {
     pub fn verify(&self) -> Result<HandOver, HandOverError> {
-        verify_second(&self.hand_over, &self.signature, ACCEPT)
+        second_by_target(&self.hand_over, &self.signature, ACCEPT)
     }
 }
 
 impl Return {
     pub fn verify(&self) -> Result<HandOver, HandOverError> {
-        verify_second(&self.hand_over, &self.signature, RETURN)
+        second_by_target(&self.hand_over, &self.signature, RETURN)
     }
 }
 
-fn verify_second(
+impl TakenBack {
+    pub fn verify(&self) -> Result<HandOver, HandOverError> {
+        let record = self.hand_over.verify()?;
+        let bytes = self.hand_over.countersigned_bytes(TAKE_BACK);
+        record.source_key.verify(&bytes, &self.signature).map_err(|_| HandOverError::Signature("source"))?;
+        Ok(record)
+    }
+}
+
+fn second_by_target(
     signed: &SignedHandOver,
     signature: &Signature,
     context: &[u8],
@@ -209,6 +297,7 @@ mod tests {
             root_delta: MapId::of(b"d"),
             user_data: MapId::of(b"u"),
             issued: UnixMillis(5),
+            provenance: None,
         };
         let signed = record.clone().sign(&a);
         assert_eq!(signed.verify(), Ok(record.clone()));

@@ -4,10 +4,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{ComponentId, MemberJid, PackId, PublicKey};
+use crate::types::{ComponentId, LinkId, MemberJid, PackId, PublicKey, ReservationId, VmId};
 use crate::vm::{MapRef, VmSpec};
 
 use super::handover::{Receipt, Return, SignedHandOver};
+use super::lineage::Links;
 
 /// Ids one check may ask about at once; more are asked in further checks.
 pub const CHECK_IDS_MAX: usize = 1000;
@@ -15,6 +16,8 @@ pub const CHECK_IDS_MAX: usize = 1000;
 pub const CONTENT_IDS_MAX: usize = 1000;
 /// Tickets one content request may give back.
 pub const TICKETS_BACK_MAX: usize = 16;
+/// VMs one question about their owners may name; more are asked about in further ones.
+pub const CLAIMS_MAX: usize = 500;
 /// Addresses a source may offer.
 pub const ADDRESSES_MAX: usize = 16;
 
@@ -27,6 +30,12 @@ pub enum RequestBody {
     Configuration { spec: VmSpec, components: Vec<ComponentId>, packs: Vec<PackId> },
     /// To the target: keep room for it.
     Reservation { spec: VmSpec },
+    /// To the target of a reservation: links `at` to `at + links` of the VM's history, of `total`, oldest
+    /// first. With the last page the target says whether it believes the history.
+    /// `after` names the link they begin after, if the target knows it.
+    Lineage { at: u32, total: u32, after: Option<LinkId>, links: Links },
+    /// To any member: we believe to own these VMs. What do you know of them beyond that? Belongs to no VM.
+    Owners { claims: Vec<Claim> },
     /// To the target: bring your copy to this state. Repeated to learn how far it is.
     Initialization(Box<Initialization>),
     /// To the target: it is yours; start it. Repeated until a receipt or a return comes back.
@@ -52,6 +61,29 @@ pub enum RequestBody {
         #[serde(default)]
         done: Vec<String>,
     },
+}
+
+/// A VM that the sender believes to own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Claim {
+    pub vm: VmId,
+    /// The last link of its history that the sender knows; none if it was made there.
+    pub tip: Option<LinkId>,
+    pub epoch: u64,
+    pub running: bool,
+}
+
+/// What a member knows of a VM beyond another's claim.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Known {
+    pub vm: VmId,
+    /// Links from the claim's tip on; from the first, if the member does not know that one.
+    pub links: Links,
+    /// There are more than one answer carries.
+    pub more: bool,
+    /// The member believes to own the VM itself, and whether it runs there.
+    pub here: bool,
+    pub running: bool,
 }
 
 /// One pass of staging. The components follow from the recipe; the maps name the disks' state.
@@ -94,6 +126,20 @@ pub enum AnswerBody {
     Configuration(CheckAnswer),
     Reserved {
         expires_in_s: u64,
+        /// What the hand-over has to name; not of a target that speaks version 1.
+        #[serde(default)]
+        reservation: Option<ReservationId>,
+        /// The last link of the VM's history that the target knows: what comes after it is enough.
+        #[serde(default)]
+        known: Option<LinkId>,
+    },
+    /// So much of the history is there.
+    Lineage {
+        links: u32,
+    },
+    /// What is known beyond the claims; claims of which nothing more is known are left out.
+    Owners {
+        known: Vec<Known>,
     },
     /// Not finished yet; ask again.
     Working(Progress),
@@ -161,7 +207,7 @@ pub struct ContentAnswer {
     pub addresses: Vec<String>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Seed {
     pub root_delta: MapRef,
     pub user_data: MapRef,

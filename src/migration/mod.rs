@@ -4,11 +4,16 @@
 pub mod envelope;
 pub mod evidence;
 pub mod handover;
+pub mod lineage;
 pub mod message;
+pub mod ownership;
+pub mod records;
 pub mod source;
 pub mod target;
 
 pub use envelope::{Envelope, EnvelopeError, ReplayGuard};
 pub use evidence::Evidence;
 pub use handover::{HandOver, Receipt, Return};
+pub use lineage::{Lineage, Link, LinkKind, Links};
+pub use ownership::{Law, Refusal};
 pub use message::{Answer, AnswerBody, Denial, DenialCode, Pass, RequestBody};

@@ -73,14 +73,14 @@ pub enum Event {
     Stopped(Result<(), Denial>),
     /// The guest stands still, or why not.
     Held(Result<(), Denial>),
-    /// It has been held for as long as it may be.
+    /// As long as one move may hold it has passed since it was first held.
     HoldOver,
     /// `Err` only if it is certain that nothing was recorded.
     GaveUp(Result<SignedHandOver, Denial>),
     TookBack(Result<(), Denial>),
     /// The wait asked for is over.
     Timer,
-    /// The target answers, and brings its copy no further, while the VM stands still for it.
+    /// The target answers and fetches nothing: by what was sent, not by what it says.
     Stalled,
     Cancel,
 }
@@ -142,6 +142,8 @@ pub struct Source {
     /// No more passes while the VM runs.
     hurry: bool,
     hold: Hold,
+    /// The guest was held for as long as one move may hold it.
+    hold_spent: bool,
     /// Why the guest could not be held, until somebody asks again.
     not_held: Option<Denial>,
     unanswered: u32,
@@ -161,6 +163,7 @@ impl Source {
             stopped: !was_running,
             hurry: false,
             hold: Hold::No,
+            hold_spent: false,
             not_held: None,
             unanswered: 0,
             restarts: 0,
@@ -217,6 +220,9 @@ impl Source {
                 (Hold::Held, _) => (Answer::Suspended, Vec::new()),
                 (Hold::Pausing, _) => (Answer::Suspending, Vec::new()),
                 (Hold::No, Some(denial)) => (Answer::Denied(denial), Vec::new()),
+                (Hold::No, None) if self.hold_spent => {
+                    deny(DenialCode::Policy, "the guest was held still for as long as one move may hold it")
+                }
                 (Hold::No, None) => {
                     self.hold = Hold::Pausing;
                     (Answer::Suspending, vec![Effect::Suspend])
@@ -250,18 +256,23 @@ impl Source {
             (phase, Event::Held(result)) if self.hold == Hold::Pausing => {
                 self.hold = if result.is_ok() { Hold::Held } else { Hold::No };
                 self.not_held = result.err();
+                let over = self.hold_spent;
                 match phase {
                     // The stop has waited for this.
                     Phase::Stopping => match self.denial.take() {
                         None => vec![Effect::Stop],
                         Some(denial) => self.abandon(denial),
                     },
-                    phase if phase.ended() => self.let_go(),
+                    // Too late: its time was over before it stood still.
+                    phase if phase.ended() || over => self.let_go(),
                     _ => Vec::new(),
                 }
             }
             // A stop makes a paused guest go on by itself.
-            (phase, Event::HoldOver) if phase != Phase::Stopping => self.let_go(),
+            (phase, Event::HoldOver) => {
+                self.hold_spent = true;
+                if phase == Phase::Stopping { Vec::new() } else { self.let_go() }
+            }
 
             (Phase::Reserving, Event::Answered(a)) => match *a {
                 Answer::Reserved { .. } => self.scan(),
@@ -281,8 +292,11 @@ impl Source {
                 Answer::Staged { pass: n, account } if n == pass.number => self.staged(pass, account),
                 other => self.unexpected(other),
             },
-            (Phase::Staging(pass), Event::Stalled) if pass.last => {
-                let why = "the target brought its copy no further while the VM stood still for it";
+            (Phase::Staging(pass), Event::Stalled) => {
+                let why = match pass.last {
+                    true => "the target brought its copy no further while the VM stood still for it",
+                    false => "the target brought its copy no further",
+                };
                 self.abandon(Denial::new(DenialCode::Other, why))
             }
             (Phase::Staging(pass), Event::Timer) => vec![Effect::AskInitialization(pass)],
@@ -453,7 +467,7 @@ mod tests {
         let mut s = Source::new(was_running);
         assert_eq!(s.step(Event::Begin), [Effect::Check]);
         assert_eq!(s.step(Event::Checked(Ok(()))), [Effect::AskReservation]);
-        let scan = s.step(answered(Answer::Reserved { expires_in_s: 60 }));
+        let scan = s.step(answered(Answer::Reserved { expires_in_s: 60, reservation: None, known: None }));
         assert_eq!(scan, [Effect::Scan { pass: 1, last: !was_running }]);
         assert!(matches!(s.step(Event::Scanned(Ok((map(), map()))))[..], [Effect::AskInitialization(_)]));
         s
@@ -583,6 +597,21 @@ mod tests {
             matches!(effects[..], [Effect::TellCancel, Effect::Restart, Effect::Abandon(_)]),
             "{effects:?}"
         );
+    }
+
+    /// However often it is asked: a target that renews its hold gets one time in all.
+    #[test]
+    fn a_guest_is_held_for_one_time_in_each_move() {
+        let mut s = held();
+        assert_eq!(s.step(Event::HoldOver), [Effect::Resume]);
+        let (answer, effects) = s.asked(&RequestBody::Suspend);
+        assert!(denied(&answer) == Some(DenialCode::Policy) && effects.is_empty());
+        // Its time runs out while the guest is being paused.
+        let mut s = until_staging(true);
+        s.asked(&RequestBody::Suspend);
+        assert!(s.step(Event::HoldOver).is_empty());
+        assert_eq!(s.step(Event::Held(Ok(()))), [Effect::Resume]);
+        assert!(!s.held());
     }
 
     #[test]

@@ -13,7 +13,7 @@
 //! the source asks again, so lost and repeated messages do no harm. The VM is run only after the
 //! effect [`Effect::TakeOver`] has durably recorded the ownership.
 
-use crate::types::{MemberJid, PublicKey, RecipeId};
+use crate::types::{LinkId, MemberJid, PublicKey, RecipeId, ReservationId};
 
 use super::handover::{HandOver, Receipt, SignedHandOver};
 use super::message::{Answer, Denial, DenialCode, Initialization, Pass, Progress, RequestBody, StageAccount};
@@ -70,9 +70,13 @@ pub struct Agreement {
     pub target_key: PublicKey,
     pub migration: crate::types::MigrationId,
     pub vm: crate::types::VmId,
-    /// The VM's epoch at the source; the hand-over is for the next.
+    /// The VM's epoch at the source as it says: only a hand-over counts.
     pub epoch: u64,
     pub recipe: RecipeId,
+    /// Of this reservation alone; a hand-over of version 2 names it.
+    pub reservation: ReservationId,
+    /// The last link of the VM's history that was known here before.
+    pub known: Option<LinkId>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -179,11 +183,13 @@ impl Target {
     fn asked(&mut self, request: RequestBody) -> Vec<Effect> {
         match request {
             // A check changes nothing and is answered by the broker, migration or not.
-            RequestBody::Configuration { .. } | RequestBody::Content { .. } => {
+            RequestBody::Configuration { .. } | RequestBody::Content { .. } | RequestBody::Owners { .. } => {
                 deny(DenialCode::OutOfOrder, "a check belongs to no migration")
             }
+            // Verified by the broker, which keeps it for the take-over.
+            RequestBody::Lineage { .. } => deny(DenialCode::OutOfOrder, "the VM was already handed over"),
             RequestBody::Reservation { .. } if self.leased() => {
-                answer(Answer::Reserved { expires_in_s: self.lease_s })
+                answer(self.reserved())
             }
             RequestBody::Initialization(init) => self.initialise(init),
             RequestBody::Start { hand_over, run } => self.take_over(hand_over, run),
@@ -200,6 +206,15 @@ impl Target {
             RequestBody::Suspend | RequestBody::Stop | RequestBody::Delete { .. } => {
                 deny(DenialCode::NotYours, "only the target of a migration asks this of its source")
             }
+        }
+    }
+
+    /// The answer to the reservation, first and repeated.
+    pub fn reserved(&self) -> Answer {
+        Answer::Reserved {
+            expires_in_s: self.lease_s,
+            reservation: Some(self.agreement.reservation),
+            known: self.agreement.known,
         }
     }
 
@@ -280,14 +295,14 @@ impl Target {
         effects
     }
 
-    /// The hand-over must be signed by the source, and be of this migration.
+    /// The hand-over must be signed by the source, and be of this migration. Its epoch is the ownership
+    /// rules' matter.
     fn belongs(&self, signed: &SignedHandOver) -> Result<HandOver, String> {
         let h = signed.verify().map_err(|e| e.to_string())?;
         let a = &self.agreement;
         let checks = [
             ("VM", h.vm == a.vm),
             ("migration", h.migration == a.migration),
-            ("epoch", Some(h.epoch) == a.epoch.checked_add(1)),
             ("source", h.source == a.source && h.source_key == a.source_key),
             ("target", h.target == a.target && h.target_key == a.target_key),
         ];
@@ -357,6 +372,8 @@ mod tests {
             vm: VmId(uuid::Uuid::from_u128(2)),
             epoch: 4,
             recipe: RecipeId::of(b"r"),
+            reservation: ReservationId(uuid::Uuid::from_u128(3)),
+            known: None,
         }
     }
 
@@ -379,6 +396,7 @@ mod tests {
             root_delta: pass(1, true).root_delta.id(),
             user_data: pass(1, true).user_data.id(),
             issued: UnixMillis(9),
+            provenance: None,
         }
     }
 
@@ -519,6 +537,9 @@ mod tests {
             RequestBody::Suspend,
             RequestBody::Stop,
             RequestBody::Content { components: Vec::new(), packs: Vec::new(), done: Vec::new() },
+            RequestBody::Withdraw { hand_over: hand_over().sign(&source_key()) },
+            RequestBody::Lineage { at: 0, total: 0, after: None, links: Default::default() },
+            RequestBody::Owners { claims: Vec::new() },
             RequestBody::Delete { boot_ms: None },
         ]
     }
@@ -559,8 +580,6 @@ mod tests {
         let others = [
             HandOver { vm: VmId(uuid::Uuid::from_u128(7)), ..h.clone() },
             HandOver { migration: MigrationId(uuid::Uuid::from_u128(7)), ..h.clone() },
-            HandOver { epoch: h.epoch + 1, ..h.clone() },
-            HandOver { epoch: h.epoch - 1, ..h.clone() },
             HandOver { target: "c@x".parse().unwrap(), ..h.clone() },
             HandOver { target_key: source_key().public(), ..h.clone() },
             HandOver { source: "c@x".parse().unwrap(), ..h.clone() },
@@ -610,7 +629,8 @@ mod tests {
         let mut t = Target::new(agreement(), 60);
         for _ in 0..2 {
             let (answer, _) = ask(&mut t, RequestBody::Reservation { spec: spec() });
-            assert_eq!(answer, Answer::Reserved { expires_in_s: 60 });
+            assert_eq!(answer, t.reserved());
+            assert!(matches!(answer, Answer::Reserved { expires_in_s: 60, reservation: Some(_), .. }));
         }
         let mut t = staging(pass(2, true));
         let (answer, effects) = ask(&mut t, initialization(pass(2, true)));

@@ -147,6 +147,10 @@ content_id!(
     BlockHash
 );
 content_id!(
+    /// Names one link of a VM's history of ownership: what was signed, whatever the signatures' bytes.
+    LinkId
+);
+content_id!(
     /// Digest of a whole disk image: BLAKE3 over the list of BLAKE3 of its 4 MiB segments.
     ImageDigest
 );

@@ -63,9 +63,9 @@ uuid_id!(
     "migration id"
 );
 uuid_id!(
-    /// A reservation at a target.
-    LeaseId,
-    "lease id"
+    /// A reservation at a target, while it lasts. Random: one that has ended never comes again.
+    ReservationId,
+    "reservation id"
 );
 
 macro_rules! name_type {

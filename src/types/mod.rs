@@ -7,7 +7,7 @@ pub mod id;
 pub mod identity;
 pub mod size;
 
-pub use hash::{BlockHash, ComponentId, Hash, ImageDigest, MapId, NodeHash, PackId, RecipeId};
-pub use id::{CloudName, LeaseId, MemberJid, MigrationId, VmId, VmName};
+pub use hash::{BlockHash, ComponentId, Hash, ImageDigest, LinkId, MapId, NodeHash, PackId, RecipeId};
+pub use id::{CloudName, MemberJid, MigrationId, ReservationId, VmId, VmName};
 pub use identity::{IdentityKey, PublicKey, Signature};
 pub use size::ByteSize;

@@ -59,7 +59,7 @@ impl From<Mac> for String {
 }
 
 /// One network card.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Nic {
     /// The network's name; a target must have one of the same name.
     pub network: String,
@@ -67,7 +67,7 @@ pub struct Nic {
 }
 
 /// What starts a VM's operating system.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Firmware {
     /// What disks composed of components need.
@@ -104,7 +104,7 @@ impl FromStr for Firmware {
 }
 
 /// What a VM is, independent of where it runs. Travels with it, unchanged.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct VmSpec {
     pub id: VmId,
     pub name: VmName,

@@ -6,63 +6,33 @@ use std::sync::LazyLock;
 
 use cicada::clock::UnixMillis;
 use cicada::migration::envelope::{LIFETIME, VERSION};
-use cicada::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
-use cicada::migration::message::{Initialization, StageAccount};
+use cicada::migration::handover::{Receipt, Return, SignedHandOver};
+use cicada::migration::message::{Initialization, Seed, StageAccount};
+use cicada::migration::ownership::{Became, Gift, Given, Guest, Hold, Learnt, Standing};
+use cicada::migration::records::VmRecord;
 use cicada::migration::source::{self, Source};
 use cicada::migration::target::{self, Agreement, Target};
-use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, Pass, ReplayGuard, RequestBody};
-use cicada::types::{ByteSize, IdentityKey, MemberJid, MigrationId, RecipeId, VmId};
+use cicada::migration::{
+    AnswerBody, Denial, DenialCode, Envelope, Lineage, Links, Pass, Refusal, ReplayGuard, RequestBody,
+};
+use cicada::types::{
+    ByteSize, IdentityKey, LinkId, MemberJid, MigrationId, PublicKey, RecipeId, ReservationId, VmId,
+};
 use cicada::vm::{MapRef, VmSpec};
 
 use crate::Rules;
 use crate::world::{Message, Random, VM};
 
-/// The broker's record of the VM.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Record {
-    pub epoch: u64,
-    pub given_up: Option<GivenUp>,
-    pub run: bool,
-    pub dir: String,
-    pub arrival: Option<Arrival>,
-}
-
-impl Record {
-    /// The highest epoch of the VM this record knows of.
-    fn seen_epoch(&self) -> u64 {
-        self.epoch + u64::from(self.given_up.is_some())
-    }
-}
-
-#[derive(Clone, PartialEq, Debug)]
-pub struct GivenUp {
-    pub to: usize,
-    pub hand_over: HandOver,
-    pub was_running: bool,
-    pub receipt: Option<Receipt>,
-}
-
-#[derive(Clone, PartialEq, Debug)]
-pub struct Arrival {
-    pub migration: MigrationId,
-    pub from: usize,
-    pub receipt: Receipt,
-    pub acknowledged: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Busy {
-    Migration(MigrationId),
-    Starting,
-}
-
 /// What a crash of the broker leaves behind.
+#[derive(Clone)]
 pub struct Durable {
-    pub record: Option<Record>,
-    /// Epochs promised never to be run here.
-    pub returns: BTreeSet<u64>,
-    /// Receipts given for hand-overs whose record is overwritten or scrubbed.
-    pub past: BTreeMap<MigrationId, Receipt>,
+    pub record: Option<VmRecord>,
+    /// The history kept beside the record.
+    pub lineage: Lineage,
+    /// Hand-overs of version 1 promised never to be run here: to whose key, under which epoch.
+    pub returns: BTreeSet<(PublicKey, u64)>,
+    /// Receipts kept for good.
+    pub receipts: BTreeMap<MigrationId, Receipt>,
     /// Disks by directory; the number stands for the content.
     pub dirs: BTreeMap<String, u64>,
     /// The VM's process lives on without its broker.
@@ -74,12 +44,19 @@ pub struct Outgoing {
     pub machine: Source,
     pub to: usize,
     pub epoch: u64,
+    /// Negotiated in version 1: no history is shown.
+    pub before: bool,
+    /// The target's answer to the reservation, until it has the history.
+    reserved: Option<AnswerBody>,
+    reservation: Option<ReservationId>,
 }
 
 pub struct Incoming {
     pub machine: Target,
     pub from: usize,
     pub dir: String,
+    before: bool,
+    offered: Option<Lineage>,
 }
 
 /// Asynchronous work of the broker; lost when it crashes.
@@ -113,7 +90,9 @@ pub struct Memory {
     pub jobs: Vec<Job>,
     pub waiting: BTreeMap<u64, Waiting>,
     pub replay: ReplayGuard,
-    pub busy: Option<Busy>,
+    pub hold: Option<Hold>,
+    /// Its records may be older than what others know, and it has not asked them.
+    pub unconfirmed: bool,
 }
 
 pub struct Cloud {
@@ -136,9 +115,12 @@ pub struct Cloud {
     pub refused: u64,
 }
 
+/// Three clouds, and a member that never had the VM.
+pub const KEYS: usize = 4;
+
 pub fn jid(n: usize) -> MemberJid {
-    static JIDS: LazyLock<[MemberJid; 3]> = LazyLock::new(|| {
-        [0, 1, 2].map(|n| format!("cloud-{n}@federation").parse().expect("a valid address"))
+    static JIDS: LazyLock<[MemberJid; KEYS]> = LazyLock::new(|| {
+        [0, 1, 2, 3].map(|n| format!("cloud-{n}@federation").parse().expect("a valid address"))
     });
     JIDS[n].clone()
 }
@@ -183,8 +165,9 @@ impl Cloud {
             key: key(me),
             durable: Durable {
                 record: None,
+                lineage: Lineage::empty(spec().id),
                 returns: BTreeSet::new(),
-                past: BTreeMap::new(),
+                receipts: BTreeMap::new(),
                 dirs: BTreeMap::new(),
                 running: false,
                 paused: false,
@@ -202,8 +185,18 @@ impl Cloud {
         }
     }
 
+    /// By its own records; what may be older than the others' knowledge does not count.
     pub fn owns(&self) -> bool {
-        self.durable.record.as_ref().is_some_and(|r| r.given_up.is_none())
+        !self.memory.unconfirmed && self.durable.record.as_ref().is_some_and(VmRecord::is_here)
+    }
+
+    /// All it knows of the VM's history.
+    pub fn known(&self) -> Lineage {
+        self.rules.law.known(self.durable.lineage.clone(), self.durable.record.as_ref())
+    }
+
+    fn standing<'a>(&'a self, known: &'a Lineage) -> Standing<'a> {
+        Standing { record: self.durable.record.as_ref(), known, damaged: false }
     }
 
     fn fresh(&mut self) -> u64 {
@@ -227,7 +220,8 @@ impl Cloud {
     // --- life and death of the process ---
 
     pub fn crash(&mut self, random: &mut Random) {
-        let jobs = std::mem::take(&mut self.memory).jobs;
+        let unconfirmed = self.memory.unconfirmed;
+        let jobs = std::mem::replace(&mut self.memory, Memory { unconfirmed, ..Memory::default() }).jobs;
         // What had been asked of the hypervisor may still come to pass.
         for job in jobs {
             match job {
@@ -245,13 +239,17 @@ impl Cloud {
             self.durable.dirs.clear();
             return;
         };
-        self.durable.dirs.retain(|dir, _| *dir == record.dir);
-        match &record.given_up {
-            Some(g) if g.receipt.is_none() => {
-                let id = g.hand_over.migration;
-                let (machine, effects) = Source::resume(g.was_running, g.hand_over.clone().sign(&self.key));
-                self.memory.outgoing.insert(id, Outgoing { machine, to: g.to, epoch: record.epoch });
-                self.memory.busy = Some(Busy::Migration(id));
+        let named = |dir: &String| *dir == record.disks || record.kept.iter().any(|copy| copy.disks == *dir);
+        self.durable.dirs.retain(|dir, _| named(dir));
+        match record.given_up() {
+            Some(g) if g.in_doubt() => {
+                let (id, hand_over) = (g.migration, g.hand_over().expect("it was recorded whole"));
+                let before = hand_over.provenance.is_none();
+                let (machine, effects) = Source::resume(g.was_running, hand_over.sign(&self.key));
+                let (to, epoch) = (index(&g.to), record.epoch);
+                let run = Outgoing { machine, to, epoch, before, reserved: None, reservation: None };
+                self.memory.outgoing.insert(id, run);
+                self.memory.hold = Some(Hold::Migration(id));
                 for effect in effects {
                     self.source_effect(id, effect, &mut Random::new(0));
                 }
@@ -259,7 +257,7 @@ impl Cloud {
             Some(_) => {}
             None => {
                 if let Some(a) = record.arrival.as_ref().filter(|a| !a.acknowledged) {
-                    self.memory.jobs.push(Job::Delete { id: a.migration, to: a.from });
+                    self.memory.jobs.push(Job::Delete { id: a.migration, to: index(&a.from) });
                 }
                 if record.run {
                     self.start_machine(None);
@@ -268,52 +266,108 @@ impl Cloud {
         }
     }
 
+    /// The machine came back from a backup: its records are as they were, and it knows that they may be old.
+    pub fn restore(&mut self, backup: &Durable) {
+        self.memory = Memory { unconfirmed: self.rules.asks_before_it_runs, ..Memory::default() };
+        let disks = std::mem::take(&mut self.durable.dirs);
+        self.durable = Durable { running: false, paused: false, ..backup.clone() };
+        // Disks that are gone since do not come back, and a guest that starts finds what is there.
+        self.durable.dirs.retain(|dir, _| disks.contains_key(dir));
+        self.boot();
+    }
+
+    /// Asks another cloud what it knows.
+    pub fn learn_from(&mut self, other: &Cloud) {
+        let (known, shown) = (self.known(), other.known());
+        let running = self.durable.running;
+        let learnt = self.rules.law.learn(
+            self.standing(&known),
+            &shown,
+            &self.key.public(),
+            running,
+            &jid(other.me),
+            (UnixMillis(1), UnixMillis(2)),
+        );
+        let (record, lineage) = match learnt {
+            Learnt::Nothing | Learnt::Contradicts => return,
+            Learnt::Longer(lineage) => (None, Some(lineage)),
+            Learnt::Ours(record, lineage) | Learnt::GivenUp(record, lineage) => (Some(record), Some(lineage)),
+            Learnt::Disproved(record) => (Some(record), None),
+        };
+        if let Some(lineage) = lineage {
+            self.durable.lineage = lineage;
+        }
+        if let Some(record) = record {
+            let pending = self.durable.record.replace(*record).and_then(|old| Some(old.given_up()?.migration));
+            if let Some(id) = pending {
+                self.end_outgoing(id);
+            }
+        }
+    }
+
+    /// All others were asked.
+    pub fn confirm(&mut self) {
+        if std::mem::take(&mut self.memory.unconfirmed)
+            && self.memory.hold.is_none()
+            && self.durable.record.as_ref().is_some_and(|r| r.is_here() && r.run)
+        {
+            self.start_machine(None);
+        }
+    }
+
     // --- the operator ---
 
-    pub fn begin_move(&mut self, to: usize, id: MigrationId) -> bool {
-        let Some(record) = self.durable.record.as_ref().filter(|r| r.given_up.is_none()) else {
-            return false;
-        };
-        if self.memory.busy.is_some() {
+    pub fn begin_move(&mut self, to: usize, id: MigrationId, before: bool) -> bool {
+        let Some(record) = self.durable.record.as_ref() else { return false };
+        let hold = self.memory.hold.unwrap_or(Hold::Free);
+        if self.rules.law.may_move(record, hold, !self.memory.unconfirmed).is_err() {
             return false;
         }
-        let run = Outgoing { machine: Source::new(self.durable.running), to, epoch: record.epoch };
-        self.memory.busy = Some(Busy::Migration(id));
+        let (machine, epoch) = (Source::new(self.durable.running), record.epoch);
+        let run = Outgoing { machine, to, epoch, before, reserved: None, reservation: None };
+        self.memory.hold = Some(Hold::Migration(id));
         self.memory.outgoing.insert(id, run);
         true
     }
 
-    /// Scrubs a copy whose grace period is over.
+    /// Scrubs copies whose grace period is over.
     pub fn scrub_released(&mut self) {
-        let Some(record) = &self.durable.record else { return };
-        let released = record.given_up.as_ref().is_some_and(|g| g.receipt.is_some());
+        let Some(record) = self.durable.record.clone() else { return };
         let coming_home = self.memory.incoming.values().any(|r| unfinished(&r.machine));
-        if !released || coming_home || self.memory.busy.is_some() {
+        if coming_home || self.memory.hold.is_some() || self.memory.unconfirmed {
             return;
         }
-        let dir = record.dir.clone();
-        self.keep_past();
-        self.durable.record = None;
-        self.memory.jobs.push(Job::Scrub(dir));
+        // The grace period is over for the one or the other.
+        if let Some((over, record)) = self.rules.law.due(&record, UnixMillis(u64::MAX)) {
+            self.durable.record = Some(record);
+            self.memory.jobs.extend(over.into_iter().map(Job::Scrub));
+        } else if record.given_up().is_some_and(|g| !g.in_doubt()) {
+            self.keep_past();
+            self.durable.record = None;
+            self.memory.jobs.push(Job::Scrub(record.disks));
+        }
     }
 
     /// A receipt once given is given again for ever, also when its record goes.
     fn keep_past(&mut self) {
-        if let Some(a) = self.durable.record.as_ref().and_then(|r| r.arrival.clone())
-            && self.rules.receipts_outlive_records
-        {
-            self.durable.past.insert(a.migration, a.receipt);
+        let Some(record) = &self.durable.record else { return };
+        let known = self.known();
+        for (id, receipt) in self.rules.law.outlive(record) {
+            self.durable.receipts.insert(id, receipt);
         }
+        self.durable.lineage = known;
     }
 
     // --- the hypervisor ---
 
     fn start_machine(&mut self, arrival: Option<MigrationId>) {
-        let Some(record) = self.durable.record.as_mut().filter(|r| r.given_up.is_none()) else { return };
-        record.run = true;
-        if self.rules.starting_is_busy {
-            self.memory.busy = Some(Busy::Starting);
+        let confirmed = !self.memory.unconfirmed;
+        let Some(record) = self.durable.record.as_mut() else { return };
+        if self.rules.law.may_run(record, confirmed).is_err() {
+            return;
         }
+        record.run = true;
+        self.memory.hold = Some(Hold::Verb("started"));
         self.memory.jobs.push(Job::Start(arrival));
     }
 
@@ -322,8 +376,8 @@ impl Cloud {
     }
 
     fn started(&mut self, arrival: Option<MigrationId>, random: &mut Random) {
-        if self.memory.busy == Some(Busy::Starting) {
-            self.memory.busy = None;
+        if matches!(self.memory.hold, Some(Hold::Verb(_))) {
+            self.memory.hold = None;
         }
         let mut result = Ok(());
         // Starting a paused VM lets it go on.
@@ -334,7 +388,7 @@ impl Cloud {
             self.start_failed = true;
             result = Err("the hypervisor failed".to_owned());
         } else if !self.durable.running {
-            let dir = self.durable.record.as_ref().map(|r| r.dir.clone()).unwrap_or_default();
+            let dir = self.durable.record.as_ref().map(|r| r.disks.clone()).unwrap_or_default();
             match self.durable.dirs.get(&dir) {
                 Some(content) if *content == self.newest => self.durable.running = true,
                 other => self.broken = Some(format!("starts {dir} with {other:?}, not {}", self.newest)),
@@ -359,7 +413,7 @@ impl Cloud {
             }
             Job::Scan(id) => {
                 let Some(record) = &self.durable.record else { return };
-                let content = self.durable.dirs.get(&record.dir).copied().unwrap_or_default();
+                let content = self.durable.dirs.get(&record.disks).copied().unwrap_or_default();
                 let result = match failed(random) {
                     true => Err(denial(DenialCode::Content, "unreadable")),
                     false => Ok((map(content), map(content))),
@@ -429,10 +483,13 @@ impl Cloud {
         use source::{Effect, Event};
         let Some(run) = self.memory.outgoing.get(&id) else { return };
         let (to, epoch, run_there) = (run.to, run.epoch, run.machine.was_running());
+        let before = run.before;
         match effect {
             Effect::Check => self.memory.jobs.push(Job::Check(id)),
             Effect::AskReservation => {
-                self.send(to, id, epoch, RequestBody::Reservation { spec: spec() }, Waiting::Source(id));
+                // Version 1 is told by the epoch's high bit here: envelopes are made elsewhere.
+                let body = RequestBody::Reservation { spec: spec() };
+                self.send(to, id, epoch | u64::from(before) << 63, body, Waiting::Source(id));
             }
             Effect::Scan { .. } => self.memory.jobs.push(Job::Scan(id)),
             Effect::AskInitialization(pass) => {
@@ -467,11 +524,11 @@ impl Cloud {
             }
             Effect::Release { receipt, .. } => {
                 let failed = self.disk_fails(random);
-                let given = self.durable.record.as_mut().and_then(|r| r.given_up.as_mut());
-                match given.filter(|g| g.hand_over.migration == id) {
-                    Some(_) if failed => return self.crash(random),
-                    Some(g) => g.receipt = Some(receipt),
-                    None => self.broken = Some("released what is not given up by this migration".into()),
+                let record = self.durable.record.as_ref();
+                match record.map(|record| self.rules.law.release(record, receipt, UnixMillis(2))) {
+                    Some(Ok(_)) if failed => return self.crash(random),
+                    Some(Ok(record)) => self.durable.record = Some(record),
+                    other => self.broken = Some(format!("released what is not given up by it: {other:?}")),
                 }
                 self.end_outgoing(id);
             }
@@ -481,23 +538,13 @@ impl Cloud {
 
     fn end_outgoing(&mut self, id: MigrationId) {
         self.memory.outgoing.remove(&id);
-        if self.memory.busy == Some(Busy::Migration(id)) || !self.rules.starting_is_busy {
-            self.memory.busy = None;
+        if self.memory.hold == Some(Hold::Migration(id)) {
+            self.memory.hold = None;
         }
     }
 
     fn initialization(&self, pass: Pass) -> Initialization {
-        Initialization {
-            spec: spec(),
-            recipe: String::new(),
-            component_names: Vec::new(),
-            component_bytes: 0,
-            pass,
-            addresses: Vec::new(),
-            source_key: self.key.public(),
-            ticket: String::new(),
-            firmware: None,
-        }
+        initialization(&self.key, pass)
     }
 
     fn give_up(
@@ -507,50 +554,50 @@ impl Cloud {
         pass: Pass,
         was_running: bool,
     ) -> Result<SignedHandOver, Denial> {
-        let record = self.durable.record.as_mut().ok_or_else(|| denial(DenialCode::Other, "gone"))?;
-        let hand_over = HandOver {
-            vm: spec().id,
+        let record = self.durable.record.as_ref().ok_or_else(|| denial(DenialCode::Other, "gone"))?;
+        let gift = Gift {
             migration: id,
-            epoch: record.epoch + 1,
             source: jid(self.me),
             source_key: self.key.public(),
             target: jid(to),
             target_key: key(to).public(),
-            recipe: spec().recipe,
-            root_delta: pass.root_delta.id(),
-            user_data: pass.user_data.id(),
-            issued: UnixMillis(1),
+            reservation: self.memory.outgoing.get(&id).and_then(|run| run.reservation),
+            seed: Seed { root_delta: pass.root_delta, user_data: pass.user_data },
+            was_running,
+            now: UnixMillis(1),
         };
-        record.given_up = Some(GivenUp { to, hand_over: hand_over.clone(), was_running, receipt: None });
+        let (record, hand_over) =
+            self.rules.law.give_up(record, &self.known(), gift).map_err(|refusal| refused(&refusal))?;
+        self.durable.record = Some(record);
         Ok(hand_over.sign(&self.key))
     }
 
     fn take_back(&mut self, back: &Return) -> Result<(), Denial> {
-        let refuse = |text: &str| denial(DenialCode::HandOver, text);
-        let h = back.verify().map_err(|e| refuse(&e.to_string()))?;
-        let record = self.durable.record.as_mut().ok_or_else(|| refuse("unknown"))?;
-        if record.given_up.as_ref().map(|g| &g.hand_over) != Some(&h) {
-            return Err(refuse("the return is for another hand-over"));
-        }
-        record.given_up = None;
-        record.epoch = h.epoch + 1;
+        let record = self.durable.record.as_ref().ok_or_else(|| denial(DenialCode::HandOver, "unknown"))?;
+        let (record, known) =
+            self.rules.law.take_back(record, &self.known(), back).map_err(|refusal| refused(&refusal))?;
+        self.durable.lineage = known;
+        self.durable.record = Some(record);
         Ok(())
     }
 
     pub fn answered(&mut self, nonce: u64, body: AnswerBody, random: &mut Random) {
         match self.memory.waiting.remove(&nonce) {
             Some(Waiting::Source(id)) => {
-                if let AnswerBody::Started { receipt, .. } = &body
-                    && !receipt.verify().is_ok_and(|h| h.migration == id)
-                {
-                    self.broken = Some("receipt of another migration".into());
+                if let AnswerBody::Started { receipt, .. } = &body {
+                    let record = self.durable.record.as_ref();
+                    if record.is_none_or(|record| self.rules.law.receipt_fits(record, receipt).is_err()) {
+                        return self.source_event(id, source::Event::Unanswered, random);
+                    }
                 }
-                self.source_event(id, source::Event::Answered(Box::new(body)), random);
+                if let Some(body) = self.shows_history(id, body) {
+                    self.source_event(id, source::Event::Answered(Box::new(body)), random);
+                }
             }
             Some(Waiting::Delete(id, _)) => {
-                let arrival = self.durable.record.as_mut().and_then(|r| r.arrival.as_mut());
-                if let Some(a) = arrival.filter(|a| a.migration == id) {
-                    a.acknowledged = true;
+                let record = self.durable.record.as_ref();
+                if let Some(record) = record.and_then(|record| self.rules.law.acknowledge(record, id)) {
+                    self.durable.record = Some(record);
                 }
                 if self.memory.incoming.get(&id).is_some_and(|r| !unfinished(&r.machine)) {
                     self.memory.incoming.remove(&id);
@@ -558,6 +605,26 @@ impl Cloud {
             }
             // Too late, or before a crash: nobody waits any more.
             Some(Waiting::Nobody) | None => {}
+        }
+    }
+
+    /// A reservation counts once its target has the VM's history.
+    fn shows_history(&mut self, id: MigrationId, body: AnswerBody) -> Option<AnswerBody> {
+        let known = self.known();
+        let run = self.memory.outgoing.get_mut(&id)?;
+        match &body {
+            AnswerBody::Reserved { reservation: Some(reservation), known: theirs, .. } => {
+                run.reservation = Some(*reservation);
+                run.reserved = Some(body.clone());
+                let after = theirs.filter(|id| known.position(id).is_some());
+                let links = known.since(after.as_ref()).to_vec();
+                let (to, epoch, total) = (run.to, run.epoch, links.len() as u32);
+                let page = RequestBody::Lineage { at: 0, total, after, links: Links(links) };
+                self.send(to, id, epoch, page, Waiting::Source(id));
+                None
+            }
+            AnswerBody::Lineage { .. } => run.reserved.take(),
+            _ => Some(body),
         }
     }
 
@@ -613,6 +680,8 @@ impl Cloud {
         let answer = match (body, known) {
             (_, Some(false)) => Some(deny(DenialCode::NotYours, "another's")),
             (RequestBody::Delete { .. }, _) => Some(AnswerBody::Deleted { grace_s: 0 }),
+            (RequestBody::Withdraw { hand_over }, _) => Some(self.withdrawn(m.from, hand_over, random)),
+            (RequestBody::Lineage { after, links, .. }, _) => Some(self.shown(id, *after, links)),
             (RequestBody::Stop | RequestBody::Suspend, _) => Some(self.steered(m.from, id, body, random)),
             (body, Some(true)) => self.target_event(id, target::Event::Asked(Box::new(body.clone())), random),
             (RequestBody::Reservation { .. }, None) => Some(self.reserve(m.from, id, epoch, random)),
@@ -652,15 +721,20 @@ impl Cloud {
     }
 
     fn reserve(&mut self, from: usize, id: MigrationId, epoch: u64, random: &mut Random) -> AnswerBody {
-        let present = self.owns() || self.memory.incoming.values().any(|r| unfinished(&r.machine));
-        if present || self.faults && random.one_in(30) {
+        let before = epoch >> 63 == 1;
+        let epoch = epoch & !(1 << 63);
+        let arriving = self.memory.incoming.values().any(|r| unfinished(&r.machine));
+        if arriving || self.memory.unconfirmed || self.faults && random.one_in(30) {
             return deny(DenialCode::AlreadyThere, "already there");
         }
-        if self.rules.no_arrival_while_in_doubt && !self.memory.outgoing.is_empty() {
-            return deny(DenialCode::Busy, "its last hand-over from here is not acknowledged");
-        }
-        if self.durable.record.as_ref().is_some_and(|r| epoch < r.seen_epoch()) {
-            return deny(DenialCode::HandOver, "a later epoch was seen");
+        let known = self.known();
+        let (standing, law) = (self.standing(&known), self.rules.law);
+        let allowed = match before {
+            true => law.offer(standing, &jid(from), &key(from).public(), None).map(drop),
+            false => law.may_arrive(standing),
+        };
+        if let Err(refusal) = allowed {
+            return AnswerBody::Denied(refused(&refusal));
         }
         let agreement = Agreement {
             source: jid(from),
@@ -671,13 +745,47 @@ impl Cloud {
             vm: spec().id,
             epoch,
             recipe: spec().recipe,
+            reservation: ReservationId(uuid::Uuid::from_u128(u128::from(random.next()) << 8 | self.me as u128)),
+            known: known.tip().map(|tip| tip.id),
         };
         let dir = match self.rules.own_directory_per_reservation {
             true => format!("{id}-{}", self.fresh()),
             false => id.to_string(),
         };
-        self.memory.incoming.insert(id, Incoming { machine: Target::new(agreement, 60), from, dir });
-        AnswerBody::Reserved { expires_in_s: 60 }
+        let machine = Target::new(agreement, 60);
+        let answer = match before {
+            true => AnswerBody::Reserved { expires_in_s: 60, reservation: None, known: None },
+            false => machine.reserved(),
+        };
+        self.memory.incoming.insert(id, Incoming { machine, from, dir, before, offered: None });
+        answer
+    }
+
+    /// The history that the source of a reservation shows.
+    fn shown(&mut self, id: MigrationId, after: Option<LinkId>, links: &Links) -> AnswerBody {
+        let known = self.known();
+        let law = self.rules.law;
+        let base = match after {
+            Some(after) if known.tip().is_some_and(|tip| tip.id == after) => known.clone(),
+            Some(_) => return deny(DenialCode::HandOver, "not the last link known"),
+            None => Lineage::empty(spec().id),
+        };
+        let offered = match base.continued(links.0.clone()) {
+            Ok(offered) => offered,
+            Err(e) => return deny(DenialCode::HandOver, &e.to_string()),
+        };
+        let standing = self.standing(&known);
+        let Some(run) = self.memory.incoming.get(&id).filter(|run| run.machine.leased()) else {
+            return deny(DenialCode::UnknownMigration, "unknown");
+        };
+        let from = run.from;
+        if let Err(refusal) = law.offer(standing, &jid(from), &key(from).public(), Some(&offered)) {
+            return AnswerBody::Denied(refused(&refusal));
+        }
+        if let Some(run) = self.memory.incoming.get_mut(&id) {
+            run.offered = Some(offered);
+        }
+        AnswerBody::Lineage { links: links.0.len() as u32 }
     }
 
     fn start_unknown(&mut self, from: usize, signed: &SignedHandOver, random: &mut Random) -> AnswerBody {
@@ -685,18 +793,37 @@ impl Cloud {
             Ok(h) if h.target_key == self.key.public() && h.source == jid(from) => h,
             _ => return deny(DenialCode::HandOver, "not for us"),
         };
-        let arrival = self.durable.record.as_ref().and_then(|r| r.arrival.as_ref());
-        let here = arrival.filter(|a| a.migration == h.migration).map(|a| a.receipt.clone());
-        if let Some(receipt) = here.or_else(|| self.durable.past.get(&h.migration).cloned()) {
-            let running = self.durable.running;
-            return AnswerBody::Started { receipt, running, problem: None, account: StageAccount::default() };
+        let known = Lineage::empty(spec().id);
+        let receipt = self.durable.receipts.get(&h.migration).cloned();
+        let promised = self.durable.returns.contains(&(h.source_key, h.epoch));
+        let given = Given { promised, receipt: receipt.as_ref() };
+        match self.rules.law.what_became_of(self.standing(&known), given, &h, signed) {
+            Became::Taken(receipt) => {
+                let running = self.durable.running;
+                return AnswerBody::Started { receipt, running, problem: None, account: StageAccount::default() };
+            }
+            Became::Other | Became::Unknowable => return deny(DenialCode::HandOver, "cannot be told"),
+            Became::Void => {}
+            Became::ToBePromised if self.disk_fails(random) => return deny(DenialCode::Other, "disk full"),
+            Became::ToBePromised => drop(self.durable.returns.insert((h.source_key, h.epoch))),
         }
-        if self.disk_fails(random) {
-            return deny(DenialCode::Other, "disk full");
-        }
-        self.durable.returns.insert(h.epoch);
         let back = signed.clone().give_back(&self.key);
         AnswerBody::Returned { back, denial: denial(DenialCode::UnknownMigration, "forgotten") }
+    }
+
+    fn withdrawn(&mut self, from: usize, signed: &SignedHandOver, random: &mut Random) -> AnswerBody {
+        let Ok(h) = signed.verify() else { return deny(DenialCode::HandOver, "forged") };
+        let under_way = self.memory.incoming.get(&h.migration).is_some_and(|run| run.machine.leased());
+        if under_way {
+            self.target_event(h.migration, target::Event::LeaseExpired, random);
+        }
+        let answer = self.start_unknown(from, signed, random);
+        if let (AnswerBody::Started { .. }, Some(record)) = (&answer, &self.durable.record)
+            && let Some(record) = self.rules.law.withdrawn(record, h.migration, UnixMillis(1))
+        {
+            self.durable.record = Some(record);
+        }
+        answer
     }
 
     /// `None` if the broker crashed before it answered.
@@ -754,30 +881,64 @@ impl Cloud {
     }
 
     fn take_over(&mut self, id: MigrationId, signed: SignedHandOver) -> Result<Receipt, Denial> {
-        let refuse = |text: &str| denial(DenialCode::HandOver, text);
-        let h = signed.verify().map_err(|e| refuse(&e.to_string()))?;
-        let run = self.memory.incoming.get(&id).ok_or_else(|| refuse("unknown"))?;
-        let (from, dir, wanted) = (run.from, run.dir.clone(), run.machine.run());
-        let newer = |r: &Record| r.given_up.is_none() || r.seen_epoch() >= h.epoch;
-        if self.durable.returns.contains(&h.epoch) || self.durable.past.contains_key(&id) {
-            return Err(refuse("returned, or taken over before"));
-        }
-        if self.durable.record.as_ref().is_some_and(newer) {
-            return Err(refuse("a later epoch was seen"));
-        }
+        let run = self.memory.incoming.get(&id).ok_or_else(|| denial(DenialCode::HandOver, "unknown"))?;
+        let h = signed.verify().map_err(|e| denial(DenialCode::HandOver, &e.to_string()))?;
+        let guest = Guest {
+            spec: spec(),
+            components: Vec::new(),
+            disks: run.dir.clone(),
+            run: run.machine.run(),
+            reservation: run.machine.agreement().reservation,
+            now: UnixMillis(1),
+            grace: std::time::Duration::from_millis(1),
+        };
+        let wanted = run.machine.run();
+        let known = self.known();
+        let receipt = self.durable.receipts.get(&id).cloned();
+        let promised = self.durable.returns.contains(&(h.source_key, h.epoch));
+        let given = Given { promised, receipt: receipt.as_ref() };
+        let offered = run.offered.as_ref().filter(|_| !run.before);
+        let taken = self.rules.law.take_over(self.standing(&known), given, offered, signed, &self.key, guest);
+        let (record, lineage) = taken.map_err(|refusal| refused(&refusal))?;
         self.keep_past();
-        if wanted && self.rules.starting_is_busy {
-            self.memory.busy = Some(Busy::Starting);
+        self.durable.lineage = lineage;
+        if wanted {
+            self.memory.hold = Some(Hold::Verb("started"));
         }
-        let receipt = signed.accept(&self.key);
-        let arrival = Arrival { migration: id, from, receipt: receipt.clone(), acknowledged: false };
-        let run = wanted && self.rules.take_over_records_run;
-        let record = Record { epoch: h.epoch, given_up: None, run, dir, arrival: Some(arrival) };
-        if let Some(old) = self.durable.record.replace(record) {
-            self.memory.jobs.push(Job::Scrub(old.dir));
+        let receipt = record.arrival.as_ref().map(|a| a.receipt.clone()).expect("it just arrived");
+        if let Some(old) = self.durable.record.replace(record)
+            && self.durable.record.as_ref().is_some_and(|r| r.kept.iter().all(|copy| copy.disks != old.disks))
+        {
+            self.memory.jobs.push(Job::Scrub(old.disks));
         }
+        self.durable.receipts.insert(id, receipt.clone());
         Ok(receipt)
     }
+}
+
+/// A pass over what `key`'s holder has.
+pub fn initialization(key: &IdentityKey, pass: Pass) -> Initialization {
+    Initialization {
+        spec: spec(),
+        recipe: String::new(),
+        component_names: Vec::new(),
+        component_bytes: 0,
+        pass,
+        addresses: Vec::new(),
+        source_key: key.public(),
+        ticket: String::new(),
+        firmware: None,
+    }
+}
+
+/// A refusal as a peer is told it.
+fn refused(refusal: &Refusal) -> Denial {
+    Denial::new(refusal.code(), refusal.to_string())
+}
+
+/// Which cloud an address is.
+pub fn index(jid: &MemberJid) -> usize {
+    (0..KEYS).find(|n| *jid == self::jid(*n)).expect("a cloud of this world")
 }
 
 pub fn unfinished(machine: &Target) -> bool {

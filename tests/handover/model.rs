@@ -4,18 +4,20 @@
 //! The network forgets nothing: whatever was ever sent may arrive at any time, any number of times,
 //! in any order, or never. That covers loss, duplication, reordering, delay and clocks that differ.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{LazyLock, Mutex};
 
 use cicada::clock::UnixMillis;
-use cicada::migration::handover::{HandOver, SignedHandOver};
-use cicada::migration::message::{Initialization, Progress, StageAccount};
+use cicada::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
+use cicada::migration::message::{Initialization, Progress, Seed, StageAccount};
+use cicada::migration::ownership::{Became, Gift, Given, Guest, Hold, Rule, Standing};
+use cicada::migration::records::VmRecord;
 use cicada::migration::source::{self, Source};
 use cicada::migration::target::{self, Agreement, Target};
-use cicada::migration::{Answer, Denial, DenialCode, Pass, RequestBody};
-use cicada::types::MigrationId;
+use cicada::migration::{Answer, Denial, DenialCode, Law, Lineage, Pass, RequestBody};
+use cicada::types::{MigrationId, ReservationId};
 
-use crate::cloud::{jid, key, map, spec};
+use crate::cloud::{self, jid, key, map, spec};
 
 /// A rule of the broker that is broken on purpose, to see that the check would notice.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -23,16 +25,23 @@ pub enum Broken {
     Nothing,
     /// The source signs and sends, and records afterwards.
     SignsFirst,
-    /// The target returns a hand-over and does not record that it did.
-    ReturnUnrecorded,
     /// The target starts the VM, and records afterwards.
     StartsFirst,
-    /// A receipt is gone with the record that held it.
-    ReceiptForgotten,
+    /// One of the rules of ownership is off.
+    Without(Rule),
     /// The source takes a bare denial of its hand-over for a return.
     DenialIsReturn,
     /// A VM that was taken over and is about to be started may be moved on.
     ArrivingIsFree,
+}
+
+impl Broken {
+    fn law(self) -> Law {
+        match self {
+            Broken::Without(rule) => Law::without(rule),
+            _ => Law::WHOLE,
+        }
+    }
 }
 
 /// One move as it was begun.
@@ -54,7 +63,8 @@ pub enum Ask {
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Reply {
-    Reserved,
+    /// By the target's so-manieth reservation for the move.
+    Reserved(u8),
     Working,
     Staged,
     Started,
@@ -69,22 +79,6 @@ pub struct Packet {
     pub of: usize,
     pub ask: Ask,
     pub reply: Option<Reply>,
-}
-
-/// The VM's record in one cloud.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub struct Record {
-    pub epoch: u64,
-    pub given_up: Option<GivenUp>,
-    pub run: bool,
-    /// The move it came by.
-    pub arrival: Option<usize>,
-}
-
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub struct GivenUp {
-    pub of: usize,
-    pub receipt: bool,
 }
 
 /// Work of the source's broker; its outcome is the machine's next event.
@@ -114,23 +108,27 @@ pub struct Outgoing {
     work: Option<SourceWork>,
     pausing: bool,
     asked: Option<Ask>,
+    reservation: u8,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Incoming {
     pub of: usize,
+    reservation: u8,
     machine: Target,
     work: Option<TargetWork>,
 }
 
-#[derive(Clone, Default, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Side {
     // What survives a crash.
-    pub record: Option<Record>,
-    /// Moves whose hand-over was returned.
-    pub returns: BTreeSet<usize>,
-    /// Moves whose receipt outlives its record.
-    pub past: BTreeSet<usize>,
+    pub record: Option<VmRecord>,
+    /// The history kept beside the record.
+    pub lineage: Lineage,
+    /// Receipts that outlive their records.
+    pub past: BTreeMap<usize, Receipt>,
+    /// Reservations made for each move. Random in truth, so a crash does not bring one back.
+    pub reserved: BTreeMap<usize, u8>,
     pub running: bool,
     pub paused: bool,
     // What does not.
@@ -144,6 +142,9 @@ pub struct Side {
 pub struct State {
     pub sides: [Side; 2],
     pub moves: Vec<Move>,
+    /// The history that each move's source shows, and the hand-over once it is signed.
+    pub shown: Vec<Lineage>,
+    pub given: Vec<Option<HandOver>>,
     /// Everything ever said.
     pub said: BTreeSet<Packet>,
     /// A start failed, or the VM was off from the beginning: it need not run at the end.
@@ -188,19 +189,57 @@ pub enum Action {
 }
 
 impl Side {
+    fn new(record: Option<VmRecord>, running: bool) -> Self {
+        Self {
+            record,
+            lineage: Lineage::empty(spec().id),
+            past: BTreeMap::new(),
+            reserved: BTreeMap::new(),
+            running,
+            paused: false,
+            outgoing: None,
+            incoming: None,
+            starting: None,
+        }
+    }
+
     pub fn owns(&self) -> bool {
-        self.record.as_ref().is_some_and(|r| r.given_up.is_none())
+        self.record.as_ref().is_some_and(VmRecord::is_here)
+    }
+
+    /// All it knows of the VM's history.
+    fn known(&self) -> Lineage {
+        Law::WHOLE.known(self.lineage.clone(), self.record.as_ref())
+    }
+
+    fn standing<'a>(&'a self, known: &'a Lineage) -> Standing<'a> {
+        Standing { record: self.record.as_ref(), known, damaged: false }
     }
 
     pub fn epoch(&self) -> u64 {
         self.record.as_ref().map_or(0, |r| r.epoch)
     }
 
-    /// The VM is being moved, started or about to be started.
-    fn busy(&self, broken: Broken) -> bool {
+    /// What holds the VM: it is being moved, started or about to be started.
+    fn hold(&self, broken: Broken) -> Hold {
         let arriving = self.incoming.as_ref();
         let arriving = arriving.is_some_and(|i| i.work == Some(TargetWork::TookOver) && i.machine.run());
-        self.outgoing.is_some() || self.starting.is_some() || arriving && broken != Broken::ArrivingIsFree
+        if let Some(run) = &self.outgoing {
+            Hold::Migration(id(run.of))
+        } else if self.starting.is_some() || arriving && broken != Broken::ArrivingIsFree {
+            Hold::Verb("started")
+        } else {
+            Hold::Free
+        }
+    }
+
+    fn busy(&self, broken: Broken) -> bool {
+        self.hold(broken) != Hold::Free
+    }
+
+    fn may_move(&self, broken: Broken) -> bool {
+        let record = self.record.as_ref();
+        record.is_some_and(|r| broken.law().may_move(r, self.hold(broken), true).is_ok())
     }
 
     fn leased(&self) -> bool {
@@ -214,16 +253,17 @@ impl Side {
     }
 
     fn start(&mut self, arrival: Option<usize>) {
-        if let Some(record) = self.record.as_mut().filter(|r| r.given_up.is_none()) {
+        if let Some(record) = self.record.as_mut().filter(|r| Law::WHOLE.may_run(r, true).is_ok()) {
             record.run = true;
             self.starting = Some(arrival);
         }
     }
 
     fn keep_past(&mut self, broken: Broken) {
-        if broken != Broken::ReceiptForgotten {
-            self.past.extend(self.record.as_ref().and_then(|r| r.arrival));
-        }
+        let Some(record) = &self.record else { return };
+        let (known, links) = (self.known(), broken.law().outlive(record));
+        self.past.extend(links.into_iter().map(|(migration, receipt)| (index(migration), receipt)));
+        self.lineage = known;
     }
 }
 
@@ -232,27 +272,33 @@ fn no(code: DenialCode) -> Denial {
 }
 
 /// Signing is deterministic and slow: each hand-over is signed once.
-fn signed(of: usize, m: Move) -> SignedHandOver {
-    static SIGNED: LazyLock<Mutex<HashMap<(usize, Move), SignedHandOver>>> = LazyLock::new(Mutex::default);
+fn signed(h: &HandOver) -> SignedHandOver {
+    static SIGNED: LazyLock<Mutex<HashMap<HandOver, SignedHandOver>>> = LazyLock::new(Mutex::default);
     let mut known = SIGNED.lock().expect("no panic while signing");
-    let sign = || {
-        let (from, to) = (m.from, 1 - m.from);
-        let record = HandOver {
-            vm: spec().id,
-            migration: id(of),
-            epoch: m.epoch + 1,
-            source: jid(from),
-            source_key: key(from).public(),
-            target: jid(to),
-            target_key: key(to).public(),
-            recipe: spec().recipe,
-            root_delta: map(1).id(),
-            user_data: map(1).id(),
-            issued: UnixMillis(1),
-        };
-        record.sign(&key(from))
-    };
-    known.entry((of, m)).or_insert_with(sign).clone()
+    known.entry(h.clone()).or_insert_with(|| h.clone().sign(&key(cloud::index(&h.source)))).clone()
+}
+
+/// The same of the second signature.
+fn receipt(h: &HandOver) -> Receipt {
+    static SIGNED: LazyLock<Mutex<HashMap<HandOver, Receipt>>> = LazyLock::new(Mutex::default);
+    let signed = signed(h);
+    let mut known = SIGNED.lock().expect("no panic while signing");
+    known.entry(h.clone()).or_insert_with(|| signed.accept(&key(cloud::index(&h.target)))).clone()
+}
+
+fn returned(h: &HandOver) -> Return {
+    static SIGNED: LazyLock<Mutex<HashMap<HandOver, Return>>> = LazyLock::new(Mutex::default);
+    let signed = signed(h);
+    let mut known = SIGNED.lock().expect("no panic while signing");
+    known.entry(h.clone()).or_insert_with(|| signed.give_back(&key(cloud::index(&h.target)))).clone()
+}
+
+fn reservation(of: usize, number: u8) -> ReservationId {
+    ReservationId(uuid::Uuid::from_u128((of as u128) << 8 | u128::from(number)))
+}
+
+fn index(migration: MigrationId) -> usize {
+    migration.0.as_u128() as usize - 1
 }
 
 fn id(of: usize) -> MigrationId {
@@ -261,14 +307,15 @@ fn id(of: usize) -> MigrationId {
 
 impl State {
     pub fn first(ran: bool) -> Self {
-        let record = Record { epoch: 1, given_up: None, run: ran, arrival: None };
-        let home = Side { record: Some(record), running: ran, ..Side::default() };
-        Self { sides: [home, Side::default()], moves: Vec::new(), said: BTreeSet::new(), excused: !ran }
+        let record = VmRecord::new(spec(), Vec::new(), "disks", UnixMillis(1));
+        let home = Side::new(Some(VmRecord { run: ran, ..record }), ran);
+        let (moves, shown, given, said) = (Vec::new(), Vec::new(), Vec::new(), BTreeSet::new());
+        Self { sides: [home, Side::new(None, false)], moves, shown, given, said, excused: !ran }
     }
 
     /// Everything that can happen next.
     pub fn actions(&self, moves_max: usize, steered: bool, broken: Broken, out: &mut Vec<Action>) {
-        if self.moves.len() < moves_max && self.sides.iter().any(|s| s.owns() && !s.busy(broken)) {
+        if self.moves.len() < moves_max && self.sides.iter().any(|s| s.may_move(broken)) {
             out.push(Action::Move);
         }
         for &packet in &self.said {
@@ -324,7 +371,7 @@ impl State {
             if s.leased() {
                 out.push(Action::LeaseOver(side));
             }
-            if s.record.as_ref().and_then(|r| r.given_up.as_ref()).is_some_and(|g| g.receipt) && !s.leased() {
+            if s.record.as_ref().and_then(VmRecord::given_up).is_some_and(|g| !g.in_doubt()) && !s.leased() {
                 out.push(Action::Scrub(side));
             }
             if s.busy(broken) || s.incoming.is_some() {
@@ -343,7 +390,7 @@ impl State {
 
     pub fn apply(&mut self, action: Action, broken: Broken) {
         match action {
-            Action::Move => self.begin(),
+            Action::Move => self.begin(broken),
             Action::Arrives(packet) => match packet.reply {
                 None => self.asked(packet, false, broken),
                 Some(reply) => self.answered(packet, reply, broken),
@@ -428,13 +475,15 @@ impl State {
         }
     }
 
-    fn begin(&mut self) {
-        let Some(from) = self.sides.iter().position(Side::owns) else { return };
+    fn begin(&mut self, broken: Broken) {
+        let Some(from) = self.sides.iter().position(|s| s.may_move(broken)) else { return };
         let of = self.moves.len();
         let s = &mut self.sides[from];
         self.moves.push(Move { from, epoch: s.epoch(), ran: s.running });
-        s.outgoing =
-            Some(Outgoing { of, machine: Source::new(s.running), work: None, pausing: false, asked: None });
+        self.shown.push(s.known());
+        self.given.push(None);
+        let machine = Source::new(s.running);
+        s.outgoing = Some(Outgoing { of, machine, work: None, pausing: false, asked: None, reservation: 0 });
         self.source_step(from, source::Event::Begin);
     }
 
@@ -444,11 +493,13 @@ impl State {
         s.running &= !stops;
         s.paused &= s.running;
         let Some(record) = &s.record else { return };
-        match record.given_up.clone() {
-            Some(g) if !g.receipt => {
-                let m = self.moves[g.of];
-                let (machine, effects) = Source::resume(m.ran, signed(g.of, m));
-                s.outgoing = Some(Outgoing { of: g.of, machine, work: None, pausing: false, asked: None });
+        match record.given_up() {
+            Some(g) if g.in_doubt() => {
+                let of = index(g.migration);
+                let h = g.hand_over().expect("it was recorded whole");
+                let (machine, effects) = Source::resume(self.moves[of].ran, signed(&h));
+                let (work, asked) = (None, None);
+                s.outgoing = Some(Outgoing { of, machine, work, pausing: false, asked, reservation: 0 });
                 self.source_effects(side, effects);
             }
             None if record.run => s.start(None),
@@ -513,11 +564,11 @@ impl State {
                 Effect::Suspend => run.pausing = true,
                 Effect::Resume => s.paused = false,
                 Effect::Restart => s.start(None),
-                Effect::Release { .. } => {
+                Effect::Release { receipt, .. } => {
                     s.outgoing = None;
-                    if let Some(g) = s.record.as_mut().and_then(|r| r.given_up.as_mut()) {
-                        g.receipt = true;
-                    }
+                    let record = s.record.as_ref();
+                    let released = record.map(|r| Law::WHOLE.release(r, receipt, UnixMillis(2)));
+                    s.record = Some(released.expect("it is there").expect("the receipt fits"));
                 }
                 // A pause that comes late is undone by the broker: nobody else would.
                 Effect::Abandon(_) => s.outgoing = None,
@@ -528,6 +579,7 @@ impl State {
     fn source_work(&mut self, side: usize, ok: bool, broken: Broken) {
         use source::Event;
         let s = &mut self.sides[side];
+        let known = s.known();
         let Some(run) = s.outgoing.as_mut() else { return };
         let (of, m) = (run.of, self.moves[run.of]);
         let result = if ok { Ok(()) } else { Err(no(DenialCode::Other)) };
@@ -539,27 +591,52 @@ impl State {
                 s.paused = false;
                 Event::Stopped(result)
             }
-            Some(SourceWork::GiveUp) if ok && broken == Broken::SignsFirst => {
-                self.source_step(side, Event::GaveUp(Ok(signed(of, m))));
-                if let Some(run) = self.sides[side].outgoing.as_mut() {
-                    run.work = Some(SourceWork::RecordLate);
-                }
-                return;
-            }
             Some(work @ (SourceWork::GiveUp | SourceWork::RecordLate)) if ok => {
-                if let Some(record) = s.record.as_mut() {
-                    record.given_up = Some(GivenUp { of, receipt: false });
+                let given = s.record.as_ref().map(|record| {
+                    let gift = Gift {
+                        migration: id(of),
+                        source: jid(side),
+                        source_key: key(side).public(),
+                        target: jid(1 - side),
+                        target_key: key(1 - side).public(),
+                        reservation: Some(reservation(of, run.reservation)),
+                        seed: Seed { root_delta: map(1), user_data: map(1) },
+                        was_running: m.ran,
+                        now: UnixMillis(1),
+                    };
+                    broken.law().give_up(record, &known, gift)
+                });
+                let Some(Ok((record, h))) = given else {
+                    self.source_step(side, Event::GaveUp(Err(no(DenialCode::Other))));
+                    return;
+                };
+                self.given[of] = Some(h.clone());
+                if work == SourceWork::GiveUp && broken == Broken::SignsFirst {
+                    self.source_step(side, Event::GaveUp(Ok(signed(&h))));
+                    if let Some(run) = self.sides[side].outgoing.as_mut() {
+                        run.work = Some(SourceWork::RecordLate);
+                    }
+                    return;
                 }
-                run.work = (work == SourceWork::GiveUp).then_some(SourceWork::GaveUp);
+                let s = &mut self.sides[side];
+                s.record = Some(record);
+                if let Some(run) = s.outgoing.as_mut() {
+                    run.work = (work == SourceWork::GiveUp).then_some(SourceWork::GaveUp);
+                }
                 return;
             }
-            Some(SourceWork::GaveUp) => Event::GaveUp(Ok(signed(of, m))),
+            Some(SourceWork::GaveUp) => match &self.given[of] {
+                Some(h) => Event::GaveUp(Ok(signed(h))),
+                None => Event::GaveUp(Err(no(DenialCode::Other))),
+            },
             Some(SourceWork::GiveUp | SourceWork::RecordLate) => Event::GaveUp(Err(no(DenialCode::Other))),
             Some(SourceWork::TakeBack) if ok => {
-                let back = s.record.as_mut().filter(|r| r.given_up.as_ref().is_some_and(|g| g.of == of));
-                if let Some(record) = back {
-                    record.given_up = None;
-                    record.epoch = m.epoch + 2;
+                let back = self.given[of].as_ref().map(returned);
+                let law = broken.law();
+                let record = s.record.as_ref();
+                let taken = record.zip(back).map(|(record, back)| law.take_back(record, &known, &back));
+                if let Some(Ok((record, known))) = taken {
+                    (s.record, s.lineage) = (Some(record), known);
                 }
                 run.work = Some(SourceWork::TookBack);
                 return;
@@ -573,28 +650,34 @@ impl State {
 
     fn answered(&mut self, packet: Packet, reply: Reply, broken: Broken) {
         let m = self.moves[packet.of];
-        let hand_over = || signed(packet.of, m);
-        let back = || hand_over().give_back(&key(1 - m.from));
+        let h = self.given[packet.of].clone();
         let unknown = || no(DenialCode::UnknownMigration);
-        let answer = match (reply, packet.ask) {
-            (Reply::Unknown | Reply::Refused, Ask::Start) if broken == Broken::DenialIsReturn => {
-                Answer::Returned { back: back(), denial: unknown() }
+        let answer = match (reply, packet.ask, &h) {
+            (Reply::Unknown | Reply::Refused, Ask::Start, Some(h)) if broken == Broken::DenialIsReturn => {
+                Answer::Returned { back: returned(h), denial: unknown() }
             }
-            (Reply::Reserved, _) => Answer::Reserved { expires_in_s: 60 },
-            (Reply::Working, _) => Answer::Working(Progress::default()),
-            (Reply::Staged, Ask::Stage { pass, .. }) => {
+            (Reply::Reserved(number), _, _) => Answer::Reserved {
+                expires_in_s: 60,
+                reservation: Some(reservation(packet.of, number)),
+                known: None,
+            },
+            (Reply::Working, _, _) => Answer::Working(Progress::default()),
+            (Reply::Staged, Ask::Stage { pass, .. }, _) => {
                 Answer::Staged { pass, account: StageAccount::default() }
             }
-            (Reply::Started, _) => Answer::Started {
-                receipt: hand_over().accept(&key(1 - m.from)),
+            (Reply::Started, _, Some(h)) => Answer::Started {
+                receipt: receipt(h),
                 running: true,
                 problem: None,
                 account: StageAccount::default(),
             },
-            (Reply::Returned, _) => Answer::Returned { back: back(), denial: unknown() },
-            (Reply::Unknown, _) => Answer::Denied(unknown()),
-            (Reply::Refused | Reply::Staged, _) => Answer::Denied(no(DenialCode::OutOfOrder)),
+            (Reply::Returned, _, Some(h)) => Answer::Returned { back: returned(h), denial: unknown() },
+            (Reply::Unknown, _, _) => Answer::Denied(unknown()),
+            _ => Answer::Denied(no(DenialCode::OutOfOrder)),
         };
+        if let (Reply::Reserved(number), Some(run)) = (reply, self.sides[m.from].outgoing.as_mut()) {
+            run.reservation = number;
+        }
         if let Some(run) = self.sides[m.from].outgoing.as_mut() {
             run.asked = None;
         }
@@ -617,8 +700,8 @@ impl State {
         let m = self.moves[of];
         let side = 1 - m.from;
         let reply = match (ask, self.sides[side].incoming.as_ref()) {
-            (_, Some(run)) if run.of == of => self.target_asked(side, request(of, m, ask)),
-            (Ask::Reserve, _) => Some(self.reserve(side, of, m)),
+            (_, Some(run)) if run.of == of => self.target_asked(side, self.request(of, m, ask)),
+            (Ask::Reserve, _) => Some(self.reserve(side, of, m, broken)),
             (Ask::Start, _) => Some(self.start_unknown(side, of, disk_full, broken)),
             (Ask::Stage { .. }, _) => Some(Reply::Unknown),
             (Ask::Cancel, _) => None,
@@ -643,7 +726,7 @@ impl State {
                 target::Effect::Answer(a) => {
                     assert!(reply.is_none(), "one answer for each request");
                     reply = Some(match *a {
-                        Answer::Reserved { .. } => Reply::Reserved,
+                        Answer::Reserved { .. } => Reply::Reserved(run.reservation),
                         Answer::Working(_) => Reply::Working,
                         Answer::Staged { .. } => Reply::Staged,
                         Answer::Started { .. } => Reply::Started,
@@ -663,16 +746,21 @@ impl State {
         reply
     }
 
-    fn reserve(&mut self, side: usize, of: usize, m: Move) -> Reply {
+    /// A reservation, with the history that its source shows.
+    fn reserve(&mut self, side: usize, of: usize, m: Move, broken: Broken) -> Reply {
         let s = &mut self.sides[side];
         // A later reservation of the same VM takes the place of an earlier one.
         if s.leased() {
             s.incoming = None;
         }
+        let known = s.known();
+        let offered =
+            broken.law().offer(s.standing(&known), &jid(m.from), &key(m.from).public(), Some(&self.shown[of]));
         let arriving = s.incoming.as_ref().is_some_and(|run| *run.machine.phase() != target::Phase::Owned);
-        if s.owns() || arriving || s.outgoing.is_some() || m.epoch < s.epoch() {
+        if arriving || offered.is_err() {
             return Reply::Refused;
         }
+        let number = *s.reserved.entry(of).and_modify(|n| *n += 1).or_insert(1);
         let agreement = Agreement {
             source: jid(m.from),
             source_key: key(m.from).public(),
@@ -682,66 +770,86 @@ impl State {
             vm: spec().id,
             epoch: m.epoch,
             recipe: spec().recipe,
+            reservation: reservation(of, number),
+            known: known.tip().map(|tip| tip.id),
         };
-        s.incoming = Some(Incoming { of, machine: Target::new(agreement, 60), work: None });
-        Reply::Reserved
+        let machine = Target::new(agreement, 60);
+        s.incoming = Some(Incoming { of, reservation: number, machine, work: None });
+        Reply::Reserved(number)
     }
 
     /// A hand-over for a migration nobody here remembers.
     fn start_unknown(&mut self, side: usize, of: usize, disk_full: bool, broken: Broken) -> Reply {
         let s = &mut self.sides[side];
-        if s.past.contains(&of) || s.record.as_ref().is_some_and(|r| r.arrival == Some(of)) {
-            return Reply::Started;
+        let Some(h) = &self.given[of] else { return Reply::Refused };
+        let known = Lineage::empty(spec().id);
+        let given = Given { promised: false, receipt: s.past.get(&of) };
+        match broken.law().what_became_of(s.standing(&known), given, h, &signed(h)) {
+            Became::Taken(_) => Reply::Started,
+            Became::Void => Reply::Returned,
+            // Not in version 2.
+            Became::ToBePromised if !disk_full => Reply::Returned,
+            _ => Reply::Refused,
         }
-        if disk_full {
-            return Reply::Refused;
-        }
-        if broken != Broken::ReturnUnrecorded {
-            s.returns.insert(of);
-        }
-        Reply::Returned
     }
 
     fn target_work(&mut self, side: usize, ok: bool, broken: Broken) {
         let s = &mut self.sides[side];
         let Some(run) = s.incoming.as_mut() else { return };
-        let (of, m) = (run.of, self.moves[run.of]);
+        let of = run.of;
         match run.work.take() {
             Some(TargetWork::Stage) => {
                 let result = if ok { Ok(StageAccount::default()) } else { Err(no(DenialCode::Content)) };
                 run.machine.step(target::Event::StageFinished(result));
             }
             Some(TargetWork::TakeOver) => {
-                let newer = |r: &Record| r.given_up.is_none() || r.epoch > m.epoch;
-                let refused =
-                    s.returns.contains(&of) || s.past.contains(&of) || s.record.as_ref().is_some_and(newer);
-                if !ok || refused {
-                    run.machine.step(target::Event::TookOver(Err(no(DenialCode::HandOver))));
-                    s.incoming = None;
-                    return;
-                }
                 if broken == Broken::StartsFirst && !s.running {
                     s.running = run.machine.run();
                     run.work = Some(TargetWork::TakeOver);
                     return;
                 }
+                let guest = Guest {
+                    spec: spec(),
+                    components: Vec::new(),
+                    disks: format!("disks-{of}-{}", run.reservation),
+                    run: run.machine.run(),
+                    reservation: reservation(of, run.reservation),
+                    now: UnixMillis(1),
+                    grace: std::time::Duration::from_millis(1),
+                };
+                let (known, given) = (s.known(), Given { promised: false, receipt: s.past.get(&of) });
+                let taken = self.given[of].as_ref().filter(|_| ok).map(|h| {
+                    let (law, shown) = (broken.law(), Some(&self.shown[of]));
+                    law.take_over(s.standing(&known), given, shown, signed(h), &key(side), guest)
+                });
+                let Some(run) = s.incoming.as_mut() else { return };
+                let Some(Ok((record, lineage))) = taken else {
+                    run.machine.step(target::Event::TookOver(Err(no(DenialCode::HandOver))));
+                    s.incoming = None;
+                    return;
+                };
                 run.work = Some(TargetWork::TookOver);
-                let run = run.machine.run();
                 s.keep_past(broken);
-                s.record = Some(Record { epoch: m.epoch + 1, given_up: None, run, arrival: Some(of) });
+                s.lineage = lineage;
+                // Where copies are kept is another test's matter; here each would make states differ.
+                s.record = Some(VmRecord { kept: Vec::new(), disks: "disks".into(), ..record });
             }
             Some(TargetWork::TookOver) => {
-                let receipt = signed(of, m).accept(&key(side));
-                if run.machine.step(target::Event::TookOver(Ok(receipt))) == [target::Effect::Start] {
+                let Some(h) = &self.given[of] else { return };
+                if run.machine.step(target::Event::TookOver(Ok(receipt(h)))) == [target::Effect::Start] {
                     s.start(Some(of));
                 }
             }
             None => {}
         }
     }
+
+    fn request(&self, of: usize, m: Move, ask: Ask) -> RequestBody {
+        request(m, ask, self.given[of].as_ref())
+    }
 }
 
-fn request(of: usize, m: Move, ask: Ask) -> RequestBody {
+fn request(m: Move, ask: Ask, given: Option<&HandOver>) -> RequestBody {
     match ask {
         Ask::Reserve => RequestBody::Reservation { spec: spec() },
         Ask::Stage { pass, last } => RequestBody::Initialization(Box::new(Initialization {
@@ -755,7 +863,10 @@ fn request(of: usize, m: Move, ask: Ask) -> RequestBody {
             ticket: String::new(),
             firmware: None,
         })),
-        Ask::Start => RequestBody::Start { hand_over: signed(of, m), run: m.ran },
+        Ask::Start => {
+            let h = given.expect("asked for once it is signed");
+            RequestBody::Start { hand_over: signed(h), run: m.ran }
+        }
         Ask::Cancel => RequestBody::Cancel { reason: String::new() },
     }
 }

@@ -4,13 +4,15 @@ use std::collections::hash_map::DefaultHasher;
 use std::hash::Hash;
 
 use cicada::clock::UnixMillis;
+use cicada::migration::handover::Provenance;
+use cicada::migration::records::{GivenUp, VmRecord};
 use cicada::migration::source::Event as SourceEvent;
 use cicada::migration::target::Event as TargetEvent;
-use cicada::migration::{AnswerBody, RequestBody};
+use cicada::migration::{AnswerBody, HandOver, Lineage, Links, Pass, RequestBody};
 use cicada::types::MigrationId;
 
 use crate::Rules;
-use crate::cloud::{Cloud, Record, unfinished};
+use crate::cloud::{self, Cloud, Durable, KEYS, Job, jid, key, map, spec, unfinished};
 
 pub const VM: u128 = 0x5eed;
 const CLOUDS: usize = 3;
@@ -74,6 +76,12 @@ pub struct Tally {
     pub replayed: u64,
     /// Requests refused for their time.
     pub refused: u64,
+    /// False hand-overs, by members that never had the VM and by former owners.
+    pub attacks: u64,
+    /// Withdrawals of hand-overs that were acknowledged.
+    pub withdrawals: u64,
+    /// Clouds that came back from a backup.
+    pub restored: u64,
 }
 
 pub struct World {
@@ -89,6 +97,7 @@ pub struct World {
     pub history: DefaultHasher,
     pub tally: Tally,
     moves_left: usize,
+    backups: Vec<(usize, Durable)>,
 }
 
 type Outcome = Result<(), String>;
@@ -100,8 +109,8 @@ impl World {
         let ran = !random.one_in(4);
         let home = &mut clouds[0].durable;
         home.dirs.insert("disks-1".into(), 1);
-        home.record =
-            Some(Record { epoch: 1, given_up: None, run: ran, dir: "disks-1".into(), arrival: None });
+        let record = VmRecord::new(spec(), Vec::new(), "disks-1", UnixMillis(1));
+        home.record = Some(VmRecord { run: ran, ..record });
         home.running = ran;
         let moves_left = 1 + random.below(4);
         Self {
@@ -115,6 +124,7 @@ impl World {
             history: DefaultHasher::new(),
             tally: Tally::default(),
             moves_left,
+            backups: Vec::new(),
         }
     }
 
@@ -129,6 +139,8 @@ impl World {
             self.settle()?;
         }
         self.clouds.iter_mut().for_each(|c| c.faults = false);
+        (0..CLOUDS).for_each(|n| self.confirm(n));
+        self.settle()?;
         self.moves_left = 0;
         self.set_clocks(OFF_HEALED_MS);
         self.heal()?;
@@ -159,7 +171,7 @@ impl World {
         let n = self.random.below(CLOUDS);
         // In calm runs migrations get further before something happens to them.
         let choice = self.random.below(if calm { 1000 } else { 200 });
-        if choice <= 58 {
+        if choice <= 70 {
             (choice, n).hash(&mut self.history);
         }
         match choice {
@@ -175,6 +187,11 @@ impl World {
             51..=54 => self.clouds[n].steer(RequestBody::Suspend),
             55..=56 => self.clouds[n].steer(RequestBody::Stop),
             57..=58 => self.hold_over(n),
+            59..=61 => self.attack(),
+            62..=63 => self.withdraw(),
+            64..=66 => self.backups.push((n, self.clouds[n].durable.clone())),
+            67..=68 => self.restore(),
+            69..=70 => self.confirm(n),
             34..=39 => self.clouds[n].scrub_released(),
             40..=50 => self.write(),
             _ => self.progress(),
@@ -211,7 +228,8 @@ impl World {
     fn deliver(&mut self, message: &Message) {
         let answer = matches!(message.payload, Payload::Answer(_));
         (message.from, message.to, message.nonce, answer).hash(&mut self.history);
-        let cloud = &mut self.clouds[message.to];
+        // Nobody listens to what is said to a liar.
+        let Some(cloud) = self.clouds.get_mut(message.to) else { return };
         match &message.payload {
             Payload::Request { migration, epoch, body } => {
                 cloud.asked(message, *migration, *epoch, body, &mut self.random);
@@ -231,7 +249,9 @@ impl World {
         let Some(n) = self.clouds.iter().position(Cloud::owns) else { return };
         let to = (n + 1 + self.random.below(CLOUDS - 1)) % CLOUDS;
         let id = MigrationId(uuid::Uuid::from_u128(u128::from(self.random.next()) | 1 << 64));
-        if self.clouds[n].begin_move(to, id) {
+        // Now and then with a cloud of the version before.
+        let before = self.random.one_in(6);
+        if self.clouds[n].begin_move(to, id, before) {
             self.tally.moves += 1;
             self.moves_left -= 1;
             self.clouds[n].source_event(id, SourceEvent::Begin, &mut self.random);
@@ -280,6 +300,135 @@ impl World {
         }
     }
 
+    /// A member hands over what it never had, or had once: with the history as it then was, or none, under
+    /// an epoch of its choice, to a cloud that knows better.
+    fn attack(&mut self) {
+        let histories = self.clouds.iter().map(Cloud::known);
+        let Some(whole) = histories.max_by_key(|h| h.links().len()) else { return };
+        let liar = self.random.below(KEYS);
+        let links = whole.links();
+        let length = self.random.below(links.len() + 1);
+        let Ok(shown) = Lineage::verify(spec().id, links[..length].to_vec()) else { return };
+        if shown.tip().is_some_and(|tip| tip.owner_key != key(liar).public()) || length == links.len() {
+            return;
+        }
+        // Who last heard that the liar owns the VM cannot know that it gave it away since.
+        let owned_by_liar = |known: &Lineage| known.tip().is_some_and(|tip| tip.owner_key == key(liar).public());
+        let knows_better = |c: &Cloud| {
+            let known = c.known();
+            c.me != liar && known.links().len() > length && !owned_by_liar(&known)
+        };
+        let targets: Vec<usize> = self.clouds.iter().filter(|c| knows_better(c)).map(|c| c.me).collect();
+        if targets.is_empty() {
+            return;
+        }
+        let target = targets[self.random.below(targets.len())];
+        self.tally.attacks += 1;
+        let before = self.random.one_in(3);
+        let id = MigrationId(uuid::Uuid::from_u128(u128::from(self.random.next()) | 1 << 65));
+        let epoch = [shown.next_epoch(), whole.next_epoch(), 1_000_001][self.random.below(3)];
+        let say = |world: &mut Self, body: RequestBody| world.say(liar, target, id, (epoch, before), body);
+        let Some(AnswerBody::Reserved { reservation, .. }) = say(self, RequestBody::Reservation { spec: spec() }) else {
+            return;
+        };
+        if !before && !self.random.one_in(4) {
+            let total = shown.links().len() as u32;
+            let page = RequestBody::Lineage { at: 0, total, after: None, links: Links(shown.links().to_vec()) };
+            say(self, page);
+        }
+        // What it stages is not what the guest wrote.
+        let pass = Pass { number: 1, last: true, root_delta: map(0), user_data: map(0) };
+        let staging = RequestBody::Initialization(Box::new(cloud::initialization(&key(liar), pass)));
+        say(self, staging.clone());
+        let jobs = &mut self.clouds[target].memory.jobs;
+        let staged = jobs.iter().position(|job| matches!(job, Job::Stage { id: of, .. } if *of == id));
+        if let Some(at) = staged {
+            let job = jobs.remove(at);
+            self.clouds[target].run_job(job, &mut self.random);
+        }
+        say(self, staging);
+        let hand_over = HandOver {
+            vm: spec().id,
+            migration: id,
+            epoch,
+            source: jid(liar),
+            source_key: key(liar).public(),
+            target: jid(target),
+            target_key: key(target).public(),
+            recipe: spec().recipe,
+            root_delta: pass.root_delta.id(),
+            user_data: pass.user_data.id(),
+            issued: UnixMillis(1),
+            provenance: reservation.map(|reservation| Provenance { origin: shown.origin(), reservation }),
+        };
+        say(self, RequestBody::Start { hand_over: hand_over.sign(&key(liar)), run: true });
+    }
+
+    /// A liar's request and the answer to it.
+    fn say(
+        &mut self,
+        liar: usize,
+        target: usize,
+        id: MigrationId,
+        (epoch, before): (u64, bool),
+        body: RequestBody,
+    ) -> Option<AnswerBody> {
+        let nonce = self.random.next() | 1 << 63;
+        let epoch = (epoch - 1) | u64::from(before) << 63;
+        let cloud = &mut self.clouds[target];
+        let payload = Payload::Request { migration: id, epoch, body: body.clone() };
+        let message = Message { from: liar, to: target, nonce, issued: cloud.now, payload };
+        cloud.asked(&message, id, epoch, &body, &mut self.random);
+        let at = cloud.sent.iter().position(|m| m.nonce == nonce)?;
+        match cloud.sent.remove(at).payload {
+            Payload::Answer(answer) => Some(answer),
+            Payload::Request { .. } => None,
+        }
+    }
+
+    /// The giver of a hand-over that was acknowledged withdraws it.
+    fn withdraw(&mut self) {
+        let acknowledged = |c: &Cloud| {
+            let arrival = c.durable.record.as_ref()?.arrival.clone()?;
+            arrival.acknowledged.then_some((c.me, cloud::index(&arrival.from), arrival))
+        };
+        let Some((target, giver, arrival)) = self.clouds.iter().find_map(acknowledged) else { return };
+        self.tally.withdrawals += 1;
+        let body = RequestBody::Withdraw { hand_over: arrival.receipt.hand_over };
+        self.say(giver, target, arrival.migration, (1, false), body);
+    }
+
+    /// A cloud that does not own the VM, and to which it is not going, comes back from a backup.
+    fn restore(&mut self) {
+        if self.backups.is_empty() {
+            return;
+        }
+        let at = self.random.below(self.backups.len());
+        let (n, backup) = self.backups.swap_remove(at);
+        let goes_there = self.clouds.iter().any(|c| c.memory.outgoing.values().any(|run| run.to == n));
+        let cloud = &self.clouds[n];
+        let given = cloud.durable.record.as_ref().and_then(VmRecord::given_up);
+        let under_way = !cloud.memory.outgoing.is_empty() || !cloud.memory.incoming.is_empty();
+        let owns = cloud.durable.record.as_ref().is_some_and(VmRecord::is_here);
+        if owns || goes_there || under_way || given.is_some_and(GivenUp::in_doubt) {
+            return;
+        }
+        // Where it is taken back by its giver, nobody else knows that it is not here.
+        self.tally.restored += 1;
+        self.clouds[n].restore(&backup);
+    }
+
+    /// A cloud that may not know all asks the others.
+    fn confirm(&mut self, n: usize) {
+        if !self.clouds[n].memory.unconfirmed {
+            return;
+        }
+        let mut cloud = self.clouds.remove(n);
+        self.clouds.iter().for_each(|other| cloud.learn_from(other));
+        cloud.confirm();
+        self.clouds.insert(n, cloud);
+    }
+
     fn hold_over(&mut self, n: usize) {
         let held = self.clouds[n].memory.outgoing.iter().find(|(_, run)| run.machine.held());
         if let Some(id) = held.map(|(id, _)| *id) {
@@ -293,7 +442,7 @@ impl World {
         let Some(cloud) = self.clouds.iter_mut().find(|c| c.durable.running && !c.durable.paused) else {
             return;
         };
-        let dir = cloud.durable.record.as_ref().map(|r| r.dir.clone()).unwrap_or_default();
+        let dir = cloud.durable.record.as_ref().map(|r| r.disks.clone()).unwrap_or_default();
         if let Some(content) = cloud.durable.dirs.get_mut(&dir) {
             *content += 1;
             let newest = *content;
@@ -323,7 +472,9 @@ impl World {
         if let Some(stray) = running.iter().find(|c| !c.owns()) {
             return Err(format!("runs in cloud {}, which does not own it", stray.me));
         }
-        let epoch = |c: &Cloud| c.durable.record.as_ref().map_or(0, |r| r.epoch);
+        let epoch = |c: &Cloud| {
+            c.durable.record.as_ref().filter(|_| !c.memory.unconfirmed).map_or(0, |r| r.epoch)
+        };
         if let Some(owner) = owners.first()
             && self.clouds.iter().any(|c| c.me != owner.me && epoch(c) >= epoch(owner))
         {
@@ -365,15 +516,22 @@ impl World {
             if c.memory.incoming.values().any(|r| unfinished(&r.machine)) {
                 return Err(format!("cloud {} still holds a reservation", c.me));
             }
-            let kept = c.durable.record.as_ref().map(|r| &r.dir);
-            if let Some(dir) = c.durable.dirs.keys().find(|d| Some(*d) != kept) {
+            let named = |dir: &String| {
+                let record = c.durable.record.as_ref();
+                record.is_some_and(|r| r.disks == *dir || r.kept.iter().any(|copy| copy.disks == *dir))
+            };
+            if let Some(dir) = c.durable.dirs.keys().find(|dir| !named(dir)) {
                 return Err(format!("cloud {} keeps {dir}, which nothing names", c.me));
             }
-            if c.memory.busy.is_some() {
-                return Err(format!("cloud {} still holds the VM: {:?}", c.me, c.memory.busy));
+            if c.memory.hold.is_some() {
+                return Err(format!("cloud {} still holds the VM: {:?}", c.me, c.memory.hold));
+            }
+            let arrival = c.durable.record.as_ref().and_then(|r| r.arrival.as_ref());
+            if arrival.is_some_and(|a| a.contested.is_some()) {
+                return Err(format!("cloud {} holds the VM for contested", c.me));
             }
         }
-        let content = owner.durable.record.as_ref().and_then(|r| owner.durable.dirs.get(&r.dir));
+        let content = owner.durable.record.as_ref().and_then(|r| owner.durable.dirs.get(&r.disks));
         if content != Some(&owner.newest) {
             return Err(format!("the owner's disks hold {content:?}, not {}", owner.newest));
         }
@@ -397,7 +555,7 @@ impl World {
         self.heal()?;
         self.at_rest()?;
         let epoch =
-            |o: &Option<(usize, Option<Record>)>| o.as_ref().map(|(n, r)| (*n, r.as_ref().map(|r| r.epoch)));
+            |o: &Option<(usize, Option<VmRecord>)>| o.as_ref().map(|(n, r)| (*n, r.as_ref().map(|r| r.epoch)));
         match epoch(&owner(self)) == epoch(&before) {
             true => Ok(()),
             false => {

@@ -26,7 +26,7 @@ type Trick = Box<dyn Fn(&Peer, SignedHandOver) -> AnswerBody>;
 fn honest(peer: &Peer, request: &RequestBody) -> AnswerBody {
     match request {
         RequestBody::Configuration { .. } => AnswerBody::Configuration(yes()),
-        RequestBody::Reservation { .. } => AnswerBody::Reserved { expires_in_s: 60 },
+        RequestBody::Reservation { .. } => AnswerBody::Reserved { expires_in_s: 60, reservation: None, known: None },
         RequestBody::Initialization(init) => {
             AnswerBody::Staged { pass: init.pass.number, account: StageAccount::default() }
         }
@@ -504,7 +504,7 @@ fn start_rows(bench: &mut Bench) {
     // It cannot be called off, nor started, nor deleted here.
     bench.cancel_all();
     let name = vm.name.to_string();
-    for request in [Request::VmStart { vm: name.clone() }, Request::VmDelete { vm: name.clone() }] {
+    for request in [Request::VmStart { vm: name.clone(), unconfirmed: false, by_uid: None }, Request::VmDelete { vm: name.clone() }] {
         assert!(bench.world.call(0, &request).is_err(), "{request:?}");
     }
     // The return that fits: the VM is here again, under an epoch that the promise does not cover.
@@ -536,7 +536,7 @@ fn start_rows(bench: &mut Bench) {
     let deleted = bench.mallory.ask(matter, RequestBody::Delete { boot_ms: None });
     assert!(matches!(deleted, AnswerBody::Deleted { .. }), "{deleted:?}");
     assert_eq!(bench.world.vm(0, vm.name.as_str()).ownership, "given-up");
-    assert!(bench.world.call(0, &Request::VmStart { vm: name }).is_err());
+    assert!(bench.world.call(0, &Request::VmStart { vm: name, unconfirmed: false, by_uid: None }).is_err());
     bench.table.row(
         step,
         "a receipt, and then a return",

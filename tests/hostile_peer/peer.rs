@@ -441,6 +441,7 @@ impl Peer {
             root_delta: self.goods.root.id(),
             user_data: self.goods.user_data.id(),
             issued: now(),
+            provenance: None,
         }
     }
 
@@ -523,6 +524,8 @@ impl Asked {
             RequestBody::Delete { .. } => "delete",
             RequestBody::Suspend | RequestBody::Stop => "suspend or stop",
             RequestBody::Content { .. } => "content",
+            RequestBody::Lineage { .. } => "lineage",
+            RequestBody::Owners { .. } => "owners",
         }
     }
 }

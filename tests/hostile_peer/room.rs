@@ -228,7 +228,7 @@ fn expelled(bench: &mut Bench) {
                 None
             }
             _ => {
-                bench.mallory.answer(asked, AnswerBody::Reserved { expires_in_s: 60 }, Spoil::Nothing);
+                bench.mallory.answer(asked, AnswerBody::Reserved { expires_in_s: 60, reservation: None, known: None }, Spoil::Nothing);
                 None
             }
         })
