@@ -229,6 +229,14 @@ impl Lineage {
         self.append(link, &record)
     }
 
+    /// As [`Lineage::push`], for a link of our own records, whose signatures were checked before it was
+    /// written.
+    pub fn push_kept(&mut self, link: Link) -> Result<(), LineageError> {
+        let at = self.links.len();
+        let record = link.hand_over.read().map_err(|source| LineageError::Link { at, source })?;
+        self.append(link, &record)
+    }
+
     fn append(&mut self, link: Link, h: &HandOver) -> Result<(), LineageError> {
         let at = self.links.len();
         if at == LINKS_MAX {

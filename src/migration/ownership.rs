@@ -820,7 +820,7 @@ impl Law {
             let link = Link::from(receipt);
             // What does not go on from there is of a history that was lost, and is refused where it counts.
             if kept.position(&link.id()).is_none() {
-                let _ = kept.push(link);
+                let _ = kept.push_kept(link);
             }
         }
         kept
