@@ -122,7 +122,7 @@ fn start(
     let file = dir.path().join("federation.toml");
     let text = format!(
         "[cloud]\nname = \"{name}\"\ndata_dir = \"data\"\n[xmpp]\njid = \"{}\"\npassword_file = \"password\"\n\
-         room = \"fed@rooms.federation.test\"\n[transfer]\nlisten = \"127.0.0.1:0\"\n{settings}\n",
+         room = \"fed@rooms.federation.test\"\n[transfer]\nlisten = \"127.0.0.1:0\"\npeer_networks = [\"127.0.0.0/8\"]\n{settings}\n",
         jid(name)
     );
     std::fs::write(&file, text).unwrap();

@@ -14,7 +14,8 @@ use world::{World, components, missing_tool, turn};
 
 const TINY: [&str; 3] = ["format-uefi-gpt", "kernel-tiny", "os-tiny"];
 /// So slow that a pass lasts until somebody lifts the cap.
-const SLOW: &str = "[transfer]\nlisten = \"127.0.0.1:0\"\nbandwidth_limit = \"400000\"\n";
+const SLOW: &str =
+    "[transfer]\nlisten = \"127.0.0.1:0\"\npeer_networks = [\"127.0.0.0/8\"]\nbandwidth_limit = \"400000\"\n";
 
 type Moved = (Result<Reply, Problem>, Vec<String>);
 

@@ -172,7 +172,7 @@ async fn ask(shared: &Shared, peer: &Peer, objects: &[ObjectId]) -> Result<Optio
     let components = answer.components_held.iter().filter_map(|i| components.get(*i as usize));
     let packs = answer.packs_held.iter().filter_map(|i| packs.get(*i as usize));
     let holds = components.map(|id| ObjectId::Manifest(*id)).chain(packs.map(|id| ObjectId::Pack(*id)));
-    let addresses = receiving::resolve(&answer.addresses).await;
+    let addresses = receiving::resolve(shared, peer, &answer.addresses).await.map_err(|e| chain(&e))?;
     let ticket = Ticket::from_bytes(*ticket.as_bytes());
     Ok(Some(Offer { peer: peer.clone(), ticket, addresses, holds: holds.collect() }))
 }

@@ -6,23 +6,69 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::disk::DiskError;
+use crate::federation::Refused;
 use crate::migration::message::ADDRESSES_MAX;
 use crate::repository::{IncomingForm, IncomingPack, Repository, RepositoryError};
-use crate::transfer::{ObjectKey, ObjectSink, PackRange, PackWish, PackWriter, SinkError, Verified};
+use crate::transfer::{
+    Barred, ObjectKey, ObjectSink, PackRange, PackWish, PackWriter, Reach, SinkError, TransferError, Verified,
+};
 use crate::types::{BlockHash, PackId};
+
+use super::Input;
+use super::shared::{Peer, Shared};
 
 /// How long another cloud's host names may take to be looked up, all together.
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Where another cloud says that it serves. Names that are not found in time are left out.
-pub async fn resolve(addresses: &[String]) -> Vec<SocketAddr> {
-    let look_ups = addresses.iter().take(ADDRESSES_MAX).map(|address| async move {
+/// Where another cloud says that it serves, looked up and checked: what is dialled are these very addresses.
+/// Names that are not found in time, and what is not to be dialled, are left out.
+pub async fn resolve(
+    shared: &Shared,
+    peer: &Peer,
+    offered: &[String],
+) -> Result<Vec<SocketAddr>, TransferError> {
+    let offered = &offered[..offered.len().min(ADDRESSES_MAX)];
+    let look_ups = offered.iter().map(|address| async move {
         let found = tokio::time::timeout(LOOK_UP_TIMEOUT, tokio::net::lookup_host(address.as_str()));
         found.await.ok().and_then(Result::ok).into_iter().flatten().collect::<Vec<_>>()
     });
-    let mut found = futures::future::join_all(look_ups).await.concat();
-    found.truncate(ADDRESSES_MAX);
-    found
+    let found = futures::future::join_all(look_ups).await.concat();
+    let reach = Reach::new(shared.config.transfer.peer_networks.clone());
+    let (mut dialled, barred) = sift(&reach, found);
+    dialled.truncate(ADDRESSES_MAX);
+    if let Some(reason) = barred.filter(|_| dialled.is_empty()) {
+        let from = peer.jid.clone();
+        shared.post(Input::apply(move |b| b.refuse(&from, Refused::Address, &reason)));
+    }
+    if dialled.is_empty() && !offered.is_empty() {
+        return Err(TransferError::Barred { offered: shown(offered) });
+    }
+    Ok(dialled)
+}
+
+/// What of `found` is dialled, and why some other of it is not, in words for this cloud's operator.
+fn sift(reach: &Reach, found: Vec<SocketAddr>) -> (Vec<SocketAddr>, Option<String>) {
+    let mut reason = None;
+    let dialled = found.into_iter().filter(|address| match reach.check(address.ip()) {
+        Ok(()) => true,
+        Err(barred) => {
+            let ip = address.ip().to_canonical();
+            reason = Some(match barred {
+                Barred::Always(what) => format!("it serves at {ip}, which is {what}"),
+                Barred::Unlisted(what) => format!(
+                    "it serves at {ip}, which is {what}: list its network in transfer.peer_networks to let it be dialled"
+                ),
+            });
+            false
+        }
+    });
+    (dialled.collect(), reason)
+}
+
+/// The first few, without what a terminal would take for more than text.
+fn shown(offered: &[String]) -> String {
+    let short = |text: &String| text.chars().take(64).flat_map(char::escape_default).collect::<String>();
+    offered.iter().take(3).map(short).collect::<Vec<_>>().join(", ")
 }
 
 /// What is known of the packs to be fetched.

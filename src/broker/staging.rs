@@ -472,8 +472,14 @@ impl Stage {
                     | TransferError::Handshake { .. }
             ) || is_torn(&failure);
             if !again || attempt > RECONNECTS_MAX {
-                return Err(content(&failure)
-                    .next("see that UDP reaches the source's transfer address, then move again"));
+                let next = match failure {
+                    TransferError::Barred { .. } => {
+                        "let the target's operator list the source's network in transfer.peer_networks, or set \
+                         transfer.advertise at the source, then move again"
+                    }
+                    _ => "see that UDP reaches the source's transfer address, then move again",
+                };
+                return Err(content(&failure).next(next));
             }
             tracing::info!(
                 reason = super::problem::chain(&failure),
@@ -491,7 +497,8 @@ impl Stage {
             return Ok(connection.clone());
         }
         self.drop_connection();
-        let addresses = receiving::resolve(&self.job.init.addresses).await;
+        let addresses =
+            receiving::resolve(&self.job.shared, &self.job.peer, &self.job.init.addresses).await?;
         let connection = self.job.shared.endpoint.connect(&addresses, self.job.peer.key).await?;
         self.connection = Some(connection.clone());
         Ok(connection)

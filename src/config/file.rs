@@ -7,6 +7,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use ipnet::IpNet;
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -105,6 +106,10 @@ pub struct Transfer {
     /// Addresses, with or without a port, at which other clouds reach it. Needed where `listen` names none
     /// that others can dial.
     pub advertise: Vec<String>,
+    /// Networks of other clouds, such as `10.0.0.0/8`, that are dialled although they are not the Internet's:
+    /// private, link-local, loopback. Without any only global addresses are.
+    #[serde(deserialize_with = "peer_networks")]
+    pub peer_networks: Vec<IpNet>,
     /// Most that is sent, over all streams: `"100Mbit"` per second, or bytes such as `"12M"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth_limit: Option<Rate>,
@@ -296,7 +301,12 @@ fn default_data_dir() -> PathBuf {
 
 impl Default for Transfer {
     fn default() -> Self {
-        Self { listen: SocketAddr::from(([0, 0, 0, 0], 7420)), advertise: Vec::new(), bandwidth_limit: None }
+        Self {
+            listen: SocketAddr::from(([0, 0, 0, 0], 7420)),
+            advertise: Vec::new(),
+            peer_networks: Vec::new(),
+            bandwidth_limit: None,
+        }
     }
 }
 
@@ -375,6 +385,14 @@ impl<'de> Deserialize<'de> for AcceptFrom {
         }
         d.deserialize_any(Words)
     }
+}
+
+fn peer_networks<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<IpNet>, D::Error> {
+    let bad = |text: &str| {
+        de::Error::custom(format!("'{}' is not a network such as \"10.0.0.0/8\"", text.escape_default()))
+    };
+    let texts = Vec::<String>::deserialize(d)?;
+    texts.iter().map(|text| text.parse().map_err(|_| bad(text))).collect()
 }
 
 fn socket_address<'de, D: Deserializer<'de>>(d: D) -> Result<SocketAddr, D::Error> {

@@ -16,6 +16,8 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ipnet::IpNet;
+
 use crate::federation::MemberPolicy;
 use crate::types::{ByteSize, MemberJid};
 
@@ -74,6 +76,7 @@ pub struct Xmpp {
 pub struct Transfer {
     pub listen: SocketAddr,
     pub advertise: Vec<String>,
+    pub peer_networks: Vec<IpNet>,
     pub bandwidth_limit_bytes_per_s: Option<u64>,
 }
 
@@ -350,7 +353,8 @@ fn texts(settings: HashMap<String, String>) -> config::Environment {
         .separator(".")
         .try_parsing(true)
         .list_separator(",")
-        .with_list_parse_key("transfer.advertise");
+        .with_list_parse_key("transfer.advertise")
+        .with_list_parse_key("transfer.peer_networks");
     let lists = MEMBER_LISTS.into_iter().filter(|key| settings.get(*key).is_some_and(|t| t != "members"));
     let source = lists.fold(source, |source, key| source.with_list_parse_key(key));
     source.source(Some(settings))
@@ -384,6 +388,7 @@ fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigE
         transfer: Transfer {
             listen: f.transfer.listen,
             advertise: f.transfer.advertise,
+            peer_networks: f.transfer.peer_networks,
             bandwidth_limit_bytes_per_s: f.transfer.bandwidth_limit.map(|r| r.bytes_per_s),
         },
         hypervisor: Hypervisor {

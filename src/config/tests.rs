@@ -30,6 +30,7 @@ room = "r@c"
 [transfer]
 listen = "127.0.0.1:1"
 advertise = []
+peer_networks = ["10.0.0.0/8", "fd00::/8"]
 bandwidth_limit = "100Mbit"
 [hypervisor]
 driver = "qemu"

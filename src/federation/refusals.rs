@@ -62,6 +62,8 @@ kinds! {
     Malformed = "malformed",
     /// A transfer ticket that is not known or does not cover what is asked for.
     Ticket = "ticket",
+    /// An address to fetch from that is not dialled from here.
+    Address = "address",
 }
 
 impl fmt::Display for Refused {

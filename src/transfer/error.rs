@@ -140,6 +140,12 @@ pub enum TransferError {
     Identity { source: rustls::Error },
     #[error("member {peer:?} gave no address to connect to; set its transfer address in its configuration")]
     NoAddress { peer: PublicKey },
+    /// Which name led where is not said: it may be the name of a machine that only this one knows.
+    #[error(
+        "none of the addresses offered ({offered}) was found to be one that is dialled from there: global ones, \
+         and those of the networks in its transfer.peer_networks"
+    )]
+    Barred { offered: String },
     #[error("member {peer:?} does not answer at any of its addresses ({tried}); check that UDP reaches it")]
     Unreachable { peer: PublicKey, tried: String },
     #[error(

@@ -16,6 +16,7 @@ mod frame;
 mod hostile;
 mod limiter;
 mod object;
+mod reach;
 mod serve;
 mod socket;
 mod tls;
@@ -30,6 +31,7 @@ pub use object::{
     Authority, Content, Encoding, ObjectBody, ObjectKey, ObjectSink, ObjectSource, PackRange, PackWish,
     PackWriter, SinkError, Ticket, Verified,
 };
+pub use reach::{Barred, Reach};
 
 /// What `fuzz/` reaches into.
 #[cfg(fuzzing)]

@@ -75,7 +75,7 @@ impl Pair {
             world.configure(
                 cloud,
                 &format!(
-                    "[transfer]\nlisten = \"127.0.0.1:{listen}\"\nadvertise = [\"127.0.0.1:{}\"]\n\
+                    "[transfer]\npeer_networks = [\"127.0.0.0/8\"]\nlisten = \"127.0.0.1:{listen}\"\nadvertise = [\"127.0.0.1:{}\"]\n\
                      [migration]\nlease_s = {LEASE_S}\ngrace_period = \"{GRACE_S}s\"\n",
                     data.port
                 ),

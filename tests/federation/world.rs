@@ -47,7 +47,9 @@ pub fn missing_tool() -> bool {
 
 /// Configuration of a broker that sends this slowly.
 pub fn capped(bandwidth_limit: &str) -> String {
-    format!("[transfer]\nlisten = \"127.0.0.1:0\"\nbandwidth_limit = \"{bandwidth_limit}\"\n")
+    format!(
+        "[transfer]\nlisten = \"127.0.0.1:0\"\npeer_networks = [\"127.0.0.0/8\"]\nbandwidth_limit = \"{bandwidth_limit}\"\n"
+    )
 }
 
 /// Guests run in software emulation on few cores: one world at a time.
@@ -199,8 +201,11 @@ impl World {
              [hypervisor]\ncpus = 4\nmemory = \"2G\"\n[[network]]\nname = \"lan\"\nkind = \"user\"\n\
              [trust]\ntrust_on_first_use = true\n{extra}\n"
         );
-        let transfer =
-            if extra.contains("[transfer]") { "" } else { "[transfer]\nlisten = \"127.0.0.1:0\"\n" };
+        let transfer = if extra.contains("[transfer]") {
+            ""
+        } else {
+            "[transfer]\nlisten = \"127.0.0.1:0\"\npeer_networks = [\"127.0.0.0/8\"]\n"
+        };
         std::fs::write(c.dir.join("federation.toml"), text + transfer).unwrap();
     }
 

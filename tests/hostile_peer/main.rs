@@ -31,7 +31,7 @@ use table::Table;
 use world::World;
 
 /// The lease that ends what a silent source began. Short, so that the test is.
-const SETTINGS: &str = "[migration]\nlease_s = 3\nconcurrency = 4\n[transfer]\nlisten = \"127.0.0.1:0\"\n";
+const SETTINGS: &str = "[migration]\nlease_s = 3\nconcurrency = 4\n[transfer]\nlisten = \"127.0.0.1:0\"\npeer_networks = [\"127.0.0.0/8\"]\n";
 /// What the broker may grow by, whatever a peer sends.
 const GROWTH_BYTES_MAX: u64 = 200 << 20;
 
