@@ -159,6 +159,16 @@ pub fn xmpp_settings(config: &Config, password: String) -> xmpp::Settings {
             config::Security::Plain => xmpp::Security::Plain,
         },
         ca_file: config.xmpp.ca_file.clone(),
+        rules: xmpp::LoginRules {
+            tls_min: match config.xmpp.tls_min {
+                config::TlsVersion::V1_2 => xmpp::TlsMin::V1_2,
+                config::TlsVersion::V1_3 => xmpp::TlsMin::V1_3,
+            },
+            channel_binding: match config.xmpp.channel_binding {
+                config::ChannelBinding::Prefer => xmpp::BindingRule::Prefer,
+                config::ChannelBinding::Require => xmpp::BindingRule::Require,
+            },
+        },
         room: Some(config.xmpp.room.clone()),
         nick: config.cloud.name.clone(),
     }
