@@ -6,6 +6,7 @@
 
 mod error;
 pub mod file;
+mod identity;
 mod members;
 pub mod secrets;
 mod value;
@@ -23,7 +24,8 @@ pub use error::ConfigError;
 pub use file::{
     Accelerator, AcceptFrom, ChannelBinding, Cloud, DriverKind, Pin, Security, TlsVersion, Trust,
 };
-pub use secrets::{Password, identity_path, load_or_create_identity, private_dir};
+pub use identity::{Identity, identity_path, load_identity, load_or_create_identity, rotate_identity};
+pub use secrets::{Password, private_dir};
 pub use value::{HumanDuration, Rate};
 
 use error::nearest;
