@@ -93,3 +93,62 @@ impl Broker {
         self.successions.leads(key, &self.shared.key.public())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::records::{GivenUp, Ownership, VmRecord};
+    use super::*;
+    use crate::clock::UnixMillis;
+    use crate::migration::message::Seed;
+    use crate::types::{ByteSize, IdentityKey, MigrationId, RecipeId, VmId};
+    use crate::vm::chunk_map::MapRef;
+    use crate::vm::{Firmware, VmSpec};
+
+    #[test]
+    fn a_key_stays_while_something_it_signed_is_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path()).unwrap();
+        open_business(&records).unwrap();
+        let spec = VmSpec {
+            id: VmId::random(),
+            name: "web".parse().unwrap(),
+            cpus: 1,
+            memory: ByteSize::mib(64),
+            recipe: RecipeId::of(b"r"),
+            root_size: ByteSize::mib(1),
+            user_data_size: ByteSize(0),
+            nics: Vec::new(),
+            architecture: "amd64".into(),
+            cpu_model: "qemu64".into(),
+            firmware: Firmware::Bios,
+        };
+        let mut record = VmRecord::new(spec, Vec::new(), "disks-1", UnixMillis(1));
+        records.save_vm(&record).unwrap();
+        open_business(&records).unwrap();
+        let migration = MigrationId::random();
+        let empty = MapRef { block_size_bytes: 4096, disk_size_bytes: 1 << 20, root: None };
+        let given = GivenUp {
+            migration,
+            to: "b@x".parse().unwrap(),
+            to_key: IdentityKey::from_secret_bytes(&[2; 32]).public(),
+            record: String::new(),
+            was_running: false,
+            since: UnixMillis(2),
+            seed: Seed { root_delta: empty, user_data: empty },
+            receipt: None,
+            scrub_after: None,
+        };
+        record.ownership = Ownership::GivenUp(Box::new(given.clone()));
+        records.save_vm(&record).unwrap();
+        let p = open_business(&records).unwrap_err();
+        assert_eq!((p.kind, p.object.as_str()), (ProblemKind::Conflict, "VM web"));
+        assert!(p.reason.contains("b@x") && p.to_string().contains(&migration.to_string()), "{p}");
+        // Left to the other by an operator, who has not heard from it: it is asked still.
+        record.ownership =
+            Ownership::GivenUp(Box::new(GivenUp { scrub_after: Some(UnixMillis(9)), ..given }));
+        records.save_vm(&record).unwrap();
+        open_business(&records).unwrap_err();
+        std::fs::write(records.vm_dir(record.spec.id).join("record.json"), b"{").unwrap();
+        assert!(open_business(&records).unwrap_err().reason.contains("set aside"));
+    }
+}
