@@ -82,7 +82,7 @@ fn a_cloud_rotates_its_key_and_members_follow_and_move_vms_on() {
     let killed = cicada(&world, 0, &["identity", "rotate"], Some("identity-succeeded"));
     assert!(killed.status.code().is_none(), "{killed:?}");
     let (second, before) = identity(&world, 0);
-    assert_eq!(before, [born.clone()]);
+    assert_eq!(before, std::slice::from_ref(&born));
     // And once more, while the others are looking away.
     let rotated = cicada(&world, 0, &["identity", "rotate"], None);
     assert!(rotated.status.success(), "{}", String::from_utf8_lossy(&rotated.stderr));
