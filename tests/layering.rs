@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Module, level, and siblings of its own level it may use.
 const ROOMS: &[(&str, u8, &[&str])] = &[
-    ("types", 0, &[]),
+    ("types", 0, &["clock"]),
     ("clock", 0, &[]),
     ("durable", 0, &["fault"]),
     ("fault", 0, &[]),

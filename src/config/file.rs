@@ -77,6 +77,12 @@ pub struct Xmpp {
     /// PEM certificates to trust instead of the system's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
+    /// The oldest TLS that is spoken with the server.
+    #[serde(default)]
+    pub tls_min: TlsVersion,
+    /// Whether the login must be bound to the TLS connection.
+    #[serde(default)]
+    pub channel_binding: ChannelBinding,
     /// The federation's room, `room@conference.domain`.
     pub room: String,
 }
@@ -92,6 +98,27 @@ words! {
         Starttls = "starttls",
         /// No TLS; only to a server on this machine.
         Plain = "plain",
+    }
+}
+
+words! {
+    #[derive(Default)]
+    pub enum TlsVersion {
+        V1_2 = "1.2",
+        #[default]
+        V1_3 = "1.3",
+    }
+}
+
+words! {
+    /// Whether a login that somebody between us and the server relays fails (RFC 5802, RFC 9266).
+    #[derive(Default)]
+    pub enum ChannelBinding {
+        /// Where the server offers it; a server that then fails it is logged in to without.
+        #[default]
+        Prefer = "prefer",
+        /// No login without. Needs TLS 1.3 and a server that offers SCRAM-…-PLUS with `tls-exporter`.
+        Require = "require",
     }
 }
 

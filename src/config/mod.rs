@@ -6,6 +6,7 @@
 
 mod error;
 pub mod file;
+mod identity;
 mod members;
 pub mod secrets;
 mod value;
@@ -20,8 +21,11 @@ use crate::federation::MemberPolicy;
 use crate::types::{ByteSize, MemberJid};
 
 pub use error::ConfigError;
-pub use file::{Accelerator, AcceptFrom, Cloud, DriverKind, Pin, Security, Trust};
-pub use secrets::{Password, identity_path, load_or_create_identity, private_dir};
+pub use file::{
+    Accelerator, AcceptFrom, ChannelBinding, Cloud, DriverKind, Pin, Security, TlsVersion, Trust,
+};
+pub use identity::{Identity, identity_path, load_identity, load_or_create_identity, rotate_identity};
+pub use secrets::{Password, private_dir};
 pub use value::{HumanDuration, Rate};
 
 use error::nearest;
@@ -65,6 +69,8 @@ pub struct Xmpp {
     pub server: Option<(String, u16)>,
     pub security: Security,
     pub ca_file: Option<PathBuf>,
+    pub tls_min: TlsVersion,
+    pub channel_binding: ChannelBinding,
     /// The room's bare JID.
     pub room: String,
 }
@@ -379,6 +385,8 @@ fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigE
             server,
             security: f.xmpp.security,
             ca_file: f.xmpp.ca_file,
+            tls_min: f.xmpp.tls_min,
+            channel_binding: f.xmpp.channel_binding,
             room: f.xmpp.room,
         },
         transfer: Transfer {
@@ -494,6 +502,17 @@ fn check_xmpp(file: &mut File, host: Option<&str>) -> Result<(), ConfigError> {
             let reason = format!("\"plain\" would send the password unprotected to {host}");
             return Err(ConfigError::field("xmpp.security", reason)
                 .next("use \"direct-tls\" or \"starttls\"; \"plain\" is for a server on this machine only"));
+        }
+    }
+    if file.xmpp.channel_binding == ChannelBinding::Require {
+        if file.xmpp.security == Security::Plain {
+            let reason = "\"require\" needs TLS, and xmpp.security is \"plain\"";
+            return Err(ConfigError::field("xmpp.channel_binding", reason)
+                .next("use \"direct-tls\" or \"starttls\", or \"prefer\" here"));
+        }
+        if file.xmpp.tls_min == TlsVersion::V1_2 {
+            let reason = "\"1.2\" allows what xmpp.channel_binding = \"require\" cannot be bound to";
+            return Err(ConfigError::field("xmpp.tls_min", reason).next("leave xmpp.tls_min out"));
         }
     }
     Ok(())
