@@ -39,7 +39,7 @@ const PRELUDE: &str = r#"
 umask 022
 confine() { sh -euc "$CONFINE" sh "$@"; }
 if [ -n "$LOWER" ]; then
-    mount -t overlay overlay -o "lowerdir=$LOWER,upperdir=$UPPER,workdir=$WORK,redirect_dir=off,metacopy=off,index=off$OVERLAY" "$ROOT"
+    mount -t overlay overlay -o "lowerdir=$LOWER,upperdir=$UPPER,workdir=$WORK,index=off,$OVERLAY" "$ROOT"
 else
     mount --bind "$UPPER" "$ROOT"
 fi
@@ -170,7 +170,10 @@ impl Sandbox {
             .env("CAPABILITIES", capability_arguments())
             .env("CONFINE", CONFINE)
             // In a user namespace overlayfs has to note what it hides in attributes users may set.
-            .env("OVERLAY", if path_owner::in_user_namespace() { ",userxattr" } else { "" })
+            .env(
+                "OVERLAY",
+                if path_owner::in_user_namespace() { "userxattr" } else { "redirect_dir=off,metacopy=off" },
+            )
             .env("LOWER", self.lower.as_deref().unwrap_or(Path::new("")))
             .env("UPPER", self.upper())
             .env("WORK", self.path("work"))

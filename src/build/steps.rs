@@ -153,20 +153,27 @@ fn bootstrap(definition: &Definition, sandbox: &Sandbox, apt: &Apt) -> Result<()
     }
     let suite = definition.suite.clone().unwrap_or_default();
     arguments.extend([suite, "/tree".to_owned(), "/apt/distribution.sources".to_owned()]);
+    // The base packages bring the directory of /proc, which they could not unpack onto a mount, and
+    // their scripts need what is in it. mmdebstrap has no right to mount; the shell around it has.
+    arguments.insert(
+        1,
+        r#"--extract-hook=: >"$1/.extracted"; while [ -e "$1/.extracted" ]; do sleep 0.1; done"#.to_owned(),
+    );
     let quoted: Vec<String> = arguments.iter().map(|a| quoted(a)).collect();
-    // The directories are there for the mounts; the base packages bring them.
     let script = format!(
-        r#"mkdir -m 755 "$ROOT/dev" "$ROOT/proc"
-mount -t tmpfs -o mode=755 tmpfs "$ROOT/dev"
-for node in null zero full random urandom tty; do
-    : >"$ROOT/dev/$node"
-    mount --bind "/dev/$node" "$ROOT/dev/$node"
-done
-mount -t proc proc "$ROOT/proc"
+        r#"mount --make-rshared "$ROOT"
+(
+    while [ ! -e "$ROOT/.extracted" ]; do sleep 0.1; done
+    [ -L "$ROOT/proc" ] || mount -t proc proc "$ROOT/proc"
+    rm "$ROOT/.extracted"
+) &
 beside_tree env DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true {}"#,
         quoted.join(" ")
     );
-    let view = format!("--ro-bind {} /apt", apt.dir().display());
+    let mut view = format!("--ro-bind {} /apt --perms 0755 --tmpfs /tree/dev", apt.dir().display());
+    for node in ["null", "zero", "full", "random", "urandom", "tty"] {
+        view += &format!(" --dev-bind /dev/{node} /tree/dev/{node}");
+    }
     sandbox.run("bootstrapping with mmdebstrap", &script, &[("BESIDE", &view)])
 }
 
