@@ -43,6 +43,9 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
         failed("environment", &e).next(format!("unset {}: it is for tests", crate::fault::VARIABLE))
     })?;
     let config_failed = |object: &str, e: &config::ConfigError| failed(object, e).next(e.next_step());
+    config
+        .check_owners()
+        .map_err(|e| Problem { kind: ProblemKind::Forbidden, ..config_failed(&e.object(), &e) })?;
     config::private_dir(&config.cloud.data_dir).map_err(|e| config_failed("data directory", &e))?;
     let password = config.xmpp.password().map_err(|e| config_failed("password", &e))?;
     let records = Records::open(&config.cloud.data_dir).map_err(|e| failed("records", &e))?;

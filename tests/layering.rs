@@ -10,6 +10,7 @@ const ROOMS: &[(&str, u8, &[&str])] = &[
     ("clock", 0, &[]),
     ("durable", 0, &["fault"]),
     ("fault", 0, &[]),
+    ("path_owner", 0, &[]),
     ("stanza", 1, &[]),
     ("vm", 1, &[]),
     ("component", 1, &[]),

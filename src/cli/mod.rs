@@ -165,6 +165,8 @@ enum Command {
 
 /// Parses the process's arguments, runs the command and returns its exit code.
 pub fn run() -> ExitCode {
+    // Before anything is made: what a cloud keeps is nobody else's to read, whatever the shell set.
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let Cli { globals, command } = Cli::parse();
     let printer = Printer::new(globals.color, globals.json, globals.quiet, globals.verbose);
     match execute(globals, command, printer.clone()) {

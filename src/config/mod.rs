@@ -25,7 +25,7 @@ pub use file::{
     Accelerator, AcceptFrom, ChannelBinding, Cloud, DriverKind, Pin, Security, TlsVersion, Trust,
 };
 pub use identity::{Identity, identity_path, load_identity, load_or_create_identity, rotate_identity};
-pub use secrets::{Password, private_dir};
+pub use secrets::{Password, private_dir, unreplaceable};
 pub use value::{HumanDuration, Rate};
 
 use error::nearest;
@@ -170,12 +170,22 @@ impl Config {
 
     /// Checks what the broker will need from this machine beyond the file itself.
     pub fn check_files(&self) -> Result<(), ConfigError> {
+        self.check_owners()?;
         self.xmpp.password()?;
         let named = [&self.xmpp.ca_file, &self.hypervisor.firmware_code, &self.hypervisor.firmware_vars];
         for path in named.into_iter().flatten() {
             std::fs::File::open(path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
         }
         Ok(())
+    }
+
+    /// Refuses places that another user of this machine could put something else in.
+    pub fn check_owners(&self) -> Result<(), ConfigError> {
+        for path in [&self.path, &self.cloud.data_dir, &self.repository.dir] {
+            unreplaceable(path)?;
+        }
+        // A socket's own mode is set when it is made.
+        unreplaceable(self.api.socket.parent().unwrap_or(&self.api.socket))
     }
 
     /// What a member may do here: its own `[[member]]`, and the settings for all for the rest.

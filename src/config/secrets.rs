@@ -7,6 +7,8 @@ use std::path::Path;
 
 use zeroize::Zeroizing;
 
+use crate::path_owner::{self, PathError};
+
 use super::error::ConfigError;
 
 const SECRET_BYTES_MAX: u64 = 4096;
@@ -40,21 +42,29 @@ pub fn read_password(path: &Path) -> Result<Password, ConfigError> {
     }
 }
 
-/// Makes a directory for its owner only. One that is there is left as it is, unless others may write
-/// to it: they could put another key or another VM's record into it.
+/// Makes a directory for its owner only. One that is there is left as it is, unless others own it or
+/// may write to it, or to a directory above it: they could put another key or another VM's record
+/// into it.
 pub fn private_dir(path: &Path) -> Result<(), ConfigError> {
+    unreplaceable(path)?;
     let failed = |source| ConfigError::Write { path: path.to_owned(), source };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
-    let mode = fs::metadata(path).map_err(failed)?.permissions().mode() & 0o777;
-    if mode & 0o022 != 0 {
-        return Err(ConfigError::Writable { path: path.to_owned(), mode });
-    }
-    Ok(())
+    unreplaceable(path)
+}
+
+/// Refuses a path that another user could put something else in the place of, now or once it is
+/// made: each directory and link on the way belongs to this user or root and is closed to others.
+pub fn unreplaceable(path: &Path) -> Result<(), ConfigError> {
+    path_owner::check(path, rustix::process::geteuid().as_raw()).map_err(|e| match e {
+        PathError::Read { path, source } => ConfigError::Read { path, source },
+        PathError::Exposed(exposure) => ConfigError::Replaceable { path: path.to_owned(), exposure },
+    })
 }
 
 pub(super) fn read_secret(path: &Path) -> Result<Zeroizing<String>, ConfigError> {
     let failed = |source| ConfigError::Read { path: path.to_owned(), source };
     let file = File::open(path).map_err(failed)?;
+    unreplaceable(path.parent().unwrap_or(path))?;
     let metadata = file.metadata().map_err(failed)?;
     let mode = metadata.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
@@ -119,5 +129,40 @@ mod tests {
             (e.to_string().as_str(), e.next_step().contains("chown")),
             ("belongs to another user", true)
         );
+    }
+
+    #[test]
+    fn a_directory_above_that_others_may_write_to_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let above = dir.path().join("above");
+        let secret = above.join("keys/secret");
+        fs::create_dir_all(secret.parent().unwrap()).unwrap();
+        durable::write_secret(&secret, b"s3cret\n").unwrap();
+        read_password(&secret).unwrap();
+        fs::set_permissions(&above, fs::Permissions::from_mode(0o777)).unwrap();
+        for refused in [
+            read_password(&secret).unwrap_err(),
+            private_dir(&above.join("data")).unwrap_err(),
+            unreplaceable(&above.join("run/cicada.sock")).unwrap_err(),
+        ] {
+            assert_eq!(refused.next_step(), format!("chmod go-w {}", above.display()));
+            assert!(refused.to_string().contains("mode 777"), "{refused}");
+        }
+        assert!(!above.join("data").exists(), "nothing is made there");
+    }
+
+    #[test]
+    fn a_directory_above_of_another_user_is_refused_by_name() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED: giving a directory to another user needs root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let above = dir.path().join("above");
+        fs::create_dir(&above).unwrap();
+        std::os::unix::fs::chown(&above, Some(12345), Some(12345)).unwrap();
+        let e = private_dir(&above.join("data")).unwrap_err();
+        assert_eq!(e.next_step(), format!("chown -h 0 {}", above.display()));
+        assert!(e.to_string().contains("belongs to user 12345 (mode 755)"), "{e}");
     }
 }
