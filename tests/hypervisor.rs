@@ -58,6 +58,7 @@ fn machine_with(dir: &Path, id: VmId) -> Machine {
         },
         root_disk: disk("root.raw", 4 * MIB),
         root_format: DiskFormat::Raw,
+        base: None,
         user_data_disk: Some(disk("user-data.raw", MIB)),
         firmware_vars: home.join("vars.fd"),
         state_dir: home.join("run"),
@@ -67,7 +68,8 @@ fn machine_with(dir: &Path, id: VmId) -> Machine {
 fn config() -> QemuConfig {
     let networks =
         [("default".to_owned(), NetworkBackend::User), ("unplugged".to_owned(), NetworkBackend::None)];
-    QemuConfig { networks: networks.into(), ..QemuConfig::default() }
+    let link = Some(env!("CARGO_BIN_EXE_cicada").into());
+    QemuConfig { networks: networks.into(), link, ..QemuConfig::default() }
 }
 
 /// A driver and a scratch directory, or None, said loudly, where QEMU or its firmware is missing.
