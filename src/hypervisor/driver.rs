@@ -108,6 +108,8 @@ pub struct Features {
     pub root_formats: BTreeSet<DiskFormat>,
     /// Names of the networks a VM can be plugged into.
     pub networks: BTreeSet<String>,
+    /// Those of them whose guests reach this host's own services, its loopback included.
+    pub exposing_networks: BTreeSet<String>,
     pub abilities: BTreeSet<Ability>,
 }
 

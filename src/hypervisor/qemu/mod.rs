@@ -33,6 +33,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::broadcast;
 
 pub use config::{AcceleratorChoice, NetworkBackend, QemuConfig};
+pub use launch::is_confinable;
 pub use tools::{QemuTools, QemuVersion, find_configured, find_passt, find_qemu};
 
 use super::driver::EVENTS_KEPT;
@@ -112,6 +113,12 @@ impl QemuDriver {
             cpu_models: offer.cpu_models,
             root_formats: [DiskFormat::Qcow2, DiskFormat::Raw].into(),
             networks: config.networks.keys().cloned().collect(),
+            exposing_networks: config
+                .networks
+                .iter()
+                .filter(|(_, kind)| passt.is_none() && **kind == NetworkBackend::User)
+                .map(|(name, _)| name.clone())
+                .collect(),
             abilities,
         };
         tracing::info!(version = %features.version, %accelerator, machine_type, "QEMU is ready");
