@@ -256,6 +256,7 @@ async fn a_forced_stop_keeps_what_the_guest_wrote() {
             for _ in 0..2 {
                 let mut machine = machine_in(dir.path());
                 machine.root_format = DiskFormat::Qcow2;
+                machine.base = Some(base.clone());
                 let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
                 run(Command::new(img).args(create).args([&base, &machine.root_disk]));
                 machines.push(machine);

@@ -188,18 +188,19 @@ impl Outside {
             }
         }
         let mut serve = Command::new("ip");
-        serve.args(["netns", "exec", &name, "busybox", "nc", "-lk", "-p", "7", "-e", "cat"]);
+        serve.args(["netns", "exec", &name, "busybox", "nc", "-ll", "-p", "7", "-e", "cat"]);
         let Ok(server) = serve.stdin(Stdio::null()).spawn() else {
             println!("SKIPPED: busybox is missing: install busybox-static");
             let _ = Command::new("ip").args(["netns", "del", &name]).output();
             return None;
         };
+        let outside = Self { name, server, address, ours };
         let start = Instant::now();
         while std::net::TcpStream::connect((address, 7)).is_err() {
             assert!(start.elapsed() < Duration::from_secs(10), "the server outside does not listen");
             std::thread::sleep(Duration::from_millis(50));
         }
-        Some(Self { name, server, address, ours })
+        Some(outside)
     }
 }
 
