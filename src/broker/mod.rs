@@ -348,7 +348,7 @@ impl Broker {
             storage_bytes_free: storage,
             architecture: features.architectures.iter().next().cloned().unwrap_or_default(),
             cpu_models: features.cpu_models.iter().cloned().collect(),
-            networks: self.networks(),
+            networks: self.networks_for(source),
             accelerator: features.accelerator.to_string(),
             accepts_source: self.policy_of(source).accept_vms,
             present: self
@@ -388,6 +388,18 @@ impl Broker {
             .iter()
             .map(|n| NetworkOffer { name: n.name.clone(), kind: n.kind.to_string() })
             .collect()
+    }
+
+    /// Networks a VM of `source` may be plugged into: another cloud's guests reach services of this
+    /// host only where the operator lets them.
+    fn networks_for(&self, source: &MemberJid) -> Vec<NetworkOffer> {
+        let exposing = &self.shared.driver.features().exposing_networks;
+        let may = |name: &String| {
+            *source == self.shared.me
+                || !exposing.contains(name)
+                || self.shared.config.networks.iter().any(|n| n.name == *name && n.foreign)
+        };
+        self.networks().into_iter().filter(|n| may(&n.name)).collect()
     }
 
     /// Where this broker can be dialled for transfers.

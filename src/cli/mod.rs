@@ -161,6 +161,9 @@ enum Command {
     Completions(generate::Completions),
     /// Write the manual pages (without a broker)
     Man(generate::Man),
+    /// Links a guest's network card, on standard input, to the outside by passt; the broker starts it
+    #[command(hide = true)]
+    GuestLink { passt: PathBuf },
 }
 
 /// Parses the process's arguments, runs the command and returns its exit code.
@@ -218,6 +221,8 @@ async fn dispatch(ctx: Context, command: Command) -> Outcome {
         Command::Bench(b) => bench::run(&ctx, &b),
         Command::Completions(c) => generate::completions(&ctx, &c),
         Command::Man(c) => generate::man(&ctx, &c),
+        Command::GuestLink { passt } => crate::hypervisor::qemu::link::run(&passt)
+            .map_err(|e| Problem::from_error(ProblemKind::Failed, "guest-link", &e).into()),
     }
 }
 

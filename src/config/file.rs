@@ -190,11 +190,16 @@ pub struct Network {
     /// The bridge of this host, with kind `bridge`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bridge: Option<String>,
+    /// Whether VMs that come from other clouds are plugged in even where their guests then reach the
+    /// services of this host: kind `user` without passt. Networks that are isolated need no leave.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub foreign: bool,
 }
 
 words! {
     pub enum NetworkWord {
-        /// Address translation inside the hypervisor; outgoing connections only, no privileges needed.
+        /// Address translation, outgoing connections only, no privileges needed: by passt, and not to this
+        /// host; without passt by QEMU itself, and to this host's own services, too.
         User = "user",
         /// A bridge of this host.
         Bridge = "bridge",

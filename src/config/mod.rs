@@ -100,6 +100,8 @@ pub struct Hypervisor {
 pub struct Network {
     pub name: String,
     pub kind: NetworkKind,
+    /// See [`file::Network::foreign`].
+    pub foreign: bool,
 }
 
 /// How a network is reached from this host. `Display` is the word other clouds see.
@@ -560,7 +562,8 @@ fn check_limits(file: &File) -> Result<(), ConfigError> {
 
 fn networks(file: &mut File) -> Result<Vec<Network>, ConfigError> {
     if file.network.is_empty() {
-        let default = file::Network { name: "default".into(), kind: NetworkWord::User, bridge: None };
+        let default =
+            file::Network { name: "default".into(), kind: NetworkWord::User, bridge: None, foreign: false };
         file.network.push(default);
     }
     let mut networks: Vec<Network> = Vec::new();
@@ -582,7 +585,7 @@ fn networks(file: &mut File) -> Result<Vec<Network>, ConfigError> {
             (NetworkWord::Bridge, _) => return wrong(format!("'{}' needs bridge = \"NAME\"", n.name)),
             (_, Some(_)) => return wrong(format!("'{}' names a bridge but its kind is another", n.name)),
         };
-        networks.push(Network { name: n.name.clone(), kind });
+        networks.push(Network { name: n.name.clone(), kind, foreign: n.foreign });
     }
     Ok(networks)
 }

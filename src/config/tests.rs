@@ -109,7 +109,7 @@ fn defaults_are_filled_in_and_paths_absolute() {
     assert_eq!(c.xmpp.security, Security::DirectTls);
     assert_eq!((c.xmpp.tls_min, c.xmpp.channel_binding), (TlsVersion::V1_3, ChannelBinding::Prefer));
     assert_eq!(c.transfer.listen.port(), 7420);
-    assert_eq!(c.networks, [Network { name: "default".into(), kind: NetworkKind::User }]);
+    assert_eq!(c.networks, [Network { name: "default".into(), kind: NetworkKind::User, foreign: false }]);
     assert_eq!(c.migration.grace_period, Duration::from_secs(86_400));
     assert!(c.migration.accept_from.accepts(&"x@y".parse().unwrap()));
     assert!(c.hypervisor.cpus > 0 && c.hypervisor.memory > ByteSize::mib(64));
