@@ -22,7 +22,7 @@ use crate::broker::{
 use crate::clock::SystemClock;
 use crate::compose::Composer;
 use crate::config::{self, Config};
-use crate::federation::Members;
+use crate::federation::{Keyring, Members};
 use crate::hypervisor::qemu::{AcceleratorChoice, NetworkBackend};
 use crate::hypervisor::{Driver, QemuConfig, QemuDriver};
 use crate::repository::Repository;
@@ -43,9 +43,10 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
         failed("environment", &e).next(format!("unset {}: it is for tests", crate::fault::VARIABLE))
     })?;
     let config_failed = |object: &str, e: &config::ConfigError| failed(object, e).next(e.next_step());
+    config
+        .check_owners()
+        .map_err(|e| Problem { kind: ProblemKind::Forbidden, ..config_failed(&e.object(), &e) })?;
     config::private_dir(&config.cloud.data_dir).map_err(|e| config_failed("data directory", &e))?;
-    let key =
-        config::load_or_create_identity(&config.cloud.data_dir).map_err(|e| config_failed("identity", &e))?;
     let password = config.xmpp.password().map_err(|e| config_failed("password", &e))?;
     let records = Records::open(&config.cloud.data_dir).map_err(|e| failed("records", &e))?;
     let repository =
@@ -53,6 +54,10 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
     repository
         .set_hot_limit(config.repository.hot_cache_size.0)
         .map_err(|e| content::repository_problem(&e))?;
+    // Read under the repository's lock: while it is held, no rotation changes it.
+    let identity =
+        config::load_identity(&config.cloud.data_dir).map_err(|e| config_failed("identity", &e))?;
+    let (key, successions) = (identity.key, identity.successions);
     let driver: Arc<dyn Driver> = Arc::new(open_driver(&config).await?);
 
     let tickets = Arc::new(Tickets::default());
@@ -69,9 +74,8 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
     let configured: BTreeMap<_, _> = config.trust.pinned.iter().map(|p| (p.jid.clone(), p.key)).collect();
     let confirmed = records.trust().map_err(|e| failed("records", &e))?;
     let revoked = records.revoked().map_err(|e| failed("records", &e))?;
-    let members = Members::new(configured, confirmed, config.trust.trust_on_first_use)
-        .with_revoked(revoked)
-        .seen_by(config.cloud.name.clone());
+    let keys = Keyring::new(configured, confirmed, revoked, config.trust.trust_on_first_use);
+    let members = Members::believing(keys).seen_by(config.cloud.name.clone());
 
     let socket = config.api.socket.clone();
     let shared = Arc::new(Shared {
@@ -93,6 +97,7 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
     let announce = move |broker: &Broker| announcer.set_presence(presence(broker));
     let broker =
         Broker::open(shared.clone(), members, Box::new(announce)).map_err(|e| failed("records", &e))?;
+    let broker = broker.with_successions(successions);
 
     let broker = match after_restore {
         true => broker.after_restore().map_err(|e| failed("records", &e))?,
@@ -165,6 +170,16 @@ pub fn xmpp_settings(config: &Config, password: String) -> xmpp::Settings {
             config::Security::Plain => xmpp::Security::Plain,
         },
         ca_file: config.xmpp.ca_file.clone(),
+        rules: xmpp::LoginRules {
+            tls_min: match config.xmpp.tls_min {
+                config::TlsVersion::V1_2 => xmpp::TlsMin::V1_2,
+                config::TlsVersion::V1_3 => xmpp::TlsMin::V1_3,
+            },
+            channel_binding: match config.xmpp.channel_binding {
+                config::ChannelBinding::Prefer => xmpp::BindingRule::Prefer,
+                config::ChannelBinding::Require => xmpp::BindingRule::Require,
+            },
+        },
         room: Some(config.xmpp.room.clone()),
         nick: config.cloud.name.clone(),
     }
@@ -198,7 +213,9 @@ fn presence(broker: &Broker) -> Cloud {
             storage_free: s.storage_bytes.free & !((1 << 30) - 1),
         }),
         features,
+        successions: Vec::new(),
     }
+    .with_successions(broker.successions().iter().cloned())
 }
 
 /// The XMPP session as the broker's way to others.

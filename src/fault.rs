@@ -47,6 +47,9 @@ pub const POINTS: &[&str] = &[
     // Before and after the record that it never will be.
     "target-returning",
     "target-returned",
+    // Before and after the record that this cloud's key gives way to another.
+    "identity-made",
+    "identity-succeeded",
     // Fails: the fsync of the directory after the rename of any durable write.
     "durable-renamed",
 ];

@@ -6,6 +6,7 @@
 pub mod clock;
 pub mod durable;
 pub mod fault;
+pub mod path_owner;
 pub mod types;
 // Level 1: pure
 pub mod component;

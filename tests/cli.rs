@@ -660,6 +660,12 @@ fn the_console_can_be_scripted() {
     std::fs::write(dir.path().join("console.log"), "boot\nlogin: ").unwrap();
     let o = run(dir.path(), &["vm", "console", "web-1", "--history", "--expect", "login:"]);
     assert_eq!((o.status.code(), stdout(&o).as_str()), (Some(0), "boot\nlogin: "), "{}", stderr(&o));
+    // What the guest printed commands no terminal, unless that is asked for.
+    std::fs::write(dir.path().join("console.log"), "\x1b]0;mine\x07login: ").unwrap();
+    let o = run(dir.path(), &["vm", "console", "web-1", "--history", "--expect", "login:"]);
+    assert_eq!((o.status.code(), stdout(&o).as_str()), (Some(0), r"\x1b]0;mine\x07login: "));
+    let o = run(dir.path(), &["vm", "console", "web-1", "--history", "--raw", "--expect", "login:"]);
+    assert_eq!((o.status.code(), stdout(&o).as_str()), (Some(0), "\x1b]0;mine\x07login: "));
     std::fs::remove_file(dir.path().join("console")).unwrap();
     let o = run(dir.path(), &["vm", "console", "web-1"]);
     assert_eq!(o.status.code(), Some(4), "{}", stderr(&o));

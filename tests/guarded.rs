@@ -26,7 +26,7 @@ use cicada::transfer::{
 };
 use cicada::types::{
     ByteSize, ComponentId, Hash, IdentityKey, MapId, MemberJid, MigrationId, PackId, PublicKey, RecipeId,
-    VmId,
+    Succession, VmId,
 };
 use cicada::vm::{Firmware, VmSpec};
 use futures::future::{BoxFuture, FutureExt};
@@ -119,6 +119,11 @@ impl Home {
 
     /// A member shows itself in the room with this key.
     fn shows(&self, name: &str, key: PublicKey) {
+        self.shows_with(name, key, &[]);
+    }
+
+    /// As [`Home::shows`], with what is to say how it came to that key.
+    fn shows_with(&self, name: &str, key: PublicKey, successions: &[Succession]) {
         let cloud = Cloud {
             name: name.into(),
             key: key.to_string(),
@@ -126,7 +131,7 @@ impl Home {
             power: "on".into(),
             ..Cloud::default()
         };
-        let cloud = Some(Box::new(cloud));
+        let cloud = Some(Box::new(cloud.with_successions(successions.iter().cloned())));
         self.room(RoomInput::Presence(Presence {
             jid: jid(name),
             resource: "x".into(),
@@ -311,6 +316,7 @@ impl PackWriter for Nothing {
 }
 
 impl Fetcher {
+    /// With the key of that name.
     fn new(name: &str) -> Self {
         let any = "127.0.0.1:0".parse().unwrap();
         let nothing = Arc::new(Nothing);
@@ -600,6 +606,75 @@ async fn what_travels_to_a_member_that_is_revoked_or_removed_is_cut() {
         assert_eq!(report.refused, [(ObjectKey::Pack(pack), Refusal::UnknownTicket)]);
         assert_eq!(home.member("a").await.refused["ticket"], 1);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_members_key_gives_way_to_another_only_by_its_own_word_and_only_once() {
+    let home = Home::start("").await;
+    let step = |old: &str, new: &str| Succession::sign(&key(old), &key(new), UnixMillis(1));
+    let trust = async || home.member("a").await.trust;
+    let cancel = || RequestBody::Cancel { reason: "x".into() };
+    // What a signer under a's name gets: an answer, or nothing but a count of that kind.
+    let asks = async |signer: &str| {
+        let before = home.member("a").await.refused;
+        let answer = home.ask_as(home.envelope("a", VmId::random(), cancel()), &key(signer)).await;
+        let after = home.member("a").await.refused;
+        let kind = after.into_iter().find(|(kind, n)| before.get(kind) != Some(n)).map(|(kind, _)| kind);
+        assert_eq!(answer.is_some(), kind.is_none(), "{answer:?} {kind:?}");
+        kind
+    };
+    let dials = async |name: &str| Fetcher::new(name).connect(&home).await.is_ok();
+    let refused = |kind: &str| Some(kind.to_owned());
+    assert_eq!((asks("a").await, dials("a").await), (None, true));
+
+    // Forged: without the old key, without the new one, by somebody else's, or none at all.
+    let forged = Succession { by_old: step("thief", "new").by_old, ..step("a", "new") };
+    let taken = Succession { by_new: step("a", "thief").by_new, ..step("a", "new") };
+    for proofs in [vec![forged], vec![taken], vec![step("b", "new")], vec![]] {
+        home.shows_with("a", key("new").public(), &proofs);
+        assert_eq!(trust().await, "changed", "{proofs:?}");
+        assert_eq!((asks("new").await, dials("new").await), (refused("changed-key"), false));
+    }
+
+    // By its own word it is followed, at once and for good; the old key is none any more.
+    home.shows("a", key("a").public());
+    let old = Fetcher::new("a");
+    old.connect(&home).await.unwrap();
+    home.shows_with("a", key("new").public(), &[step("a", "new")]);
+    let member = home.member("a").await;
+    assert_eq!((member.trust.as_str(), member.predecessors.len()), ("trusted", 1));
+    assert_eq!(member.predecessors[0].key, key("a").public());
+    assert!(home.shared.endpoint.connection_with(&key("a").public()).is_none(), "what it had is cut");
+    assert_eq!((asks("new").await, asks("a").await), (None, refused("signature")));
+    assert_eq!((dials("new").await, old.connect(&home).await.is_ok()), (true, false));
+    let kept = home.shared.records.trust().unwrap();
+    assert!(kept[&jid("a")].successions.leads(&key("a").public(), &key("new").public()));
+
+    // A copy of the old key is of no use, not even with a succession of its own.
+    home.shows("a", key("a").public());
+    assert_eq!((trust().await.as_str(), asks("a").await), ("superseded", refused("changed-key")));
+    let before = home.refused("changed-key").await;
+    home.shows_with("a", key("thief").public(), &[step("a", "thief")]);
+    assert_eq!((trust().await.as_str(), home.refused("changed-key").await), ("forked", before + 1));
+    assert_eq!((asks("thief").await, dials("thief").await), (refused("changed-key"), false));
+    assert_eq!(home.member("a").await.pinned_fingerprint, key("new").public().fingerprint());
+    home.shows_with("a", key("new").public(), &[step("a", "new")]);
+    assert_eq!((trust().await.as_str(), asks("new").await), ("trusted", None));
+
+    // Revoked, neither key counts, nor what either introduces.
+    home.call(Request::IdentityRevoke { member: jid("a") }).await.unwrap();
+    for (shown, proofs) in [
+        ("new", vec![step("a", "new")]),
+        ("a", vec![]),
+        ("later", vec![step("a", "new"), step("new", "later")]),
+        ("thief", vec![step("a", "thief")]),
+    ] {
+        home.shows_with("a", key(shown).public(), &proofs);
+        assert_eq!(trust().await, "revoked", "{shown}");
+        assert_eq!((asks(shown).await, dials(shown).await), (refused("untrusted-key"), false));
+    }
+    let revoked = home.shared.records.revoked().unwrap();
+    assert_eq!(revoked.0[&jid("a")].len(), 2);
 }
 
 /// Lets these in, and keeps what was refused.

@@ -3,6 +3,8 @@
 
 #[path = "hypervisor/guest.rs"]
 mod guest;
+#[path = "hypervisor/network.rs"]
+mod network;
 
 use std::fs;
 use std::ops::Range;
@@ -14,6 +16,7 @@ use std::time::{Duration, Instant};
 use cicada::clock::ManualClock;
 use cicada::hypervisor::conformance::{self, Bench};
 use cicada::hypervisor::fake::{FakeDriver, GuestDisk, Verb};
+use cicada::hypervisor::qemu::find_passt;
 use cicada::hypervisor::qemu::qmp::Qmp;
 use cicada::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, QemuConfig, QemuDriver};
 use cicada::hypervisor::{
@@ -58,6 +61,7 @@ fn machine_with(dir: &Path, id: VmId) -> Machine {
         },
         root_disk: disk("root.raw", 4 * MIB),
         root_format: DiskFormat::Raw,
+        base: None,
         user_data_disk: Some(disk("user-data.raw", MIB)),
         firmware_vars: home.join("vars.fd"),
         state_dir: home.join("run"),
@@ -67,7 +71,8 @@ fn machine_with(dir: &Path, id: VmId) -> Machine {
 fn config() -> QemuConfig {
     let networks =
         [("default".to_owned(), NetworkBackend::User), ("unplugged".to_owned(), NetworkBackend::None)];
-    QemuConfig { networks: networks.into(), ..QemuConfig::default() }
+    let link = Some(env!("CARGO_BIN_EXE_cicada").into());
+    QemuConfig { networks: networks.into(), link, ..QemuConfig::default() }
 }
 
 /// A driver and a scratch directory, or None, said loudly, where QEMU or its firmware is missing.
@@ -251,6 +256,7 @@ async fn a_forced_stop_keeps_what_the_guest_wrote() {
             for _ in 0..2 {
                 let mut machine = machine_in(dir.path());
                 machine.root_format = DiskFormat::Qcow2;
+                machine.base = Some(base.clone());
                 let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
                 run(Command::new(img).args(create).args([&base, &machine.root_disk]));
                 machines.push(machine);
@@ -611,4 +617,166 @@ async fn a_host_that_lacks_something_is_told_what() {
     let error = missing(QemuConfig { machine_type: "pc-q35-1.0".into(), accelerator: tcg, ..config() }).await;
     assert!(error.to_string().contains("pc-q35-7.2"), "{error}");
     println!("{:?}", find_qemu().unwrap());
+}
+
+/// What a guest reaches, by whatever packets: the outside, and nothing of this host. And nothing is
+/// left when it ends.
+#[test]
+fn a_guest_on_a_user_network_reaches_the_outside_but_not_this_host() {
+    let Some(passt) = find_passt(&QemuConfig::default()) else {
+        println!("SKIPPED: passt is missing: install the package passt");
+        return;
+    };
+    let services = network::Services::open();
+    let mut card = network::Card::plug(&passt);
+    let outside = network::Outside::make();
+    // So long may addresses that are new to the host go unseen.
+    std::thread::sleep(Duration::from_millis(1100));
+    let mut here =
+        vec![[127, 0, 0, 1].into(), [127, 8, 8, 8].into(), [0, 0, 0, 0].into(), [10, 0, 2, 2].into()];
+    here.extend(outside.as_ref().map(|outside| outside.ours));
+    for address in here {
+        assert!(!card.connects(address, services.tcp_port()), "{address}");
+        card.says(address, services.udp_port());
+    }
+    assert!(!services.hears());
+    if let Some(outside) = &outside {
+        assert!(card.connects(outside.address, 7), "the outside");
+        assert!(!card.connects(outside.address, 8), "nobody listens there");
+    }
+    let behind = children_of(card.process.id() as i32);
+    assert_eq!(behind.len(), 1, "passt");
+    assert!(card.unplug());
+    assert!(!Path::new(&format!("/proc/{}", behind[0])).exists());
+}
+
+fn children_of(pid: i32) -> Vec<i32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let children =
+        tasks.map(|task| fs::read_to_string(task.unwrap().path().join("children")).unwrap_or_default());
+    children.flat_map(|c| c.split_whitespace().map(|p| p.parse().unwrap()).collect::<Vec<_>>()).collect()
+}
+
+/// Pids of the processes behind the cards of VMs in `dir`, by where their complaints go.
+fn links_in(dir: &Path) -> Vec<i32> {
+    fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+        .filter(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let is_link = line.split(|b| *b == 0).any(|arg| arg == b"guest-link");
+            is_link && fs::read_link(format!("/proc/{pid}/fd/2")).is_ok_and(|log| log.starts_with(dir))
+        })
+        .collect()
+}
+
+/// The process behind a card lives exactly as long as its QEMU: over a restart of the driver, and
+/// not after a stop or a crash.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_behind_a_card_lives_as_long_as_its_vm() {
+    let Some((driver, dir)) = qemu().await else { return };
+    if find_passt(&config()).is_none() {
+        println!("SKIPPED: passt is missing: install the package passt");
+        return;
+    }
+    let machine = machine_in(dir.path());
+    let vm = machine.spec.id;
+    driver.start(&machine).await.unwrap();
+    let before = links_in(dir.path());
+    assert_eq!(before.len(), 1);
+    drop(driver);
+    let driver = QemuDriver::open(config()).await.unwrap();
+    driver.define(&machine).await.unwrap();
+    assert_eq!(driver.state(vm).unwrap(), PowerState::Running);
+    assert_eq!(links_in(dir.path()), before);
+    driver.stop(vm, StopMode::Forced).await.unwrap();
+    eventually("the link ends with a stop", || links_in(dir.path()).is_empty()).await;
+    driver.start(&machine).await.unwrap();
+    assert_eq!(links_in(dir.path()).len(), 1);
+    kill(vm);
+    eventually("the link ends with a crash", || links_in(dir.path()).is_empty()).await;
+}
+
+/// Every QEMU has its whole seccomp filter, whatever cards it has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bridged_card_leaves_qemu_its_whole_sandbox() {
+    let bridge = format!("cicbr{}", std::process::id() % 100_000);
+    let made = Command::new("ip").args(["link", "add", &bridge, "type", "bridge"]).output();
+    if !made.as_ref().is_ok_and(|o| o.status.success()) {
+        println!("SKIPPED: no bridge can be made: {made:?}");
+        return;
+    }
+    let done = tokio::spawn(bridged(bridge.clone())).await;
+    let _ = Command::new("ip").args(["link", "del", &bridge]).output();
+    done.unwrap();
+}
+
+async fn bridged(bridge: String) {
+    let dir = tempfile::tempdir().unwrap();
+    // The helper of the distribution, for which alone another /etc/qemu/bridge.conf holds.
+    let helper = dir.path().join("helper");
+    fs::create_dir_all(dir.path().join("etc/qemu")).unwrap();
+    fs::write(dir.path().join("etc/qemu/bridge.conf"), format!("allow {bridge}\n")).unwrap();
+    let real = QemuConfig::default().bridge_helper;
+    let script = format!(
+        "#!/bin/sh\nexec unshare -m sh -c 'mount --bind {} /etc && exec {} \"$@\"' sh \"$@\"\n",
+        dir.path().join("etc").display(),
+        real.display()
+    );
+    fs::write(&helper, script).unwrap();
+    fs::set_permissions(&helper, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut config = config();
+    config.networks.insert("lan".into(), NetworkBackend::Bridge(bridge.clone()));
+    config.bridge_helper = helper;
+    let driver = match QemuDriver::open(config).await {
+        Ok(driver) => driver,
+        Err(missing @ (DriverError::MissingTool { .. } | DriverError::MissingFirmware { .. })) => {
+            println!("SKIPPED: {missing}");
+            return;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    let mut machine = machine_in(dir.path());
+    machine.spec.nics[0].network = "lan".into();
+    let vm = machine.spec.id;
+    let ports = || fs::read_dir(format!("/sys/class/net/{bridge}/brif")).unwrap().count();
+    driver.start(&machine).await.unwrap();
+    assert_eq!(ports(), 1);
+    let pid = processes_of(vm)[0];
+    let line = String::from_utf8(fs::read(format!("/proc/{pid}/cmdline")).unwrap()).unwrap();
+    assert!(line.contains("spawn=deny") && line.contains("elevateprivileges=deny"), "{line}");
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(status.lines().any(|l| l.split_whitespace().eq(["Seccomp:", "2"])), "{status}");
+    driver.stop(vm, StopMode::Forced).await.unwrap();
+    eventually("the tap device goes with QEMU", || ports() == 0).await;
+}
+
+/// Asks a running QEMU itself to open files: its own it can, the key beside them it cannot, though
+/// it is the same user.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_opens_nothing_but_its_own_machines_files() {
+    let Some((driver, dir)) = qemu().await else { return };
+    if !cicada::hypervisor::qemu::is_confinable() {
+        println!("SKIPPED: this kernel has no Landlock");
+        return;
+    }
+    let key = dir.path().join("identity.key");
+    fs::write(&key, [7; 4096]).unwrap();
+    let machine = machine_in(dir.path());
+    driver.start(&machine).await.unwrap();
+    let vm = machine.spec.id;
+    drop(driver);
+    let qmp = Qmp::connect(&machine.state_dir.join("qmp.sock"), |_| ()).await.unwrap();
+    let open = async |name: &'static str, path: &Path| {
+        let file =
+            serde_json::json!({"driver": "file", "node-name": name, "filename": path, "read-only": true});
+        qmp.execute("blockdev-add", Some(file)).await.map_err(|e| e.to_string())
+    };
+    open("own", &machine.state_dir.join("console.log")).await.unwrap();
+    let error = open("key", &key).await.unwrap_err();
+    assert!(error.contains("Permission denied"), "{error}");
+    let error = open("passwd", Path::new("/etc/passwd")).await.unwrap_err();
+    assert!(error.contains("Permission denied"), "{error}");
+    drop(qmp);
+    kill(vm);
 }

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 /// Module, level, and siblings of its own level it may use.
 const ROOMS: &[(&str, u8, &[&str])] = &[
-    ("types", 0, &[]),
+    ("types", 0, &["clock"]),
     ("clock", 0, &[]),
     ("durable", 0, &["fault"]),
     ("fault", 0, &[]),
+    ("path_owner", 0, &[]),
     ("stanza", 1, &[]),
     ("vm", 1, &[]),
     ("component", 1, &[]),

@@ -13,7 +13,8 @@ use cicada::federation::{Presence, Refused};
 use cicada::stanza::{Answer, Cloud, Request, ns};
 use cicada::types::{IdentityKey, MemberJid};
 use cicada::xmpp::admin::{Admin, AdminError};
-use cicada::xmpp::{Handle, RequestError, Security, Settings, XmppEvent, connect};
+use cicada::xmpp::{BindingRule, Handle, LoginRules, RequestError, Security, Settings, XmppEvent, connect};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 use xmpp_parsers::data_forms::{DataForm, DataFormType, Field, FieldType};
@@ -75,9 +76,23 @@ impl Server {
             server: Some(format!("127.0.0.1:{}", self.port)),
             security: Security::DirectTls,
             ca_file: Some(self.home().join("ca.crt")),
+            rules: Default::default(),
             room: Some(ROOM.into()),
             nick: account.parse().unwrap(),
         }
+    }
+
+    /// From now on it binds logins as Prosody 0.13 does.
+    fn offer_binding(&self) {
+        let file = self.home().join("prosody.cfg.lua");
+        let module = "mod_tls_exporter.lua";
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(module);
+        std::fs::copy(source, self.home().join("data").join(module)).unwrap();
+        let config = std::fs::read_to_string(&file).unwrap();
+        let config = config.replace("\"saslauth\"", "\"saslauth\", \"tls_exporter\"");
+        let paths = format!("plugin_paths = {{ \"{}\" }}\n", self.home().join("data").display());
+        std::fs::write(&file, paths + &config).unwrap();
+        self.run("restart", &[]);
     }
 
     async fn room_of(&self, members: &[&str]) {
@@ -253,6 +268,80 @@ impl Wire {
     fn through(&self, settings: Settings) -> Settings {
         Settings { server: Some(self.address.to_string()), ..settings }
     }
+}
+
+/// Somebody on the way who holds the server's own certificate and key, and reads all that passes.
+struct Interceptor {
+    address: SocketAddr,
+}
+
+impl Interceptor {
+    /// With `strip` it takes channel binding out of what the server offers.
+    async fn before(server: &Server, strip: bool) -> Self {
+        use rustls::pki_types::pem::PemObject as _;
+        use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let own = rustls::ServerConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![CertificateDer::from_pem_file(server.home().join("certs/server.crt")).unwrap()],
+                PrivateKeyDer::from_pem_file(server.home().join("certs/server.key")).unwrap(),
+            )
+            .unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_file(server.home().join("ca.crt")).unwrap()).unwrap();
+        let theirs = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(own));
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(theirs));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, port) = (listener.local_addr().unwrap(), server.port);
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                let (acceptor, connector) = (acceptor.clone(), connector.clone());
+                tokio::spawn(async move {
+                    let Ok(mut near) = acceptor.accept(near).await else { return };
+                    let far = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+                    let name = ServerName::try_from(DOMAIN).unwrap();
+                    let mut far = connector.connect(name, far).await.unwrap();
+                    if strip {
+                        let _ = stripped(&mut near, &mut far).await;
+                    }
+                    let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+                });
+            }
+        });
+        Self { address }
+    }
+
+    fn between(&self, settings: Settings) -> Settings {
+        Settings { server: Some(self.address.to_string()), ..settings }
+    }
+}
+
+/// Relays up to the server's features, and those without what binds.
+async fn stripped(
+    near: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    far: &mut (impl AsyncRead + AsyncWrite + Unpin),
+) -> std::io::Result<()> {
+    let mut buffer = vec![0; 4096];
+    let n = near.read(&mut buffer).await?;
+    far.write_all(&buffer[..n]).await?;
+    far.flush().await?;
+    let mut text = String::new();
+    while !text.contains("</stream:features>") {
+        text.push(char::from(far.read_u8().await?));
+    }
+    let plus =
+        regex::Regex::new("<mechanism>[^<]*-PLUS</mechanism>|<sasl-channel-binding.*</sasl-channel-binding>")
+            .unwrap();
+    near.write_all(plus.replace_all(&text, "").as_bytes()).await?;
+    near.flush().await
 }
 
 /// Shows the session's log when RUST_LOG asks for it.
@@ -445,6 +534,48 @@ async fn a_killed_server_is_found_again() {
     println!("together again {:?} after the restart", start.elapsed());
     assert_eq!(alpine.ask("boreal", vec![1, 2]).await, Ok(vec![2, 1]));
     assert_eq!(boreal.ask("alpine", vec![1, 2]).await, Ok(vec![2, 1]));
+}
+
+/// An interceptor with a certificate for the domain is what no check of certificates notices.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_holds_the_servers_certificate_does_not_come_between_where_binding_is_required() {
+    log();
+    let Some(server) = Server::start("channel binding", "alpine,boreal") else { return };
+    server.room_of(&["alpine"]).await;
+    let require = |settings| Settings {
+        rules: LoginRules { channel_binding: BindingRule::Require, ..LoginRules::default() },
+        ..settings
+    };
+    // Debian 12's Prosody, as it is, offers no binding that TLS 1.3 has; Debian 13's does.
+    let first = Broker::start(require(server.settings("alpine")));
+    if let Some(reason) = first.sees(|s| s.down.is_some() || s.joined == 1).await.down {
+        assert!(reason.contains("offers no channel binding over TLS 1.3"), "{reason}");
+        server.offer_binding();
+    }
+    first.handle.close().await;
+    let bound = Broker::start(require(server.settings("alpine")));
+    bound.sees(|s| s.joined == 1).await;
+    bound.handle.close().await;
+
+    let relays = Interceptor::before(&server, false).await;
+    let seen =
+        Broker::start(require(relays.between(server.settings("alpine")))).sees(|s| s.down.is_some()).await;
+    let reason = seen.down.unwrap();
+    assert!(reason.contains("refuses the login bound to this TLS connection"), "{reason}");
+    // Where it is only preferred, who can break it can also do without it: what THREATS.md says.
+    let fooled = Broker::start(relays.between(server.settings("alpine")));
+    fooled.sees(|s| s.joined == 1).await;
+    fooled.handle.close().await;
+
+    // To hide the offer is of no use in either case: the server is told that none was seen.
+    let strips = Interceptor::before(&server, true).await;
+    let seen =
+        Broker::start(require(strips.between(server.settings("alpine")))).sees(|s| s.down.is_some()).await;
+    let reason = seen.down.unwrap();
+    assert!(reason.contains("offers no channel binding over TLS 1.3"), "{reason}");
+    let seen = Broker::start(strips.between(server.settings("alpine"))).sees(|s| s.down.is_some()).await;
+    let reason = seen.down.unwrap();
+    assert!(reason.contains("binds logins") && reason.contains("somebody stands between"), "{reason}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,9 +3,11 @@
 
 use std::collections::BTreeMap;
 
+use cicada::federation::{Kept, Revoked};
 use cicada::hypervisor::fuzzing::{dirty_ranges, is_message};
 use cicada::migration::Receipt;
-use cicada::types::{CloudName, Hash, MemberJid, PublicKey, VmName};
+use cicada::types::codec::{Reader, Writer};
+use cicada::types::{CloudName, Hash, MemberJid, PublicKey, Successions, VmName};
 use cicada::xmpp::fuzzing::filtered;
 use xmpp_parsers::minidom::Element;
 
@@ -72,9 +74,19 @@ fn map(bytes: &[u8]) {
 }
 
 fn records(json: &[u8]) {
-    if let Ok(pinned) = serde_json::from_slice::<BTreeMap<MemberJid, PublicKey>>(json) {
-        let written = serde_json::to_vec(&pinned).expect("keys can be written");
-        assert_eq!(serde_json::from_slice::<BTreeMap<_, _>>(&written).ok(), Some(pinned));
+    if let Ok(kept) = serde_json::from_slice::<BTreeMap<MemberJid, Kept>>(json) {
+        let written = serde_json::to_vec(&kept).expect("keys can be written");
+        assert_eq!(serde_json::from_slice::<BTreeMap<_, _>>(&written).ok(), Some(kept));
+    }
+    if let Ok(revoked) = serde_json::from_slice::<Revoked>(json) {
+        let written = serde_json::to_vec(&revoked).expect("keys can be written");
+        assert_eq!(serde_json::from_slice::<Revoked>(&written).ok(), Some(revoked));
+    }
+    let mut r = Reader::new(json);
+    if let Ok(successions) = Successions::decode(&mut r) {
+        let mut w = Writer::new();
+        successions.encode(&mut w);
+        assert_eq!(w.into_bytes(), json[..json.len() - r.remaining_bytes()], "one encoding");
     }
     if let Ok(receipt) = serde_json::from_slice::<Receipt>(json) {
         let _ = receipt.verify();

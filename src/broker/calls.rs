@@ -12,7 +12,8 @@ use crate::placement::{Offer, rank};
 use crate::types::{CloudName, MigrationId, VmId};
 
 use super::interface::{
-    Candidate, Event, MemberView, MigrationView, PlanView, Reply, Request, Resource, StatusView, Verdict,
+    Candidate, Event, MemberView, MigrationView, PlanView, Predecessor, Reply, Request, Resource, StatusView,
+    Verdict,
 };
 use super::negotiation;
 use super::outgoing::Course;
@@ -187,16 +188,21 @@ impl Broker {
                 Trust::Trusted => "trusted",
                 Trust::Unknown => "unknown",
                 Trust::Changed { .. } => "changed",
+                Trust::Superseded { .. } => "superseded",
+                Trust::Forked { .. } => "forked",
                 Trust::Revoked => "revoked",
                 Trust::NoKey => "no key",
             }
             .into(),
             key: m.key,
             pinned_fingerprint: match self.members.trust_of(&m.jid) {
-                Trust::Changed { pinned } => pinned.fingerprint(),
+                Trust::Changed { pinned } | Trust::Forked { pinned } => pinned.fingerprint(),
+                Trust::Superseded { by } => by.fingerprint(),
                 _ => String::new(),
             },
             fingerprint: m.key.map(|k| k.fingerprint()).unwrap_or_default(),
+            predecessors: self.members.keys().predecessors(&m.jid).iter().map(Predecessor::of).collect(),
+            outdated_pin: self.members.keys().outdated(&m.jid).map(|k| k.fingerprint()).unwrap_or_default(),
             cpus: Resource { total: c.cpus, free: c.cpus_free },
             memory_bytes: Resource { total: c.memory, free: c.memory_free },
             storage_bytes: Resource { total: c.storage, free: c.storage_free },
@@ -221,11 +227,11 @@ impl Broker {
 
     fn trust(&mut self, change: impl FnOnce(&mut Self) -> Result<(), String>) -> Result<Reply, Problem> {
         change(self).map_err(|reason| Problem::new(ProblemKind::BadRequest, "identity", reason))?;
-        let (pinned, revoked) = (self.members.pinned(), self.members.revoked());
+        let keys = self.members.keys();
         let records = &self.shared.records;
         records
-            .save_revoked(revoked)
-            .and_then(|()| records.save_trust(pinned))
+            .save_revoked(keys.revoked())
+            .and_then(|()| records.save_trust(keys.kept()))
             .map_err(|e| Problem::from_error(ProblemKind::Failed, "identity", &e))?;
         self.admit_members();
         Ok(Reply::Done)

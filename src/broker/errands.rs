@@ -48,6 +48,13 @@ impl Broker {
 
     pub(super) fn run_due_errands(&mut self) {
         let now = self.shared.now();
+        let keys = self.errands.values().map(|e| (e.peer.clone(), self.by_its_key_now(&e.peer)));
+        let moved: Vec<_> = keys.filter(|(then, now)| then != now).collect();
+        for errand in self.errands.values_mut() {
+            if let Some((_, now)) = moved.iter().find(|(then, _)| *then == errand.peer) {
+                errand.peer = now.clone();
+            }
+        }
         for (id, errand) in self.errands.iter_mut().filter(|(_, e)| e.due <= now && !e.asking) {
             errand.due = now.plus(pause(errand.tries));
             errand.tries += 1;

@@ -11,7 +11,8 @@ use crate::component::Kind;
 use crate::federation::{MemberPolicy, Used};
 use crate::migration::Evidence;
 use crate::types::{
-    ByteSize, CloudName, ComponentId, ImageDigest, MemberJid, MigrationId, PublicKey, RecipeId, VmId, VmName,
+    ByteSize, CloudName, ComponentId, ImageDigest, MemberJid, MigrationId, PublicKey, RecipeId, Succession,
+    VmId, VmName,
 };
 use crate::vm::spec::Nic;
 use crate::vm::{Firmware, PowerState, VmSpec};
@@ -334,6 +335,21 @@ pub struct Resource {
     pub free: u64,
 }
 
+/// A key that gave way to another.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Predecessor {
+    pub key: PublicKey,
+    pub fingerprint: String,
+    /// By the clock of the cloud whose key it was.
+    pub until: UnixMillis,
+}
+
+impl Predecessor {
+    pub fn of(s: &Succession) -> Self {
+        Self { key: s.old, fingerprint: s.old.fingerprint(), until: s.issued }
+    }
+}
+
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct MemberView {
     pub jid: MemberJid,
@@ -342,13 +358,19 @@ pub struct MemberView {
     pub state: String,
     pub since: UnixMillis,
     pub last_seen: UnixMillis,
-    /// `trusted`, `unknown`, `changed`, `revoked` or `no key`.
+    /// `trusted`, `unknown`, `changed`, `superseded`, `forked`, `revoked` or `no key`.
     pub trust: String,
     pub key: Option<PublicKey>,
     pub fingerprint: String,
     /// Of the pinned key, where the member shows another.
     #[serde(default)]
     pub pinned_fingerprint: String,
+    /// The keys that the believed one followed, the newest last.
+    #[serde(default)]
+    pub predecessors: Vec<Predecessor>,
+    /// Of the key in this cloud's configuration, where another followed it.
+    #[serde(default)]
+    pub outdated_pin: String,
     pub cpus: Resource,
     pub memory_bytes: Resource,
     pub storage_bytes: Resource,

@@ -39,6 +39,7 @@ impl Broker {
     /// All that is known here of a VM's history.
     pub(super) fn known(&self, vm: VmId) -> Result<Lineage, RecordError> {
         let kept = self.shared.records.lineage(vm)?;
+        let kept = kept.with(self.successions());
         Ok(LAW.known(kept, self.vms.get(&vm).map(|vm| &vm.record)))
     }
 
@@ -62,7 +63,7 @@ impl Broker {
     ) {
         let answer = |body: AnswerBody| self.shared.answer(&request, body).ok();
         let deny = |code, text: &str| AnswerBody::Denied(Denial::new(code, text));
-        let RequestBody::Lineage { at, total, after, links } = &request.body else { return };
+        let RequestBody::Lineage { at, total, after, links, successions } = &request.body else { return };
         let (at, total) = (*at as usize, *total as usize);
         let id = request.migration;
         let Some(run) = self.incoming.get_mut(&id).filter(|run| run.is_of(peer, request.vm)) else {
@@ -90,6 +91,7 @@ impl Broker {
             return drop(reply.send(answer(AnswerBody::Lineage { links: held as u32 })));
         }
         let (vm, after, pages) = (request.vm, offer.after, offer.pages.clone());
+        let successions = successions.clone();
         let known = match (after, self.known(vm)) {
             (None, _) => Lineage::empty(vm),
             (Some(after), Ok(known)) if known.tip().is_some_and(|tip| tip.id == after) => known,
@@ -101,7 +103,7 @@ impl Broker {
         let shared = self.shared.clone();
         tokio::task::spawn_blocking(move || {
             let _under_way = work;
-            let verified = known.continued(pages);
+            let verified = known.with(&successions).continued(pages);
             shared.post(Input::apply(move |b| b.lineage_verified(&request, verified, reply)));
         });
     }
@@ -162,7 +164,8 @@ pub(super) async fn reserve(
     let (mut at, mut again) = (0, 0);
     loop {
         let page = Links(links[at..].iter().take(PAGE_LINKS_MAX).cloned().collect());
-        let body = RequestBody::Lineage { at: at as u32, total: links.len() as u32, after, links: page };
+        let (at_link, total, successions) = (at as u32, links.len() as u32, lineage.successions().clone());
+        let body = RequestBody::Lineage { at: at_link, total, after, links: page, successions };
         match shared.ask(peer, matter, body).await? {
             AnswerBody::Lineage { links: held } if held as usize == links.len() => return Ok(answer),
             AnswerBody::Lineage { links: held } if (held as usize) < links.len() => {

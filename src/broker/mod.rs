@@ -28,6 +28,7 @@ pub mod receiving;
 pub mod records;
 mod resolution_words;
 pub mod resolving;
+pub mod rotation;
 mod scanning;
 pub mod serving;
 pub mod shared;
@@ -51,7 +52,7 @@ use crate::migration::handover::SignedHandOver;
 use crate::migration::source::Event as SourceEvent;
 use crate::migration::target::Event as TargetEvent;
 use crate::placement::{NetworkOffer, Room};
-use crate::types::{MemberJid, MigrationId, PublicKey, VmId, VmName};
+use crate::types::{MemberJid, MigrationId, PublicKey, Successions, VmId, VmName};
 use crate::vm::PowerState;
 
 pub use interface::{Event, Reply, Request};
@@ -164,6 +165,8 @@ pub struct Broker {
     lent: Lent,
     /// What others may ask, and what they were refused.
     guard: Guard,
+    /// How this cloud's earlier keys gave way to the one it has.
+    successions: Successions,
     /// Called with the new state whenever what others see of this cloud may have changed.
     announce: Box<dyn Fn(&Broker) + Send>,
     announce_wanted: bool,
@@ -231,6 +234,7 @@ impl Broker {
             rates: Rates::default(),
             lent: Lent::default(),
             guard: Guard::default(),
+            successions: Successions::default(),
             announce,
             announce_wanted: true,
         })
@@ -298,11 +302,8 @@ impl Broker {
         match input {
             RoomInput::Presence(presence) => {
                 let (jid, was_online) = (presence.jid.clone(), self.members.is_online(&presence.jid));
-                let pinned = self.members.presence(presence, now);
-                let saved =
-                    if pinned { self.shared.records.save_trust(self.members.pinned()) } else { Ok(()) };
-                if let Err(e) = saved {
-                    tracing::warn!(error = problem::chain(&e), "a key pinned on first use is not recorded");
+                if let Some(news) = self.members.presence(presence, now) {
+                    self.take_key_news(&jid, &news);
                 }
                 self.admit_members();
                 let spoken = common_version(self.members.versions_of(&jid));
@@ -347,7 +348,7 @@ impl Broker {
             storage_bytes_free: storage,
             architecture: features.architectures.iter().next().cloned().unwrap_or_default(),
             cpu_models: features.cpu_models.iter().cloned().collect(),
-            networks: self.networks(),
+            networks: self.networks_for(source),
             accelerator: features.accelerator.to_string(),
             accepts_source: self.policy_of(source).accept_vms,
             present: self
@@ -387,6 +388,18 @@ impl Broker {
             .iter()
             .map(|n| NetworkOffer { name: n.name.clone(), kind: n.kind.to_string() })
             .collect()
+    }
+
+    /// Networks a VM of `source` may be plugged into: another cloud's guests reach services of this
+    /// host only where the operator lets them.
+    fn networks_for(&self, source: &MemberJid) -> Vec<NetworkOffer> {
+        let exposing = &self.shared.driver.features().exposing_networks;
+        let may = |name: &String| {
+            *source == self.shared.me
+                || !exposing.contains(name)
+                || self.shared.config.networks.iter().any(|n| n.name == *name && n.foreign)
+        };
+        self.networks().into_iter().filter(|n| may(&n.name)).collect()
     }
 
     /// Where this broker can be dialled for transfers.

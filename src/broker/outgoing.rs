@@ -505,7 +505,7 @@ impl Broker {
 
     fn ask_target(&mut self, id: MigrationId, request: RequestBody) {
         let Some(run) = self.outgoing.get(&id) else { return };
-        let (shared, peer, matter) = (self.shared.clone(), run.peer.clone(), run.matter);
+        let (shared, peer, matter) = (self.shared.clone(), self.by_its_key_now(&run.peer), run.matter);
         tokio::spawn(async move {
             let answer = shared.ask(&peer, matter, request).await;
             shared.post(Input::apply(move |b| b.outgoing_answered(id, answer)));

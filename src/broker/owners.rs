@@ -15,7 +15,7 @@ use crate::migration::message::{CLAIMS_MAX, Claim, Known};
 use crate::migration::ownership::Learnt;
 use crate::migration::records::VmRecord;
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, Lineage, Link, Links, RequestBody};
-use crate::types::{LinkId, MemberJid, MigrationId, VmId};
+use crate::types::{LinkId, MemberJid, MigrationId, Successions, VmId};
 use crate::vm::PowerState;
 
 use super::guard::Work;
@@ -152,7 +152,8 @@ impl Broker {
                 let links: Vec<Link> = more.iter().take(budget).cloned().collect();
                 budget -= links.len();
                 let more = links.len() < more.len();
-                known.push(Known { vm: claim.vm, links: Links(links), more, here, running });
+                let successions = lineage.successions().clone();
+                known.push(Known { vm: claim.vm, links: Links(links), successions, more, here, running });
             }
             let asked: BTreeSet<VmId> = match &request.body {
                 RequestBody::Owners { claims } => claims.iter().map(|c| c.vm).collect(),
@@ -414,6 +415,7 @@ fn was_owner(lineage: &Lineage, claim: &Claim, peer: &Peer) -> bool {
 async fn ask_page(shared: &std::sync::Arc<Shared>, peer: &Peer, page: Vec<Claim>) -> Result<(), AskError> {
     let mut waiting = vec![page];
     let mut so_far: BTreeMap<VmId, (Claim, Vec<Link>)> = BTreeMap::new();
+    let mut keys = Successions::default();
     while let Some(claims) = waiting.pop() {
         let asked: BTreeMap<VmId, Claim> = claims.iter().map(|c| (c.vm, *c)).collect();
         let matter = Matter { migration: MigrationId::random(), vm: VmId(uuid::Uuid::nil()), epoch: 0 };
@@ -421,6 +423,9 @@ async fn ask_page(shared: &std::sync::Arc<Shared>, peer: &Peer, page: Vec<Claim>
         let AnswerBody::Owners { known } = answer else { return Ok(()) };
         for k in known {
             let Some(claim) = asked.get(&k.vm) else { continue };
+            for succession in k.successions.iter() {
+                let _ = keys.add(succession.clone());
+            }
             let (first, links) = so_far.entry(k.vm).or_insert((*claim, Vec::new()));
             let first = *first;
             let news = !k.links.0.is_empty();
@@ -432,7 +437,7 @@ async fn ask_page(shared: &std::sync::Arc<Shared>, peer: &Peer, page: Vec<Claim>
                 (false, _) if k.more && !news && asked.len() > 1 => waiting.push(vec![*claim]),
                 _ => {
                     if let Some((_, links)) = so_far.remove(&k.vm) {
-                        judge(shared, peer, first, links).await;
+                        judge(shared, peer, first, links, keys.clone()).await;
                     }
                 }
             }
@@ -442,7 +447,13 @@ async fn ask_page(shared: &std::sync::Arc<Shared>, peer: &Peer, page: Vec<Claim>
 }
 
 /// Verifies what was shown, away from the owner task.
-async fn judge(shared: &std::sync::Arc<Shared>, peer: &Peer, claim: Claim, links: Vec<Link>) {
+async fn judge(
+    shared: &std::sync::Arc<Shared>,
+    peer: &Peer,
+    claim: Claim,
+    links: Vec<Link>,
+    keys: Successions,
+) {
     let (shared, peer) = (shared.clone(), peer.clone());
     let work = tokio::task::spawn_blocking(move || {
         let kept = match shared.records.lineage(claim.vm) {
@@ -450,8 +461,9 @@ async fn judge(shared: &std::sync::Arc<Shared>, peer: &Peer, claim: Claim, links
             Err(e) => return tracing::error!(vm = %claim.vm, error = chain(&e), "what is known of the VM is damaged"),
         };
         let goes_on = kept.tip().map(|tip| tip.id) == claim.tip;
-        let verified = if goes_on { kept.continued(links.clone()) } else { Lineage::verify(claim.vm, links.clone()) };
-        match verified.or_else(|_| Lineage::verify(claim.vm, links)) {
+        let whole = || Lineage::empty(claim.vm).with(&keys).continued(links.clone());
+        let verified = if goes_on { kept.with(&keys).continued(links.clone()) } else { whole() };
+        match verified.or_else(|_| whole()) {
             Ok(lineage) => {
                 let (vm, by) = (claim.vm, peer);
                 shared.post(Input::apply(move |b| b.learn_of(&by, vm, &lineage)));

@@ -2,7 +2,7 @@
 //! the only place that says who owns it.
 #![doc = include_str!("RECORDS.md")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
 use crate::durable;
+use crate::federation::{Kept, Revoked};
 use crate::migration::handover::SignedHandOver;
 use crate::migration::lineage::{Lineage, LineageError};
 pub use crate::migration::records::{
@@ -100,7 +101,7 @@ impl Records {
     }
 
     /// Keys the operator of `data_dir` has confirmed, read without changing anything there.
-    pub fn trust_in(data_dir: &Path) -> Result<BTreeMap<MemberJid, PublicKey>, RecordError> {
+    pub fn trust_in(data_dir: &Path) -> Result<BTreeMap<MemberJid, Kept>, RecordError> {
         Self { dir: data_dir.to_owned(), changes: Arc::default() }.trust()
     }
 
@@ -336,23 +337,23 @@ impl Records {
         promised_to(None) || source.is_some_and(|key| promised_to(Some(key)))
     }
 
-    /// Keys the operator has confirmed at run time; those in the configuration come first.
-    pub fn trust(&self) -> Result<BTreeMap<MemberJid, PublicKey>, RecordError> {
+    /// Keys confirmed at run time, and what followed them; those in the configuration come first.
+    pub fn trust(&self) -> Result<BTreeMap<MemberJid, Kept>, RecordError> {
         let path = self.trust_path();
         if path.exists() { load(&path) } else { Ok(BTreeMap::new()) }
     }
 
-    pub fn save_trust(&self, pinned: &BTreeMap<MemberJid, PublicKey>) -> Result<(), RecordError> {
-        save(&self.trust_path(), pinned)
+    pub fn save_trust(&self, kept: &BTreeMap<MemberJid, Kept>) -> Result<(), RecordError> {
+        save(&self.trust_path(), kept)
     }
 
     /// Members whose keys the operator revoked at run time.
-    pub fn revoked(&self) -> Result<BTreeSet<MemberJid>, RecordError> {
+    pub fn revoked(&self) -> Result<Revoked, RecordError> {
         let path = self.dir.join("revoked.json");
-        if path.exists() { load(&path) } else { Ok(BTreeSet::new()) }
+        if path.exists() { load(&path) } else { Ok(Revoked::default()) }
     }
 
-    pub fn save_revoked(&self, revoked: &BTreeSet<MemberJid>) -> Result<(), RecordError> {
+    pub fn save_revoked(&self, revoked: &Revoked) -> Result<(), RecordError> {
         save(&self.dir.join("revoked.json"), revoked)
     }
 

@@ -705,10 +705,10 @@ impl Broker {
     pub(super) fn addressed(&self, peer: &Peer, signed: &SignedHandOver) -> Result<HandOver, Denial> {
         let refuse = |text: String| Denial::new(DenialCode::HandOver, text);
         let h = signed.verify().map_err(|e| refuse(e.to_string()))?;
-        if h.target != self.shared.me || h.target_key != self.shared.key.public() {
+        if h.target != self.shared.me || !self.is_or_was_ours(&h.target_key) {
             return Err(refuse("the hand-over is for another target".into()));
         }
-        if h.source != peer.jid || h.source_key != peer.key {
+        if h.source != peer.jid || !self.members.keys().leads(&peer.jid, &h.source_key, &peer.key) {
             return Err(refuse("the hand-over is another source's".into()));
         }
         Ok(h)

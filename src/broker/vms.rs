@@ -105,6 +105,7 @@ impl Broker {
         Machine {
             root_format: DiskFormat::Qcow2,
             root_disk: disks.root,
+            base: Some(disks.base),
             user_data_disk: (record.spec.user_data_size.0 > 0).then_some(disks.user_data),
             firmware_vars: DiskPaths::firmware_in(&dir.join(&record.disks)),
             state_dir: dir.join("run"),

@@ -1,13 +1,14 @@
 //! The distribution's packages: which there are, which are needed, and the files. Done by this
 //! machine's apt with directories of our own, so its proxies and keys serve and its state is left
-//! alone. Nothing is downloaded inside a tree.
+//! alone. Nothing is downloaded inside a tree, and nothing by root: apt's own user does it.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::error::BuildError;
-use super::sandbox::Sandbox;
+use super::sandbox::{APT_DIR, Sandbox};
 use crate::types::Hash;
 
 /// Resolved packages: name and version, sorted.
@@ -22,33 +23,39 @@ pub struct Apt {
 }
 
 impl Apt {
-    /// Prepares the directories for `suite` and fetches the package lists; without a network the
-    /// lists of last time serve, and the second value says why.
+    /// Prepares the directories for `suite` and fetches the package lists. Lists that could not be
+    /// brought up to date, or whose `Release` has expired, are an error: packages with known holes
+    /// would go into every VM.
     pub fn prepare(
         cache: &Path,
         suite: &str,
         architecture: &str,
         sandbox: &Sandbox,
-    ) -> Result<(Self, Option<BuildError>), BuildError> {
+    ) -> Result<Self, BuildError> {
         let dir = cache.join("apt").join(format!("{suite}-{architecture}"));
-        for part in ["lists/partial", "archives/partial", "resolved"] {
-            let part = dir.join(part);
-            fs::create_dir_all(&part).map_err(BuildError::write(&part))?;
+        super::make_dir(&cache.join("apt"))?;
+        super::make_dir(&dir)?;
+        // Others look into these: apt's user, and it writes its `partial` directories.
+        for part in ["lists", "lists/partial", "archives", "archives/partial", "archives/single", "resolved"]
+        {
+            super::make_dir(&dir.join(part))?;
         }
         let dir = fs::canonicalize(&dir).map_err(BuildError::read(&dir))?;
         let mut apt = Self { dir, architecture: architecture.to_owned(), fingerprint: Hash::of(b"") };
         let sources = sources::for_suite(suite)?;
         crate::durable::write(&apt.sources(), sources.as_bytes())
             .map_err(BuildError::write(apt.sources()))?;
-        let mut command = apt.get(None)?;
-        command.args(["-o", "APT::Update::Error-Mode=any", "update"]);
-        let updated = sandbox.command("fetching the package lists", "apt-get", "apt", command);
+        apt.verify()?;
+        let update = ["-o", "APT::Update::Error-Mode=any", "update"].map(str::to_owned);
+        let command = apt.get(None, Path::new(APT_DIR), &update, sandbox);
+        let updated = sandbox.command("fetching the package lists", "sh", "dash", command);
+        updated.map_err(|source| BuildError::Lists { suite: suite.to_owned(), source: Box::new(source) })?;
         apt.fingerprint = apt.fingerprint_of_lists()?;
-        match updated {
-            Ok(()) => Ok((apt, None)),
-            Err(failure) if apt.fingerprint == Hash::of(b"") => Err(failure),
-            Err(stale) => Ok((apt, Some(stale))),
-        }
+        Ok(apt)
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     pub fn sources(&self) -> PathBuf {
@@ -76,7 +83,7 @@ impl Apt {
         question.extend_from_slice(Hash::of(status).as_bytes());
         question.extend_from_slice(wanted.join(" ").as_bytes());
         let answer = self.dir.join("resolved").join(Hash::of(&question).to_string());
-        let text = match fs::read_to_string(&answer) {
+        let text = match super::own_file(&answer) {
             Ok(text) => text,
             Err(_) => {
                 let text = self.simulate(status, wanted, sandbox)?;
@@ -96,44 +103,100 @@ impl Apt {
     /// Lines of `NAME VERSION`.
     fn simulate(&self, status: &[u8], wanted: &[String], sandbox: &Sandbox) -> Result<String, BuildError> {
         let output = sandbox.path("simulation");
+        let mut arguments = vec!["--simulate".to_owned(), "install".to_owned()];
+        arguments.extend_from_slice(wanted);
+        let status = self.status_file(status, sandbox)?;
+        let inner = self.get(Some(&status), Path::new("/"), &arguments, sandbox);
         let mut command = Command::new("sh");
         // The shell's part is to keep apt's answer apart from its warnings.
-        command.args(["-c", r#"out=$1; shift; exec "$@" >"$out""#, "sh"]).arg(&output).arg("apt-get");
-        command.args(self.options(Some(&self.status_file(status, sandbox)?)));
-        command.args(["--simulate", "install"]).args(wanted);
-        sandbox.command("finding out which packages are needed", "apt-get", "apt", command)?;
+        command.args(["-c", r#"umask 077; out=$1; shift; exec "$@" >"$out""#, "sh"]).arg(&output);
+        command.arg(inner.get_program()).args(inner.get_args());
+        command.envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        sandbox.command("finding out which packages are needed", "sh", "dash", command)?;
         let text = fs::read_to_string(&output).map_err(BuildError::read(&output))?;
         Ok(text.lines().filter_map(installed).map(|(name, version)| format!("{name} {version}\n")).collect())
     }
 
     /// Downloads what installing `wanted` needs.
     pub fn download(&self, status: &[u8], wanted: &[String], sandbox: &Sandbox) -> Result<(), BuildError> {
-        let mut command = self.get(Some(&self.status_file(status, sandbox)?))?;
-        command.args(["--yes", "--download-only", "install"]).args(wanted);
-        sandbox.command("downloading packages", "apt-get", "apt", command)
+        self.verify()?;
+        let mut arguments = ["--yes", "--download-only", "install"].map(str::to_owned).to_vec();
+        arguments.extend_from_slice(wanted);
+        let status = self.status_file(status, sandbox)?;
+        let command = self.get(Some(&status), Path::new(APT_DIR), &arguments, sandbox);
+        sandbox.command("downloading packages", "sh", "dash", command)?;
+        self.note(&self.archives())
     }
 
-    /// Downloads just these packages into `target`, without what they depend on.
-    pub fn download_only(
-        &self,
-        wanted: &[String],
-        target: &Path,
-        sandbox: &Sandbox,
-    ) -> Result<(), BuildError> {
-        fs::create_dir_all(target).map_err(BuildError::write(target))?;
-        let mut command = self.get(None)?;
-        command.arg("download").args(wanted).current_dir(target);
-        sandbox.command("downloading packages", "apt-get", "apt", command)
+    /// The packages of this name and version alone, without what they depend on, downloaded unless
+    /// they are here. Their files.
+    pub fn single(&self, package: &str, sandbox: &Sandbox) -> Result<Vec<PathBuf>, BuildError> {
+        let target = self.archives().join("single").join(package);
+        self.verify_debs(&target)?;
+        let debs = debs_in(&target);
+        if !debs.is_empty() {
+            return Ok(debs);
+        }
+        super::make_dir(&target)?;
+        // apt downloads into the directory it is in, as its own user, which has to own it meanwhile.
+        let script = r#"chown _apt . && "$@" && chown -R 0:0 . && chmod 0755 ."#;
+        let mut tool = ["sh", "-euc", script, "sh", "apt-get"].map(str::to_owned).to_vec();
+        tool.extend(self.options(None));
+        tool.extend(["download".to_owned(), package.to_owned()]);
+        let inside = Path::new(APT_DIR).join("archives/single").join(package);
+        let command = sandbox.with_network(&self.dir, &inside, &tool);
+        sandbox.command("downloading packages", "sh", "dash", command)?;
+        self.note(&target)?;
+        Ok(debs_in(&target))
     }
 
-    fn get(&self, status: Option<&Path>) -> Result<Command, BuildError> {
-        let mut command = Command::new("apt-get");
-        command.args(self.options(status));
-        Ok(command)
+    /// The lists and the downloaded packages are ours to use: of no other user, no links, and the
+    /// packages are what was downloaded.
+    fn verify(&self) -> Result<(), BuildError> {
+        for dir in [self.lists(), self.archives()] {
+            for item in fs::read_dir(&dir).map_err(BuildError::read(&dir))? {
+                let path = item.map_err(BuildError::read(&dir))?.path();
+                let meta = fs::symlink_metadata(&path).map_err(BuildError::read(&path))?;
+                if !meta.is_dir() && (!meta.is_file() || meta.uid() != 0 || meta.nlink() != 1) {
+                    return Err(BuildError::Planted { path });
+                }
+            }
+        }
+        self.verify_debs(&self.archives())
+    }
+
+    /// Removes each package whose noted digest is not its own, for apt to fetch it anew.
+    fn verify_debs(&self, dir: &Path) -> Result<(), BuildError> {
+        for path in debs_in(dir) {
+            let noted = super::own_file(&digest_of(&path)).ok();
+            if noted.is_none_or(|noted| hash_file(&path).is_ok_and(|now| now.to_string() != noted)) {
+                fs::remove_file(&path).map_err(BuildError::write(&path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes the digests of packages that apt has just checked against the signed lists.
+    fn note(&self, dir: &Path) -> Result<(), BuildError> {
+        for path in debs_in(dir) {
+            let noted = digest_of(&path);
+            if super::own_file(&noted).is_err() || super::own_file(&noted).is_ok_and(|n| n.is_empty()) {
+                let text = hash_file(&path).map_err(BuildError::read(&path))?.to_string();
+                crate::durable::write_secret(&noted, text.as_bytes()).map_err(BuildError::write(&noted))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn get(&self, status: Option<&Path>, chdir: &Path, arguments: &[String], sandbox: &Sandbox) -> Command {
+        let mut tool = vec!["apt-get".to_owned()];
+        tool.extend(self.options(status));
+        tool.extend_from_slice(arguments);
+        sandbox.with_network(&self.dir, chdir, &tool)
     }
 
     fn options(&self, status: Option<&Path>) -> Vec<String> {
-        let dir = self.dir.display();
+        let dir = APT_DIR;
         let status = status.unwrap_or(Path::new("/dev/null")).display();
         [
             format!("Dir::State={dir}"),
@@ -141,13 +204,18 @@ impl Apt {
             format!("Dir::State::status={status}"),
             format!("Dir::Cache={dir}"),
             format!("Dir::Cache::archives={dir}/archives"),
-            format!("Dir::Etc::sourcelist={}", self.sources().display()),
+            format!("Dir::Etc::sourcelist={dir}/distribution.sources"),
             "Dir::Etc::sourceparts=/dev/null".to_owned(),
             "Dir::Etc::preferences=/dev/null".to_owned(),
             "Dir::Etc::preferencesparts=/dev/null".to_owned(),
             format!("APT::Architecture={}", self.architecture),
             "APT::Install-Recommends=false".to_owned(),
-            "APT::Sandbox::User=root".to_owned(),
+            "APT::Sandbox::User=_apt".to_owned(),
+            // Whatever this machine's configuration says: nothing unsigned, nothing expired.
+            "APT::Get::AllowUnauthenticated=false".to_owned(),
+            "Acquire::AllowInsecureRepositories=false".to_owned(),
+            "Acquire::AllowDowngradeToInsecureRepositories=false".to_owned(),
+            "Acquire::Check-Valid-Until=true".to_owned(),
             "Acquire::Languages=none".to_owned(),
             "Acquire::Retries=3".to_owned(),
         ]
@@ -179,6 +247,22 @@ impl Apt {
         }
         Ok(Hash::of(&all))
     }
+}
+
+pub fn debs_in(dir: &Path) -> Vec<PathBuf> {
+    let items = fs::read_dir(dir).into_iter().flatten().flatten().map(|i| i.path());
+    items.filter(|p| p.extension().is_some_and(|e| e == "deb")).collect()
+}
+
+/// Where the digest of a downloaded package is noted.
+fn digest_of(deb: &Path) -> PathBuf {
+    deb.with_extension("deb-digest")
+}
+
+fn hash_file(path: &Path) -> std::io::Result<Hash> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(super::open_no_follow(path)?)?;
+    Ok(hasher.finalize().into())
 }
 
 /// Name and version of a line `Inst NAME [OLD] (VERSION ORIGIN [ARCHITECTURE])` of a simulation.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::component::definition::DefinitionError;
 use crate::component::fragment::FragmentError;
+use crate::path_owner::Exposure;
 use crate::repository::RepositoryError;
 use crate::types::codec::CodecError;
 
@@ -24,8 +25,17 @@ pub enum BuildError {
     OsMissing { component: String, os: String },
     #[error("'{component}' is built on '{os}', which is a {kind}, not an os")]
     OsOfOtherKind { component: String, os: String, kind: String },
-    #[error("building components needs root (it unpacks packages with their owners): run it with sudo")]
+    #[error("building components needs root, or a user namespace (it unpacks packages with their owners)")]
     NotRoot,
+    /// Root building where another user may write would do what that user planted.
+    #[error("the build directory {} is no place to build in", path.display())]
+    Exposed { path: PathBuf, source: Exposure },
+    #[error("{} in the build directory is a link or another user's, so it was not used", path.display())]
+    Planted { path: PathBuf },
+    #[error("building without root needs {what}")]
+    NoNamespace { what: &'static str, next_step: String },
+    #[error("the package lists of '{suite}' are not up to date, and old ones are not built from")]
+    Lists { suite: String, source: Box<BuildError> },
     #[error("cannot start {tool}: install the package {package}")]
     ToolMissing { tool: &'static str, package: &'static str, source: io::Error },
     #[error("cache directory {}: {reason}", path.display())]

@@ -3,11 +3,13 @@
 mod acl;
 mod apt;
 mod error;
+mod filter;
 mod fragments;
 mod import;
 mod initrd;
 mod layer;
 mod materialise;
+mod namespace;
 mod owner;
 mod sandbox;
 mod scan;
@@ -17,6 +19,8 @@ mod withhold;
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::Read;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Instant;
@@ -24,6 +28,7 @@ use std::time::Instant;
 pub use error::BuildError;
 pub use import::{ImportIdentity, import};
 pub use materialise::materialise;
+pub use namespace::{check_dir, command_without_root};
 
 use crate::component::definition::{Definition, Method, VersionRule, matches};
 use crate::component::{Kind, Manifest};
@@ -38,7 +43,7 @@ use source::Source;
 
 /// Names what this module makes of a definition: with another builder, equal definitions and
 /// packages may give another component, so nothing built by the other is reused.
-const BUILDER: &str = "cicada-build/2";
+const BUILDER: &str = "cicada-build/3";
 /// Whose packages are unpacked where a definition is built on no OS.
 const SUITE_DEFAULT: &str = "bookworm";
 
@@ -72,10 +77,6 @@ pub enum BuildEvent {
         path: String,
         what: String,
     },
-    /// The package lists could not be fetched: those of last time are used.
-    StaleLists {
-        reason: String,
-    },
     Finished {
         component: String,
         id: ComponentId,
@@ -99,7 +100,8 @@ pub struct Built {
 }
 
 /// Builds components from definition files, each OS before what is built on it, stores them and
-/// binds their names. Needs root and the tools of [`BuildError::ToolMissing`].
+/// binds their names. Needs root, this machine's or that of a user namespace (see
+/// [`command_without_root`]), and the tools of [`BuildError::ToolMissing`].
 pub fn build(
     repository: &Repository,
     definitions: &[PathBuf],
@@ -126,18 +128,66 @@ pub fn build(
 
 /// Makes the cache this build's alone until the file is closed, and clears what a killed one left.
 fn lock_cache(cache: &Path) -> Result<fs::File, BuildError> {
-    fs::create_dir_all(cache).map_err(BuildError::write(cache))?;
+    check_dir(cache)?;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(cache).map_err(BuildError::write(cache))?;
+    check_dir(cache)?;
+    for part in ["apt", "trees", "logs", "failed"] {
+        make_dir(&cache.join(part))?;
+    }
     let path = cache.join("lock");
-    let file = fs::File::create(&path).map_err(BuildError::write(&path))?;
+    let file = open_lock(&path).map_err(BuildError::write(&path))?;
     rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
         let reason = "another build is using it: wait for it, or give another directory";
         BuildError::CacheDirectory { path: cache.to_owned(), reason }
     })?;
     let work = sandbox::work_dir(cache);
-    if work.exists() {
-        fs::remove_dir_all(&work).map_err(BuildError::write(&work))?;
-    }
+    make_dir(&work)?;
+    fs::remove_dir_all(&work).map_err(BuildError::write(&work))?;
     Ok(file)
+}
+
+fn open_lock(path: &Path) -> std::io::Result<fs::File> {
+    let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+    fs::File::options().create(true).truncate(false).write(true).mode(0o600).custom_flags(flags).open(path)
+}
+
+/// A directory of the cache: made, or there already as ours and no link.
+fn make_dir(path: &Path) -> Result<(), BuildError> {
+    match fs::DirBuilder::new().mode(0o755).create(path) {
+        // Other users' programs (apt's) look into some, whatever the umask is.
+        Ok(()) => {
+            return fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+                .map_err(BuildError::write(path));
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+        Err(e) => return Err(BuildError::write(path)(e)),
+    }
+    let meta = fs::symlink_metadata(path).map_err(BuildError::read(path))?;
+    let name = path.file_name().unwrap_or_default();
+    let of_apt = name == "partial" && meta.is_dir();
+    if !of_apt && (!meta.is_dir() || meta.uid() != 0 || meta.mode() & 0o022 != 0) {
+        return Err(BuildError::Planted { path: path.to_owned() });
+    }
+    Ok(())
+}
+
+/// Opens a file for reading; a link is an error.
+fn open_no_follow(path: &Path) -> std::io::Result<fs::File> {
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    fs::File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path)
+}
+
+/// What an earlier build noted in the cache. A file of another user, or one that has names elsewhere,
+/// was not noted by a build.
+fn own_file(path: &Path) -> std::io::Result<String> {
+    let mut file = open_no_follow(path)?;
+    let meta = file.metadata()?;
+    if !meta.is_file() || meta.uid() != rustix::process::geteuid().as_raw() || meta.nlink() != 1 {
+        return Err(std::io::ErrorKind::PermissionDenied.into());
+    }
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok(text)
 }
 
 struct Builder<'a> {
@@ -285,10 +335,7 @@ impl Builder<'_> {
         if let Some(apt) = self.apts.get(&key) {
             return Ok(Some(apt.clone()));
         }
-        let (apt, stale) = Apt::prepare(&self.options.cache_dir, suite, &definition.architecture, sandbox)?;
-        if let Some(reason) = stale {
-            self.report(BuildEvent::StaleLists { reason: reason.to_string() });
-        }
+        let apt = Apt::prepare(&self.options.cache_dir, suite, &definition.architecture, sandbox)?;
         let apt = Rc::new(apt);
         self.apts.insert(key, apt.clone());
         Ok(Some(apt))
@@ -312,7 +359,7 @@ impl Builder<'_> {
         if self.options.rebuild {
             return Ok(None);
         }
-        let id: Option<ComponentId> = fs::read_to_string(record).ok().and_then(|t| t.trim().parse().ok());
+        let id: Option<ComponentId> = own_file(record).ok().and_then(|t| t.trim().parse().ok());
         let Some(id) = id.filter(|id| self.repository.has_manifest(id)) else { return Ok(None) };
         if !self.repository.missing_packs(&[id])?.is_complete() {
             return Ok(None);

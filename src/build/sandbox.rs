@@ -1,49 +1,95 @@
-//! Where package tools run: a tree in its own mount, network, process and IPC namespaces, gone with
-//! all its mounts when the command ends, however it ends. Needs root.
+//! Where package tools run: a tree in its own mount, network, process, IPC and host name namespaces,
+//! gone with all its mounts when the command ends, however it ends. Needs root, of this machine or of
+//! a user namespace.
+//!
+//! What runs in it comes from packages and definitions, so it is not trusted: bubblewrap leaves it
+//! the tree (or, for tools of this machine, programs to read and the tree to write), the null, zero
+//! and random devices, [`CAPABILITIES`] and the system calls that [`super::filter`] allows.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::error::BuildError;
+use super::filter;
 use crate::component::recipe::EPOCH_S;
+use crate::path_owner;
 
-/// Set up inside the namespaces, before the step's own commands. `place` and `inside` are for
-/// commands that run outside the tree: a link in it must not lead them elsewhere.
+/// What package scripts need to give files their owners and modes and to become other users. None
+/// of them mounts, loads, traces or makes devices.
+const CAPABILITIES: &[&str] = &[
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+];
+
+/// Set up inside the mount namespace, before the step's own commands. `in_tree` runs a command with
+/// the tree as its root; `beside_tree` runs a tool of this machine, which sees the tree as `/tree`
+/// and may write nothing else; `inside`, for scripts beside the tree, keeps links in the tree from
+/// leading them elsewhere.
 const PRELUDE: &str = r#"
+umask 022
+confine() { sh -euc "$CONFINE" sh "$@"; }
 if [ -n "$LOWER" ]; then
-    mount -t overlay overlay -o "lowerdir=$LOWER,upperdir=$UPPER,workdir=$WORK,redirect_dir=off,metacopy=off,index=off" "$ROOT"
+    mount -t overlay overlay -o "lowerdir=$LOWER,upperdir=$UPPER,workdir=$WORK,index=off,$OVERLAY" "$ROOT"
 else
     mount --bind "$UPPER" "$ROOT"
 fi
-[ ! -d "$ROOT/proc" ] || mount -t proc proc "$ROOT/proc"
-[ ! -d "$ROOT/tmp" ] || mount -t tmpfs -o mode=1777 tmpfs "$ROOT/tmp"
-if [ -d "$ROOT/run" ]; then
-    mount -t tmpfs -o mode=755 tmpfs "$ROOT/run"
-    mkdir "$ROOT/run/cicada" "$ROOT/run/lock"
-    mount --bind "$SHARED" "$ROOT/run/cicada"
-fi
-if [ -d "$ROOT/dev" ]; then
-    mount -t tmpfs -o mode=755 tmpfs "$ROOT/dev"
-    for node in null:3 zero:5 full:7 random:8 urandom:9; do
-        mknod -m 666 "$ROOT/dev/${node%:*}" c 1 "${node#*:}"
+is_dir() { [ -d "$1" ] && [ ! -L "$1" ]; }
+in_tree() {
+    passing=
+    ! is_dir "$ROOT/proc" || passing="$passing --proc /proc"
+    ! is_dir "$ROOT/dev" || passing="$passing --dev /dev"
+    ! is_dir "$ROOT/tmp" || passing="$passing --perms 1777 --tmpfs /tmp"
+    ! is_dir "$ROOT/run" || passing="$passing --perms 0755 --tmpfs /run --dir /run/lock --ro-bind $SHARED /run/cicada"
+    env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 \
+        DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true SYSTEMD_OFFLINE=1 \
+        SOURCE_DATE_EPOCH="$SOURCE_DATE_EPOCH" FILTER="$FILTER" CAPABILITIES="$CAPABILITIES" \
+        sh -euc "$CONFINE" sh --unshare-net --bind "$ROOT" / $passing ${IN_TREE:-} --chdir / "$@"
+}
+beside_tree() {
+    view=
+    for path in bin sbin lib lib32 lib64; do
+        if [ -L "/$path" ]; then view="$view --symlink $(readlink "/$path") /$path"
+        elif [ -d "/$path" ]; then view="$view --ro-bind /$path /$path"; fi
     done
-    mknod -m 666 "$ROOT/dev/tty" c 5 0
-    ln -s /proc/self/fd "$ROOT/dev/fd"
-    mkdir "$ROOT/dev/shm" "$ROOT/dev/pts"
-fi
+    for path in alternatives apt debian_version dpkg group host.conf hosts ld.so.cache ld.so.conf ld.so.conf.d \
+        mailcap mime.types nsswitch.conf os-release passwd perl; do
+        view="$view --ro-bind-try /etc/$path /etc/$path"
+    done
+    confine --unshare-net $view --ro-bind /usr /usr --ro-bind-try /var/lib/dpkg /var/lib/dpkg \
+        --proc /proc --dev /dev --perms 1777 --tmpfs /tmp --perms 1777 --tmpfs /var/tmp --tmpfs /run \
+        --bind "$ROOT" /tree ${BESIDE:-} --chdir / "$@"
+}
+"#;
+
+/// Runs bubblewrap with what all uses of it share.
+const CONFINE: &str = r#"
+umask 022
+filter=$FILTER capabilities=$CAPABILITIES
+unset FILTER CAPABILITIES CONFINE
+exec bwrap --unshare-ipc --unshare-pid --unshare-uts --hostname localhost --die-with-parent --new-session \
+    --seccomp 9 --cap-drop ALL $capabilities "$@" 9<"$filter"
+"#;
+
+/// For scripts that `beside_tree` runs: where a path of the tree really lies.
+pub const INSIDE: &str = r#"
 inside() {
-    parent=$(realpath -m -- "$ROOT/$(dirname -- "$1")")
-    case "$parent/" in "$ROOT"/*) ;; *) echo "$1 leads out of the tree" >&2; exit 1 ;; esac
+    parent=$(realpath -m -- "/tree/$(dirname -- "$1")")
+    case "$parent/" in /tree/*) ;; *) echo "$1 leads out of the tree" >&2; exit 1 ;; esac
     mkdir -p -- "$parent"
     printf '%s/%s' "$parent" "$(basename -- "$1")"
 }
-in_tree() {
-    env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 \
-        DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true SYSTEMD_OFFLINE=1 \
-        SOURCE_DATE_EPOCH="$SOURCE_DATE_EPOCH" chroot "$ROOT" "$@"
+directory() {
+    [ ! -L "$1" ] || { echo "$1 is a link, not a directory" >&2; exit 1; }
 }
 "#;
 
@@ -54,29 +100,33 @@ pub struct Sandbox {
     dir: tempfile::TempDir,
     lower: Option<PathBuf>,
     log: PathBuf,
+    cache: PathBuf,
 }
 
 impl Sandbox {
     /// An empty tree. `cache` is where the work is done.
     pub fn new(component: &str, cache: &Path) -> Result<Self, BuildError> {
         let cache = fs::canonicalize(cache).map_err(BuildError::read(cache))?;
+        filter::write(&cache.join(FILTER)).map_err(BuildError::write(&cache))?;
         let odd = |c: char| !(c.is_ascii_alphanumeric() || "/._-+@".contains(c));
         if cache.to_str().is_none_or(|text| text.contains(odd)) {
             let reason = "its name has characters that mount options cannot carry";
             return Err(BuildError::CacheDirectory { path: cache, reason });
         }
         let work = work_dir(&cache);
-        fs::create_dir_all(&work).map_err(BuildError::write(&work))?;
+        super::make_dir(&work)?;
         let dir = tempfile::Builder::new().prefix(&format!("{component}-")).tempdir_in(&work);
         let dir = dir.map_err(BuildError::write(&work))?;
         let logs = cache.join("logs");
-        fs::create_dir_all(&logs).map_err(BuildError::write(&logs))?;
+        super::make_dir(&logs)?;
         let log = logs.join(format!("{component}.log"));
-        File::create(&log).map_err(BuildError::write(&log))?;
-        let sandbox = Self { component: component.to_owned(), dir, lower: None, log };
+        open_log(&log).and_then(|file| file.set_len(0)).map_err(BuildError::write(&log))?;
+        let sandbox = Self { component: component.to_owned(), dir, lower: None, log, cache };
         for part in [sandbox.upper(), sandbox.path("work"), sandbox.path("root"), sandbox.shared()] {
             // The upper directory's own mode becomes that of `/`.
-            fs::DirBuilder::new().mode(0o755).create(&part).map_err(BuildError::write(&part))?;
+            let made = fs::DirBuilder::new().mode(0o755).create(&part);
+            let made = made.and_then(|()| fs::set_permissions(&part, fs::Permissions::from_mode(0o755)));
+            made.map_err(BuildError::write(&part))?;
         }
         Ok(sandbox)
     }
@@ -114,8 +164,16 @@ impl Sandbox {
         let script = format!("{PRELUDE}\n{script}\n");
         let mut command = Command::new("unshare");
         command
-            .args(["--mount", "--propagation", "private", "--net", "--ipc", "--uts", "--pid", "--fork"])
+            .args(["--mount", "--propagation", "private", "--pid", "--fork", "--mount-proc"])
             .args(["--kill-child=KILL", "--", "sh", "-euc", &script])
+            .env("FILTER", self.filter())
+            .env("CAPABILITIES", capability_arguments())
+            .env("CONFINE", CONFINE)
+            // In a user namespace overlayfs has to note what it hides in attributes users may set.
+            .env(
+                "OVERLAY",
+                if path_owner::in_user_namespace() { "userxattr" } else { "redirect_dir=off,metacopy=off" },
+            )
             .env("LOWER", self.lower.as_deref().unwrap_or(Path::new("")))
             .env("UPPER", self.upper())
             .env("WORK", self.path("work"))
@@ -123,6 +181,37 @@ impl Sandbox {
             .env("SHARED", self.shared())
             .envs(variables.iter().copied());
         self.command(step, "unshare", "util-linux", command)
+    }
+
+    /// Runs a shell script beside the tree, which is `/tree` there; nothing else can be written to, and
+    /// what lies under this sandbox's directory is seen in its place but cannot be changed.
+    pub fn run_beside(&self, step: &str, script: &str) -> Result<(), BuildError> {
+        let script =
+            format!("beside_tree /bin/sh -euc {}", quoted(&format!("umask 022\n{INSIDE}\n{script}")));
+        let view = format!("--ro-bind {0} {0}", self.dir.path().display());
+        self.run(step, &script, &[("BESIDE", &view)])
+    }
+
+    /// The filter of system calls as the kernel takes it.
+    fn filter(&self) -> PathBuf {
+        self.cache.join(FILTER)
+    }
+
+    /// A command in which a tool of this machine runs with its network, the whole machine to read and
+    /// `dir` as [`APT_DIR`] to write: for apt, whose downloads are done by a user of its own, which
+    /// could not reach a directory that is closed to others.
+    pub fn with_network(&self, dir: &Path, chdir: &Path, tool: &[String]) -> Command {
+        let mut command = Command::new("sh");
+        command
+            .args(["-euc", CONFINE, "sh", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"])
+            .args(["--perms", "1777", "--tmpfs", "/var/tmp", "--setenv", "TMPDIR", "/var/tmp", "--bind"])
+            .arg(dir)
+            .args([APT_DIR, "--chdir"])
+            .arg(chdir)
+            .args(tool)
+            .env("FILTER", self.filter())
+            .env("CAPABILITIES", capability_arguments());
+        command
     }
 
     /// Runs a tool of this machine; its output goes to the build log.
@@ -134,8 +223,7 @@ impl Sandbox {
         mut command: Command,
     ) -> Result<(), BuildError> {
         let log = self.log.clone();
-        let open = File::options().create(true).append(true).read(true).open(&log);
-        let mut file = open.map_err(BuildError::write(&log))?;
+        let mut file = open_log(&log).map_err(BuildError::write(&log))?;
         let begin = file.seek(SeekFrom::End(0)).map_err(BuildError::write(&log))?;
         let handle = |f: &File| f.try_clone().map(Stdio::from).map_err(BuildError::write(&log));
         command
@@ -151,6 +239,19 @@ impl Sandbox {
         let output = tail(&mut file, begin).map_err(BuildError::read(&log))?;
         Err(BuildError::Step { component: self.component.clone(), step: step.to_owned(), output, log })
     }
+}
+
+/// Where [`Sandbox::with_network`] shows a directory of ours, in place of apt's own.
+pub const APT_DIR: &str = "/var/cache/apt";
+const FILTER: &str = "seccomp.bpf";
+
+fn capability_arguments() -> String {
+    CAPABILITIES.iter().map(|c| format!("--cap-add {c} ")).collect()
+}
+
+fn open_log(path: &Path) -> std::io::Result<File> {
+    let no_follow = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+    File::options().create(true).append(true).read(true).mode(0o600).custom_flags(no_follow).open(path)
 }
 
 /// Where trees are made. Whatever is in it when no build runs is a dead one's leftover.

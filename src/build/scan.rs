@@ -12,6 +12,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
 use super::acl;
 use super::error::BuildError;
 use crate::component::manifest::{Meta, limit, path_order, show};
+use crate::path_owner;
 
 /// A path in the order manifests have.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -227,7 +228,12 @@ fn attributes(fd: impl AsFd) -> io::Result<(Attributes, bool)> {
         let mut value = vec![0u8; 64 << 10];
         let length = rustix::fs::fgetxattr(fd, name, &mut value[..])?;
         value.truncate(length);
-        if name == "trusted.overlay.opaque" {
+        // In a user namespace overlayfs has no other attributes to note it in.
+        let opaque_name = match path_owner::in_user_namespace() {
+            true => "user.overlay.opaque",
+            false => "trusted.overlay.opaque",
+        };
+        if name == opaque_name {
             opaque = value == b"y";
         } else if let Some(value) = kept_value(name, value)? {
             kept.push((name.to_owned(), value));
@@ -241,6 +247,8 @@ fn attributes(fd: impl AsFd) -> io::Result<(Attributes, bool)> {
 pub fn kept_value(name: &str, value: Vec<u8>) -> io::Result<Option<Vec<u8>>> {
     let value = if acl::is_acl(name) {
         acl::to_disk(&value).ok_or_else(|| io::Error::other(format!("{name} is no POSIX ACL")))?
+    } else if name.starts_with("user.overlay.") {
+        return Ok(None);
     } else if name.starts_with("user.") || name.starts_with("security.") {
         value
     } else {

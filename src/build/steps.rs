@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use super::apt::{Apt, Packages};
 use super::error::BuildError;
@@ -12,19 +11,16 @@ use super::sandbox::{Sandbox, quoted};
 use super::source::Source;
 use crate::component::definition::{Definition, Method, matches};
 
-/// apt inside the tree sees the packages that were downloaded outside, and nothing else.
-const INSTALL: &str = r#"
-mkdir -p "$ROOT/var/lib/apt/lists" "$ROOT/var/cache/apt/archives"
-mount --bind "$LISTS" "$ROOT/var/lib/apt/lists"
-mount --bind "$ARCHIVES" "$ROOT/var/cache/apt/archives"
-policy="$ROOT/usr/sbin/policy-rc.d"
-printf '#!/bin/sh\nexit 101\n' >"$policy"
-chmod 755 "$policy"
-in_tree apt-get -o Dir::Etc::sourcelist=/run/cicada/distribution.sources -o Dir::Etc::sourceparts=/dev/null \
+/// apt inside the tree sees the packages that were downloaded outside, and nothing else. Neither it
+/// nor what it runs can change them, so apt takes no lock there.
+const INSTALL: &str = r##"
+IN_TREE="--ro-bind $LISTS /var/lib/apt/lists --ro-bind $ARCHIVES /var/cache/apt/archives"
+in_tree /bin/sh -euc "printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d"
+in_tree apt-get -o Debug::NoLocking=1 -o Dir::Etc::sourcelist=/run/cicada/distribution.sources -o Dir::Etc::sourceparts=/dev/null \
     -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= -o Dpkg::Use-Pty=0 -o APT::Sandbox::User=root \
     --yes --no-download --no-install-recommends install "$@"
-rm "$policy"
-"#;
+in_tree rm /usr/sbin/policy-rc.d
+"##;
 
 /// What a tree is made from.
 pub struct Inputs<'a> {
@@ -128,32 +124,57 @@ fn walk(dir: &Path, found: &mut dyn FnMut(&Path)) -> std::io::Result<()> {
 fn bootstrap(definition: &Definition, sandbox: &Sandbox, apt: &Apt) -> Result<(), BuildError> {
     let wanted = wanted(definition);
     apt.download(b"", &wanted, sandbox)?;
-    let archives = apt.archives();
     let names: Vec<String> = definition.packages.iter().map(|p| p.argument()).collect();
-    let mut command = Command::new("mmdebstrap");
-    command
-        .args(["--variant=apt", "--format=directory", "--mode=root"])
-        .arg(format!("--architectures={}", definition.architecture))
-        .arg(format!("--include={}", names.join(",")))
+    let mut arguments: Vec<String> = [
+        "mmdebstrap",
+        "--variant=apt",
+        "--format=directory",
+        "--mode=root",
+        // Lists and packages are here already, and mounts need rights that package scripts must not have.
+        "--skip=update,check/empty,chroot/mount,cleanup/apt/lists",
         // A merged /usr from the start: the conversion would bring in perl.
-        .arg("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr")
-        .arg(r#"--setup-hook=mkdir -p "$1/var/cache/apt/archives""#)
-        .arg(format!(
-            r#"--setup-hook=find {} -maxdepth 1 -name '*.deb' -exec cp -t "$1/var/cache/apt/archives" {{}} +"#,
-            quoted(&archives.display().to_string())
-        ))
-        .arg("--aptopt=APT::Install-Recommends \"false\"")
-        .arg("--aptopt=APT::Sandbox::User \"root\"");
+        "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
+        r#"--setup-hook=mkdir -p "$1/var/cache/apt/archives" "$1/var/lib/apt/lists""#,
+        r#"--setup-hook=find /apt/archives -maxdepth 1 -name '*.deb' -exec cp -t "$1/var/cache/apt/archives" {} +"#,
+        r#"--setup-hook=find /apt/lists -maxdepth 1 -type f ! -name lock -exec cp -p -t "$1/var/lib/apt/lists" {} +"#,
+        "--aptopt=APT::Install-Recommends \"false\"",
+        "--aptopt=APT::Sandbox::User \"root\"",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    arguments.push(format!("--architectures={}", definition.architecture));
+    arguments.push(format!("--include={}", names.join(",")));
     // The first pattern may be one that takes back what an exclusion took; dpkg's last match wins.
     for pattern in &definition.leave_out {
-        let option = match pattern.strip_prefix('!') {
+        arguments.push(match pattern.strip_prefix('!') {
             Some(kept) => format!("--dpkgopt=path-include=/{kept}"),
             None => format!("--dpkgopt=path-exclude=/{pattern}"),
-        };
-        command.arg(option);
+        });
     }
-    command.arg(definition.suite.as_deref().unwrap_or_default()).arg(sandbox.upper()).arg(apt.sources());
-    sandbox.command("bootstrapping with mmdebstrap", "mmdebstrap", "mmdebstrap", command)
+    let suite = definition.suite.clone().unwrap_or_default();
+    arguments.extend([suite, "/tree".to_owned(), "/apt/distribution.sources".to_owned()]);
+    // The base packages bring the directory of /proc, which they could not unpack onto a mount, and
+    // their scripts need what is in it. mmdebstrap has no right to mount; the shell around it has.
+    arguments.insert(
+        1,
+        r#"--extract-hook=: >"$1/.extracted"; while [ -e "$1/.extracted" ]; do sleep 0.1; done"#.to_owned(),
+    );
+    let quoted: Vec<String> = arguments.iter().map(|a| quoted(a)).collect();
+    let script = format!(
+        r#"mount --make-rshared "$ROOT"
+(
+    while [ ! -e "$ROOT/.extracted" ]; do sleep 0.1; done
+    [ -L "$ROOT/proc" ] || mount -t proc proc "$ROOT/proc"
+    rm "$ROOT/.extracted"
+) &
+beside_tree env DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true {}"#,
+        quoted.join(" ")
+    );
+    let mut view = format!("--ro-bind {} /apt --perms 0755 --tmpfs /tree/dev", apt.dir().display());
+    for node in ["null", "zero", "full", "random", "urandom", "tty"] {
+        view += &format!(" --dev-bind /dev/{node} /tree/dev/{node}");
+    }
+    sandbox.run("bootstrapping with mmdebstrap", &script, &[("BESIDE", &view)])
 }
 
 /// What a new root file system consists of, as `apt-get` takes it.
@@ -201,6 +222,7 @@ fn install(
     let wanted = wanted(definition);
     apt.download(os_status, &wanted, sandbox)?;
     let sources = sandbox.shared().join("distribution.sources");
+    // Ours and new: no link can stand here.
     fs::copy(apt.sources(), &sources).map_err(BuildError::write(&sources))?;
     let arguments: Vec<String> = wanted.iter().map(|w| quoted(w)).collect();
     let script = format!("set -- {}\n{INSTALL}", arguments.join(" "));
@@ -210,28 +232,28 @@ fn install(
 
 fn unpack(sandbox: &Sandbox, apt: &Apt, packages: &Packages) -> Result<Unpacked, BuildError> {
     let mut unpacked = Unpacked::default();
+    let all = sandbox.path("unpacked");
+    super::make_dir(&all)?;
+    let mut script = String::new();
     for (name, version) in packages {
-        let downloads = apt.archives().join("single").join(format!("{name}={version}"));
-        let mut debs = debs_in(&downloads);
-        if debs.is_empty() {
-            apt.download_only(&[format!("{name}={version}")], &downloads, sandbox)?;
-            debs = debs_in(&downloads);
-        }
-        let dir = sandbox.path("unpacked").join(name);
-        fs::create_dir_all(&dir).map_err(BuildError::write(&dir))?;
+        let debs = apt.single(&format!("{name}={version}"), sandbox)?;
         for deb in debs {
-            let mut command = Command::new("dpkg-deb");
-            command.arg("--extract").arg(deb).arg(&dir);
-            sandbox.command(&format!("unpacking {name}"), "dpkg-deb", "dpkg", command)?;
+            let inside = deb.strip_prefix(apt.dir()).unwrap_or(&deb).display().to_string();
+            script += &format!(
+                "mkdir -p -- /unpacked/{0}\ndpkg-deb --extract {1} /unpacked/{0}\n",
+                quoted(name),
+                quoted(&format!("/apt/{inside}"))
+            );
         }
-        unpacked.dirs.push((name.clone(), dir));
+        unpacked.dirs.push((name.clone(), all.join(name)));
     }
+    if script.is_empty() {
+        return Ok(unpacked);
+    }
+    let view = format!("--ro-bind {} /apt --bind {} /unpacked", apt.dir().display(), all.display());
+    let script = format!("beside_tree /bin/sh -euc {}", quoted(&format!("umask 022\n{script}")));
+    sandbox.run("unpacking packages", &script, &[("BESIDE", &view)])?;
     Ok(unpacked)
-}
-
-fn debs_in(dir: &Path) -> Vec<PathBuf> {
-    let items = fs::read_dir(dir).into_iter().flatten().flatten().map(|i| i.path());
-    items.filter(|p| p.extension().is_some_and(|e| e == "deb")).collect()
 }
 
 /// Puts the definition's directories, files, links and initial RAM disk into the tree.
@@ -252,7 +274,7 @@ fn place(
     if !before_packages {
         for d in &definition.directories {
             script += &format!(
-                "t=$(inside {})\ninstall -d -m {:o} -o {} -g {} -- \"$t\"\n",
+                "t=$(inside {})\ndirectory \"$t\"\ninstall -d -m {:o} -o {} -g {} -- \"$t\"\n",
                 quoted(&d.path),
                 d.mode.0,
                 d.uid,
@@ -276,7 +298,7 @@ fn place(
             (None, None, None) => continue,
         };
         script += &format!(
-            "t=$(inside {})\ninstall -m {:o} -o {} -g {} -- {} \"$t\"\n",
+            "t=$(inside {})\ninstall -T -m {:o} -o {} -g {} -- {} \"$t\"\n",
             quoted(&f.path),
             f.mode.0,
             f.uid,
@@ -290,13 +312,13 @@ fn place(
         }
         if let Some(path) = make_initrd(source, unpacked, &staged)? {
             script += &format!(
-                "t=$(inside {})\ninstall -m 644 -- {} \"$t\"\n",
+                "t=$(inside {})\ninstall -T -m 644 -- {} \"$t\"\n",
                 quoted(&definition.initrd.as_ref().map(|i| i.path.clone()).unwrap_or_default()),
                 quoted(&path.display().to_string())
             );
         }
     }
-    if script.is_empty() { Ok(()) } else { sandbox.run("placing the definition's files", &script, &[]) }
+    if script.is_empty() { Ok(()) } else { sandbox.run_beside("placing the definition's files", &script) }
 }
 
 fn make_initrd(source: &Source, unpacked: &Unpacked, staged: &Path) -> Result<Option<PathBuf>, BuildError> {

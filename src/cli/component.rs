@@ -1,5 +1,6 @@
 //! `cicada component`
 
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -20,8 +21,10 @@ use super::{push, target};
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Build components from definitions and hand them to the broker (works without a broker;
-    /// needs root)
+    /// Build components from definitions and hand them to the broker (works without a broker)
+    ///
+    /// Needs no root: another user builds in a user namespace, with the ids of /etc/subuid and
+    /// /etc/subgid. Root builds only in a directory that nobody else may write to.
     ///
     /// Building happens in a repository of its own; what the broker lacks goes to it through its
     /// socket, or into its repository while it does not run.
@@ -157,6 +160,12 @@ async fn run_build(
     rebuild: bool,
     keep_failed: bool,
 ) -> Outcome {
+    let dir = place.dir(ctx)?;
+    build::check_dir(&dir).map_err(|e| build_problem(&e))?;
+    if !rustix::process::geteuid().is_root() {
+        let mut command = build::command_without_root().map_err(|e| build_problem(&e))?;
+        return Err(Problem::from_error(ProblemKind::Failed, "unshare", &command.exec()).into());
+    }
     // What would go wrong at the end is better known before minutes of work.
     drop(ctx.target().await?);
     let repository = place.repository(ctx)?;
@@ -188,9 +197,6 @@ fn event_text(event: BuildEvent) -> Option<String> {
         BuildEvent::Step { component, step } => format!("{component}: {step}"),
         BuildEvent::LeftOut { component, path, what } => {
             format!("{component}: left out {path}, which is {what}")
-        }
-        BuildEvent::StaleLists { reason } => {
-            format!("the package lists could not be fetched, those of last time are used: {reason}")
         }
         BuildEvent::Finished { component, reused: true, .. } => format!("{component}: built before"),
         BuildEvent::Finished { .. } => return None,
@@ -252,7 +258,24 @@ fn build_problem(e: &BuildError) -> Problem {
         | BuildError::UnknownSource { .. }
         | BuildError::CacheDirectory { .. } => (ProblemKind::BadRequest, ""),
         BuildError::Read { .. } => (ProblemKind::Missing, "check the path and who may read it"),
-        BuildError::NotRoot => (ProblemKind::Forbidden, "run it with sudo; the broker itself needs no root"),
+        BuildError::NotRoot => (ProblemKind::Forbidden, "run it as 'cicada component build'"),
+        BuildError::NoNamespace { next_step, .. } => (ProblemKind::Missing, next_step.as_str()),
+        BuildError::Exposed { source, .. } => {
+            let next = format!(
+                "run it as that directory's user, which needs no root, or name with --build-dir a place of \
+                 your own such as /var/cache/cicada-build; if it is yours: {}",
+                source.next_step()
+            );
+            return Problem::from_error(ProblemKind::Forbidden, "component", e).next(next);
+        }
+        BuildError::Planted { .. } => {
+            (ProblemKind::Forbidden, "find out who made it, and remove the build directory")
+        }
+        BuildError::Lists { .. } => (
+            ProblemKind::Failed,
+            "see with 'apt-get update' whether this machine reaches its archive and has the right time, then \
+             build again",
+        ),
         BuildError::ToolMissing { .. } | BuildError::NoSources { .. } => {
             (ProblemKind::Missing, "deploy/install installs what is needed")
         }

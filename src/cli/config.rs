@@ -3,6 +3,9 @@
 use clap::Subcommand;
 
 use crate::broker::problem::{Problem, ProblemKind};
+use crate::config::{Config, NetworkKind};
+use crate::hypervisor::QemuConfig;
+use crate::hypervisor::qemu::{find_passt, is_confinable};
 
 use super::context::{Context, config_problem};
 use super::printer::Outcome;
@@ -20,8 +23,13 @@ pub fn run(ctx: &Context, command: Command) -> Outcome {
     match command {
         Command::Check => {
             config.check_files().map_err(|e| config_problem(&e))?;
+            let warnings = walls(&config);
             if ctx.printer.json {
-                return ctx.printer.json_value(&serde_json::json!({ "file": config.path, "good": true }));
+                let value = serde_json::json!({ "file": config.path, "good": true, "warnings": warnings });
+                return ctx.printer.json_value(&value);
+            }
+            for warning in &warnings {
+                ctx.printer.note(format!("warning: {warning}"));
             }
             ctx.printer.line(format!("{}: good", config.path.display()))
         }
@@ -32,4 +40,22 @@ pub fn run(ctx: &Context, command: Command) -> Outcome {
             ctx.printer.line(format!("# {}\n{}", config.path.display(), text.trim_end()))
         }
     }
+}
+
+/// What of the walls around guests is missing on this host.
+fn walls(config: &Config) -> Vec<String> {
+    let mut missing = Vec::new();
+    let users = config.networks.iter().filter(|n| n.kind == NetworkKind::User);
+    let users: Vec<_> = users.map(|n| n.name.as_str()).collect();
+    if !users.is_empty() && find_passt(&QemuConfig::default()).is_none() {
+        missing.push(format!(
+            "passt was not found: guests on the networks {} reach the services of this host, and VMs of other \
+             clouds are only plugged in where foreign = true is set; install the package passt",
+            users.join(", ")
+        ));
+    }
+    if !is_confinable() {
+        missing.push("this kernel has no Landlock: a broken QEMU could read whatever the broker can".into());
+    }
+    missing
 }

@@ -30,6 +30,12 @@ const EXPECT_TIMEOUT: HumanDuration = HumanDuration::from_secs(60);
 /// With --send and --expect it does what they say, in their order, and ends. Else it connects the
 /// terminal; or, if standard input is none, sends that and prints what comes until the console
 /// closes or --timeout is over.
+///
+/// What the guest prints is escaped where a script or a file is shown (--expect, --history, no
+/// terminal): a newline and a tab stay, every other control or direction character is written as
+/// \xNN or \u{...}; --raw hands the bytes on. A terminal that is connected is the guest's: what it
+/// prints there commands the terminal, as on any serial line, and so it can do what escape
+/// sequences can. Do not connect to a guest you do not trust with a terminal you do.
 #[derive(Args)]
 pub struct Console {
     /// The VM's name or UUID
@@ -42,6 +48,9 @@ pub struct Console {
     /// Begin with what the console has printed before, from its log
     #[arg(long)]
     history: bool,
+    /// Print what the guest wrote byte by byte, escape sequences included
+    #[arg(long)]
+    raw: bool,
 }
 
 pub async fn run(ctx: &Context, args: Console) -> Outcome {
@@ -50,11 +59,18 @@ pub async fn run(ctx: &Context, args: Console) -> Outcome {
         other => return Err(unexpected(&other)),
     };
     let mut ends = Ends::open(&vm, &args.script, args.history).await?;
+    let mut screen = Screen::new(&ctx.printer, args.raw);
     if !args.script.steps.is_empty() {
         let timeout = args.timeout.unwrap_or(EXPECT_TIMEOUT).0;
-        return run_script(&ctx.printer, &vm, &mut ends, &args.script.steps, timeout).await;
+        return run_script(&mut screen, &vm, &mut ends, &args.script.steps, timeout).await;
     }
     if io::stdin().is_terminal() {
+        if !args.raw
+            && let Output::Log(log) = &mut ends.output
+        {
+            // What was printed before is history; from here on the terminal is the guest's.
+            replay(&mut screen, log).await?;
+        }
         ctx.printer.note(format!("connected to {}; Ctrl-] leaves", vm.name));
         let raw = RawMode::enter()?;
         let result = interact(&ctx.printer, &mut ends).await;
@@ -62,7 +78,92 @@ pub async fn run(ctx: &Context, args: Console) -> Outcome {
         ctx.printer.note("");
         return result;
     }
-    pipe(&ctx.printer, &mut ends, args.timeout.map(|t| t.0)).await
+    pipe(&mut screen, &mut ends, args.timeout.map(|t| t.0)).await
+}
+
+/// Prints a log up to its present end.
+async fn replay(screen: &mut Screen<'_>, log: &mut tokio::fs::File) -> Outcome {
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        let read = log.read(&mut buffer).await;
+        match read.map_err(|e| Problem::from_error(ProblemKind::Failed, "console log", &e))? {
+            0 => return screen.end(),
+            n => screen.show(&buffer[..n])?,
+        }
+    }
+}
+
+/// Standard output for what a guest wrote.
+struct Screen<'a> {
+    printer: &'a Printer,
+    raw: bool,
+    /// The beginning of a character whose rest has not come yet.
+    pending: Vec<u8>,
+}
+
+impl<'a> Screen<'a> {
+    fn new(printer: &'a Printer, raw: bool) -> Self {
+        Self { printer, raw, pending: Vec::new() }
+    }
+
+    fn show(&mut self, bytes: &[u8]) -> Outcome {
+        if self.raw {
+            return self.printer.raw(bytes);
+        }
+        self.pending.extend_from_slice(bytes);
+        let text = escape(&mut self.pending, false);
+        self.printer.raw(text.as_bytes())
+    }
+
+    /// Nothing more comes.
+    fn end(&mut self) -> Outcome {
+        let text = escape(&mut self.pending, true);
+        self.printer.raw(text.as_bytes())
+    }
+}
+
+/// Takes whole characters off `bytes` as text that commands no terminal. A carriage return before a
+/// newline, as consoles write it, goes; one alone would overwrite its line. What may be the
+/// beginning of more is left unless it is the `last`.
+fn escape(bytes: &mut Vec<u8>, last: bool) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    let mut rest = bytes.as_slice();
+    while !rest.is_empty() {
+        let head = &rest[..rest.len().min(4)];
+        let valid = match std::str::from_utf8(head) {
+            Ok(valid) => valid,
+            // The first character is whole, whatever follows.
+            Err(e) if e.valid_up_to() > 0 => {
+                std::str::from_utf8(&head[..e.valid_up_to()]).unwrap_or_default()
+            }
+            Err(e) if e.error_len().is_none() && !last => break,
+            Err(_) => "",
+        };
+        let Some(c) = valid.chars().next() else {
+            text.push_str(&format!("\\x{:02x}", rest[0]));
+            rest = &rest[1..];
+            continue;
+        };
+        match c {
+            '\r' if rest.len() == 1 && !last => break,
+            '\r' if rest.get(1) == Some(&b'\n') => {}
+            '\n' | '\t' => text.push(c),
+            c if c.is_ascii_control() => text.push_str(&format!("\\x{:02x}", c as u32)),
+            c if is_printable(c) => text.push(c),
+            c => text.extend(c.escape_unicode()),
+        }
+        rest = &rest[c.len_utf8()..];
+    }
+    let left = rest.len();
+    bytes.drain(..bytes.len() - left);
+    text
+}
+
+/// Whether a character neither commands a terminal nor hides or reorders the text around it.
+fn is_printable(c: char) -> bool {
+    !c.is_control()
+        && !matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
 #[derive(Clone, Debug)]
@@ -228,7 +329,7 @@ async fn connect(vm: &VmView) -> Result<UnixStream, Problem> {
 }
 
 async fn run_script(
-    printer: &Printer,
+    screen: &mut Screen<'_>,
     vm: &VmView,
     ends: &mut Ends,
     steps: &[Step],
@@ -244,7 +345,7 @@ async fn run_script(
                 .map_err(|e| Problem::from_error(ProblemKind::Failed, object.clone(), &e))?,
             Step::Expect(pattern, text) => {
                 let deadline = Instant::now() + timeout;
-                if !expect(printer, ends, &mut seen, pattern, deadline, &object).await? {
+                if !expect(screen, ends, &mut seen, pattern, deadline, &object).await? {
                     let reason = format!("'{text}' was not seen within {}", HumanDuration(timeout));
                     return Err(Problem::new(ProblemKind::Refused, object, reason)
                         .next(format!("all it printed is in {}", vm.console_log))
@@ -253,12 +354,12 @@ async fn run_script(
             }
         }
     }
-    Ok(())
+    if screen.printer.quiet { Ok(()) } else { screen.end() }
 }
 
 /// Prints output until `pattern` is in it. `seen` holds what came after the last match.
 async fn expect(
-    printer: &Printer,
+    screen: &mut Screen<'_>,
     ends: &mut Ends,
     seen: &mut Vec<u8>,
     pattern: &Regex,
@@ -279,7 +380,9 @@ async fn expect(
         if n == 0 {
             return Ok(false);
         }
-        show(printer, &buffer[..n])?;
+        if !screen.printer.quiet {
+            screen.show(&buffer[..n])?;
+        }
         seen.extend_from_slice(&buffer[..n]);
         let excess = seen.len().saturating_sub(SEARCHED_BYTES_MAX);
         seen.drain(..excess);
@@ -310,7 +413,7 @@ async fn interact(printer: &Printer, ends: &mut Ends) -> Outcome {
 }
 
 /// Standard input to the console, and its output to standard output.
-async fn pipe(printer: &Printer, ends: &mut Ends, timeout: Option<Duration>) -> Outcome {
+async fn pipe(screen: &mut Screen<'_>, ends: &mut Ends, timeout: Option<Duration>) -> Outcome {
     let failed = |e: io::Error| Problem::from_error(ProblemKind::Failed, "console", &e);
     let mut stdin = tokio::io::stdin();
     let (mut given, mut printed) = (vec![0; 16 << 10], vec![0; 16 << 10]);
@@ -330,16 +433,12 @@ async fn pipe(printer: &Printer, ends: &mut Ends, timeout: Option<Duration>) -> 
                 ends.send(&given[..n]).await.map_err(failed)?;
             }
             n = ends.output.read(&mut printed) => match n.map_err(failed)? {
-                0 => return Ok(()),
-                n => printer.raw(&printed[..n])?,
+                0 => return screen.end(),
+                n => screen.show(&printed[..n])?,
             },
-            () = &mut over => return Ok(()),
+            () = &mut over => return screen.end(),
         }
     }
-}
-
-fn show(printer: &Printer, bytes: &[u8]) -> Outcome {
-    if printer.quiet { Ok(()) } else { printer.raw(bytes) }
 }
 
 /// The terminal hands on every key at once while this lives.
@@ -373,6 +472,29 @@ mod tests {
         assert_eq!(unescape(r"a\n\x41\\\eé").unwrap(), "a\nA\\\u{1b}é".as_bytes());
         for bad in [r"\q", r"\x4", r"\xzz", r"\"] {
             assert!(unescape(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_a_guest_printed_commands_no_terminal() {
+        let whole = |bytes: &[u8]| {
+            let mut left = bytes.to_vec();
+            let text = escape(&mut left, true);
+            assert!(left.is_empty());
+            text
+        };
+        assert_eq!(whole("login: né\r\n\tok".as_bytes()), "login: né\n\tok");
+        assert_eq!(whole(b"\x1b[2J\x1b]52;c;eA==\x07"), r"\x1b[2J\x1b]52;c;eA==\x07");
+        assert_eq!(whole(b"good\rbad \x08\x7f \xff\xc3"), r"good\x0dbad \x08\x7f \xff\xc3");
+        assert_eq!(whole("\u{9b}2J \u{202e}txt\u{200b}".as_bytes()), r"\u{9b}2J \u{202e}txt\u{200b}");
+        // However the bytes are cut, the text is the same.
+        let bytes = "a\u{9b}é\r\n\u{1f600}\r".as_bytes();
+        for cut in 0..bytes.len() {
+            let mut pending = bytes[..cut].to_vec();
+            let mut text = escape(&mut pending, false);
+            pending.extend_from_slice(&bytes[cut..]);
+            text += &escape(&mut pending, true);
+            assert_eq!(text, whole(bytes), "cut at {cut}");
         }
     }
 

@@ -122,7 +122,7 @@ impl Context {
 pub fn config_problem(e: &ConfigError) -> Problem {
     let kind = match e {
         ConfigError::NotFound { .. } | ConfigError::Read { .. } => ProblemKind::Missing,
-        ConfigError::Exposed { .. } | ConfigError::Writable { .. } => ProblemKind::Forbidden,
+        ConfigError::Exposed { .. } | ConfigError::Replaceable { .. } => ProblemKind::Forbidden,
         ConfigError::Write { .. } => ProblemKind::Failed,
         ConfigError::Syntax { .. } | ConfigError::Field { .. } | ConfigError::Secret { .. } => {
             ProblemKind::BadRequest

@@ -34,6 +34,8 @@ pub fn man(ctx: &Context, args: &Man) -> Outcome {
         Problem::from_error(ProblemKind::Failed, format!("directory {}", args.dir.display()), &e)
     };
     std::fs::create_dir_all(&args.dir).map_err(failed)?;
+    // Manual pages are for everybody.
+    rustix::process::umask(rustix::fs::Mode::WGRP | rustix::fs::Mode::WOTH);
     clap_mangen::generate_to(Cli::command(), &args.dir).map_err(failed)?;
     ctx.printer.note(format!("manual pages written to {}", args.dir.display()));
     Ok(())

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::broker::interface::{MemberView, Message, Reply, Request, StatusView};
+use crate::broker::interface::{MemberView, Message, Predecessor, Reply, Request, StatusView};
 use crate::federation::MemberPolicy;
 use crate::types::PublicKey;
 
@@ -89,6 +89,12 @@ fn print_members(printer: &Printer, reply: Reply) -> Outcome {
             printer.note(distrust(m, &key));
         }
     }
+    for m in members.iter().filter(|m| !m.outdated_pin.is_empty()) {
+        printer.note(format!(
+            "trust.pinned in the configuration names the key {} of {}, which gave way to another; write that one there (members --verbose shows it)",
+            m.outdated_pin, m.jid
+        ));
+    }
     for m in members.iter().filter(|m| !m.refused.is_empty()) {
         printer.note(format!("refused to {}: {}", m.jid, counts(&m.refused)));
     }
@@ -104,6 +110,14 @@ fn distrust(m: &MemberView, key: &PublicKey) -> String {
             "{} shows the key {shown}, but {} is pinned: it was set up anew, or somebody else uses its account. {next}",
             m.jid, m.pinned_fingerprint
         ),
+        "superseded" => format!(
+            "{} shows the key {shown}, which gave way to {}: it was restored from an old backup, or somebody has its old key. It must not be trusted",
+            m.jid, m.pinned_fingerprint
+        ),
+        "forked" => format!(
+            "ALARM: {} shows the key {shown} as a second successor of a key of its; {} came first and is trusted. One of the two is a thief's. Ask its operator which one is right; if it is {shown}: cicada identity trust {} {key}; if in doubt: cicada identity revoke {}",
+            m.jid, m.pinned_fingerprint, m.jid, m.jid
+        ),
         "revoked" => format!("{} shows the key {shown}; its trust was revoked. {next}", m.jid),
         _ => format!("{} shows the key {shown}, which is not trusted. {next}", m.jid),
     }
@@ -116,6 +130,7 @@ fn details(printer: &Printer, m: &MemberView) -> Outcome {
             ("member", m.jid.to_string()),
             ("key", m.key.map(|k| k.to_string()).unwrap_or_default()),
             ("fingerprint", m.fingerprint.clone()),
+            ("earlier keys", earlier_keys(m)),
             ("software", m.software.clone()),
             ("features", m.features.join(", ")),
             ("power", m.power.clone()),
@@ -127,6 +142,12 @@ fn details(printer: &Printer, m: &MemberView) -> Outcome {
             ("last seen", ago(m.last_seen)),
         ],
     )
+}
+
+/// The keys that the believed one followed, the newest last.
+fn earlier_keys(m: &MemberView) -> String {
+    let one = |p: &Predecessor| format!("{} until {}", p.fingerprint, p.until);
+    m.predecessors.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
 /// What a member may do here.

@@ -161,10 +161,15 @@ enum Command {
     Completions(generate::Completions),
     /// Write the manual pages (without a broker)
     Man(generate::Man),
+    /// Links a guest's network card, on standard input, to the outside by passt; the broker starts it
+    #[command(hide = true)]
+    GuestLink { passt: PathBuf },
 }
 
 /// Parses the process's arguments, runs the command and returns its exit code.
 pub fn run() -> ExitCode {
+    // Before anything is made: what a cloud keeps is nobody else's to read, whatever the shell set.
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let Cli { globals, command } = Cli::parse();
     let printer = Printer::new(globals.color, globals.json, globals.quiet, globals.verbose);
     match execute(globals, command, printer.clone()) {
@@ -216,6 +221,8 @@ async fn dispatch(ctx: Context, command: Command) -> Outcome {
         Command::Bench(b) => bench::run(&ctx, &b),
         Command::Completions(c) => generate::completions(&ctx, &c),
         Command::Man(c) => generate::man(&ctx, &c),
+        Command::GuestLink { passt } => crate::hypervisor::qemu::link::run(&passt)
+            .map_err(|e| Problem::from_error(ProblemKind::Failed, "guest-link", &e).into()),
     }
 }
 

@@ -12,11 +12,12 @@ use crate::broker::interface::{Reply, Request};
 use crate::broker::problem::{Problem, ProblemKind, chain};
 use crate::broker::records::Records;
 use crate::clock::UnixMillis;
-use crate::config::{identity_path, load_or_create_identity};
+use crate::config::{identity_path, load_identity};
 use crate::durable;
+use crate::federation::{Keyring, Revoked};
 use crate::migration::evidence::{Evidence, FILE_BYTES_MAX, Kind};
 use crate::migration::handover::{HandOver, HandOverError};
-use crate::types::{MapId, MemberJid, MigrationId, PublicKey, RecipeId, VmId};
+use crate::types::{MapId, MemberJid, MigrationId, PublicKey, RecipeId, Successions, VmId};
 
 use super::context::Context;
 use super::printer::{Outcome, Printer, unexpected};
@@ -48,6 +49,8 @@ enum Vouched {
     Given,
     /// The configuration, or an operator with 'cicada identity trust'.
     Trusted,
+    /// As before, of a key that followed this one.
+    TrustedSince,
     /// Nobody but the record itself.
     Nobody,
 }
@@ -94,10 +97,16 @@ pub fn run(ctx: &Context, command: Command) -> Outcome {
     })?;
     let trusted = trusted(ctx);
     let party = |what: &str, jid: &MemberJid, key: PublicKey, given: Option<PublicKey>| {
-        let known = given.map(|k| (k, Vouched::Given));
-        let (expected, vouched) =
-            known.or_else(|| Some((*trusted.get(jid)?, Vouched::Trusted))).unwrap_or((key, Vouched::Nobody));
-        if expected != key {
+        let known = trusted.get(jid);
+        let (expected, vouched) = match (given, known) {
+            (Some(given), _) => (given, Vouched::Given),
+            (None, Some(known)) => (known.key, Vouched::Trusted),
+            (None, None) => (key, Vouched::Nobody),
+        };
+        // A record stays what it is when the key that signed it gives way to another.
+        let earlier = known.is_some_and(|k| k.successions.leads(&key, &expected));
+        let vouched = if expected != key && earlier { Vouched::TrustedSince } else { vouched };
+        if expected != key && !earlier {
             let reason = format!(
                 "the {what} {jid} signed it with the key {}, which is not {}: {}",
                 key.fingerprint(),
@@ -147,8 +156,14 @@ fn read(file: &Path, object: &str) -> Result<Vec<u8>, Problem> {
     Ok(bytes)
 }
 
+/// A key that is trusted here, and how it came to be its member's.
+struct Known {
+    key: PublicKey,
+    successions: Successions,
+}
+
 /// The keys the operator of this machine trusts: its cloud's own, pinned ones, confirmed ones.
-fn trusted(ctx: &Context) -> BTreeMap<MemberJid, PublicKey> {
+fn trusted(ctx: &Context) -> BTreeMap<MemberJid, Known> {
     let config = match ctx.config() {
         Ok(config) => config,
         Err(p) if p.kind == ProblemKind::Missing => return BTreeMap::new(),
@@ -157,15 +172,24 @@ fn trusted(ctx: &Context) -> BTreeMap<MemberJid, PublicKey> {
             return BTreeMap::new();
         }
     };
-    let mut keys = Records::trust_in(&config.cloud.data_dir).unwrap_or_else(|e| {
+    let kept = Records::trust_in(&config.cloud.data_dir).unwrap_or_else(|e| {
         ctx.printer.note(format!("confirmed keys are not used: {}", chain(&e)));
         BTreeMap::new()
     });
-    keys.extend(config.trust.pinned.iter().map(|p| (p.jid.clone(), p.key)));
+    let pinned: BTreeMap<_, _> = config.trust.pinned.iter().map(|p| (p.jid.clone(), p.key)).collect();
+    let ring = Keyring::new(pinned.clone(), kept.clone(), Revoked::default(), false);
+    let known = |jid: &MemberJid| {
+        let successions = kept.get(jid).map(|k| k.successions.clone()).unwrap_or_default();
+        Some((jid.clone(), Known { key: ring.trusted(jid)?, successions }))
+    };
+    let mut keys: BTreeMap<_, _> = kept.keys().chain(pinned.keys()).filter_map(known).collect();
     // Only looked at: a key that is not there is not made.
     if identity_path(&config.cloud.data_dir).exists() {
-        match load_or_create_identity(&config.cloud.data_dir) {
-            Ok(key) => drop(keys.insert(config.xmpp.jid.clone(), key.public())),
+        match load_identity(&config.cloud.data_dir) {
+            Ok(own) => {
+                let known = Known { key: own.key.public(), successions: own.successions };
+                keys.insert(config.xmpp.jid.clone(), known);
+            }
             Err(e) => ctx.printer.note(format!("this cloud's own key is not used: {}", chain(&e))),
         }
     }
@@ -186,6 +210,7 @@ fn print(printer: &Printer, v: Verified) -> Outcome {
         let vouched = match p.vouched {
             Vouched::Given => printer.good("the key given"),
             Vouched::Trusted => printer.good("a key trusted here"),
+            Vouched::TrustedSince => printer.good("an earlier key of one trusted here"),
             Vouched::Nobody => printer.bad("a key NOT KNOWN here, named by the record alone"),
         };
         format!("{}, key {} ({}), {vouched}", p.jid, p.key, p.fingerprint)

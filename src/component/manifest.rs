@@ -406,6 +406,19 @@ impl Manifest {
                     format!("{} is the root, has a bad mode or is an entry too", show(&f.path)),
                 ));
             }
+            // As with entries, nothing may be reached through a link. Directories may be the base's.
+            let is_fragment =
+                |path: &[u8]| self.fragments.binary_search_by(|f| path_order(&f.path, path)).is_ok();
+            let mut above = parent_of(&f.path);
+            while let Some(path) = above.filter(|p| !p.is_empty()) {
+                if find(path).is_some_and(|e| e.kind != EntryKind::Directory) || is_fragment(path) {
+                    return Err(invalid(
+                        "fragment",
+                        format!("{} lies below what is no directory", show(&f.path)),
+                    ));
+                }
+                above = parent_of(path);
+            }
             if !f.records.is_sorted_by(|a, b| a.0 < b.0) {
                 return Err(invalid("fragment", format!("records of {} not sorted by key", show(&f.path))));
             }
@@ -645,7 +658,7 @@ mod tests {
     #[test]
     fn hostile_manifests_are_refused_by_name() {
         type Spoil = fn(&mut Manifest);
-        let table: [(&str, Spoil); 12] = [
+        let table: [(&str, Spoil); 16] = [
             ("traversal", |m| m.entries[6].path = b"../x".to_vec()),
             ("absolute", |m| m.entries[6].path = b"/x".to_vec()),
             ("duplicate", |m| m.entries[6] = m.entries[5].clone()),
@@ -658,6 +671,13 @@ mod tests {
             ("bad name", |m| m.name = "../redis".into()),
             ("mode", |m| m.entries[0].meta.mode = 0o17777),
             ("fragment and entry", |m| m.fragments[0].path = b"a".to_vec()),
+            ("fragment below a link", |m| m.fragments[0].path = b"a-b/passwd".to_vec()),
+            ("fragment far below a link", |m| m.fragments[0].path = b"a-b/x/y/passwd".to_vec()),
+            ("fragment below a removal", |m| m.fragments[0].path = b"gone/passwd".to_vec()),
+            ("fragment below a fragment", |m| {
+                let below = Fragment { path: b"etc/passwd/x".to_vec(), ..m.fragments[0].clone() };
+                m.fragments.push(below);
+            }),
         ];
         for (what, spoil) in table {
             let mut m = sample();

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::path_owner::Exposure;
+
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("there is none at {}", paths(searched))]
@@ -20,8 +22,9 @@ pub enum ConfigError {
     Field { origin: String, field: String, reason: String, next_step: String },
     #[error("can be read by others (mode {mode:03o})")]
     Exposed { path: PathBuf, mode: u32 },
-    #[error("can be written to by others (mode {mode:03o})")]
-    Writable { path: PathBuf, mode: u32 },
+    /// Somebody else could put another file or directory in its place.
+    #[error("is not safe from other users: {exposure}")]
+    Replaceable { path: PathBuf, exposure: Exposure },
     #[error("{reason}")]
     Secret { path: PathBuf, reason: &'static str, next_step: &'static str },
     #[error("cannot be written")]
@@ -57,7 +60,7 @@ impl ConfigError {
             | Self::Read { path, .. }
             | Self::Write { path, .. }
             | Self::Exposed { path, .. }
-            | Self::Writable { path, .. }
+            | Self::Replaceable { path, .. }
             | Self::Secret { path, .. } => path.display().to_string(),
             Self::Field { origin, field, .. } if field.is_empty() => origin.clone(),
             Self::Field { origin, field, .. } => format!("{field} in {origin}"),
@@ -73,7 +76,7 @@ impl ConfigError {
             Self::Syntax { .. } => super::SAMPLE.into(),
             Self::Field { next_step, .. } => next_step.clone(),
             Self::Exposed { path, .. } => format!("chmod 600 {}", path.display()),
-            Self::Writable { path, .. } => format!("chmod go-w {}", path.display()),
+            Self::Replaceable { exposure, .. } => exposure.next_step(),
             Self::Secret { next_step, .. } => (*next_step).into(),
             Self::Write { .. } => "check the directory, its owner and the room on its disk".into(),
         }

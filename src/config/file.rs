@@ -78,6 +78,12 @@ pub struct Xmpp {
     /// PEM certificates to trust instead of the system's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
+    /// The oldest TLS that is spoken with the server.
+    #[serde(default)]
+    pub tls_min: TlsVersion,
+    /// Whether the login must be bound to the TLS connection.
+    #[serde(default)]
+    pub channel_binding: ChannelBinding,
     /// The federation's room, `room@conference.domain`.
     pub room: String,
 }
@@ -93,6 +99,27 @@ words! {
         Starttls = "starttls",
         /// No TLS; only to a server on this machine.
         Plain = "plain",
+    }
+}
+
+words! {
+    #[derive(Default)]
+    pub enum TlsVersion {
+        V1_2 = "1.2",
+        #[default]
+        V1_3 = "1.3",
+    }
+}
+
+words! {
+    /// Whether a login that somebody between us and the server relays fails (RFC 5802, RFC 9266).
+    #[derive(Default)]
+    pub enum ChannelBinding {
+        /// Where the server offers it; a server that then fails it is logged in to without.
+        #[default]
+        Prefer = "prefer",
+        /// No login without. Needs TLS 1.3 and a server that offers SCRAM-…-PLUS with `tls-exporter`.
+        Require = "require",
     }
 }
 
@@ -168,11 +195,16 @@ pub struct Network {
     /// The bridge of this host, with kind `bridge`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bridge: Option<String>,
+    /// Whether VMs that come from other clouds are plugged in even where their guests then reach the
+    /// services of this host: kind `user` without passt. Networks that are isolated need no leave.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub foreign: bool,
 }
 
 words! {
     pub enum NetworkWord {
-        /// Address translation inside the hypervisor; outgoing connections only, no privileges needed.
+        /// Address translation, outgoing connections only, no privileges needed: by passt, and not to this
+        /// host; without passt by QEMU itself, and to this host's own services, too.
         User = "user",
         /// A bridge of this host.
         Bridge = "bridge",

@@ -6,6 +6,7 @@
 
 mod error;
 pub mod file;
+mod identity;
 mod members;
 pub mod secrets;
 mod value;
@@ -22,8 +23,11 @@ use crate::federation::MemberPolicy;
 use crate::types::{ByteSize, MemberJid};
 
 pub use error::ConfigError;
-pub use file::{Accelerator, AcceptFrom, Cloud, DriverKind, Pin, Security, Trust};
-pub use secrets::{Password, identity_path, load_or_create_identity, private_dir};
+pub use file::{
+    Accelerator, AcceptFrom, ChannelBinding, Cloud, DriverKind, Pin, Security, TlsVersion, Trust,
+};
+pub use identity::{Identity, identity_path, load_identity, load_or_create_identity, rotate_identity};
+pub use secrets::{Password, private_dir, unreplaceable};
 pub use value::{HumanDuration, Rate};
 
 use error::nearest;
@@ -67,6 +71,8 @@ pub struct Xmpp {
     pub server: Option<(String, u16)>,
     pub security: Security,
     pub ca_file: Option<PathBuf>,
+    pub tls_min: TlsVersion,
+    pub channel_binding: ChannelBinding,
     /// The room's bare JID.
     pub room: String,
 }
@@ -97,6 +103,8 @@ pub struct Hypervisor {
 pub struct Network {
     pub name: String,
     pub kind: NetworkKind,
+    /// See [`file::Network::foreign`].
+    pub foreign: bool,
 }
 
 /// How a network is reached from this host. `Display` is the word other clouds see.
@@ -167,12 +175,22 @@ impl Config {
 
     /// Checks what the broker will need from this machine beyond the file itself.
     pub fn check_files(&self) -> Result<(), ConfigError> {
+        self.check_owners()?;
         self.xmpp.password()?;
         let named = [&self.xmpp.ca_file, &self.hypervisor.firmware_code, &self.hypervisor.firmware_vars];
         for path in named.into_iter().flatten() {
             std::fs::File::open(path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
         }
         Ok(())
+    }
+
+    /// Refuses places that another user of this machine could put something else in.
+    pub fn check_owners(&self) -> Result<(), ConfigError> {
+        for path in [&self.path, &self.cloud.data_dir, &self.repository.dir] {
+            unreplaceable(path)?;
+        }
+        // A socket's own mode is set when it is made.
+        unreplaceable(self.api.socket.parent().unwrap_or(&self.api.socket))
     }
 
     /// What a member may do here: its own `[[member]]`, and the settings for all for the rest.
@@ -383,6 +401,8 @@ fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigE
             server,
             security: f.xmpp.security,
             ca_file: f.xmpp.ca_file,
+            tls_min: f.xmpp.tls_min,
+            channel_binding: f.xmpp.channel_binding,
             room: f.xmpp.room,
         },
         transfer: Transfer {
@@ -501,6 +521,17 @@ fn check_xmpp(file: &mut File, host: Option<&str>) -> Result<(), ConfigError> {
                 .next("use \"direct-tls\" or \"starttls\"; \"plain\" is for a server on this machine only"));
         }
     }
+    if file.xmpp.channel_binding == ChannelBinding::Require {
+        if file.xmpp.security == Security::Plain {
+            let reason = "\"require\" needs TLS, and xmpp.security is \"plain\"";
+            return Err(ConfigError::field("xmpp.channel_binding", reason)
+                .next("use \"direct-tls\" or \"starttls\", or \"prefer\" here"));
+        }
+        if file.xmpp.tls_min == TlsVersion::V1_2 {
+            let reason = "\"1.2\" allows what xmpp.channel_binding = \"require\" cannot be bound to";
+            return Err(ConfigError::field("xmpp.tls_min", reason).next("leave xmpp.tls_min out"));
+        }
+    }
     Ok(())
 }
 
@@ -536,7 +567,8 @@ fn check_limits(file: &File) -> Result<(), ConfigError> {
 
 fn networks(file: &mut File) -> Result<Vec<Network>, ConfigError> {
     if file.network.is_empty() {
-        let default = file::Network { name: "default".into(), kind: NetworkWord::User, bridge: None };
+        let default =
+            file::Network { name: "default".into(), kind: NetworkWord::User, bridge: None, foreign: false };
         file.network.push(default);
     }
     let mut networks: Vec<Network> = Vec::new();
@@ -558,7 +590,7 @@ fn networks(file: &mut File) -> Result<Vec<Network>, ConfigError> {
             (NetworkWord::Bridge, _) => return wrong(format!("'{}' needs bridge = \"NAME\"", n.name)),
             (_, Some(_)) => return wrong(format!("'{}' names a bridge but its kind is another", n.name)),
         };
-        networks.push(Network { name: n.name.clone(), kind });
+        networks.push(Network { name: n.name.clone(), kind, foreign: n.foreign });
     }
     Ok(networks)
 }

@@ -1,16 +1,13 @@
-//! Files only the broker's user may read: the account's password and the identity key.
+//! Files only the broker's user may read: the account's password, and what [`super::identity`] keeps.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use zeroize::Zeroizing;
 
-use crate::durable;
-use crate::types::IdentityKey;
+use crate::path_owner::{self, PathError};
 
 use super::error::ConfigError;
 
@@ -45,59 +42,29 @@ pub fn read_password(path: &Path) -> Result<Password, ConfigError> {
     }
 }
 
-/// Where the identity key lies: base64 of its 32 secret bytes and a line end.
-pub fn identity_path(data_dir: &Path) -> PathBuf {
-    data_dir.join("identity.key")
-}
-
-/// The cloud's identity key; made at the first call, with the data directory if it is not there.
-pub fn load_or_create_identity(data_dir: &Path) -> Result<IdentityKey, ConfigError> {
-    let path = identity_path(data_dir);
-    match read_secret(&path) {
-        Ok(text) => parse_identity(&path, &text),
-        Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            create_identity(data_dir, &path)
-        }
-        Err(e) => Err(e),
-    }
-}
-
-fn create_identity(data_dir: &Path, path: &Path) -> Result<IdentityKey, ConfigError> {
+/// Makes a directory for its owner only. One that is there is left as it is, unless others own it or
+/// may write to it, or to a directory above it: they could put another key or another VM's record
+/// into it.
+pub fn private_dir(path: &Path) -> Result<(), ConfigError> {
+    unreplaceable(path)?;
     let failed = |source| ConfigError::Write { path: path.to_owned(), source };
-    private_dir(data_dir)?;
-    let mut secret = Zeroizing::new([0; 32]);
-    getrandom::fill(&mut *secret).map_err(|e| failed(io::Error::other(e)))?;
-    let mut text = Zeroizing::new(BASE64.encode(*secret));
-    text.push('\n');
-    durable::write_secret(path, text.as_bytes()).map_err(failed)?;
-    Ok(IdentityKey::from_secret_bytes(&secret))
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
+    unreplaceable(path)
 }
 
-fn parse_identity(path: &Path, text: &str) -> Result<IdentityKey, ConfigError> {
-    let bytes = BASE64.decode(text.trim()).map(Zeroizing::new).ok();
-    let secret = bytes.as_ref().and_then(|b| <&[u8; 32]>::try_from(b.as_slice()).ok());
-    secret.map(IdentityKey::from_secret_bytes).ok_or_else(|| ConfigError::Secret {
-        path: path.to_owned(),
-        reason: "is not an identity key: base64 of 32 bytes expected",
-        next_step: "restore it from a backup; with a new key the other members must trust this cloud anew",
+/// Refuses a path that another user could put something else in the place of, now or once it is
+/// made: each directory and link on the way belongs to this user or root and is closed to others.
+pub fn unreplaceable(path: &Path) -> Result<(), ConfigError> {
+    path_owner::check(path, rustix::process::geteuid().as_raw()).map_err(|e| match e {
+        PathError::Read { path, source } => ConfigError::Read { path, source },
+        PathError::Exposed(exposure) => ConfigError::Replaceable { path: path.to_owned(), exposure },
     })
 }
 
-/// Makes a directory for its owner only. One that is there is left as it is, unless others may write
-/// to it: they could put another key or another VM's record into it.
-pub fn private_dir(path: &Path) -> Result<(), ConfigError> {
-    let failed = |source| ConfigError::Write { path: path.to_owned(), source };
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
-    let mode = fs::metadata(path).map_err(failed)?.permissions().mode() & 0o777;
-    if mode & 0o022 != 0 {
-        return Err(ConfigError::Writable { path: path.to_owned(), mode });
-    }
-    Ok(())
-}
-
-fn read_secret(path: &Path) -> Result<Zeroizing<String>, ConfigError> {
+pub(super) fn read_secret(path: &Path) -> Result<Zeroizing<String>, ConfigError> {
     let failed = |source| ConfigError::Read { path: path.to_owned(), source };
     let file = File::open(path).map_err(failed)?;
+    unreplaceable(path.parent().unwrap_or(path))?;
     let metadata = file.metadata().map_err(failed)?;
     let mode = metadata.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
@@ -125,6 +92,7 @@ fn check_owner(path: &Path, owner: u32, ourselves: u32) -> Result<(), ConfigErro
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::PathBuf;
 
     fn file(mode: u32, content: &str) -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
@@ -164,31 +132,37 @@ mod tests {
     }
 
     #[test]
-    fn the_data_directory_is_private_and_nobody_else_may_write_to_it() {
+    fn a_directory_above_that_others_may_write_to_is_refused_by_name() {
         let dir = tempfile::tempdir().unwrap();
-        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        let data = dir.path().join("a/b");
-        load_or_create_identity(&data).unwrap();
-        assert_eq!((mode(&data), mode(&identity_path(&data))), (0o700, 0o600));
-        fs::set_permissions(&data, fs::Permissions::from_mode(0o755)).unwrap();
-        private_dir(&data).unwrap();
-        fs::set_permissions(&data, fs::Permissions::from_mode(0o775)).unwrap();
-        let e = private_dir(&data).unwrap_err();
-        assert_eq!(e.next_step(), format!("chmod go-w {}", data.display()));
+        let above = dir.path().join("above");
+        let secret = above.join("keys/secret");
+        fs::create_dir_all(secret.parent().unwrap()).unwrap();
+        durable::write_secret(&secret, b"s3cret\n").unwrap();
+        read_password(&secret).unwrap();
+        fs::set_permissions(&above, fs::Permissions::from_mode(0o777)).unwrap();
+        for refused in [
+            read_password(&secret).unwrap_err(),
+            private_dir(&above.join("data")).unwrap_err(),
+            unreplaceable(&above.join("run/cicada.sock")).unwrap_err(),
+        ] {
+            assert_eq!(refused.next_step(), format!("chmod go-w {}", above.display()));
+            assert!(refused.to_string().contains("mode 777"), "{refused}");
+        }
+        assert!(!above.join("data").exists(), "nothing is made there");
     }
 
     #[test]
-    fn the_identity_is_made_once() {
+    fn a_directory_above_of_another_user_is_refused_by_name() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED: giving a directory to another user needs root");
+            return;
+        }
         let dir = tempfile::tempdir().unwrap();
-        let data = dir.path().join("a/b");
-        let key = load_or_create_identity(&data).unwrap();
-        assert_eq!(load_or_create_identity(&data).unwrap().public(), key.public());
-        let path = identity_path(&data);
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
-        assert!(matches!(load_or_create_identity(&data), Err(ConfigError::Exposed { .. })));
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-        fs::write(&path, "nonsense").unwrap();
-        assert!(matches!(load_or_create_identity(&data), Err(ConfigError::Secret { .. })));
-        assert_eq!(fs::read_to_string(&path).unwrap(), "nonsense", "a damaged key is never replaced");
+        let above = dir.path().join("above");
+        fs::create_dir(&above).unwrap();
+        std::os::unix::fs::chown(&above, Some(12345), Some(12345)).unwrap();
+        let e = private_dir(&above.join("data")).unwrap_err();
+        assert_eq!(e.next_step(), format!("chown -h 0 {}", above.display()));
+        assert!(e.to_string().contains("belongs to user 12345 (mode 755)"), "{e}");
     }
 }

@@ -108,11 +108,29 @@ fn defaults_are_filled_in_and_paths_absolute() {
     assert_eq!(c.api.socket, data.join("cicada.sock"));
     assert_eq!(c.xmpp.password_file, place.dir.path().join("password"));
     assert_eq!(c.xmpp.security, Security::DirectTls);
+    assert_eq!((c.xmpp.tls_min, c.xmpp.channel_binding), (TlsVersion::V1_3, ChannelBinding::Prefer));
     assert_eq!(c.transfer.listen.port(), 7420);
-    assert_eq!(c.networks, [Network { name: "default".into(), kind: NetworkKind::User }]);
+    assert_eq!(c.networks, [Network { name: "default".into(), kind: NetworkKind::User, foreign: false }]);
     assert_eq!(c.migration.grace_period, Duration::from_secs(86_400));
     assert!(c.migration.accept_from.accepts(&"x@y".parse().unwrap()));
     assert!(c.hypervisor.cpus > 0 && c.hypervisor.memory > ByteSize::mib(64));
+}
+
+#[test]
+fn a_login_that_must_be_bound_has_something_to_be_bound_to() {
+    let place = Place::new(GOOD);
+    let of = |flags: &[(&str, &str)]| place.load(&[], flags).map_err(|e| complaint(&place, &e));
+    let c = of(&[("xmpp.channel_binding", "require")]).unwrap();
+    assert_eq!(c.xmpp.channel_binding, ChannelBinding::Require);
+    assert_eq!(of(&[("xmpp.tls_min", "1.2")]).unwrap().xmpp.tls_min, TlsVersion::V1_2);
+    let e = of(&[("xmpp.channel_binding", "require"), ("xmpp.tls_min", "1.2")]).unwrap_err();
+    assert!(e.contains("xmpp.tls_min") && e.contains("leave xmpp.tls_min out"), "{e}");
+    let plain =
+        [("xmpp.security", "plain"), ("xmpp.server", "127.0.0.1:5222"), ("xmpp.channel_binding", "require")];
+    let e = of(&plain).unwrap_err();
+    assert!(e.contains("xmpp.channel_binding") && e.contains("needs TLS"), "{e}");
+    let e = of(&[("xmpp.tls_min", "1.1")]).unwrap_err();
+    assert!(e.contains("'1.1' is not possible"), "{e}");
 }
 
 #[test]

@@ -1,16 +1,16 @@
 //! Who is in the federation, what they offer, and whether their key is trusted.
 //!
 //! A member is its account's bare JID, which the room's service stamps; nicks and payloads prove
-//! nothing. A key is trusted if it is pinned for that JID, in the configuration or by the
-//! operator; with trust on first use, the first key a JID shows is pinned.
+//! nothing. Whether its key is believed is [`super::trust`]'s to say.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::clock::UnixMillis;
 use crate::stanza::Cloud;
 use crate::types::{CloudName, MemberJid, PublicKey};
 
 use super::refusals::Refused;
+use super::trust::{Kept, KeyNews, Keyring, Revoked};
 
 /// Members remembered at most; beyond it those gone longest are forgotten.
 const MEMBERS_MAX: usize = 10_000;
@@ -39,6 +39,8 @@ pub struct Member {
     pub cloud: Option<Cloud>,
     /// The room's owner took it off the list.
     pub removed: bool,
+    /// The key it shows came with a second succession of a key that has a successor.
+    pub forks: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -48,6 +50,14 @@ pub enum Trust {
     Unknown,
     /// Another key than the pinned one.
     Changed {
+        pinned: PublicKey,
+    },
+    /// A key that the believed one followed.
+    Superseded {
+        by: PublicKey,
+    },
+    /// A second successor of a key of its: one of the two is a thief's.
+    Forked {
         pinned: PublicKey,
     },
     /// The operator trusts it no longer.
@@ -65,6 +75,13 @@ pub enum Distrust {
     Removed,
     #[error("shows the key {} where {} is pinned", shown.fingerprint(), pinned.fingerprint())]
     Changed { shown: PublicKey, pinned: PublicKey },
+    #[error("shows the key {}, which gave way to {}", shown.fingerprint(), by.fingerprint())]
+    Superseded { shown: PublicKey, by: PublicKey },
+    #[error(
+        "shows the key {} as a second successor where {} is trusted: one of the two is a thief's",
+        shown.fingerprint(), pinned.fingerprint()
+    )]
+    Forked { shown: PublicKey, pinned: PublicKey },
     #[error("its key {} is not confirmed", .0.fingerprint())]
     Unconfirmed(PublicKey),
     #[error("its key {} was revoked", .0.fingerprint())]
@@ -77,7 +94,9 @@ impl Distrust {
     pub fn refused(&self) -> Refused {
         match self {
             Distrust::NotSeen | Distrust::Removed => Refused::NotMember,
-            Distrust::Changed { .. } => Refused::ChangedKey,
+            Distrust::Changed { .. } | Distrust::Superseded { .. } | Distrust::Forked { .. } => {
+                Refused::ChangedKey
+            }
             Distrust::Unconfirmed(_) | Distrust::Revoked(_) | Distrust::NoKey => Refused::UntrustedKey,
         }
     }
@@ -93,13 +112,7 @@ impl Member {
 #[derive(Clone, Debug)]
 pub struct Members {
     members: BTreeMap<MemberJid, Member>,
-    /// From the configuration: cannot be changed at run time.
-    configured: BTreeMap<MemberJid, PublicKey>,
-    /// Confirmed by the operator, or on first use.
-    pinned: BTreeMap<MemberJid, PublicKey>,
-    /// Not to be believed on first use.
-    revoked: BTreeSet<MemberJid>,
-    trust_on_first_use: bool,
+    keys: Keyring,
     /// This cloud's own name: nobody else has it.
     own_name: Option<CloudName>,
 }
@@ -110,19 +123,12 @@ impl Members {
         pinned: BTreeMap<MemberJid, PublicKey>,
         trust_on_first_use: bool,
     ) -> Self {
-        Self {
-            members: BTreeMap::new(),
-            configured,
-            pinned,
-            revoked: BTreeSet::new(),
-            trust_on_first_use,
-            own_name: None,
-        }
+        let kept = pinned.into_iter().map(|(jid, key)| (jid, Kept::from(key))).collect();
+        Self::believing(Keyring::new(configured, kept, Revoked::default(), trust_on_first_use))
     }
 
-    /// With the members whose keys the operator revoked.
-    pub fn with_revoked(self, revoked: BTreeSet<MemberJid>) -> Self {
-        Self { revoked, ..self }
+    pub fn believing(keys: Keyring) -> Self {
+        Self { members: BTreeMap::new(), keys, own_name: None }
     }
 
     /// The members as the cloud of this name sees them.
@@ -130,8 +136,8 @@ impl Members {
         Self { own_name: Some(own_name), ..self }
     }
 
-    /// Takes in a presence; true if a key was pinned by first use and should be kept.
-    pub fn presence(&mut self, p: Presence, now: UnixMillis) -> bool {
+    /// Takes in a presence, and tells what it means for the member's key.
+    pub fn presence(&mut self, p: Presence, now: UnixMillis) -> Option<KeyNews> {
         let cloud = p.cloud.filter(|c| c.is_bounded());
         let member = self.members.entry(p.jid.clone()).or_insert_with(|| Member {
             jid: p.jid.clone(),
@@ -142,6 +148,7 @@ impl Members {
             key: None,
             cloud: None,
             removed: false,
+            forks: false,
         });
         member.last_seen = now;
         if !p.available {
@@ -149,30 +156,23 @@ impl Members {
                 member.resource = None;
                 member.since = now;
             }
-            return false;
+            return None;
         }
         // Only brokers send the payload: an operator watching the room with a chat client does not.
-        let Some(cloud) = cloud else { return false };
+        let cloud = cloud?;
         if !member.is_online() {
             member.since = now;
         }
         member.resource = Some(p.resource);
         member.removed = false;
         member.key = cloud.key.parse().ok();
-        let name = cloud.name.parse().ok();
+        let (name, proofs) = (cloud.name.parse().ok(), cloud.successions());
         member.cloud = Some(*cloud);
-        let first_use = self.trust_on_first_use
-            && !self.configured.contains_key(&p.jid)
-            && !self.pinned.contains_key(&p.jid)
-            && !self.revoked.contains(&p.jid)
-            && self.pinned.len() < MEMBERS_MAX;
-        let pinned = match member.key.filter(|_| first_use) {
-            Some(key) => self.pinned.insert(p.jid.clone(), key).is_none(),
-            None => false,
-        };
+        let news = member.key.and_then(|shown| self.keys.see(&p.jid, shown, &proofs));
+        member.forks = matches!(news, Some(KeyNews::Fork { .. }));
         self.bind_name(&p.jid, name.filter(|name| self.own_name.as_ref() != Some(name)));
         self.forget_oldest();
-        pinned
+        news
     }
 
     /// A name stays with the member that had it first, gone or not, so that nobody takes another's
@@ -207,15 +207,15 @@ impl Members {
     }
 
     pub fn trust_of(&self, jid: &MemberJid) -> Trust {
-        let offered = self.members.get(jid).and_then(|m| m.key);
-        let pinned = self.configured.get(jid).or_else(|| self.pinned.get(jid));
-        match (offered, pinned) {
-            (Some(o), Some(p)) if o == *p => Trust::Trusted,
-            (Some(_), Some(p)) => Trust::Changed { pinned: *p },
-            (Some(_), None) if self.revoked.contains(jid) => Trust::Revoked,
-            (Some(_), None) => Trust::Unknown,
-            (None, _) => Trust::NoKey,
+        match self.members.get(jid).and_then(|m| Some((m.key?, m.forks))) {
+            Some((shown, forks)) => self.keys.trust_of(jid, &shown, forks),
+            None => Trust::NoKey,
         }
+    }
+
+    /// What is believed of their keys.
+    pub fn keys(&self) -> &Keyring {
+        &self.keys
     }
 
     /// The key requests of a member must be signed with, or why it is not listened to.
@@ -226,6 +226,8 @@ impl Members {
             _ if member.removed => Err(Distrust::Removed),
             Trust::Trusted => Ok(shown),
             Trust::Changed { pinned } => Err(Distrust::Changed { shown, pinned }),
+            Trust::Superseded { by } => Err(Distrust::Superseded { shown, by }),
+            Trust::Forked { pinned } => Err(Distrust::Forked { shown, pinned }),
             Trust::Unknown => Err(Distrust::Unconfirmed(shown)),
             Trust::Revoked => Err(Distrust::Revoked(shown)),
             Trust::NoKey => Err(Distrust::NoKey),
@@ -245,49 +247,17 @@ impl Members {
 
     /// Members whose key is believed, online or not, and whether or not they were seen.
     pub fn believed(&self) -> impl Iterator<Item = &MemberJid> + '_ {
-        let all = self.configured.keys().chain(self.pinned.keys().filter(|jid| !self.configured.contains_key(jid)));
-        all.filter(|jid| !self.revoked.contains(*jid))
-            .filter(|jid| !self.members.get(*jid).is_some_and(|m| m.removed))
+        self.keys.believed().filter(|jid| !self.members.get(*jid).is_some_and(|m| m.removed))
     }
 
     /// Confirms a member's key.
     pub fn pin(&mut self, jid: &MemberJid, key: PublicKey) -> Result<(), String> {
-        match self.configured.get(jid) {
-            Some(k) if *k != key => {
-                Err(format!("the configuration pins another key for {jid}; change trust.pinned there"))
-            }
-            Some(_) => Ok(()),
-            None => {
-                self.pinned.insert(jid.clone(), key);
-                self.revoked.remove(jid);
-                Ok(())
-            }
-        }
+        self.keys.pin(jid, key)
     }
 
+    /// Believes none of a member's keys any more.
     pub fn revoke(&mut self, jid: &MemberJid) -> Result<(), String> {
-        if self.configured.contains_key(jid) {
-            return Err(format!(
-                "the configuration pins the key of {jid}; remove it from trust.pinned there"
-            ));
-        }
-        match self.pinned.remove(jid) {
-            Some(_) => {
-                self.revoked.insert(jid.clone());
-                Ok(())
-            }
-            None => Err(format!("no key of {jid} was confirmed")),
-        }
-    }
-
-    /// Keys confirmed at run time, to be kept.
-    pub fn pinned(&self) -> &BTreeMap<MemberJid, PublicKey> {
-        &self.pinned
-    }
-
-    /// Members whose keys were revoked at run time, to be kept.
-    pub fn revoked(&self) -> &BTreeSet<MemberJid> {
-        &self.revoked
+        self.keys.revoke(jid)
     }
 
     /// All that were seen, in order of their JIDs.
@@ -346,7 +316,7 @@ impl Members {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::IdentityKey;
+    use crate::types::{IdentityKey, Succession};
 
     fn key(n: u8) -> PublicKey {
         IdentityKey::from_secret_bytes(&[n; 32]).public()
@@ -398,8 +368,8 @@ mod tests {
         assert_eq!(m.trusted_keys().count(), 0);
 
         let mut m = Members::new(BTreeMap::new(), BTreeMap::new(), true);
-        assert!(m.presence(presence("a@x", "alpine", key(1)), UnixMillis(1)));
-        assert!(!m.presence(presence("a@x", "alpine", key(2)), UnixMillis(2)));
+        assert!(m.presence(presence("a@x", "alpine", key(1)), UnixMillis(1)).is_some());
+        assert!(m.presence(presence("a@x", "alpine", key(2)), UnixMillis(2)).is_none());
         assert!(matches!(m.trust_of(&jid("a@x")), Trust::Changed { .. }));
     }
 
@@ -408,25 +378,51 @@ mod tests {
         let mut m = Members::new(BTreeMap::from([(jid("a@x"), key(1))]), BTreeMap::new(), true);
         assert!(m.pin(&jid("a@x"), key(2)).is_err());
         assert!(m.revoke(&jid("a@x")).is_err());
-        assert!(!m.presence(presence("a@x", "alpine", key(2)), UnixMillis(1)));
+        assert!(m.presence(presence("a@x", "alpine", key(2)), UnixMillis(1)).is_none());
         assert!(m.trusted_key(&jid("a@x")).unwrap_err().to_string().contains("is pinned"));
     }
 
     #[test]
     fn who_was_revoked_is_not_believed_on_first_use() {
         let mut m = Members::new(BTreeMap::new(), BTreeMap::new(), true);
-        assert!(m.presence(presence("a@x", "alpine", key(1)), UnixMillis(1)));
+        assert!(m.presence(presence("a@x", "alpine", key(1)), UnixMillis(1)).is_some());
         m.revoke(&jid("a@x")).unwrap();
-        assert!(!m.presence(presence("a@x", "alpine", key(1)), UnixMillis(2)));
+        assert!(m.presence(presence("a@x", "alpine", key(1)), UnixMillis(2)).is_none());
         assert_eq!(m.trusted_key(&jid("a@x")), Err(Distrust::Revoked(key(1))));
-        let mut again =
-            Members::new(BTreeMap::new(), BTreeMap::new(), true).with_revoked(m.revoked().clone());
-        assert!(
-            !again.presence(presence("a@x", "alpine", key(1)), UnixMillis(1)),
+        let keys = m.keys();
+        let keys = Keyring::new(BTreeMap::new(), keys.kept().clone(), keys.revoked().clone(), true);
+        let mut again = Members::believing(keys);
+        assert_eq!(
+            again.presence(presence("a@x", "alpine", key(1)), UnixMillis(1)),
+            None,
             "not after a restart either"
         );
         again.pin(&jid("a@x"), key(1)).unwrap();
-        assert_eq!((again.trusted_key(&jid("a@x")), again.revoked().len()), (Ok(key(1)), 0));
+        assert_eq!((again.trusted_key(&jid("a@x")), again.keys().revoked().0.len()), (Ok(key(1)), 0));
+    }
+
+    #[test]
+    fn a_member_whose_key_gave_way_is_listened_to_by_its_new_key_alone() {
+        let secret = |n: u8| IdentityKey::from_secret_bytes(&[n; 32]);
+        let showing = |n: u8, steps: &[(u8, u8)]| {
+            let mut p = presence("a@x", "alpine", key(n));
+            let signed = steps.iter().map(|(a, b)| Succession::sign(&secret(*a), &secret(*b), UnixMillis(1)));
+            p.cloud = p.cloud.map(|c| Box::new(c.with_successions(signed)));
+            p
+        };
+        let a = jid("a@x");
+        let mut m = Members::new(BTreeMap::new(), BTreeMap::from([(a.clone(), key(1))]), false);
+        assert_eq!(m.presence(showing(2, &[]), UnixMillis(1)), None);
+        assert_eq!(m.trusted_key(&a), Err(Distrust::Changed { shown: key(2), pinned: key(1) }));
+        assert!(m.presence(showing(2, &[(1, 2)]), UnixMillis(2)).is_some());
+        assert_eq!(m.trusted_key(&a), Ok(key(2)));
+        m.presence(showing(1, &[]), UnixMillis(3));
+        assert_eq!(m.trusted_key(&a), Err(Distrust::Superseded { shown: key(1), by: key(2) }));
+        m.presence(showing(3, &[(1, 3)]), UnixMillis(4));
+        let forked = Distrust::Forked { shown: key(3), pinned: key(2) };
+        assert_eq!((m.trusted_key(&a), forked.refused()), (Err(forked), Refused::ChangedKey));
+        m.presence(showing(2, &[(1, 2)]), UnixMillis(5));
+        assert_eq!(m.trusted_key(&a), Ok(key(2)));
     }
 
     #[test]
@@ -476,7 +472,7 @@ mod tests {
         let mut m = Members::new(BTreeMap::new(), BTreeMap::new(), true);
         let mut p = presence("a@x", "alpine", key(1));
         p.cloud = p.cloud.map(|c| Box::new(Cloud { carbon: Some(f32::INFINITY), ..*c }));
-        assert!(!m.presence(p, UnixMillis(1)));
+        assert!(m.presence(p, UnixMillis(1)).is_none());
         assert!(!m.is_online(&jid("a@x")));
         assert_eq!(m.trust_of(&jid("a@x")), Trust::NoKey);
     }

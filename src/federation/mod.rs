@@ -8,9 +8,11 @@ pub mod members;
 pub mod policy;
 pub mod rate;
 pub mod refusals;
+pub mod trust;
 
 pub use announce::Announcer;
 pub use damper::Damper;
 pub use members::{Distrust, Member, Members, Presence, Trust};
 pub use policy::{MemberPolicy, Used};
 pub use refusals::{Refusals, Refused};
+pub use trust::{Kept, KeyNews, Keyring, Revoked};

@@ -26,6 +26,8 @@ pub struct Machine {
     /// The root disk: an overlay on the composition, whose header names its read-only base.
     pub root_disk: PathBuf,
     pub root_format: DiskFormat,
+    /// The composition the root disk lies over, if it lies over one; only read.
+    pub base: Option<PathBuf>,
     /// The user-data disk, raw.
     pub user_data_disk: Option<PathBuf>,
     /// This VM's own firmware variables; made from the firmware's template if absent. Under BIOS
@@ -106,6 +108,8 @@ pub struct Features {
     pub root_formats: BTreeSet<DiskFormat>,
     /// Names of the networks a VM can be plugged into.
     pub networks: BTreeSet<String>,
+    /// Those of them whose guests reach this host's own services, its loopback included.
+    pub exposing_networks: BTreeSet<String>,
     pub abilities: BTreeSet<Ability>,
 }
 

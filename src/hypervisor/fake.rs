@@ -111,6 +111,7 @@ impl FakeDriver {
             cpu_models: ["qemu64".to_owned()].into(),
             root_formats: [DiskFormat::Qcow2, DiskFormat::Raw].into(),
             networks: ["default".to_owned()].into(),
+            exposing_networks: BTreeSet::new(),
             abilities: [Ability::Pause, Ability::Console, Ability::TrackChanges].into(),
         };
         Self::with_features(clock, features)

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::types::codec::{CodecError, Reader, Writer};
-use crate::types::{LinkId, MemberJid, MigrationId, PublicKey, Signature, VmId, hex};
+use crate::types::{LinkId, MemberJid, MigrationId, PublicKey, Signature, Successions, VmId, hex};
 
 use super::handover::{
     EPOCH_MAX, HandOver, HandOverError, Origin, RECORD_BYTES_MAX, Receipt, Return, SignedHandOver, TakenBack,
@@ -185,8 +185,8 @@ pub struct Lineage {
     links: Vec<Link>,
     ids: HashMap<LinkId, usize>,
     tip: Option<Tip>,
-    /// The epoch of the first hand-over, if it is bound to no record before it.
-    root_epoch: u64,
+    /// How keys that signed it gave way to later ones.
+    successions: Successions,
 }
 
 /// Its links tell all the rest.
@@ -200,7 +200,7 @@ impl std::hash::Hash for Lineage {
 
 impl Lineage {
     pub fn empty(vm: VmId) -> Self {
-        Self { vm, links: Vec::new(), ids: HashMap::new(), tip: None, root_epoch: 0 }
+        Self { vm, links: Vec::new(), ids: HashMap::new(), tip: None, successions: Successions::default() }
     }
 
     /// Checks every signature and every step.
@@ -247,9 +247,6 @@ impl Lineage {
             LinkKind::Receipt => (h.target.clone(), h.target_key, h.epoch),
             LinkKind::Return | LinkKind::TakenBack => (h.source.clone(), h.source_key, h.epoch + 1),
         };
-        if at == 0 {
-            self.root_epoch = h.epoch;
-        }
         let id = link.id();
         self.tip = Some(Tip { id, owner, owner_key, epoch });
         self.ids.insert(id, at);
@@ -264,7 +261,7 @@ impl Lineage {
             return Err(LineageError::OtherVm { at });
         }
         if let Some(tip) = &self.tip
-            && h.source_key != tip.owner_key
+            && !self.successions.leads(&tip.owner_key, &h.source_key)
         {
             return Err(LineageError::NotOwner { at, jid: h.source.clone() });
         }
@@ -296,16 +293,10 @@ impl Lineage {
         if links.last().is_some_and(|last| last.hand_over.record == link.hand_over.record) {
             links.pop();
         }
-        let mut amended = Self::verify(self.vm, links)?;
+        let mut amended = Self::empty(self.vm).with(&self.successions).continued(links)?;
         amended.push(link)?;
         *self = amended;
         Ok(())
-    }
-
-    /// This history without its last link.
-    pub fn without_last(&self) -> Result<Self, LineageError> {
-        let links = self.links[..self.links.len().saturating_sub(1)].to_vec();
-        Self::verify(self.vm, links)
     }
 
     pub fn vm(&self) -> VmId {
@@ -343,9 +334,19 @@ impl Lineage {
             first.hand_over.read().is_ok_and(|h| h.provenance.is_some_and(|p| p.origin == Origin::Born))
         })
     }
-    /// The epoch of the first hand-over, 0 if there was none.
-    pub fn root_epoch(&self) -> u64 {
-        self.root_epoch
+    pub fn successions(&self) -> &Successions {
+        &self.successions
+    }
+    /// Whether the owner's key is `key`, or gave way to it.
+    pub fn is_owned_by(&self, key: &PublicKey) -> bool {
+        self.tip.as_ref().is_some_and(|tip| self.successions.leads(&tip.owner_key, key))
+    }
+    /// With what else is known of the keys in it. Of two successors of a key the first known counts.
+    pub fn with(mut self, successions: &Successions) -> Self {
+        for succession in successions.iter() {
+            let _ = self.successions.add(succession.clone());
+        }
+        self
     }
     /// The migration whose hand-over made the last link.
     pub fn last_migration(&self) -> Option<MigrationId> {
@@ -363,7 +364,7 @@ impl Lineage {
             // from the owner known here.
             None => &offered.links[..],
         };
-        let mut out = self.clone();
+        let mut out = self.clone().with(&offered.successions);
         for link in more {
             let record = link.hand_over.read().ok()?;
             out.append(link.clone(), &record).ok()?;
@@ -377,17 +378,18 @@ impl Lineage {
         w.fixed(self.vm.0.as_bytes());
         w.varint(self.links.len() as u64);
         self.links.iter().for_each(|link| link.encode(&mut w));
+        self.successions.encode(&mut w);
         w.into_bytes()
     }
 
     /// Reads such a file of our own: its links were verified before they were written, so only that each
     /// goes on from the one before it is checked again.
     pub fn reopen(vm: VmId, bytes: &[u8]) -> Result<Self, LineageError> {
-        let (of, links) = Self::read(bytes).map_err(LineageError::Malformed)?;
+        let (of, links, successions) = Self::read(bytes).map_err(LineageError::Malformed)?;
         if of != vm {
             return Err(LineageError::OtherVm { at: 0 });
         }
-        let mut out = Self::empty(vm);
+        let mut out = Self::empty(vm).with(&successions);
         for (at, link) in links.into_iter().enumerate() {
             let record = link.hand_over.read().map_err(|source| LineageError::Link { at, source })?;
             out.append(link, &record)?;
@@ -395,7 +397,7 @@ impl Lineage {
         Ok(out)
     }
 
-    fn read(bytes: &[u8]) -> Result<(VmId, Vec<Link>), CodecError> {
+    fn read(bytes: &[u8]) -> Result<(VmId, Vec<Link>, Successions), CodecError> {
         let mut r = Reader::with_magic(bytes, MAGIC, "history of ownership of version 1")?;
         let vm = VmId(uuid::Uuid::from_bytes(r.array("vm")?));
         let count = r.bounded("links", LINKS_MAX as u64)?;
@@ -403,7 +405,8 @@ impl Lineage {
         for _ in 0..count {
             links.push(Link::decode(&mut r)?);
         }
+        let successions = Successions::decode(&mut r)?;
         r.end()?;
-        Ok((vm, links))
+        Ok((vm, links, successions))
     }
 }

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{ComponentId, LinkId, MemberJid, PackId, PublicKey, ReservationId, VmId};
+use crate::types::{ComponentId, LinkId, MemberJid, PackId, PublicKey, ReservationId, Successions, VmId};
 use crate::vm::{MapRef, VmSpec};
 
 use super::handover::{Receipt, Return, SignedHandOver};
@@ -33,7 +33,15 @@ pub enum RequestBody {
     /// To the target of a reservation: links `at` to `at + links` of the VM's history, of `total`, oldest
     /// first. With the last page the target says whether it believes the history.
     /// `after` names the link they begin after, if the target knows it.
-    Lineage { at: u32, total: u32, after: Option<LinkId>, links: Links },
+    /// `successions`: how keys in it gave way to others.
+    Lineage {
+        at: u32,
+        total: u32,
+        after: Option<LinkId>,
+        links: Links,
+        #[serde(default)]
+        successions: Successions,
+    },
     /// To any member: we believe to own these VMs. What do you know of them beyond that? Belongs to no VM.
     Owners { claims: Vec<Claim> },
     /// To the target: bring your copy to this state. Repeated to learn how far it is.
@@ -79,6 +87,9 @@ pub struct Known {
     pub vm: VmId,
     /// Links from the claim's tip on; from the first, if the member does not know that one.
     pub links: Links,
+    /// How keys in them gave way to others.
+    #[serde(default)]
+    pub successions: Successions,
     /// There are more than one answer carries.
     pub more: bool,
     /// The member believes to own the VM itself, and whether it runs there.

@@ -332,7 +332,7 @@ impl Law {
     pub fn give_up(self, record: &VmRecord, known: &Lineage, gift: Gift) -> Result<(VmRecord, HandOver), Refusal> {
         self.may_give_up(record)?;
         if let Some(tip) = known.tip()
-            && tip.owner_key != gift.source_key
+            && !known.is_owned_by(&gift.source_key)
         {
             return Err(Refusal::NotOwner(tip.owner.clone()));
         }
@@ -515,12 +515,12 @@ impl Law {
             },
             None => {
                 let refusal = Refusal::Unproven { giver: giver.clone(), owner, epoch };
-                self.refuse(Rule::HistoryGoesOn, *giver_key != tip.owner_key, refusal)?;
+                self.refuse(Rule::HistoryGoesOn, !known.is_owned_by(giver_key), refusal)?;
                 known.clone()
             }
         };
         match lineage.tip() {
-            Some(tip) if tip.owner_key != *giver_key => {
+            Some(tip) if !lineage.is_owned_by(giver_key) => {
                 self.refuse(Rule::HandOverGoesOn, true, Refusal::NotOwner(tip.owner.clone()))?;
             }
             _ => {}
@@ -661,10 +661,11 @@ impl Law {
         let Some(record) = standing.record else { return Learnt::Longer(longer) };
         // What this cloud itself signed, and nobody else can have, on what its record does not know.
         let more = &longer.links()[known.links().len()..];
-        let mine = more.first().and_then(|link| link.hand_over.read().ok()).filter(|h| h.source_key == *me);
+        let is_mine = |key: &PublicKey| longer.successions().leads(key, me);
+        let mine = more.first().and_then(|link| link.hand_over.read().ok()).filter(|h| is_mine(&h.source_key));
         let Some(first) = mine.filter(|_| self.holds(Rule::ProofIsBelieved)) else { return Learnt::Nothing };
         let mut changed = record.clone();
-        let comes_home = longer.tip().is_some_and(|tip| tip.owner_key == *me);
+        let comes_home = longer.is_owned_by(me);
         if let Some(given) = record.given_up() {
             let pending = given.in_doubt() && given.hand_over().ok().as_ref() == Some(&first);
             if pending && more.len() == 1 {
@@ -684,7 +685,7 @@ impl Law {
             return Learnt::Ours(Box::new(changed), longer);
         }
         let left = |link: &Link| {
-            link.kind == LinkKind::Receipt && link.hand_over.read().is_ok_and(|h| h.source_key == *me)
+            link.kind == LinkKind::Receipt && link.hand_over.read().is_ok_and(|h| is_mine(&h.source_key))
         };
         let last = more.iter().rposition(left).unwrap_or(0);
         let links = more[last..].iter().take(PAGE_LINKS_MAX).cloned().collect();
@@ -743,7 +744,7 @@ impl Law {
     /// The record as its history says, where a crash came between the two: a history goes first.
     pub fn mended(self, record: &VmRecord, known: &Lineage, me: &PublicKey) -> VmRecord {
         let mut out = record.clone();
-        let owner = known.tip().is_none_or(|tip| tip.owner_key == *me);
+        let owner = known.is_empty() || known.is_owned_by(me);
         if record.is_here() && owner && record.epoch + 1 == known.next_epoch() {
             out.origin = Some(known.origin());
         }

@@ -538,7 +538,13 @@ mod tests {
             RequestBody::Stop,
             RequestBody::Content { components: Vec::new(), packs: Vec::new(), done: Vec::new() },
             RequestBody::Withdraw { hand_over: hand_over().sign(&source_key()) },
-            RequestBody::Lineage { at: 0, total: 0, after: None, links: Default::default() },
+            RequestBody::Lineage {
+                at: 0,
+                total: 0,
+                after: None,
+                links: Default::default(),
+                successions: Default::default(),
+            },
             RequestBody::Owners { claims: Vec::new() },
             RequestBody::Delete { boot_ms: None },
         ]

@@ -83,7 +83,10 @@ pub fn assess(
     for nic in &spec.nics {
         if !room.networks.iter().any(|n| n.name == nic.network) {
             let text = format!("there is no network named {}", nic.network);
-            let next = format!("let its operator define [[network]] name = \"{}\"", nic.network);
+            let next = format!(
+                "let its operator define [[network]] name = \"{}\"; one of kind \"user\" needs passt there, or foreign = true",
+                nic.network
+            );
             no(DenialCode::Network, text, next);
         }
     }

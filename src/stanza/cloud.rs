@@ -1,7 +1,13 @@
 //! `<cloud/>`: what a cloud says of itself in the room. Compact, since every member receives it.
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use xmpp_parsers::presence::PresencePayload;
 use xso::{AsXml, FromXml};
+
+use crate::types::Succession;
+use crate::types::codec::{Reader, Writer};
+use crate::types::succession::SUCCESSION_BYTES;
 
 use super::ns;
 
@@ -9,6 +15,8 @@ use super::ns;
 pub mod limit {
     pub const TEXT_BYTES: usize = 256;
     pub const FEATURES: usize = 64;
+    /// The newest ones; who missed more is told the new key by its operator.
+    pub const SUCCESSIONS: usize = 8;
     pub const LOAD_PERCENT: u32 = 100;
     /// Of carbon intensity and price.
     pub const RATE: f32 = 1e6;
@@ -46,6 +54,9 @@ pub struct Cloud {
     pub capacity: Option<Capacity>,
     #[xml(extract(n = .., name = "feature", fields(text(type_ = String))))]
     pub features: Vec<String>,
+    /// How earlier keys gave way to this one: base64 of canonical successions, the newest last.
+    #[xml(extract(n = .., name = "succession", fields(text(type_ = String))))]
+    pub successions: Vec<String>,
 }
 
 impl PresencePayload for Cloud {}
@@ -69,7 +80,33 @@ pub struct Capacity {
     pub storage_free: u64,
 }
 
+/// Of one in base64.
+const SUCCESSION_DIGITS: usize = SUCCESSION_BYTES.div_ceil(3) * 4;
+
 impl Cloud {
+    /// With these successions, the newest last; of more than are allowed the newest are taken.
+    pub fn with_successions(mut self, all: impl IntoIterator<Item = Succession>) -> Self {
+        let text = |s: Succession| {
+            let mut w = Writer::new();
+            s.encode(&mut w);
+            BASE64.encode(w.into_bytes())
+        };
+        self.successions = all.into_iter().map(text).collect();
+        self.successions.drain(..self.successions.len().saturating_sub(limit::SUCCESSIONS));
+        self
+    }
+
+    /// Those of its successions that can be read. Nothing is verified.
+    pub fn successions(&self) -> Vec<Succession> {
+        let read = |text: &String| {
+            let bytes = BASE64.decode(text).ok()?;
+            let mut r = Reader::new(&bytes);
+            let succession = Succession::decode(&mut r).ok()?;
+            r.end().ok().map(|()| succession)
+        };
+        self.successions.iter().take(limit::SUCCESSIONS).filter_map(read).collect()
+    }
+
     /// Whether texts, counts and numbers keep within what `PROTOCOL.md` allows. What is not bounded
     /// is not looked at.
     pub fn is_bounded(&self) -> bool {
@@ -81,6 +118,8 @@ impl Cloud {
             .chain(&self.features)
             .all(|t| t.len() <= limit::TEXT_BYTES && t.chars().all(is_plain))
             && self.features.len() <= limit::FEATURES
+            && self.successions.len() <= limit::SUCCESSIONS
+            && self.successions.iter().all(|s| s.len() == SUCCESSION_DIGITS)
             && self.load.is_none_or(|l| l <= limit::LOAD_PERCENT)
             && [self.carbon, self.price].into_iter().flatten().all(|n| (0.0..=limit::RATE).contains(&n))
             && self.capacity.is_none_or(|c| c.is_possible())
@@ -127,6 +166,20 @@ mod tests {
     }
 
     #[test]
+    fn the_newest_successions_travel() {
+        use crate::clock::UnixMillis;
+        use crate::types::IdentityKey;
+        let key = |n| IdentityKey::from_secret_bytes(&[n; 32]);
+        let all: Vec<_> = (1..=10).map(|n| Succession::sign(&key(n), &key(n + 1), UnixMillis(1))).collect();
+        let cloud = parse(TEXT).unwrap().with_successions(all.clone());
+        assert!(cloud.is_bounded());
+        assert_eq!(cloud.successions(), all[2..]);
+        assert_eq!(Cloud::try_from(Element::from(cloud.clone())).unwrap(), cloud);
+        let cloud = Cloud { successions: vec!["!".repeat(SUCCESSION_DIGITS)], ..cloud };
+        assert_eq!(cloud.successions(), []);
+    }
+
+    #[test]
     fn absurd_texts_and_numbers_are_not_taken() {
         let cloud = parse(TEXT).unwrap();
         for absurd in [
@@ -134,6 +187,8 @@ mod tests {
             Cloud { features: vec!["f".into(); 65], ..cloud.clone() },
             Cloud { software: Some("\u{9b}2J".into()), ..cloud.clone() },
             Cloud { features: vec!["\u{202e}gnortsni".into()], ..cloud.clone() },
+            Cloud { successions: vec!["AAAA".into()], ..cloud.clone() },
+            Cloud { successions: vec!["A".repeat(SUCCESSION_DIGITS); 9], ..cloud.clone() },
             Cloud { load: Some(101), ..cloud.clone() },
             Cloud { carbon: Some(f32::NAN), ..cloud.clone() },
             Cloud { price: Some(-1.0), ..cloud.clone() },

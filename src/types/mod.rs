@@ -6,8 +6,10 @@ pub mod hex;
 pub mod id;
 pub mod identity;
 pub mod size;
+pub mod succession;
 
 pub use hash::{BlockHash, ComponentId, Hash, ImageDigest, LinkId, MapId, NodeHash, PackId, RecipeId};
 pub use id::{CloudName, MemberJid, MigrationId, ReservationId, VmId, VmName};
 pub use identity::{IdentityKey, PublicKey, Signature};
 pub use size::ByteSize;
+pub use succession::{Succession, Successions};

@@ -1,5 +1,5 @@
-//! Getting a stream: TCP, TLS with our own roots, SASL. The crate's own connectors can neither take
-//! a private CA nor report a wrong password.
+//! Getting a stream: TCP, TLS with our own roots, SASL ([`super::scram`]). The crate's own connectors can
+//! neither take a private CA nor report a wrong password.
 
 use std::borrow::Cow;
 use std::io;
@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{SinkExt, StreamExt};
-use sasl::common::{ChannelBinding, Credentials};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite, BufStream};
 use tokio::net::TcpStream;
@@ -26,6 +25,7 @@ use xmpp_parsers::sasl::DefinedCondition as Condition;
 use xmpp_parsers::stream_features::StreamFeatures;
 use xmpp_parsers::{ns, starttls};
 
+use super::scram::{BindingRule, Choice, Fault, ScramError, authenticate};
 use super::shallow::Shallow;
 
 /// Where the system keeps its certificate authorities (Debian's ca-certificates).
@@ -33,6 +33,8 @@ const SYSTEM_ROOTS: &str = "/etc/ssl/certs/ca-certificates.crt";
 const PORT_STARTTLS: u16 = 5222;
 /// XEP-0368.
 const PORT_DIRECT_TLS: u16 = 5223;
+
+const TLS_1_3_ALONE: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS13];
 
 /// How the connection to the server is protected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -44,8 +46,40 @@ pub enum Security {
     Plain,
 }
 
+/// The oldest TLS that is spoken with a server.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum TlsMin {
+    V1_2,
+    #[default]
+    V1_3,
+}
+
+/// What is asked of a server before it is logged in to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct LoginRules {
+    /// [`BindingRule::Require`] needs TLS 1.3, whatever this says.
+    pub tls_min: TlsMin,
+    pub channel_binding: BindingRule,
+}
+
 pub trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Io for T {}
+
+/// RFC 9266's keying material of a TLS 1.3 connection.
+type Exporter = Option<Vec<u8>>;
+
+/// Why an attempt failed, and how far binding had come by then.
+struct Failed {
+    error: ScramError,
+    bound: bool,
+    saw_no_offer: bool,
+}
+
+impl<E: Into<ScramError>> From<E> for Failed {
+    fn from(e: E) -> Self {
+        Self { error: e.into(), bound: false, saw_no_offer: false }
+    }
+}
 
 type Buffered<T> = BufStream<Shallow<T>>;
 type Stream = XmppStream<Buffered<Box<dyn Io>>>;
@@ -58,10 +92,24 @@ pub enum LoginError {
     /// Trying again helps only after an operator changed something.
     #[error("{0}")]
     Refused(String),
+    /// It is not the account's server, or not one that is safe to log in to.
+    #[error("the XMPP server {address} {fault}")]
+    Untrusted { address: String, fault: Fault },
+    #[error(
+        "the XMPP server {address} does not speak TLS 1.3, the oldest that xmpp.tls_min and xmpp.channel_binding allow; with xmpp.tls_min = \"1.2\" it is logged in to all the same"
+    )]
+    OldTls { address: String },
     #[error("no session with the XMPP server {address}: {cause}")]
     Failed { address: String, cause: Error },
     #[error("the XMPP server {address} did not answer within {} s", LOGIN_TIMEOUT.as_secs())]
     Timeout { address: String },
+}
+
+impl LoginError {
+    /// Whether trying again soon cannot help.
+    pub fn is_lasting(&self) -> bool {
+        matches!(self, Self::Refused(_) | Self::Untrusted { .. } | Self::OldTls { .. })
+    }
 }
 
 /// How to reach one server.
@@ -69,6 +117,7 @@ pub enum LoginError {
 pub struct Connector {
     address: String,
     security: Security,
+    rules: LoginRules,
     tls: Arc<ClientConfig>,
 }
 
@@ -79,6 +128,7 @@ impl Connector {
         server: Option<&str>,
         security: Security,
         ca_file: Option<&Path>,
+        rules: LoginRules,
     ) -> io::Result<Self> {
         let port = if security == Security::DirectTls { PORT_DIRECT_TLS } else { PORT_STARTTLS };
         let host = server.unwrap_or(domain);
@@ -103,11 +153,16 @@ impl Connector {
         }
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let tls = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
+            .with_protocol_versions(match rules {
+                LoginRules { tls_min: TlsMin::V1_2, channel_binding: BindingRule::Prefer } => {
+                    rustls::DEFAULT_VERSIONS
+                }
+                _ => TLS_1_3_ALONE,
+            })
             .map_err(io::Error::other)?
             .with_root_certificates(roots)
             .with_no_client_auth();
-        Ok(Self { address, security, tls: Arc::new(tls) })
+        Ok(Self { address, security, rules, tls: Arc::new(tls) })
     }
 
     /// Connects and logs in, within [`LOGIN_TIMEOUT`].
@@ -115,62 +170,70 @@ impl Connector {
         let attempt = async {
             match self.attempt(jid, password, true).await {
                 // Some servers offer channel binding and then fail it (ejabberd 23.01).
-                Err((e, true)) if is_refusal(&e) => self.attempt(jid, password, false).await,
+                Err(e) if e.bound && is_refusal(&e.error) && self.may_go_unbound() => {
+                    let link = self.attempt(jid, password, false).await?;
+                    tracing::warn!(
+                        server = self.address,
+                        "the server fails the channel binding it offers, or somebody stands between: logged in without; xmpp.channel_binding = \"require\" would not"
+                    );
+                    Ok(link)
+                }
                 result => result,
             }
         };
         match tokio::time::timeout(LOGIN_TIMEOUT, attempt).await {
-            Ok(Ok(link)) => Ok(link),
-            Ok(Err((e, _))) => Err(self.explain(e, jid)),
+            Ok(result) => result.map_err(|e| self.explain(e, jid)),
             Err(_) => Err(LoginError::Timeout { address: self.address.clone() }),
         }
     }
 
-    /// One connection. Nothing but SCRAM is used, whatever the server offers. An error comes with
-    /// whether channel binding was used.
+    fn may_go_unbound(&self) -> bool {
+        self.rules.channel_binding == BindingRule::Prefer
+    }
+
+    /// One connection. Nothing but SCRAM is used, whatever the server offers.
     async fn attempt(
         &self,
         jid: &Jid,
         password: &str,
         bind_channel: bool,
-    ) -> Result<(StreamFeatures, Stream), (Error, bool)> {
+    ) -> Result<(StreamFeatures, Stream), Failed> {
         let domain = jid.domain().as_str();
-        let (stream, binding) = self.open(domain).await.map_err(|e| (e, false))?;
-        let (features, stream) = stream.recv_features().await.map_err(|e| (e.into(), false))?;
-        let mut mechanisms = features.sasl_mechanisms;
-        mechanisms.retain(|m| m.starts_with("SCRAM-"));
-        // Given a binding, the library tries only -PLUS mechanisms.
-        let bound = bind_channel
-            && matches!(binding, ChannelBinding::TlsExporter(_))
-            && mechanisms.iter().any(|m| m.ends_with("-PLUS"));
-        let binding = if bound { binding } else { ChannelBinding::None };
-        let user = jid.node().map(|n| n.as_str().to_owned()).unwrap_or_default();
-        let credentials = Credentials::default()
-            .with_username(user)
-            .with_password(password.to_owned())
-            .with_channel_binding(binding);
-        let stream =
-            tokio_xmpp::client_login(stream, mechanisms, credentials).await.map_err(|e| (e, bound))?;
-        let stream = stream.send_header(header(domain)).await.map_err(|e| (e.into(), false))?;
-        stream.recv_features().await.map_err(|e| (e.into(), false))
+        let (stream, exporter) = self.open(domain).await?;
+        let (features, stream) = stream.recv_features().await?;
+        let choice = if bind_channel {
+            Choice::among(&features, exporter, self.rules.channel_binding)?
+        } else {
+            Choice::without_binding(&features)?
+        };
+        let user = jid.node().map(|n| n.as_str()).unwrap_or_default();
+        let login = authenticate(stream, &choice, user, password).await;
+        let stream = login.map_err(|error| Failed {
+            error,
+            bound: choice.is_bound(),
+            saw_no_offer: choice.saw_no_offer(),
+        })?;
+        tracing::debug!(server = self.address, mechanism = choice.mechanism(), "logged in");
+        let stream = stream.send_header(header(domain)).await?;
+        Ok(stream.recv_features().await?)
     }
 
-    /// A protected stream, before the login.
+    /// A protected stream, before the login, with what it can be bound to.
     async fn open(
         &self,
         domain: &str,
-    ) -> Result<(PendingFeaturesRecv<Buffered<Box<dyn Io>>>, ChannelBinding), Error> {
+    ) -> Result<(PendingFeaturesRecv<Buffered<Box<dyn Io>>>, Exporter), Error> {
         let timeouts = Timeouts::tight();
         let tcp = TcpStream::connect(&self.address).await?;
         tcp.set_nodelay(true)?;
-        let (io, binding): (Box<dyn Io>, _) = match self.security {
+        let (io, exporter): (Box<dyn Io>, _) = match self.security {
             Security::Plain if !tcp.peer_addr()?.ip().is_loopback() => {
                 return Err(io::Error::other(
                     "an unprotected session is possible only to a server on this machine",
                 )
                 .into());
             }
-            Security::Plain => (Box::new(tcp), ChannelBinding::None),
+            Security::Plain => (Box::new(tcp), None),
             Security::DirectTls => self.tls(tcp, domain).await?,
             Security::Starttls => {
                 let stream =
@@ -180,25 +243,41 @@ impl Connector {
             }
         };
         let stream = initiate_stream(buffered(io), ns::JABBER_CLIENT, header(domain), timeouts).await?;
-        Ok((stream, binding))
+        Ok((stream, exporter))
     }
 
-    fn explain(&self, error: Error, jid: &Jid) -> LoginError {
-        let account = jid.to_bare();
+    fn explain(&self, failed: Failed, jid: &Jid) -> LoginError {
+        let (account, address) = (jid.to_bare(), self.address.clone());
+        let error = match failed.error {
+            ScramError::Fault(fault) => return LoginError::Untrusted { address, fault },
+            ScramError::Xmpp(error) => error,
+        };
         match error {
+            Error::Io(ref e) if is_old_tls(e) => LoginError::OldTls { address },
+            Error::Auth(AuthError::Fail(Condition::NotAuthorized | Condition::MalformedRequest))
+                if failed.bound && !self.may_go_unbound() =>
+            {
+                LoginError::Untrusted { address, fault: Fault::BindingRefused }
+            }
+            // What servers say to a client that saw no offer of what they offer.
+            Error::Auth(AuthError::Fail(Condition::MalformedRequest)) if failed.saw_no_offer => {
+                LoginError::Untrusted { address, fault: Fault::Stripped }
+            }
             Error::Auth(AuthError::Fail(Condition::AccountDisabled | Condition::CredentialsExpired)) => {
                 LoginError::Refused(format!("the account {account} is disabled or its password expired"))
             }
             Error::Auth(AuthError::Fail(Condition::NotAuthorized)) => {
                 LoginError::Refused(format!("the server refuses the password of {account}"))
             }
-            Error::Auth(AuthError::Fail(ref condition)) if is_refusal(&error) => {
+            Error::Auth(AuthError::Fail(ref condition))
+                if !matches!(condition, Condition::TemporaryAuthFailure | Condition::Aborted) =>
+            {
                 LoginError::Refused(format!("the server refuses the login of {account}: {condition:?}"))
             }
             Error::Auth(AuthError::NoMechanism) => {
                 LoginError::Refused(format!("the server {} offers no login by SCRAM", self.address))
             }
-            cause => LoginError::Failed { address: self.address.clone(), cause },
+            cause => LoginError::Failed { address, cause },
         }
     }
 
@@ -207,7 +286,7 @@ impl Connector {
         features: StreamFeatures,
         mut stream: XmppStream<Buffered<TcpStream>>,
         domain: &str,
-    ) -> Result<(Box<dyn Io>, ChannelBinding), Error> {
+    ) -> Result<(Box<dyn Io>, Exporter), Error> {
         if !features.can_starttls() {
             return Err(tokio_xmpp::error::ProtocolError::NoTls.into());
         }
@@ -221,20 +300,20 @@ impl Connector {
         self.tls(stream.into_inner().into_inner().into_inner(), domain).await
     }
 
-    async fn tls(&self, tcp: TcpStream, domain: &str) -> Result<(Box<dyn Io>, ChannelBinding), Error> {
+    async fn tls(&self, tcp: TcpStream, domain: &str) -> Result<(Box<dyn Io>, Exporter), Error> {
         let name = ServerName::try_from(domain.to_owned()).map_err(io::Error::other)?;
         let stream = TlsConnector::from(self.tls.clone()).connect(name, tcp).await?;
         let connection = stream.get_ref().1;
         // RFC 9266; with TLS 1.2 there is no exporter binding worth having.
-        let binding = match connection.protocol_version() {
-            Some(rustls::ProtocolVersion::TLSv1_3) => ChannelBinding::TlsExporter(
+        let exporter = match connection.protocol_version() {
+            Some(rustls::ProtocolVersion::TLSv1_3) => Some(
                 connection
                     .export_keying_material(vec![0u8; 32], b"EXPORTER-Channel-Binding", None)
                     .map_err(io::Error::other)?,
             ),
-            _ => ChannelBinding::None,
+            _ => None,
         };
-        Ok((Box::new(stream), binding))
+        Ok((Box::new(stream), exporter))
     }
 }
 
@@ -247,6 +326,23 @@ fn header(domain: &str) -> StreamHeader<'static> {
 }
 
 /// Whether the server said no to who we are, as opposed to not now.
-fn is_refusal(error: &Error) -> bool {
-    matches!(error, Error::Auth(AuthError::Fail(c)) if *c != Condition::TemporaryAuthFailure && *c != Condition::Aborted)
+fn is_refusal(error: &ScramError) -> bool {
+    matches!(error, ScramError::Xmpp(Error::Auth(AuthError::Fail(c)))
+        if *c != Condition::TemporaryAuthFailure && *c != Condition::Aborted)
+}
+
+/// Whether the handshake failed for want of a version that both sides speak.
+fn is_old_tls(error: &io::Error) -> bool {
+    use rustls::{AlertDescription, Error as Tls, PeerIncompatible};
+    let inner = error.get_ref().and_then(|e| e.downcast_ref::<Tls>());
+    matches!(
+        inner,
+        Some(
+            Tls::AlertReceived(AlertDescription::ProtocolVersion)
+                | Tls::PeerIncompatible(
+                    PeerIncompatible::ServerDoesNotSupportTls12Or13
+                        | PeerIncompatible::ServerTlsVersionIsDisabledByOurConfig
+                )
+        )
+    )
 }

@@ -15,7 +15,7 @@ use crate::federation::refusals::Tally;
 use crate::stanza::Cloud;
 use crate::types::{CloudName, MemberJid};
 
-use super::connector::Security;
+use super::connector::{LoginRules, Security};
 
 /// How long an IQ that is no member's request may take.
 pub(super) const IQ_TIMEOUT: Duration = Duration::from_secs(10);
@@ -33,6 +33,7 @@ pub struct Settings {
     pub security: Security,
     /// Authorities that may vouch for the server; the system's if not set.
     pub ca_file: Option<PathBuf>,
+    pub rules: LoginRules,
     /// Bare JID of the room; `None` for a session that only administers.
     pub room: Option<String>,
     pub nick: CloudName,

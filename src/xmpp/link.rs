@@ -9,12 +9,12 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_xmpp::stanzastream::{Connection, StanzaStream};
 use xmpp_parsers::jid::Jid;
 
-use super::connector::{Connector, LoginError};
+use super::connector::Connector;
 use super::outbox::STREAM_DEPTH;
 
 const WAIT_FIRST: Duration = Duration::from_millis(200);
 const WAIT_MAX: Duration = Duration::from_secs(15);
-/// After a refused password, which only an operator can mend.
+/// After a refused password or an impostor, which only an operator can mend.
 const WAIT_REFUSED: Duration = Duration::from_secs(30);
 /// A link that lived shorter than this died of something that will happen again.
 const SHORT_LIFE: Duration = Duration::from_secs(2);
@@ -84,7 +84,7 @@ impl Link {
                 }
                 Err(e) => {
                     let wait = self.with_history(|h| h.backoff.after_failure());
-                    let refused = matches!(e, LoginError::Refused(_));
+                    let refused = e.is_lasting();
                     self.tell(e.to_string(), refused);
                     tokio::time::sleep(jittered(if refused { WAIT_REFUSED } else { wait })).await;
                 }

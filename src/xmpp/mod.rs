@@ -1,7 +1,7 @@
 //! Level 2: the XMPP session and the administration of rooms.
 //!
 //! One task owns the stanza stream (`session`) and stays joined to the room. Below it: the stream's
-//! connections (`connector`, `link`) and how deep their XML goes (`shallow`), what waits to be sent or
+//! connections (`connector`, `scram`, `link`) and how deep their XML goes (`shallow`), what waits to be sent or
 //! answered (`outbox`, `pending`), the room's presence (`room`) and requests of outsiders
 //! (`refusals`). The rest of the program holds a `Handle` and reads events.
 
@@ -13,11 +13,13 @@ mod outbox;
 mod pending;
 mod refusals;
 mod room;
+mod scram;
 mod session;
 mod shallow;
 
-pub use connector::Security;
+pub use connector::{LoginRules, Security, TlsMin};
 pub use handle::{Handle, IncomingRequest, IqReply, RequestError, Settings, XmppEvent};
+pub use scram::BindingRule;
 pub use session::connect;
 
 /// What `fuzz/` reaches into.

@@ -69,6 +69,7 @@ pub fn connect(settings: Settings) -> std::io::Result<(Handle, mpsc::Receiver<Xm
         settings.server.as_deref(),
         settings.security,
         settings.ca_file.as_deref(),
+        settings.rules,
     )?;
     // Sessions that administer must not throw out the account's broker, nor each other.
     let resource = match settings.room {

@@ -175,6 +175,7 @@ impl World {
             server: Some(format!("127.0.0.1:{}", self.port)),
             security: Security::DirectTls,
             ca_file: Some(dir.join("ca.crt")),
+            rules: Default::default(),
             room: Some(ROOM.into()),
             nick: name.parse().unwrap(),
         }

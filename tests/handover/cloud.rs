@@ -619,7 +619,13 @@ impl Cloud {
                 let after = theirs.filter(|id| known.position(id).is_some());
                 let links = known.since(after.as_ref()).to_vec();
                 let (to, epoch, total) = (run.to, run.epoch, links.len() as u32);
-                let page = RequestBody::Lineage { at: 0, total, after, links: Links(links) };
+                let page = RequestBody::Lineage {
+                    at: 0,
+                    total,
+                    after,
+                    links: Links(links),
+                    successions: Default::default(),
+                };
                 self.send(to, id, epoch, page, Waiting::Source(id));
                 None
             }

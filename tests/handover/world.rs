@@ -333,7 +333,13 @@ impl World {
         };
         if !before && !self.random.one_in(4) {
             let total = shown.links().len() as u32;
-            let page = RequestBody::Lineage { at: 0, total, after: None, links: Links(shown.links().to_vec()) };
+            let page = RequestBody::Lineage {
+                at: 0,
+                total,
+                after: None,
+                links: Links(shown.links().to_vec()),
+                successions: Default::default(),
+            };
             say(self, page);
         }
         // What it stages is not what the guest wrote.

@@ -197,7 +197,7 @@ impl Fleet {
             assert!(exported(world, owner, name, false) == m.root, "the root disk of {name} is another");
             assert!(exported(world, owner, name, true) == m.user_data, "the user data of {name} is other");
             if runs {
-                ask(world, owner, &Request::VmStart { vm: name.into() });
+                ask(world, owner, &Request::VmStart { vm: name.into(), unconfirmed: false, by_uid: None });
             }
             self.checks += 4;
         }
@@ -246,7 +246,7 @@ impl Fleet {
                 "{name} is {power} though nobody killed it\n{}",
                 world.log(owner)
             );
-            ask(world, owner, &Request::VmStart { vm: name.into() });
+            ask(world, owner, &Request::VmStart { vm: name.into(), unconfirmed: false, by_uid: None });
             self.started_by_hand += 1;
         }
         mischief.killed.remove(id);

@@ -47,7 +47,9 @@ pub struct Host {
     pub machine_type: String,
     pub firmware_code: PathBuf,
     pub networks: BTreeMap<String, NetworkBackend>,
-    pub bridge_helper: PathBuf,
+    /// Whether cards of user networks get a process of their own (`link.rs`), or QEMU's built-in
+    /// address translation, from which this host's own services can be reached.
+    pub isolates: bool,
     /// Whether QEMU can confine itself by seccomp here.
     pub sandbox: bool,
 }
@@ -129,7 +131,7 @@ impl Args {
         self.arg("-boot", "strict=on");
         self.arg("-smbios", format!("type=11,value=cicada.name={}", spec.name));
         if host.sandbox {
-            self.arg("-sandbox", sandbox(machine, host));
+            self.arg("-sandbox", SANDBOX);
         }
     }
 
@@ -202,11 +204,15 @@ impl Args {
         let netdev = format!("net{index}");
         // No option ROM: guests boot from their disk, and the ROM would have to travel.
         let mut device = json!({"id": format!("nic{index}"), "mac": mac.to_string(), "romfile": ""});
+        let fd = (FD_FIRST + index as i32).to_string();
         match backend {
+            NetworkBackend::User if host.isolates => self.json(
+                "-netdev",
+                json!({"type": "stream", "id": netdev, "server": false, "addr": {"type": "fd", "str": fd}}),
+            ),
             NetworkBackend::User => self.json("-netdev", json!({"type": "user", "id": netdev})),
-            NetworkBackend::Bridge(bridge) => {
-                let helper = self.text(&host.bridge_helper)?;
-                self.json("-netdev", json!({"type": "bridge", "id": netdev, "br": bridge, "helper": helper}));
+            NetworkBackend::Bridge(_) => {
+                self.json("-netdev", json!({"type": "tap", "id": netdev, "fd": fd}));
             }
             NetworkBackend::None => {}
         }
@@ -218,16 +224,32 @@ impl Args {
     }
 }
 
-/// As tight as the VM's networks allow: the bridge helper is a set-uid program QEMU must start.
-pub fn sandbox(machine: &Machine, host: &Host) -> &'static str {
-    let is_bridge = |name: &String| matches!(host.networks.get(name), Some(NetworkBackend::Bridge(_)));
-    if machine.spec.nics.iter().any(|nic| is_bridge(&nic.network)) {
-        "on,obsolete=deny,resourcecontrol=deny"
-    } else {
-        SANDBOX
-    }
+/// The other end of a card, which the driver opens and QEMU inherits: QEMU itself starts nothing.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Link {
+    /// See `link.rs`.
+    Isolated,
+    /// A tap device in the bridge of this name.
+    Bridge(String),
 }
 
+/// The first inherited descriptor; card number N has N more. Standard input, output and error are below.
+const FD_FIRST: i32 = 3;
+
+/// What the machine's command line refers to by descriptor.
+pub fn links(machine: &Machine, host: &Host) -> Vec<(i32, Link)> {
+    let link = |(i, network): (usize, &String)| {
+        let link = match host.networks.get(network)? {
+            NetworkBackend::User if host.isolates => Link::Isolated,
+            NetworkBackend::Bridge(bridge) => Link::Bridge(bridge.clone()),
+            NetworkBackend::User | NetworkBackend::None => return None,
+        };
+        Some((FD_FIRST + i as i32, link))
+    };
+    machine.spec.nics.iter().map(|nic| &nic.network).enumerate().filter_map(link).collect()
+}
+
+/// No child processes, no other privileges: the same for every machine.
 pub const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
 fn socket_chardev(id: &str, path: &Path) -> String {
@@ -272,6 +294,7 @@ mod tests {
             },
             root_disk: "/srv/vm/web,1/root.qcow2".into(),
             root_format: DiskFormat::Qcow2,
+            base: None,
             user_data_disk: Some("/srv/vm/web,1/user-data.raw".into()),
             firmware_vars: "/srv/vm/web,1/vars.fd".into(),
             state_dir: "/run/vm/web,1".into(),
@@ -289,7 +312,7 @@ mod tests {
                 ("lab".into(), NetworkBackend::None),
             ]
             .into(),
-            bridge_helper: "/usr/lib/qemu/qemu-bridge-helper".into(),
+            isolates: true,
             sandbox: true,
         }
     }
@@ -341,11 +364,15 @@ mod tests {
     }
 
     #[test]
-    fn the_sandbox_forbids_children_unless_a_bridge_needs_one() {
-        let (mut machine, host) = (machine(), host());
-        assert!(!sandbox(&machine, &host).contains("spawn=deny"));
-        machine.spec.nics.retain(|n| n.network != "lan");
-        assert!(sandbox(&machine, &host).contains("spawn=deny"));
+    fn every_card_keeps_the_whole_sandbox_and_has_its_own_descriptor() {
+        let (machine, mut host) = (machine(), host());
+        assert_eq!(links(&machine, &host), [(3, Link::Isolated), (4, Link::Bridge("br0".into()))]);
+        assert!(
+            argv(&machine, &host).unwrap().contains(&SANDBOX.to_owned()) && SANDBOX.contains("spawn=deny")
+        );
+        host.isolates = false;
+        assert_eq!(links(&machine, &host), [(4, Link::Bridge("br0".into()))]);
+        assert!(argv(&machine, &host).unwrap().contains(&r#"{"id":"net0","type":"user"}"#.to_owned()));
     }
 
     #[test]

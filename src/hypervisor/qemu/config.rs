@@ -26,6 +26,11 @@ pub struct QemuConfig {
     pub firmware_vars: PathBuf,
     /// The networks VMs can be plugged into, by name.
     pub networks: BTreeMap<String, NetworkBackend>,
+    /// `passt`, which connects cards of user networks to the outside; searched for in PATH if not set.
+    pub passt: Option<PathBuf>,
+    /// The program whose `guest-link` command stands between such a card and passt; the running one
+    /// if not set.
+    pub link: Option<PathBuf>,
     /// `qemu-bridge-helper`, which plugs VMs into bridges without the broker being root.
     pub bridge_helper: PathBuf,
     /// A console log that grows beyond this is cut; the part before is kept once.
@@ -43,6 +48,8 @@ impl Default for QemuConfig {
             firmware_code: "/usr/share/OVMF/OVMF_CODE_4M.fd".into(),
             firmware_vars: "/usr/share/OVMF/OVMF_VARS_4M.fd".into(),
             networks: [("default".to_owned(), NetworkBackend::User)].into(),
+            passt: None,
+            link: None,
             bridge_helper: "/usr/lib/qemu/qemu-bridge-helper".into(),
             console_log_max: ByteSize::mib(16),
         }
@@ -65,7 +72,8 @@ pub enum AcceleratorChoice {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NetworkBackend {
-    /// Network address translation inside QEMU (slirp): outgoing connections only.
+    /// Address translation, outgoing connections only: by passt where there is one, and then not to
+    /// this host; else inside QEMU (slirp), which reaches this host's own services.
     User,
     /// A bridge of this host. The bridge helper must allow it in `/etc/qemu/bridge.conf`.
     Bridge(String),

@@ -9,6 +9,8 @@
 pub mod args;
 mod bitmaps;
 pub mod config;
+mod launch;
+pub mod link;
 mod prepare;
 mod probe;
 mod process;
@@ -31,7 +33,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::broadcast;
 
 pub use config::{AcceleratorChoice, NetworkBackend, QemuConfig};
-pub use tools::{QemuTools, QemuVersion, find_configured, find_qemu};
+pub use launch::is_confinable;
+pub use tools::{QemuTools, QemuVersion, find_configured, find_passt, find_qemu};
 
 use super::driver::EVENTS_KEPT;
 use super::error::list;
@@ -41,6 +44,8 @@ use super::{
 };
 use crate::types::{ByteSize, VmId};
 use crate::vm::PowerState;
+use crate::vm::spec::Nic;
+use launch::{Launch, Reach, Wiring};
 use vm::Vm;
 
 pub struct QemuDriver {
@@ -50,6 +55,7 @@ pub struct QemuDriver {
 struct Shared {
     system: PathBuf,
     host: args::Host,
+    wiring: Wiring,
     features: Features,
     vars_template: PathBuf,
     log_max: ByteSize,
@@ -72,6 +78,7 @@ impl QemuDriver {
             find_configured(&for_search)
         })
         .await?;
+        let passt = find_passt(&config);
         let machine_type = config.machine_type;
         let accelerator = probe::accelerator(&tools.system, &machine_type, config.accelerator).await?;
         let offer = probe::ask(&tools.system, accelerator).await?;
@@ -81,6 +88,18 @@ impl QemuDriver {
             return Err(DriverError::MachineType { path: tools.system, machine_type, offered });
         }
         let img = tools.img().ok().map(PathBuf::from);
+        let link = config.link.map_or_else(std::env::current_exe, Ok);
+        let link = link.map_err(|e| DriverError::Probe { detail: format!("this program's path: {e}") })?;
+        let has_user_network = config.networks.values().any(|n| *n == NetworkBackend::User);
+        if passt.is_none() && has_user_network {
+            tracing::warn!(
+                "passt was not found: guests on networks of kind \"user\" reach the services of this host; \
+                 install the package passt and restart the broker"
+            );
+        }
+        if !blocking(launch::is_confinable).await {
+            tracing::warn!("this kernel has no Landlock: a broken QEMU could read whatever the broker can");
+        }
         let mut abilities = BTreeSet::from([Ability::Pause, Ability::Console]);
         if img.is_some() {
             abilities.insert(Ability::TrackChanges);
@@ -94,6 +113,12 @@ impl QemuDriver {
             cpu_models: offer.cpu_models,
             root_formats: [DiskFormat::Qcow2, DiskFormat::Raw].into(),
             networks: config.networks.keys().cloned().collect(),
+            exposing_networks: config
+                .networks
+                .iter()
+                .filter(|(_, kind)| passt.is_none() && **kind == NetworkBackend::User)
+                .map(|(name, _)| name.clone())
+                .collect(),
             abilities,
         };
         tracing::info!(version = %features.version, %accelerator, machine_type, "QEMU is ready");
@@ -105,9 +130,10 @@ impl QemuDriver {
                     machine_type,
                     firmware_code: config.firmware_code,
                     networks: config.networks,
-                    bridge_helper: config.bridge_helper,
+                    isolates: passt.is_some(),
                     sandbox: offer.sandbox,
                 },
+                wiring: Wiring { passt, link, bridge_helper: config.bridge_helper },
                 features,
                 vars_template: config.firmware_vars,
                 log_max: config.console_log_max,
@@ -129,8 +155,8 @@ impl Shared {
         vm.filter(|vm| vm.machine().is_some()).ok_or(DriverError::UnknownVm { vm: id })
     }
 
-    /// Refuses, without touching anything, what this host does not offer; gives the command line.
-    fn check(&self, machine: &Machine) -> Result<Vec<String>, DriverError> {
+    /// Refuses, without touching anything, what this host does not offer; gives what starts it.
+    fn check(&self, machine: &Machine) -> Result<Launch, DriverError> {
         let (spec, features) = (&machine.spec, &self.features);
         let vm = spec.id;
         spec.check().map_err(|rule| DriverError::BadSpec { vm, rule })?;
@@ -145,7 +171,16 @@ impl Shared {
             return not_offered("the CPU model", &spec.cpu_model, &features.cpu_models);
         }
         prepare::check_paths(machine)?;
-        args::argv(machine, &self.host)
+        let links = args::links(machine, &self.host);
+        let is_user = |nic: &Nic| self.host.networks.get(&nic.network) == Some(&NetworkBackend::User);
+        let connects = !self.host.isolates && spec.nics.iter().any(is_user);
+        Ok(Launch {
+            system: self.system.clone(),
+            argv: args::argv(machine, &self.host)?,
+            links,
+            wiring: self.wiring.clone(),
+            reach: Reach::of(machine, &self.system, &self.host.firmware_code, connects),
+        })
     }
 
     /// Runs `verb` with the VM's turn taken, making the VM known if it is not.
@@ -218,9 +253,8 @@ impl Driver for QemuDriver {
     fn start<'a>(&'a self, machine: &'a Machine) -> DriverFuture<'a, ()> {
         let (shared, machine) = (self.shared.clone(), machine.clone());
         to_its_end(async move {
-            let args = shared.check(&machine)?;
-            let system = shared.system.clone();
-            shared.defining(&machine, async |vm| vm.start(system, args).await).await
+            let launch = shared.check(&machine)?;
+            shared.defining(&machine, async |vm| vm.start(launch).await).await
         })
     }
 

@@ -5,17 +5,20 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use command_fds::CommandFdExt;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::process::{Child, Command};
 
 use super::args::{self, file};
+use super::launch::{self, Launch, Reach};
 use crate::durable;
 use crate::types::{ByteSize, VmId};
 
@@ -79,7 +82,7 @@ impl Process {
 /// Starts QEMU in a session of its own, so that no signal meant for the broker reaches it, with
 /// its complaints going to a file. The record is durable before and after; on error no process is
 /// left, for nobody would know of it.
-pub fn spawn(system: &Path, argv: &[String], state_dir: &Path) -> io::Result<Process> {
+pub fn spawn(launch: &Launch, state_dir: &Path) -> io::Result<Process> {
     let log = OpenOptions::new()
         .create(true)
         .write(true)
@@ -88,14 +91,13 @@ pub fn spawn(system: &Path, argv: &[String], state_dir: &Path) -> io::Result<Pro
         .open(state_dir.join(file::STDERR_LOG))?;
     drop(log);
     let log = OpenOptions::new().append(true).open(state_dir.join(file::STDERR_LOG))?;
+    let links = launch::open_links(&launch.links, &launch.wiring, &log, detach)?;
     Record::Starting.write(state_dir)?;
-    let mut command = Command::new(system);
-    command.args(argv).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-    // SAFETY: between fork and exec only setsid is called, which is async-signal-safe.
-    unsafe {
-        command.pre_exec(|| Ok(rustix::process::setsid().map(drop)?));
-    }
-    let mut child = command.spawn()?;
+    let mut command = std::process::Command::new(&launch.system);
+    command.args(&launch.argv).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    command.fd_mappings(links).map_err(io::Error::other)?;
+    detach(&mut command);
+    let mut child = spawn_confined(command, &launch.reach)?;
     match recorded(&child, state_dir) {
         Ok(handle) => Ok(Process { handle, child: Some(child) }),
         Err(e) => {
@@ -105,6 +107,29 @@ pub fn spawn(system: &Path, argv: &[String], state_dir: &Path) -> io::Result<Pro
             }
             Err(e)
         }
+    }
+}
+
+/// Landlock confines a thread and its children: one that does nothing else starts the process. The
+/// command is dropped with it, so that nothing here keeps the other ends of the cards open.
+fn spawn_confined(command: std::process::Command, reach: &Reach) -> io::Result<Child> {
+    let runtime = tokio::runtime::Handle::current();
+    std::thread::scope(|scope| {
+        let spawn = || {
+            let _within = runtime.enter();
+            launch::confine(reach)?;
+            Command::from(command).spawn()
+        };
+        let done = scope.spawn(spawn).join();
+        done.unwrap_or_else(|_| Err(io::Error::other("the thread that starts QEMU panicked")))
+    })
+}
+
+/// Makes what the command starts the leader of a session of its own.
+fn detach(command: &mut std::process::Command) {
+    // SAFETY: between fork and exec only setsid is called, which is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| Ok(rustix::process::setsid().map(drop)?));
     }
 }
 

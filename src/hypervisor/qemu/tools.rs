@@ -66,6 +66,14 @@ pub fn find_configured(config: &QemuConfig) -> Result<QemuTools, DriverError> {
     Ok(QemuTools { system, img: set_or_found(&config.img, "qemu-img"), version })
 }
 
+/// passt, where it is installed.
+pub fn find_passt(config: &QemuConfig) -> Option<PathBuf> {
+    match &config.passt {
+        Some(path) => path.is_file().then(|| path.clone()),
+        None => in_path("passt"),
+    }
+}
+
 fn in_path(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&std::env::var_os("PATH")?).map(|dir| dir.join(name)).find(|path| path.is_file())
 }

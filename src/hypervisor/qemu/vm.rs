@@ -25,6 +25,7 @@ use tokio::sync::{Semaphore, broadcast, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::args::file;
+use super::launch::Launch;
 use super::process::{self, Found, Process};
 use super::qmp::{Qmp, QmpError, QmpEvent};
 use super::{blocking, prepare};
@@ -240,7 +241,7 @@ impl Vm {
         run
     }
 
-    pub async fn start(self: &Arc<Self>, system: PathBuf, args: Vec<String>) -> Result<(), DriverError> {
+    pub async fn start(self: &Arc<Self>, launch: Launch) -> Result<(), DriverError> {
         let Some(machine) = self.machine() else { return Err(DriverError::UnknownVm { vm: self.id }) };
         match self.state() {
             PowerState::Running => return Ok(()),
@@ -250,7 +251,7 @@ impl Vm {
         }
         self.inner().tracking.forget();
         self.inner().state = PowerState::Starting;
-        let launched = self.launch(&machine, system, args).await;
+        let launched = self.launch(&machine, launch).await;
         if launched.is_err() {
             self.inner().state = PowerState::Stopped;
             let dir = machine.state_dir.clone();
@@ -260,17 +261,12 @@ impl Vm {
     }
 
     /// On Err no process is left.
-    async fn launch(
-        self: &Arc<Self>,
-        machine: &Machine,
-        system: PathBuf,
-        args: Vec<String>,
-    ) -> Result<(), DriverError> {
-        let (dir, program, log_max) = (machine.state_dir.clone(), system.clone(), self.log_max);
+    async fn launch(self: &Arc<Self>, machine: &Machine, launch: Launch) -> Result<(), DriverError> {
+        let (dir, system, log_max) = (machine.state_dir.clone(), launch.system.clone(), self.log_max);
         let mut process = blocking(move || {
             process::clean(&dir)?;
             process::cut_log(&dir.join(file::CONSOLE_LOG), log_max)?;
-            process::spawn(&program, &args, &dir)
+            process::spawn(&launch, &dir)
         })
         .await
         .map_err(|source| DriverError::Run { path: system, source })?;
