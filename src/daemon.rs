@@ -210,7 +210,8 @@ fn presence(broker: &Broker) -> Cloud {
             memory: s.memory_bytes.total,
             memory_free: s.memory_bytes.free,
             storage: coarse(s.storage_bytes.total),
-            storage_free: s.storage_bytes.free & !((1 << 30) - 1),
+            // What a VM could have, not what happens to be unwritten.
+            storage_free: s.storage_promised_bytes.free & !((1 << 30) - 1),
         }),
         features,
         successions: Vec::new(),

@@ -45,6 +45,7 @@ pub fn new_view(
             updated: now,
             ended: false,
             epoch: 0,
+            handed_over: false,
             attempt: 0,
         },
         account: Account::default(),

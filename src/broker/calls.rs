@@ -125,7 +125,7 @@ impl Broker {
     fn status(&self) -> StatusView {
         let (cpus, memory_bytes) = self.resources(None);
         let features = self.shared.driver.features();
-        let storage = rustix::fs::statvfs(self.shared.records.dir());
+        let storage = self.storage(None);
         let key = self.shared.key.public();
         StatusView {
             cloud: self.shared.config.cloud.name.clone(),
@@ -139,10 +139,11 @@ impl Broker {
             accelerator: features.accelerator.to_string(),
             cpus,
             memory_bytes,
-            storage_bytes: storage.map_or(Resource::default(), |s| Resource {
-                total: s.f_blocks * s.f_frsize,
-                free: s.f_bavail * s.f_frsize,
-            }),
+            storage_bytes: self.file_system(),
+            storage_promised_bytes: Resource {
+                total: storage.promisable_bytes(),
+                free: storage.unpromised_bytes().min(storage.at_hand_bytes()),
+            },
             transfer_addresses: self.transfer_addresses(),
             vms_running: self.vms_running(),
             migrations_running: (self.outgoing.len()
@@ -213,7 +214,7 @@ impl Broker {
             price_per_hour: cloud.and_then(|c| c.price),
             features: cloud.map(|c| c.features.clone()).unwrap_or_default(),
             software: cloud.and_then(|c| c.software.clone()).unwrap_or_default(),
-            policy: Some(self.policy_of(&m.jid)),
+            policy: Some(self.limits_of(&m.jid)),
             used: self.used_by(&m.jid, None),
             refused: self
                 .guard
@@ -242,7 +243,7 @@ impl Broker {
     }
 
     fn migrations(&self) -> Vec<MigrationView> {
-        let mut all: Vec<_> = self.history.values().cloned().collect();
+        let mut all: Vec<_> = self.history.views().cloned().collect();
         all.extend(self.outgoing.values().map(|r| r.view.clone()));
         all.extend(self.incoming.values().filter(|r| !r.view.progress.ended).map(|r| r.view.clone()));
         all.extend(self.unfinished.iter().map(|u| u.view().clone()));

@@ -31,6 +31,8 @@ const WORK_MAX: usize = 32;
 const WORK_PAUSE: Duration = Duration::from_millis(500);
 /// New promises never to run a VM that was never here, for one member in a day: each is a file for good.
 const PROMISES: Allowance = Allowance::new(100.0, 100.0 / 86_400.0);
+/// Reservations of one member that nothing came of; those that ended with a hand-over do not count.
+const ATTEMPTS: Allowance = Allowance::new(200.0, 200.0 / 3600.0);
 /// Senders that a status names.
 const SENDERS_SHOWN: usize = 20;
 
@@ -51,6 +53,7 @@ pub struct Guard {
     requests: Buckets<MemberJid>,
     warnings: Buckets<MemberJid>,
     promises: Buckets<MemberJid>,
+    attempts: Buckets<MemberJid>,
     work: HashMap<MemberJid, Arc<Semaphore>>,
     all_work: Arc<Semaphore>,
     pub refusals: Refusals,
@@ -62,6 +65,7 @@ impl Default for Guard {
             requests: Buckets::new(MEMBERS_MAX),
             warnings: Buckets::new(MEMBERS_MAX),
             promises: Buckets::new(MEMBERS_MAX),
+            attempts: Buckets::new(MEMBERS_MAX),
             work: HashMap::new(),
             all_work: Arc::new(Semaphore::new(WORK_MAX)),
             refusals: Refusals::default(),
@@ -82,6 +86,16 @@ impl Guard {
     /// Whether one more promise may be recorded for the member's sake.
     pub fn may_promise(&mut self, from: &MemberJid, now: UnixMillis) -> bool {
         self.promises.take(from, &PROMISES, now).is_ok()
+    }
+
+    /// Whether one more reservation may be made for the member; else when.
+    pub fn begin_attempt(&mut self, from: &MemberJid, now: UnixMillis) -> Result<(), Duration> {
+        self.attempts.take(from, &ATTEMPTS, now)
+    }
+
+    /// A VM came by its reservation.
+    pub fn end_well(&mut self, from: &MemberJid) {
+        self.attempts.give_back(from, &ATTEMPTS);
     }
 
     /// Begins an expensive request, unless as many are under way as may be.
@@ -192,7 +206,7 @@ impl Broker {
 
     /// Why the rules for `member` do not let `spec` come from it.
     pub(super) fn policy_blockers(&self, member: &MemberJid, spec: &VmSpec) -> Vec<Denial> {
-        policy::blockers(&self.policy_of(member), &self.used_by(member, Some(spec.id)), spec)
+        policy::blockers(&self.limits_of(member), &self.used_by(member, Some(spec.id)), spec)
     }
 
     /// Tells the data link who may connect, and what is served to whom at most.

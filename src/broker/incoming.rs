@@ -93,6 +93,10 @@ impl Incoming {
         let path = shared.records.vm_dir(self.matter.vm).join(&self.dir_name);
         StagedDir { path, tasks: self.tasks.clone() }
     }
+    /// Below the directory of its VM.
+    pub fn dir_name(&self) -> &str {
+        &self.dir_name
+    }
     pub fn is_of(&self, peer: &Peer, vm: VmId) -> bool {
         self.peer == *peer && self.matter.vm == vm
     }
@@ -211,8 +215,8 @@ impl Broker {
         tokio::task::spawn_blocking(move || {
             let _under_way = work;
             let composed = shared.composer.is_composed(&spec.recipe);
-            let needed = negotiation::storage_needed(&spec, composed);
-            let (mut blockers, differences) = placement::assess(&room, &spec, &source, needed);
+            let needed = placement::Needed::by(&spec, composed);
+            let (mut blockers, differences) = placement::assess(&room, &spec, &source, &needed);
             blockers.extend(rules.into_iter().chain(bad));
             // Whose VMs are never taken need not know what is held.
             let (components_lacking, packs_lacking) = match room.accepts_source {
@@ -257,12 +261,24 @@ impl Broker {
             let text = "this cloud asks the others first what became of its VMs while it was away";
             return AnswerBody::Denied(Denial::new(DenialCode::Busy, text).next("try again in a minute"));
         }
+        // Else a member could take the place of a migration that is remembered, or of ours.
+        let id = request.migration;
+        let is_its_own_attempt = |view: &MigrationView| {
+            let p = &view.progress;
+            p.peer == peer.jid && p.vm_id == spec.id && p.role == "target" && !p.handed_over && p.phase != "completed"
+        };
+        let is_taken = self.outgoing.contains_key(&id)
+            || self.unfinished.iter().any(|cut| cut.view().progress.id == id)
+            || self.history.get(&id).is_some_and(|view| !is_its_own_attempt(view));
+        if is_taken {
+            return deny(DenialCode::NotYours, "another migration has this id, or it is over");
+        }
         fault::point("target-reserving");
         self.supersede(peer, spec.id);
         let composed = self.shared.composer.is_composed(&spec.recipe);
         let room = self.room(&peer.jid, None);
-        let needed = negotiation::storage_needed(spec, composed);
-        let (blockers, _) = placement::assess(&room, spec, &peer.jid, needed);
+        let needed = placement::Needed::by(spec, composed);
+        let (blockers, _) = placement::assess(&room, spec, &peer.jid, &needed);
         let rules = self.policy_blockers(&peer.jid, spec);
         if let Some(first) = blockers.into_iter().chain(rules).next() {
             return AnswerBody::Denied(first);
@@ -287,6 +303,11 @@ impl Broker {
             return AnswerBody::Denied(denial(&refusal));
         }
         let now = self.shared.now();
+        if let Err(wait) = self.guard.begin_attempt(&peer.jid, now) {
+            let text = "more reservations that nothing came of than this cloud takes in that time";
+            self.refuse(&peer.jid, Refused::RateLimit, &text);
+            return AnswerBody::Denied(Denial::new(DenialCode::RateLimited, text).retry_after(wait));
+        }
         let lease = self.shared.config.migration.lease;
         let agreement = Agreement {
             source: peer.jid.clone(),
@@ -322,11 +343,7 @@ impl Broker {
             offer: Offer::default(),
         };
         tracing::info!(migration = %request.migration, vm = %spec.name, from = %peer.jid, "reserved");
-        // Found after a restart, it is known how it ended.
-        if let Err(e) = self.shared.records.save_migration(&run.view) {
-            tracing::warn!(migration = %request.migration, error = super::problem::chain(&e), "a restart would forget it");
-        }
-        self.history.remove(&request.migration);
+        self.history.take(&request.migration);
         self.incoming.insert(request.migration, run);
         self.presence_changed();
         answer
@@ -577,6 +594,8 @@ impl Broker {
         fault::point("target-staging");
         let Some(run) = self.incoming.get_mut(&id) else { return };
         run.component_names = init.component_names.clone();
+        // Found after a restart, it is known how it ended. What only reserved is not worth a note.
+        self.notes.later(&run.view);
         let (progress, mut reports) = tokio::sync::watch::channel(Default::default());
         let mut job = StageJob {
             shared: self.shared.clone(),
@@ -702,6 +721,8 @@ impl Broker {
         self.vms.insert(h.vm, Vm { busy, ..Vm::new(record) });
         if let Some(run) = self.incoming.get_mut(&id) {
             run.staged = None;
+            run.view.progress.handed_over = true;
+            self.guard.end_well(&run.peer.jid);
         }
         Ok(receipt)
     }

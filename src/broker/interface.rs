@@ -303,7 +303,11 @@ pub struct StatusView {
     pub accelerator: String,
     pub cpus: Resource,
     pub memory_bytes: Resource,
+    /// Of the file system that VMs' disks lie on.
     pub storage_bytes: Resource,
+    /// What may be promised to VMs of it, and what of that a VM that comes now could have.
+    #[serde(default)]
+    pub storage_promised_bytes: Resource,
     pub transfer_addresses: Vec<String>,
     pub vms_running: u32,
     pub migrations_running: u32,
@@ -633,6 +637,9 @@ pub struct MigrationProgress {
     /// The VM's epoch at the source when the move began; 0 at the target.
     #[serde(default)]
     pub epoch: u64,
+    /// The VM was handed over in it: given away, though it may have come back, or taken over.
+    #[serde(default)]
+    pub handed_over: bool,
     /// Earlier tries of the same move that restarts cut short.
     #[serde(default)]
     pub attempt: u32,

@@ -8,6 +8,7 @@ pub mod archive;
 pub mod aside;
 mod borrowing;
 mod calls;
+mod capacity;
 pub mod continuity;
 pub mod content;
 mod errands;
@@ -15,11 +16,13 @@ mod evidence;
 mod guard;
 pub mod handle;
 pub mod healing;
+mod history;
 mod incoming;
 pub mod interface;
 mod lending;
 mod lineages;
 pub mod negotiation;
+mod notes;
 pub mod optimize;
 mod outgoing;
 mod owners;
@@ -51,30 +54,28 @@ use crate::migration::envelope::common_version;
 use crate::migration::handover::SignedHandOver;
 use crate::migration::source::Event as SourceEvent;
 use crate::migration::target::Event as TargetEvent;
-use crate::placement::{NetworkOffer, Room};
 use crate::types::{MemberJid, MigrationId, PublicKey, Successions, VmId, VmName};
-use crate::vm::PowerState;
 
 pub use interface::{Event, Reply, Request};
 pub use problem::{Problem, ProblemKind};
 pub use shared::{Link, LinkError, Shared};
 pub use vms::READY_LINE;
 
+use capacity::Measured;
 use continuity::Continuity;
 use guard::Guard;
+use history::History;
 use incoming::Incoming;
-use interface::{Account, MigrationView, Resource};
+use interface::{Account, MigrationView};
 use lending::Lent;
 use negotiation::Rates;
+use notes::Notes;
 use optimize::Idle;
 use outgoing::Outgoing;
 use records::{Damaged, RecordError};
 use resolving::Resolution;
 use shared::Peer;
 use vms::Vm;
-
-/// Ended migrations that are remembered.
-const HISTORY_MAX: usize = 1000;
 
 /// What the owner task reacts to.
 pub enum Input {
@@ -132,7 +133,8 @@ pub struct Broker {
     outgoing: BTreeMap<MigrationId, Outgoing>,
     incoming: BTreeMap<MigrationId, Incoming>,
     /// Ended migrations.
-    history: BTreeMap<MigrationId, MigrationView>,
+    history: History,
+    notes: Notes,
     /// Moves from here that a restart cut short.
     unfinished: Vec<unfinished::Unfinished>,
     /// Disks staged here for migrations that are gone.
@@ -160,6 +162,8 @@ pub struct Broker {
     /// Records of before this time came from a backup.
     restored: Option<UnixMillis>,
     after_restore: bool,
+    /// What disks take up, as it was measured last.
+    measured: std::sync::Mutex<Measured>,
     idle: Idle,
     rates: Rates,
     lent: Lent,
@@ -196,12 +200,11 @@ impl Broker {
         }
         let resolutions = shared.records.resolutions()?;
         let vms: BTreeMap<_, _> = vms.into_iter().map(|record| (record.spec.id, Vm::new(record))).collect();
-        let note = |view: &MigrationView| {
-            if let Err(e) = shared.records.save_migration(view) {
-                tracing::warn!(migration = %view.progress.id, error = problem::chain(&e), "not recorded");
-            }
-        };
+        let notes = Notes::new(shared.records.clone());
+        let note = |view: &MigrationView| notes.later(view);
         let (history, unfinished) = unfinished::split(shared.records.migrations()?, &vms, shared.now(), note);
+        let (history, displaced) = History::of(history);
+        displaced.into_iter().for_each(|id| notes.forget(id));
         let idle = Idle::new(shared.now());
         let continuity = Continuity::of(shared.records.dir());
         let restored = shared.records.restored()?;
@@ -215,6 +218,7 @@ impl Broker {
             outgoing: BTreeMap::new(),
             incoming: BTreeMap::new(),
             history,
+            notes,
             unfinished,
             interrupted: BTreeMap::new(),
             aside: damaged.into_iter().map(|d| (d.vm, d)).collect(),
@@ -230,6 +234,7 @@ impl Broker {
             noted: 0,
             restored,
             after_restore: false,
+            measured: std::sync::Mutex::default(),
             idle,
             rates: Rates::default(),
             lent: Lent::default(),
@@ -334,74 +339,6 @@ impl Broker {
         self.announce_wanted = true;
     }
 
-    /// What this cloud could take now. `except` leaves out a VM's own share, and the reservation
-    /// of an earlier migration of it, whose place one from the same source takes.
-    fn room(&self, source: &MemberJid, except: Option<VmId>) -> Room {
-        let counts =
-            |r: &&Incoming| r.is_unfinished() && !except.is_some_and(|vm| r.gives_way_to(vm, source));
-        let (cpus, memory) = self.resources(except);
-        let features = self.shared.driver.features();
-        let storage = rustix::fs::statvfs(self.shared.records.dir()).map_or(0, |s| s.f_bavail * s.f_frsize);
-        Room {
-            cpus_free: cpus.free as u32,
-            memory_bytes_free: memory.free,
-            storage_bytes_free: storage,
-            architecture: features.architectures.iter().next().cloned().unwrap_or_default(),
-            cpu_models: features.cpu_models.iter().cloned().collect(),
-            networks: self.networks_for(source),
-            accelerator: features.accelerator.to_string(),
-            accepts_source: self.policy_of(source).accept_vms,
-            present: self
-                .vms
-                .values()
-                .filter(|vm| vm.record.is_here())
-                .map(|vm| (vm.record.spec.id, vm.record.spec.name.clone()))
-                .chain(self.aside.keys().map(|vm| (*vm, VmName::unknown(*vm))))
-                .chain(self.incoming.values().filter(counts).map(|r| (r.spec().id, r.spec().name.clone())))
-                .collect(),
-            incoming: self.incoming.values().filter(counts).count(),
-            incoming_max: self.shared.config.migration.concurrency,
-        }
-    }
-
-    /// CPUs and memory bytes that VMs may use here, with what is free.
-    fn resources(&self, except: Option<VmId>) -> (Resource, Resource) {
-        let config = &self.shared.config.hypervisor;
-        let running = self.vms.iter().filter(|(id, vm)| {
-            Some(**id) != except
-                && vm.record.is_here()
-                && (vm.record.run || self.shared.driver.state(**id).is_ok_and(|s| s == PowerState::Running))
-        });
-        let used = running.map(|(_, vm)| (vm.record.spec.cpus, vm.record.spec.memory.0));
-        let reserved = self.incoming.values().filter(|r| Some(r.spec().id) != except).map(Incoming::reserved);
-        let (cpus, memory) = used
-            .chain(reserved)
-            .fold((0u64, 0u64), |(c, m), (cpus, memory)| (c + u64::from(cpus), m.saturating_add(memory)));
-        let resource = |total: u64, used: u64| Resource { total, free: total.saturating_sub(used) };
-        (resource(config.cpus.into(), cpus), resource(config.memory.0, memory))
-    }
-
-    fn networks(&self) -> Vec<NetworkOffer> {
-        self.shared
-            .config
-            .networks
-            .iter()
-            .map(|n| NetworkOffer { name: n.name.clone(), kind: n.kind.to_string() })
-            .collect()
-    }
-
-    /// Networks a VM of `source` may be plugged into: another cloud's guests reach services of this
-    /// host only where the operator lets them.
-    fn networks_for(&self, source: &MemberJid) -> Vec<NetworkOffer> {
-        let exposing = &self.shared.driver.features().exposing_networks;
-        let may = |name: &String| {
-            *source == self.shared.me
-                || !exposing.contains(name)
-                || self.shared.config.networks.iter().any(|n| n.name == *name && n.foreign)
-        };
-        self.networks().into_iter().filter(|n| may(&n.name)).collect()
-    }
-
     /// Where this broker can be dialled for transfers.
     fn transfer_addresses(&self) -> Vec<String> {
         self.shared.config.transfer.addresses(self.shared.endpoint.local_addr().ok())
@@ -418,27 +355,26 @@ impl Broker {
         }
     }
 
-    /// Keeps an ended migration, durably, and forgets the oldest beyond the limit.
+    /// Keeps an ended migration. What was begun here must not begin again after a restart.
     fn remember(&mut self, view: MigrationView) {
-        if let Err(e) = self.shared.records.save_migration(&view) {
-            tracing::warn!(migration = %view.progress.id, error = problem::chain(&e), "not recorded");
+        match view.progress.role.as_str() {
+            "source" => self.notes.now(&view),
+            _ => self.notes.later(&view),
         }
-        self.history.insert(view.progress.id, view);
-        while self.history.len() > HISTORY_MAX {
-            let oldest = self.history.values().min_by_key(|v| v.progress.started).map(|v| v.progress.id);
-            let Some(id) = oldest else { break };
-            self.history.remove(&id);
-            let _ = self.shared.records.forget_migration(id);
-        }
+        let displaced = self.history.remember(view);
+        displaced.into_iter().for_each(|id| self.notes.forget(id));
     }
 
-    /// Adds to the account of a migration that has ended, or is about to.
     fn amend_history(&mut self, id: MigrationId, amend: impl FnOnce(&mut Account)) {
         if let Some(run) = self.outgoing.get_mut(&id) {
             amend(&mut run.view.account);
         } else if let Some(mut view) = self.history.get(&id).cloned() {
             amend(&mut view.account);
-            self.remember(view);
+            // Others may say the same again and again.
+            if self.history.get(&id).is_some_and(|known| known.account != view.account) {
+                self.notes.later(&view);
+                self.history.remember(view);
+            }
         }
     }
 }

@@ -251,16 +251,6 @@ pub fn reason(d: &Denial) -> Reason {
     Reason { code: d.code.as_str(), text: d.text.clone(), next_step: d.next_step.clone() }
 }
 
-/// Room a root delta is given beside everything else.
-const OVERLAY_RESERVE_BYTES: u64 = 256 << 20;
-
-/// Storage a VM needs here at most: its composition (unless made already), delta and user data.
-pub fn storage_needed(spec: &VmSpec, composed: bool) -> u64 {
-    let composition = if composed { 0 } else { spec.root_size.0 / 2 };
-    // Asked before the spec was found sound.
-    composition.saturating_add(spec.user_data_size.0).saturating_add(OVERLAY_RESERVE_BYTES)
-}
-
 /// Remembers link rates so that durations can be predicted.
 #[derive(Debug, Default)]
 pub struct Rates {

@@ -157,9 +157,7 @@ impl Broker {
         };
         tracing::info!(migration = %id, vm = %record.spec.name, to = %run.peer.jid, "move begins");
         // Found unfinished after a restart, it is begun again.
-        if let Err(e) = self.shared.records.save_migration(&run.view) {
-            tracing::warn!(migration = %id, error = super::problem::chain(&e), "a restart would forget it");
-        }
+        self.notes.now(&run.view);
         self.outgoing.insert(id, run);
         self.outgoing_event(id, SourceEvent::Begin);
         Some(id)
@@ -185,9 +183,9 @@ impl Broker {
             let (machine, effects) = Source::resume(given.was_running, hand_over.sign(&self.shared.key));
             let mut view = self
                 .history
-                .remove(&id)
+                .take(&id)
                 .unwrap_or_else(|| new_view(id, &record.spec, "source", &peer.jid, None, now));
-            (view.progress.ended, view.problem) = (false, None);
+            (view.progress.ended, view.progress.handed_over, view.problem) = (false, true, None);
             tracing::info!(migration = %id, vm = %record.spec.name, to = %peer.jid, "asking again whether the hand-over arrived");
             self.outgoing.insert(
                 id,
@@ -629,7 +627,9 @@ impl Broker {
         fault::point("source-given-up");
         entry.record = record;
         // Found again after a restart even if the answer never comes.
-        let _ = self.shared.records.save_migration(&run.view);
+        let run = self.outgoing.get_mut(&id).ok_or_else(missing)?;
+        run.view.progress.handed_over = true;
+        self.notes.now(&run.view);
         tracing::info!(migration = %id, to = %run.peer.jid, epoch = hand_over.epoch, "given up");
         Ok(hand_over.sign(&self.shared.key))
     }

@@ -34,6 +34,9 @@ pub struct File {
     pub trust: Trust,
     #[serde(default)]
     pub migration: Migration,
+    /// What every member may take, where its own `[[member]]` says nothing.
+    #[serde(default)]
+    pub members: Members,
     /// What single members may do, where it is other than for all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub member: Vec<Member>,
@@ -148,12 +151,18 @@ pub struct Transfer {
 pub struct Hypervisor {
     pub driver: DriverKind,
     pub accelerator: Accelerator,
-    /// CPUs that VMs may use together; the machine's if not set.
+    /// CPUs of this machine that VMs run on; all if not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpus: Option<u32>,
     /// Memory that VMs may use together; the machine's if not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<ByteSize>,
+    /// Virtual CPUs that VMs may have for each of `cpus`; memory is never over-committed.
+    pub cpu_overcommit: f64,
+    /// Bytes of disks that VMs may be promised for each that is there: what they wrote and what is free.
+    pub storage_overcommit: f64,
+    /// Storage that VMs never get, beside `cloud.data_dir`'s own, so that records can always be written.
+    pub storage_floor: ByteSize,
     /// CPU model of new VMs: a baseline that every member has.
     pub cpu_model: String,
     /// A versioned machine type; the driver's own if not set. Members that exchange VMs need the same.
@@ -263,12 +272,25 @@ pub struct Migration {
     pub stop_timeout_s: u32,
     /// Migrations that may arrive at once.
     pub concurrency: u32,
+    /// And those from one member; half of them, rounded up, if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub concurrency_per_member: Option<u32>,
     /// `"members"`, or the list of members whose VMs are taken.
     pub accept_from: AcceptFrom,
     /// Whether the target of a move may have a guest here held still, and ask to switch over.
     pub steered_by_target: bool,
     /// Requests that one member may make a minute; ten seconds' worth of them at once.
     pub requests_per_minute: u32,
+}
+
+/// `[members]`: what VMs of one member may take of this cloud.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Members {
+    /// Part of this cloud's virtual CPUs, memory, storage and `transfer.bandwidth_limit`: more than 0; 1 lifts
+    /// these limits.
+    pub share: f64,
+    pub vms_max: u32,
 }
 
 /// `[[member]]`: what one member may do here, where it is other than for all.
@@ -282,7 +304,10 @@ pub struct Member {
     /// Whether it may fetch named components; `repository.share_with` says so if not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub share_components: Option<bool>,
-    /// What VMs from it may take here together, those on their way counted in.
+    /// `members.share` if not set: the limits below that are not set follow from it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share: Option<f64>,
+    /// What VMs from it may take here together, those on their way counted in; `members.vms_max` if not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vms_max: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -349,6 +374,9 @@ impl Default for Hypervisor {
             accelerator: Accelerator::Auto,
             cpus: None,
             memory: None,
+            cpu_overcommit: 4.0,
+            storage_overcommit: 1.0,
+            storage_floor: ByteSize::gib(1),
             cpu_model: "qemu64".into(),
             machine_type: None,
             firmware_code: None,
@@ -377,10 +405,17 @@ impl Default for Migration {
             confirm_patience_s: 60,
             stop_timeout_s: 90,
             concurrency: 4,
+            concurrency_per_member: None,
             accept_from: AcceptFrom::Members,
             requests_per_minute: 6000,
             steered_by_target: true,
         }
+    }
+}
+
+impl Default for Members {
+    fn default() -> Self {
+        Self { share: 0.5, vms_max: 50 }
     }
 }
 

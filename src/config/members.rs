@@ -65,22 +65,32 @@ pub fn policy(file: &File, jid: &MemberJid, own: Option<&Member>) -> MemberPolic
     let for_all = MemberPolicy {
         accept_vms: file.migration.accept_from.accepts(jid),
         share_components: file.repository.share_with.accepts(jid),
-        vms_max: None,
+        share: file.members.share,
+        vms_max: Some(file.members.vms_max),
         cpus_max: None,
         memory_max: None,
         storage_max: None,
         bandwidth_bytes_per_s: None,
         requests_per_minute: file.migration.requests_per_minute,
     };
-    let Some(own) = own else { return for_all };
-    MemberPolicy {
+    let Some(own) = own else { return capped(file, for_all) };
+    let policy = MemberPolicy {
         accept_vms: own.accept_vms.unwrap_or(for_all.accept_vms),
         share_components: own.share_components.unwrap_or(for_all.share_components),
-        vms_max: own.vms_max,
+        share: own.share.unwrap_or(for_all.share),
+        vms_max: own.vms_max.or(for_all.vms_max),
         cpus_max: own.cpus_max,
         memory_max: own.memory_max,
         storage_max: own.storage_max,
         bandwidth_bytes_per_s: own.bandwidth_limit.map(|r| r.bytes_per_s),
         requests_per_minute: own.requests_per_minute.unwrap_or(for_all.requests_per_minute),
-    }
+    };
+    capped(file, policy)
+}
+
+/// With the member's share of what may be sent at all, where there is such a limit.
+fn capped(file: &File, policy: MemberPolicy) -> MemberPolicy {
+    let share = |rate: super::Rate| ((rate.bytes_per_s as f64 * policy.share) as u64).max(1);
+    let of_all = file.transfer.bandwidth_limit.filter(|_| policy.share < 1.0).map(share);
+    MemberPolicy { bandwidth_bytes_per_s: policy.bandwidth_bytes_per_s.or(of_all), ..policy }
 }

@@ -93,6 +93,11 @@ pub struct Hypervisor {
     pub accelerator: Accelerator,
     pub cpus: u32,
     pub memory: ByteSize,
+    /// Virtual CPUs for each of `cpus`, 1 or more.
+    pub cpu_overcommit: f64,
+    /// 1 or more.
+    pub storage_overcommit: f64,
+    pub storage_floor: ByteSize,
     pub cpu_model: String,
     pub machine_type: Option<String>,
     pub firmware_code: Option<PathBuf>,
@@ -136,6 +141,7 @@ pub struct Migration {
     pub confirm_patience: Duration,
     pub stop_timeout: Duration,
     pub concurrency: usize,
+    pub concurrency_per_member: usize,
     pub accept_from: AcceptFrom,
     pub requests_per_minute: u32,
     pub steered_by_target: bool,
@@ -416,6 +422,9 @@ fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigE
             accelerator: f.hypervisor.accelerator,
             cpus,
             memory,
+            cpu_overcommit: f.hypervisor.cpu_overcommit,
+            storage_overcommit: f.hypervisor.storage_overcommit,
+            storage_floor: f.hypervisor.storage_floor,
             cpu_model: f.hypervisor.cpu_model,
             machine_type: f.hypervisor.machine_type,
             firmware_code: f.hypervisor.firmware_code,
@@ -436,6 +445,10 @@ fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigE
             confirm_patience: seconds(f.migration.confirm_patience_s),
             stop_timeout: seconds(f.migration.stop_timeout_s),
             concurrency: f.migration.concurrency as usize,
+            concurrency_per_member: f
+                .migration
+                .concurrency_per_member
+                .unwrap_or(f.migration.concurrency.div_ceil(2)) as usize,
             accept_from: f.migration.accept_from,
             requests_per_minute: f.migration.requests_per_minute,
             steered_by_target: f.migration.steered_by_target,
@@ -542,11 +555,27 @@ fn check_limits(file: &File) -> Result<(), ConfigError> {
         ("migration.lease_s", Some(file.migration.lease_s.into())),
         ("migration.stop_timeout_s", Some(file.migration.stop_timeout_s.into())),
         ("migration.concurrency", Some(file.migration.concurrency.into())),
+        ("migration.concurrency_per_member", file.migration.concurrency_per_member.map(u64::from)),
         ("migration.requests_per_minute", Some(file.migration.requests_per_minute.into())),
     ];
     for (field, value) in positive {
         if value == Some(0) {
             return Err(ConfigError::field(field, "must be more than zero"));
+        }
+    }
+    let h = &file.hypervisor;
+    for (field, value) in
+        [("hypervisor.cpu_overcommit", h.cpu_overcommit), ("hypervisor.storage_overcommit", h.storage_overcommit)]
+    {
+        if !(1.0..=1000.0).contains(&value) {
+            return Err(ConfigError::field(field, "must be from 1 to 1000").next("write 1.0 for none"));
+        }
+    }
+    let shares = file.member.iter().filter_map(|m| m.share).map(|share| ("member.share", share));
+    for (field, value) in shares.chain([("members.share", file.members.share)]) {
+        if !(value > 0.0 && value <= 1.0) {
+            return Err(ConfigError::field(field, "must be more than 0 and at most 1")
+                .next("write 1.0 for all; whose VMs are not taken is said by accept_vms and accept_from"));
         }
     }
     for address in &file.transfer.advertise {

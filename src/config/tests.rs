@@ -37,6 +37,9 @@ driver = "qemu"
 accelerator = "tcg"
 cpus = 4
 memory = "2G"
+cpu_overcommit = 2.5
+storage_overcommit = 1
+storage_floor = "256M"
 cpu_model = "qemu64"
 machine_type = "pc-q35-7.2"
 firmware_code = "/c"
@@ -57,10 +60,15 @@ trust_on_first_use = true
 grace_period = "7d"
 accept_from = ["b@x"]
 requests_per_minute = 600
+concurrency_per_member = 1
+[members]
+share = 0.25
+vms_max = 5
 [[member]]
 jid = "b@x"
 accept_vms = false
 share_components = true
+share = 1
 vms_max = 0
 cpus_max = 8
 memory_max = "16G"

@@ -6,12 +6,15 @@ use serde::{Deserialize, Serialize};
 use crate::types::ByteSize;
 
 /// The rules for one member. `None` is no limit of its own.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct MemberPolicy {
     /// Whether its VMs are taken.
     pub accept_vms: bool,
     /// Whether it may fetch components that have a name here.
     pub share_components: bool,
+    /// Part of this cloud that its VMs may take, where no limit below says otherwise; 1 is all.
+    #[serde(default = "all")]
+    pub share: f64,
     /// Limits of what VMs from it may take here together, reservations counted in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vms_max: Option<u32>,
@@ -26,6 +29,10 @@ pub struct MemberPolicy {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth_bytes_per_s: Option<u64>,
     pub requests_per_minute: u32,
+}
+
+fn all() -> f64 {
+    1.0
 }
 
 /// What VMs from one member take here: those that came from it and are here still, and those that
@@ -59,6 +66,20 @@ pub struct Exceeded {
 }
 
 impl MemberPolicy {
+    /// With limits for all that has none of its own: the member's share of what this cloud has.
+    pub fn within(self, capacity: &Used) -> Self {
+        if self.share >= 1.0 {
+            return self;
+        }
+        let share = |all: u64| (all as f64 * self.share) as u64;
+        Self {
+            cpus_max: self.cpus_max.or(Some(u32::try_from(share(capacity.cpus)).unwrap_or(u32::MAX).max(1))),
+            memory_max: self.memory_max.or(Some(ByteSize(share(capacity.memory_bytes)))),
+            storage_max: self.storage_max.or(Some(ByteSize(share(capacity.storage_bytes)))),
+            ..self
+        }
+    }
+
     /// The limits that `wanted` beside `used` would exceed; empty means it may come.
     pub fn exceeded(&self, used: &Used, wanted: &Used) -> Vec<Exceeded> {
         let count = |n: u64| n.to_string();
@@ -92,6 +113,7 @@ mod tests {
         MemberPolicy {
             accept_vms: true,
             share_components: true,
+            share: 1.0,
             vms_max: None,
             cpus_max: None,
             memory_max: None,
@@ -99,6 +121,17 @@ mod tests {
             bandwidth_bytes_per_s: None,
             requests_per_minute: 6000,
         }
+    }
+
+    #[test]
+    fn a_share_limits_what_has_no_limit_of_its_own() {
+        let cloud = Used { vms: 0, cpus: 16, memory_bytes: 32 << 30, storage_bytes: 100 << 30 };
+        assert_eq!(open().within(&cloud), open(), "a whole share lifts them");
+        let half = MemberPolicy { share: 0.5, cpus_max: Some(12), ..open() }.within(&cloud);
+        assert_eq!((half.cpus_max, half.memory_max, half.storage_max, half.vms_max),
+            (Some(12), Some(ByteSize::gib(16)), Some(ByteSize::gib(50)), None));
+        let tiny = MemberPolicy { share: 0.01, ..open() }.within(&cloud);
+        assert_eq!(tiny.cpus_max, Some(1), "a share is never nothing");
     }
 
     #[test]

@@ -94,6 +94,13 @@ impl<K: Ord + Clone> Buckets<K> {
         bucket.take(allowance, now)
     }
 
+    /// Gives a token back that was taken for what turned out well.
+    pub fn give_back(&mut self, key: &K, allowance: &Allowance) {
+        if let Some(bucket) = self.buckets.get_mut(key) {
+            bucket.tokens = (bucket.tokens + 1.0).min(allowance.burst);
+        }
+    }
+
     pub fn forget(&mut self, key: &K) {
         self.buckets.remove(key);
     }
@@ -143,6 +150,18 @@ mod tests {
         assert!(all.take(&20_000, &FEW, at(0)).is_err());
         assert!(all.take(&20_000, &FEW, at(10_000)).is_ok());
         assert_eq!(all.len(), 1, "full buckets are forgotten");
+    }
+
+    #[test]
+    fn a_token_given_back_can_be_taken_again_and_no_more_than_a_burst_is_saved() {
+        let mut all = Buckets::new(100);
+        assert_eq!((0..5).filter(|_| all.take(&1, &FEW, at(0)).is_ok()).count(), 3);
+        all.give_back(&1, &FEW);
+        assert_eq!((0..5).filter(|_| all.take(&1, &FEW, at(0)).is_ok()).count(), 1);
+        (0..9).for_each(|_| all.give_back(&1, &FEW));
+        all.give_back(&2, &FEW);
+        assert_eq!((0..9).filter(|_| all.take(&1, &FEW, at(0)).is_ok()).count(), 3);
+        assert_eq!(all.len(), 1);
     }
 
     #[test]

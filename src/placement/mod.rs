@@ -3,6 +3,8 @@
 pub mod policy;
 pub mod rank;
 pub mod room;
+pub mod storage;
 
 pub use rank::{Offer, rank};
 pub use room::{NetworkOffer, Room, assess};
+pub use storage::{Needed, Storage};

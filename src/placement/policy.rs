@@ -10,7 +10,7 @@ pub fn taken_by(spec: &VmSpec) -> Used {
         vms: 1,
         cpus: spec.cpus.into(),
         memory_bytes: spec.memory.0,
-        storage_bytes: spec.root_size.0.saturating_add(spec.user_data_size.0),
+        storage_bytes: super::storage::promised(spec),
     }
 }
 

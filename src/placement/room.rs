@@ -4,12 +4,17 @@ use crate::migration::{Denial, DenialCode};
 use crate::types::{MemberJid, VmId, VmName};
 use crate::vm::VmSpec;
 
+use super::storage::{Needed, Storage};
+
 /// What this cloud has and allows at one instant.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Room {
+    /// Virtual ones that VMs may still have.
     pub cpus_free: u32,
+    pub cpus: u32,
     pub memory_bytes_free: u64,
-    pub storage_bytes_free: u64,
+    pub memory_bytes: u64,
+    pub storage: Storage,
     pub architecture: String,
     pub cpu_models: Vec<String>,
     pub networks: Vec<NetworkOffer>,
@@ -22,6 +27,9 @@ pub struct Room {
     /// Unfinished incoming migrations, and how many are allowed at once.
     pub incoming: usize,
     pub incoming_max: usize,
+    /// Of those the ones from the same source, and how many of them are allowed.
+    pub incoming_from_source: usize,
+    pub incoming_from_source_max: usize,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -32,13 +40,7 @@ pub struct NetworkOffer {
 }
 
 /// Blockers and differences for `spec` coming from `source`; both empty means a plain yes.
-/// Staging needs room for the composition, the delta and the user data: `storage_bytes_needed`.
-pub fn assess(
-    room: &Room,
-    spec: &VmSpec,
-    source: &MemberJid,
-    storage_bytes_needed: u64,
-) -> (Vec<Denial>, Vec<Denial>) {
+pub fn assess(room: &Room, spec: &VmSpec, source: &MemberJid, needed: &Needed) -> (Vec<Denial>, Vec<Denial>) {
     let mut blockers = Vec::new();
     let differences = Vec::new();
     let mut no = |code, text: String, next: String| blockers.push(Denial::new(code, text).next(next));
@@ -55,6 +57,10 @@ pub fn assess(
     if room.incoming >= room.incoming_max {
         let text = format!("{} migrations are arriving already", room.incoming);
         no(DenialCode::Busy, text, "try again when they are done".into());
+    } else if room.incoming_from_source >= room.incoming_from_source_max {
+        let text = format!("{} migrations from this cloud are arriving already", room.incoming_from_source);
+        let next = "try again when they are done, or let its operator raise migration.concurrency_per_member";
+        no(DenialCode::Busy, text, next.into());
     }
     if room.architecture != spec.architecture {
         let text = format!("the VM is {}, the hosts are {}", spec.architecture, room.architecture);
@@ -66,19 +72,17 @@ pub fn assess(
         no(DenialCode::CpuModel, text, String::new());
     }
     if spec.cpus > room.cpus_free {
-        let text = format!("needs {} CPUs, {} are free", spec.cpus, room.cpus_free);
+        let text = format!("needs {} CPUs, {} of {} virtual ones are free", spec.cpus, room.cpus_free, room.cpus);
         no(DenialCode::Cpus, text, "free CPUs there or choose another member".into());
     }
     let memory = crate::types::ByteSize(room.memory_bytes_free);
     if spec.memory > memory {
-        let text = format!("needs {} of memory, {memory} are free", spec.memory);
+        let all = crate::types::ByteSize(room.memory_bytes);
+        let text = format!("needs {} of memory, {memory} of {all} are free", spec.memory);
         no(DenialCode::Memory, text, "free memory there or choose another member".into());
     }
-    if storage_bytes_needed > room.storage_bytes_free {
-        let (need, have) =
-            (crate::types::ByteSize(storage_bytes_needed), crate::types::ByteSize(room.storage_bytes_free));
-        let text = format!("needs up to {need} of storage, {have} are free");
-        no(DenialCode::Storage, text, "free storage there or choose another member".into());
+    if let Some((text, next)) = room.storage.lacks(needed) {
+        no(DenialCode::Storage, text, next.into());
     }
     for nic in &spec.nics {
         if !room.networks.iter().any(|n| n.name == nic.network) {
@@ -120,8 +124,10 @@ mod tests {
     fn room() -> Room {
         Room {
             cpus_free: 4,
+            cpus: 8,
             memory_bytes_free: 1 << 30,
-            storage_bytes_free: 10 << 30,
+            memory_bytes: 2 << 30,
+            storage: Storage { free_bytes: 10 << 30, overcommit: 1.0, ..Storage::default() },
             architecture: "amd64".into(),
             cpu_models: vec!["qemu64".into()],
             networks: vec![NetworkOffer { name: "lan".into(), kind: "user".into() }],
@@ -130,6 +136,8 @@ mod tests {
             present: vec![],
             incoming: 0,
             incoming_max: 2,
+            incoming_from_source: 0,
+            incoming_from_source_max: 1,
         }
     }
 
@@ -137,23 +145,25 @@ mod tests {
     fn each_violated_fact_is_named() {
         let source: MemberJid = "a@x".parse().unwrap();
         let vm = spec();
-        assert_eq!(assess(&room(), &vm, &source, 1).0, []);
+        let needed = Needed::by(&vm, false);
+        assert_eq!(assess(&room(), &vm, &source, &needed).0, []);
         type Spoil = fn(&mut Room, &VmSpec);
-        let table: [(DenialCode, Spoil); 9] = [
+        let table: [(DenialCode, Spoil); 10] = [
             (DenialCode::Cpus, |r, _| r.cpus_free = 1),
             (DenialCode::Memory, |r, _| r.memory_bytes_free = 1),
-            (DenialCode::Storage, |r, _| r.storage_bytes_free = 0),
+            (DenialCode::Storage, |r, _| r.storage.promised_bytes = 9 << 30),
             (DenialCode::Architecture, |r, _| r.architecture = "arm64".into()),
             (DenialCode::CpuModel, |r, _| r.cpu_models.clear()),
             (DenialCode::Network, |r, _| r.networks.clear()),
             (DenialCode::Policy, |r, _| r.accepts_source = false),
             (DenialCode::AlreadyThere, |r, s| r.present.push((s.id, "other".parse().unwrap()))),
             (DenialCode::Busy, |r, _| r.incoming = 2),
+            (DenialCode::Busy, |r, _| r.incoming_from_source = 1),
         ];
         for (code, spoil) in table {
             let mut r = room();
             spoil(&mut r, &vm);
-            let codes: Vec<_> = assess(&r, &vm, &source, 1).0.iter().map(|d| d.code).collect();
+            let codes: Vec<_> = assess(&r, &vm, &source, &needed).0.iter().map(|d| d.code).collect();
             assert_eq!(codes, [code]);
         }
     }

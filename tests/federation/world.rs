@@ -199,7 +199,7 @@ impl World {
             "[cloud]\nname = \"{name}\"\ndata_dir = \"{data}\"\n\
              [xmpp]\njid = \"{name}@federation.test\"\npassword_file = \"{xmpp}/accounts/{name}.password\"\n\
              server = \"127.0.0.1:{port}\"\nca_file = \"{xmpp}/ca.crt\"\nroom = \"{ROOM}\"\n\
-             [hypervisor]\ncpus = 4\nmemory = \"2G\"\n[[network]]\nname = \"lan\"\nkind = \"user\"\n\
+             [hypervisor]\ncpus = 4\ncpu_overcommit = 1\nmemory = \"2G\"\nstorage_overcommit = 4\nstorage_floor = \"16M\"\n[members]\nshare = 1\n[[network]]\nname = \"lan\"\nkind = \"user\"\n\
              [trust]\ntrust_on_first_use = true\n{extra}\n"
         );
         let transfer = if extra.contains("[transfer]") {
