@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::clock::UnixMillis;
 use crate::federation::{MemberPolicy, Used};
 use crate::placement::storage::promised;
-use crate::placement::{NetworkOffer, Needed, Room, Storage};
+use crate::placement::{Needed, NetworkOffer, Room, Storage};
 use crate::types::{MemberJid, VmId, VmName};
 use crate::vm::PowerState;
 
@@ -110,8 +110,11 @@ impl Broker {
     /// The storage for VMs, with what is promised. `except` leaves out a VM's own share.
     pub(super) fn storage(&self, except: Option<VmId>) -> Storage {
         let h = &self.shared.config.hypervisor;
-        let mut storage =
-            Storage { floor_bytes: h.storage_floor.0, overcommit: h.storage_overcommit, ..Storage::default() };
+        let mut storage = Storage {
+            floor_bytes: h.storage_floor.0,
+            overcommit: h.storage_overcommit,
+            ..Storage::default()
+        };
         self.measure(|measured| {
             storage.free_bytes = measured.free_bytes;
             let allocated = |vm: &VmId| measured.allocated_bytes.get(vm).copied().unwrap_or(0);

@@ -100,7 +100,8 @@ impl History {
         if self.views.len() <= RINGS_MAX {
             return Vec::new();
         }
-        let mut rings: Vec<_> = self.rings().into_iter().filter(|(ring, _)| *ring != Ring::HandOvers).collect();
+        let mut rings: Vec<_> =
+            self.rings().into_iter().filter(|(ring, _)| *ring != Ring::HandOvers).collect();
         let over = rings.len().saturating_sub(RINGS_MAX);
         rings.sort_by(|a, b| a.1.cmp(&b.1));
         rings.truncate(over);
@@ -133,7 +134,8 @@ mod tests {
             "root_size": 0, "user_data_size": 0, "nics": [], "architecture": "amd64", "cpu_model": "qemu64",
         }))
         .unwrap();
-        let mut view = new_view(MigrationId::random(), &spec, role, &peer.parse().unwrap(), None, UnixMillis(at));
+        let mut view =
+            new_view(MigrationId::random(), &spec, role, &peer.parse().unwrap(), None, UnixMillis(at));
         view.progress.phase = "cancelled".into();
         view.progress.ended = true;
         view

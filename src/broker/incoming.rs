@@ -10,8 +10,8 @@ use tokio_util::task::TaskTracker;
 use crate::clock::UnixMillis;
 use crate::fault;
 use crate::federation::Refused;
-use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, Return, SignedHandOver};
 use crate::migration::envelope::VERSION_BEFORE;
+use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, Return, SignedHandOver};
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, StageAccount};
 use crate::migration::ownership::{Became, Given, Guest};
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
@@ -265,7 +265,11 @@ impl Broker {
         let id = request.migration;
         let is_its_own_attempt = |view: &MigrationView| {
             let p = &view.progress;
-            p.peer == peer.jid && p.vm_id == spec.id && p.role == "target" && !p.handed_over && p.phase != "completed"
+            p.peer == peer.jid
+                && p.vm_id == spec.id
+                && p.role == "target"
+                && !p.handed_over
+                && p.phase != "completed"
         };
         let is_taken = self.outgoing.contains_key(&id)
             || self.unfinished.iter().any(|cut| cut.view().progress.id == id)
@@ -384,7 +388,8 @@ impl Broker {
     /// Our receipt if we took the VM over, else our word that we never will by this hand-over.
     pub(super) fn what_became_of(&mut self, peer: &Peer, h: &HandOver, signed: &SignedHandOver) -> Answered {
         let records = &self.shared.records;
-        let broken = |e: &dyn std::error::Error| Answered::Now(deny(DenialCode::Other, &super::problem::chain(e)));
+        let broken =
+            |e: &dyn std::error::Error| Answered::Now(deny(DenialCode::Other, &super::problem::chain(e)));
         let receipt = match records.receipt(h.migration) {
             Ok(receipt) => receipt,
             Err(e) => return broken(&e),

@@ -43,7 +43,8 @@ impl Notes {
         let desk = Arc::new(desk);
         let at_desk = desk.clone();
         let writer = std::thread::Builder::new().name("notes".into()).spawn(move || at_desk.write_all());
-        let writer = writer.inspect_err(|error| tracing::error!(%error, "migrations will not be recorded")).ok();
+        let writer =
+            writer.inspect_err(|error| tracing::error!(%error, "migrations will not be recorded")).ok();
         Self { desk, writer }
     }
 

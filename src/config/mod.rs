@@ -564,9 +564,10 @@ fn check_limits(file: &File) -> Result<(), ConfigError> {
         }
     }
     let h = &file.hypervisor;
-    for (field, value) in
-        [("hypervisor.cpu_overcommit", h.cpu_overcommit), ("hypervisor.storage_overcommit", h.storage_overcommit)]
-    {
+    for (field, value) in [
+        ("hypervisor.cpu_overcommit", h.cpu_overcommit),
+        ("hypervisor.storage_overcommit", h.storage_overcommit),
+    ] {
         if !(1.0..=1000.0).contains(&value) {
             return Err(ConfigError::field(field, "must be from 1 to 1000").next("write 1.0 for none"));
         }

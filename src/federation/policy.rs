@@ -128,8 +128,10 @@ mod tests {
         let cloud = Used { vms: 0, cpus: 16, memory_bytes: 32 << 30, storage_bytes: 100 << 30 };
         assert_eq!(open().within(&cloud), open(), "a whole share lifts them");
         let half = MemberPolicy { share: 0.5, cpus_max: Some(12), ..open() }.within(&cloud);
-        assert_eq!((half.cpus_max, half.memory_max, half.storage_max, half.vms_max),
-            (Some(12), Some(ByteSize::gib(16)), Some(ByteSize::gib(50)), None));
+        assert_eq!(
+            (half.cpus_max, half.memory_max, half.storage_max, half.vms_max),
+            (Some(12), Some(ByteSize::gib(16)), Some(ByteSize::gib(50)), None)
+        );
         let tiny = MemberPolicy { share: 0.01, ..open() }.within(&cloud);
         assert_eq!(tiny.cpus_max, Some(1), "a share is never nothing");
     }

@@ -72,7 +72,8 @@ pub fn assess(room: &Room, spec: &VmSpec, source: &MemberJid, needed: &Needed) -
         no(DenialCode::CpuModel, text, String::new());
     }
     if spec.cpus > room.cpus_free {
-        let text = format!("needs {} CPUs, {} of {} virtual ones are free", spec.cpus, room.cpus_free, room.cpus);
+        let text =
+            format!("needs {} CPUs, {} of {} virtual ones are free", spec.cpus, room.cpus_free, room.cpus);
         no(DenialCode::Cpus, text, "free CPUs there or choose another member".into());
     }
     let memory = crate::types::ByteSize(room.memory_bytes_free);

@@ -119,8 +119,12 @@ mod tests {
     #[test]
     fn what_guests_were_promised_is_not_promised_again() {
         let s = disk();
-        assert_eq!((s.promisable_bytes(), s.unpromised_bytes(), s.at_hand_bytes()), (100 * GIB, 20 * GIB, 49 * GIB));
-        let needs = |at_once, promised| Needed { at_once_bytes: at_once * GIB, promised_bytes: promised * GIB };
+        assert_eq!(
+            (s.promisable_bytes(), s.unpromised_bytes(), s.at_hand_bytes()),
+            (100 * GIB, 20 * GIB, 49 * GIB)
+        );
+        let needs =
+            |at_once, promised| Needed { at_once_bytes: at_once * GIB, promised_bytes: promised * GIB };
         assert_eq!(s.lacks(&needs(49, 20)), None, "both limits may be reached");
         let (text, next) = s.lacks(&needs(1, 21)).unwrap();
         let expected = "its disks may grow to 21 GiB; 80 GiB of 100 GiB are promised to other VMs already \
@@ -133,7 +137,10 @@ mod tests {
         assert_eq!(text, expected);
         let generous = Storage { overcommit: 1.5, ..s };
         assert_eq!(generous.unpromised_bytes(), 70 * GIB);
-        assert!(generous.lacks(&needs(50, 1)).is_some(), "what must be written at once is never over-committed");
+        assert!(
+            generous.lacks(&needs(50, 1)).is_some(),
+            "what must be written at once is never over-committed"
+        );
     }
 
     #[test]
