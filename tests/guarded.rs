@@ -120,7 +120,7 @@ impl Home {
     fn shows(&self, name: &str, key: PublicKey) {
         let cloud = Cloud {
             name: name.into(),
-            key: key.to_string(),
+            key: key.to_string().into(),
             versions: "1".into(),
             power: "on".into(),
             ..Cloud::default()

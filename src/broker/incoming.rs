@@ -16,7 +16,7 @@ use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, Stag
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, RequestBody};
 use crate::placement;
-use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
+use crate::types::{MemberJid, MigrationId, PeerText, PublicKey, VmId};
 use crate::vm::VmSpec;
 
 use super::account::{self, new_view};
@@ -46,7 +46,7 @@ pub struct Incoming {
     spec: VmSpec,
     pub view: MigrationView,
     lease_until: UnixMillis,
-    component_names: Vec<String>,
+    component_names: Vec<PeerText>,
     /// The staged disks between passes; taken by the pass that works on them.
     staged: Option<Staged>,
     cancel: CancellationToken,
@@ -549,7 +549,7 @@ impl Broker {
                 Ok(account)
             }
             Err(denial) => {
-                tracing::warn!(migration = %id, reason = denial.text, "staging failed");
+                tracing::warn!(migration = %id, reason = denial.text.as_str(), "staging failed");
                 Err(denial)
             }
         };
@@ -580,8 +580,8 @@ impl Broker {
             evidence::keep_receipts(&self.shared.records, previous).map_err(|e| broken(&e))?;
         }
         let receipt = signed.accept(&self.shared.key);
-        let mut record =
-            VmRecord::new(run.spec.clone(), run.component_names.clone(), &run.dir_name, self.shared.now());
+        let names = run.component_names.iter().cloned().map(String::from).collect();
+        let mut record = VmRecord::new(run.spec.clone(), names, &run.dir_name, self.shared.now());
         record.epoch = h.epoch;
         // Should this process end here, the next one starts the VM.
         record.run = run.machine.run();

@@ -13,7 +13,7 @@
 //! the source asks again, so lost and repeated messages do no harm. The VM is run only after the
 //! effect [`Effect::TakeOver`] has durably recorded the ownership.
 
-use crate::types::{MemberJid, PublicKey, RecipeId};
+use crate::types::{MemberJid, PeerText, PublicKey, RecipeId};
 
 use super::handover::{HandOver, Receipt, SignedHandOver};
 use super::message::{Answer, Denial, DenialCode, Initialization, Pass, Progress, RequestBody, StageAccount};
@@ -84,7 +84,7 @@ pub struct Target {
     progress: Progress,
     run: bool,
     receipt: Option<Receipt>,
-    problem: Option<String>,
+    problem: Option<PeerText>,
     denial: Option<Denial>,
 }
 
@@ -126,7 +126,7 @@ impl Target {
         &self.progress
     }
     /// Why the VM does not run although it is ours, or why staging failed.
-    pub fn problem(&self) -> Option<String> {
+    pub fn problem(&self) -> Option<PeerText> {
         self.problem.clone().or_else(|| self.denial.as_ref().map(|d| d.text.clone()))
     }
     /// Whether the source wants the VM to run here; part of what a take-over records.
@@ -167,7 +167,7 @@ impl Target {
             }
             Event::Started(result) if self.phase == Phase::Starting => {
                 self.phase = Phase::Owned;
-                self.problem = result.err();
+                self.problem = result.err().map(PeerText::from);
                 Vec::new()
             }
             Event::Booted { boot_ms } if self.phase == Phase::Owned => vec![Effect::AskDelete { boot_ms }],
@@ -421,7 +421,7 @@ mod tests {
     }
 
     fn cancel() -> RequestBody {
-        RequestBody::Cancel { reason: String::new() }
+        RequestBody::Cancel { reason: PeerText::default() }
     }
 
     /// The one answer, and what else is to be done.

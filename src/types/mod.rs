@@ -6,8 +6,10 @@ pub mod hex;
 pub mod id;
 pub mod identity;
 pub mod size;
+pub mod text;
 
 pub use hash::{BlockHash, ComponentId, Hash, ImageDigest, MapId, NodeHash, PackId, RecipeId};
 pub use id::{CloudName, LeaseId, MemberJid, MigrationId, VmId, VmName};
 pub use identity::{IdentityKey, PublicKey, Signature};
 pub use size::ByteSize;
+pub use text::PeerText;

@@ -756,6 +756,6 @@ fn request(of: usize, m: Move, ask: Ask) -> RequestBody {
             firmware: None,
         })),
         Ask::Start => RequestBody::Start { hand_over: signed(of, m), run: m.ran },
-        Ask::Cancel => RequestBody::Cancel { reason: String::new() },
+        Ask::Cancel => RequestBody::Cancel { reason: "".into() },
     }
 }

@@ -258,7 +258,7 @@ fn expelled(bench: &mut Bench) {
     let dialled = bench.mallory.block_on(bench.mallory.endpoint.connect(&addresses, bench.mallory.real_key));
     assert!(dialled.is_err(), "one who is no member is let in");
     for peer in [&bench.mallory, &bench.victim] {
-        let answer = peer.ask_spoiled(matter, RequestBody::Cancel { reason: String::new() }, Spoil::Nothing);
+        let answer = peer.ask_spoiled(matter, RequestBody::Cancel { reason: "".into() }, Spoil::Nothing);
         assert!(
             matches!(&answer, Err(RequestError::Refused { condition, .. }) if condition == "forbidden"),
             "{answer:?}"
