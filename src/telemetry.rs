@@ -127,12 +127,12 @@ mod tests {
 
     #[test]
     fn nobody_forges_a_line_of_the_log_or_acts_on_a_terminal() {
+        // The formatter dims, tilts and colours.
+        let own = regex::Regex::new("\x1b\\[[0-9;]*m").unwrap();
         for form in [Form::Json, Form::Text, Form::Colored] {
             let log = logged(form);
             assert!(log.matches("forged INFO line").count() == 4, "{log:?}");
             let line = log.strip_suffix('\n').unwrap();
-            // The formatter dims, tilts and colours.
-            let own = regex::Regex::new("\x1b\\[[0-9;]*m").unwrap();
             let rest = if form == Form::Colored { own.replace_all(line, "") } else { line.into() };
             assert!(rest.chars().all(is_plain), "{rest:?}");
         }

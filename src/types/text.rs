@@ -199,6 +199,12 @@ impl PartialEq<&str> for PeerText {
     }
 }
 
+impl PartialEq<String> for PeerText {
+    fn eq(&self, other: &String) -> bool {
+        self.0 == *other
+    }
+}
+
 impl<'de> Deserialize<'de> for PeerText {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Visitor;
