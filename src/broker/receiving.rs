@@ -9,13 +9,13 @@ use crate::disk::DiskError;
 use crate::migration::message::ADDRESSES_MAX;
 use crate::repository::{IncomingForm, IncomingPack, Repository, RepositoryError};
 use crate::transfer::{ObjectKey, ObjectSink, PackRange, PackWish, PackWriter, SinkError, Verified};
-use crate::types::{BlockHash, PackId};
+use crate::types::{BlockHash, PackId, PeerText};
 
 /// How long another cloud's host names may take to be looked up, all together.
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where another cloud says that it serves. Names that are not found in time are left out.
-pub async fn resolve(addresses: &[String]) -> Vec<SocketAddr> {
+pub async fn resolve(addresses: &[PeerText]) -> Vec<SocketAddr> {
     let look_ups = addresses.iter().take(ADDRESSES_MAX).map(|address| async move {
         let found = tokio::time::timeout(LOOK_UP_TIMEOUT, tokio::net::lookup_host(address.as_str()));
         found.await.ok().and_then(Result::ok).into_iter().flatten().collect::<Vec<_>>()

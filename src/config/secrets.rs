@@ -91,6 +91,7 @@ fn check_owner(path: &Path, owner: u32, ourselves: u32) -> Result<(), ConfigErro
 
 #[cfg(test)]
 mod tests {
+    use crate::durable;
     use super::*;
     use std::path::PathBuf;
 
