@@ -208,6 +208,8 @@ fn answers() -> Vec<AnswerBody> {
             | AnswerBody::Stopped
             | AnswerBody::Deleted { .. }
             | AnswerBody::Content(_)
+            | AnswerBody::Lineage { .. }
+            | AnswerBody::Owners { .. }
             | AnswerBody::Denied(_) => {}
         }
     }
