@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::text::PeerText;
+use super::text::{self, PeerText};
 
 /// A name or id that breaks the rules of its kind.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -173,7 +173,8 @@ impl FromStr for MemberJid {
         };
         // The parser normalises case, so equal addresses compare equal.
         let jid = xmpp_parsers::jid::BareJid::new(s).map_err(|_| err())?;
-        if jid.node().is_none() {
+        // Its rules are of Unicode 3.2, and know not all that is invisible.
+        if jid.node().is_none() || !jid.as_str().chars().all(text::is_plain) {
             return Err(err());
         }
         Ok(Self(jid.to_string()))
