@@ -66,7 +66,8 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
     world.guest(1, "web", "sha256sum -c /root/sum");
     let here = world.vm(0, "web");
     assert_eq!(here.ownership, "given-up");
-    let start = world.call(0, &Request::VmStart { vm: "web".into(), unconfirmed: false, by_uid: None }).unwrap_err();
+    let start =
+        world.call(0, &Request::VmStart { vm: "web".into(), unconfirmed: false, by_uid: None }).unwrap_err();
     assert_eq!(start.kind, ProblemKind::Conflict, "{start}");
 
     // Home again: the repository has learned, and the kept copy is the seed.

@@ -300,7 +300,9 @@ impl Liar {
             _ if mood == Mood::Denies => AnswerBody::Denied(denial()),
             RequestBody::Configuration { .. } if mood == Mood::Blocks => check(vec![denial(), denial()]),
             RequestBody::Configuration { .. } => check(Vec::new()),
-            RequestBody::Reservation { .. } => AnswerBody::Reserved { expires_in_s: 60, reservation: None, known: None },
+            RequestBody::Reservation { .. } => {
+                AnswerBody::Reserved { expires_in_s: 60, reservation: None, known: None }
+            }
             RequestBody::Initialization(init) if mood == Mood::Takes => {
                 AnswerBody::Staged { pass: init.pass.number, account: account() }
             }

@@ -274,7 +274,9 @@ fn a_vm_taken_back_while_the_target_had_it_is_contested_until_operators_settle_i
         assert!(world.log(cloud).contains("TWO OWNERS"), "{}", world.log(cloud));
         let problem = world.vm(cloud, "twice").problem.unwrap();
         assert!(problem.next_step.contains("--owner here"), "{problem:?}");
-        let start = world.call(cloud, &Request::VmStart { vm: "twice".into(), unconfirmed: false, by_uid: None }).unwrap_err();
+        let start = world
+            .call(cloud, &Request::VmStart { vm: "twice".into(), unconfirmed: false, by_uid: None })
+            .unwrap_err();
         assert_eq!(start.kind, ProblemKind::Conflict, "{start}");
         let away = Request::Move { vm: "twice".into(), to: None, dry_run: false };
         assert_eq!(world.call(cloud, &away).unwrap_err().kind, ProblemKind::Conflict);

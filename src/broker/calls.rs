@@ -48,7 +48,8 @@ impl Broker {
                 Ok(Reply::Vms(vms.chain(self.aside_views()).collect()))
             }
             Request::VmShow { vm } => self.find_vm(&vm).map(|id| self.shown(id)),
-            Request::VmStart { vm, unconfirmed, by_uid } => match self.startable_vm(&vm, unconfirmed, by_uid) {
+            Request::VmStart { vm, unconfirmed, by_uid } => match self.startable_vm(&vm, unconfirmed, by_uid)
+            {
                 Ok(id) => return self.start_vm(id, reply),
                 Err(p) => Err(p),
             },

@@ -10,8 +10,8 @@ use tokio_util::task::TaskTracker;
 use crate::clock::UnixMillis;
 use crate::fault;
 use crate::federation::Refused;
-use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, Return, SignedHandOver};
 use crate::migration::envelope::VERSION_BEFORE;
+use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, Return, SignedHandOver};
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, StageAccount};
 use crate::migration::ownership::{Became, Given, Guest};
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
@@ -367,7 +367,8 @@ impl Broker {
     /// Our receipt if we took the VM over, else our word that we never will by this hand-over.
     pub(super) fn what_became_of(&mut self, peer: &Peer, h: &HandOver, signed: &SignedHandOver) -> Answered {
         let records = &self.shared.records;
-        let broken = |e: &dyn std::error::Error| Answered::Now(deny(DenialCode::Other, &super::problem::chain(e)));
+        let broken =
+            |e: &dyn std::error::Error| Answered::Now(deny(DenialCode::Other, &super::problem::chain(e)));
         let receipt = match records.receipt(h.migration) {
             Ok(receipt) => receipt,
             Err(e) => return broken(&e),

@@ -11,8 +11,8 @@ use crate::component::Kind;
 use crate::federation::{MemberPolicy, Used};
 use crate::migration::Evidence;
 use crate::types::{
-    ByteSize, CloudName, ComponentId, ImageDigest, MemberJid, MigrationId, PeerText, PublicKey, RecipeId, Succession,
-    VmId, VmName,
+    ByteSize, CloudName, ComponentId, ImageDigest, MemberJid, MigrationId, PeerText, PublicKey, RecipeId,
+    Succession, VmId, VmName,
 };
 use crate::vm::spec::Nic;
 use crate::vm::{Firmware, PowerState, VmSpec};

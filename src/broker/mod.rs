@@ -8,8 +8,8 @@ pub mod archive;
 pub mod aside;
 mod borrowing;
 mod calls;
-pub mod continuity;
 pub mod content;
+pub mod continuity;
 mod errands;
 mod evidence;
 mod guard;
@@ -43,9 +43,9 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::clock::UnixMillis;
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
-use crate::clock::UnixMillis;
 use crate::migration::ReplayGuard;
 use crate::migration::envelope::common_version;
 use crate::migration::handover::SignedHandOver;

@@ -640,9 +640,8 @@ impl Broker {
         let vm = run.matter.vm;
         let known = self.known(vm).map_err(|e| refuse(super::problem::chain(&e)))?;
         let entry = self.vms.get(&vm).ok_or_else(|| refuse("unknown VM".into()))?;
-        let (record, known) = LAW
-            .take_back(&entry.record, &known, &back)
-            .map_err(|refusal| lineages::denial(&refusal))?;
+        let (record, known) =
+            LAW.take_back(&entry.record, &known, &back).map_err(|refusal| lineages::denial(&refusal))?;
         // Only evidence: without it the target would be asked again, and give it again.
         self.shared.records.save_returned(id, &back).map_err(|e| refuse(super::problem::chain(&e)))?;
         // Then the history, which is ahead of the record for a moment: both are facts by now.
@@ -692,7 +691,9 @@ impl Broker {
                     }
                     entry.record = record;
                 }
-                Err(refusal) => tracing::error!(migration = %id, %refusal, "released by a receipt that does not fit"),
+                Err(refusal) => {
+                    tracing::error!(migration = %id, %refusal, "released by a receipt that does not fit")
+                }
             }
             entry.busy = None;
             fault::point("source-releasing");

@@ -128,7 +128,10 @@ impl Broker {
     ) {
         let RequestBody::Owners { claims } = &request.body else { return };
         if claims.len() > CLAIMS_MAX {
-            let denial = Denial::new(DenialCode::Other, format!("at most {CLAIMS_MAX} VMs may be asked about at once"));
+            let denial = Denial::new(
+                DenialCode::Other,
+                format!("at most {CLAIMS_MAX} VMs may be asked about at once"),
+            );
             return drop(reply.send(self.shared.answer(&request, AnswerBody::Denied(denial)).ok()));
         }
         let look = |claim: &Claim| {
@@ -167,7 +170,8 @@ impl Broker {
     /// Which of our VMs a member runs as well, by what it said last.
     fn disputed_by(&mut self, by: &MemberJid, asked: &BTreeSet<VmId>, disputed: &BTreeSet<VmId>) {
         let now = self.shared.now();
-        self.disputes.retain(|vm, d| d.by != *by || disputed.contains(vm) || !asked.contains(vm) && !asked.is_empty());
+        self.disputes
+            .retain(|vm, d| d.by != *by || disputed.contains(vm) || !asked.contains(vm) && !asked.is_empty());
         for vm in disputed {
             if !self.disputes.contains_key(vm) {
                 tracing::error!(%vm, member = %by, "CONTESTED: this cloud owns the VM by its history, and {by} runs a copy it gave up");
@@ -186,7 +190,8 @@ impl Broker {
         };
         let (me, running) = (self.shared.key.public(), self.is_running(vm));
         let held = self.vms.get(&vm).is_some_and(|vm| vm.busy.is_some() || vm.starting);
-        let learnt = LAW.learn(self.standing(vm, &known), shown, &me, running || held, &by.jid, (now, scrub_after));
+        let learnt =
+            LAW.learn(self.standing(vm, &known), shown, &me, running || held, &by.jid, (now, scrub_after));
         let (record, lineage) = match learnt {
             Learnt::Nothing => return,
             Learnt::Contradicts => {
@@ -248,7 +253,12 @@ impl Broker {
             held += usize::from(vm.record.is_here());
         }
         if held > 0 {
-            tracing::warn!(members = awaited.len(), vms = held, restored, "the records here may be older than what others know: members are asked before a VM is started");
+            tracing::warn!(
+                members = awaited.len(),
+                vms = held,
+                restored,
+                "the records here may be older than what others know: members are asked before a VM is started"
+            );
         }
         self.continuity.forget();
         self.confirming = Some(Confirming { restored, since: self.shared.now(), awaited, warned: false });
@@ -264,8 +274,7 @@ impl Broker {
     }
 
     fn confirmed_by_all(&mut self) {
-        let waiting: Vec<VmId> =
-            self.vms.iter().filter(|(_, vm)| !vm.confirmed).map(|(id, _)| *id).collect();
+        let waiting: Vec<VmId> = self.vms.iter().filter(|(_, vm)| !vm.confirmed).map(|(id, _)| *id).collect();
         for id in waiting {
             let Some(vm) = self.vms.get_mut(&id) else { continue };
             vm.confirmed = true;
@@ -300,7 +309,8 @@ impl Broker {
         };
         let reason = format!(
             "is not run before it is known that no other cloud owns it: {why}, and {} may know more and did not \
-             say yet", silent.join(", ")
+             say yet",
+            silent.join(", ")
         );
         let next = match self.is_unconfirmed_for_long() {
             false => "wait until they are online".to_owned(),
@@ -315,7 +325,8 @@ impl Broker {
     /// An operator starts a VM although not all were asked; who, when and against whose silence is recorded.
     pub(super) fn confirm_by_word(&mut self, vm: VmId, by_uid: Option<u32>) -> Result<(), RecordError> {
         let Some(entry) = self.vms.get_mut(&vm).filter(|vm| !vm.confirmed) else { return Ok(()) };
-        let silent = self.confirming.as_ref().map(|c| c.awaited.iter().cloned().collect()).unwrap_or_default();
+        let silent =
+            self.confirming.as_ref().map(|c| c.awaited.iter().cloned().collect()).unwrap_or_default();
         let mut record = entry.record.clone();
         let start = UnconfirmedStart { at: self.shared.clock.now(), by_uid, silent };
         tracing::warn!(vm = %record.spec.name, ?by_uid, silent = ?start.silent, "an operator starts a VM without the word of those that may know more");
@@ -353,8 +364,10 @@ impl Broker {
             "is this cloud's by its history, and {} runs a copy that it gave up, from a backup perhaps",
             dispute.by
         );
-        Some(Problem::new(ProblemKind::Conflict, format!("VM {}", entry.record.spec.name), reason)
-            .next(format!("let the operator of {} stop it there; this one may run on", dispute.by)))
+        Some(
+            Problem::new(ProblemKind::Conflict, format!("VM {}", entry.record.spec.name), reason)
+                .next(format!("let the operator of {} stop it there; this one may run on", dispute.by)),
+        )
     }
 
     /// A VM that runs here and was given up, as another member shows, in words.
@@ -399,7 +412,8 @@ fn beyond<'a>(lineage: &'a Lineage, claim: &Claim, here: bool) -> Option<&'a [Li
         Some(_) if here => lineage.links(),
         Some(_) => return None,
     };
-    (!links.is_empty() || here && claim.tip.is_some_and(|tip| lineage.position(&tip).is_none())).then_some(links)
+    (!links.is_empty() || here && claim.tip.is_some_and(|tip| lineage.position(&tip).is_none()))
+        .then_some(links)
 }
 
 /// Whether the sender of a claim owned the VM by the link that it names.
@@ -458,7 +472,9 @@ async fn judge(
     let work = tokio::task::spawn_blocking(move || {
         let kept = match shared.records.lineage(claim.vm) {
             Ok(kept) => kept,
-            Err(e) => return tracing::error!(vm = %claim.vm, error = chain(&e), "what is known of the VM is damaged"),
+            Err(e) => {
+                return tracing::error!(vm = %claim.vm, error = chain(&e), "what is known of the VM is damaged");
+            }
         };
         let goes_on = kept.tip().map(|tip| tip.id) == claim.tip;
         let whole = || Lineage::empty(claim.vm).with(&keys).continued(links.clone());
@@ -468,7 +484,9 @@ async fn judge(
                 let (vm, by) = (claim.vm, peer);
                 shared.post(Input::apply(move |b| b.learn_of(&by, vm, &lineage)));
             }
-            Err(e) => tracing::warn!(vm = %claim.vm, member = %peer.jid, error = chain(&e), "shows a history that is none"),
+            Err(e) => {
+                tracing::warn!(vm = %claim.vm, member = %peer.jid, error = chain(&e), "shows a history that is none")
+            }
         }
     });
     let _ = work.await;

@@ -229,8 +229,11 @@ impl Records {
     /// Keeps a VM's history for good.
     pub fn save_lineage(&self, lineage: &Lineage) -> Result<(), RecordError> {
         let path = self.lineage_path(lineage.vm());
-        durable::write(&path, &lineage.encode())
-            .map_err(|source| RecordError::Io { action: "write", path, source })
+        durable::write(&path, &lineage.encode()).map_err(|source| RecordError::Io {
+            action: "write",
+            path,
+            source,
+        })
     }
 
     fn lineage_path(&self, vm: VmId) -> PathBuf {
@@ -332,7 +335,8 @@ impl Records {
             let name = source.map_or_else(|| "all".into(), PublicKey::fingerprint);
             // As earlier releases wrote it: one file for each epoch.
             let each = self.dir.join("returns").join(format!("{vm}-{epoch}-{name}.json"));
-            !matches!(&kept, Ok(None)) && kept.map_or(true, |k| k.is_some_and(|k| k.epoch >= epoch)) || each.exists()
+            !matches!(&kept, Ok(None)) && kept.map_or(true, |k| k.is_some_and(|k| k.epoch >= epoch))
+                || each.exists()
         };
         promised_to(None) || source.is_some_and(|key| promised_to(Some(key)))
     }

@@ -187,7 +187,8 @@ impl Broker {
         let h = record.disproved.as_ref().and_then(|d| d.hand_over());
         let h = h.ok_or_else(|| conflict(id, "what was shown of it is unreadable"))?;
         if owner == Side::Here {
-            let reason = format!("this cloud's own signature gave the VM to {} under epoch {}", h.target, h.epoch);
+            let reason =
+                format!("this cloud's own signature gave the VM to {} under epoch {}", h.target, h.epoch);
             let next = "move it here from the cloud that owns it, or adopt this copy's disk as another VM";
             return Err(conflict(id, &reason).next(next));
         }

@@ -10,8 +10,8 @@ use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
 use crate::types::{MigrationId, VmId};
 
 use super::interface::{MigrationView, Reply};
-use super::problem::{Problem, ProblemKind, chain};
 use super::outgoing::Outgoing;
+use super::problem::{Problem, ProblemKind, chain};
 use super::shared::Peer;
 use super::{Broker, Input};
 

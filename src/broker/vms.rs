@@ -517,7 +517,9 @@ impl Broker {
             vm.record = record;
             let dir = self.shared.records.vm_dir(vm.record.spec.id);
             tracing::info!(vm = %vm.record.spec.name, copies = over.len(), "the grace period of earlier copies is over");
-            tokio::task::spawn_blocking(move || over.iter().for_each(|disks| staging::scrub_dir(&dir.join(disks))));
+            tokio::task::spawn_blocking(move || {
+                over.iter().for_each(|disks| staging::scrub_dir(&dir.join(disks)))
+            });
         }
     }
 

@@ -121,7 +121,8 @@ impl Keyring {
 
     /// Members of whom a key is believed.
     pub fn believed(&self) -> impl Iterator<Item = &MemberJid> + '_ {
-        let kept = self.kept.iter().filter(|(jid, kept)| kept.key.is_some() && !self.configured.contains_key(*jid));
+        let kept =
+            self.kept.iter().filter(|(jid, kept)| kept.key.is_some() && !self.configured.contains_key(*jid));
         let all = self.configured.keys().chain(kept.map(|(jid, _)| jid));
         all.filter(|jid| !self.revoked.0.contains_key(*jid))
     }

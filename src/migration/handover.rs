@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use crate::clock::UnixMillis;
 use crate::types::codec::{CodecError, Reader, Writer};
 use crate::types::{
-    IdentityKey, LinkId, MapId, MemberJid, MigrationId, PublicKey, RecipeId, ReservationId, Signature, VmId, hex,
+    IdentityKey, LinkId, MapId, MemberJid, MigrationId, PublicKey, RecipeId, ReservationId, Signature, VmId,
+    hex,
 };
 
 /// A record that says nothing of how its source became the owner.

@@ -4,7 +4,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{ComponentId, LinkId, MemberJid, PackId, PeerText, PublicKey, ReservationId, Successions, VmId};
+use crate::types::{
+    ComponentId, LinkId, MemberJid, PackId, PeerText, PublicKey, ReservationId, Successions, VmId,
+};
 use crate::vm::{MapRef, VmSpec};
 
 use super::handover::{Receipt, Return, SignedHandOver};

@@ -15,5 +15,5 @@ pub use envelope::{Envelope, EnvelopeError, ReplayGuard};
 pub use evidence::Evidence;
 pub use handover::{HandOver, Receipt, Return};
 pub use lineage::{Lineage, Link, LinkKind, Links};
-pub use ownership::{Law, Refusal};
 pub use message::{Answer, AnswerBody, Denial, DenialCode, Pass, RequestBody};
+pub use ownership::{Law, Refusal};

@@ -11,7 +11,9 @@ use crate::clock::UnixMillis;
 use crate::types::{IdentityKey, MapId, MemberJid, MigrationId, PublicKey, ReservationId, hex};
 use crate::vm::VmSpec;
 
-use super::handover::{EPOCH_MAX, HandOver, HandOverError, Origin, Provenance, Receipt, Return, SignedHandOver};
+use super::handover::{
+    EPOCH_MAX, HandOver, HandOverError, Origin, Provenance, Receipt, Return, SignedHandOver,
+};
 use super::lineage::{Lineage, LineageError, Link, LinkKind, Links, PAGE_LINKS_MAX};
 use super::message::{DenialCode, Seed};
 use super::records::{Arrival, Disproved, GivenUp, KeptCopy, Ownership, VmRecord};
@@ -92,7 +94,9 @@ pub enum Refusal {
     Damaged,
     #[error("{0} earlier copies of this VM are in their grace period here")]
     CopiesKept(usize),
-    #[error("the history shown does not go on from what is known here: the VM went to {owner} under epoch {epoch}")]
+    #[error(
+        "the history shown does not go on from what is known here: the VM went to {owner} under epoch {epoch}"
+    )]
     Forked { owner: MemberJid, epoch: u64 },
     #[error("{giver} shows no history, and the VM went to {owner} under epoch {epoch}")]
     Unproven { giver: MemberJid, owner: MemberJid, epoch: u64 },
@@ -131,9 +135,13 @@ impl Refusal {
     pub fn code(&self) -> DenialCode {
         match self {
             Refusal::AlreadyHere => DenialCode::AlreadyThere,
-            Refusal::InDoubt | Refusal::CopiesKept(_) | Refusal::Damaged | Refusal::Held(_) => DenialCode::Busy,
+            Refusal::InDoubt | Refusal::CopiesKept(_) | Refusal::Damaged | Refusal::Held(_) => {
+                DenialCode::Busy
+            }
             Refusal::Contested(_) => DenialCode::Contested,
-            Refusal::NotHere | Refusal::NotGivenUp | Refusal::Unconfirmed | Refusal::HistoryLost => DenialCode::Other,
+            Refusal::NotHere | Refusal::NotGivenUp | Refusal::Unconfirmed | Refusal::HistoryLost => {
+                DenialCode::Other
+            }
             Refusal::Forked { .. }
             | Refusal::Unproven { .. }
             | Refusal::HandOver(_)
@@ -304,7 +312,11 @@ impl Law {
         let rule = Rule::RunsWhereOwned;
         self.refuse(rule, !record.is_here(), Refusal::NotHere)?;
         self.refuse(rule, is_contested(record), Refusal::Contested("its source's operator took it back"))?;
-        self.refuse(rule, record.disproved.is_some(), Refusal::Contested("another cloud shows that it was given up"))?;
+        self.refuse(
+            rule,
+            record.disproved.is_some(),
+            Refusal::Contested("another cloud shows that it was given up"),
+        )?;
         self.refuse(rule, !confirmed, Refusal::Unconfirmed)
     }
 
@@ -323,13 +335,22 @@ impl Law {
         let rule = Rule::OwnerGivesUp;
         self.refuse(rule, !record.is_here(), Refusal::NotHere)?;
         self.refuse(rule, is_contested(record), Refusal::Contested("its source's operator took it back"))?;
-        self.refuse(rule, record.disproved.is_some(), Refusal::Contested("another cloud shows that it was given up"))
+        self.refuse(
+            rule,
+            record.disproved.is_some(),
+            Refusal::Contested("another cloud shows that it was given up"),
+        )
     }
 
     // --- the source ---
 
     /// The record that gives the VM up, to be made durable before the hand-over is signed.
-    pub fn give_up(self, record: &VmRecord, known: &Lineage, gift: Gift) -> Result<(VmRecord, HandOver), Refusal> {
+    pub fn give_up(
+        self,
+        record: &VmRecord,
+        known: &Lineage,
+        gift: Gift,
+    ) -> Result<(VmRecord, HandOver), Refusal> {
         self.may_give_up(record)?;
         if let Some(tip) = known.tip()
             && !known.is_owned_by(&gift.source_key)
@@ -355,7 +376,9 @@ impl Law {
             root_delta: gift.seed.root_delta.id(),
             user_data: gift.seed.user_data.id(),
             issued: gift.now,
-            provenance: gift.reservation.map(|reservation| Provenance { origin: known.origin(), reservation }),
+            provenance: gift
+                .reservation
+                .map(|reservation| Provenance { origin: known.origin(), reservation }),
         };
         let mut record = record.clone();
         record.epoch = epoch - 1;
@@ -382,7 +405,12 @@ impl Law {
     }
 
     /// The record once the target's receipt is there: the copy is kept for the grace period.
-    pub fn release(self, record: &VmRecord, receipt: Receipt, scrub_after: UnixMillis) -> Result<VmRecord, Refusal> {
+    pub fn release(
+        self,
+        record: &VmRecord,
+        receipt: Receipt,
+        scrub_after: UnixMillis,
+    ) -> Result<VmRecord, Refusal> {
         self.receipt_fits(record, &receipt)?;
         let mut record = record.clone();
         let Ownership::GivenUp(given) = &mut record.ownership else { return Err(Refusal::NotGivenUp) };
@@ -469,7 +497,8 @@ impl Law {
             known.amend(receipt.clone().into()).map_err(Refusal::HandOver)?;
         }
         let mut record = record.clone();
-        record.ownership = Ownership::GivenUp(Box::new(GivenUp { receipt, scrub_after: Some(scrub_after), ..given }));
+        record.ownership =
+            Ownership::GivenUp(Box::new(GivenUp { receipt, scrub_after: Some(scrub_after), ..given }));
         record.epoch = h.epoch - 1;
         record.taken_back = None;
         record.contested = None;
@@ -579,7 +608,8 @@ impl Law {
         signed: &SignedHandOver,
     ) -> Became {
         let arrived = standing.record.and_then(|r| r.arrival.as_ref()).filter(|a| a.migration == h.migration);
-        let receipt = arrived.map(|a| &a.receipt).or(given.receipt).filter(|_| self.holds(Rule::ReceiptIsForGood));
+        let receipt =
+            arrived.map(|a| &a.receipt).or(given.receipt).filter(|_| self.holds(Rule::ReceiptIsForGood));
         match receipt {
             // The operator gave back what was taken over, knowing the risk.
             _ if given.promised => Became::ToBePromised,
@@ -614,7 +644,8 @@ impl Law {
     pub fn withdrawn(self, record: &VmRecord, migration: MigrationId, now: UnixMillis) -> Option<VmRecord> {
         let mut record = record.clone();
         let is_here = record.is_here();
-        let arrival = record.arrival.as_mut().filter(|a| a.migration == migration && a.contested.is_none())?;
+        let arrival =
+            record.arrival.as_mut().filter(|a| a.migration == migration && a.contested.is_none())?;
         let over = !is_here || arrival.acknowledged;
         if over && self.holds(Rule::AcknowledgedIsFinal) {
             return None;
@@ -655,14 +686,17 @@ impl Law {
             Some(longer) if longer.links().len() > known.links().len() => longer,
             Some(_) => return Learnt::Nothing,
             // What they know is the beginning of what is known here.
-            None if shown.tip().is_some_and(|tip| known.position(&tip.id).is_some()) => return Learnt::Nothing,
+            None if shown.tip().is_some_and(|tip| known.position(&tip.id).is_some()) => {
+                return Learnt::Nothing;
+            }
             None => return Learnt::Contradicts,
         };
         let Some(record) = standing.record else { return Learnt::Longer(longer) };
         // What this cloud itself signed, and nobody else can have, on what its record does not know.
         let more = &longer.links()[known.links().len()..];
         let is_mine = |key: &PublicKey| longer.successions().leads(key, me);
-        let mine = more.first().and_then(|link| link.hand_over.read().ok()).filter(|h| is_mine(&h.source_key));
+        let mine =
+            more.first().and_then(|link| link.hand_over.read().ok()).filter(|h| is_mine(&h.source_key));
         let Some(first) = mine.filter(|_| self.holds(Rule::ProofIsBelieved)) else { return Learnt::Nothing };
         let mut changed = record.clone();
         let comes_home = longer.is_owned_by(me);
@@ -700,7 +734,12 @@ impl Law {
     }
 
     /// The record of a disproved VM that does not run: given up, as it long was.
-    pub fn concede(self, record: &VmRecord, now: UnixMillis, scrub_after: UnixMillis) -> Result<VmRecord, Refusal> {
+    pub fn concede(
+        self,
+        record: &VmRecord,
+        now: UnixMillis,
+        scrub_after: UnixMillis,
+    ) -> Result<VmRecord, Refusal> {
         let disproved = record.disproved.as_ref().ok_or(Refusal::NotGivenUp)?;
         let (Some(h), Some(link)) = (disproved.hand_over(), disproved.links.0.first()) else {
             return Err(Refusal::NotGivenUp);
@@ -764,7 +803,8 @@ impl Law {
         if let Some(a) = &record.arrival {
             let _ = known.push(a.receipt.clone().into());
         }
-        let mut later: Vec<_> = returns.iter().filter_map(|r| Some((r.hand_over.read().ok()?.epoch, r))).collect();
+        let mut later: Vec<_> =
+            returns.iter().filter_map(|r| Some((r.hand_over.read().ok()?.epoch, r))).collect();
         later.sort_by_key(|(epoch, _)| *epoch);
         let now = |known: &Lineage| known.next_epoch() - 1;
         for (epoch, back) in later {
@@ -829,7 +869,8 @@ impl Law {
 
     /// Directories of earlier copies whose grace period is over, and the record without them.
     pub fn due(self, record: &VmRecord, now: UnixMillis) -> Option<(Vec<String>, VmRecord)> {
-        let (over, kept): (Vec<_>, Vec<_>) = record.kept.iter().cloned().partition(|copy| copy.scrub_after <= now);
+        let (over, kept): (Vec<_>, Vec<_>) =
+            record.kept.iter().cloned().partition(|copy| copy.scrub_after <= now);
         (!over.is_empty())
             .then(|| (over.into_iter().map(|copy| copy.disks).collect(), VmRecord { kept, ..record.clone() }))
     }

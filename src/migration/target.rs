@@ -188,9 +188,7 @@ impl Target {
             }
             // Verified by the broker, which keeps it for the take-over.
             RequestBody::Lineage { .. } => deny(DenialCode::OutOfOrder, "the VM was already handed over"),
-            RequestBody::Reservation { .. } if self.leased() => {
-                answer(self.reserved())
-            }
+            RequestBody::Reservation { .. } if self.leased() => answer(self.reserved()),
             RequestBody::Initialization(init) => self.initialise(init),
             RequestBody::Start { hand_over, run } => self.take_over(hand_over, run),
             RequestBody::Cancel { .. } if self.leased() => {

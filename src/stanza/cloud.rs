@@ -5,10 +5,10 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use xmpp_parsers::presence::PresencePayload;
 use xso::{AsXml, FromXml};
 
+use crate::types::PeerText;
 use crate::types::Succession;
 use crate::types::codec::{Reader, Writer};
 use crate::types::succession::SUCCESSION_BYTES;
-use crate::types::PeerText;
 
 use super::ns;
 

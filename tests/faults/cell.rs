@@ -111,7 +111,8 @@ fn recovered(pair: &mut Pair, source: usize, epoch: u64, begun: Instant) -> Resu
     let owner = rest(pair)?;
     let by_itself = comes(10, || pair.power(owner) == PowerState::Running);
     if !by_itself {
-        let started = pair.world.call(owner, &Request::VmStart { vm: VM.into(), unconfirmed: false, by_uid: None });
+        let started =
+            pair.world.call(owner, &Request::VmStart { vm: VM.into(), unconfirmed: false, by_uid: None });
         if !matches!(started, Ok(Reply::Vm(_))) {
             return Err(format!("it does not start: {started:?}"));
         }

@@ -298,7 +298,8 @@ impl Cloud {
             self.durable.lineage = lineage;
         }
         if let Some(record) = record {
-            let pending = self.durable.record.replace(*record).and_then(|old| Some(old.given_up()?.migration));
+            let pending =
+                self.durable.record.replace(*record).and_then(|old| Some(old.given_up()?.migration));
             if let Some(id) = pending {
                 self.end_outgoing(id);
             }
@@ -751,7 +752,9 @@ impl Cloud {
             vm: spec().id,
             epoch,
             recipe: spec().recipe,
-            reservation: ReservationId(uuid::Uuid::from_u128(u128::from(random.next()) << 8 | self.me as u128)),
+            reservation: ReservationId(uuid::Uuid::from_u128(
+                u128::from(random.next()) << 8 | self.me as u128,
+            )),
             known: known.tip().map(|tip| tip.id),
         };
         let dir = match self.rules.own_directory_per_reservation {
@@ -806,7 +809,12 @@ impl Cloud {
         match self.rules.law.what_became_of(self.standing(&known), given, &h, signed) {
             Became::Taken(receipt) => {
                 let running = self.durable.running;
-                return AnswerBody::Started { receipt, running, problem: None, account: StageAccount::default() };
+                return AnswerBody::Started {
+                    receipt,
+                    running,
+                    problem: None,
+                    account: StageAccount::default(),
+                };
             }
             Became::Other | Became::Unknowable => return deny(DenialCode::HandOver, "cannot be told"),
             Became::Void => {}

@@ -64,7 +64,6 @@ fn said(s: &State, of: usize, reply: Reply) -> bool {
     s.said.contains(&Packet { of, ask: Ask::Start, reply: Some(reply) })
 }
 
-
 fn owns_under(side: &Side, epoch: u64) -> bool {
     side.owns() && side.epoch() == epoch
 }
@@ -108,9 +107,7 @@ impl Model for HandOver {
                 [(a, b), (b, a)].iter().all(|(x, y)| !x.owns() || x.epoch() > y.epoch())
             }),
             Property::always("never a receipt and a return of one hand-over", |_, s: &State| {
-                (0..s.moves.len()).all(|of| {
-                    !(said(s, of, Reply::Started) && said(s, of, Reply::Returned))
-                })
+                (0..s.moves.len()).all(|of| !(said(s, of, Reply::Started) && said(s, of, Reply::Returned)))
             }),
             Property::always("it can come to rest with one owner", |m: &Self, s: &State| {
                 m.comes_to_rest(s).is_ok()

@@ -24,8 +24,7 @@ pub struct Rules {
     pub asks_before_it_runs: bool,
 }
 
-const ALL: Rules =
-    Rules { law: Law::WHOLE, own_directory_per_reservation: true, asks_before_it_runs: true };
+const ALL: Rules = Rules { law: Law::WHOLE, own_directory_per_reservation: true, asks_before_it_runs: true };
 
 const RUNS: u64 = 20_000;
 

@@ -754,8 +754,12 @@ impl State {
             s.incoming = None;
         }
         let known = s.known();
-        let offered =
-            broken.law().offer(s.standing(&known), &jid(m.from), &key(m.from).public(), Some(&self.shown[of]));
+        let offered = broken.law().offer(
+            s.standing(&known),
+            &jid(m.from),
+            &key(m.from).public(),
+            Some(&self.shown[of]),
+        );
         let arriving = s.incoming.as_ref().is_some_and(|run| *run.machine.phase() != target::Phase::Owned);
         if arriving || offered.is_err() {
             return Reply::Refused;

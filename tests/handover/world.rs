@@ -12,7 +12,7 @@ use cicada::migration::{AnswerBody, HandOver, Lineage, Links, Pass, RequestBody}
 use cicada::types::MigrationId;
 
 use crate::Rules;
-use crate::cloud::{self, Cloud, Durable, KEYS, Job, jid, key, map, spec, unfinished};
+use crate::cloud::{self, Cloud, Durable, Job, KEYS, jid, key, map, spec, unfinished};
 
 pub const VM: u128 = 0x5eed;
 const CLOUDS: usize = 3;
@@ -313,7 +313,8 @@ impl World {
             return;
         }
         // Who last heard that the liar owns the VM cannot know that it gave it away since.
-        let owned_by_liar = |known: &Lineage| known.tip().is_some_and(|tip| tip.owner_key == key(liar).public());
+        let owned_by_liar =
+            |known: &Lineage| known.tip().is_some_and(|tip| tip.owner_key == key(liar).public());
         let knows_better = |c: &Cloud| {
             let known = c.known();
             c.me != liar && known.links().len() > length && !owned_by_liar(&known)
@@ -328,7 +329,9 @@ impl World {
         let id = MigrationId(uuid::Uuid::from_u128(u128::from(self.random.next()) | 1 << 65));
         let epoch = [shown.next_epoch(), whole.next_epoch(), 1_000_001][self.random.below(3)];
         let say = |world: &mut Self, body: RequestBody| world.say(liar, target, id, (epoch, before), body);
-        let Some(AnswerBody::Reserved { reservation, .. }) = say(self, RequestBody::Reservation { spec: spec() }) else {
+        let Some(AnswerBody::Reserved { reservation, .. }) =
+            say(self, RequestBody::Reservation { spec: spec() })
+        else {
             return;
         };
         if !before && !self.random.one_in(4) {
@@ -478,9 +481,8 @@ impl World {
         if let Some(stray) = running.iter().find(|c| !c.owns()) {
             return Err(format!("runs in cloud {}, which does not own it", stray.me));
         }
-        let epoch = |c: &Cloud| {
-            c.durable.record.as_ref().filter(|_| !c.memory.unconfirmed).map_or(0, |r| r.epoch)
-        };
+        let epoch =
+            |c: &Cloud| c.durable.record.as_ref().filter(|_| !c.memory.unconfirmed).map_or(0, |r| r.epoch);
         if let Some(owner) = owners.first()
             && self.clouds.iter().any(|c| c.me != owner.me && epoch(c) >= epoch(owner))
         {
@@ -560,8 +562,9 @@ impl World {
         self.tally.replayed += self.network.len() as u64;
         self.heal()?;
         self.at_rest()?;
-        let epoch =
-            |o: &Option<(usize, Option<VmRecord>)>| o.as_ref().map(|(n, r)| (*n, r.as_ref().map(|r| r.epoch)));
+        let epoch = |o: &Option<(usize, Option<VmRecord>)>| {
+            o.as_ref().map(|(n, r)| (*n, r.as_ref().map(|r| r.epoch)))
+        };
         match epoch(&owner(self)) == epoch(&before) {
             true => Ok(()),
             false => {

@@ -26,7 +26,9 @@ type Trick = Box<dyn Fn(&Peer, SignedHandOver) -> AnswerBody>;
 fn honest(peer: &Peer, request: &RequestBody) -> AnswerBody {
     match request {
         RequestBody::Configuration { .. } => AnswerBody::Configuration(yes()),
-        RequestBody::Reservation { .. } => AnswerBody::Reserved { expires_in_s: 60, reservation: None, known: None },
+        RequestBody::Reservation { .. } => {
+            AnswerBody::Reserved { expires_in_s: 60, reservation: None, known: None }
+        }
         RequestBody::Initialization(init) => {
             AnswerBody::Staged { pass: init.pass.number, account: StageAccount::default() }
         }
@@ -508,7 +510,10 @@ fn start_rows(bench: &mut Bench) {
     // It cannot be called off, nor started, nor deleted here.
     bench.cancel_all();
     let name = vm.name.to_string();
-    for request in [Request::VmStart { vm: name.clone(), unconfirmed: false, by_uid: None }, Request::VmDelete { vm: name.clone() }] {
+    for request in [
+        Request::VmStart { vm: name.clone(), unconfirmed: false, by_uid: None },
+        Request::VmDelete { vm: name.clone() },
+    ] {
         assert!(bench.world.call(0, &request).is_err(), "{request:?}");
     }
     // The return that fits: the VM is here again, under an epoch that the promise does not cover.

@@ -228,7 +228,11 @@ fn expelled(bench: &mut Bench) {
                 None
             }
             _ => {
-                bench.mallory.answer(asked, AnswerBody::Reserved { expires_in_s: 60, reservation: None, known: None }, Spoil::Nothing);
+                bench.mallory.answer(
+                    asked,
+                    AnswerBody::Reserved { expires_in_s: 60, reservation: None, known: None },
+                    Spoil::Nothing,
+                );
                 None
             }
         })

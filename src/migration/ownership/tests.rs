@@ -84,7 +84,12 @@ impl Cloud {
         }
     }
 
-    fn gives(&mut self, law: Law, to: u8, reservation: Option<ReservationId>) -> Result<SignedHandOver, Refusal> {
+    fn gives(
+        &mut self,
+        law: Law,
+        to: u8,
+        reservation: Option<ReservationId>,
+    ) -> Result<SignedHandOver, Refusal> {
         let (record, h) = law.give_up(self.record(), &self.history(), self.gift(to, reservation))?;
         self.record = Some(record);
         Ok(h.sign(&key(self.n)))
@@ -108,7 +113,8 @@ impl Cloud {
             now: NOW,
             grace: Duration::from_secs(1000),
         };
-        let (record, lineage) = law.take_over(self.standing(), given, offered, signed, &key(self.n), guest)?;
+        let (record, lineage) =
+            law.take_over(self.standing(), given, offered, signed, &key(self.n), guest)?;
         self.known = lineage;
         self.record = Some(record);
         Ok(self.record().arrival.as_ref().unwrap().receipt.clone())
@@ -218,7 +224,8 @@ fn old_receipts_replayed_lead_nowhere() {
     moved(&mut c, &mut a);
     // b shows the history as it was when it owned the VM, and hands over by it.
     let mut liar = Cloud { n: 2, record: None, known: old.clone() };
-    liar.record = Some(VmRecord { epoch: 2, origin: Some(old.origin()), ..VmRecord::new(spec(), vec![], "d", NOW) });
+    liar.record =
+        Some(VmRecord { epoch: 2, origin: Some(old.origin()), ..VmRecord::new(spec(), vec![], "d", NOW) });
     let mut away = Cloud { record: None, known: a.history(), ..a.clone() };
     assert!(matches!(moves(Law::WHOLE, 2, &mut liar, &mut away), Err(Refusal::Forked { .. })));
     // A history whose links are out of order, left out, or another VM's is none.
@@ -267,7 +274,8 @@ fn clouds_of_the_version_before_keep_no_history_and_are_believed_along_the_way()
 fn a_return_brings_it_back_and_the_history_goes_on_over_it() {
     let (mut a, mut b) = (Cloud::born(1), Cloud::new(2));
     let signed = a.gives(Law::WHOLE, 2, Some(ReservationId::random())).unwrap();
-    let other = Cloud::born(1).gives(Law::WHOLE, 3, Some(ReservationId::random())).unwrap().give_back(&key(3));
+    let other =
+        Cloud::born(1).gives(Law::WHOLE, 3, Some(ReservationId::random())).unwrap().give_back(&key(3));
     assert_eq!(Law::WHOLE.take_back(a.record(), &a.known, &other), Err(Refusal::OtherHandOver));
     let back = signed.give_back(&key(2));
     for _ in 0..2 {
@@ -329,7 +337,12 @@ fn what_cannot_be_taken_over_is_refused_each_for_its_reason() {
     };
     let cases = [
         (Rule::PromiseBinds, Given { promised: true, receipt: None }, reservation, Refusal::Promised(2)),
-        (Rule::TakenOnce, Given { promised: false, receipt: Some(&receipt) }, reservation, Refusal::TakenBefore),
+        (
+            Rule::TakenOnce,
+            Given { promised: false, receipt: Some(&receipt) },
+            reservation,
+            Refusal::TakenBefore,
+        ),
         (Rule::OwnReservation, Given::default(), ReservationId::random(), Refusal::OtherReservation),
     ];
     for (rule, given, reservation, refusal) in cases {
@@ -393,9 +406,8 @@ fn what_became_of_a_hand_over_is_told_from_what_was_recorded() {
     let (mut a, mut b) = (Cloud::born(1), Cloud::new(2));
     let (signed, receipt) = moved(&mut a, &mut b);
     let h = signed.read().unwrap();
-    let became = |law: Law, cloud: &Cloud, given: Given<'_>| {
-        law.what_became_of(cloud.standing(), given, &h, &signed)
-    };
+    let became =
+        |law: Law, cloud: &Cloud, given: Given<'_>| law.what_became_of(cloud.standing(), given, &h, &signed);
     assert_eq!(became(Law::WHOLE, &b, Given::default()), Became::Taken(receipt.clone()));
     let kept = Given { promised: false, receipt: Some(&receipt) };
     assert_eq!(became(Law::WHOLE, &Cloud::new(2), kept), Became::Taken(receipt.clone()));
@@ -438,7 +450,11 @@ fn a_restored_record_gives_way_to_the_history_it_lost() {
     assert_eq!(learn(Law::WHOLE, &known, &b.history(), false), Learnt::Nothing);
     let mut liar = Cloud::born(9);
     moved(&mut liar, &mut Cloud::new(8));
-    assert_eq!(learn(Law::WHOLE, &backup, &liar.history(), false), Learnt::Nothing, "not signed by this cloud");
+    assert_eq!(
+        learn(Law::WHOLE, &backup, &liar.history(), false),
+        Learnt::Nothing,
+        "not signed by this cloud"
+    );
     assert_eq!(learn(Law::WHOLE, &known, &liar.history(), false), Learnt::Contradicts);
     assert_eq!(learn(without(Rule::ProofIsBelieved), &backup, &b.history(), false), Learnt::Nothing);
     // It went on and came home since: still this cloud's, under a later epoch.
