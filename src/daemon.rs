@@ -29,7 +29,7 @@ use crate::repository::Repository;
 use crate::stanza::Cloud;
 use crate::stanza::cloud::Capacity;
 use crate::transfer::{Endpoint, Limiter};
-use crate::types::{Hash, MemberJid};
+use crate::types::{Hash, MemberJid, PeerText};
 use crate::xmpp::{self, RequestError, XmppEvent};
 
 /// How long shutdown waits for what is under way.
@@ -195,11 +195,11 @@ fn presence(broker: &Broker) -> Cloud {
     let mut features = vec![format!("driver:{}", s.driver), format!("accelerator:{}", s.accelerator)];
     features.extend(config.networks.iter().map(|n| format!("network:{}", n.name)));
     Cloud {
-        name: s.cloud.to_string(),
-        key: s.key.to_string(),
-        versions: crate::migration::envelope::VERSIONS.map(|v| v.to_string()).join(","),
-        software: Some(format!("cicada {}", s.version)),
-        region: Some(config.cloud.region.clone()).filter(|r| !r.is_empty()),
+        name: s.cloud.to_string().into(),
+        key: s.key.to_string().into(),
+        versions: crate::migration::envelope::VERSIONS.map(|v| v.to_string()).join(",").into(),
+        software: Some(format!("cicada {}", s.version).into()),
+        region: Some(PeerText::from(&config.cloud.region)).filter(|r| !r.is_empty()),
         power: "on".into(),
         load: Some(load as u32),
         carbon: config.cloud.carbon_g_per_kwh,
@@ -213,7 +213,7 @@ fn presence(broker: &Broker) -> Cloud {
             // What a VM could have, not what happens to be unwritten.
             storage_free: s.storage_promised_bytes.free & !((1 << 30) - 1),
         }),
-        features,
+        features: features.into_iter().map(Into::into).collect(),
         successions: Vec::new(),
     }
     .with_successions(broker.successions().iter().cloned())

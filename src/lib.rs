@@ -6,7 +6,6 @@
 pub mod clock;
 pub mod durable;
 pub mod fault;
-pub mod path_owner;
 pub mod types;
 // Level 1: pure
 pub mod component;
@@ -19,6 +18,7 @@ pub mod vm;
 pub mod config;
 pub mod disk;
 pub mod hypervisor;
+pub mod path_owner;
 pub mod repository;
 pub mod telemetry;
 pub mod transfer;

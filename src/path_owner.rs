@@ -1,4 +1,4 @@
-//! Level 0: who could replace what lies at a path. A file's own mode says little while another user
+//! Who could replace what lies at a path. A file's own mode says little while another user
 //! owns, or may write to, a directory above it: that user renames the directory away and puts another
 //! in its place.
 

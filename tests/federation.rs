@@ -66,7 +66,8 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
     world.guest(1, "web", "sha256sum -c /root/sum");
     let here = world.vm(0, "web");
     assert_eq!(here.ownership, "given-up");
-    let start = world.call(0, &Request::VmStart { vm: "web".into() }).unwrap_err();
+    let start =
+        world.call(0, &Request::VmStart { vm: "web".into(), unconfirmed: false, by_uid: None }).unwrap_err();
     assert_eq!(start.kind, ProblemKind::Conflict, "{start}");
 
     // Home again: the repository has learned, and the kept copy is the seed.
@@ -424,7 +425,7 @@ fn a_full_disk_at_the_target_ends_the_move_cleanly() {
     world.wait("nothing is left at the target", 20, |w| {
         w.vm_files(1).is_empty() && w.status(1).cpus.free == 4
     });
-    world.call(0, &Request::VmStart { vm: "web".into() }).unwrap();
+    world.call(0, &Request::VmStart { vm: "web".into(), unconfirmed: false, by_uid: None }).unwrap();
 }
 
 /// `cicada repo check --heal` at a cloud.
@@ -693,7 +694,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
     // It starts there as it would have at home.
     let view = world.vm(1, "old");
     assert_eq!(view.spec.firmware, Firmware::Bios);
-    world.call(1, &Request::VmStart { vm: "old".into() }).unwrap();
+    world.call(1, &Request::VmStart { vm: "old".into(), unconfirmed: false, by_uid: None }).unwrap();
     world.wait_booted(1, "old", 120);
     let running = Request::VmExport {
         vm: "old".into(),

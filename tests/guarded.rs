@@ -126,7 +126,7 @@ impl Home {
     fn shows_with(&self, name: &str, key: PublicKey, successions: &[Succession]) {
         let cloud = Cloud {
             name: name.into(),
-            key: key.to_string(),
+            key: key.to_string().into(),
             versions: "1".into(),
             power: "on".into(),
             ..Cloud::default()

@@ -90,7 +90,7 @@ async fn federation(members: &[(&str, &str)]) -> (Vec<Member>, ManualClock) {
         for (name, _) in members {
             let cloud = Cloud {
                 name: (*name).into(),
-                key: key(name).public().to_string(),
+                key: key(name).public().to_string().into(),
                 versions: "1".into(),
                 power: "on".into(),
                 ..Cloud::default()

@@ -133,7 +133,7 @@ fn full_jid(account: &str) -> Jid {
 fn cloud(name: &str, load: u32) -> Cloud {
     Cloud {
         name: name.into(),
-        key: IdentityKey::from_secret_bytes(&[7; 32]).public().to_string(),
+        key: IdentityKey::from_secret_bytes(&[7; 32]).public().to_string().into(),
         versions: "1".into(),
         power: "on".into(),
         load: Some(load),
@@ -370,7 +370,7 @@ async fn members_see_and_ask_each_other_and_nobody_else() {
     {
         for name in others {
             let presence = broker.sees_member(name).await;
-            assert_eq!((presence.jid, presence.cloud.map(|c| c.name)), (jid(name), Some(name.to_owned())));
+            assert_eq!((presence.jid, presence.cloud.map(|c| c.name)), (jid(name), Some(name.into())));
         }
     }
 

@@ -145,7 +145,7 @@ fn request(what: u8, kind: u8) -> RequestBody {
             let all = hand_overs();
             RequestBody::Start { hand_over: all[usize::from(kind) % all.len()].clone(), run: true }
         }
-        4 => RequestBody::Cancel { reason: String::new() },
+        4 => RequestBody::Cancel { reason: "".into() },
         5 => RequestBody::Suspend,
         6 => RequestBody::Delete { boot_ms: None },
         7 => RequestBody::Content { components: Vec::new(), packs: Vec::new(), done: Vec::new() },

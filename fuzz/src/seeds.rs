@@ -542,7 +542,7 @@ fn control(corpus: &Corpus<'_>) {
 
     let cloud = Cloud {
         name: "alpine".into(),
-        key: parties().0.public().to_string(),
+        key: parties().0.public().to_string().into(),
         versions: "1".into(),
         software: Some("cicada 0.1.0".into()),
         region: Some("eu".into()),

@@ -162,7 +162,7 @@ async fn ask(shared: &Shared, peer: &Peer, objects: &[ObjectId]) -> Result<Optio
         RequestBody::Content { components: components.clone(), packs: packs.clone(), done: Vec::new() };
     let answer: ContentAnswer = match shared.ask(peer, no_vm(), request).await {
         Ok(AnswerBody::Content(answer)) => answer,
-        Ok(AnswerBody::Denied(denial)) => return Err(denial.text),
+        Ok(AnswerBody::Denied(denial)) => return Err(denial.text.into()),
         Ok(_) => return Err("gave an answer that fits no content request".into()),
         Err(e) => return Err(chain(&e)),
     };

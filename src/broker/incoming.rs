@@ -17,7 +17,7 @@ use crate::migration::ownership::{Became, Given, Guest};
 use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, Lineage, RequestBody};
 use crate::placement;
-use crate::types::{MemberJid, MigrationId, PublicKey, ReservationId, VmId};
+use crate::types::{MemberJid, MigrationId, PeerText, PublicKey, ReservationId, VmId};
 use crate::vm::VmSpec;
 
 use super::account::{self, new_view};
@@ -50,7 +50,7 @@ pub struct Incoming {
     spec: VmSpec,
     pub view: MigrationView,
     lease_until: UnixMillis,
-    component_names: Vec<String>,
+    component_names: Vec<PeerText>,
     /// The staged disks between passes; taken by the pass that works on them.
     staged: Option<Staged>,
     cancel: CancellationToken,
@@ -658,7 +658,7 @@ impl Broker {
                 Ok(account)
             }
             Err(denial) => {
-                tracing::warn!(migration = %id, reason = denial.text, "staging failed");
+                tracing::warn!(migration = %id, reason = denial.text.as_str(), "staging failed");
                 Err(denial)
             }
         };
@@ -678,7 +678,7 @@ impl Broker {
             || self.promising.contains(&(h.vm, run.peer.key));
         let guest = Guest {
             spec: run.spec.clone(),
-            components: run.component_names.clone(),
+            components: run.component_names.iter().map(ToString::to_string).collect(),
             disks: run.dir_name.clone(),
             // Should this process end here, the next one starts the VM.
             run: run.machine.run(),

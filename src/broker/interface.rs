@@ -11,8 +11,8 @@ use crate::component::Kind;
 use crate::federation::{MemberPolicy, Used};
 use crate::migration::Evidence;
 use crate::types::{
-    ByteSize, CloudName, ComponentId, ImageDigest, MemberJid, MigrationId, PublicKey, RecipeId, Succession,
-    VmId, VmName,
+    ByteSize, CloudName, ComponentId, ImageDigest, MemberJid, MigrationId, PeerText, PublicKey, RecipeId,
+    Succession, VmId, VmName,
 };
 use crate::vm::spec::Nic;
 use crate::vm::{Firmware, PowerState, VmSpec};
@@ -379,12 +379,12 @@ pub struct MemberView {
     pub memory_bytes: Resource,
     pub storage_bytes: Resource,
     pub load_percent: f32,
-    pub power: String,
-    pub region: String,
+    pub power: PeerText,
+    pub region: PeerText,
     pub carbon_g_per_kwh: Option<f32>,
     pub price_per_hour: Option<f32>,
-    pub features: Vec<String>,
-    pub software: String,
+    pub features: Vec<PeerText>,
+    pub software: PeerText,
     /// What it may do here.
     #[serde(default)]
     pub policy: Option<MemberPolicy>,
@@ -576,9 +576,9 @@ pub enum Verdict {
 pub struct Reason {
     /// Stable code such as `memory`, `network-missing`, `architecture`.
     pub code: String,
-    pub text: String,
+    pub text: PeerText,
     #[serde(default)]
-    pub next_step: String,
+    pub next_step: PeerText,
 }
 
 /// A migration as it is now, or was.
@@ -654,7 +654,7 @@ pub struct Account {
     pub packs_needed: u32,
     pub packs_fetched: u32,
     /// Names of the components that travelled, wholly or in part.
-    pub fetched: Vec<String>,
+    pub fetched: Vec<PeerText>,
     /// Payload bytes as they travelled, by kind.
     pub component_bytes: u64,
     pub root_delta_bytes: u64,

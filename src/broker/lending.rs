@@ -158,7 +158,7 @@ fn lend(
         packs_held: Vec::new(),
         ticket: None,
         expires_in_s: LIFETIME.as_secs(),
-        addresses,
+        addresses: addresses.into_iter().map(Into::into).collect(),
     };
     let (Some(ticket), RequestBody::Content { components, packs, .. }) = (ticket, body) else {
         return AnswerBody::Content(answer);

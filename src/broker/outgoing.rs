@@ -15,10 +15,10 @@ use crate::hypervisor::StopMode;
 use crate::migration::handover::{Receipt, Return, SignedHandOver};
 use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::ownership::Gift;
-use crate::migration::source::{Effect, Event as SourceEvent, Phase, Source};
+use crate::migration::source::{Effect, End, Event as SourceEvent, Phase, Source};
 use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
 use crate::transfer::{Limiter, Ticket};
-use crate::types::{CloudName, MigrationId, NodeHash, ReservationId, VmId};
+use crate::types::{CloudName, MigrationId, NodeHash, PeerText, ReservationId, VmId};
 
 use super::account::{self, new_view};
 use super::evidence;
@@ -51,7 +51,7 @@ pub struct Outgoing {
     pub(super) matter: Matter,
     /// Not there if the hand-over was found after a restart: nothing is staged any more.
     recipe: Option<Arc<Recipe>>,
-    component_names: Vec<String>,
+    component_names: Vec<PeerText>,
     ticket: Ticket,
     limiter: Limiter,
     /// The target's reservation; none if it speaks the version before.
@@ -136,7 +136,7 @@ impl Broker {
             machine: Source::new(was_running),
             matter: Matter { migration: id, vm, epoch: record.epoch },
             recipe: Some(recipe),
-            component_names: record.components.clone(),
+            component_names: record.components.iter().map(PeerText::from).collect(),
             ticket,
             limiter: Limiter::unlimited(),
             reservation: None,
@@ -194,7 +194,7 @@ impl Broker {
                     peer,
                     matter: Matter { migration: id, vm: record.spec.id, epoch: record.epoch },
                     recipe: None,
-                    component_names: record.components.clone(),
+                    component_names: record.components.iter().map(PeerText::from).collect(),
                     ticket,
                     limiter: Limiter::unlimited(),
                     reservation: None,
@@ -439,7 +439,7 @@ impl Broker {
             Effect::TellCancel => {
                 tokio::spawn(async move {
                     for _ in 0..5 {
-                        let reason = "the source called the move off".to_owned();
+                        let reason = "the source called the move off".into();
                         if shared.ask(&peer, matter, RequestBody::Cancel { reason }).await.is_ok() {
                             return;
                         }
@@ -451,7 +451,7 @@ impl Broker {
             Effect::Release { receipt, running, problem, account } => {
                 self.release(id, receipt, running, problem, account)
             }
-            Effect::Abandon(denial) => self.abandon(id, denial),
+            Effect::Abandon(end) => self.abandon(id, end),
         }
     }
 
@@ -464,7 +464,7 @@ impl Broker {
             component_names: run.component_names.clone(),
             component_bytes: run.checked.as_ref().map_or(0, |c| c.component_bytes),
             pass,
-            addresses: self.transfer_addresses(),
+            addresses: self.transfer_addresses().iter().map(PeerText::from).collect(),
             source_key: self.shared.key.public(),
             ticket: crate::types::Hash::from_bytes(*run.ticket.as_bytes()).to_string(),
             firmware: if pass.last { self.firmware_of(&entry.record) } else { None },
@@ -660,7 +660,7 @@ impl Broker {
         id: MigrationId,
         receipt: Receipt,
         running: bool,
-        problem: Option<String>,
+        problem: Option<PeerText>,
         stage: StageAccount,
     ) {
         let now = self.shared.now();
@@ -734,20 +734,25 @@ impl Broker {
         });
     }
 
-    fn abandon(&mut self, id: MigrationId, denial: Denial) {
+    fn abandon(&mut self, id: MigrationId, end: End) {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
-        let cancelled = denial.text == "cancelled by the operator";
-        let kind = if cancelled { ProblemKind::Cancelled } else { ProblemKind::Refused };
-        run.view.problem = Some(
-            Problem::new(kind, format!("move of {}", run.view.progress.vm), denial.text)
-                .next(denial.next_step),
-        );
+        let object = format!("move of {}", run.view.progress.vm);
+        let (phase, problem) = match end {
+            End::Cancelled => {
+                let reason = "cancelled by the operator";
+                ("cancelled", Problem::new(ProblemKind::Cancelled, object, reason))
+            }
+            End::Denied(d) => {
+                ("failed", Problem::new(ProblemKind::Refused, object, d.text).next(d.next_step))
+            }
+        };
+        run.view.problem = Some(problem);
         let vm = run.matter.vm;
         if let Some(entry) = self.vms.get_mut(&vm) {
             entry.busy = None;
         }
         self.end_tracking(vm);
-        self.end_outgoing(id, if cancelled { "cancelled" } else { "failed" });
+        self.end_outgoing(id, phase);
     }
 
     fn end_outgoing(&mut self, id: MigrationId, phase: &str) {

@@ -12,7 +12,7 @@ use crate::repository::{IncomingForm, IncomingPack, Repository, RepositoryError}
 use crate::transfer::{
     Barred, ObjectKey, ObjectSink, PackRange, PackWish, PackWriter, Reach, SinkError, TransferError, Verified,
 };
-use crate::types::{BlockHash, PackId};
+use crate::types::{BlockHash, PackId, PeerText};
 
 use super::Input;
 use super::shared::{Peer, Shared};
@@ -25,7 +25,7 @@ const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
 pub async fn resolve(
     shared: &Shared,
     peer: &Peer,
-    offered: &[String],
+    offered: &[PeerText],
 ) -> Result<Vec<SocketAddr>, TransferError> {
     let offered = &offered[..offered.len().min(ADDRESSES_MAX)];
     let look_ups = offered.iter().map(|address| async move {
@@ -65,10 +65,8 @@ fn sift(reach: &Reach, found: Vec<SocketAddr>) -> (Vec<SocketAddr>, Option<Strin
     (dialled.collect(), reason)
 }
 
-/// The first few, without what a terminal would take for more than text.
-fn shown(offered: &[String]) -> String {
-    let short = |text: &String| text.chars().take(64).flat_map(char::escape_default).collect::<String>();
-    offered.iter().take(3).map(short).collect::<Vec<_>>().join(", ")
+fn shown(offered: &[PeerText]) -> String {
+    offered.iter().take(3).map(PeerText::as_str).collect::<Vec<_>>().join(", ")
 }
 
 /// What is known of the packs to be fetched.

@@ -533,7 +533,7 @@ impl Broker {
         match answer {
             AnswerBody::Deleted { .. } => self.acknowledged(id, vm),
             AnswerBody::Denied(d) if d.code == DenialCode::NotYours => {
-                tracing::warn!(migration = %id, vm = %vm, reason = d.text, "the source knows nothing of giving the VM up to us");
+                tracing::warn!(migration = %id, vm = %vm, reason = d.text.as_str(), "the source knows nothing of giving the VM up to us");
                 self.acknowledged(id, vm);
             }
             AnswerBody::Denied(d) if d.code == DenialCode::Contested => {

@@ -22,7 +22,7 @@ use crate::repository::{ObjectId, Repository, RepositoryError};
 use crate::transfer::{
     Connection, ObjectKey, ObjectSink, Progress as Counter, Refusal, SinkError, Ticket, TransferError,
 };
-use crate::types::{BlockHash, Hash, PackId, VmId};
+use crate::types::{BlockHash, Hash, PackId, PeerText, VmId};
 use crate::vm::{ChunkMap, MapRef, VmSpec};
 
 use super::borrowing;
@@ -122,7 +122,7 @@ impl Counters {
         let done = [&self.components, &self.root_delta, &self.user_data];
         let bytes_done = self.before_bytes + done.iter().map(|c| c.snapshot().payload_bytes).sum::<u64>();
         let (step, bytes_total) = self.totals.lock().unwrap_or_else(|e| e.into_inner()).clone();
-        Progress { step, bytes_done, bytes_total }
+        Progress { step: step.into(), bytes_done, bytes_total }
     }
     fn expect(&self, step: &str, more_bytes: u64) {
         let mut totals = self.totals.lock().unwrap_or_else(|e| e.into_inner());
@@ -197,7 +197,7 @@ impl Stage {
         let compose_begun = Instant::now();
         if let Err(denial) = self.compose().await {
             // A pack that was damaged here is set aside now, and so counts as missing.
-            tracing::warn!(reason = denial.text, "composing failed; fetching what is damaged again");
+            tracing::warn!(reason = denial.text.as_str(), "composing failed; fetching what is damaged again");
             self.fetch_components(&mut account).await?;
             self.compose().await?;
         }
@@ -657,7 +657,7 @@ struct Lacking {
     /// Packs of all components, held or not.
     needed: u32,
     /// Names of the components they belong to.
-    names: Vec<String>,
+    names: Vec<PeerText>,
     /// Held packs that may be other versions of those missing.
     bases: HashMap<PackId, Vec<PackId>>,
 }
@@ -665,7 +665,7 @@ struct Lacking {
 fn missing_packs(
     repository: &Repository,
     components: &[crate::types::ComponentId],
-    names: &[String],
+    names: &[PeerText],
     first_pass: bool,
 ) -> Result<Lacking, Denial> {
     let (mut seen, mut missing, mut incomplete) = (HashSet::new(), HashMap::new(), Vec::new());
@@ -684,7 +684,7 @@ fn missing_packs(
             }
         }
         if missing.len() > before {
-            incomplete.push(names.get(i).cloned().unwrap_or_else(|| manifest.name.clone()));
+            incomplete.push(names.get(i).cloned().unwrap_or_else(|| manifest.name.as_str().into()));
         }
     }
     // How the repository learns: what it did not have to fetch.

@@ -116,7 +116,7 @@ impl Broker {
                 tracing::info!(migration = %id, "the guest is held still");
             }
             Ok(()) => tracing::info!(migration = %id, "the guest is held still again"),
-            Err(d) => tracing::warn!(migration = %id, reason = d.text, "not held"),
+            Err(d) => tracing::warn!(migration = %id, reason = d.text.as_str(), "not held"),
         }
         self.outgoing_event(id, SourceEvent::Held(result));
     }

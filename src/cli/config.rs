@@ -37,7 +37,8 @@ pub fn run(ctx: &Context, command: Command) -> Outcome {
         Command::Show => {
             let text = toml::to_string(config.effective())
                 .map_err(|e| Problem::from_error(ProblemKind::Failed, "configuration", &e))?;
-            ctx.printer.line(format!("# {}\n{}", config.path.display(), text.trim_end()))
+            ctx.printer.line(format!("# {}", config.path.display()))?;
+            text.trim_end().lines().try_for_each(|line| ctx.printer.line(line))
         }
     }
 }

@@ -71,7 +71,7 @@ fn print_members(printer: &Printer, reply: Reply) -> Outcome {
             resource(m.memory_bytes, bytes),
             resource(m.storage_bytes, bytes),
             format!("{:.0} %", m.load_percent),
-            m.region.clone(),
+            m.region.to_string(),
         ]);
     }
     table.print(printer)?;
@@ -131,9 +131,9 @@ fn details(printer: &Printer, m: &MemberView) -> Outcome {
             ("key", m.key.map(|k| k.to_string()).unwrap_or_default()),
             ("fingerprint", m.fingerprint.clone()),
             ("earlier keys", earlier_keys(m)),
-            ("software", m.software.clone()),
+            ("software", m.software.to_string()),
             ("features", m.features.join(", ")),
-            ("power", m.power.clone()),
+            ("power", m.power.to_string()),
             ("carbon", m.carbon_g_per_kwh.map(|c| format!("{c} g/kWh")).unwrap_or_default()),
             ("price", m.price_per_hour.map(|p| format!("{p} per CPU and hour")).unwrap_or_default()),
             ("may", m.policy.as_ref().map(may).unwrap_or_default()),

@@ -48,7 +48,7 @@ async fn choose(ctx: &Context, client: &Client, args: &Move) -> Outcome<Option<S
     };
     match plan.candidates.first() {
         Some(best) if !matches!(best.verdict, Verdict::No { .. }) => {
-            ctx.step(plan::line(&plan, best))?;
+            plan::lines(&plan, best).into_iter().try_for_each(|line| ctx.step(line))?;
             Ok(Some(best.jid.to_string()))
         }
         // The broker refuses, and says why.

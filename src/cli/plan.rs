@@ -64,8 +64,8 @@ fn print_plan(printer: &Printer, plan: &PlanView) -> Outcome {
     Ok(())
 }
 
-/// The plan in one line: where to, what travels, how long.
-pub fn line(plan: &PlanView, c: &Candidate) -> String {
+/// The plan in a line, where to, what travels, how long, and a line for each difference.
+pub fn lines(plan: &PlanView, c: &Candidate) -> Vec<String> {
     let missing = match c.component_bytes_missing {
         0 => "all components are there".into(),
         n => {
@@ -79,15 +79,15 @@ pub fn line(plan: &PlanView, c: &Candidate) -> String {
     };
     let time = duration(c);
     let time = if time == "?" { String::new() } else { format!("; {time}") };
-    let differences: String =
-        reasons(&c.verdict).iter().map(|r| format!("\n  with a difference: {}", reason_text(r))).collect();
-    format!(
-        "plan: {} to {}: {missing}, at most {} of root delta and {} of user data{time}{differences}",
+    let line = format!(
+        "plan: {} to {}: {missing}, at most {} of root delta and {} of user data{time}",
         plan.vm,
         name(c),
         bytes(c.root_delta_bytes_missing),
         bytes(c.user_data_bytes_missing),
-    )
+    );
+    let differences = reasons(&c.verdict).iter().map(|r| format!("  with a difference: {}", reason_text(r)));
+    [line].into_iter().chain(differences).collect()
 }
 
 fn component_bytes(c: &Candidate) -> String {
@@ -116,7 +116,7 @@ fn reasons(v: &Verdict) -> &[Reason] {
 }
 
 fn reason_text(r: &Reason) -> String {
-    match r.next_step.as_str() {
+    match &*r.next_step {
         "" => format!("{} [{}]", r.text, r.code),
         next => format!("{} [{}]; {next}", r.text, r.code),
     }

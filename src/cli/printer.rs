@@ -1,5 +1,9 @@
 //! All output of a command goes through here; what it looks like is decided once.
+//!
+//! What is printed quotes other clouds, servers, guests and old records. Whatever came of cleaning that where
+//! it was read, nothing here reaches a terminal that is not [plain](crate::types::text::is_plain): it is spelt out.
 
+use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
 
 use clap::ValueEnum;
@@ -7,6 +11,7 @@ use serde::Serialize;
 
 use crate::broker::interface::{Message, Reply};
 use crate::broker::problem::{Problem, ProblemKind};
+use crate::types::text::{escaped, escaped_json};
 
 /// How a command ends if not well.
 #[derive(Debug)]
@@ -63,12 +68,13 @@ impl Printer {
         }
     }
 
-    /// A result, on stdout.
+    /// A line of a result, on stdout.
     pub fn line(&self, text: impl AsRef<str>) -> Outcome {
-        self.raw(&[text.as_ref().as_bytes(), b"\n"].concat())
+        let text = if self.color_out { escaped_but_colors(text.as_ref()) } else { escaped(text.as_ref()) };
+        self.raw(&[text.as_bytes(), b"\n"].concat())
     }
 
-    /// Bytes on stdout as they are.
+    /// Bytes on stdout as they are. Nothing that quotes others is printed by this.
     pub fn raw(&self, bytes: &[u8]) -> Outcome {
         let mut out = io::stdout().lock();
         out.write_all(bytes).and_then(|()| out.flush()).map_err(|e| match e.kind() {
@@ -81,7 +87,11 @@ impl Printer {
     pub fn json_value(&self, value: &impl Serialize) -> Outcome {
         let text = serde_json::to_string_pretty(value)
             .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
-        self.line(text)
+        self.json(&text)
+    }
+
+    fn json(&self, text: &str) -> Outcome {
+        self.raw(&[escaped_json(text).as_bytes(), b"\n"].concat())
     }
 
     /// What a reply carries, without its name.
@@ -95,13 +105,13 @@ impl Printer {
     pub fn json_message(&self, message: &Message) -> Outcome {
         let text = serde_json::to_string(message)
             .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
-        self.line(text)
+        self.json(&text)
     }
 
     /// Something to know that is no result, on stderr.
     pub fn note(&self, text: impl AsRef<str>) {
         if !self.quiet {
-            self.to_stderr(text.as_ref());
+            self.to_stderr("", text.as_ref());
         }
     }
 
@@ -112,34 +122,55 @@ impl Printer {
 
     /// The end of a command that went wrong, on stderr.
     pub fn problem(&self, problem: &Problem) {
-        self.to_stderr(&format!("{} {problem}", self.paint_err("1;31", "error:")));
+        self.to_stderr(&self.paint_err("1;31", "error: "), &problem.to_string());
         if !problem.next_step.is_empty() {
-            self.to_stderr(&format!("{} {}", self.paint_err("1;36", "hint:"), problem.next_step));
+            self.to_stderr(&self.paint_err("1;36", "hint: "), &problem.next_step);
         }
     }
 
     pub fn bold(&self, text: &str) -> String {
-        paint(self.color_out, "1", text)
+        paint(self.color_out, BOLD, text)
     }
     pub fn good(&self, text: &str) -> String {
-        paint(self.color_out, "32", text)
+        paint(self.color_out, GREEN, text)
     }
     pub fn bad(&self, text: &str) -> String {
-        paint(self.color_out, "31", text)
+        paint(self.color_out, RED, text)
     }
 
     fn paint_err(&self, code: &str, text: &str) -> String {
-        paint(self.color_err, code, text)
+        paint(self.color_err, &format!("\x1b[{code}m"), text)
     }
 
-    fn to_stderr(&self, text: &str) {
+    /// A line: a word of our own and what it says.
+    fn to_stderr(&self, word: &str, text: &str) {
         // There is nobody to tell that stderr is gone.
-        let _ = writeln!(io::stderr().lock(), "{text}");
+        let _ = writeln!(io::stderr().lock(), "{word}{}", escaped(text));
     }
 }
 
-fn paint(on: bool, code: &str, text: &str) -> String {
-    if on { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+const BOLD: &str = "\x1b[1m";
+const RED: &str = "\x1b[31m";
+const GREEN: &str = "\x1b[32m";
+const RESET: &str = "\x1b[0m";
+
+fn paint(on: bool, color: &str, text: &str) -> String {
+    if on { format!("{color}{text}{RESET}") } else { text.to_owned() }
+}
+
+/// The text with all spelt out that is not plain, but for the colours that [`paint`] makes. They change
+/// nothing but a look, and that only where colours are on.
+fn escaped_but_colors(text: &str) -> Cow<'_, str> {
+    let (mut out, mut rest) = (String::new(), text);
+    while let Some((before, from)) = rest.find('\x1b').map(|at| rest.split_at(at)) {
+        out.push_str(&escaped(before));
+        let color = [BOLD, RED, GREEN, RESET].into_iter().find(|color| from.starts_with(color));
+        let (shown, length) = color.map_or_else(|| (escaped("\x1b"), 1), |c| (c.into(), c.len()));
+        out.push_str(&shown);
+        rest = &from[length..];
+    }
+    out.push_str(&escaped(rest));
+    out.into()
 }
 
 /// A broker of another version, or a mistake of ours.
@@ -149,4 +180,19 @@ pub fn unexpected(reply: &Reply) -> Failure {
     Problem::new(ProblemKind::Failed, "broker", reason)
         .next("use the same version of cicada for the broker and its commands")
         .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::text::is_plain;
+
+    #[test]
+    fn only_the_colors_of_our_own_are_let_through() {
+        let text = format!("{}\x1b[2J\x1b]52;c;AA\x07\n\u{9b}2J\u{202e}", paint(true, RED, "no"));
+        let shown = escaped_but_colors(&text);
+        let said = r"\u{1b}[2J\u{1b}]52;c;AA\u{7}\n\u{9b}2J\u{202e}";
+        assert_eq!(shown, format!("{RED}no{RESET}{said}"));
+        assert!(escaped(&text).chars().all(is_plain));
+    }
 }

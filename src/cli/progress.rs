@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::broker::interface::{Event, Message, MigrationProgress};
+use crate::types::text::escaped;
 
 use super::format::{bytes, seconds};
 use super::printer::Printer;
@@ -69,9 +70,9 @@ impl Progress {
     fn show(&mut self, phase: &str, fraction: f64, text: &str) {
         if self.printer.draws {
             let bar = self.bar.get_or_insert_with(new_bar);
-            bar.set_prefix(phase.to_owned());
+            bar.set_prefix(escaped(phase).into_owned());
             bar.set_position((fraction.clamp(0.0, 1.0) * BAR_STEPS as f64) as u64);
-            bar.set_message(text.to_owned());
+            bar.set_message(escaped(text).into_owned());
         } else if phase != self.last_phase || self.last_line.is_none_or(|t| t.elapsed() >= LINE_EVERY) {
             self.last_line = Some(Instant::now());
             let percent = fraction.clamp(0.0, 1.0) * 100.0;

@@ -232,8 +232,7 @@ fn print(printer: &Printer, v: Verified) -> Outcome {
         ],
     )?;
     for remark in &v.remarks {
-        let plain: String = remark.chars().filter(|c| !c.is_control()).collect();
-        printer.line(format!("{}  {plain}", printer.bold("remark, signed by nobody:")))?;
+        printer.line(format!("{}  {remark}", printer.bold("remark, signed by nobody:")))?;
     }
     for p in [&v.source, &v.target].into_iter().filter(|p| p.vouched == Vouched::Nobody) {
         printer.note(format!(

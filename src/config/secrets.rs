@@ -92,6 +92,7 @@ fn check_owner(path: &Path, owner: u32, ourselves: u32) -> Result<(), ConfigErro
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::durable;
     use std::path::PathBuf;
 
     fn file(mode: u32, content: &str) -> (tempfile::TempDir, PathBuf) {

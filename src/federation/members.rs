@@ -329,7 +329,7 @@ mod tests {
     fn presence(member: &str, name: &str, key: PublicKey) -> Presence {
         let cloud = Cloud {
             name: name.into(),
-            key: key.to_string(),
+            key: key.to_string().into(),
             versions: "1".into(),
             power: "on".into(),
             ..Cloud::default()

@@ -4,7 +4,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{ComponentId, LinkId, MemberJid, PackId, PublicKey, ReservationId, Successions, VmId};
+use crate::types::{
+    ComponentId, LinkId, MemberJid, PackId, PeerText, PublicKey, ReservationId, Successions, VmId,
+};
 use crate::vm::{MapRef, VmSpec};
 
 use super::handover::{Receipt, Return, SignedHandOver};
@@ -52,7 +54,7 @@ pub enum RequestBody {
     /// this epoch, or say with your receipt that you took it over.
     Withdraw { hand_over: SignedHandOver },
     /// To the target: forget this migration and remove what was made for it.
-    Cancel { reason: String },
+    Cancel { reason: PeerText },
     /// To the source: hold the guest still, so that the copy catches up with it. Repeated to learn
     /// whether it stands still.
     Suspend,
@@ -104,13 +106,13 @@ pub struct Initialization {
     /// The recipe's canonical bytes, base64.
     pub recipe: String,
     /// Names of the recipe's components, in its order, for accounts and error messages.
-    pub component_names: Vec<String>,
+    pub component_names: Vec<PeerText>,
     /// Stored bytes of the components the target lacked when it was checked, for its progress.
     #[serde(default)]
     pub component_bytes: u64,
     pub pass: Pass,
     /// Where the source serves content: `host:port`.
-    pub addresses: Vec<String>,
+    pub addresses: Vec<PeerText>,
     pub source_key: PublicKey,
     /// The capability that content requests must carry, 64 hex digits.
     pub ticket: String,
@@ -164,7 +166,7 @@ pub enum AnswerBody {
         receipt: Receipt,
         running: bool,
         /// Why it does not run although it was taken over.
-        problem: Option<String>,
+        problem: Option<PeerText>,
         account: StageAccount,
     },
     /// The target never took the VM and never will under this epoch.
@@ -215,7 +217,7 @@ pub struct ContentAnswer {
     pub ticket: Option<String>,
     pub expires_in_s: u64,
     /// Where they are served: `host:port`.
-    pub addresses: Vec<String>,
+    pub addresses: Vec<PeerText>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
@@ -227,7 +229,7 @@ pub struct Seed {
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 pub struct Progress {
     /// `fetch`, `compose` or `start`.
-    pub step: String,
+    pub step: PeerText,
     pub bytes_done: u64,
     pub bytes_total: u64,
 }
@@ -239,7 +241,7 @@ pub struct StageAccount {
     pub packs_needed: u32,
     pub packs_fetched: u32,
     /// Names of components that travelled, wholly or in part.
-    pub fetched: Vec<String>,
+    pub fetched: Vec<PeerText>,
     pub component_bytes: u64,
     pub root_delta_bytes: u64,
     pub user_data_bytes: u64,
@@ -254,23 +256,23 @@ pub struct StageAccount {
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Denial {
     pub code: DenialCode,
-    pub text: String,
+    pub text: PeerText,
     #[serde(default)]
-    pub next_step: String,
+    pub next_step: PeerText,
     /// When asking again may help, milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
 }
 
 impl Denial {
-    pub fn new(code: DenialCode, text: impl Into<String>) -> Self {
-        Self { code, text: text.into(), next_step: String::new(), retry_after_ms: None }
+    pub fn new(code: DenialCode, text: impl Into<PeerText>) -> Self {
+        Self { code, text: text.into(), next_step: PeerText::default(), retry_after_ms: None }
     }
     pub fn retry_after(mut self, wait: std::time::Duration) -> Self {
         self.retry_after_ms = Some(wait.as_millis() as u64);
         self
     }
-    pub fn next(mut self, step: impl Into<String>) -> Self {
+    pub fn next(mut self, step: impl Into<PeerText>) -> Self {
         self.next_step = step.into();
         self
     }

@@ -14,6 +14,7 @@
 //! is no longer ours and only then signs. From there the machine asks the target for ever, until
 //! a receipt or a signed return comes back; no silence, no denial and no restart ends it.
 
+use crate::types::PeerText;
 use crate::vm::MapRef;
 
 use super::handover::{Receipt, Return, SignedHandOver};
@@ -117,11 +118,20 @@ pub enum Effect {
     Release {
         receipt: Receipt,
         running: bool,
-        problem: Option<String>,
+        problem: Option<PeerText>,
         account: StageAccount,
     },
     /// Over, without a hand-over.
-    Abandon(Denial),
+    Abandon(End),
+}
+
+/// Why a migration ended without a hand-over. Only the source itself says that it was called off.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum End {
+    /// The operator called it off.
+    Cancelled,
+    /// The target or this cloud could not, or would not.
+    Denied(Denial),
 }
 
 /// Whether the guest stands still although the VM runs.
@@ -151,7 +161,8 @@ pub struct Source {
     next_pass: u32,
     delivered_bytes: u64,
     signed: Option<SignedHandOver>,
-    denial: Option<Denial>,
+    /// How it is to end once what is under way is over.
+    end: Option<End>,
 }
 
 impl Source {
@@ -170,7 +181,7 @@ impl Source {
             next_pass: 1,
             delivered_bytes: 0,
             signed: None,
-            denial: None,
+            end: None,
         }
     }
 
@@ -242,16 +253,16 @@ impl Source {
             (Phase::Checking, Event::Checked(Err(d)))
             | (Phase::Scanning { .. }, Event::Scanned(Err(d)))
             | (Phase::Stopping, Event::Stopped(Err(d))) => {
-                let denial = self.denial.take().unwrap_or(d);
-                self.abandon(denial)
+                let end = self.end.take().unwrap_or(End::Denied(d));
+                self.abandon(end)
             }
 
             // A guest that is switching off cannot be started: the stop is awaited, then undone.
             (Phase::Stopping, Event::Cancel) => {
-                self.denial = Some(cancelled());
+                self.end = Some(End::Cancelled);
                 Vec::new()
             }
-            (phase, Event::Cancel) if phase.can_cancel() => self.abandon(cancelled()),
+            (phase, Event::Cancel) if phase.can_cancel() => self.abandon(End::Cancelled),
 
             (phase, Event::Held(result)) if self.hold == Hold::Pausing => {
                 self.hold = if result.is_ok() { Hold::Held } else { Hold::No };
@@ -259,9 +270,9 @@ impl Source {
                 let over = self.hold_spent;
                 match phase {
                     // The stop has waited for this.
-                    Phase::Stopping => match self.denial.take() {
+                    Phase::Stopping => match self.end.take() {
                         None => vec![Effect::Stop],
-                        Some(denial) => self.abandon(denial),
+                        Some(end) => self.abandon(end),
                     },
                     // Too late: its time was over before it stood still.
                     phase if phase.ended() || over => self.let_go(),
@@ -297,7 +308,7 @@ impl Source {
                     true => "the target brought its copy no further while the VM stood still for it",
                     false => "the target brought its copy no further",
                 };
-                self.abandon(Denial::new(DenialCode::Other, why))
+                self.abandon(End::Denied(Denial::new(DenialCode::Other, why)))
             }
             (Phase::Staging(pass), Event::Timer) => vec![Effect::AskInitialization(pass)],
             (Phase::Reserving, Event::Timer) => vec![Effect::AskReservation],
@@ -311,15 +322,15 @@ impl Source {
                     effects.push(Effect::Wait { ms: WAIT_UNANSWERED_MS });
                     effects
                 } else {
-                    self.abandon(Denial::new(DenialCode::Other, "the target stopped answering"))
+                    self.abandon(End::Denied(Denial::new(DenialCode::Other, "the target stopped answering")))
                 }
             }
 
             (Phase::Stopping, Event::Stopped(Ok(()))) => {
                 (self.stopped, self.hold) = (true, Hold::No);
-                match self.denial.take() {
+                match self.end.take() {
                     None => self.scan(),
-                    Some(denial) => self.abandon(denial),
+                    Some(end) => self.abandon(end),
                 }
             }
 
@@ -329,7 +340,7 @@ impl Source {
                 vec![Effect::AskStart(signed)]
             }
             // Nothing was signed, so nothing was given up.
-            (Phase::GivingUp, Event::GaveUp(Err(d))) => self.abandon(d),
+            (Phase::GivingUp, Event::GaveUp(Err(d))) => self.abandon(End::Denied(d)),
 
             (Phase::HandingOver, Event::Answered(a)) => match *a {
                 Answer::Started { receipt, running, problem, account } => {
@@ -338,7 +349,7 @@ impl Source {
                 }
                 Answer::Returned { back, denial } => {
                     self.phase = Phase::TakingBack;
-                    self.denial = Some(denial);
+                    self.end = Some(End::Denied(denial));
                     vec![Effect::TakeBack(back)]
                 }
                 Answer::Working(_) => vec![Effect::Wait { ms: WAIT_SWITCH_OVER_MS }],
@@ -354,12 +365,10 @@ impl Source {
             }
 
             (Phase::TakingBack, Event::TookBack(Ok(()))) => {
-                let denial = self
-                    .denial
-                    .take()
-                    .unwrap_or_else(|| Denial::new(DenialCode::Other, "the target gave the VM back"));
+                let given_back = || Denial::new(DenialCode::Other, "the target gave the VM back");
+                let end = self.end.take().unwrap_or_else(|| End::Denied(given_back()));
                 self.phase = Phase::Abandoned;
-                let mut effects = vec![Effect::Abandon(denial)];
+                let mut effects = vec![Effect::Abandon(end)];
                 if self.was_running {
                     effects.insert(0, Effect::Restart);
                 }
@@ -416,7 +425,7 @@ impl Source {
                 effects.extend(self.reserve());
                 effects
             }
-            Answer::Denied(d) => self.abandon(d),
+            Answer::Denied(d) => self.abandon(End::Denied(d)),
             // An answer to an earlier request that was repeated.
             _ => vec![Effect::Wait { ms: WAIT_MS }],
         }
@@ -433,7 +442,7 @@ impl Source {
         }
     }
 
-    fn abandon(&mut self, denial: Denial) -> Vec<Effect> {
+    fn abandon(&mut self, end: End) -> Vec<Effect> {
         let mut effects = vec![Effect::TellCancel];
         // A stop that failed may have come half-way; starting a VM that runs changes nothing.
         if self.was_running && (self.stopped || self.phase == Phase::Stopping) {
@@ -442,13 +451,9 @@ impl Source {
             effects.extend(self.let_go());
         }
         self.phase = Phase::Abandoned;
-        effects.push(Effect::Abandon(denial));
+        effects.push(Effect::Abandon(end));
         effects
     }
-}
-
-fn cancelled() -> Denial {
-    Denial::new(DenialCode::Other, "cancelled by the operator")
 }
 
 #[cfg(test)]
@@ -525,6 +530,21 @@ mod tests {
     }
 
     #[test]
+    fn a_target_cannot_say_that_the_operator_cancelled() {
+        let said = Denial::new(DenialCode::Other, "cancelled by the operator");
+        let effects = until_staging(true).step(answered(Answer::Denied(said.clone())));
+        assert_eq!(effects.last(), Some(&Effect::Abandon(End::Denied(said.clone()))));
+        let effects = until_staging(true).step(Event::Cancel);
+        assert_eq!(effects.last(), Some(&Effect::Abandon(End::Cancelled)));
+        let mut s = Source::new(true);
+        s.step(Event::Begin);
+        assert_eq!(
+            s.step(Event::Checked(Err(said.clone()))).last(),
+            Some(&Effect::Abandon(End::Denied(said)))
+        );
+    }
+
+    #[test]
     fn a_cancel_while_the_guest_switches_off_waits_for_it() {
         for stopped in [Ok(()), Err(Denial::new(DenialCode::Other, "hangs"))] {
             let mut s = until_staging(true);
@@ -565,7 +585,7 @@ mod tests {
         for request in [RequestBody::Stop, RequestBody::Suspend] {
             assert_eq!(denied(&s.asked(&request).0), Some(DenialCode::OutOfOrder), "too late");
         }
-        let cancel = RequestBody::Cancel { reason: String::new() };
+        let cancel = RequestBody::Cancel { reason: PeerText::default() };
         assert_eq!(denied(&until_staging(true).asked(&cancel).0), Some(DenialCode::NotYours));
     }
 

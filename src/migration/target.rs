@@ -13,7 +13,7 @@
 //! the source asks again, so lost and repeated messages do no harm. The VM is run only after the
 //! effect [`Effect::TakeOver`] has durably recorded the ownership.
 
-use crate::types::{LinkId, MemberJid, PublicKey, RecipeId, ReservationId};
+use crate::types::{LinkId, MemberJid, PeerText, PublicKey, RecipeId, ReservationId};
 
 use super::handover::{HandOver, Receipt, SignedHandOver};
 use super::message::{Answer, Denial, DenialCode, Initialization, Pass, Progress, RequestBody, StageAccount};
@@ -88,7 +88,7 @@ pub struct Target {
     progress: Progress,
     run: bool,
     receipt: Option<Receipt>,
-    problem: Option<String>,
+    problem: Option<PeerText>,
     denial: Option<Denial>,
 }
 
@@ -130,7 +130,7 @@ impl Target {
         &self.progress
     }
     /// Why the VM does not run although it is ours, or why staging failed.
-    pub fn problem(&self) -> Option<String> {
+    pub fn problem(&self) -> Option<PeerText> {
         self.problem.clone().or_else(|| self.denial.as_ref().map(|d| d.text.clone()))
     }
     /// Whether the source wants the VM to run here; part of what a take-over records.
@@ -171,7 +171,7 @@ impl Target {
             }
             Event::Started(result) if self.phase == Phase::Starting => {
                 self.phase = Phase::Owned;
-                self.problem = result.err();
+                self.problem = result.err().map(PeerText::from);
                 Vec::new()
             }
             Event::Booted { boot_ms } if self.phase == Phase::Owned => vec![Effect::AskDelete { boot_ms }],
@@ -437,7 +437,7 @@ mod tests {
     }
 
     fn cancel() -> RequestBody {
-        RequestBody::Cancel { reason: String::new() }
+        RequestBody::Cancel { reason: PeerText::default() }
     }
 
     /// The one answer, and what else is to be done.

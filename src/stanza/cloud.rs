@@ -5,6 +5,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use xmpp_parsers::presence::PresencePayload;
 use xso::{AsXml, FromXml};
 
+use crate::types::PeerText;
 use crate::types::Succession;
 use crate::types::codec::{Reader, Writer};
 use crate::types::succession::SUCCESSION_BYTES;
@@ -27,20 +28,20 @@ pub mod limit {
 pub struct Cloud {
     /// The cloud's name in the federation.
     #[xml(attribute)]
-    pub name: String,
+    pub name: PeerText,
     /// Public identity key, base64 of 32 bytes.
     #[xml(attribute)]
-    pub key: String,
+    pub key: PeerText,
     /// Negotiation versions spoken, comma-separated, newest first.
     #[xml(attribute)]
-    pub versions: String,
+    pub versions: PeerText,
     #[xml(attribute(default))]
-    pub software: Option<String>,
+    pub software: Option<PeerText>,
     #[xml(attribute(default))]
-    pub region: Option<String>,
+    pub region: Option<PeerText>,
     /// `on`, `saving` or `off`.
     #[xml(attribute)]
-    pub power: String,
+    pub power: PeerText,
     /// Load of the hosts in percent of what may be given to VMs.
     #[xml(attribute(default))]
     pub load: Option<u32>,
@@ -52,8 +53,8 @@ pub struct Cloud {
     pub price: Option<f32>,
     #[xml(child(default))]
     pub capacity: Option<Capacity>,
-    #[xml(extract(n = .., name = "feature", fields(text(type_ = String))))]
-    pub features: Vec<String>,
+    #[xml(extract(n = .., name = "feature", fields(text(type_ = PeerText))))]
+    pub features: Vec<PeerText>,
     /// How earlier keys gave way to this one: base64 of canonical successions, the newest last.
     #[xml(extract(n = .., name = "succession", fields(text(type_ = String))))]
     pub successions: Vec<String>,
@@ -112,11 +113,7 @@ impl Cloud {
     pub fn is_bounded(&self) -> bool {
         let texts = [&self.name, &self.key, &self.versions, &self.power];
         let optional = [&self.software, &self.region].into_iter().flatten();
-        texts
-            .into_iter()
-            .chain(optional)
-            .chain(&self.features)
-            .all(|t| t.len() <= limit::TEXT_BYTES && t.chars().all(is_plain))
+        texts.into_iter().chain(optional).chain(&self.features).all(|t| t.len() <= limit::TEXT_BYTES)
             && self.features.len() <= limit::FEATURES
             && self.successions.len() <= limit::SUCCESSIONS
             && self.successions.iter().all(|s| s.len() == SUCCESSION_DIGITS)
@@ -124,14 +121,6 @@ impl Cloud {
             && [self.carbon, self.price].into_iter().flatten().all(|n| (0.0..=limit::RATE).contains(&n))
             && self.capacity.is_none_or(|c| c.is_possible())
     }
-}
-
-/// Neither a control character nor one that changes the direction of what is printed around it.
-fn is_plain(c: char) -> bool {
-    let turns = ['\u{61c}', '\u{200e}', '\u{200f}'].contains(&c)
-        || ('\u{202a}'..='\u{202e}').contains(&c)
-        || ('\u{2066}'..='\u{2069}').contains(&c);
-    !c.is_control() && !turns
 }
 
 impl Capacity {
@@ -165,6 +154,29 @@ mod tests {
         assert_eq!(Cloud::try_from(Element::from(cloud.clone())).unwrap(), cloud);
     }
 
+    /// Every attribute and every text of the payload, in turn.
+    #[test]
+    fn no_text_of_a_presence_acts_or_hides() {
+        let whole = TEXT.replace(" load", " software='s' region='r' load");
+        let mut places = 0;
+        for (i, (at, _)) in whole.match_indices(['\'', '>']).enumerate() {
+            let Some(hostile) = whole.get(..at + 1).zip(whole.get(at + 1..)) else { continue };
+            let hostile = format!("{}&#x9b;2J\u{202e}&#x85;b yes{}", hostile.0, hostile.1);
+            let Some(cloud) = hostile.parse::<Element>().ok().and_then(|e| Cloud::try_from(e).ok()) else {
+                continue;
+            };
+            if cloud == parse(&whole).unwrap() {
+                continue;
+            }
+            places += 1;
+            let shown = format!("{cloud:?}");
+            assert!(shown.contains("\u{fffd}2J\u{fffd} b yes"), "{i}: {shown}");
+            assert!(shown.chars().all(crate::types::text::is_plain), "{i}: {shown}");
+        }
+        // Before and after each of six attributes' values, and two features.
+        assert!(places >= 8, "{places}");
+    }
+
     #[test]
     fn the_newest_successions_travel() {
         use crate::clock::UnixMillis;
@@ -183,10 +195,8 @@ mod tests {
     fn absurd_texts_and_numbers_are_not_taken() {
         let cloud = parse(TEXT).unwrap();
         for absurd in [
-            Cloud { region: Some("x".repeat(300)), ..cloud.clone() },
+            Cloud { region: Some("x".repeat(300).into()), ..cloud.clone() },
             Cloud { features: vec!["f".into(); 65], ..cloud.clone() },
-            Cloud { software: Some("\u{9b}2J".into()), ..cloud.clone() },
-            Cloud { features: vec!["\u{202e}gnortsni".into()], ..cloud.clone() },
             Cloud { successions: vec!["AAAA".into()], ..cloud.clone() },
             Cloud { successions: vec!["A".repeat(SUCCESSION_DIGITS); 9], ..cloud.clone() },
             Cloud { load: Some(101), ..cloud.clone() },

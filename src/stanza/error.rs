@@ -3,6 +3,8 @@
 use xmpp_parsers::minidom::Element;
 use xmpp_parsers::stanza_error::{DefinedCondition, ErrorType, StanzaError};
 
+use crate::types::PeerText;
+
 /// An error to answer with. Its type, which tells the sender whether to ask again, follows from
 /// the condition.
 pub fn refusal(condition: DefinedCondition, text: &str) -> StanzaError {
@@ -21,18 +23,15 @@ pub fn condition_in(error: &Element) -> Option<&str> {
 }
 
 /// The name of the condition of a parsed error.
-pub fn condition_name(error: &StanzaError) -> String {
+pub fn condition_name(error: &StanzaError) -> PeerText {
     let element = Element::from(error.clone());
-    condition_in(&element).unwrap_or("undefined-condition").to_owned()
+    condition_in(&element).unwrap_or("undefined-condition").into()
 }
 
-/// What the other side said in words; at most a line, since it may end in a log.
-pub fn text_of(error: &StanzaError) -> String {
-    let text = error.texts.values().next().map_or("", String::as_str);
-    text.chars().filter(|c| !c.is_control()).take(TEXT_CHARS_MAX).collect()
+/// What the other side said in words.
+pub fn text_of(error: &StanzaError) -> PeerText {
+    error.texts.values().next().map(PeerText::from).unwrap_or_default()
 }
-
-const TEXT_CHARS_MAX: usize = 200;
 
 #[cfg(test)]
 mod tests {
@@ -40,9 +39,9 @@ mod tests {
 
     #[test]
     fn conditions_have_their_names_and_texts_their_limits() {
-        let e = refusal(DefinedCondition::ResourceConstraint, &format!("a\n{}", "b".repeat(300)));
+        let e = refusal(DefinedCondition::ResourceConstraint, &format!("a\n{}", "b".repeat(900)));
         assert_eq!((condition_name(&e).as_str(), e.type_.clone()), ("resource-constraint", ErrorType::Wait));
-        assert_eq!(text_of(&e).len(), TEXT_CHARS_MAX);
+        assert_eq!(text_of(&e).chars().count(), crate::types::text::TEXT_CHARS_MAX);
         assert!(!text_of(&e).contains('\n'));
         let element: Element = "<error xmlns='jabber:client' type='auth'><text xmlns='x'>t</text>\
                                 <forbidden xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></error>"

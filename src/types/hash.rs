@@ -6,6 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::hex;
+use super::text::PeerText;
 
 /// A BLAKE3 hash of 32 bytes. `Display` is the full lower-case hex; [`Hash::short`] is for people.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -14,7 +15,7 @@ pub struct Hash([u8; 32]);
 /// Text that is not a 64-digit hex hash.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("'{0}' is not a hash: 64 hex digits expected")]
-pub struct ParseHashError(pub String);
+pub struct ParseHashError(pub PeerText);
 
 impl Hash {
     pub const LEN_BYTES: usize = 32;
@@ -63,7 +64,7 @@ impl FromStr for Hash {
     type Err = ParseHashError;
 
     fn from_str(s: &str) -> Result<Self, Self::Err> {
-        let bad = || ParseHashError(s.chars().take(80).collect());
+        let bad = || ParseHashError(s.into());
         // The length first: a stranger's text is not copied to be refused.
         let bytes =
             (s.len() == 64).then(|| hex::decode(&s.to_ascii_lowercase())).flatten().ok_or_else(bad)?;

@@ -6,12 +6,15 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::text::{self, PeerText};
+
 /// A name or id that breaks the rules of its kind.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("'{text}' is not a valid {kind}: {rule}")]
 pub struct ParseIdError {
     pub kind: &'static str,
-    pub text: String,
+    /// What was read, as it may be printed.
+    pub text: PeerText,
     pub rule: &'static str,
 }
 
@@ -44,7 +47,7 @@ macro_rules! uuid_id {
             fn from_str(s: &str) -> Result<Self, Self::Err> {
                 Uuid::parse_str(s).map(Self).map_err(|_| ParseIdError {
                     kind: $kind,
-                    text: s.to_owned(),
+                    text: s.into(),
                     rule: "a UUID is expected",
                 })
             }
@@ -97,7 +100,7 @@ macro_rules! name_type {
                 } else {
                     Err(ParseIdError {
                         kind: $kind,
-                        text: s.chars().take(80).collect(),
+                        text: s.into(),
                         rule: "1 to 63 characters of a-z 0-9 . _ - beginning with a letter or digit",
                     })
                 }
@@ -165,12 +168,13 @@ impl FromStr for MemberJid {
     fn from_str(s: &str) -> Result<Self, Self::Err> {
         let err = || ParseIdError {
             kind: "member address",
-            text: s.chars().take(80).collect(),
+            text: s.into(),
             rule: "a bare JID 'name@domain' is expected",
         };
         // The parser normalises case, so equal addresses compare equal.
         let jid = xmpp_parsers::jid::BareJid::new(s).map_err(|_| err())?;
-        if jid.node().is_none() {
+        // Its rules are of Unicode 3.2, and know not all that is invisible.
+        if jid.node().is_none() || !jid.as_str().chars().all(text::is_plain) {
             return Err(err());
         }
         Ok(Self(jid.to_string()))

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use super::hash::Hash;
+use super::text::PeerText;
 
 /// A public identity key. As text: base64 of its 32 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -28,7 +29,7 @@ pub struct IdentityKey(SigningKey);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdentityError {
     #[error("'{0}' is not a public key: base64 of 32 bytes expected")]
-    PublicKey(String),
+    PublicKey(PeerText),
     #[error("not a signature: base64 of 64 bytes expected")]
     Signature,
     #[error("the signature does not match the key and the bytes")]
@@ -41,7 +42,7 @@ impl PublicKey {
             .ok()
             .filter(|k| !k.is_weak())
             .map(|_| Self(bytes))
-            .ok_or_else(|| IdentityError::PublicKey(BASE64.encode(bytes)))
+            .ok_or_else(|| IdentityError::PublicKey(BASE64.encode(bytes).into()))
     }
 
     pub const fn as_bytes(&self) -> &[u8; 32] {
@@ -78,7 +79,7 @@ impl fmt::Debug for PublicKey {
 impl FromStr for PublicKey {
     type Err = IdentityError;
     fn from_str(s: &str) -> Result<Self, Self::Err> {
-        let bad = || IdentityError::PublicKey(s.chars().take(60).collect());
+        let bad = || IdentityError::PublicKey(s.into());
         let bytes = BASE64.decode(s).map_err(|_| bad())?;
         Self::from_bytes(bytes.try_into().map_err(|_| bad())?).map_err(|_| bad())
     }

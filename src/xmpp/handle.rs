@@ -13,7 +13,7 @@ use xmpp_parsers::ping::Ping;
 use crate::federation::Presence;
 use crate::federation::refusals::Tally;
 use crate::stanza::Cloud;
-use crate::types::{CloudName, MemberJid};
+use crate::types::{CloudName, MemberJid, PeerText};
 
 use super::connector::{LoginRules, Security};
 
@@ -70,7 +70,7 @@ pub enum RequestError {
     #[error("the connection broke before the answer came")]
     Unknown,
     #[error("{condition}{}{text}", if .text.is_empty() { "" } else { ": " })]
-    Refused { condition: String, text: String },
+    Refused { condition: PeerText, text: PeerText },
     #[error("the session is closed")]
     Closed,
 }

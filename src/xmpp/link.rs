@@ -9,6 +9,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_xmpp::stanzastream::{Connection, StanzaStream};
 use xmpp_parsers::jid::Jid;
 
+use crate::types::PeerText;
+
 use super::connector::Connector;
 use super::outbox::STREAM_DEPTH;
 
@@ -115,6 +117,8 @@ impl Link {
     }
 
     fn tell(&self, reason: String, refused: bool) {
+        // It quotes the server.
+        let reason = PeerText::from(reason).into();
         let _ = self.troubles.send(Trouble { reason, refused });
     }
 

@@ -85,7 +85,7 @@ impl Waiting {
         match self {
             Waiting::Iq(reply) => drop(reply.send(result)),
             Waiting::Request(reply) => {
-                let bad = || RequestError::Refused { condition: "bad answer".into(), text: String::new() };
+                let bad = || RequestError::Refused { condition: "bad answer".into(), text: "".into() };
                 let sealed = result.and_then(|element| {
                     let answer = element.and_then(|e| Answer::try_from(e).ok()).map(|a| a.sealed);
                     answer.filter(|sealed| sealed.len() <= SEALED_BYTES_MAX).ok_or_else(bad)

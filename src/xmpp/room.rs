@@ -14,7 +14,7 @@ use xmpp_parsers::version::VersionResult;
 use crate::federation::Presence;
 use crate::stanza::error::condition_in;
 use crate::stanza::{Cloud, ns};
-use crate::types::MemberJid;
+use crate::types::{MemberJid, PeerText};
 
 /// Features a room must have; without them outsiders could listen, or members hide.
 const REQUIRED: [(&str, &str); 2] =
@@ -89,7 +89,7 @@ pub fn refusal_in_words(condition: &str) -> String {
         "not-allowed" => "there is no such room, and this account may not make it".into(),
         "conflict" => "the nick is in use by another account".into(),
         "remote-server-not-found" | "remote-server-timeout" => "the room's service is not reachable".into(),
-        other => format!("the room answers {other}"),
+        other => format!("the room answers {}", PeerText::from(other)),
     }
 }
 

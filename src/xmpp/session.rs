@@ -275,7 +275,10 @@ impl Session {
             // Servers end a session over a stanza that is too large.
             Command::Request { sealed, reply, .. } if sealed.len() > SEALED_BYTES_MAX => {
                 let text = format!("{} bytes are more than a message may have", sealed.len());
-                drop(reply.send(Err(RequestError::Refused { condition: "policy-violation".into(), text })));
+                drop(reply.send(Err(RequestError::Refused {
+                    condition: "policy-violation".into(),
+                    text: text.into(),
+                })));
             }
             Command::Request { to, sealed, timeout, reply } => {
                 let sessions = self.occupants.get(&to);

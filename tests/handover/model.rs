@@ -871,6 +871,6 @@ fn request(m: Move, ask: Ask, given: Option<&HandOver>) -> RequestBody {
             let h = given.expect("asked for once it is signed");
             RequestBody::Start { hand_over: signed(h), run: m.ran }
         }
-        Ask::Cancel => RequestBody::Cancel { reason: String::new() },
+        Ask::Cancel => RequestBody::Cancel { reason: "".into() },
     }
 }

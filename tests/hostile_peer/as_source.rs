@@ -12,7 +12,7 @@ use cicada::vm::{Mac, MapRef, VmSpec};
 use cicada::xmpp::RequestError;
 
 use crate::Bench;
-use crate::peer::{Manners, Matter, Peer, Spoil, seal};
+use crate::peer::{Manners, Matter, Peer, Spoil, raw, seal};
 
 /// What is wrong with a request's seal, and the reason that must be logged for it.
 const SPOILS: [(Spoil, &str, &str); 11] = [
@@ -302,7 +302,7 @@ fn initialization_rows(bench: &mut Bench) {
         ("no address", Box::new(|_, i| i.addresses.clear())),
         (
             "addresses that are none",
-            Box::new(|_, i| i.addresses = vec!["\u{202e}::".into(), "x".repeat(9000)]),
+            Box::new(|_, i| i.addresses = vec![raw("\u{202e}::"), raw("x".repeat(9000))]),
         ),
     ];
     for (words, spoil) in cases {
@@ -336,8 +336,8 @@ fn initialization_rows(bench: &mut Bench) {
     peer.ask(matter, peer.reservation(matter));
     let mut i = peer.initialization(matter);
     i.component_bytes = u64::MAX;
-    i.component_names = (0..3000).map(|n| format!("\u{202e}\u{1b}[31m{n}")).collect();
-    i.addresses = std::iter::repeat_n("192.0.2.1:9".to_owned(), 300).chain(i.addresses).collect();
+    i.component_names = (0..3000).map(|n| raw(format!("\u{202e}\u{1b}[31m{n}"))).collect();
+    i.addresses = std::iter::repeat_n("192.0.2.1:9".into(), 300).chain(i.addresses).collect();
     i.addresses.rotate_right(1);
     let staged = peer.ask_through(matter, init(i));
     assert!(matches!(staged, AnswerBody::Staged { pass: 1, .. }), "{staged:?}");

@@ -13,7 +13,7 @@ use cicada::transfer::{
 };
 use cicada::types::{BlockHash, ComponentId, Hash, IdentityKey, NodeHash, PackId, RecipeId};
 
-use crate::peer::{Asked, Matter, Peer, Spoil};
+use crate::peer::{Asked, Matter, Peer, Spoil, raw};
 use crate::{Bench, Moving};
 
 /// How long the real broker may take until it asks again.
@@ -156,7 +156,7 @@ fn check_rows(bench: &mut Bench) {
             root: Some(NodeHash::of(b"x")),
         },
     };
-    let blocker = Denial::new(DenialCode::Memory, "\u{202e}none\u{1b}[2J\n\nERROR forged");
+    let blocker = Denial::new(DenialCode::Memory, raw("\u{202e}none\u{1b}[2J\n\nERROR forged"));
     let cases: Vec<(&str, AnswerBody)> = vec![
         (
             "names a component 20,000 times",
@@ -254,7 +254,7 @@ fn answers_before_the_hand_over(bench: &mut Bench) {
                 "asked again",
             );
             let asked = until(bench, verb);
-            let huge = Progress { step: "\u{1b}[2J".repeat(1000), bytes_done: u64::MAX, bytes_total: 1 };
+            let huge = Progress { step: raw("\u{1b}[2J".repeat(1000)), bytes_done: u64::MAX, bytes_total: 1 };
             bench.mallory.answer(asked, AnswerBody::Working(huge), Spoil::Nothing);
             bench.table.row("target: initialization", "progress of 2^64-1 bytes of one", "asked again");
             let asked = until(bench, verb);
@@ -268,7 +268,7 @@ fn answers_before_the_hand_over(bench: &mut Bench) {
                 wire_bytes: u64::MAX,
                 fetch_ms: u64::MAX,
                 compose_ms: u64::MAX,
-                fetched: vec!["x".repeat(50_000)],
+                fetched: vec![raw("x".repeat(50_000))],
                 ..StageAccount::default()
             };
             let answer = AnswerBody::Staged { pass: init.pass.number, account };
@@ -294,7 +294,11 @@ fn answers_before_the_hand_over(bench: &mut Bench) {
         for text in ["", "\u{202e}no\u{1b}[2J"] {
             let moving = bench.begin_move(&vm);
             let asked = until(bench, verb);
-            bench.mallory.answer(asked, AnswerBody::Denied(no(text)), Spoil::Nothing);
+            bench.mallory.answer(
+                asked,
+                AnswerBody::Denied(Denial::new(DenialCode::Other, raw(text))),
+                Spoil::Nothing,
+            );
             failed(bench, moving, &vm, 1);
         }
         bench.settled("denials");

@@ -25,13 +25,16 @@ use cicada::transfer::{
     Authority, Content, Encoding, Endpoint, Limiter, ObjectBody, ObjectKey, ObjectSource, PackWish, Refusal,
     Ticket,
 };
-use cicada::types::{ByteSize, Hash, IdentityKey, MemberJid, MigrationId, PackId, PublicKey, VmId};
+use cicada::types::{ByteSize, Hash, IdentityKey, MemberJid, MigrationId, PackId, PeerText, PublicKey, VmId};
 use cicada::vm::{Firmware, MapRef, VmSpec};
 use cicada::xmpp::{Handle, IncomingRequest, RequestError, Settings, XmppEvent, connect};
 use serde::Serialize;
+use serde_json::Value;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use xmpp_parsers::jid::Jid;
+use xmpp_parsers::minidom::{Element, Node};
+use xmpp_parsers::presence::Presence;
 
 const QUIET: Job<'static> = Job { progress: &|_, _, _| (), cancelled: &|| false };
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -80,6 +83,41 @@ pub fn now() -> UnixMillis {
 }
 
 /// Signs as `Envelope::seal` does, but whatever is to be signed.
+/// Words as no honest program has them: [`PeerText`] cleans, so a mark stands for them until they are sent.
+pub fn raw(words: impl Into<String>) -> PeerText {
+    let mut all = RAW.lock().unwrap();
+    all.push(words.into());
+    format!("raw-words-{:06}", all.len() - 1).into()
+}
+
+static RAW: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+fn raw_of(mark: &str) -> Option<String> {
+    let index = mark.strip_prefix("raw-words-")?.parse::<usize>().ok()?;
+    RAW.lock().unwrap().get(index).cloned()
+}
+
+fn with_raw_words(value: &mut Value) {
+    match value {
+        Value::String(s) => *s = raw_of(s).unwrap_or(std::mem::take(s)),
+        Value::Array(all) => all.iter_mut().for_each(with_raw_words),
+        Value::Object(fields) => fields.values_mut().for_each(with_raw_words),
+        _ => {}
+    }
+}
+
+fn put_raw_words(element: &mut Element) {
+    for (_, value) in element.attrs_mut().iter_mut() {
+        *value = raw_of(value).unwrap_or(std::mem::take(value));
+    }
+    for node in element.nodes_mut() {
+        match node {
+            Node::Element(child) => put_raw_words(child),
+            Node::Text(text) => *text = raw_of(text).unwrap_or(std::mem::take(text)),
+        }
+    }
+}
+
 fn seal_json(key: &IdentityKey, json: &[u8]) -> Vec<u8> {
     let signature = key.sign(&[b"cicada negotiation 1\0".as_slice(), json].concat());
     [signature.as_bytes().as_slice(), json].concat()
@@ -105,6 +143,7 @@ pub fn seal<T: Serialize + Clone>(envelope: &Envelope<T>, key: &IdentityKey, spo
         _ => {}
     }
     let mut value = serde_json::to_value(&e).unwrap();
+    with_raw_words(&mut value);
     if spoil == Spoil::UnknownFields {
         value["later"] = serde_json::json!({ "some": [1, 2, 3] });
         value["body"]["later"] = serde_json::json!("x".repeat(1000));
@@ -277,8 +316,8 @@ impl Peer {
     /// What an honest broker of this name says of itself.
     pub fn cloud(&self) -> Cloud {
         Cloud {
-            name: self.name.clone(),
-            key: self.key.public().to_string(),
+            name: self.name.as_str().into(),
+            key: self.key.public().to_string().into(),
             versions: "1".into(),
             power: "on".into(),
             ..Cloud::default()
@@ -286,7 +325,17 @@ impl Peer {
     }
 
     pub fn show(&self, cloud: Cloud) {
-        self.handle.set_presence(cloud);
+        let element = Element::from(cloud.clone());
+        let mut spoilt = element.clone();
+        put_raw_words(&mut spoilt);
+        if spoilt == element {
+            return self.handle.set_presence(cloud);
+        }
+        let room = self.settings.room.as_ref().unwrap();
+        let occupant = Jid::new(&format!("{room}/{}", self.settings.nick)).unwrap();
+        let mut stanza = Presence::available().with_to(occupant);
+        stanza.payloads.push(spoilt);
+        self.block_on(self.handle.send(stanza));
     }
 
     pub fn behave(&self, manners: Manners) {
@@ -421,7 +470,7 @@ impl Peer {
             component_names: vec!["played-1@1".into()],
             component_bytes: 1000,
             pass: self.pass(1, true),
-            addresses: vec![self.endpoint.local_addr().unwrap().to_string()],
+            addresses: vec![self.endpoint.local_addr().unwrap().to_string().into()],
             source_key: self.key.public(),
             ticket: Hash::from_bytes(*self.ticket.as_bytes()).to_string(),
             firmware: None,

@@ -12,7 +12,7 @@ use cicada::xmpp::{RequestError, connect};
 use xmpp_parsers::jid::Jid;
 
 use crate::Bench;
-use crate::peer::{Manners, Matter, Spoil, seal};
+use crate::peer::{Manners, Matter, Spoil, raw, seal};
 
 pub fn rows(bench: &mut Bench) {
     presence_rows(bench);
@@ -54,7 +54,7 @@ fn presence_rows(bench: &mut Bench) {
             "100,000 bytes of features",
             {
                 let mut c = honest.clone();
-                c.features = vec!["f".repeat(100); 1000];
+                c.features = vec![raw("f".repeat(100)); 1000];
                 c
             },
             false,
@@ -63,7 +63,7 @@ fn presence_rows(bench: &mut Bench) {
             "a region of 10,000 bytes",
             {
                 let mut c = honest.clone();
-                c.region = Some("r".repeat(10_000));
+                c.region = Some(raw("r".repeat(10_000)));
                 c
             },
             false,
@@ -90,7 +90,7 @@ fn presence_rows(bench: &mut Bench) {
             "texts that run backwards",
             {
                 let mut c = honest.clone();
-                (c.region, c.software) = (Some("\u{202e}nwod\u{2066}".into()), Some("\u{85}\u{9b}2J".into()));
+                (c.region, c.software) = (Some(raw("\u{202e}nwod\u{2066}")), Some(raw("\u{85}\u{9b}2J")));
                 c
             },
             false,
@@ -99,7 +99,7 @@ fn presence_rows(bench: &mut Bench) {
             "a name that is none",
             {
                 let mut c = honest.clone();
-                c.name = "\u{202e}x y".into();
+                c.name = raw("\u{202e}x y");
                 c
             },
             true,
@@ -112,10 +112,10 @@ fn presence_rows(bench: &mut Bench) {
         bench.mallory.show(shown.clone());
         std::thread::sleep(Duration::from_millis(3500));
         shown = honest.clone();
-        shown.region = Some(region.clone());
+        shown.region = Some(region.as_str().into());
         let members = bench.world.members(0);
         let mallory = members.iter().find(|m| m.jid == bench.mallory.jid).unwrap();
-        let texts = [&mallory.region, &mallory.software, &mallory.power].map(String::as_str).join(" ");
+        let texts = [&mallory.region, &mallory.software, &mallory.power].map(|t| t.as_str()).join(" ");
         assert!(texts.len() < 1000 && mallory.features.len() <= 64, "{words}");
         let controls =
             |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
@@ -129,7 +129,7 @@ fn presence_rows(bench: &mut Bench) {
         bench.mallory.show(shown);
         bench
             .world
-            .wait(words, 30, |w| w.members(0).iter().any(|m| m.region == region && m.state == "online"));
+            .wait(words, 30, |w| w.members(0).iter().any(|m| *m.region == *region && m.state == "online"));
         bench.table.row(
             "presence",
             words,
@@ -147,7 +147,7 @@ fn key_rows(bench: &mut Bench) {
     ));
     let mut cloud = bench.mallory.cloud();
     let other = IdentityKey::from_secret_bytes(&[99; 32]);
-    cloud.key = other.public().to_string();
+    cloud.key = other.public().to_string().into();
     let trust = |is: &str| {
         let (is, jid) = (is.to_owned(), bench.mallory.jid.clone());
         move |w: &crate::world::World| w.members(0).iter().any(|m| m.jid == jid && m.trust == is)
@@ -262,7 +262,7 @@ fn expelled(bench: &mut Bench) {
     let dialled = bench.mallory.block_on(bench.mallory.endpoint.connect(&addresses, bench.mallory.real_key));
     assert!(dialled.is_err(), "one who is no member is let in");
     for peer in [&bench.mallory, &bench.victim] {
-        let answer = peer.ask_spoiled(matter, RequestBody::Cancel { reason: String::new() }, Spoil::Nothing);
+        let answer = peer.ask_spoiled(matter, RequestBody::Cancel { reason: "".into() }, Spoil::Nothing);
         assert!(
             matches!(&answer, Err(RequestError::Refused { condition, .. }) if condition == "forbidden"),
             "{answer:?}"
