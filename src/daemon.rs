@@ -17,7 +17,8 @@ use crate::broker::handle::{ObjectKind, Service};
 use crate::broker::records::Records;
 use crate::broker::serving::{Store, Tickets};
 use crate::broker::{
-    Broker, Event, Input, Link, LinkError, Problem, ProblemKind, Reply, Request, RoomInput, Shared, content,
+    Broker, Event, Inbox, Input, Link, LinkError, Problem, ProblemKind, Reply, Request, RoomInput, Shared,
+    content,
 };
 use crate::clock::SystemClock;
 use crate::compose::Composer;
@@ -70,7 +71,7 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
 
     let (session, room_events) = xmpp::connect(xmpp_settings(&config, password.expose().to_owned()))
         .map_err(|e| failed("XMPP", &e).next("see the section [xmpp] of federation.toml"))?;
-    let (inbox, inputs) = mpsc::unbounded_channel();
+    let (inbox, inputs) = crate::broker::inbox();
     let configured: BTreeMap<_, _> = config.trust.pinned.iter().map(|p| (p.jid.clone(), p.key)).collect();
     let confirmed = records.trust().map_err(|e| failed("records", &e))?;
     let revoked = records.revoked().map_err(|e| failed("records", &e))?;
@@ -242,8 +243,9 @@ impl Link for Session {
     }
 }
 
-async fn pump_room(mut events: mpsc::Receiver<XmppEvent>, inbox: mpsc::UnboundedSender<Input>) {
+async fn pump_room(mut events: mpsc::Receiver<XmppEvent>, inbox: Inbox) {
     while let Some(event) = events.recv().await {
+        inbox.news_read().await;
         let input = match event {
             XmppEvent::Joined => Input::Room(RoomInput::Joined),
             XmppEvent::Down(reason) => Input::Room(RoomInput::Down(reason)),
@@ -260,7 +262,7 @@ async fn pump_room(mut events: mpsc::Receiver<XmppEvent>, inbox: mpsc::Unbounded
 
 async fn pump_driver(
     mut events: tokio::sync::broadcast::Receiver<crate::hypervisor::DriverEvent>,
-    inbox: mpsc::UnboundedSender<Input>,
+    inbox: Inbox,
 ) {
     use tokio::sync::broadcast::error::RecvError;
     loop {
@@ -270,14 +272,17 @@ async fn pump_driver(
                     return;
                 }
             }
-            // Views ask the driver itself, so a lost event is only a late one.
-            Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Lagged(_)) => {
+                if inbox.send(Input::PowerUnknown).is_err() {
+                    return;
+                }
+            }
             Err(RecvError::Closed) => return,
         }
     }
 }
 
-async fn pump_time(inbox: mpsc::UnboundedSender<Input>) {
+async fn pump_time(inbox: Inbox) {
     let mut tick = tokio::time::interval(Duration::from_secs(1));
     loop {
         tick.tick().await;
@@ -287,7 +292,7 @@ async fn pump_time(inbox: mpsc::UnboundedSender<Input>) {
     }
 }
 
-async fn pump_signals(inbox: mpsc::UnboundedSender<Input>) {
+async fn pump_signals(inbox: Inbox) {
     let (Ok(mut term), Ok(mut int), Ok(mut hup)) =
         (signal(SignalKind::terminate()), signal(SignalKind::interrupt()), signal(SignalKind::hangup()))
     else {
@@ -306,7 +311,7 @@ async fn pump_signals(inbox: mpsc::UnboundedSender<Input>) {
 
 /// The broker as the API sees it.
 struct BrokerService {
-    inbox: mpsc::UnboundedSender<Input>,
+    inbox: Inbox,
     repository: Repository,
 }
 

@@ -1,6 +1,9 @@
 //! One broker, and members that are scripts: what each may do, what is refused and counted, and what
 //! ends when a member is one no more. Signatures, records and the data link (QUIC) are real.
 
+#[path = "guarded/quotas.rs"]
+mod quotas;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
@@ -9,7 +12,7 @@ use std::time::{Duration, Instant};
 use cicada::broker::interface::{MemberView, StatusView};
 use cicada::broker::records::Records;
 use cicada::broker::serving::{Store, Tickets};
-use cicada::broker::{Broker, Input, Link, LinkError, Reply, Request, RoomInput, Shared};
+use cicada::broker::{Broker, Inbox, Input, Link, LinkError, Reply, Request, RoomInput, Shared};
 use cicada::clock::{Clock, ManualClock, UnixMillis};
 use cicada::compose::Composer;
 use cicada::config::Config;
@@ -42,16 +45,18 @@ fn key(name: &str) -> IdentityKey {
     IdentityKey::from_secret_bytes(Hash::of(name.as_bytes()).as_bytes())
 }
 
-/// The scripts answer nothing.
-struct Silence;
+/// The scripts hear what they are asked, and answer nothing.
+#[derive(Clone, Default)]
+struct Silence(Arc<Mutex<Vec<(MemberJid, Vec<u8>)>>>);
 
 impl Link for Silence {
     fn request(
         &self,
         to: &MemberJid,
-        _: Vec<u8>,
+        sealed: Vec<u8>,
         _: Duration,
     ) -> BoxFuture<'static, Result<Vec<u8>, LinkError>> {
+        self.0.lock().unwrap().push((to.clone(), sealed));
         let to = to.clone();
         async move { Err(LinkError::NotOnline(to)) }.boxed()
     }
@@ -61,8 +66,9 @@ impl Link for Silence {
 struct Home {
     _dir: tempfile::TempDir,
     shared: Arc<Shared>,
-    inbox: mpsc::UnboundedSender<Input>,
+    inbox: Inbox,
     clock: ManualClock,
+    heard: Silence,
 }
 
 impl Home {
@@ -86,7 +92,8 @@ impl Home {
         let endpoint =
             Endpoint::bind(config.transfer.listen, &identity, tickets.clone(), store, Limiter::unlimited())
                 .unwrap();
-        let (inbox, inputs) = mpsc::unbounded_channel();
+        let heard = Silence::default();
+        let (inbox, inputs) = cicada::broker::inbox();
         let shared = Arc::new(Shared {
             me: jid("home"),
             key: identity,
@@ -94,7 +101,7 @@ impl Home {
             composer: Composer::new(repository.clone()),
             repository,
             driver: Arc::new(FakeDriver::new(Arc::new(clock.clone()))),
-            link: Arc::new(Silence),
+            link: Arc::new(heard.clone()),
             endpoint,
             tickets,
             records: Records::open(&config.cloud.data_dir).unwrap(),
@@ -106,7 +113,7 @@ impl Home {
         let members = Members::new(BTreeMap::new(), confirmed, false);
         let broker = Broker::open(shared.clone(), members, Box::new(|_| ())).unwrap();
         tokio::spawn(broker.run(inputs));
-        let home = Self { _dir: dir, shared, inbox, clock };
+        let home = Self { _dir: dir, shared, inbox, clock, heard };
         for name in ["a", "b", "stranger"] {
             home.shows(name, key(name).public());
         }
@@ -131,12 +138,15 @@ impl Home {
             power: "on".into(),
             ..Cloud::default()
         };
-        let cloud = Some(Box::new(cloud.with_successions(successions.iter().cloned())));
+        self.presents(name, cloud.with_successions(successions.iter().cloned()));
+    }
+
+    fn presents(&self, name: &str, cloud: Cloud) {
         self.room(RoomInput::Presence(Presence {
             jid: jid(name),
             resource: "x".into(),
             available: true,
-            cloud,
+            cloud: Some(Box::new(cloud)),
         }));
     }
 
@@ -375,7 +385,7 @@ async fn a_members_vms_take_no_more_together_than_it_may() {
     assert_eq!((a.used.vms, a.used.cpus, a.used.memory_bytes), (2, 3, 1 << 30));
     assert_eq!(a.used.storage_bytes, 2 << 30);
     assert_eq!(a.policy.unwrap().vms_max, Some(2));
-    assert_eq!((b.used.vms, b.policy.unwrap().vms_max), (0, None));
+    assert_eq!((b.used.vms, b.policy.unwrap().vms_max), (0, Some(50)), "what holds for all");
     home.reserve("b", &spec("other")).await.unwrap();
     assert_eq!(home.status().await.refusals.total, 0, "an ordinary denial is no refusal");
 

@@ -12,7 +12,7 @@ use cicada::broker::handle::{ObjectKind, Service};
 use cicada::broker::interface::{Event, VmAdopt};
 use cicada::broker::records::Records;
 use cicada::broker::serving::{Store, Tickets};
-use cicada::broker::{Broker, Input, Link, LinkError, Problem, Reply, Request, RoomInput, Shared};
+use cicada::broker::{Broker, Inbox, Input, Link, LinkError, Problem, Reply, Request, RoomInput, Shared};
 use cicada::clock::{Clock, ManualClock, UnixMillis};
 use cicada::compose::Composer;
 use cicada::config::Config;
@@ -353,7 +353,7 @@ impl Link for Liar {
 }
 
 /// The broker behind its API.
-struct Door(mpsc::UnboundedSender<Input>);
+struct Door(Inbox);
 
 impl Service for Door {
     fn call(
@@ -443,7 +443,7 @@ fn keep_old_record(records: &Records) -> MigrationId {
 
 struct World {
     dir: tempfile::TempDir,
-    inbox: mpsc::UnboundedSender<Input>,
+    inbox: Inbox,
     liar: Liar,
     old: MigrationId,
     _stop: watch::Sender<bool>,
@@ -469,7 +469,7 @@ async fn start() -> World {
             .unwrap();
     let records = Records::open(&config.cloud.data_dir).unwrap();
     let old = keep_old_record(&records);
-    let (inbox, inputs) = mpsc::unbounded_channel();
+    let (inbox, inputs) = cicada::broker::inbox();
     let mood = Arc::new(Mutex::new(Mood::Denies));
     let liar = Liar { clock: clock.clone(), mood, worked: Arc::default() };
     let socket = config.api.socket.clone();

@@ -12,7 +12,7 @@ use cicada::broker::interface::ReportLine;
 use cicada::broker::records::Records;
 use cicada::broker::serving::{Store, Tickets};
 use cicada::broker::shared::{AskError, Matter, Peer};
-use cicada::broker::{Broker, Input, Link, LinkError, Reply, Request, RoomInput, Shared};
+use cicada::broker::{Broker, Inbox, Input, Link, LinkError, Reply, Request, RoomInput, Shared};
 use cicada::clock::ManualClock;
 use cicada::clock::UnixMillis;
 use cicada::component::manifest::{Entry, EntryKind, Kind, Manifest, Meta, PackRef};
@@ -32,7 +32,7 @@ use cicada::types::{ComponentId, Hash, IdentityKey, MemberJid, MigrationId, Pack
 use futures::future::{BoxFuture, FutureExt};
 use tokio::sync::{mpsc, oneshot};
 
-type Inboxes = Arc<Mutex<HashMap<MemberJid, mpsc::UnboundedSender<Input>>>>;
+type Inboxes = Arc<Mutex<HashMap<MemberJid, Inbox>>>;
 
 /// Hands requests to the other brokers of this process, as the server would: with the sender's
 /// true address, and nothing said about its trust.
@@ -69,7 +69,7 @@ struct Member {
     jid: MemberJid,
     key: PublicKey,
     shared: Arc<Shared>,
-    inbox: mpsc::UnboundedSender<Input>,
+    inbox: Inbox,
 }
 
 fn jid(name: &str) -> MemberJid {
@@ -134,7 +134,7 @@ fn start(
     let endpoint =
         Endpoint::bind(config.transfer.listen, &identity, tickets.clone(), store, Limiter::new(None))
             .unwrap();
-    let (inbox, inputs) = mpsc::unbounded_channel();
+    let (inbox, inputs) = cicada::broker::inbox();
     inboxes.lock().unwrap().insert(jid(name), inbox.clone());
     let shared = Arc::new(Shared {
         me: jid(name),

@@ -3,23 +3,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::federation::{Member, Trust};
 use crate::migration::{RequestBody, envelope};
-use crate::placement::{Offer, rank};
-use crate::types::{CloudName, MigrationId, VmId};
+use crate::types::{CloudName, MemberJid, VmId};
 
 use super::interface::{
-    Candidate, Event, MemberView, MigrationView, PlanView, Predecessor, Reply, Request, Resource, StatusView,
-    Verdict,
+    Candidate, Event, MemberView, MigrationView, Predecessor, Reply, Request, Resource, StatusView, Verdict,
 };
-use super::negotiation;
 use super::outgoing::Course;
 use super::problem::{Problem, ProblemKind};
-use super::scanning::scan;
-use super::shared::{Matter, Peer};
+use super::shared::Peer;
 use super::{Broker, Input, aside, content};
 
 pub(super) type Answer = oneshot::Sender<Result<Reply, Problem>>;
@@ -313,17 +308,25 @@ impl Broker {
         online.filter_map(|jid| Some(Peer { jid: jid.clone(), key: self.members.trusted_key(jid).ok()? }))
     }
 
+    /// A member to negotiate with, if it is trusted and speaks a version that is spoken here.
+    fn peer(&self, jid: &MemberJid) -> Result<(Peer, Option<CloudName>), Problem> {
+        let key = self.members.trusted_key(jid).map_err(|reason| {
+            Problem::new(ProblemKind::Forbidden, format!("member {jid}"), reason.to_string()).next(format!(
+                "compare fingerprints with its operator, then: cicada identity trust {jid} KEY"
+            ))
+        })?;
+        speaks_with_us(jid, self.members.versions_of(jid))?;
+        Ok((Peer { jid: jid.clone(), key }, self.members.cloud_of(jid)))
+    }
+
+    /// Members that are online and are not negotiated with; why.
+    pub(super) fn unaskable(&self) -> Vec<(MemberJid, Problem)> {
+        let online = self.members.online().filter(|jid| **jid != self.shared.me);
+        online.filter_map(|jid| Some((jid.clone(), self.peer(jid).err()?))).collect()
+    }
+
     /// Members that could be asked: the one named, or all that are online.
     pub(super) fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
-        let with = |jid: &crate::types::MemberJid| {
-            let key = self.members.trusted_key(jid).map_err(|reason| {
-                Problem::new(ProblemKind::Forbidden, format!("member {jid}"), reason.to_string()).next(
-                    format!("compare fingerprints with its operator, then: cicada identity trust {jid} KEY"),
-                )
-            })?;
-            speaks_with_us(jid, self.members.versions_of(jid))?;
-            Ok((Peer { jid: jid.clone(), key }, self.members.cloud_of(jid)))
-        };
         match to {
             Some(name) => {
                 let jid = self.members.find(name).ok_or_else(|| {
@@ -349,11 +352,12 @@ impl Broker {
                     )
                     .next("see 'cicada members' for since when"));
                 }
-                Ok(vec![with(&jid)?])
+                Ok(vec![self.peer(&jid)?])
             }
             None => {
                 let online = self.members.online().filter(|jid| **jid != self.shared.me);
-                let (peers, refused): (Vec<_>, Vec<_>) = online.map(with).partition(Result::is_ok);
+                let (peers, refused): (Vec<_>, Vec<_>) =
+                    online.map(|jid| self.peer(jid)).partition(Result::is_ok);
                 let peers: Vec<_> = peers.into_iter().flatten().collect();
                 let mut refused = refused.into_iter().filter_map(Result::err);
                 if peers.is_empty() {
@@ -373,17 +377,6 @@ impl Broker {
         }
     }
 
-    fn plan(&mut self, vm: &str, to: Option<&str>, reply: Answer) {
-        let prepared = self.movable_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
-        let (id, peers) = match prepared {
-            Ok(p) => p,
-            Err(problem) => return drop(reply.send(Err(problem))),
-        };
-        self.candidates(id, peers, move |_, result| {
-            let _ = reply.send(result.map(Reply::Plan));
-        });
-    }
-
     fn move_vm(&mut self, vm: &str, to: Option<&str>, events: mpsc::Sender<Event>, reply: Answer) {
         let prepared = self.movable_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
         let (id, mut peers) = match prepared {
@@ -398,11 +391,15 @@ impl Broker {
             return;
         }
         let known = peers.clone();
-        self.candidates(id, peers, move |broker, result| {
+        self.candidates(id, peers, to, move |broker, result| {
             let chosen = result.and_then(|plan| {
                 let best = plan.candidates.into_iter().next();
                 match best {
-                    Some(Candidate { verdict: Verdict::No { reasons }, jid, .. }) => {
+                    Some(Candidate {
+                        verdict: Verdict::No { reasons } | Verdict::NotAsked { reasons },
+                        jid,
+                        ..
+                    }) => {
                         let why: Vec<_> = reasons.iter().map(|r| r.text.as_str()).collect();
                         Err(Problem::new(
                             ProblemKind::Refused,
@@ -448,65 +445,6 @@ impl Broker {
             }
             Err(e) => drop(reply.send(Err(content::repository_problem(&e)))),
         }
-    }
-
-    /// Asks `peers` about a VM, all at once, then calls `done` on this task with the ranked plan.
-    fn candidates(
-        &self,
-        id: VmId,
-        peers: Vec<(Peer, Option<CloudName>)>,
-        done: impl FnOnce(&mut Broker, Result<PlanView, Problem>) + Send + 'static,
-    ) {
-        let Some(vm) = self.vms.get(&id) else { return };
-        let (spec, epoch, disks) = (vm.record.spec.clone(), vm.record.epoch, self.disk_paths(&vm.record));
-        let (shared, name) = (self.shared.clone(), spec.name.clone());
-        tokio::spawn(async move {
-            let (for_scan, scan_spec) = (shared.clone(), spec.clone());
-            let scanned =
-                negotiation::blocking(move || scan(&for_scan, &scan_spec, &disks, None).map(|s| s.seed));
-            let seed = scanned.await.ok();
-            let recipe = shared.repository.recipe(&spec.recipe);
-            let result = match recipe {
-                Err(e) => Err(content::repository_problem(&e)),
-                Ok(recipe) => {
-                    let recipe = Arc::new(recipe);
-                    let ask = peers.iter().map(|(peer, cloud)| {
-                        let matter = Matter { migration: MigrationId::random(), vm: spec.id, epoch };
-                        let (shared, spec, recipe): (_, _, &Arc<_>) = (&shared, &spec, &recipe);
-                        async move {
-                            negotiation::candidate(shared, peer, cloud.clone(), matter, spec, recipe, seed)
-                                .await
-                        }
-                    });
-                    Ok(join_all(ask).await)
-                }
-            };
-            shared.post(Input::apply(move |broker| {
-                let plan = result.map(|rows| broker.ranked(name, rows));
-                done(broker, plan);
-            }));
-        });
-    }
-
-    fn ranked(&self, vm: crate::types::VmName, mut rows: Vec<Candidate>) -> PlanView {
-        rows.iter_mut().for_each(|row| self.rates.predict(row));
-        let offers: Vec<_> = rows
-            .iter()
-            .map(|row| Offer {
-                member: row.jid.clone(),
-                possible: !matches!(row.verdict, Verdict::No { .. }),
-                differences: match &row.verdict {
-                    Verdict::WithDifferences { differences } => differences.len(),
-                    _ => 0,
-                },
-                bytes_missing: row.component_bytes_missing
-                    + row.root_delta_bytes_missing
-                    + row.user_data_bytes_missing,
-                memory_bytes_free: self.members.memory_bytes_free(&row.jid),
-            })
-            .collect();
-        let candidates = rank(&offers).into_iter().map(|i| rows[i].clone()).collect();
-        PlanView { vm, candidates }
     }
 }
 

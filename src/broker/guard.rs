@@ -180,6 +180,13 @@ impl Broker {
             }
             self.guard.refusals.add(&tally);
         }
+        for mut tally in self.shared.inbox.take_refused() {
+            if let Ok(from) = tally.sender.parse::<MemberJid>() {
+                self.refuse(&from, tally.refused, &"it sends more requests than are worked off");
+                tally.count -= 1;
+            }
+            self.guard.refusals.add(&tally);
+        }
     }
 
     pub(super) fn policy_of(&self, member: &MemberJid) -> MemberPolicy {

@@ -567,8 +567,23 @@ pub struct Candidate {
 #[serde(tag = "verdict", rename_all = "kebab-case")]
 pub enum Verdict {
     Yes,
-    WithDifferences { differences: Vec<Reason> },
-    No { reasons: Vec<Reason> },
+    WithDifferences {
+        differences: Vec<Reason>,
+    },
+    No {
+        reasons: Vec<Reason>,
+    },
+    /// Why it was not asked.
+    NotAsked {
+        reasons: Vec<Reason>,
+    },
+}
+
+impl Verdict {
+    /// Whether the member said that it could take the VM.
+    pub fn is_yes(&self) -> bool {
+        matches!(self, Verdict::Yes | Verdict::WithDifferences { .. })
+    }
 }
 
 /// A machine-readable difference or blocker.

@@ -17,6 +17,7 @@ mod guard;
 pub mod handle;
 pub mod healing;
 mod history;
+pub mod inbox;
 mod incoming;
 pub mod interface;
 mod lending;
@@ -26,6 +27,7 @@ mod notes;
 pub mod optimize;
 mod outgoing;
 mod owners;
+mod planning;
 pub mod problem;
 pub mod receiving;
 pub mod records;
@@ -56,6 +58,7 @@ use crate::migration::source::Event as SourceEvent;
 use crate::migration::target::Event as TargetEvent;
 use crate::types::{MemberJid, MigrationId, PublicKey, Successions, VmId, VmName};
 
+pub use inbox::{Inbox, Inputs, inbox};
 pub use interface::{Event, Reply, Request};
 pub use problem::{Problem, ProblemKind};
 pub use shared::{Link, LinkError, Shared};
@@ -94,6 +97,8 @@ pub enum Input {
     /// The room as the XMPP session sees it.
     Room(RoomInput),
     Driver(DriverEvent),
+    /// Events of the hypervisor were lost.
+    PowerUnknown,
     Outgoing(MigrationId, SourceEvent),
     Incoming(MigrationId, TargetEvent),
     /// The result of an effect, to be taken into the state.
@@ -255,7 +260,7 @@ impl Broker {
     }
 
     /// The owner task. Ends at [`Input::Shutdown`]; VMs keep running.
-    pub async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Input>) {
+    pub async fn run(mut self, mut inputs: Inputs) {
         self.find_leftovers();
         self.adopt_running().await;
         self.resume_resolutions();
@@ -266,12 +271,13 @@ impl Broker {
         self.begin_confirming(restored, self.continuity.is_unbroken(digest));
         self.start_wanted();
         self.noted = u64::MAX;
-        while let Some(input) = inbox.recv().await {
+        while let Some(input) = inputs.next().await {
             match input {
                 Input::Call { request, events, reply } => self.call(request, events, reply),
                 Input::Asked { from, payload, reply } => self.asked(from, &payload, reply),
                 Input::Room(input) => self.room_input(input),
                 Input::Driver(event) => self.power_event(&event),
+                Input::PowerUnknown => self.review_power(),
                 Input::Outgoing(id, event) => self.outgoing_event(id, event),
                 Input::Incoming(id, event) => drop(self.incoming_event(id, event)),
                 Input::Apply(change) => change(&mut self),

@@ -9,7 +9,7 @@ use crate::component::{Manifest, Recipe};
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Seed};
 use crate::migration::{AnswerBody, Denial, DenialCode, RequestBody};
 use crate::repository::Repository;
-use crate::types::{ComponentId, PackId};
+use crate::types::{CloudName, ComponentId, MemberJid, PackId};
 use crate::vm::{Block, ChunkMap, MapRef, VmSpec};
 
 use super::interface::{Candidate, Reason, Verdict};
@@ -43,12 +43,13 @@ pub async fn check(
 ) -> Result<Checked, Denial> {
     let begun = Instant::now();
     let mut out = Checked { components_needed: recipe.components.len() as u32, ..Checked::default() };
+    // What it is made of is told to those alone that could take it.
+    let fit = ask(shared, peer, matter, spec, Vec::new(), Vec::new()).await?;
+    (out.differences, out.seed) = (fit.differences, fit.seed);
     let mut lacking = Vec::new();
     for ids in recipe.components.chunks(CHECK_IDS_MAX) {
         let answer = ask(shared, peer, matter, spec, ids.to_vec(), Vec::new()).await?;
         lacking.extend(pick(ids, &answer.components_lacking)?);
-        out.differences = answer.differences;
-        out.seed = answer.seed;
     }
     out.answer_ms = begun.elapsed().as_secs_f64() * 1000.0;
     out.components_held = out.components_needed - lacking.len() as u32;
@@ -190,23 +191,15 @@ pub fn bytes_missing(repository: &Repository, map: &MapRef, seed: Option<&MapRef
     Ok(missing.len() as u64 * u64::from(map.block_size_bytes))
 }
 
-/// The row of `plan` for one member.
-pub async fn candidate(
-    shared: &Arc<Shared>,
-    peer: &Peer,
-    cloud: Option<crate::types::CloudName>,
-    matter: Matter,
-    spec: &VmSpec,
-    recipe: &Arc<Recipe>,
-    disks: Option<Seed>,
-) -> Candidate {
-    let mut row = Candidate {
+/// The row of `plan` for a member that told nothing.
+pub fn unasked(jid: MemberJid, cloud: Option<CloudName>, verdict: Verdict) -> Candidate {
+    Candidate {
         cloud,
-        jid: peer.jid.clone(),
-        verdict: Verdict::Yes,
+        jid,
+        verdict,
         component_bytes_missing: 0,
         deltas_unknown: false,
-        components_needed: recipe.components.len() as u32,
+        components_needed: 0,
         components_held: 0,
         packs_missing: 0,
         root_delta_bytes_missing: 0,
@@ -214,8 +207,22 @@ pub async fn candidate(
         seconds_low: None,
         seconds_high: None,
         answer_ms: 0.0,
-    };
-    match check(shared, peer, matter, spec, recipe).await {
+    }
+}
+
+/// The row of `plan` for one member that is asked.
+pub async fn candidate(
+    shared: &Arc<Shared>,
+    peer: &Peer,
+    cloud: Option<CloudName>,
+    matter: Matter,
+    spec: &VmSpec,
+    recipe: &Arc<Recipe>,
+    disks: Option<Seed>,
+) -> Candidate {
+    let mut row = unasked(peer.jid.clone(), cloud, Verdict::Yes);
+    row.components_needed = recipe.components.len() as u32;
+    match check(shared, peer, matter, &spec.anonymous(), recipe).await {
         Ok(checked) => {
             row.component_bytes_missing = checked.component_bytes - checked.delta_saves_bytes;
             row.deltas_unknown = checked.deltas_unknown;

@@ -6,7 +6,6 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use tokio::sync::mpsc;
 
 use crate::clock::{Clock, UnixMillis};
 use crate::compose::Composer;
@@ -19,6 +18,7 @@ use crate::transfer::Endpoint;
 use crate::types::{IdentityKey, MemberJid, MigrationId, PublicKey, VmId};
 
 use super::Input;
+use super::inbox::Inbox;
 use super::records::Records;
 use super::serving::Tickets;
 
@@ -83,7 +83,7 @@ pub struct Shared {
     pub endpoint: Endpoint,
     pub tickets: Arc<Tickets>,
     pub records: Records,
-    pub inbox: mpsc::UnboundedSender<Input>,
+    pub inbox: Inbox,
     /// The newest protocol version spoken by us and each member, from its presence.
     pub versions: Versions,
 }

@@ -549,6 +549,31 @@ impl Broker {
         self.presence_changed();
     }
 
+    /// Events of the hypervisor were lost: what they told is seen from how the VMs are now.
+    pub(super) fn review_power(&mut self) {
+        use crate::hypervisor::{DriverEvent, EventKind, StopReason};
+        let (listed, now) = (self.shared.driver.list(), self.shared.now());
+        tracing::warn!(vms = listed.len(), "events of the hypervisor were lost; all VMs are looked at");
+        for (vm, state) in listed {
+            let Some(known) = self.vms.get(&vm).filter(|vm| vm.record.is_here() && vm.record.run) else {
+                continue;
+            };
+            // Whatever holds it looks for itself; what failed to start is waiting to be started again.
+            let failed = known.failures.last().is_some_and(|at| now.since(*at) <= RESTART_PAUSE_MAX);
+            let waits = known.hold() != Hold::Free || failed;
+            let kind = match state {
+                PowerState::Crashed => {
+                    EventKind::Crashed { detail: "it ended while events were lost".into() }
+                }
+                PowerState::Stopped if !waits => EventKind::Stopped { reason: StopReason::Guest },
+                _ => continue,
+            };
+            if known.power_note.is_none() || state != PowerState::Crashed {
+                self.power_event(&DriverEvent { vm, kind });
+            }
+        }
+    }
+
     /// A VM that should run, and whose hypervisor process ended or could not be started, is started
     /// again after a pause, which grows while that goes on.
     fn start_again(&mut self, id: VmId) {

@@ -6,7 +6,7 @@ use futures::future::{BoxFuture, FutureExt, OptionFuture};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::broker::interface::{Event, Reply, Request, Verdict};
+use crate::broker::interface::{Event, Reply, Request};
 use crate::broker::problem::{Problem, ProblemKind};
 use crate::client::Client;
 use crate::types::MigrationId;
@@ -47,7 +47,7 @@ async fn choose(ctx: &Context, client: &Client, args: &Move) -> Outcome<Option<S
         other => return Err(unexpected(&other)),
     };
     match plan.candidates.first() {
-        Some(best) if !matches!(best.verdict, Verdict::No { .. }) => {
+        Some(best) if best.verdict.is_yes() => {
             plan::lines(&plan, best).into_iter().try_for_each(|line| ctx.step(line))?;
             Ok(Some(best.jid.to_string()))
         }

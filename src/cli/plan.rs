@@ -104,6 +104,7 @@ fn word(v: &Verdict) -> &'static str {
         Verdict::Yes => "yes",
         Verdict::WithDifferences { .. } => "yes, with differences",
         Verdict::No { .. } => "no",
+        Verdict::NotAsked { .. } => "not asked",
     }
 }
 
@@ -111,7 +112,7 @@ fn reasons(v: &Verdict) -> &[Reason] {
     match v {
         Verdict::Yes => &[],
         Verdict::WithDifferences { differences } => differences,
-        Verdict::No { reasons } => reasons,
+        Verdict::No { reasons } | Verdict::NotAsked { reasons } => reasons,
     }
 }
 

@@ -3,8 +3,10 @@
 pub mod policy;
 pub mod rank;
 pub mod room;
+pub mod shortlist;
 pub mod storage;
 
 pub use rank::{Offer, rank};
 pub use room::{NetworkOffer, Room, assess};
+pub use shortlist::shortlist;
 pub use storage::{Needed, Storage};

@@ -6,6 +6,7 @@
 //! (`refusals`). The rest of the program holds a `Handle` and reads events.
 
 pub mod admin;
+mod answering;
 mod connector;
 mod handle;
 mod link;

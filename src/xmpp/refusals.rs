@@ -68,6 +68,11 @@ impl Strangers {
         self.refusals.refuse(account, Refused::Malformed, self.moment(now));
     }
 
+    /// Counts a request of a member that has too many under way.
+    pub fn too_many(&mut self, member: &str, now: Instant) {
+        self.refusals.refuse(member, Refused::RateLimit, self.moment(now));
+    }
+
     /// What was refused since the last call.
     pub fn take_new(&mut self) -> Vec<Tally> {
         self.refusals.take_new()

@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -33,6 +33,7 @@ use crate::stanza::error::{condition_name, text_of};
 use crate::stanza::{Cloud, Request};
 use crate::types::MemberJid;
 
+use super::answering::Answering;
 use super::connector::Connector;
 use super::handle::{Command, Handle, IQ_TIMEOUT, IqReply, RequestError, Settings, XmppEvent};
 use super::link::{self, Trouble};
@@ -103,7 +104,7 @@ pub fn connect(settings: Settings) -> std::io::Result<(Handle, mpsc::Receiver<Xm
         ready,
         bound: false,
         pinged: Instant::now(),
-        answering: Arc::default(),
+        answering: Answering::default(),
         strangers: Strangers::new(Instant::now()),
         damper: Damper::default(),
         reason_told: String::new(),
@@ -148,7 +149,7 @@ struct Session {
     /// Whether there ever was a session.
     bound: bool,
     pinged: Instant,
-    answering: Arc<AtomicUsize>,
+    answering: Answering,
     strangers: Strangers,
     /// Members whose presence changes too often.
     damper: Damper,

@@ -1,7 +1,6 @@
 //! What others ask of us. Anybody may ask what we are; requests are taken only from members of the
 //! room, since a server does not keep strangers from sending them.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -16,6 +15,7 @@ use crate::migration::envelope::SEALED_BYTES_MAX;
 use crate::stanza::error::refusal;
 use crate::stanza::{Answer, Request, ns};
 use crate::types::MemberJid;
+use crate::xmpp::answering::Seat;
 use crate::xmpp::handle::{Command, IncomingRequest, XmppEvent};
 use crate::xmpp::room;
 
@@ -23,8 +23,6 @@ use super::{Place, Session};
 
 /// How long the broker may take to answer another's request.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-/// Requests of others being answered at once; more are told to wait.
-const ANSWERING_MAX: usize = 256;
 
 impl Session {
     pub(super) fn asked(&mut self, iq: Iq) {
@@ -90,14 +88,15 @@ impl Session {
             Err(e) => return Verdict::refuse(DefinedCondition::BadRequest, &e.to_string()),
         };
         let busy = || Verdict::refuse(DefinedCondition::ResourceConstraint, "too many requests");
-        if self.answering.load(Ordering::Relaxed) >= ANSWERING_MAX {
+        let Some(seat) = self.answering.begin(&member) else {
+            self.strangers.too_many(member.as_str(), Instant::now());
             return busy();
-        }
+        };
         let (reply, answer) = oneshot::channel();
         let request = IncomingRequest { from: member, sealed: request.sealed, reply };
         match self.events.try_send(XmppEvent::Request(request)) {
             Ok(()) => {
-                self.forward_answer(from.clone(), id.to_owned(), answer);
+                self.forward_answer(from.clone(), id.to_owned(), answer, seat);
                 Verdict::Forwarded
             }
             Err(_) => busy(),
@@ -118,9 +117,8 @@ impl Session {
     }
 
     /// Sends the broker's answer when it comes.
-    fn forward_answer(&self, from: Jid, id: String, answer: oneshot::Receiver<Option<Vec<u8>>>) {
-        let (commands, answering) = (self.commands.clone(), self.answering.clone());
-        answering.fetch_add(1, Ordering::Relaxed);
+    fn forward_answer(&self, from: Jid, id: String, answer: oneshot::Receiver<Option<Vec<u8>>>, seat: Seat) {
+        let commands = self.commands.clone();
         tokio::spawn(async move {
             let answer = match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
                 Ok(Ok(Some(sealed))) if sealed.len() <= SEALED_BYTES_MAX => {
@@ -132,7 +130,7 @@ impl Session {
                 }
                 _ => Err(refusal(DefinedCondition::RecipientUnavailable, "the broker does not answer now")),
             };
-            answering.fetch_sub(1, Ordering::Relaxed);
+            drop(seat);
             if let Some(commands) = commands.upgrade() {
                 let iq = Stanza::Iq(reply(Some(from), id, answer));
                 let _ = commands.send(Command::Send(Box::new(iq))).await;
