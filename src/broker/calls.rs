@@ -136,10 +136,10 @@ impl Broker {
             cpus,
             memory_bytes,
             storage_bytes: self.file_system(),
-            storage_promised_bytes: Resource {
+            storage_promised_bytes: Box::new(Resource {
                 total: storage.promisable_bytes(),
                 free: storage.unpromised_bytes().min(storage.at_hand_bytes()),
-            },
+            }),
             transfer_addresses: self.transfer_addresses(),
             vms_running: self.vms_running(),
             migrations_running: (self.outgoing.len()

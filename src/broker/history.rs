@@ -103,7 +103,7 @@ impl History {
         let mut rings: Vec<_> =
             self.rings().into_iter().filter(|(ring, _)| *ring != Ring::HandOvers).collect();
         let over = rings.len().saturating_sub(RINGS_MAX);
-        rings.sort_by(|a, b| a.1.cmp(&b.1));
+        rings.sort_by_key(|(_, newest)| *newest);
         rings.truncate(over);
         let gone = |view: &&MigrationView| rings.iter().any(|(ring, _)| *ring == Ring::of(view));
         let displaced: Vec<_> = self.views.values().filter(gone).map(|view| view.progress.id).collect();

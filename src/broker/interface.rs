@@ -307,7 +307,7 @@ pub struct StatusView {
     pub storage_bytes: Resource,
     /// What may be promised to VMs of it, and what of that a VM that comes now could have.
     #[serde(default)]
-    pub storage_promised_bytes: Resource,
+    pub storage_promised_bytes: Box<Resource>,
     pub transfer_addresses: Vec<String>,
     pub vms_running: u32,
     pub migrations_running: u32,

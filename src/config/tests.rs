@@ -216,7 +216,7 @@ fn bad_input_is_named_with_reason_and_next_step() {
         (with("[clod]"), r#"clod in federation.toml: is not a known setting (did you mean 'cloud'?)"#),
         (
             with("[hypervisor]\nbogus_and_odd = 1"),
-            r#"hypervisor.bogus_and_odd in federation.toml: is not a known setting (known are: driver, accelerator, cpus, memory, cpu_model, machine_type, firmware_code, firmware_vars)"#,
+            r#"hypervisor.bogus_and_odd in federation.toml: is not a known setting (known are: driver, accelerator, cpus, memory, cpu_overcommit, storage_overcommit, storage_floor, cpu_model, machine_type, firmware_code, firmware_vars)"#,
         ),
         (
             with("[hypervisor]\ncpus = \"many\""),
@@ -241,6 +241,18 @@ fn bad_input_is_named_with_reason_and_next_step() {
         (
             with("[migration]\ngrace_period = \"soon\""),
             r#"migration.grace_period in federation.toml: 'soon' is not a duration: write a number and a unit, such as "90s", "10m", "24h" or "7d" (sample)"#,
+        ),
+        (
+            with("[hypervisor]\nstorage_overcommit = 0.5"),
+            r#"hypervisor.storage_overcommit in federation.toml: must be from 1 to 1000 (write 1.0 for none)"#,
+        ),
+        (
+            with("[members]\nshare = 0"),
+            r#"members.share in federation.toml: must be more than 0 and at most 1 (write 1.0 for all; whose VMs are not taken is said by accept_vms and accept_from)"#,
+        ),
+        (
+            with("[transfer]\npeer_networks = [\"10.0.0.0/33\"]"),
+            r#"transfer.peer_networks in federation.toml: '10.0.0.0/33' is not a network such as "10.0.0.0/8" (sample)"#,
         ),
         (
             with("[migration]\nlease_s = 0"),
@@ -338,6 +350,22 @@ fn a_member_has_its_own_rules_and_those_for_all_for_the_rest() {
     assert_eq!((other.accept_vms, other.share_components, other.memory_max), (true, false, None));
     assert_eq!((d.accept_vms, d.share_components, d.requests_per_minute), (true, true, 60));
     assert!(!policy("e@x").accept_vms);
+}
+
+#[test]
+fn one_member_has_a_share_of_the_cloud_unless_it_is_lifted() {
+    let limited =
+        format!("{GOOD}\n[transfer]\nbandwidth_limit = \"8Mbit\"\n[[member]]\njid = \"b@x\"\nshare = 1\n");
+    let c = Place::new(&limited).load(&[], &[]).unwrap();
+    let policy = |jid: &str| c.policy_of(&jid.parse().unwrap());
+    let (b, other) = (policy("b@x"), policy("c@x"));
+    assert_eq!((other.share, other.vms_max, other.bandwidth_bytes_per_s), (0.5, Some(50), Some(500_000)));
+    assert_eq!((b.share, b.vms_max, b.bandwidth_bytes_per_s), (1.0, Some(50), None));
+    assert_eq!((c.migration.concurrency, c.migration.concurrency_per_member), (4, 2));
+    assert_eq!((c.hypervisor.cpu_overcommit, c.hypervisor.storage_overcommit), (4.0, 1.0));
+    assert!(c.transfer.peer_networks.is_empty(), "only global addresses are dialled");
+    let networks = Place::new(GOOD).load(&[], &[("transfer.peer_networks", "10.0.0.0/8,fd00::/8")]).unwrap();
+    assert_eq!(networks.transfer.peer_networks.len(), 2);
 }
 
 #[test]

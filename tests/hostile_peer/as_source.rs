@@ -247,7 +247,7 @@ fn reservation_rows(bench: &mut Bench) {
     bench.table.row(
         step,
         "200 at once for as many VMs, then silence",
-        "grants four at a time, the leases run out",
+        "grants two at a time, the leases run out",
     );
 }
 
