@@ -43,6 +43,8 @@ fn agreement() -> Agreement {
         vm: VmId(Uuid::from_u128(2)),
         epoch: 4,
         recipe: RecipeId::of(b"r"),
+        reservation: cicada::types::ReservationId(Uuid::from_u128(3)),
+        known: None,
     }
 }
 
@@ -210,7 +212,7 @@ fn drive_target(steps: impl Iterator<Item = (u8, u8)>) {
 
 fn answer(what: u8, kind: u8) -> AnswerBody {
     match what % 8 {
-        0 => AnswerBody::Reserved { expires_in_s: 60 },
+        0 => AnswerBody::Reserved { expires_in_s: 60, reservation: None, known: None },
         1 => AnswerBody::Working(Progress::default()),
         2 => AnswerBody::Staged { pass: (kind & 7).into(), account: account(kind >> 3) },
         3 => AnswerBody::Denied(denial(kind)),

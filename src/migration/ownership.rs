@@ -165,13 +165,10 @@ impl Refusal {
     pub fn next_step(&self) -> &'static str {
         match self {
             Refusal::Forked { .. } | Refusal::Unproven { .. } => {
-                "compare 'cicada migration receipt' of both clouds; if the history known here is void, its \
-                 operator can forget it with 'cicada vm forget'"
+                "compare 'cicada migration receipt' of the clouds on the way; where the history known there is \
+                 void, its operator can remove the VM's file below lineages/ with the broker stopped"
             }
-            Refusal::HistoryLost => {
-                "restore its file below lineages/ from a backup, or let the history begin anew with \
-                 'cicada vm forget'"
-            }
+            Refusal::HistoryLost => "restore the VM's file below lineages/ from a backup",
             Refusal::CopiesKept(_) => "wait, or delete the earlier copies there",
             Refusal::InDoubt => "wait until the earlier hand-over is answered, or let an operator resolve it",
             _ => "",
