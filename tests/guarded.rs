@@ -47,7 +47,10 @@ fn key(name: &str) -> IdentityKey {
 
 /// The scripts hear what they are asked, and answer nothing.
 #[derive(Clone, Default)]
-struct Silence(Arc<Mutex<Vec<(MemberJid, Vec<u8>)>>>);
+struct Silence(Arc<Mutex<Vec<Sealed>>>);
+
+/// To whom, and the message.
+type Sealed = (MemberJid, Vec<u8>);
 
 impl Link for Silence {
     fn request(

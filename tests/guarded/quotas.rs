@@ -215,13 +215,13 @@ async fn no_member_makes_the_broker_dial_its_own_machine() {
     let hosts = ["127.0.0.1", "[::ffff:127.0.0.1]", "localhost", "0.0.0.0"];
     let init = Initialization {
         spec: vm.clone(),
-        recipe: base64::engine::general_purpose::STANDARD.encode(recipe.encode()).into(),
+        recipe: base64::engine::general_purpose::STANDARD.encode(recipe.encode()),
         component_names: vec!["x".into()],
         component_bytes: 1,
         pass,
         addresses: hosts.map(|host| format!("{host}:{port}").into()).into(),
         source_key: key("a").public(),
-        ticket: "0".repeat(64).into(),
+        ticket: "0".repeat(64),
         firmware: None,
     };
     let begun = Instant::now();
@@ -289,7 +289,7 @@ async fn a_plan_tells_nobody_more_of_a_vm_than_the_answer_needs() {
     }
     assert!(matches!(row("b").verdict, Verdict::No { .. }), "it does not answer");
     let heard = home.heard.0.lock().unwrap().clone();
-    let open = |(to, sealed): &(MemberJid, Vec<u8>)| {
+    let open = |(to, sealed): &Sealed| {
         let (home_key, now) = (home.shared.key.public(), home.clock.now());
         let opened = Envelope::<RequestBody>::open(sealed, &home_key, &jid("home"), to, now);
         match opened.unwrap().body {
