@@ -72,6 +72,7 @@ struct Home {
     inbox: Inbox,
     clock: ManualClock,
     heard: Silence,
+    driver: Arc<FakeDriver>,
 }
 
 impl Home {
@@ -96,6 +97,7 @@ impl Home {
             Endpoint::bind(config.transfer.listen, &identity, tickets.clone(), store, Limiter::unlimited())
                 .unwrap();
         let heard = Silence::default();
+        let driver = Arc::new(FakeDriver::new(Arc::new(clock.clone())));
         let (inbox, inputs) = cicada::broker::inbox();
         let shared = Arc::new(Shared {
             me: jid("home"),
@@ -103,7 +105,7 @@ impl Home {
             clock: Arc::new(clock.clone()),
             composer: Composer::new(repository.clone()),
             repository,
-            driver: Arc::new(FakeDriver::new(Arc::new(clock.clone()))),
+            driver: driver.clone(),
             link: Arc::new(heard.clone()),
             endpoint,
             tickets,
@@ -116,7 +118,7 @@ impl Home {
         let members = Members::new(BTreeMap::new(), confirmed, false);
         let broker = Broker::open(shared.clone(), members, Box::new(|_| ())).unwrap();
         tokio::spawn(broker.run(inputs));
-        let home = Self { _dir: dir, shared, inbox, clock, heard };
+        let home = Self { _dir: dir, shared, inbox, clock, heard, driver };
         for name in ["a", "b", "stranger"] {
             home.shows(name, key(name).public());
         }

@@ -176,7 +176,7 @@ impl Home {
         let file = dir.path().join("federation.toml");
         let text = format!(
             "[cloud]\nname = \"home\"\ndata_dir = \"data\"\n[xmpp]\njid = \"{}\"\npassword_file = \"p\"\n\
-             room = \"fed@rooms.federation.test\"\n[transfer]\nlisten = \"127.0.0.1:0\"\n\
+             room = \"fed@rooms.federation.test\"\n[transfer]\nlisten = \"127.0.0.1:0\"\npeer_networks = [\"127.0.0.0/8\"]\n\
              [hypervisor]\ncpus = 64\nmemory = \"64G\"\n[migration]\nconfirm_patience_s = 5\n",
             jid("home")
         );
@@ -327,8 +327,9 @@ fn page(history: &Lineage, after: Option<cicada::types::LinkId>) -> RequestBody 
 async fn who_never_had_a_vm_takes_it_from_nobody() {
     let way = Way::born(1, "home").moved("home", "a");
     let home = Home::start(&[&way], true, false).await;
-    ["a", "b"].iter().for_each(|name| home.sees(name));
+    // Asked as soon as they are seen, and not again while the clock stands.
     *home.script.known.lock().unwrap() = Some(Vec::new());
+    ["a", "b"].iter().for_each(|name| home.sees(name));
     home.until(1, |vm| vm.ownership == "given-up").await;
     // Until both have said what they know, nothing comes.
     let reservation = || RequestBody::Reservation { spec: spec(1) };

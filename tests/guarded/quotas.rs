@@ -1,12 +1,12 @@
 //! What a member may make this cloud do, promise and keep.
 
 use base64::Engine as _;
-use cicada::broker::interface::{MigrationView, Verdict, VmAdopt};
+use cicada::broker::interface::{MigrationView, Verdict, VmAdopt, VmView};
 use cicada::component::recipe::{DiskParameters, Recipe};
 use cicada::migration::message::{Initialization, Pass};
 use cicada::stanza::cloud::Capacity;
 use cicada::types::ImageDigest;
-use cicada::vm::{Mac, MapRef};
+use cicada::vm::{Mac, MapRef, PowerState};
 
 use super::*;
 
@@ -26,6 +26,34 @@ impl Home {
 
     fn notes(&self) -> usize {
         std::fs::read_dir(self.shared.records.dir().join("migrations")).unwrap().count()
+    }
+
+    /// Makes a VM of a small disk.
+    async fn adopt(&self, name: &str, start: bool) {
+        let disk = self.shared.records.dir().join("disk");
+        std::fs::write(&disk, vec![7; 1 << 20]).unwrap();
+        let adopt = VmAdopt {
+            name: name.parse().unwrap(),
+            disk: disk.display().to_string(),
+            user_data: None,
+            format: "raw".into(),
+            architecture: "amd64".into(),
+            firmware: Firmware::Bios,
+            memory: ByteSize::mib(64),
+            cpus: 1,
+            networks: vec!["default".into()],
+            share: false,
+            dry_run: false,
+            start,
+        };
+        self.call(Request::VmAdopt(adopt)).await.unwrap();
+    }
+
+    async fn vm(&self, name: &str) -> VmView {
+        match self.call(Request::VmShow { vm: name.into() }).await.unwrap() {
+            Reply::Vm(vm) => *vm,
+            other => panic!("{other:?}"),
+        }
     }
 
     fn presents_capacity(&self, name: &str, capacity: Capacity) {
@@ -246,23 +274,7 @@ async fn no_member_makes_the_broker_dial_its_own_machine() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_plan_tells_nobody_more_of_a_vm_than_the_answer_needs() {
     let home = Home::start("").await;
-    let disk = home.shared.records.dir().join("disk");
-    std::fs::write(&disk, vec![7; 1 << 20]).unwrap();
-    let adopt = VmAdopt {
-        name: "payroll".parse().unwrap(),
-        disk: disk.display().to_string(),
-        user_data: None,
-        format: "raw".into(),
-        architecture: "amd64".into(),
-        firmware: Firmware::Bios,
-        memory: ByteSize::mib(64),
-        cpus: 1,
-        networks: vec!["default".into()],
-        share: false,
-        dry_run: false,
-        start: false,
-    };
-    home.call(Request::VmAdopt(adopt)).await.unwrap();
+    home.adopt("payroll", false).await;
     let room = Capacity {
         cpus: 8,
         cpus_free: 8,
@@ -308,4 +320,31 @@ async fn a_plan_tells_nobody_more_of_a_vm_than_the_answer_needs() {
     assert_eq!((spec.memory, spec.nics.len()), (ByteSize::mib(64), 1));
     assert_ne!(spec.nics[0].mac, Mac::derived(spec.id, 0));
     spec.check().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_happened_to_vms_while_events_were_lost_is_made_up_for() {
+    let home = Home::start("").await;
+    let mut ids = Vec::new();
+    for name in ["off", "crashed", "well"] {
+        home.adopt(name, true).await;
+        ids.push(home.vm(name).await.id);
+        assert_eq!(home.vm(name).await.power, PowerState::Running);
+    }
+    // Nobody here carries the hypervisor's events to the broker: these are lost.
+    home.driver.guest_switches_off(ids[0]);
+    home.driver.crash(ids[1]);
+    home.inbox.send(Input::PowerUnknown).unwrap();
+    let begun = Instant::now();
+    while home.vm("crashed").await.power != PowerState::Running {
+        assert!(begun.elapsed() < SOON, "it was not started again");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let run = |id: &VmId| {
+        let record = std::fs::read(home.shared.records.vm_dir(*id).join("record.json")).unwrap();
+        serde_json::from_slice::<serde_json::Value>(&record).unwrap()["run"].clone()
+    };
+    assert_eq!(ids.iter().map(run).collect::<Vec<_>>(), [false, true, true]);
+    assert_eq!(home.vm("off").await.power, PowerState::Stopped, "who switched itself off stays off");
+    assert_eq!(home.vm("well").await.power, PowerState::Running);
 }
