@@ -122,13 +122,21 @@ struct Script {
 }
 
 impl Link for Script {
-    fn request(&self, to: &MemberJid, sealed: Vec<u8>, _: Duration) -> BoxFuture<'static, Result<Vec<u8>, LinkError>> {
+    fn request(
+        &self,
+        to: &MemberJid,
+        sealed: Vec<u8>,
+        _: Duration,
+    ) -> BoxFuture<'static, Result<Vec<u8>, LinkError>> {
         let (to, now) = (to.clone(), self.clock.now());
         let known = self.known.lock().unwrap().clone();
         async move {
             let name = to.to_string().split('@').next().unwrap().to_owned();
-            let opened = Envelope::<RequestBody>::open(&sealed, &key("home").public(), &jid("home"), &to, now);
-            let (request, Some(known)) = (opened.unwrap(), known) else { return Err(LinkError::NotOnline(to)) };
+            let opened =
+                Envelope::<RequestBody>::open(&sealed, &key("home").public(), &jid("home"), &to, now);
+            let (request, Some(known)) = (opened.unwrap(), known) else {
+                return Err(LinkError::NotOnline(to));
+            };
             let body = match request.body {
                 RequestBody::Owners { .. } if name == "a" => AnswerBody::Owners { known },
                 RequestBody::Owners { .. } => AnswerBody::Owners { known: Vec::new() },
@@ -262,7 +270,13 @@ impl Home {
         }
     }
 
-    async fn ask(&self, from: &str, version: u32, matter: (MigrationId, VmId), body: RequestBody) -> AnswerBody {
+    async fn ask(
+        &self,
+        from: &str,
+        version: u32,
+        matter: (MigrationId, VmId),
+        body: RequestBody,
+    ) -> AnswerBody {
         let now = self.clock.now();
         let envelope = Envelope {
             version,
@@ -324,7 +338,8 @@ async fn who_never_had_a_vm_takes_it_from_nobody() {
         match home.ask("b", VERSION, (id, spec(1).id), reservation()).await {
             AnswerBody::Reserved { .. } => {
                 // It claims to have made the VM.
-                let answer = home.ask("b", VERSION, (id, spec(1).id), page(&Lineage::empty(spec(1).id), None)).await;
+                let answer =
+                    home.ask("b", VERSION, (id, spec(1).id), page(&Lineage::empty(spec(1).id), None)).await;
                 assert_eq!(denied(&answer), Some(DenialCode::HandOver));
                 break;
             }
@@ -345,7 +360,8 @@ async fn who_never_had_a_vm_takes_it_from_nobody() {
     assert!(home.refused("stale-epoch").await >= 3, "what is refused is counted");
     // The owner shows what leads from here: nothing, since all is known.
     let id = MigrationId::random();
-    let AnswerBody::Reserved { known, .. } = home.ask("a", VERSION, (id, spec(1).id), reservation()).await else {
+    let AnswerBody::Reserved { known, .. } = home.ask("a", VERSION, (id, spec(1).id), reservation()).await
+    else {
         panic!("the owner is refused");
     };
     assert_eq!(known, way.history.tip().map(|tip| tip.id));
@@ -360,7 +376,8 @@ async fn hand_overs_of_unknown_vms_cost_no_file() {
     let home = Home::start(&[], false, false).await;
     home.sees("b");
     *home.script.known.lock().unwrap() = Some(Vec::new());
-    let counted = |home: &Home| ["returns", "receipts", "lineages", "migrations", "vms"].map(|of| home.files(of));
+    let counted =
+        |home: &Home| ["returns", "receipts", "lineages", "migrations", "vms"].map(|of| home.files(of));
     let before = counted(&home);
     let mut returned = 0;
     for n in 0..400u128 {

@@ -44,7 +44,9 @@ impl Broker {
                 if let Ok(lineage) = evidence.verify().map(|h| records.lineage(h.vm)) {
                     match lineage {
                         Ok(lineage) => evidence = evidence.with_history(&lineage),
-                        Err(e) => tracing::warn!(%migration, error = chain(&e), "its history is damaged here"),
+                        Err(e) => {
+                            tracing::warn!(%migration, error = chain(&e), "its history is damaged here")
+                        }
                     }
                 }
                 evidence.remarks =

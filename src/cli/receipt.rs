@@ -15,8 +15,8 @@ use crate::clock::UnixMillis;
 use crate::config::{identity_path, load_identity};
 use crate::durable;
 use crate::federation::{Keyring, Revoked};
-use crate::migration::evidence::{Evidence, FILE_BYTES_MAX, Kind};
 use crate::migration::Lineage;
+use crate::migration::evidence::{Evidence, FILE_BYTES_MAX, Kind};
 use crate::migration::handover::{HandOver, HandOverError};
 use crate::types::{MapId, MemberJid, MigrationId, PublicKey, RecipeId, Successions, VmId};
 
@@ -107,8 +107,9 @@ pub fn run(ctx: &Context, command: Command) -> Outcome {
             .next("it proves nothing; ask either cloud for its own copy")
     })?;
     let history = evidence.verify_history().map_err(|e| {
-        Problem::new(ProblemKind::Damaged, object.clone(), chain(&e))
-            .next("its record is signed, and the history in the file is none; ask a cloud on the way for its own")
+        Problem::new(ProblemKind::Damaged, object.clone(), chain(&e)).next(
+            "its record is signed, and the history in the file is none; ask a cloud on the way for its own",
+        )
     })?;
     let trusted = trusted(ctx);
     let party = |what: &str, jid: &MemberJid, key: PublicKey, given: Option<PublicKey>| {
@@ -156,10 +157,8 @@ fn verified(
         root_delta: h.root_delta,
         user_data: h.user_data,
         issued: h.issued,
-        history: history.map(|known| History {
-            links: known.links().len(),
-            from_birth: known.is_from_birth(),
-        }),
+        history: history
+            .map(|known| History { links: known.links().len(), from_birth: known.is_from_birth() }),
         remarks: evidence.remarks,
     }
 }

@@ -125,7 +125,8 @@ impl Evidence {
     /// Puts what `lineage` knows before this record into the file.
     pub fn with_history(mut self, lineage: &Lineage) -> Self {
         if let Some(at) = lineage.position(&self.link().id()) {
-            self.history = lineage.links()[..at].chunks(PAGE_LINKS_MAX).map(|part| Links(part.to_vec())).collect();
+            self.history =
+                lineage.links()[..at].chunks(PAGE_LINKS_MAX).map(|part| Links(part.to_vec())).collect();
             self.successions = lineage.successions().clone();
         }
         self
