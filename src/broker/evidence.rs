@@ -40,6 +40,15 @@ impl Broker {
                     return Err(Problem::new(ProblemKind::Conflict, object.clone(), reason)
                         .next(format!("see 'cicada migration show {migration}'")));
                 };
+                // Without it the record stands as well, for itself.
+                if let Ok(lineage) = evidence.verify().map(|h| records.lineage(h.vm)) {
+                    match lineage {
+                        Ok(lineage) => evidence = evidence.with_history(&lineage),
+                        Err(e) => {
+                            tracing::warn!(%migration, error = chain(&e), "its history is damaged here")
+                        }
+                    }
+                }
                 evidence.remarks =
                     remarks.into_iter().filter(|(id, _)| *id == migration).map(|(_, r)| r).collect();
                 Ok(Reply::Receipt(Box::new(evidence)))

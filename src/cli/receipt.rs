@@ -15,6 +15,7 @@ use crate::clock::UnixMillis;
 use crate::config::{identity_path, load_identity};
 use crate::durable;
 use crate::federation::{Keyring, Revoked};
+use crate::migration::Lineage;
 use crate::migration::evidence::{Evidence, FILE_BYTES_MAX, Kind};
 use crate::migration::handover::{HandOver, HandOverError};
 use crate::types::{MapId, MemberJid, MigrationId, PublicKey, RecipeId, Successions, VmId};
@@ -63,6 +64,14 @@ struct Party {
     vouched: Vouched,
 }
 
+#[derive(Serialize)]
+struct History {
+    /// This record included.
+    links: usize,
+    /// Whether it begins where the VM was made.
+    from_birth: bool,
+}
+
 /// What a good record says.
 #[derive(Serialize)]
 struct Verified {
@@ -76,6 +85,8 @@ struct Verified {
     root_delta: MapId,
     user_data: MapId,
     issued: UnixMillis,
+    /// The verified way of the VM up to this record; none if the file does not hold it.
+    history: Option<History>,
     /// Signed by nobody.
     remarks: Vec<String>,
 }
@@ -94,6 +105,11 @@ pub fn run(ctx: &Context, command: Command) -> Outcome {
         };
         Problem::new(kind, object.clone(), chain(&e))
             .next("it proves nothing; ask either cloud for its own copy")
+    })?;
+    let history = evidence.verify_history().map_err(|e| {
+        Problem::new(ProblemKind::Damaged, object.clone(), chain(&e)).next(
+            "its record is signed, and the history in the file is none; ask a cloud on the way for its own",
+        )
     })?;
     let trusted = trusted(ctx);
     let party = |what: &str, jid: &MemberJid, key: PublicKey, given: Option<PublicKey>| {
@@ -120,10 +136,16 @@ pub fn run(ctx: &Context, command: Command) -> Outcome {
     };
     let source = party("source", &h.source, h.source_key, source_key)?;
     let target = party("target", &h.target, h.target_key, target_key)?;
-    print(&ctx.printer, verified(evidence, h, source, target))
+    print(&ctx.printer, verified(evidence, h, source, target, history.as_ref()))
 }
 
-fn verified(evidence: Evidence, h: HandOver, source: Party, target: Party) -> Verified {
+fn verified(
+    evidence: Evidence,
+    h: HandOver,
+    source: Party,
+    target: Party,
+    history: Option<&Lineage>,
+) -> Verified {
     Verified {
         kind: evidence.kind,
         vm: h.vm,
@@ -135,6 +157,8 @@ fn verified(evidence: Evidence, h: HandOver, source: Party, target: Party) -> Ve
         root_delta: h.root_delta,
         user_data: h.user_data,
         issued: h.issued,
+        history: history
+            .map(|known| History { links: known.links().len(), from_birth: known.is_from_birth() }),
         remarks: evidence.remarks,
     }
 }
@@ -215,11 +239,21 @@ fn print(printer: &Printer, v: Verified) -> Outcome {
         };
         format!("{}, key {} ({}), {vouched}", p.jid, p.key, p.fingerprint)
     };
+    let history = match &v.history {
+        Some(History { links, from_birth: true }) => {
+            printer.good(&format!("unbroken from where the VM was made, {links} links"))
+        }
+        Some(History { links, .. }) => {
+            format!("unbroken, {links} links; it begins with a record that names none before it")
+        }
+        None => "what came before this record is not in the file".into(),
+    };
     card(
         printer,
         &[
             ("record", says.into()),
             ("signatures", printer.good("both good")),
+            ("history", history),
             ("VM", v.vm.to_string()),
             ("epoch", v.epoch.to_string()),
             ("source", party(&v.source)),

@@ -5,16 +5,17 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::Signature;
+use crate::types::{Signature, Successions};
 
-use super::handover::{HandOver, HandOverError, Receipt, Return, SignedHandOver};
+use super::handover::{HandOver, HandOverError, Origin, Receipt, Return, SignedHandOver};
+use super::lineage::{Lineage, LineageError, Link, LinkKind, Links, PAGE_LINKS_MAX};
 
 /// The file's `format`.
 pub const FORMAT: &str = "cicada-receipt";
 /// The version this code writes and reads.
 pub const VERSION: u32 = 1;
 /// No file that is longer is read.
-pub const FILE_BYTES_MAX: usize = 128 << 10;
+pub const FILE_BYTES_MAX: usize = 8 << 20;
 
 /// What the target's signature says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -45,6 +46,12 @@ pub struct Evidence {
     pub record: String,
     pub source_signature: Signature,
     pub target_signature: Signature,
+    /// The links of the VM's history before this one, oldest first, in parts; none if they are not known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<Links>,
+    /// How keys in the history gave way to others.
+    #[serde(default, skip_serializing_if = "Successions::is_empty")]
+    pub successions: Successions,
     /// What the cloud that wrote the file adds, signed by nobody: an operator's override, for example.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub remarks: Vec<String>,
@@ -71,6 +78,8 @@ impl Evidence {
             record: signed.record,
             source_signature: signed.signature,
             target_signature,
+            history: Vec::new(),
+            successions: Successions::default(),
             remarks: Vec::new(),
         }
     }
@@ -99,6 +108,40 @@ impl Evidence {
             Kind::Receipt => Receipt { hand_over, signature: self.target_signature }.verify(),
             Kind::Return => Return { hand_over, signature: self.target_signature }.verify(),
         }
+    }
+}
+
+impl Evidence {
+    /// The record as a link of the VM's history.
+    pub fn link(&self) -> Link {
+        let hand_over = SignedHandOver { record: self.record.clone(), signature: self.source_signature };
+        let kind = match self.kind {
+            Kind::Receipt => LinkKind::Receipt,
+            Kind::Return => LinkKind::Return,
+        };
+        Link { kind, hand_over, signature: self.target_signature }
+    }
+
+    /// Puts what `lineage` knows before this record into the file.
+    pub fn with_history(mut self, lineage: &Lineage) -> Self {
+        if let Some(at) = lineage.position(&self.link().id()) {
+            self.history =
+                lineage.links()[..at].chunks(PAGE_LINKS_MAX).map(|part| Links(part.to_vec())).collect();
+            self.successions = lineage.successions().clone();
+        }
+        self
+    }
+
+    /// The whole history up to this record, verified link by link; `None` if the record says that something
+    /// came before it, and the file does not.
+    pub fn verify_history(&self) -> Result<Option<Lineage>, LineageError> {
+        let h = self.link().hand_over.read().map_err(|source| LineageError::Link { at: 0, source })?;
+        let goes_on = h.provenance.is_some_and(|p| p.origin != Origin::Born);
+        if self.history.is_empty() && goes_on {
+            return Ok(None);
+        }
+        let links = self.history.iter().flat_map(|part| part.0.iter().cloned()).chain([self.link()]);
+        Lineage::empty(h.vm).with(&self.successions).continued(links.collect()).map(Some)
     }
 }
 
@@ -161,6 +204,39 @@ mod tests {
         // What nobody signed may change.
         let remarked = Evidence { remarks: vec!["hello".into()], ..good };
         remarked.verify().unwrap();
+    }
+
+    /// A move on from the record, by `record`'s target to itself.
+    #[test]
+    fn a_file_shows_the_whole_way_or_says_that_it_does_not() {
+        use crate::migration::handover::Provenance;
+        use crate::types::ReservationId;
+        let (a, b) = (IdentityKey::from_secret_bytes(&[1; 32]), IdentityKey::from_secret_bytes(&[2; 32]));
+        let first = evidence();
+        let h = first.verify().unwrap();
+        let mut lineage = Lineage::empty(h.vm);
+        lineage.push(first.link()).unwrap();
+        let provenance = Some(Provenance { origin: lineage.origin(), reservation: ReservationId::random() });
+        let second = HandOver {
+            migration: MigrationId::random(),
+            epoch: 3,
+            source: h.target.clone(),
+            source_key: h.target_key,
+            target: h.source.clone(),
+            target_key: h.source_key,
+            provenance,
+            ..h
+        };
+        let receipt = second.sign(&b).accept(&a);
+        lineage.push(receipt.clone().into()).unwrap();
+        let alone = Evidence::from(receipt.clone());
+        assert_eq!(alone.verify_history(), Ok(None));
+        let whole = Evidence::from(receipt).with_history(&lineage);
+        let read = Evidence::parse(&serde_json::to_vec(&whole).unwrap()).unwrap();
+        assert_eq!(read.verify_history(), Ok(Some(lineage)));
+        let mut forged = read;
+        forged.history[0].0[0].signature = forged.source_signature;
+        assert!(forged.verify_history().is_err());
     }
 
     #[test]

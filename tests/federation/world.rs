@@ -194,10 +194,18 @@ impl World {
     pub fn configure(&self, cloud: usize, extra: &str) {
         let c = &self.clouds[cloud];
         let (name, xmpp, port) = (&c.name, self.dir.path().join("xmpp"), c.xmpp_port);
+        // The server's directory is its user's, who could put something else in a file's place.
+        let password = c.dir.join("password");
+        if let Ok(text) = std::fs::read(xmpp.join(format!("accounts/{name}.password"))) {
+            use std::os::unix::fs::PermissionsExt;
+            std::fs::write(&password, text).unwrap();
+            std::fs::set_permissions(&password, std::fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        let password = password.display();
         let (data, xmpp) = (c.dir.join("data").display().to_string(), xmpp.display());
         let text = format!(
             "[cloud]\nname = \"{name}\"\ndata_dir = \"{data}\"\n\
-             [xmpp]\njid = \"{name}@federation.test\"\npassword_file = \"{xmpp}/accounts/{name}.password\"\n\
+             [xmpp]\njid = \"{name}@federation.test\"\npassword_file = \"{password}\"\n\
              server = \"127.0.0.1:{port}\"\nca_file = \"{xmpp}/ca.crt\"\nroom = \"{ROOM}\"\n\
              [hypervisor]\ncpus = 4\ncpu_overcommit = 1\nmemory = \"2G\"\nstorage_overcommit = 4\nstorage_floor = \"16M\"\n[members]\nshare = 1\n[[network]]\nname = \"lan\"\nkind = \"user\"\n\
              [trust]\ntrust_on_first_use = true\n{extra}\n"
