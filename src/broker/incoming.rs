@@ -403,7 +403,7 @@ impl Broker {
         let lost = self.restored.is_some_and(|at| h.issued < at) && !promised;
         match became {
             Became::Void | Became::ToBePromised if lost => {
-                self.unanswered.insert(h.migration, (peer.clone(), signed.clone()));
+                self.leave_to_operator(peer, h.migration, signed);
                 let text = "the target was restored from a backup, and may have taken the VM over before: its \
                             operator must promise never to run it with 'cicada migration resolve'";
                 Answered::Now(deny(DenialCode::Other, text))
@@ -422,10 +422,7 @@ impl Broker {
                 Answered::Now(deny(DenialCode::HandOver, "another hand-over of this migration was taken"))
             }
             Became::Unknowable => {
-                self.unanswered.insert(h.migration, (peer.clone(), signed.clone()));
-                while self.unanswered.len() > UNANSWERED_MAX {
-                    self.unanswered.pop_first();
-                }
+                self.leave_to_operator(peer, h.migration, signed);
                 let text = "the target's record of the VM is damaged: its operator must restore it, or promise \
                             never to run it with 'cicada migration resolve'";
                 Answered::Now(deny(DenialCode::Other, text))
@@ -447,6 +444,14 @@ impl Broker {
                 }
                 Answered::Promised(promise, Box::new(back))
             }
+        }
+    }
+
+    /// Remembers a hand-over that only an operator can answer; it is asked again anyway.
+    fn leave_to_operator(&mut self, peer: &Peer, id: MigrationId, signed: &SignedHandOver) {
+        self.unanswered.insert(id, (peer.clone(), signed.clone()));
+        while self.unanswered.len() > UNANSWERED_MAX {
+            self.unanswered.pop_first();
         }
     }
 

@@ -257,6 +257,13 @@ impl Stage {
         let _packs_pinned = repository.pin(packs.keys().map(|p| ObjectId::Pack(*p)).collect());
         account.packs_fetched += packs.len() as u32;
         if !packs.is_empty() {
+            // What was called off stays here until it is collected: the floor holds against that too.
+            let floor = self.job.shared.config.hypervisor.storage_floor.0;
+            let needed = packs.values().fold(floor, |sum, size| sum.saturating_add(*size));
+            repository.require_space(needed).map_err(|e| {
+                Denial::new(DenialCode::Storage, super::problem::chain(&e))
+                    .next("let the target's operator run 'cicada repo gc', or free storage there")
+            })?;
             self.packs = Arc::new(Packs { sizes: packs, bases });
             self.fetch_packs().await?;
         }
