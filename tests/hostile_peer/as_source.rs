@@ -20,7 +20,7 @@ const SPOILS: [(Spoil, &str, &str); 11] = [
     (Spoil::AnothersKey, "signed with another key", "signature"),
     (Spoil::Cut, "too short for a signature", "malformed"),
     (Spoil::NotJson, "JSON cut in the middle", "malformed"),
-    (Spoil::Version2, "protocol version 2 only", "version"),
+    (Spoil::NextVersion, "protocol version 3 only", "version"),
     (Spoil::Sender, "another member named as its sender", "wrong-sender"),
     (Spoil::Recipient, "addressed to another member", "wrong-recipient"),
     (Spoil::Expired, "expired", "expired"),

@@ -215,7 +215,7 @@ const ANSWER_SPOILS: [(Spoil, &str); 10] = [
     (Spoil::AnothersKey, "an answer signed with another key"),
     (Spoil::Cut, "an answer too short for a signature"),
     (Spoil::NotJson, "an answer of JSON cut in the middle"),
-    (Spoil::Version2, "an answer of protocol version 2"),
+    (Spoil::NextVersion, "an answer of protocol version 3"),
     (Spoil::Recipient, "an answer to another member"),
     (Spoil::Expired, "an answer that has expired"),
     (Spoil::Nonce, "an answer with another nonce"),

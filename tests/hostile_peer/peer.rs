@@ -48,7 +48,7 @@ pub enum Spoil {
     AnothersKey,
     Cut,
     NotJson,
-    Version2,
+    NextVersion,
     Sender,
     Recipient,
     Expired,
@@ -127,7 +127,7 @@ pub fn seal<T: Serialize + Clone>(envelope: &Envelope<T>, key: &IdentityKey, spo
     let mut e = envelope.clone();
     let ago = |d: Duration| UnixMillis(e.issued.0 - d.as_millis() as u64);
     match spoil {
-        Spoil::Version2 => e.version = 2,
+        Spoil::NextVersion => e.version = cicada::migration::envelope::VERSION + 1,
         Spoil::Sender => e.from = "victim@federation.test".parse().unwrap(),
         Spoil::Recipient => e.to = "victim@federation.test".parse().unwrap(),
         Spoil::Expired => (e.issued, e.expires) = (ago(LIFETIME * 4), ago(LIFETIME * 3)),
