@@ -96,6 +96,9 @@ fn forget_receipt(world: &World, vm: &VmView, id: &str) {
     });
     let data = world.clouds[A].dir.join("data");
     std::fs::remove_file(data.join(format!("receipts/{id}.json"))).unwrap();
+    std::fs::remove_file(data.join(format!("lineages/{}", vm.id))).unwrap();
+    // Nor did the source acknowledge anything.
+    change_json(&record(world, B, vm), |r| r["arrival"]["acknowledged"] = false.into());
     change_json(&data.join(format!("migrations/{id}.json")), |m| {
         m["view"]["progress"]["ended"] = false.into();
         m["view"]["progress"]["phase"] = "start".into();
@@ -107,6 +110,7 @@ fn forget_arrival(world: &World, vm: &VmView, id: &str) {
     let data = world.clouds[B].dir.join("data");
     std::fs::remove_dir_all(record(world, B, vm).parent().unwrap()).unwrap();
     std::fs::remove_file(data.join(format!("receipts/{id}.json"))).unwrap();
+    std::fs::remove_file(data.join(format!("lineages/{}", vm.id))).unwrap();
 }
 
 /// Waits until each of the two clouds can send VMs to the other.

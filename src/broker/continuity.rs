@@ -1,21 +1,35 @@
 //! Whether the records are the newest: a mark outside the data directory, in memory only, tells a
-//! broker that starts again from one that starts from a backup. It holds a digest of who owns what, and
-//! which boot of this machine it is of. No mark, or another one, proves nothing: then others are asked.
+//! broker that starts again from one that starts from a backup. It holds, for each VM, a digest of who
+//! owns it, and which boot of this machine it is of. No mark, or another one, proves nothing: then others are asked.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use crate::types::Hash;
 use crate::types::codec::Writer;
+use crate::types::{Hash, VmId};
 
 use super::records::VmRecord;
+
+/// What the mark says of one VM's record.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mark {
+    /// This machine, since it was booted, left it as it is.
+    Same,
+    /// This machine left it otherwise: it was put back, or changed by somebody else.
+    Other,
+    /// Nothing.
+    Unknown,
+}
 
 /// The mark of one data directory.
 pub struct Continuity {
     /// `None` where the system has no place for it.
     path: Option<PathBuf>,
     boot: String,
+    /// As it was found at start.
+    found: BTreeMap<VmId, Hash>,
 }
 
 impl Continuity {
@@ -23,40 +37,41 @@ impl Continuity {
         let whole = fs::canonicalize(data_dir).unwrap_or_else(|_| data_dir.to_owned());
         let name = Hash::of(whole.as_os_str().as_encoded_bytes()).short();
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        Self { path: directory().filter(|_| !boot.is_empty()).map(|dir| dir.join(name)), boot }
+        Self::at(directory().filter(|_| !boot.is_empty()).map(|dir| dir.join(name)), boot.trim())
     }
 
-    /// Whether ownership is as this machine last left it, since it was booted.
-    pub fn is_unbroken(&self, digest: Hash) -> bool {
-        let kept = self.path.as_ref().and_then(|path| fs::read_to_string(path).ok());
-        kept.is_some_and(|kept| kept == self.text(digest))
+    fn at(path: Option<PathBuf>, boot: &str) -> Self {
+        let text = path.as_ref().and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
+        let mut lines = text.lines();
+        let of_this_boot = lines.next() == Some(boot);
+        let line = |line: &str| {
+            let (vm, digest) = line.split_once(' ')?;
+            Some((vm.parse().ok()?, digest.parse().ok()?))
+        };
+        let found = lines.filter(|_| of_this_boot).filter_map(line).collect();
+        Self { path, boot: boot.to_owned(), found }
     }
 
-    /// Whether there is a mark, and it is of other records.
-    pub fn is_broken(&self, digest: Hash) -> bool {
-        let kept = self.path.as_ref().and_then(|path| fs::read_to_string(path).ok());
-        kept.is_some_and(|kept| kept.starts_with(self.boot.trim()) && kept != self.text(digest))
+    /// What was found of this record at start.
+    pub fn mark(&self, record: &VmRecord) -> Mark {
+        match self.found.get(&record.spec.id) {
+            Some(digest) if *digest == digest_of(record) => Mark::Same,
+            Some(_) => Mark::Other,
+            None => Mark::Unknown,
+        }
     }
 
-    /// The mark is evidence of this boot alone, so it need not survive a crash of the machine.
-    pub fn note(&self, digest: Hash) {
+    /// Marks these records. It is evidence of this boot alone, so it need not survive a crash of the machine.
+    pub fn note<'a>(&self, records: impl Iterator<Item = &'a VmRecord>) {
         let Some(path) = &self.path else { return };
+        let mut text = format!("{}\n", self.boot);
+        records.for_each(|record| text.push_str(&format!("{} {}\n", record.spec.id, digest_of(record))));
         let temporary = path.with_extension("new");
-        let noted = fs::write(&temporary, self.text(digest)).and_then(|()| fs::rename(&temporary, path));
+        let noted = fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, path));
         if let Err(e) = noted {
             tracing::warn!(path = %path.display(), error = %e, "the next start will ask the other members before VMs run");
-            self.forget();
-        }
-    }
-
-    pub fn forget(&self) {
-        if let Some(path) = &self.path {
             let _ = fs::remove_file(path);
         }
-    }
-
-    fn text(&self, digest: Hash) -> String {
-        format!("{}\n{digest}\n", self.boot.trim())
     }
 }
 
@@ -72,16 +87,13 @@ fn directory() -> Option<PathBuf> {
     Some(dir)
 }
 
-/// Who owns what, by these records.
-pub fn digest<'a>(records: impl Iterator<Item = &'a VmRecord>) -> Hash {
+/// Who owns the VM, by its record.
+fn digest_of(record: &VmRecord) -> Hash {
     let mut w = Writer::new();
-    for record in records {
-        w.fixed(record.spec.id.0.as_bytes());
-        w.u64(record.epoch);
-        w.u8(u8::from(record.is_here()));
-        if let Some(given) = record.given_up() {
-            w.fixed(given.migration.0.as_bytes());
-        }
+    w.u64(record.epoch);
+    w.u8(u8::from(record.is_here()));
+    if let Some(given) = record.given_up() {
+        w.fixed(given.migration.0.as_bytes());
     }
     Hash::of(&w.into_bytes())
 }
@@ -89,18 +101,38 @@ pub fn digest<'a>(records: impl Iterator<Item = &'a VmRecord>) -> Hash {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::UnixMillis;
+    use crate::types::{ByteSize, RecipeId};
+    use crate::vm::{Firmware, VmSpec};
+
+    fn record(n: u128, epoch: u64) -> VmRecord {
+        let spec = VmSpec {
+            id: VmId(uuid::Uuid::from_u128(n)),
+            name: "web".parse().unwrap(),
+            cpus: 1,
+            memory: ByteSize::mib(64),
+            recipe: RecipeId::of(b"r"),
+            root_size: ByteSize::mib(1),
+            user_data_size: ByteSize(0),
+            nics: Vec::new(),
+            architecture: "amd64".into(),
+            cpu_model: "qemu64".into(),
+            firmware: Firmware::Bios,
+        };
+        VmRecord { epoch, ..VmRecord::new(spec, Vec::new(), "disks-1", UnixMillis(1)) }
+    }
 
     #[test]
-    fn only_the_same_records_in_the_same_boot_are_unbroken() {
+    fn each_record_is_known_only_as_it_was_left_in_the_same_boot() {
         let dir = tempfile::tempdir().unwrap();
-        let mark = |boot: &str| Continuity { path: Some(dir.path().join("mark")), boot: boot.into() };
-        let (one, other) = (Hash::of(b"1"), Hash::of(b"2"));
-        assert!(!mark("a").is_unbroken(one) && !mark("a").is_broken(one));
-        mark("a").note(one);
-        assert!(mark("a").is_unbroken(one) && !mark("a").is_broken(one));
-        assert!(!mark("a").is_unbroken(other) && mark("a").is_broken(other));
-        assert!(!mark("b").is_unbroken(one) && !mark("b").is_broken(one), "another boot says nothing");
-        mark("a").forget();
-        assert!(!mark("a").is_unbroken(one));
+        let mark = |boot: &str| Continuity::at(Some(dir.path().join("mark")), boot);
+        assert_eq!(mark("a").mark(&record(1, 1)), Mark::Unknown);
+        mark("a").note([record(1, 1), record(2, 5)].iter());
+        assert_eq!(mark("a").mark(&record(1, 1)), Mark::Same);
+        assert_eq!(mark("a").mark(&record(2, 3)), Mark::Other, "put back from a backup");
+        assert_eq!(mark("a").mark(&record(3, 1)), Mark::Unknown);
+        assert_eq!(mark("b").mark(&record(1, 1)), Mark::Unknown, "another boot says nothing");
+        std::fs::write(dir.path().join("mark"), "a\nrubbish\n").unwrap();
+        assert_eq!(mark("a").mark(&record(1, 1)), Mark::Unknown);
     }
 }

@@ -266,9 +266,7 @@ impl Broker {
         self.resume_resolutions();
         self.resume_outgoing();
         self.resume_incoming();
-        let digest = continuity::digest(self.vms.values().map(|vm| &vm.record));
-        let restored = self.after_restore || self.continuity.is_broken(digest);
-        self.begin_confirming(restored, self.continuity.is_unbroken(digest));
+        self.begin_confirming();
         self.start_wanted();
         self.noted = u64::MAX;
         while let Some(input) = inputs.next().await {

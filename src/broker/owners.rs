@@ -18,13 +18,14 @@ use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, Lineage, Link, 
 use crate::types::{LinkId, MemberJid, MigrationId, Successions, VmId};
 use crate::vm::PowerState;
 
+use super::continuity::Mark;
 use super::guard::Work;
 use super::interface::Side;
 use super::lineages::LAW;
 use super::problem::{Problem, ProblemKind, chain};
 use super::records::{RecordError, UnconfirmedStart};
 use super::shared::{AskError, Matter, Peer, Shared};
-use super::{Broker, Input, continuity};
+use super::{Broker, Input};
 
 /// How often members are asked that did not answer, or that run what is ours.
 const MEET_EVERY: Duration = Duration::from_secs(5);
@@ -241,16 +242,22 @@ impl Broker {
 
     /// At start: asks whoever may know more than the records here, unless these are proven to be the
     /// newest.
-    pub(super) fn begin_confirming(&mut self, restored: bool, newest: bool) {
+    pub(super) fn begin_confirming(&mut self) {
         let awaited = self.could_know();
-        if newest && !restored || awaited.is_empty() {
+        if awaited.is_empty() {
             return;
         }
+        let mut restored = self.after_restore;
         let mut held = 0;
         // Those given up as well: what an old record waits for may bring them back.
         for vm in self.vms.values_mut() {
-            vm.confirmed = false;
-            held += usize::from(vm.record.is_here());
+            let mark = self.continuity.mark(&vm.record);
+            vm.confirmed = mark == Mark::Same && !self.after_restore;
+            restored |= mark == Mark::Other;
+            held += usize::from(vm.record.is_here() && !vm.confirmed);
+        }
+        if self.vms.values().all(|vm| vm.confirmed) && !self.after_restore {
+            return;
         }
         if held > 0 {
             tracing::warn!(
@@ -260,7 +267,6 @@ impl Broker {
                 "the records here may be older than what others know: members are asked before a VM is started"
             );
         }
-        self.continuity.forget();
         self.confirming = Some(Confirming { restored, since: self.shared.now(), awaited, warned: false });
     }
 
@@ -270,6 +276,7 @@ impl Broker {
             self.confirming = None;
             tracing::info!("all members were asked: VMs may be started");
             self.confirmed_by_all();
+            self.noted = u64::MAX;
         }
     }
 
@@ -304,7 +311,7 @@ impl Broker {
         let name = &entry.record.spec.name;
         let silent: Vec<_> = confirming.awaited.iter().map(MemberJid::to_string).collect();
         let why = match confirming.restored {
-            true => "this broker was started from a backup",
+            true => "its record, or another, was put back from a backup",
             false => "this machine was booted, or its records replaced, since the broker last ran",
         };
         let reason = format!(
@@ -346,14 +353,15 @@ impl Broker {
         }
     }
 
-    /// Keeps the mark of what this machine did last, once all is confirmed.
+    /// Keeps the mark of what this machine did last, of all that is confirmed.
     pub(super) fn note_continuity(&mut self) {
         let changes = self.shared.records.changes();
-        if changes == self.noted || self.confirming.is_some() {
+        if changes == self.noted {
             return;
         }
         self.noted = changes;
-        self.continuity.note(continuity::digest(self.vms.values().map(|vm| &vm.record)));
+        let confirmed = self.vms.values().filter(|vm| vm.confirmed);
+        self.continuity.note(confirmed.map(|vm| &vm.record));
     }
 
     /// A VM of ours that another member runs as well, in words.
@@ -418,11 +426,16 @@ fn beyond<'a>(lineage: &'a Lineage, claim: &Claim, here: bool) -> Option<&'a [Li
 
 /// Whether the sender of a claim owned the VM by the link that it names.
 fn was_owner(lineage: &Lineage, claim: &Claim, peer: &Peer) -> bool {
-    let next = match &claim.tip {
-        Some(tip) => lineage.since(Some(tip)).first().filter(|_| lineage.position(tip).is_some()),
-        None => lineage.links().first(),
+    let gave = |link: &Link| {
+        let keys = lineage.successions();
+        link.hand_over.read().is_ok_and(|h| keys.leads(&h.source_key, &peer.key))
     };
-    next.and_then(|link| link.hand_over.read().ok()).is_some_and(|h| h.source_key == peer.key)
+    match &claim.tip {
+        Some(tip) if lineage.position(tip).is_some() => lineage.since(Some(tip)).first().is_some_and(gave),
+        // A history of its own, after it gave the VM away.
+        Some(_) => lineage.links().iter().any(gave),
+        None => lineage.links().first().is_some_and(gave),
+    }
 }
 
 /// Asks about one page of claims, and about each VM again of which one answer did not say all.

@@ -441,6 +441,15 @@ impl Law {
     ) -> Result<(VmRecord, Lineage), Refusal> {
         let given = record.given_up().filter(|g| g.in_doubt()).ok_or(Refusal::NotGivenUp)?;
         let h = given.hand_over().map_err(|_| Refusal::NotGivenUp)?;
+        // Its receipt is here, and only the record does not know of it.
+        if let Some(tip) = known.tip()
+            && known
+                .links()
+                .last()
+                .is_some_and(|l| l.kind == LinkKind::Receipt && l.hand_over.record == given.record)
+        {
+            return Err(Refusal::NotOwner(tip.owner.clone()));
+        }
         let link = h.clone().sign(key).take_back(key).into();
         let (mut record, known) = self.ours_again(record, known, &h, link)?;
         record.taken_back = Some(h.migration);
