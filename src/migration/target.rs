@@ -293,14 +293,15 @@ impl Target {
         effects
     }
 
-    /// The hand-over must be signed by the source, and be of this migration. Its epoch is the ownership
-    /// rules' matter.
+    /// The hand-over must be signed by the source, and be of this migration and the epoch it was agreed
+    /// on. Whether that is the next one is the ownership rules' matter.
     fn belongs(&self, signed: &SignedHandOver) -> Result<HandOver, String> {
         let h = signed.verify().map_err(|e| e.to_string())?;
         let a = &self.agreement;
         let checks = [
             ("VM", h.vm == a.vm),
             ("migration", h.migration == a.migration),
+            ("epoch", Some(h.epoch) == a.epoch.checked_add(1)),
             ("source", h.source == a.source && h.source_key == a.source_key),
             ("target", h.target == a.target && h.target_key == a.target_key),
         ];
@@ -584,6 +585,8 @@ mod tests {
         let others = [
             HandOver { vm: VmId(uuid::Uuid::from_u128(7)), ..h.clone() },
             HandOver { migration: MigrationId(uuid::Uuid::from_u128(7)), ..h.clone() },
+            HandOver { epoch: h.epoch + 1, ..h.clone() },
+            HandOver { epoch: h.epoch - 1, ..h.clone() },
             HandOver { target: "c@x".parse().unwrap(), ..h.clone() },
             HandOver { target_key: source_key().public(), ..h.clone() },
             HandOver { source: "c@x".parse().unwrap(), ..h.clone() },
