@@ -297,6 +297,9 @@ impl Broker {
                 return deny(DenialCode::Other, "what is known of the VM here is damaged");
             }
         };
+        if request.epoch + 1 < known.next_epoch() {
+            return deny(DenialCode::HandOver, "this cloud has seen a later epoch of the VM");
+        }
         // Its history comes with the next messages, if its source keeps one.
         let standing = self.standing(spec.id, &known);
         let allowed = match request.version {
@@ -427,7 +430,12 @@ impl Broker {
                             never to run it with 'cicada migration resolve'";
                 Answered::Now(deny(DenialCode::Other, text))
             }
-            Became::Void => Answered::Now(returned(signed.clone().give_back(&self.shared.key))),
+            Became::Void => {
+                fault::point("target-returning");
+                let back = signed.clone().give_back(&self.shared.key);
+                fault::point("target-returned");
+                Answered::Now(returned(back))
+            }
             Became::ToBePromised => {
                 let promise = ReturnRecord { vm: h.vm, epoch: h.epoch, hand_over: Some(signed.clone()) };
                 let back = signed.clone().give_back(&self.shared.key);
@@ -468,10 +476,8 @@ impl Broker {
         self.promising.insert((promise.vm, peer.key));
         let (shared, key) = (self.shared.clone(), peer.key);
         tokio::task::spawn_blocking(move || {
-            fault::point("target-returning");
             let answer = match shared.records.save_return(&promise, Some(&key)) {
                 Ok(()) => {
-                    fault::point("target-returned");
                     tracing::info!(vm = %promise.vm, epoch = promise.epoch, "hand-over returned: it is never run here under this epoch");
                     returned(*back)
                 }
