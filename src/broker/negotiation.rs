@@ -124,10 +124,18 @@ async fn ask(
     components: Vec<ComponentId>,
     packs: Vec<PackId>,
 ) -> Result<CheckAnswer, Denial> {
-    let request = RequestBody::Configuration { spec: spec.clone(), components, packs };
+    let request = RequestBody::Configuration {
+        spec: spec.clone(),
+        components: components.clone(),
+        packs: packs.clone(),
+    };
     match shared.ask(peer, matter, request).await {
         Ok(AnswerBody::Configuration(answer)) => match answer.blockers.first() {
-            None => Ok(answer),
+            None => {
+                pick(&components, &answer.components_lacking)?;
+                pick(&packs, &answer.packs_lacking)?;
+                Ok(answer)
+            }
             Some(first) => {
                 let all: Vec<_> = answer.blockers.iter().map(|d| d.text.as_str()).collect();
                 Err(Denial::new(first.code, all.join("; ")).next(first.next_step.clone()))
