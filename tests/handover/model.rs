@@ -155,7 +155,7 @@ pub struct State {
 pub enum Action {
     Move,
     Arrives(Packet),
-    /// A request whose answer cannot be recorded.
+    /// A request about which the records can be neither read nor written.
     ArrivesDiskFull(Packet),
     SourceWork {
         side: usize,
@@ -786,13 +786,17 @@ impl State {
     fn start_unknown(&mut self, side: usize, of: usize, disk_full: bool, broken: Broken) -> Reply {
         let s = &mut self.sides[side];
         let Some(h) = &self.given[of] else { return Reply::Refused };
+        // A disk that fails reads no receipt either: a bare denial, though the VM was taken.
+        if disk_full {
+            return Reply::Refused;
+        }
         let known = Lineage::empty(spec().id);
         let given = Given { promised: false, receipt: s.past.get(&of) };
         match broken.law().what_became_of(s.standing(&known), given, h, &signed(h)) {
             Became::Taken(_) => Reply::Started,
             Became::Void => Reply::Returned,
             // Not in version 2.
-            Became::ToBePromised if !disk_full => Reply::Returned,
+            Became::ToBePromised => Reply::Returned,
             _ => Reply::Refused,
         }
     }
