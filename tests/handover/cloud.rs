@@ -920,10 +920,11 @@ impl Cloud {
             self.memory.hold = Some(Hold::Verb("started"));
         }
         let receipt = record.arrival.as_ref().map(|a| a.receipt.clone()).expect("it just arrived");
+        let kept = record.kept.iter().map(|copy| copy.disks.clone()).collect::<Vec<_>>();
         if let Some(old) = self.durable.record.replace(record)
-            && self.durable.record.as_ref().is_some_and(|r| r.kept.iter().all(|copy| copy.disks != old.disks))
+            && !kept.contains(&old.disks)
         {
-            self.memory.jobs.push(Job::Scrub(old.disks));
+            self.broken = Some(format!("loses {} within its grace period", old.disks));
         }
         self.durable.receipts.insert(id, receipt.clone());
         Ok(receipt)

@@ -9,6 +9,7 @@ use cicada::migration::ownership::Rule;
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use crate::model::{Action, Ask, Broken, Packet, Reply, Side, State};
+use crate::{Suite, noticed_by};
 
 /// A federation without faults comes to rest within this many steps.
 const CALM_STEPS_MAX: usize = 200;
@@ -160,7 +161,7 @@ fn two_moves_are_in_order_in_every_state() {
 
 #[test]
 fn the_check_finds_every_broken_rule() {
-    for (broken, expected) in [
+    let found = [
         (Broken::SignsFirst, "never two owners"),
         (Broken::Without(Rule::OwnReservation), "never a receipt and a return of one hand-over"),
         (Broken::Without(Rule::ReceiptIsForGood), "never a receipt and a return of one hand-over"),
@@ -168,7 +169,11 @@ fn the_check_finds_every_broken_rule() {
         (Broken::Without(Rule::LinksOutliveRecords), "never a receipt and a return of one hand-over"),
         (Broken::DenialIsReturn, "never two owners"),
         (Broken::ArrivingIsFree, "it can come to rest with one owner"),
-    ] {
+    ];
+    for rule in Rule::ALL.into_iter().filter(|rule| noticed_by(*rule) == Suite::Search) {
+        assert!(found.iter().any(|(broken, _)| *broken == Broken::Without(rule)), "{rule:?} is not tried");
+    }
+    for (broken, expected) in found {
         let bounds = Bounds { moves: 2, restarts: 0, reserved: 2, steered: false };
         let until = HasDiscoveries::AnyOf([expected].into());
         let check = HandOver::new(bounds, broken).checker().finish_when(until).spawn_bfs().join();

@@ -277,6 +277,7 @@ fn a_return_brings_it_back_and_the_history_goes_on_over_it() {
     let other =
         Cloud::born(1).gives(Law::WHOLE, 3, Some(ReservationId::random())).unwrap().give_back(&key(3));
     assert_eq!(Law::WHOLE.take_back(a.record(), &a.known, &other), Err(Refusal::OtherHandOver));
+    assert!(without(Rule::ReturnFits).take_back(a.record(), &a.known, &other).is_ok());
     let back = signed.give_back(&key(2));
     for _ in 0..2 {
         // Again after a crash between the history and the record.
@@ -310,6 +311,10 @@ fn an_operators_word_is_believed_only_by_who_knows_no_better() {
     assert!(moves(Law::WHOLE, 2, &mut a.clone(), &mut away).unwrap_err().is_false_claim());
     // Contested, then settled in the target's favour: the history is the target's again.
     let contested = Law::WHOLE.contest(a.record(), given.migration, NOW).unwrap();
+    let gives =
+        |law: Law| law.give_up(&contested, &a.known, a.gift(3, Some(ReservationId::random()))).map(drop);
+    assert!(matches!(gives(Law::WHOLE), Err(Refusal::Contested(_))));
+    assert_eq!(gives(without(Rule::OwnerGivesUp)), Ok(()));
     assert!(Law::WHOLE.may_run(&contested, true).is_err());
     let (record, known) =
         Law::WHOLE.yield_to_target(&contested, &a.known, given.clone(), Some(receipt), LATER).unwrap();
