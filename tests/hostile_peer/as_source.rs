@@ -62,7 +62,7 @@ fn cancel() -> RequestBody {
     RequestBody::Cancel { reason: "the test wants it so".into() }
 }
 
-fn init(init: Initialization) -> RequestBody {
+pub fn init(init: Initialization) -> RequestBody {
     RequestBody::Initialization(Box::new(init))
 }
 
@@ -86,7 +86,7 @@ fn hand_over(bench: &Bench, peer: &Peer, matter: Matter) {
     assert_eq!((vm.ownership.as_str(), vm.epoch), ("here", matter.epoch + 1));
 }
 
-fn delete_vm(bench: &Bench, matter: Matter) {
+pub fn delete_vm(bench: &Bench, matter: Matter) {
     let vm = matter.vm.to_string();
     assert!(matches!(bench.world.call(0, &Request::VmDelete { vm }), Ok(Reply::Done)));
 }

@@ -23,7 +23,7 @@ const SOON: Duration = Duration::from_secs(30);
 type Trick = Box<dyn Fn(&Peer, SignedHandOver) -> AnswerBody>;
 
 /// What an honest target answers.
-fn honest(peer: &Peer, request: &RequestBody) -> AnswerBody {
+pub fn honest(peer: &Peer, request: &RequestBody) -> AnswerBody {
     match request {
         RequestBody::Configuration { .. } => AnswerBody::Configuration(yes()),
         RequestBody::Reservation { .. } => {
@@ -57,7 +57,7 @@ fn started(receipt: Receipt) -> AnswerBody {
 }
 
 /// Answers honestly until the broker asks for `verb`; that request.
-fn until(bench: &Bench, verb: &str) -> Asked {
+pub fn until(bench: &Bench, verb: &str) -> Asked {
     let begun = Instant::now();
     while begun.elapsed() < SOON * 2 {
         let Some(asked) = bench.mallory.asked(Duration::from_secs(1)) else { continue };

@@ -10,6 +10,7 @@ mod world;
 
 mod as_source;
 mod as_target;
+mod ownership;
 mod peer;
 mod room;
 mod table;
@@ -86,6 +87,7 @@ fn a_member_that_misbehaves_at_any_step_does_no_harm() {
 
     as_source::rows(&mut bench);
     as_target::rows(&mut bench);
+    ownership::rows(&mut bench);
     room::rows(&mut bench);
 
     bench.refusals_are_logged_once();
@@ -140,12 +142,13 @@ impl Bench {
         };
         let mut left = Vec::new();
         for vm in list(self.world.clouds[0].dir.join("data/vms")) {
-            let disks: Vec<_> =
-                list(vm.clone()).into_iter().filter(|p| p.to_string_lossy().contains("disks-")).collect();
-            match vm.join("record.json").exists() {
-                true if disks.len() > 1 => left.extend(disks),
-                true => {}
-                false => left.push(vm),
+            let disks = list(vm.clone()).into_iter().filter(|p| p.to_string_lossy().contains("disks-"));
+            match std::fs::read_to_string(vm.join("record.json")) {
+                // Copies in their grace period are named there as well.
+                Ok(record) => left.extend(disks.filter(|dir| {
+                    !record.contains(dir.file_name().and_then(|name| name.to_str()).unwrap_or_default())
+                })),
+                Err(_) => left.push(vm),
             }
         }
         left

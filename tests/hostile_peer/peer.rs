@@ -416,6 +416,13 @@ impl Peer {
         Ok(answer.body)
     }
 
+    /// As a broker of another version asks.
+    pub fn ask_in(&self, version: u32, matter: Matter, body: RequestBody) -> AnswerBody {
+        let envelope = Envelope { version, ..self.envelope(matter, body) };
+        let sealed = self.send(&seal(&envelope, &self.key, Spoil::Nothing)).expect("it is answered");
+        Envelope::open(&sealed, &self.real_key, &self.real, &self.jid, now()).expect("a sound answer").body
+    }
+
     pub fn ask(&self, matter: Matter, body: RequestBody) -> AnswerBody {
         self.ask_spoiled(matter, body, Spoil::Nothing).expect("an honest request is answered")
     }
