@@ -2,6 +2,7 @@
 //! and read back bit by bit.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,7 +26,11 @@ fn missing_tool() -> bool {
     };
     let missing: Vec<_> = ["mke2fs", "qemu-img"].into_iter().filter(|t| !found(t)).collect();
     if !missing.is_empty() {
-        eprintln!("SKIPPED: not installed: {} (e2fsprogs, qemu-utils)", missing.join(", "));
+        let _ = writeln!(
+            std::io::stderr(),
+            "SKIPPED: not installed: {} (e2fsprogs, qemu-utils)",
+            missing.join(", ")
+        );
     }
     !missing.is_empty()
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
@@ -102,7 +103,7 @@ fn an_imported_directory_comes_back_as_it_was() {
     assert!(entry(&manifest, "var/log/service/today.log").is_none(), "log files do not");
     assert_eq!(manifest.fragments[0].path, b"etc/passwd");
     if !rustix::process::geteuid().is_root() {
-        println!("SKIPPED: comparing the materialised tree needs root");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: comparing the materialised tree needs root");
         return;
     }
     let target = dir.path().join("target");
@@ -275,7 +276,7 @@ fn every_definition_of_ours_is_valid() {
 /// Needs root and the distribution's archive.
 fn can_build() -> bool {
     if !rustix::process::geteuid().is_root() {
-        println!("SKIPPED: building components needs root");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: building components needs root");
         return false;
     }
     true
@@ -297,7 +298,10 @@ fn the_tiny_guest_builds_the_same_twice_and_is_reused() {
         let built = match build(&repository, &files, &options, &mut |_| {}) {
             Ok(built) => built,
             Err(error @ BuildError::Lists { .. }) => {
-                println!("SKIPPED: the distribution's archive cannot be reached: {error}");
+                let _ = writeln!(
+                    std::io::stderr(),
+                    "SKIPPED: the distribution's archive cannot be reached: {error}"
+                );
                 return;
             }
             Err(error) => panic!("{error:?}"),
@@ -475,7 +479,7 @@ fn a_build_without_root_gives_the_ids_of_a_build_as_root() {
         return;
     }
     let Some((name, uid, gid)) = somebody_with_lent_ids() else {
-        println!("SKIPPED: /etc/subuid and /etc/subgid lend nobody 65536 ids");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: /etc/subuid and /etc/subgid lend nobody 65536 ids");
         return;
     };
     let dir = tempfile::tempdir().unwrap();
@@ -515,7 +519,7 @@ fn a_build_without_root_gives_the_ids_of_a_build_as_root() {
 #[test]
 fn a_tree_is_written_beneath_its_root_whatever_the_manifest_says() {
     if !rustix::process::geteuid().is_root() {
-        println!("SKIPPED: materialising needs root");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: materialising needs root");
         return;
     }
     let dir = tempfile::tempdir().unwrap();

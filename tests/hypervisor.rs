@@ -7,6 +7,7 @@ mod guest;
 mod network;
 
 use std::fs;
+use std::io::Write as _;
 use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
@@ -80,7 +81,7 @@ async fn qemu() -> Option<(QemuDriver, TempDir)> {
     match QemuDriver::open(config()).await {
         Ok(driver) => Some((driver, tempfile::tempdir().unwrap())),
         Err(missing @ (DriverError::MissingTool { .. } | DriverError::MissingFirmware { .. })) => {
-            println!("SKIPPED: {missing}");
+            let _ = writeln!(std::io::stderr(), "SKIPPED: {missing}");
             None
         }
         Err(error) => panic!("{error}"),
@@ -262,7 +263,7 @@ async fn a_forced_stop_keeps_what_the_guest_wrote() {
                 machines.push(machine);
             }
         }
-        Err(error) => println!("SKIPPED: overlays, because {error}"),
+        Err(error) => drop(writeln!(std::io::stderr(), "SKIPPED: overlays, because {error}")),
     }
     for machine in &machines {
         driver.start(machine).await.unwrap();
@@ -323,7 +324,7 @@ const BY_ITSELF: EventKind = EventKind::Stopped { reason: StopReason::Guest };
 async fn what_a_guest_writes_is_told() {
     let Some((driver, dir)) = qemu().await else { return };
     if !driver.features().abilities.contains(&Ability::TrackChanges) {
-        println!("SKIPPED: qemu-img is not installed");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: qemu-img is not installed");
         return;
     }
     let machine = writer_in(dir.path(), guest::writing_disk(4 * MIB));
@@ -356,7 +357,7 @@ async fn what_a_guest_writes_is_told() {
 async fn what_a_guest_writes_before_its_end_is_told() {
     let Some((driver, dir)) = qemu().await else { return };
     if !driver.features().abilities.contains(&Ability::TrackChanges) {
-        println!("SKIPPED: qemu-img is not installed");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: qemu-img is not installed");
         return;
     }
     let machine = writer_in(dir.path(), guest::passing_disk(4 * MIB));
@@ -407,7 +408,7 @@ async fn what_a_guest_writes_before_its_end_is_told() {
 async fn a_new_driver_ends_what_an_earlier_one_tracked() {
     let Some((driver, dir)) = qemu().await else { return };
     if !driver.features().abilities.contains(&Ability::TrackChanges) {
-        println!("SKIPPED: qemu-img is not installed");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: qemu-img is not installed");
         return;
     }
     // The guest ends while nobody watches: its process waits for the next driver.
@@ -624,7 +625,7 @@ async fn a_host_that_lacks_something_is_told_what() {
 #[test]
 fn a_guest_on_a_user_network_reaches_the_outside_but_not_this_host() {
     let Some(passt) = find_passt(&QemuConfig::default()) else {
-        println!("SKIPPED: passt is missing: install the package passt");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: passt is missing: install the package passt");
         return;
     };
     let services = network::Services::open();
@@ -676,7 +677,7 @@ fn links_in(dir: &Path) -> Vec<i32> {
 async fn what_is_behind_a_card_lives_as_long_as_its_vm() {
     let Some((driver, dir)) = qemu().await else { return };
     if find_passt(&config()).is_none() {
-        println!("SKIPPED: passt is missing: install the package passt");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: passt is missing: install the package passt");
         return;
     }
     let machine = machine_in(dir.path());
@@ -703,7 +704,7 @@ async fn a_bridged_card_leaves_qemu_its_whole_sandbox() {
     let bridge = format!("cicbr{}", std::process::id() % 100_000);
     let made = Command::new("ip").args(["link", "add", &bridge, "type", "bridge"]).output();
     if !made.as_ref().is_ok_and(|o| o.status.success()) {
-        println!("SKIPPED: no bridge can be made: {made:?}");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: no bridge can be made: {made:?}");
         return;
     }
     let done = tokio::spawn(bridged(bridge.clone())).await;
@@ -731,7 +732,7 @@ async fn bridged(bridge: String) {
     let driver = match QemuDriver::open(config).await {
         Ok(driver) => driver,
         Err(missing @ (DriverError::MissingTool { .. } | DriverError::MissingFirmware { .. })) => {
-            println!("SKIPPED: {missing}");
+            let _ = writeln!(std::io::stderr(), "SKIPPED: {missing}");
             return;
         }
         Err(error) => panic!("{error}"),
@@ -757,7 +758,7 @@ async fn bridged(bridge: String) {
 async fn a_qemu_opens_nothing_but_its_own_machines_files() {
     let Some((driver, dir)) = qemu().await else { return };
     if !cicada::hypervisor::qemu::is_confinable() {
-        println!("SKIPPED: this kernel has no Landlock");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: this kernel has no Landlock");
         return;
     }
     let key = dir.path().join("identity.key");

@@ -5,6 +5,7 @@
 #[path = "federation/world.rs"]
 mod world;
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -477,7 +478,7 @@ fn a_target_killed_in_the_hand_over_leaves_one_owner_or_says_that_there_are_two(
         world.move_vm(B, "cut", "alpine");
     }
     let Some(id) = id else {
-        eprintln!("SKIPPED: the target always answered before it could be stopped");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: the target always answered before it could be stopped");
         return;
     };
     let mine = world.vm(A, "cut");

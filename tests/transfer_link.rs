@@ -4,6 +4,7 @@
 #[path = "transfer/world.rs"]
 mod world;
 
+use std::io::Write as _;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -21,14 +22,14 @@ const MEGABYTES: &str = "CICADA_LINK_MEGABYTES";
 #[test]
 fn a_shaped_link_is_filled() {
     if let Some(reason) = cannot_shape() {
-        println!("SKIPPED: link use over a shaped link: {reason}");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: link use over a shaped link: {reason}");
         return;
     }
     for (mbit, megabytes) in [(10, 8), (100, 60)] {
         let lab = match Lab::new(mbit) {
             Ok(lab) => lab,
             Err(reason) => {
-                println!("SKIPPED: link use over a shaped link: {reason}");
+                let _ = writeln!(std::io::stderr(), "SKIPPED: link use over a shaped link: {reason}");
                 return;
             }
         };

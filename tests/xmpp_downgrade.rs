@@ -2,6 +2,7 @@
 //! clear, or that does not know it: it gets nothing, and no session comes about. The servers here are
 //! scripts of a few lines.
 
+use std::io::Write as _;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -102,7 +103,7 @@ const SCRAM_ONLY: &str =
 fn no_authorities() -> bool {
     let missing = !std::path::Path::new("/etc/ssl/certs/ca-certificates.crt").exists();
     if missing {
-        eprintln!("SKIPPED: ca-certificates is not installed");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: ca-certificates is not installed");
     }
     missing
 }
@@ -264,7 +265,7 @@ fn certificate(dir: &std::path::Path) -> bool {
     let output = std::process::Command::new("sh").args(["-c", script]).current_dir(dir).output();
     let made = output.is_ok_and(|o| o.status.success());
     if !made {
-        eprintln!("SKIPPED: openssl is not installed (deploy/install installs it)");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: openssl is not installed (deploy/install installs it)");
     }
     made
 }

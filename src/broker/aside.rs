@@ -1,6 +1,7 @@
 //! VMs set aside: their record is damaged, or forbids them to run. They are listed, never run, nothing
 //! arrives over them, and their disks stay as they are.
 
+use crate::clock::UnixMillis;
 use crate::types::{ByteSize, RecipeId, VmId, VmName};
 use crate::vm::{Firmware, PowerState, VmSpec};
 
@@ -69,6 +70,7 @@ fn view(d: &Damaged) -> VmView {
         ownership: "damaged".into(),
         owner: None,
         epoch: 0,
+        created: UnixMillis(0),
         cpus: 0,
         memory: none,
         root_size: none,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::federation::{Member, Trust};
+use crate::hypervisor::StopMode;
 use crate::migration::{RequestBody, envelope};
 use crate::types::{CloudName, MemberJid, VmId};
 
@@ -13,6 +14,7 @@ use super::interface::{
     Candidate, Event, MemberView, MigrationView, Predecessor, Reply, Request, Resource, StatusView, Verdict,
 };
 use super::outgoing::Course;
+use super::power::Stop;
 use super::problem::{Problem, ProblemKind};
 use super::shared::Peer;
 use super::{Broker, Input, aside, content};
@@ -40,7 +42,9 @@ impl Broker {
             }
             Request::VmList => {
                 let vms = self.vms.values().map(|vm| self.vm_view(vm));
-                Ok(Reply::Vms(vms.chain(self.aside_views()).collect()))
+                let mut vms: Vec<_> = vms.chain(self.aside_views()).collect();
+                vms.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+                Ok(Reply::Vms(vms))
             }
             Request::VmShow { vm } => self.find_vm(&vm).map(|id| self.shown(id)),
             Request::VmStart { vm, unconfirmed, by_uid } => match self.startable_vm(&vm, unconfirmed, by_uid)
@@ -48,10 +52,14 @@ impl Broker {
                 Ok(id) => return self.start_vm(id, reply),
                 Err(p) => Err(p),
             },
-            Request::VmStop { vm, force, timeout_s } => match self.free_vm(&vm) {
-                Ok(id) => return self.stop_vm(id, force, Duration::from_secs(timeout_s), reply),
-                Err(p) => Err(p),
-            },
+            Request::VmStop { vm, force, timeout_s, for_host } => {
+                let timeout = Duration::from_secs(timeout_s);
+                let mode = match force {
+                    true => StopMode::Forced,
+                    false => StopMode::Graceful { timeout, escalate: for_host },
+                };
+                return self.stop_named(&vm, Stop { mode, for_host }, reply);
+            }
             Request::VmDelete { vm } => return self.delete_vm(&vm, reply),
             Request::Plan { vm, to } => return self.plan(&vm, to.as_deref(), reply),
             Request::Move { vm, to, dry_run: true } => return self.plan(&vm, to.as_deref(), reply),

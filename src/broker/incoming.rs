@@ -581,7 +581,7 @@ impl Broker {
             }
             Effect::Start => {
                 fault::point("target-starting");
-                self.start_machine(vm, Some(id));
+                drop(self.start_machine(vm, Some(id)));
             }
             Effect::AskDelete { boot_ms } => {
                 fault::point("target-telling");

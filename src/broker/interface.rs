@@ -114,8 +114,12 @@ pub enum Request {
     },
     VmStop {
         vm: String,
+        /// Switched off without asking the guest; for the host's sake, once `timeout_s` is over.
         force: bool,
         timeout_s: u64,
+        /// The host goes down: the VM is started again with the broker.
+        #[serde(default)]
+        for_host: bool,
     },
     VmDelete {
         vm: String,
@@ -512,6 +516,9 @@ pub struct VmView {
     /// Where it went, when it was given up.
     pub owner: Option<MemberJid>,
     pub epoch: u64,
+    /// When its record was made in this cloud.
+    #[serde(default)]
+    pub created: UnixMillis,
     pub cpus: u32,
     pub memory: ByteSize,
     pub root_size: ByteSize,

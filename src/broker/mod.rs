@@ -28,6 +28,7 @@ pub mod optimize;
 mod outgoing;
 mod owners;
 mod planning;
+mod power;
 pub mod problem;
 pub mod receiving;
 pub mod records;
@@ -267,7 +268,7 @@ impl Broker {
         self.resume_outgoing();
         self.resume_incoming();
         self.begin_confirming();
-        self.start_wanted();
+        self.start_in_order(self.vms.keys().copied());
         self.noted = u64::MAX;
         while let Some(input) = inputs.next().await {
             match input {

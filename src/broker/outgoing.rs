@@ -435,7 +435,7 @@ impl Broker {
                     shared.post(Input::Outgoing(id, SourceEvent::Timer));
                 });
             }
-            Effect::Restart => self.start_machine(vm, None),
+            Effect::Restart => drop(self.start_machine(vm, None)),
             Effect::TellCancel => {
                 tokio::spawn(async move {
                     for _ in 0..5 {

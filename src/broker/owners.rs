@@ -282,13 +282,12 @@ impl Broker {
 
     fn confirmed_by_all(&mut self) {
         let waiting: Vec<VmId> = self.vms.iter().filter(|(_, vm)| !vm.confirmed).map(|(id, _)| *id).collect();
-        for id in waiting {
-            let Some(vm) = self.vms.get_mut(&id) else { continue };
-            vm.confirmed = true;
-            if vm.record.is_here() && vm.record.run {
-                self.start_machine(id, None);
+        for id in &waiting {
+            if let Some(vm) = self.vms.get_mut(id) {
+                vm.confirmed = true;
             }
         }
+        self.start_in_order(waiting);
     }
 
     /// Who is not a member any more, or not trusted, is not waited for.

@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 use crate::clock::UnixMillis;
 use crate::disk;
-use crate::hypervisor::{DiskFormat, Machine, StopMode};
+use crate::hypervisor::{DiskFormat, Machine};
 use crate::migration::ownership::Hold;
 use crate::types::{ByteSize, ComponentId, MigrationId, VmId, VmName};
 use crate::vm::spec::Nic;
@@ -18,15 +18,11 @@ use crate::vm::{Mac, PowerState, VmSpec};
 use super::content;
 use super::interface::{Reply, VmCreate, VmView};
 use super::lineages::LAW;
+use super::power::Stop;
 use super::problem::{Problem, ProblemKind, chain};
 use super::records::{GivenUp, VmRecord};
 use super::{Broker, Input, Shared, aside, evidence, staging};
 
-/// Pause before a VM that crashed or did not start is started again; each failure within
-/// [`FAILURE_WINDOW`] makes it four times as long.
-const RESTART_PAUSE: Duration = Duration::from_secs(1);
-const RESTART_PAUSE_MAX: Duration = Duration::from_secs(300);
-const FAILURE_WINDOW: Duration = Duration::from_secs(1800);
 /// What guests of our own components print on their console when they have booted.
 pub const READY_LINE: &str = "cicada: guest ready";
 const ROOT_FILE: &str = "root.qcow2";
@@ -42,13 +38,26 @@ pub struct Vm {
     pub failures: Vec<UnixMillis>,
     /// It is being started: a move would take it for one that stands still.
     pub starting: bool,
+    /// To be stopped as soon as it is started.
+    pub(super) stop_next: Option<(Stop, Answer)>,
+    /// It was stopped because the host goes down, and still should run.
+    pub stopped_for_host: bool,
     /// Whether those that may know more of who owns it were asked, or an operator took the risk.
     pub confirmed: bool,
 }
 
 impl Vm {
     pub fn new(record: VmRecord) -> Self {
-        Self { record, busy: None, power_note: None, failures: Vec::new(), starting: false, confirmed: true }
+        Self {
+            record,
+            busy: None,
+            power_note: None,
+            failures: Vec::new(),
+            starting: false,
+            stop_next: None,
+            stopped_for_host: false,
+            confirmed: true,
+        }
     }
 }
 
@@ -214,6 +223,7 @@ impl Broker {
             .into(),
             owner: given.map(|g| g.to.clone()),
             epoch: record.epoch,
+            created: record.created,
             cpus: spec.cpus,
             memory: spec.memory,
             root_size: spec.root_size,
@@ -306,107 +316,6 @@ impl Broker {
         } else if let Some(vm) = self.vms.get(&id) {
             let _ = reply.send(Ok(Reply::Vm(Box::new(self.vm_view(vm)))));
         }
-    }
-
-    pub(super) fn start_vm(&mut self, id: VmId, reply: Answer) {
-        let (room, Some(vm)) = (self.room(&self.shared.me, Some(id)), self.vms.get_mut(&id)) else {
-            return;
-        };
-        let spec = &vm.record.spec;
-        let object = format!("VM {}", spec.name);
-        let running =
-            self.shared.driver.state(id).is_ok_and(|s| s != PowerState::Stopped && s != PowerState::Crashed);
-        if !running && (spec.cpus > room.cpus_free || spec.memory.0 > room.memory_bytes_free) {
-            let reason = format!(
-                "needs {} CPUs and {}; {} CPUs and {} are free",
-                spec.cpus,
-                spec.memory,
-                room.cpus_free,
-                ByteSize(room.memory_bytes_free)
-            );
-            let _ = reply.send(Err(Problem::new(ProblemKind::Refused, object, reason).next(
-                "stop or move another VM, or raise hypervisor.cpus and hypervisor.memory in federation.toml",
-            )));
-            return;
-        }
-        vm.record.run = true;
-        vm.power_note = None;
-        if let Err(e) = self.shared.records.save_vm(&vm.record) {
-            let _ = reply.send(Err(Problem::from_error(ProblemKind::Failed, object, &e)));
-            return;
-        }
-        vm.busy = Some(Busy::Verb("starting"));
-        let (machine, shared) = (self.machine_of(id), self.shared.clone());
-        let Some(machine) = machine else { return };
-        tokio::spawn(async move {
-            let result = run_machine(&shared, &machine).await;
-            shared.post(Input::apply(move |b| b.verb_done(id, result, reply)));
-        });
-    }
-
-    fn machine_of(&self, id: VmId) -> Option<Machine> {
-        self.vms.get(&id).map(|vm| self.machine(&vm.record))
-    }
-
-    /// Starts a VM without an operator waiting: at boot, after an abandoned move, or on arrival.
-    pub(super) fn start_machine(&mut self, id: VmId, arrival: Option<MigrationId>) {
-        let Some(vm) = self.vms.get_mut(&id) else { return };
-        if let Err(refusal) = LAW.may_run(&vm.record, vm.confirmed) {
-            tracing::error!(vm = %vm.record.spec.name, reason = %refusal, "not started by itself");
-            return;
-        }
-        if !vm.record.run {
-            vm.record.run = true;
-            if let Err(e) = self.shared.records.save_vm(&vm.record) {
-                tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "cannot record that it should run");
-            }
-        }
-        vm.starting = true;
-        let Some(machine) = self.machine_of(id) else { return };
-        let shared = self.shared.clone();
-        tokio::spawn(async move {
-            let result = run_machine(&shared, &machine).await.map_err(|p| p.reason);
-            if let Err(reason) = &result {
-                tracing::error!(vm = %machine.spec.name, reason, "does not start");
-            }
-            shared.post(Input::apply(move |b| {
-                if let Some(vm) = b.vms.get_mut(&id) {
-                    vm.starting = false;
-                }
-                match arrival {
-                    Some(migration) => b.arrival_started(migration, result),
-                    None => {
-                        if result.is_err() {
-                            b.start_again(id);
-                        }
-                        b.presence_changed();
-                    }
-                }
-            }));
-        });
-    }
-
-    pub(super) fn stop_vm(&mut self, id: VmId, force: bool, timeout: Duration, reply: Answer) {
-        let Some(vm) = self.vms.get_mut(&id) else { return };
-        vm.busy = Some(Busy::Verb("stopping"));
-        let object = format!("VM {}", vm.record.spec.name);
-        let shared = self.shared.clone();
-        tokio::spawn(async move {
-            let mode = if force { StopMode::Forced } else { StopMode::Graceful { timeout, escalate: false } };
-            let result = shared.driver.stop(id, mode).await.map_err(|e| {
-                Problem::from_error(ProblemKind::Failed, object, &e)
-                    .next("use 'cicada vm stop --force' if the guest hangs")
-            });
-            shared.post(Input::apply(move |b| {
-                if let (Ok(()), Some(vm)) = (&result, b.vms.get_mut(&id)) {
-                    vm.record.run = false;
-                    if let Err(e) = b.shared.records.save_vm(&vm.record) {
-                        tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "stop not recorded");
-                    }
-                }
-                b.verb_done(id, result, reply);
-            }));
-        });
     }
 
     pub(super) fn verb_done(&mut self, id: VmId, result: Result<(), Problem>, reply: Answer) {
@@ -522,109 +431,6 @@ impl Broker {
             });
         }
     }
-
-    /// A VM ended or crashed without our doing.
-    pub(super) fn power_event(&mut self, event: &crate::hypervisor::DriverEvent) {
-        use crate::hypervisor::{EventKind, StopReason};
-        let Some(vm) = self.vms.get_mut(&event.vm) else { return };
-        let name = vm.record.spec.name.clone();
-        match &event.kind {
-            EventKind::Stopped { reason: StopReason::Guest } if vm.busy.is_none() => {
-                tracing::info!(vm = %name, "the guest switched itself off");
-                vm.record.run = false;
-                if let Err(e) = self.shared.records.save_vm(&vm.record) {
-                    tracing::warn!(vm = %name, error = chain(&e), "stop not recorded");
-                }
-            }
-            EventKind::Crashed { detail } => {
-                tracing::error!(vm = %name, detail, "the hypervisor process ended unasked");
-                vm.power_note = Some(detail.clone());
-                self.start_again(event.vm);
-            }
-            EventKind::DiskError { device, reason, paused } => {
-                tracing::error!(vm = %name, device, reason, paused, "disk error");
-            }
-            _ => {}
-        }
-        self.presence_changed();
-    }
-
-    /// Events of the hypervisor were lost: what they told is seen from how the VMs are now.
-    pub(super) fn review_power(&mut self) {
-        use crate::hypervisor::{DriverEvent, EventKind, StopReason};
-        let (listed, now) = (self.shared.driver.list(), self.shared.now());
-        tracing::warn!(vms = listed.len(), "events of the hypervisor were lost; all VMs are looked at");
-        for (vm, state) in listed {
-            let Some(known) = self.vms.get(&vm).filter(|vm| vm.record.is_here() && vm.record.run) else {
-                continue;
-            };
-            // Whatever holds it looks for itself; what failed to start is waiting to be started again.
-            let failed = known.failures.last().is_some_and(|at| now.since(*at) <= RESTART_PAUSE_MAX);
-            let waits = known.hold() != Hold::Free || failed;
-            let kind = match state {
-                PowerState::Crashed => {
-                    EventKind::Crashed { detail: "it ended while events were lost".into() }
-                }
-                PowerState::Stopped if !waits => EventKind::Stopped { reason: StopReason::Guest },
-                _ => continue,
-            };
-            if known.power_note.is_none() || state != PowerState::Crashed {
-                self.power_event(&DriverEvent { vm, kind });
-            }
-        }
-    }
-
-    /// A VM that should run, and whose hypervisor process ended or could not be started, is started
-    /// again after a pause, which grows while that goes on.
-    fn start_again(&mut self, id: VmId) {
-        let now = self.shared.now();
-        let Some(vm) = self.vms.get_mut(&id).filter(|vm| vm.record.is_here() && vm.record.run) else {
-            return;
-        };
-        vm.failures.retain(|at| now.since(*at) < FAILURE_WINDOW);
-        let pause = (RESTART_PAUSE * 4u32.pow(vm.failures.len().min(5) as u32)).min(RESTART_PAUSE_MAX);
-        vm.failures.push(now);
-        tracing::info!(vm = %vm.record.spec.name, pause_s = pause.as_secs(), "starting it again after a pause");
-        let shared = self.shared.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(pause).await;
-            shared.post(Input::apply(move |b| {
-                let is_off = b
-                    .shared
-                    .driver
-                    .state(id)
-                    .is_ok_and(|s| matches!(s, PowerState::Crashed | PowerState::Stopped));
-                // A move that is under way, or an operator, decides for itself.
-                if is_off && b.vms.get(&id).is_some_and(|vm| vm.busy.is_none() && vm.record.run) {
-                    b.start_machine(id, None);
-                }
-            }));
-        });
-    }
-
-    /// VMs that should run and do not: after a restart of the host.
-    pub(super) fn start_wanted(&mut self) {
-        let wanted: Vec<_> = self
-            .vms
-            .values()
-            .filter(|vm| vm.record.is_here() && vm.record.run)
-            .map(|vm| vm.record.spec.id)
-            .collect();
-        wanted.into_iter().for_each(|id| self.start_machine(id, None));
-    }
-}
-
-/// Makes sure the composition is there and is the right one, then starts the VM.
-async fn run_machine(shared: &std::sync::Arc<Shared>, machine: &Machine) -> Result<(), Problem> {
-    let object = format!("VM {}", machine.spec.name);
-    let (composer, recipe) = (shared.composer.clone(), machine.spec.recipe);
-    let composed = tokio::task::spawn_blocking(move || composer.composition(&recipe).map(drop)).await;
-    match composed {
-        Ok(Ok(())) => {}
-        Ok(Err(e)) => return Err(Problem::from_error(ProblemKind::Damaged, object, &e)),
-        Err(e) => return Err(Problem::new(ProblemKind::Failed, object, e.to_string())),
-    }
-    shared.driver.start(machine).await.map_err(|e| Problem::from_error(ProblemKind::Failed, object, &e))
 }
 
 /// Composes, makes the disks and the record of a new VM. Blocking.

@@ -11,7 +11,7 @@ use super::adopt;
 use super::console;
 use super::context::Context;
 use super::format::bytes;
-use super::printer::{Outcome, Printer, unexpected};
+use super::printer::{Failure, Outcome, Printer, unexpected};
 use super::recipe::Ingredients;
 use super::table::{Table, card};
 
@@ -37,9 +37,16 @@ pub enum Command {
         #[arg(long)]
         unconfirmed: bool,
     },
-    /// Shut a VM down
+    /// Shut VMs down, one after the other
     Stop {
-        vm: String,
+        #[arg(required_unless_present = "all", value_name = "VM")]
+        vms: Vec<String>,
+        /// All that run, the newest first
+        #[arg(long, conflicts_with = "vms")]
+        all: bool,
+        /// For the host's sake: they start again with the broker, and who does not end in time is switched off
+        #[arg(long)]
+        for_host: bool,
         /// Switch it off without asking the guest
         #[arg(long)]
         force: bool,
@@ -85,10 +92,25 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
             let request = Request::VmStart { vm: vm.clone(), unconfirmed, by_uid: None };
             done(ctx, request, format!("{vm} is started")).await
         }
-        Command::Stop { vm, force, timeout } => {
+        Command::Stop { vms, all, for_host, force, timeout } => {
+            let vms = if all { running(ctx).await? } else { vms };
             // Whole seconds, and not zero of them for a short time.
             let timeout_s = timeout.0.as_millis().div_ceil(1000) as u64;
-            done(ctx, Request::VmStop { vm: vm.clone(), force, timeout_s }, format!("{vm} is stopped")).await
+            let mut failed = Ok(());
+            for vm in vms {
+                let request = Request::VmStop { vm: vm.clone(), force, timeout_s, for_host };
+                match done(ctx, request, format!("{vm} is stopped")).await {
+                    // One guest that hangs does not keep the others running.
+                    Err(Failure::Problem(problem)) if all => {
+                        let earlier = std::mem::replace(&mut failed, Err(problem.into()));
+                        if let Err(Failure::Problem(earlier)) = earlier {
+                            ctx.printer.problem(&earlier);
+                        }
+                    }
+                    ended => ended?,
+                }
+            }
+            failed
         }
         Command::Delete { vm } => {
             done(ctx, Request::VmDelete { vm: vm.clone() }, format!("{vm} is deleted")).await
@@ -113,6 +135,15 @@ impl Create {
             start: self.start,
         })
     }
+}
+
+/// The VMs that run, the newest first: who was started last may need those before it.
+async fn running(ctx: &Context) -> Result<Vec<String>, Failure> {
+    let reply = ctx.ask(&Request::VmList).await?;
+    let Reply::Vms(mut vms) = reply else { return Err(unexpected(&reply)) };
+    vms.retain(|vm| vm.owner.is_none() && !matches!(vm.power, PowerState::Stopped | PowerState::Crashed));
+    vms.sort_by_key(|vm| std::cmp::Reverse((vm.created, vm.id)));
+    Ok(vms.into_iter().map(|vm| vm.id.to_string()).collect())
 }
 
 async fn done(ctx: &Context, request: Request, text: String) -> Outcome {

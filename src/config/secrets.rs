@@ -93,6 +93,7 @@ fn check_owner(path: &Path, owner: u32, ourselves: u32) -> Result<(), ConfigErro
 mod tests {
     use super::*;
     use crate::durable;
+    use std::io::Write as _;
     use std::path::PathBuf;
 
     fn file(mode: u32, content: &str) -> (tempfile::TempDir, PathBuf) {
@@ -155,7 +156,7 @@ mod tests {
     #[test]
     fn a_directory_above_of_another_user_is_refused_by_name() {
         if !rustix::process::geteuid().is_root() {
-            println!("SKIPPED: giving a directory to another user needs root");
+            let _ = writeln!(std::io::stderr(), "SKIPPED: giving a directory to another user needs root");
             return;
         }
         let dir = tempfile::tempdir().unwrap();

@@ -18,6 +18,7 @@ mod storage;
 mod table;
 
 use std::collections::VecDeque;
+use std::io::Write as _;
 use std::sync::Mutex;
 
 use pair::{Pair, comes};
@@ -31,7 +32,7 @@ const WORLDS: usize = 2;
 #[test]
 fn every_fault_at_every_phase_leaves_one_owner_and_no_trace() {
     if !cfg!(debug_assertions) {
-        eprintln!("SKIPPED: a release build has no points at which to fail");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: a release build has no points at which to fail");
         return;
     }
     if pair::missing_tool() {
@@ -85,7 +86,10 @@ fn every_fault_at_every_phase_leaves_one_owner_and_no_trace() {
 #[test]
 fn a_hand_over_is_given_back_and_recorded_whatever_happens_to_either_broker() {
     if !cfg!(debug_assertions) || pair::missing_tool() {
-        eprintln!("SKIPPED: a release build has no points at which to fail, or a tool is missing");
+        let _ = writeln!(
+            std::io::stderr(),
+            "SKIPPED: a release build has no points at which to fail, or a tool is missing"
+        );
         return;
     }
     let mut pair = Pair::start(false).unwrap();
@@ -122,7 +126,8 @@ fn run_cell(world: &mut Option<Pair>, point: &'static str, fault: Fault) -> Opti
         *world = Pair::start(fault.is_of_storage());
     }
     let Some(pair) = world else {
-        eprintln!("SKIPPED: {point} x {fault:?}: a file system cannot be mounted here");
+        let _ =
+            writeln!(std::io::stderr(), "SKIPPED: {point} x {fault:?}: a file system cannot be mounted here");
         return None;
     };
     let result = at_rest(pair).and_then(|source| {

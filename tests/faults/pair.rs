@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -28,7 +29,11 @@ pub fn missing_tool() -> bool {
     let missing: Vec<_> =
         ["prosody", "qemu-system-x86_64", "qemu-img", "openssl"].into_iter().filter(|t| !found(t)).collect();
     if !missing.is_empty() {
-        eprintln!("SKIPPED: not installed: {} (deploy/install installs them)", missing.join(", "));
+        let _ = writeln!(
+            std::io::stderr(),
+            "SKIPPED: not installed: {} (deploy/install installs them)",
+            missing.join(", ")
+        );
     }
     !missing.is_empty()
 }

@@ -38,9 +38,13 @@ pub fn missing_tool() -> bool {
         return false;
     }
     if !root {
-        eprintln!("SKIPPED: building components needs root");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: building components needs root");
     } else {
-        eprintln!("SKIPPED: not installed: {} (deploy/install installs them)", missing.join(", "));
+        let _ = writeln!(
+            std::io::stderr(),
+            "SKIPPED: not installed: {} (deploy/install installs them)",
+            missing.join(", ")
+        );
     }
     true
 }
@@ -493,8 +497,15 @@ impl Drop for World {
             {
                 let Reply::Vms(vms) = vm else { continue };
                 for vm in vms.iter().filter(|v| v.ownership == "here") {
-                    let _ = self
-                        .call(cloud, &Request::VmStop { vm: vm.name.to_string(), force: true, timeout_s: 5 });
+                    let _ = self.call(
+                        cloud,
+                        &Request::VmStop {
+                            vm: vm.name.to_string(),
+                            force: true,
+                            timeout_s: 5,
+                            for_host: false,
+                        },
+                    );
                 }
             }
             self.stop_broker(cloud, false);

@@ -17,6 +17,7 @@ mod table;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -58,7 +59,11 @@ fn missing_tool() -> bool {
     };
     let missing: Vec<_> = tools.into_iter().filter(|t| !found(t)).collect();
     if !missing.is_empty() {
-        eprintln!("SKIPPED: not installed: {} (deploy/install installs them)", missing.join(", "));
+        let _ = writeln!(
+            std::io::stderr(),
+            "SKIPPED: not installed: {} (deploy/install installs them)",
+            missing.join(", ")
+        );
     }
     !missing.is_empty()
 }

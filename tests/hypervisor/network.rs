@@ -182,7 +182,10 @@ impl Outside {
         for step in steps {
             let output = Command::new("ip").args(step.split(' ')).output();
             if !output.as_ref().is_ok_and(|o| o.status.success()) {
-                println!("SKIPPED: no network namespace can be made: ip {step}: {output:?}");
+                let _ = writeln!(
+                    std::io::stderr(),
+                    "SKIPPED: no network namespace can be made: ip {step}: {output:?}"
+                );
                 let _ = Command::new("ip").args(["netns", "del", &name]).output();
                 return None;
             }
@@ -190,7 +193,7 @@ impl Outside {
         let mut serve = Command::new("ip");
         serve.args(["netns", "exec", &name, "busybox", "nc", "-ll", "-p", "7", "-e", "cat"]);
         let Ok(server) = serve.stdin(Stdio::null()).spawn() else {
-            println!("SKIPPED: busybox is missing: install busybox-static");
+            let _ = writeln!(std::io::stderr(), "SKIPPED: busybox is missing: install busybox-static");
             let _ = Command::new("ip").args(["netns", "del", &name]).output();
             return None;
         };

@@ -191,7 +191,11 @@ impl Fleet {
             let (name, runs, id) = (m.name, m.runs, m.id.clone());
             if runs {
                 self.assert_runs(world, owner, name, &id, mischief);
-                ask(world, owner, &Request::VmStop { vm: name.into(), force: false, timeout_s: 60 });
+                ask(
+                    world,
+                    owner,
+                    &Request::VmStop { vm: name.into(), force: false, timeout_s: 60, for_host: false },
+                );
             }
             let m = &self.machines[at];
             assert!(exported(world, owner, name, false) == m.root, "the root disk of {name} is another");

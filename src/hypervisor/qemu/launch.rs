@@ -202,12 +202,13 @@ fn named(program: &Path, error: &io::Error) -> io::Error {
 mod tests {
     use super::*;
     use std::fs;
+    use std::io::Write as _;
 
     /// A thread that confines itself as a QEMU is confined, before it becomes one.
     #[test]
     fn a_confined_thread_opens_nothing_beside_its_machine() {
         if !is_confinable() {
-            println!("SKIPPED: this kernel has no Landlock");
+            let _ = writeln!(std::io::stderr(), "SKIPPED: this kernel has no Landlock");
             return;
         }
         let dir = tempfile::tempdir().unwrap();
@@ -237,7 +238,11 @@ mod tests {
     fn a_bridge_that_is_not_there_is_named() {
         let helper = Path::new("/usr/lib/qemu/qemu-bridge-helper");
         if !helper.is_file() {
-            println!("SKIPPED: {} is not there: install qemu-system-common", helper.display());
+            let _ = writeln!(
+                std::io::stderr(),
+                "SKIPPED: {} is not there: install qemu-system-common",
+                helper.display()
+            );
             return;
         }
         let error = tap(helper, "cicada-none").unwrap_err().to_string();

@@ -205,7 +205,7 @@ mod tests {
     async fn the_probe_guest_reports_from_inside() {
         match super::super::find_qemu() {
             Ok(tools) => run_guest(&tools.system, super::super::config::MACHINE_TYPE, "tcg").await.unwrap(),
-            Err(error) => println!("SKIPPED: {error}"),
+            Err(error) => drop(writeln!(std::io::stderr(), "SKIPPED: {error}")),
         }
     }
 }

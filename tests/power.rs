@@ -1,0 +1,131 @@
+//! What makes VMs run and stop, with a real broker and QEMU: what an operator said last is what happens.
+
+#[allow(dead_code)]
+#[path = "federation/world.rs"]
+mod world;
+
+use std::time::Duration;
+
+use cicada::broker::interface::{VmAdopt, VmView};
+use cicada::broker::{Reply, Request};
+use cicada::types::ByteSize;
+use cicada::vm::{Firmware, PowerState};
+use rustix::process::Signal;
+use world::World;
+
+/// Long enough for what was to be started again to be started.
+const AFTER_ALL: Duration = Duration::from_secs(4);
+
+fn one_cloud(vms: &[&str]) -> Option<World> {
+    if world::missing_tool() {
+        return None;
+    }
+    let world = World::start(&["alpine"]);
+    for name in vms {
+        let disk = world.clouds[0].dir.join(format!("{name}.raw"));
+        // Nothing that boots: firmware waits for a disk that does, and ignores the power button.
+        let mut bytes = vec![0; 300_000];
+        blake3::Hasher::new().update(name.as_bytes()).finalize_xof().fill(&mut bytes);
+        std::fs::write(&disk, bytes).unwrap();
+        let adopt = VmAdopt {
+            name: name.parse().unwrap(),
+            disk: disk.display().to_string(),
+            user_data: None,
+            format: "raw".into(),
+            architecture: "amd64".into(),
+            firmware: Firmware::Bios,
+            memory: ByteSize::mib(64),
+            cpus: 1,
+            networks: Vec::new(),
+            share: false,
+            dry_run: false,
+            start: true,
+        };
+        let adopted = world.call(0, &Request::VmAdopt(adopt));
+        assert!(matches!(adopted, Ok(Reply::Adopted(_))), "{adopted:?}\n{}", world.log(0));
+        world.wait("it runs", 20, |w| w.vm(0, name).power == PowerState::Running);
+    }
+    Some(world)
+}
+
+fn stop(vm: &str, force: bool, for_host: bool) -> Request {
+    Request::VmStop { vm: vm.into(), force, timeout_s: 2, for_host }
+}
+
+fn signal_qemu(vm: &VmView, signal: Signal) {
+    let found =
+        std::process::Command::new("pgrep").args(["-f", &format!("qemu.*{}", vm.id)]).output().unwrap();
+    let pids = String::from_utf8(found.stdout).unwrap();
+    let pids: Vec<i32> = pids.lines().map(|line| line.parse().unwrap()).collect();
+    assert!(!pids.is_empty(), "no hypervisor of {}", vm.name);
+    for pid in pids {
+        let _ = rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), signal);
+    }
+}
+
+fn stays_off(world: &World, vm: &str) {
+    std::thread::sleep(AFTER_ALL);
+    let power = world.vm(0, vm).power;
+    assert!(matches!(power, PowerState::Stopped | PowerState::Crashed), "{power}\n{}", world.log(0));
+}
+
+/// Broker and hypervisor die; the broker is back, about to start the VM again, and is told to stop it.
+#[test]
+fn what_was_stopped_while_it_was_started_again_stays_off() {
+    let _turn = world::turn();
+    let Some(mut world) = one_cloud(&["web"]) else { return };
+    for round in 0..3 {
+        let vm = world.vm(0, "web");
+        world.stop_broker(0, true);
+        signal_qemu(&vm, Signal::KILL);
+        world.start_broker(0);
+        std::thread::sleep(Duration::from_millis(60 * round));
+        let stopped = world.call(0, &stop("web", true, false));
+        assert!(stopped.is_ok(), "{stopped:?}");
+        stays_off(&world, "web");
+        // And after another start of the broker.
+        world.stop_broker(0, true);
+        world.start_broker(0);
+        stays_off(&world, "web");
+        let start = Request::VmStart { vm: "web".into(), unconfirmed: false, by_uid: None };
+        world.call(0, &start).unwrap();
+        world.wait("it runs", 20, |w| w.vm(0, "web").power == PowerState::Running);
+    }
+}
+
+#[test]
+fn a_hypervisor_that_a_signal_ended_is_started_again_and_that_is_told() {
+    let _turn = world::turn();
+    let Some(world) = one_cloud(&["web"]) else { return };
+    for signal in [Signal::TERM, Signal::KILL] {
+        let before = world.log(0).lines().filter(|line| line.contains("starting it again")).count();
+        signal_qemu(&world.vm(0, "web"), signal);
+        world.wait("it is to be started again", 20, |w| {
+            w.log(0).lines().filter(|line| line.contains("starting it again")).count() > before
+        });
+        world.wait("it runs again", 30, |w| w.vm(0, "web").power == PowerState::Running);
+    }
+    assert!(world.log(0).contains("ended by a signal"), "{}", world.log(0));
+}
+
+/// A guest that does not listen: a stop that failed changes nothing, one for the host's sake does not wait.
+#[test]
+fn vms_that_were_stopped_for_the_host_run_again_with_the_broker() {
+    let _turn = world::turn();
+    let Some(mut world) = one_cloud(&["db", "web"]) else { return };
+    assert!(world.call(0, &stop("web", false, false)).is_err());
+    assert_eq!(world.vm(0, "web").power, PowerState::Running);
+    signal_qemu(&world.vm(0, "web"), Signal::KILL);
+    world.wait("it is to run still", 30, |w| w.vm(0, "web").power == PowerState::Running);
+    for vm in ["web", "db"] {
+        world.call(0, &stop(vm, false, true)).unwrap();
+    }
+    for vm in ["web", "db"] {
+        stays_off(&world, vm);
+    }
+    world.stop_broker(0, false);
+    world.start_broker(0);
+    for vm in ["db", "web"] {
+        world.wait("it runs again", 30, |w| w.vm(0, vm).power == PowerState::Running);
+    }
+}
