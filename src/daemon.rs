@@ -92,6 +92,7 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
         records,
         inbox: inbox.clone(),
         versions: Default::default(),
+        clocks: Default::default(),
         config,
     });
     let announcer = session.clone();

@@ -112,6 +112,7 @@ impl Home {
             records: Records::open(&config.cloud.data_dir).unwrap(),
             inbox: inbox.clone(),
             versions: Default::default(),
+            clocks: Default::default(),
             config,
         });
         let confirmed = BTreeMap::from(["a", "b"].map(|name| (jid(name), key(name).public())));
@@ -445,10 +446,32 @@ async fn every_attack_is_refused_and_counted_by_its_kind_and_sender() {
     for (kind, envelope, signer) in refused {
         let answer = home.ask_as(envelope, &key(signer)).await;
         // A trusted sender of another version is told so; all others learn nothing.
-        let told = matches!(&answer, Some(AnswerBody::Denied(d)) if d.code == DenialCode::Version);
-        assert!(if kind == "version" { told } else { answer.is_none() }, "{kind}: {answer:?}");
+        let code = answer.as_ref().map(|answer| match answer {
+            AnswerBody::Denied(d) => d.code,
+            other => panic!("{kind}: {other:?}"),
+        });
+        // So is one whose clock differs, if the message is a sound one otherwise.
+        let expected = match kind {
+            "version" => Some(DenialCode::Version),
+            "expired" if *counts.get(kind).unwrap_or(&0) == 0 => Some(DenialCode::Clock),
+            _ => None,
+        };
+        assert_eq!(code, expected, "{kind}");
         *counts.entry(kind).or_default() += 1;
     }
+    let ahead_ms = home.member("a").await.clock_ahead_ms;
+    assert_eq!(ahead_ms, Some(0), "an old message that comes again says nothing of a clock");
+    let ahead = now.plus(LIFETIME + SKEW);
+    let early = Envelope { issued: ahead, expires: ahead.plus(LIFETIME), ..e() };
+    match home.ask_as(early, &key("a")).await {
+        Some(AnswerBody::Denied(d)) => {
+            assert_eq!(d.code, DenialCode::Clock);
+            assert!(d.text.contains(&ahead.to_string()) && d.text.contains(&now.to_string()), "{}", d.text);
+        }
+        other => panic!("{other:?}"),
+    }
+    *counts.entry("expired").or_default() += 1;
+    assert_eq!(home.member("a").await.clock_ahead_ms, Some((LIFETIME + SKEW).as_millis() as i64));
     // Somebody else's sealed message, sent on as one's own.
     let of_b = home.envelope("b", vm.id, cancel()).seal(&key("a")).unwrap();
     assert_eq!(home.asked(&jid("a"), of_b).await, None);

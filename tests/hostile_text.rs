@@ -486,6 +486,7 @@ async fn start() -> World {
         records,
         inbox: inbox.clone(),
         versions: Default::default(),
+        clocks: Default::default(),
         config,
     });
     let confirmed = BTreeMap::from([(jid("b"), key("b").public())]);

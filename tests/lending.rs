@@ -149,6 +149,7 @@ fn start(
         records: Records::open(&config.cloud.data_dir).unwrap(),
         inbox: inbox.clone(),
         versions: Default::default(),
+        clocks: Default::default(),
         config,
     });
     let trusted = members.iter().filter(|(other, _)| *other != "stranger");

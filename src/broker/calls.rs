@@ -10,6 +10,7 @@ use crate::hypervisor::StopMode;
 use crate::migration::{RequestBody, envelope};
 use crate::types::{CloudName, MemberJid, VmId};
 
+use super::interface::ONLINE;
 use super::interface::{
     Candidate, Event, MemberView, MigrationView, Predecessor, Reply, Request, Resource, StatusView, Verdict,
 };
@@ -200,6 +201,7 @@ impl Broker {
             }
             .into(),
             key: m.key,
+            clock_ahead_ms: self.shared.clocks.ahead_ms(&m.jid),
             pinned_fingerprint: match self.members.trust_of(&m.jid) {
                 Trust::Changed { pinned } | Trust::Forked { pinned } => pinned.fingerprint(),
                 Trust::Superseded { by } => by.fingerprint(),
@@ -335,7 +337,26 @@ impl Broker {
 
     /// Members that could be asked: the one named, or all that are online.
     pub(super) fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
+        self.peers_seen(to).map_err(|problem| match problem.kind {
+            // Nobody is seen, because it is this broker that is not there.
+            ProblemKind::NotFound | ProblemKind::Unavailable if self.link != ONLINE => Problem::new(
+                ProblemKind::Unavailable,
+                "this broker",
+                format!("is not in the room itself: {}", self.link),
+            )
+            .next("see 'cicada status'"),
+            _ => problem,
+        })
+    }
+
+    fn peers_seen(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
         match to {
+            Some(name)
+                if name == self.shared.me.as_str() || name == self.shared.config.cloud.name.as_str() =>
+            {
+                Err(Problem::new(ProblemKind::BadRequest, format!("member {name}"), "is this cloud itself")
+                    .next("name another: see 'cicada members'"))
+            }
             Some(name) => {
                 let jid = self.members.find(name).ok_or_else(|| {
                     Problem::new(
@@ -345,13 +366,6 @@ impl Broker {
                     )
                     .next("see 'cicada members'")
                 })?;
-                if jid == self.shared.me {
-                    return Err(Problem::new(
-                        ProblemKind::BadRequest,
-                        format!("member {name}"),
-                        "is this cloud itself",
-                    ));
-                }
                 if !self.members.is_online(&jid) {
                     return Err(Problem::new(
                         ProblemKind::Unavailable,

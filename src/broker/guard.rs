@@ -146,7 +146,7 @@ pub fn kind_of(error: &EnvelopeError) -> Refused {
         EnvelopeError::Version(_) => Refused::Version,
         EnvelopeError::WrongRecipient(_) => Refused::WrongRecipient,
         EnvelopeError::WrongSender { .. } => Refused::WrongSender,
-        EnvelopeError::Expired => Refused::Expired,
+        EnvelopeError::Expired { .. } | EnvelopeError::Unbounded => Refused::Expired,
         EnvelopeError::Replay => Refused::Replay,
         EnvelopeError::Flood => Refused::RateLimit,
     }

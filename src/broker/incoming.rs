@@ -136,15 +136,19 @@ impl Broker {
         if pace == Pace::Never {
             return drop(reply.send(None));
         }
-        let opened = Envelope::<RequestBody>::open(payload, &key, &from, &self.shared.me, now)
+        let opened = self
+            .shared
+            .opened(&from, Envelope::<RequestBody>::open(payload, &key, &from, &self.shared.me, now))
             .and_then(|e| self.replay.admit(&e, now).map(|()| e));
         let request = match opened {
             Ok(request) => request,
             Err(e) => {
                 self.refuse(&from, guard::kind_of(&e), &super::problem::chain(&e));
-                let told = matches!(e, EnvelopeError::Version(_))
-                    .then(|| self.other_version(&from, &key, payload, &e.to_string()))
-                    .flatten();
+                let told = match &e {
+                    EnvelopeError::Version(_) => self.other_version(&from, &key, payload, &e.to_string()),
+                    EnvelopeError::Expired { .. } => self.other_clock(&from, &key, payload, &e.to_string()),
+                    _ => None,
+                };
                 return drop(reply.send(told));
             }
         };
@@ -190,6 +194,16 @@ impl Broker {
         self.replay.admit(&request, now).ok()?;
         let denial =
             Denial::new(DenialCode::Version, text).next("bring the older of the two brokers up to date");
+        self.shared.answer(&request, AnswerBody::Denied(denial)).ok()
+    }
+
+    /// A trusted member whose clock is not ours is told both times. What it asks is not done.
+    fn other_clock(&self, from: &MemberJid, key: &PublicKey, payload: &[u8], text: &str) -> Option<Vec<u8>> {
+        let now = self.shared.now();
+        let request = Envelope::<RequestBody>::open_stale(payload, key, from, &self.shared.me, now).ok()?;
+        let denial = Denial::new(DenialCode::Clock, text).next(
+            "set the clocks of both hosts by NTP; 'cicada members --verbose' shows how far they differ",
+        );
         self.shared.answer(&request, AnswerBody::Denied(denial)).ok()
     }
 

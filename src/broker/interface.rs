@@ -293,6 +293,9 @@ pub struct ReportLine {
     pub detail: String,
 }
 
+/// What [`StatusView::link`] says of a broker that is in the room.
+pub const ONLINE: &str = "online";
+
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct StatusView {
     pub cloud: CloudName,
@@ -389,6 +392,9 @@ pub struct MemberView {
     pub price_per_hour: Option<f32>,
     pub features: Vec<PeerText>,
     pub software: PeerText,
+    /// How far its clock is ahead of this cloud's, by the last message that it signed.
+    #[serde(default)]
+    pub clock_ahead_ms: Option<i64>,
     /// What it may do here.
     #[serde(default)]
     pub policy: Option<MemberPolicy>,

@@ -330,7 +330,7 @@ impl Broker {
             }
             RoomInput::Refused(tally) => self.guard.refusals.add(&tally),
             RoomInput::Joined => {
-                self.link = "online".into();
+                self.link = interface::ONLINE.into();
                 self.announce_wanted = true;
             }
             RoomInput::Down(reason) => {

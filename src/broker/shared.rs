@@ -86,6 +86,7 @@ pub struct Shared {
     pub inbox: Inbox,
     /// The newest protocol version spoken by us and each member, from its presence.
     pub versions: Versions,
+    pub clocks: Clocks,
 }
 
 /// Which protocol version is spoken with whom.
@@ -105,6 +106,32 @@ impl Versions {
             Some(version) => known.insert(member.clone(), version),
             None => known.remove(member),
         };
+    }
+}
+
+/// How far members' clocks are ahead of ours, by what they signed last; the way it took is in it.
+#[derive(Default)]
+pub struct Clocks(RwLock<BTreeMap<MemberJid, ClockSeen>>);
+
+#[derive(Clone, Copy)]
+struct ClockSeen {
+    issued: UnixMillis,
+    ahead_ms: i64,
+}
+
+impl Clocks {
+    pub fn ahead_ms(&self, member: &MemberJid) -> Option<i64> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(member).map(|seen| seen.ahead_ms)
+    }
+
+    /// Takes note of a message whose signature is a trusted member's. One that is not `fresh` counts only if
+    /// it is the latest: whoever carries messages may bring old ones again.
+    pub fn note(&self, member: &MemberJid, issued: UnixMillis, now: UnixMillis, fresh: bool) {
+        let ahead_ms = issued.0.cast_signed().saturating_sub(now.0.cast_signed());
+        let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if fresh || all.get(member).is_none_or(|seen| seen.issued < issued) {
+            all.insert(member.clone(), ClockSeen { issued, ahead_ms });
+        }
     }
 }
 
@@ -148,13 +175,28 @@ impl Shared {
         let nonce = envelope.nonce.clone();
         let sealed = envelope.seal(&self.key).map_err(AskError::Request)?;
         let answer = self.link.request(&peer.jid, sealed, ASK_TIMEOUT).await?;
-        let answer: Envelope<AnswerBody> =
-            Envelope::open(&answer, &peer.key, &peer.jid, &self.me, self.now()).map_err(AskError::Answer)?;
+        let answer: Envelope<AnswerBody> = self
+            .opened(&peer.jid, Envelope::open(&answer, &peer.key, &peer.jid, &self.me, self.now()))
+            .map_err(AskError::Answer)?;
         // An answer repeats its request's nonce, so an old answer cannot be replayed for a new one.
         if answer.nonce != nonce || answer.migration != matter.migration || answer.vm != matter.vm {
             return Err(AskError::Answer(EnvelopeError::Replay));
         }
         Ok(answer.body)
+    }
+
+    /// Takes note of the clock of whoever signed a message.
+    pub fn opened<T>(
+        &self,
+        from: &MemberJid,
+        opened: Result<Envelope<T>, EnvelopeError>,
+    ) -> Result<Envelope<T>, EnvelopeError> {
+        match &opened {
+            Ok(e) => self.clocks.note(from, e.issued, self.now(), true),
+            Err(EnvelopeError::Expired { issued, now }) => self.clocks.note(from, *issued, *now, false),
+            Err(_) => {}
+        }
+        opened
     }
 
     /// Seals the answer to `request`.

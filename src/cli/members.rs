@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::broker::interface::{MemberView, Message, Predecessor, Reply, Request, StatusView};
+use crate::broker::interface::{MemberView, Message, ONLINE, Predecessor, Reply, Request, StatusView};
 use crate::federation::MemberPolicy;
+use crate::migration::envelope::SKEW;
 use crate::types::PublicKey;
 
 use super::context::Context;
@@ -15,6 +16,8 @@ use super::printer::{Outcome, Printer, unexpected};
 use super::table::{Table, card};
 
 const WATCH_EVERY: Duration = Duration::from_secs(2);
+/// A clock that is off by less is nobody's trouble.
+const CLOCK_WORTH_A_WORD: Duration = Duration::from_secs(30);
 
 #[derive(Args)]
 pub struct Members {
@@ -25,7 +28,8 @@ pub struct Members {
 
 pub async fn run(ctx: &Context, args: Members) -> Outcome {
     if !args.watch {
-        return ctx.read(&Request::Members, print_members).await;
+        let link = link_unless_json(ctx).await?;
+        return ctx.read(&Request::Members, |printer, reply| print_members(printer, reply, &link)).await;
     }
     let mut last = None;
     loop {
@@ -39,10 +43,22 @@ pub async fn run(ctx: &Context, args: Members) -> Outcome {
             if ctx.printer.json {
                 ctx.printer.json_message(&Message::Reply(Box::new(reply)))?
             } else {
-                print_members(&ctx.printer, reply)?
+                let link = link_unless_json(ctx).await?;
+                print_members(&ctx.printer, reply, &link)?
             }
         }
         tokio::time::sleep(WATCH_EVERY).await;
+    }
+}
+
+/// This broker's own place in the room, for people; programs ask for the status.
+async fn link_unless_json(ctx: &Context) -> Outcome<String> {
+    if ctx.printer.json {
+        return Ok(ONLINE.into());
+    }
+    match ctx.ask(&Request::Status).await? {
+        Reply::Status(status) => Ok(status.link),
+        other => Err(unexpected(&other)),
     }
 }
 
@@ -55,7 +71,7 @@ fn without_moments(reply: &Reply) -> Reply {
     reply
 }
 
-fn print_members(printer: &Printer, reply: Reply) -> Outcome {
+fn print_members(printer: &Printer, reply: Reply, link: &str) -> Outcome {
     let Reply::Members(members) = reply else { return Err(unexpected(&reply)) };
     let mut table = Table::new([
         "CLOUD", "MEMBER", "STATE", "SINCE", "TRUST", ">CPUS", ">MEMORY", ">STORAGE", ">LOAD", "REGION",
@@ -77,6 +93,19 @@ fn print_members(printer: &Printer, reply: Reply) -> Outcome {
     table.print(printer)?;
     if table.is_empty() {
         printer.note("no other member has been seen");
+    }
+    if link != ONLINE {
+        printer.note(format!("this broker is not in the room itself, so what it shows is old: {link}"));
+    }
+    for (m, ahead_ms) in members.iter().filter_map(|m| Some((m, m.clock_ahead_ms?))) {
+        if ahead_ms.unsigned_abs() > CLOCK_WORTH_A_WORD.as_millis() as u64 {
+            printer.note(format!(
+                "the clock of {} is {}; beyond {} s no request is understood: set both by NTP",
+                m.jid,
+                clock(ahead_ms),
+                SKEW.as_secs()
+            ));
+        }
     }
     if printer.verbose {
         for m in &members {
@@ -131,6 +160,7 @@ fn details(printer: &Printer, m: &MemberView) -> Outcome {
             ("key", m.key.map(|k| k.to_string()).unwrap_or_default()),
             ("fingerprint", m.fingerprint.clone()),
             ("earlier keys", earlier_keys(m)),
+            ("clock", m.clock_ahead_ms.map(clock).unwrap_or_default()),
             ("software", m.software.to_string()),
             ("features", m.features.join(", ")),
             ("power", m.power.to_string()),
@@ -142,6 +172,15 @@ fn details(printer: &Printer, m: &MemberView) -> Outcome {
             ("last seen", ago(m.last_seen)),
         ],
     )
+}
+
+/// Where a clock is against ours.
+fn clock(ahead_ms: i64) -> String {
+    let seconds = ahead_ms.unsigned_abs() as f64 / 1000.0;
+    match ahead_ms {
+        0.. => format!("{seconds:.1} s ahead of ours"),
+        _ => format!("{seconds:.1} s behind ours"),
+    }
 }
 
 /// The keys that the believed one followed, the newest last.
@@ -201,7 +240,7 @@ pub async fn status(ctx: &Context) -> Outcome {
 
 fn print_status(printer: &Printer, s: &StatusView) -> Outcome {
     let free = |text: String| format!("{text} free");
-    let link = if s.link == "online" { printer.good(&s.link) } else { printer.bad(&s.link) };
+    let link = if s.link == ONLINE { printer.good(&s.link) } else { printer.bad(&s.link) };
     card(
         printer,
         &[

@@ -316,6 +316,8 @@ pub enum DenialCode {
     RateLimited,
     /// The message is of a protocol version that is not spoken here.
     Version,
+    /// By this cloud's clock the message is too old, or of the future.
+    Clock,
     #[serde(other)]
     Other,
 }

@@ -206,6 +206,7 @@ impl Home {
             records,
             inbox: inbox.clone(),
             versions: Default::default(),
+            clocks: Default::default(),
             config,
         });
         let confirmed = BTreeMap::from(["a", "b"].map(|name| (jid(name), key(name).public())));
