@@ -536,7 +536,7 @@ fn a_vm_written_out_is_adopted_again_and_boots_as_before() {
         let (vm, output, format) = ("web".into(), path(name), format.into());
         world.call(0, &Request::VmExport { vm, output, format, user_data }).unwrap();
     }
-    world.call(0, &Request::VmDelete { vm: "web".into() }).unwrap();
+    world.call(0, &Request::VmDelete { vm: "web".into(), taken_for: None }).unwrap();
     let adopt = VmAdopt {
         name: "twin".parse().unwrap(),
         disk: path("web.vmdk"),

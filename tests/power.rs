@@ -129,3 +129,40 @@ fn vms_that_were_stopped_for_the_host_run_again_with_the_broker() {
         world.wait("it runs again", 30, |w| w.vm(0, vm).power == PowerState::Running);
     }
 }
+
+fn cicada(world: &World, arguments: &[&str]) -> (Option<i32>, String) {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_cicada"));
+    command.arg("--socket").arg(world.socket(0)).args(arguments).stdin(std::process::Stdio::null());
+    let output = command.output().unwrap();
+    (output.status.code(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+}
+
+/// The only copy is not destroyed unasked, and what goes is named.
+#[test]
+fn a_vm_is_deleted_only_by_who_means_it() {
+    let _turn = world::turn();
+    let Some(world) = one_cloud(&["db", "web"]) else { return };
+    let (code, said) = cicada(&world, &["vm", "delete", "web", "--yes"]);
+    assert_eq!((code, said.contains("is running")), (Some(4), true), "{said}");
+    let (code, said) = cicada(&world, &["vm", "stop", "--all", "--force"]);
+    assert_eq!(code, Some(0), "{said}");
+    let order = ["web", "db"].map(|vm| said.find(&world.vm(0, vm).id.to_string()).unwrap());
+    assert!(order.is_sorted(), "the newest first: {said}");
+    assert_eq!(cicada(&world, &["vm", "stop", "--all"]).0, Some(0), "nothing runs");
+    // Nothing was ever written to this one: nothing is lost that its components do not give again.
+    let user_data = world.clouds[0].dir.join("user-data.raw");
+    std::fs::write(&user_data, vec![7; 1 << 20]).unwrap();
+    let disk = world.clouds[0].dir.join("web.raw");
+    let adopt = ["vm", "adopt", "mail", disk.to_str().unwrap(), "--format", "raw", "--firmware", "bios"];
+    let (code, said) = cicada(&world, &[&adopt[..], &["--user-data", user_data.to_str().unwrap()]].concat());
+    assert_eq!(code, Some(0), "{said}");
+    let (code, said) = cicada(&world, &["vm", "delete", "mail"]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("is here and nowhere else") && said.contains("1 MiB of user data"), "{said}");
+    assert!(said.contains("--yes"), "{said}");
+    assert_eq!(world.vm(0, "mail").power, PowerState::Stopped);
+    let (code, said) = cicada(&world, &["vm", "delete", "mail", "--yes"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("mail is deleted, with"), "{said}");
+    assert_eq!(cicada(&world, &["vm", "show", "mail"]).0, Some(3));
+}

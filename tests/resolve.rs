@@ -178,7 +178,7 @@ fn both_ends_keep_the_same_receipt_and_anybody_can_check_it() {
     assert_eq!(over.status.code(), Some(4));
 
     // Long ago: the views and the source's copy are gone, the receipt stays.
-    world.call(A, &Request::VmDelete { vm: "proof".into() }).unwrap();
+    world.call(A, &Request::VmDelete { vm: "proof".into(), taken_for: None }).unwrap();
     let keys = [A, B].map(|cloud| world.status(cloud).key.to_string());
     for cloud in [A, B] {
         world.stop_broker(cloud, false);

@@ -61,7 +61,7 @@ impl Broker {
                 };
                 return self.stop_named(&vm, Stop { mode, for_host }, reply);
             }
-            Request::VmDelete { vm } => return self.delete_vm(&vm, reply),
+            Request::VmDelete { vm, taken_for } => return self.delete_vm(&vm, taken_for, reply),
             Request::Plan { vm, to } => return self.plan(&vm, to.as_deref(), reply),
             Request::Move { vm, to, dry_run: true } => return self.plan(&vm, to.as_deref(), reply),
             Request::Move { vm, to, dry_run: false } => {

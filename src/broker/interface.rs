@@ -121,8 +121,12 @@ pub enum Request {
         #[serde(default)]
         for_host: bool,
     },
+    /// Scrubs a stopped VM, or the copy that one left here which was handed over.
     VmDelete {
         vm: String,
+        /// What the asker takes it for; refused if it is the other.
+        #[serde(default)]
+        taken_for: Option<Deleted>,
     },
     Plan {
         vm: String,
@@ -249,6 +253,7 @@ pub enum Reply {
     Adopted(Box<AdoptedView>),
     Exported(ExportedView),
     Vms(Vec<VmView>),
+    Deleted(DeletedView),
     Plan(PlanView),
     Migration(Box<MigrationView>),
     Migrations(Vec<MigrationView>),
@@ -543,6 +548,28 @@ pub struct VmView {
     #[serde(default)]
     pub problem: Option<Problem>,
     pub spec: VmSpec,
+}
+
+/// What `vm delete` destroys.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Deleted {
+    /// The VM itself: its disks are here and nowhere else.
+    Vm,
+    /// The copy that it left here when it was handed over.
+    KeptCopy,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct DeletedView {
+    pub id: VmId,
+    pub name: VmName,
+    pub what: Deleted,
+    /// Who has the VM, if only a copy was here.
+    pub owner: Option<MemberJid>,
+    /// Bytes that were allocated.
+    pub root_delta_bytes: u64,
+    pub user_data_bytes: u64,
 }
 
 /// One answer to "can you take this VM".

@@ -16,7 +16,7 @@ use crate::vm::spec::Nic;
 use crate::vm::{Mac, PowerState, VmSpec};
 
 use super::content;
-use super::interface::{Reply, VmCreate, VmView};
+use super::interface::{Deleted, DeletedView, Reply, VmCreate, VmView};
 use super::lineages::LAW;
 use super::power::Stop;
 use super::problem::{Problem, ProblemKind, chain};
@@ -331,8 +331,17 @@ impl Broker {
     }
 
     /// Deletes a stopped VM, or the kept copy of one that was handed over and acknowledged.
-    pub(super) fn delete_vm(&mut self, name: &str, reply: Answer) {
-        match self.deletable(name) {
+    pub(super) fn delete_vm(&mut self, name: &str, taken_for: Option<Deleted>, reply: Answer) {
+        let what = |b: &Self, id: VmId| match b.vms.get(&id).is_some_and(|vm| vm.record.is_here()) {
+            true => Deleted::Vm,
+            false => Deleted::KeptCopy,
+        };
+        let id = self.deletable(name).and_then(|id| match taken_for.is_none_or(|t| t == what(self, id)) {
+            true => Ok(id),
+            false => Err(Problem::new(ProblemKind::Conflict, format!("VM {name}"), "moved in the meantime")
+                .next(format!("see 'cicada vm show {name}'"))),
+        });
+        match id {
             Err(problem) => drop(reply.send(Err(problem))),
             Ok(id) => self.remove_vm(id, Some(reply)),
         }
@@ -373,6 +382,16 @@ impl Broker {
             return;
         }
         let Some(vm) = self.vms.remove(&id) else { return };
+        let disks = self.disk_paths(&vm.record);
+        let given = vm.record.given_up();
+        let deleted = DeletedView {
+            id,
+            name: vm.record.spec.name.clone(),
+            what: if given.is_some() { Deleted::KeptCopy } else { Deleted::Vm },
+            owner: given.map(|g| g.to.clone()),
+            root_delta_bytes: allocated_bytes(&disks.root),
+            user_data_bytes: allocated_bytes(&disks.user_data),
+        };
         let shared = self.shared.clone();
         tokio::spawn(async move {
             let undefined = shared.driver.undefine(id).await;
@@ -389,7 +408,7 @@ impl Broker {
                 (Err(e), _) => Err(Problem::from_error(ProblemKind::Failed, object, &e)),
                 (_, Ok(Err(e))) => Err(Problem::from_error(ProblemKind::Failed, object, &e)),
                 (_, Err(e)) => Err(Problem::new(ProblemKind::Failed, object, e.to_string())),
-                (Ok(()), Ok(Ok(()))) => Ok(Reply::Done),
+                (Ok(()), Ok(Ok(()))) => Ok(Reply::Deleted(deleted)),
             };
             tracing::info!(vm = %name, "removed");
             if let Some(reply) = reply {

@@ -8,6 +8,7 @@ pub mod bench;
 mod broker;
 mod component;
 mod config;
+mod confirm;
 mod console;
 mod context;
 mod federation;

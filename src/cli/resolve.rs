@@ -1,12 +1,10 @@
 //! `cicada migration resolve`: the loud override. It says what is at risk before anything happens.
 
-use std::io::{self, BufRead, IsTerminal, Read, Write};
-
 use clap::{Args, ValueEnum};
 
 use crate::broker::interface::{Reply, Request, ResolutionView, Side};
-use crate::broker::problem::{Problem, ProblemKind};
 
+use super::confirm;
 use super::context::Context;
 use super::printer::{Outcome, unexpected};
 
@@ -30,9 +28,6 @@ enum Owner {
     There,
 }
 
-/// No name of a VM is longer.
-const ANSWER_BYTES_MAX: u64 = 256;
-
 pub async fn run(ctx: &Context, args: Resolve) -> Outcome {
     let owner = match args.owner {
         Owner::Here => Side::Here,
@@ -47,7 +42,7 @@ pub async fn run(ctx: &Context, args: Resolve) -> Outcome {
     }
     told.checks.iter().for_each(|check| loud.note(format!("  - {check}")));
     if !args.yes {
-        confirmed(&told)?;
+        confirm::by_name(told.vm.as_str(), &format!("migration {}", told.migration), "is not decided")?;
     }
     let done = ask(ctx, &told.migration.to_string(), owner, true).await?;
     if ctx.printer.json {
@@ -66,22 +61,4 @@ async fn ask(ctx: &Context, id: &str, owner: Side, confirmed: bool) -> Outcome<R
         Reply::Resolution(view) => Ok(*view),
         other => Err(unexpected(&other)),
     }
-}
-
-/// Asks for the VM's name: more than a key pressed by habit.
-fn confirmed(told: &ResolutionView) -> Result<(), Problem> {
-    let object = format!("migration {}", told.migration);
-    if !io::stdin().is_terminal() {
-        return Err(Problem::new(ProblemKind::BadRequest, object, "is not decided: there is nobody to ask")
-            .next("add --yes if you accept the risk"));
-    }
-    let failed = |e: io::Error| Problem::from_error(ProblemKind::Failed, "the terminal", &e);
-    let mut err = io::stderr().lock();
-    write!(err, "Type the VM's name ({}) to go on: ", told.vm).and_then(|()| err.flush()).map_err(failed)?;
-    let mut line = String::new();
-    io::stdin().lock().take(ANSWER_BYTES_MAX).read_line(&mut line).map_err(failed)?;
-    if line.trim() == told.vm.as_str() {
-        return Ok(());
-    }
-    Err(Problem::new(ProblemKind::Cancelled, object, "is not decided: another name was typed"))
 }

@@ -2,18 +2,22 @@
 
 use clap::{Args, Subcommand};
 
-use crate::broker::interface::{Reply, Request, VmCreate, VmView};
+use crate::broker::interface::{Deleted, Reply, Request, VmCreate, VmView};
 use crate::config::HumanDuration;
 use crate::types::{ByteSize, VmName};
 use crate::vm::PowerState;
 
 use super::adopt;
+use super::confirm;
 use super::console;
 use super::context::Context;
 use super::format::bytes;
 use super::printer::{Failure, Outcome, Printer, unexpected};
 use super::recipe::Ingredients;
 use super::table::{Table, card};
+
+/// What an overlay takes that no guest wrote to.
+const UNTOUCHED_DELTA_BYTES: u64 = 1 << 20;
 
 #[derive(Subcommand)]
 pub enum Command {
@@ -54,8 +58,13 @@ pub enum Command {
         #[arg(long, default_value = "90s", value_name = "DURATION")]
         timeout: HumanDuration,
     },
-    /// Delete a stopped VM with its disks
-    Delete { vm: String },
+    /// Delete a stopped VM with its disks, or the copy that one left here
+    Delete {
+        vm: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
     /// Connect to a VM's console; Ctrl-] leaves it
     Console(console::Console),
 }
@@ -112,9 +121,7 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
             }
             failed
         }
-        Command::Delete { vm } => {
-            done(ctx, Request::VmDelete { vm: vm.clone() }, format!("{vm} is deleted")).await
-        }
+        Command::Delete { vm, yes } => delete(ctx, vm, yes).await,
         Command::Console(args) => console::run(ctx, args).await,
     }
 }
@@ -135,6 +142,53 @@ impl Create {
             start: self.start,
         })
     }
+}
+
+async fn delete(ctx: &Context, vm: String, yes: bool) -> Outcome {
+    let shown = match ctx.ask(&Request::VmShow { vm: vm.clone() }).await? {
+        Reply::Vm(view) => view,
+        other => return Err(unexpected(&other)),
+    };
+    let taken_for = if shown.owner.is_some() { Deleted::KeptCopy } else { Deleted::Vm };
+    // What runs, or is not to be deleted for another reason, is refused without a question.
+    let asks = !yes && matches!(shown.power, PowerState::Stopped | PowerState::Crashed);
+    if asks && let Some(statement) = at_stake(&shown) {
+        ctx.printer.aloud().note(statement);
+        confirm::by_name(shown.name.as_str(), &format!("VM {vm}"), "is not deleted")?;
+    }
+    let request = Request::VmDelete { vm: shown.id.to_string(), taken_for: Some(taken_for) };
+    ctx.work(&request, |printer, reply| {
+        let Reply::Deleted(d) = reply else { return Err(unexpected(&reply)) };
+        printer.note(match &d.owner {
+            Some(owner) => {
+                format!("the copy that {} left here is deleted; the VM itself is {owner}'s", d.name)
+            }
+            None => format!("{} is deleted, with {}", d.name, content(d.root_delta_bytes, d.user_data_bytes)),
+        });
+        Ok(())
+    })
+    .await
+}
+
+/// What is lost with it; nothing for a VM whose disks hold nothing of its own.
+fn at_stake(vm: &VmView) -> Option<String> {
+    let content = content(vm.root_delta_bytes, vm.user_data_bytes);
+    match &vm.owner {
+        Some(owner) => Some(format!(
+            "{} was handed over to {owner} and is not touched there. The copy that it left here, {content}, makes \
+             the way home short: without it everything travels again.",
+            vm.name
+        )),
+        None if vm.user_data_size.0 == 0 && vm.root_delta_bytes <= UNTOUCHED_DELTA_BYTES => None,
+        None => Some(format!(
+            "{} is here and nowhere else: its disks, {content}, are destroyed for good.",
+            vm.name
+        )),
+    }
+}
+
+fn content(root_delta_bytes: u64, user_data_bytes: u64) -> String {
+    format!("{} of changes and {} of user data", bytes(root_delta_bytes), bytes(user_data_bytes))
 }
 
 /// The VMs that run, the newest first: who was started last may need those before it.

@@ -88,7 +88,7 @@ fn hand_over(bench: &Bench, peer: &Peer, matter: Matter) {
 
 pub fn delete_vm(bench: &Bench, matter: Matter) {
     let vm = matter.vm.to_string();
-    assert!(matches!(bench.world.call(0, &Request::VmDelete { vm }), Ok(Reply::Done)));
+    assert!(matches!(bench.world.call(0, &Request::VmDelete { vm, taken_for: None }), Ok(Reply::Deleted(_))));
 }
 
 pub fn rows(bench: &mut Bench) {

@@ -512,7 +512,7 @@ fn start_rows(bench: &mut Bench) {
     let name = vm.name.to_string();
     for request in [
         Request::VmStart { vm: name.clone(), unconfirmed: false, by_uid: None },
-        Request::VmDelete { vm: name.clone() },
+        Request::VmDelete { vm: name.clone(), taken_for: None },
     ] {
         assert!(bench.world.call(0, &request).is_err(), "{request:?}");
     }
