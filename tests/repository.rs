@@ -123,3 +123,70 @@ fn a_killed_writer_loses_nothing_it_reported_and_leaves_nothing_half_made() {
     assert!(stored.len() as u64 > ROUNDS / 2, "only {} were stored", stored.len());
     println!("{} components stored over {ROUNDS} kills, none lost", stored.len());
 }
+
+/// A file system of its own, gone with it.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(at: PathBuf, size_mib: u32) -> Option<Self> {
+        std::fs::create_dir_all(&at).unwrap();
+        let options = format!("size={size_mib}m,mode=700");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&at).status();
+        mounted.is_ok_and(|s| s.success()).then_some(Self(at))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+/// The disk was full for a while: the index works again without a restart, and knows all that is there.
+#[test]
+fn an_index_that_failed_on_a_full_disk_works_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(disk) = SmallDisk::mount(dir.path().join("small"), 48) else {
+        let _ = writeln!(std::io::stderr(), "SKIPPED: a small file system cannot be mounted here");
+        return;
+    };
+    let repository = Repository::create(&disk.0.join("repository")).unwrap();
+    let pack = |seed: u64| {
+        let mut writer = repository.pack_writer().unwrap();
+        writer.append(&mut noise(seed, 3000).as_slice(), 3000).unwrap();
+        writer.finish().map(|finished| finished.unwrap().0)
+    };
+    let mut held: Vec<PackId> = (0..50).map(|n| pack(n).unwrap()).collect();
+    assert!(!repository.index_has_failed() && !repository.heal_index().unwrap());
+    // No byte is left, and what the index was told last is not on disk yet.
+    let filler = disk.0.join("filler");
+    let mut file = std::fs::File::create(&filler).unwrap();
+    let mut n = 1000;
+    for size in [1 << 20, 1 << 12] {
+        while file.write_all(&vec![1; size]).is_ok() {}
+    }
+    let begun = std::time::Instant::now();
+    while !repository.index_has_failed() {
+        assert!(begun.elapsed() < Duration::from_secs(30), "the index never failed");
+        // What does not fit is refused; what does is held.
+        file.set_len(file.metadata().unwrap().len() - 4096).unwrap();
+        held.extend(pack(n));
+        n += 1;
+        let _ = file.sync_all();
+        while file.write_all(&[1; 4096]).is_ok() {}
+        let _ = repository.check(&mut |_, _| ());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(matches!(repository.heal_index(), Err(RepositoryError::NoSpace { .. })), "still full");
+    std::fs::remove_file(&filler).unwrap();
+    drop(file);
+    assert!(repository.heal_index().unwrap());
+    assert!(!repository.index_has_failed());
+    held.push(pack(7).unwrap());
+    for pack in &held {
+        assert!(repository.has_pack(pack), "{pack}");
+    }
+    drop(repository);
+    let again = Repository::open(&disk.0.join("repository")).unwrap();
+    assert!(held.iter().all(|pack| again.has_pack(pack)));
+}

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -12,7 +13,7 @@ use super::Broker;
 use super::borrowing::borrow;
 use super::content::{check_lines, check_repository, line, repository_problem};
 use super::interface::{Event, Reply, ReportLine};
-use super::problem::{Problem, ProblemKind};
+use super::problem::{Problem, ProblemKind, chain};
 use super::shared::{Peer, Shared};
 
 /// Lines about objects that stay damaged or missing.
@@ -25,7 +26,24 @@ pub fn unhealed(lines: &[ReportLine]) -> u64 {
     lines.iter().filter(counts).map(|l| l.value).sum()
 }
 
+/// Between tries to open a failed index anew.
+const INDEX_PAUSE: Duration = Duration::from_secs(10);
+
 impl Broker {
+    /// Opens the repository's index anew if its storage failed, as when the disk was full, until it works.
+    pub(super) fn heal_index(&mut self) {
+        let now = self.shared.now();
+        if !self.shared.repository.index_has_failed() || now < self.index_retry {
+            return;
+        }
+        self.index_retry = now.plus(INDEX_PAUSE);
+        let repository = self.shared.repository.clone();
+        tokio::task::spawn_blocking(move || match repository.heal_index() {
+            Ok(_) => tracing::info!("the repository's index works again"),
+            Err(e) => tracing::error!(error = chain(&e), "the repository's index failed; it is tried again"),
+        });
+    }
+
     /// Checks the repository and heals what can be healed, off this task.
     pub(super) fn heal(&self, events: mpsc::Sender<Event>, reply: oneshot::Sender<Result<Reply, Problem>>) {
         let shared = self.shared.clone();

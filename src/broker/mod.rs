@@ -132,6 +132,8 @@ pub struct Broker {
     shared: Arc<Shared>,
     members: Members,
     link: String,
+    /// When a failed index is opened anew at the earliest.
+    index_retry: UnixMillis,
     replay: ReplayGuard,
     vms: BTreeMap<VmId, Vm>,
     /// Names of VMs that are being made.
@@ -218,6 +220,7 @@ impl Broker {
             shared,
             members,
             link: "connecting".into(),
+            index_retry: UnixMillis(0),
             replay: ReplayGuard::default(),
             vms,
             names_in_use: BTreeSet::new(),
@@ -305,6 +308,7 @@ impl Broker {
         self.gather_refusals();
         self.scrub_released();
         self.optimize_when_idle();
+        self.heal_index();
     }
 
     fn room_input(&mut self, input: RoomInput) {

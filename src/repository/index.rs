@@ -4,12 +4,13 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
 use std::time::Duration;
 
-use super::error::{ObjectId, ObjectKind, RepositoryError, Result};
+use super::error::{IoContext, ObjectId, ObjectKind, RepositoryError, Result};
 use crate::component::Kind;
 use crate::component::manifest::{Manifest, limit};
 use crate::types::codec::{CodecError, Reader, Writer};
@@ -21,14 +22,24 @@ const CACHE_BYTES: u64 = 4 << 20;
 const VERSION: &[u8] = b"1";
 
 pub(super) struct Index {
+    dir: PathBuf,
+    /// Nothing only where opening anew failed.
+    open: RwLock<Option<Trees>>,
+    /// An operation failed in reading or writing. sled (0.34) answers with its first such error for ever,
+    /// also when there is room again: it must be opened anew.
+    failed: AtomicBool,
+    /// Held while an object is entered, and while one is found gone and removed: so none that is
+    /// stored at the same time is taken for gone.
+    changing: Mutex<()>,
+}
+
+#[derive(Clone)]
+struct Trees {
     db: sled::Db,
     /// Kind byte and hash -> [`Entry`].
     objects: sled::Tree,
     /// Component id -> [`Summary`].
     summaries: sled::Tree,
-    /// Held while an object is entered, and while one is found gone and removed: so none that is
-    /// stored at the same time is taken for gone.
-    changing: Mutex<()>,
 }
 
 /// Sizes of an object, and for a node where its bytes lie.
@@ -57,10 +68,8 @@ pub(super) struct Summary {
     pub packs: Vec<(PackId, u64)>,
 }
 
-impl Index {
-    /// Opens what is there, or makes an empty index. An index that cannot be read is an error; the
-    /// caller wipes it and rebuilds.
-    pub fn open(dir: &Path) -> Result<Self> {
+impl Trees {
+    fn open(dir: &Path) -> Result<Self> {
         let config = sled::Config::new()
             .path(dir)
             .cache_capacity(CACHE_BYTES)
@@ -77,34 +86,69 @@ impl Index {
                 other => break other?,
             }
         };
-        Ok(Self {
-            objects: db.open_tree("objects")?,
-            summaries: db.open_tree("summaries")?,
-            changing: Mutex::new(()),
-            db,
-        })
+        Ok(Self { objects: db.open_tree("objects")?, summaries: db.open_tree("summaries")?, db })
+    }
+}
+
+impl Index {
+    /// Opens what is there, or makes an empty index. An index that cannot be read is an error; the
+    /// caller wipes it and rebuilds.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let open = RwLock::new(Some(Trees::open(dir)?));
+        Ok(Self { dir: dir.to_owned(), open, failed: AtomicBool::new(false), changing: Mutex::new(()) })
+    }
+
+    /// Whether nothing is to be had of it until it is opened anew.
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Relaxed)
+    }
+
+    /// Opens it anew; what was entered last may be lost. `wiped`: all of it is.
+    pub fn reopen(&self, wiped: bool) -> Result<()> {
+        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        // With the last handle goes sled's lock on the directory.
+        *open = None;
+        if wiped {
+            Self::wipe(&self.dir).at("remove", &self.dir)?;
+        }
+        *open = Some(Trees::open(&self.dir)?);
+        self.failed.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn trees(&self) -> Result<Trees> {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        open.clone().ok_or_else(|| malformed("it could not be opened anew"))
+    }
+
+    /// Takes note of failures that sled never gets over.
+    fn noted<T>(&self, result: sled::Result<T>) -> Result<T> {
+        if let Err(sled::Error::Io(_)) = &result {
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        Ok(result?)
     }
 
     /// Whether [`Index::set_complete`] was ever reached, by code of this version.
     pub fn is_complete(&self) -> Result<bool> {
-        Ok(self.db.get("complete")?.is_some_and(|v| v == VERSION))
+        Ok(self.noted(self.trees()?.db.get("complete"))?.is_some_and(|v| v == VERSION))
     }
 
     /// States that all objects on disk have been entered.
     pub fn set_complete(&self) -> Result<()> {
-        self.db.insert("complete", VERSION)?;
+        self.noted(self.trees()?.db.insert("complete", VERSION))?;
         self.flush()
     }
 
     /// The seal put on the index when it was closed last.
     pub fn seal(&self) -> Result<Option<Vec<u8>>> {
-        Ok(self.db.get("seal")?.map(|v| v.to_vec()))
+        Ok(self.noted(self.trees()?.db.get("seal"))?.map(|v| v.to_vec()))
     }
 
     /// Ends a use: the seal is the last thing written. sled gives up, without a word, whatever lies
     /// behind damage in its log, so a seal other than the one remembered elsewhere tells.
     pub fn set_seal(&self, seal: &[u8]) -> Result<()> {
-        self.db.insert("seal", seal)?;
+        self.noted(self.trees()?.db.insert("seal", seal))?;
         self.flush()
     }
 
@@ -117,12 +161,12 @@ impl Index {
     }
 
     pub fn flush(&self) -> Result<()> {
-        self.db.flush()?;
+        self.noted(self.trees()?.db.flush())?;
         Ok(())
     }
 
     pub fn get(&self, object: &ObjectId) -> Result<Option<Entry>> {
-        match self.objects.get(key(object))? {
+        match self.noted(self.trees()?.objects.get(key(object)))? {
             Some(value) => Ok(Some(decode(&value, Entry::read)?)),
             None => Ok(None),
         }
@@ -131,7 +175,7 @@ impl Index {
     /// Enters an object, whose file must be in its place.
     pub fn insert(&self, object: &ObjectId, entry: &Entry) -> Result<()> {
         let _changing = self.changing();
-        self.objects.insert(key(object), entry.encode())?;
+        self.noted(self.trees()?.objects.insert(key(object), entry.encode()))?;
         Ok(())
     }
 
@@ -141,9 +185,9 @@ impl Index {
         if !is_gone() {
             return Ok(());
         }
-        self.objects.remove(key(object))?;
+        self.noted(self.trees()?.objects.remove(key(object)))?;
         if let ObjectId::Manifest(id) = object {
-            self.summaries.remove(id.as_bytes())?;
+            self.noted(self.trees()?.summaries.remove(id.as_bytes()))?;
         }
         Ok(())
     }
@@ -155,8 +199,20 @@ impl Index {
             batch.insert(key(&ObjectId::Node(hash)).as_slice(), entry.encode());
         }
         let _changing = self.changing();
-        self.objects.apply_batch(batch)?;
+        self.noted(self.trees()?.objects.apply_batch(batch))?;
         Ok(())
+    }
+
+    /// What `walk` goes through; one error, if the index is not open.
+    fn items(
+        &self,
+        walk: impl FnOnce(&Trees) -> sled::Iter,
+    ) -> impl Iterator<Item = Result<(sled::IVec, sled::IVec)>> {
+        let (items, closed) = match self.trees() {
+            Ok(trees) => (Some(walk(&trees)), None),
+            Err(error) => (None, Some(Err(error))),
+        };
+        items.into_iter().flatten().map(|item| self.noted(item)).chain(closed)
     }
 
     fn changing(&self) -> MutexGuard<'_, ()> {
@@ -165,12 +221,13 @@ impl Index {
 
     /// Hashes of one kind that begin with a byte, ascending.
     pub fn of_fan(&self, kind: ObjectKind, fan: u8) -> impl Iterator<Item = Result<[u8; 32]>> {
-        self.objects.scan_prefix([kind as u8, fan]).keys().map(|key| Ok(*object_of(&key?)?.hash_bytes()))
+        self.items(move |t| t.objects.scan_prefix([kind as u8, fan]))
+            .map(|item| Ok(*object_of(&item?.0)?.hash_bytes()))
     }
 
     /// Every entry of one kind.
     pub fn of_kind(&self, kind: ObjectKind) -> impl Iterator<Item = Result<(ObjectId, Entry)>> {
-        self.objects.scan_prefix([kind as u8]).map(|item| {
+        self.items(move |t| t.objects.scan_prefix([kind as u8])).map(|item| {
             let (key, value) = item?;
             Ok((object_of(&key)?, decode(&value, Entry::read)?))
         })
@@ -178,31 +235,31 @@ impl Index {
 
     /// Every entry, one kind after the other.
     pub fn entries(&self) -> impl Iterator<Item = Result<(ObjectId, Entry)>> {
-        self.objects.iter().map(|item| {
+        self.items(move |t| t.objects.iter()).map(|item| {
             let (key, value) = item?;
             Ok((object_of(&key)?, decode(&value, Entry::read)?))
         })
     }
 
     pub fn has_summary(&self, id: &ComponentId) -> Result<bool> {
-        Ok(self.summaries.contains_key(id.as_bytes())?)
+        Ok(self.noted(self.trees()?.summaries.contains_key(id.as_bytes()))?)
     }
 
     /// Keeps a manifest's summary. The manifest must be entered before: see [`Index::remove_if`].
     pub fn put_summary(&self, id: &ComponentId, manifest: &Manifest) -> Result<()> {
-        self.summaries.insert(id.as_bytes(), Summary::of(manifest).encode())?;
+        self.noted(self.trees()?.summaries.insert(id.as_bytes(), Summary::of(manifest).encode()))?;
         Ok(())
     }
 
     pub fn summary(&self, id: &ComponentId) -> Result<Option<Summary>> {
-        match self.summaries.get(id.as_bytes())? {
+        match self.noted(self.trees()?.summaries.get(id.as_bytes()))? {
             Some(value) => Ok(Some(decode(&value, Summary::read)?)),
             None => Ok(None),
         }
     }
 
     pub fn summaries(&self) -> impl Iterator<Item = Result<(ComponentId, Summary)>> {
-        self.summaries.iter().map(|item| {
+        self.items(|t| t.summaries.iter()).map(|item| {
             let (key, value) = item?;
             let id = <[u8; 32]>::try_from(&*key).map_err(|_| malformed("a key of wrong length"))?;
             Ok((ComponentId::from_bytes(id), decode(&value, Summary::read)?))

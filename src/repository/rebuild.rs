@@ -10,12 +10,44 @@ use super::layout::{LastUse, Layout, list_fan, list_strays, walk_objects};
 use super::{Repository, nodes, pack_reader, records};
 use crate::types::Hash;
 
+/// Room without which opening an index anew would only fail again.
+const INDEX_ROOM_BYTES: u64 = 4 << 20;
+
 impl Repository {
     /// Enters every object on disk anew and removes entries that have none. Returns the number of
     /// objects. Others may use the repository meanwhile.
     pub fn rebuild_index(&self) -> Result<u64> {
         self.flush_nodes()?;
         reconcile(self.layout(), self.index(), true)
+    }
+}
+
+impl Repository {
+    /// Opens an index anew that answers with an old failure of its storage, such as of a disk that was full,
+    /// and makes it good from the objects on disk. False if there was nothing to mend.
+    ///
+    /// # Errors
+    /// The storage still fails, or there is too little room; the index is as it was, to be tried again.
+    pub fn heal_index(&self) -> Result<bool> {
+        if !self.index().has_failed() {
+            return Ok(false);
+        }
+        self.require_space(INDEX_ROOM_BYTES)?;
+        match self.index().reopen(false).and_then(|()| self.index().is_complete()) {
+            Ok(complete) => reconcile(self.layout(), self.index(), !complete)?,
+            Err(RepositoryError::Index { reason }) => {
+                tracing::warn!(reason, "the index is unusable and is made anew");
+                self.index().reopen(true)?;
+                reconcile(self.layout(), self.index(), true)?
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(true)
+    }
+
+    /// Whether [`Repository::heal_index`] has something to mend.
+    pub fn index_has_failed(&self) -> bool {
+        self.index().has_failed()
     }
 }
 
