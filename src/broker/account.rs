@@ -74,6 +74,20 @@ pub fn progress(view: &mut MigrationProgress, p: &Progress, now: UnixMillis) {
     }
 }
 
+/// What share of a move is done when a pass is on its way, of which `carried` has come. Where the VM stands
+/// still the first pass carries everything; otherwise the last one only what was written meanwhile.
+pub fn fraction_of_pass(first: bool, last: bool, p: &MigrationProgress) -> f64 {
+    let carried = match p.bytes_total {
+        0 => 0.0,
+        total => (p.bytes_done as f64 / total as f64).min(1.0),
+    };
+    match (first, last) {
+        (true, true) => 0.03 + 0.90 * carried,
+        (_, false) => 0.03 + 0.77 * carried,
+        (false, true) => 0.85 + 0.08 * carried,
+    }
+}
+
 /// Takes over the target's count; it is cumulative over all passes.
 pub fn stage(account: &mut Account, s: &StageAccount) {
     // A target that restarted has forgotten its count.
@@ -171,5 +185,29 @@ mod tests {
         assert_eq!((view.bytes_done, view.bytes_total), (100, 1000));
         progress(&mut view, &report(2000, 1500), UnixMillis(3000));
         assert_eq!((view.bytes_done, view.bytes_total, view.eta_s), (2000, 2000, Some(0)));
+    }
+
+    #[test]
+    fn what_is_done_follows_what_was_carried_whichever_pass_carries_it() {
+        let spec: VmSpec = serde_json::from_value(serde_json::json!({
+            "id": uuid::Uuid::nil(), "name": "web", "cpus": 1, "memory": 1 << 27, "recipe": "0".repeat(64),
+            "root_size": 0, "user_data_size": 0, "nics": [], "architecture": "amd64", "cpu_model": "qemu64",
+        }))
+        .unwrap();
+        let peer = "b@x".parse().unwrap();
+        let view = |done, total| MigrationProgress {
+            bytes_done: done,
+            bytes_total: total,
+            ..new_view(MigrationId::random(), &spec, "source", &peer, None, UnixMillis(0)).progress
+        };
+        // A VM that stands still: half of its bytes are about half of the move.
+        for (done, expected) in [(0, 3), (500, 48), (1000, 93)] {
+            assert_eq!((fraction_of_pass(true, true, &view(done, 1000)) * 100.0).round() as u32, expected);
+        }
+        // One that runs: the last pass begins beyond where the earlier ones end.
+        assert!(
+            fraction_of_pass(true, false, &view(1000, 1000)) < fraction_of_pass(false, true, &view(0, 0))
+        );
+        assert!(fraction_of_pass(false, true, &view(1000, 1000)) < 0.95);
     }
 }

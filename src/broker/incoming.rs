@@ -552,14 +552,23 @@ impl Broker {
             TargetEvent::LeaseExpired => run.end_because(format!("{} asked nothing any more", run.peer.jid)),
             _ => {}
         }
+        if let TargetEvent::StageProgress(report) = &event {
+            account::progress(&mut run.view.progress, report, now);
+            let carried = &mut run.view.account.carried_bytes;
+            *carried = (*carried).max(report.bytes_done);
+        }
         let effects = run.machine.step(event);
         let p = &mut run.view.progress;
         p.updated = now;
         let (phase, fraction) = match run.machine.phase() {
             Phase::Reserved => ("negotiate", 0.01),
-            Phase::Staging(pass) | Phase::Staged(pass) if !pass.last => ("stage", 0.1),
-            Phase::Staging(_) | Phase::Staged(_) => ("switch-over", 0.85),
+            Phase::Staging(pass) | Phase::Staged(pass) => {
+                let first = pass.number == 1;
+                let name = if pass.last && !first { "switch-over" } else { "stage" };
+                (name, account::fraction_of_pass(first, pass.last, p))
+            }
             Phase::TakingOver | Phase::Starting => ("start", 0.95),
+            Phase::Owned if run.machine.problem().is_some() => ("handed-over", 1.0),
             Phase::Owned => ("completed", 1.0),
             Phase::Abandoned => ("cancelled", 1.0),
         };

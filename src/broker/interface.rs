@@ -718,6 +718,10 @@ pub struct Account {
     pub control_bytes: u64,
     /// UDP payload of the data link, both directions.
     pub wire_bytes: u64,
+    /// What came across so far, as it is known while a pass is under way and when one fails; what the
+    /// others say is of passes that were completed.
+    #[serde(default)]
+    pub carried_bytes: u64,
     /// Whole disks through zstd level 3, and raw allocated bytes; `None` until estimated.
     pub monolithic_zstd_bytes: Option<u64>,
     pub monolithic_raw_bytes: Option<u64>,

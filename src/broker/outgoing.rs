@@ -70,6 +70,8 @@ pub struct Outgoing {
     /// What came of the last request, if not an answer that leads on.
     pub last_word: String,
     stopped_at: Option<UnixMillis>,
+    /// By the target's word.
+    runs_there: bool,
     /// Its guest was held still before.
     was_held: bool,
     subscribers: Vec<mpsc::Sender<Event>>,
@@ -151,6 +153,7 @@ impl Broker {
             advanced: (now, 0),
             last_word: String::new(),
             stopped_at: None,
+            runs_there: false,
             was_held: false,
             subscribers: vec![events],
             waiters: vec![reply],
@@ -208,6 +211,7 @@ impl Broker {
                     advanced: (given.since, 0),
                     last_word: "this broker restarted and asks anew".into(),
                     stopped_at: None,
+                    runs_there: false,
                     was_held: false,
                     subscribers: Vec::new(),
                     waiters: Vec::new(),
@@ -286,7 +290,9 @@ impl Broker {
         let now = self.shared.now();
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let after = run.machine.phase();
-        let (old, new) = (phase_name(before), phase_name(after));
+        let ran = run.machine.was_running();
+        run.view.account.carried_bytes = run.view.account.carried_bytes.max(run.limiter.sent_bytes());
+        let (old, new) = (phase_name(before, ran), phase_name(after, ran));
         if old != new {
             *run.view.account.phase_ms.entry(old.into()).or_default() +=
                 now.since(run.phase_since).as_millis() as u64;
@@ -304,9 +310,11 @@ impl Broker {
             Phase::Checking => format!("asking {} whether it can take the VM", run.peer.jid),
             Phase::Reserving => format!("reserving room at {}", run.peer.jid),
             Phase::Scanning { last: false, .. } => "hashing the disks while the VM runs".into(),
-            Phase::Scanning { last: true, .. } => "hashing what the last moments changed".into(),
+            Phase::Scanning { last: true, .. } if ran => "hashing what the last moments changed".into(),
+            Phase::Scanning { last: true, .. } => "hashing the disks".into(),
             Phase::Staging(p) if !p.last => format!("pass {}: the target fetches what it lacks", p.number),
-            Phase::Staging(_) => "last pass: the VM is stopped".into(),
+            Phase::Staging(_) if ran => "last pass: the VM is stopped".into(),
+            Phase::Staging(_) => "the target fetches what it lacks; the VM does not run".into(),
             Phase::Stopping => "stopping the VM".into(),
             Phase::HandingOver if in_doubt => format!(
                 "in doubt whether {} took the VM over; asking until it answers. It must not be started here",
@@ -314,23 +322,20 @@ impl Broker {
             ),
             Phase::GivingUp | Phase::HandingOver => format!("handing the VM over to {}", run.peer.jid),
             Phase::TakingBack => "the target gave the VM back".into(),
-            Phase::Released => format!("the VM runs in {}", run.peer.jid),
+            Phase::Released if run.runs_there => format!("the VM runs in {}", run.peer.jid),
+            Phase::Released => format!("the VM is in {}, and does not run", run.peer.jid),
             Phase::Abandoned => "ended without a hand-over; the VM is here".into(),
         };
         if run.machine.held() {
             p.detail.push_str("; the guest is held still");
         }
-        let staged = match p.bytes_total {
-            0 => 0.0,
-            total => (p.bytes_done as f64 / total as f64).min(1.0),
-        };
         let fraction = match after {
             Phase::Checking => 0.0,
             Phase::Reserving => 0.01,
             Phase::Scanning { last: false, .. } => 0.02,
-            Phase::Staging(pass) if !pass.last => 0.03 + 0.77 * staged,
+            Phase::Scanning { last: true, .. } if !ran => 0.02,
+            Phase::Staging(pass) => account::fraction_of_pass(pass.number == 1, pass.last, p),
             Phase::Stopping | Phase::Scanning { .. } => 0.82,
-            Phase::Staging(_) => 0.85,
             Phase::GivingUp | Phase::HandingOver | Phase::TakingBack => 0.95,
             Phase::Released | Phase::Abandoned => 1.0,
         };
@@ -533,6 +538,9 @@ impl Broker {
                 if let AnswerBody::Reserved { reservation, .. } = &body {
                     run.reservation = *reservation;
                 }
+                if let AnswerBody::Started { running, .. } = &body {
+                    run.runs_there = *running;
+                }
                 if let AnswerBody::Denied(d) = &body {
                     run.last_word = format!("it denied: {}", d.text);
                 }
@@ -678,6 +686,7 @@ impl Broker {
                 .next("let that cloud's operator start it, or move it back"),
             );
         }
+        let phase = if run.machine.was_running() && !running { "handed-over" } else { "completed" };
         let vm = run.matter.vm;
         let grace = self.shared.config.migration.grace_period;
         if let Err(e) = self.shared.records.save_receipt(id, &receipt) {
@@ -712,7 +721,7 @@ impl Broker {
             ["stage", "switch-over"].iter().filter_map(|p| run.view.account.phase_ms.get(*p)).sum();
         self.rates.record(&run.peer.jid, run.view.account.wire_bytes, staging_ms as f64 / 1000.0);
         self.estimate_monolithic(id);
-        self.end_outgoing(id, "completed");
+        self.end_outgoing(id, phase);
     }
 
     /// What a move of the whole disk would have sent, worked out in the background.
@@ -747,6 +756,7 @@ impl Broker {
             }
         };
         run.view.problem = Some(problem);
+        run.view.account.carried_bytes = run.view.account.carried_bytes.max(run.limiter.sent_bytes());
         let vm = run.matter.vm;
         if let Some(entry) = self.vms.get_mut(&vm) {
             entry.busy = None;
@@ -764,11 +774,14 @@ impl Broker {
         let Some(mut run) = self.outgoing.remove(&id) else { return };
         self.shared.tickets.withdraw(&run.ticket);
         let outcome = match (&run.view.problem, phase) {
-            (Some(p), "cancelled" | "failed") => Err(p.clone()),
+            (Some(p), "cancelled" | "failed" | "handed-over") => Err(p.clone()),
             _ => Ok(Reply::Migration(Box::new(run.view.clone()))),
         };
         match &outcome {
             Ok(_) => tracing::info!(migration = %id, vm = %run.view.progress.vm, to = %run.peer.jid, "moved"),
+            Err(p) if phase == "handed-over" => {
+                tracing::error!(migration = %id, vm = %run.view.progress.vm, to = %run.peer.jid, reason = %p, "moved");
+            }
             Err(p) => tracing::warn!(migration = %id, vm = %run.view.progress.vm, reason = %p, "not moved"),
         }
         run.waiters.drain(..).for_each(|w| drop(w.send(outcome.clone())));
@@ -777,11 +790,13 @@ impl Broker {
     }
 }
 
-fn phase_name(phase: Phase) -> &'static str {
+fn phase_name(phase: Phase, ran: bool) -> &'static str {
     match phase {
         Phase::Checking | Phase::Reserving => "negotiate",
         Phase::Scanning { last: false, .. } => "stage",
         Phase::Staging(p) if !p.last => "stage",
+        // One that stands still has nothing to be switched over: all of it travels now.
+        Phase::Scanning { .. } | Phase::Staging(_) if !ran => "stage",
         Phase::Stopping
         | Phase::Scanning { .. }
         | Phase::Staging(_)

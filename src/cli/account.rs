@@ -28,8 +28,13 @@ pub fn print(printer: &Printer, a: &Account) -> Outcome {
     times(printer, a)
 }
 
-/// Payload of all kinds.
+/// All that came across, of passes that failed as well.
 pub fn sent_bytes(a: &Account) -> u64 {
+    told_apart_bytes(a).max(a.carried_bytes)
+}
+
+/// Payload of all kinds.
+fn told_apart_bytes(a: &Account) -> u64 {
     [a.component_bytes, a.root_delta_bytes, a.user_data_bytes, a.control_bytes]
         .into_iter()
         .fold(0, u64::saturating_add)
@@ -62,6 +67,10 @@ fn traffic(printer: &Printer, a: &Account) -> Outcome {
         let share =
             if sent == 0 { String::new() } else { format!("{:.0} %", n as f64 * 100.0 / sent as f64) };
         table.row([name.into(), bytes(n), share]);
+    }
+    let not_told_apart = sent - told_apart_bytes(a);
+    if not_told_apart > 0 {
+        table.row(["not told apart: its pass ended early".into(), bytes(not_told_apart), String::new()]);
     }
     table.row(["together".into(), bytes(sent), String::new()]);
     if a.wire_bytes > 0 {
