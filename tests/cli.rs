@@ -813,7 +813,7 @@ impl Service for TestService {
                     assert!(Path::new(&adopt.disk).is_absolute() && adopt.dry_run, "{adopt:?}");
                     reply("adopted", adopted())
                 }
-                Request::Move { vm, to, dry_run: false } => {
+                Request::Move { vm, to, dry_run: false, force_stop: false } => {
                     assert_eq!(
                         to.as_deref(),
                         Some("cloud-b@example.org"),

@@ -28,10 +28,15 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
 
     // Refusals before anything happens.
     let refused = |request: Request| world.call(0, &request).unwrap_err();
-    let to = |member: &str| Request::Move { vm: "web".into(), to: Some(member.into()), dry_run: false };
+    let to = |member: &str| Request::Move {
+        vm: "web".into(),
+        to: Some(member.into()),
+        dry_run: false,
+        force_stop: false,
+    };
     assert_eq!(refused(to("nowhere")).kind, ProblemKind::NotFound);
     assert_eq!(refused(to("nobody@federation.test")).kind, ProblemKind::NotFound);
-    let none = Request::Move { vm: "none".into(), to: None, dry_run: false };
+    let none = Request::Move { vm: "none".into(), to: None, dry_run: false, force_stop: false };
     assert_eq!(refused(none).kind, ProblemKind::NotFound);
 
     // The plan is exact, a dry run changes nothing.
@@ -40,11 +45,11 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
     assert_eq!(plan.candidates[0].verdict, Verdict::Yes);
     let whole: u64 = built.ids.iter().map(|id| built.stored_bytes(id)).sum();
     assert_eq!(plan.candidates[0].component_bytes_missing, whole);
-    world.call(0, &Request::Move { vm: "web".into(), to: None, dry_run: true }).unwrap();
+    world.call(0, &Request::Move { vm: "web".into(), to: None, dry_run: true, force_stop: false }).unwrap();
     assert_eq!(world.vm_files(1), Vec::<std::path::PathBuf>::new());
 
     let mut fractions = Vec::new();
-    let request = Request::Move { vm: "web".into(), to: None, dry_run: false };
+    let request = Request::Move { vm: "web".into(), to: None, dry_run: false, force_stop: false };
     let reply = world.call_with(0, &request, |event| {
         if let Event::Migration(p) = event {
             fractions.push(p.fraction);
@@ -383,7 +388,10 @@ fn brokers_survive_bad_surroundings() {
     // A member that dies is seen gone.
     world.stop_broker(1, true);
     world.wait("it is seen gone", 60, |w| w.members(0).iter().all(|m| m.state == "gone"));
-    let gone = world.call(0, &Request::Move { vm: "two".into(), to: Some("boreal".into()), dry_run: false });
+    let gone = world.call(
+        0,
+        &Request::Move { vm: "two".into(), to: Some("boreal".into()), dry_run: false, force_stop: false },
+    );
     assert_eq!(gone.unwrap_err().kind, ProblemKind::Unavailable);
 }
 
@@ -422,7 +430,9 @@ fn a_full_disk_at_the_target_ends_the_move_cleanly() {
     };
     world.start_broker(1);
     world.wait_online();
-    let problem = world.call(0, &Request::Move { vm: "web".into(), to: None, dry_run: false }).unwrap_err();
+    let problem = world
+        .call(0, &Request::Move { vm: "web".into(), to: None, dry_run: false, force_stop: false })
+        .unwrap_err();
     assert!(problem.reason.contains("no space left") && problem.reason.contains("needed"), "{problem}");
     let vm = world.vm(0, "web");
     assert_eq!((vm.ownership.as_str(), vm.epoch), ("here", 1));

@@ -283,7 +283,7 @@ fn a_vm_taken_back_while_the_target_had_it_is_contested_until_operators_settle_i
             .call(cloud, &Request::VmStart { vm: "twice".into(), unconfirmed: false, by_uid: None })
             .unwrap_err();
         assert_eq!(start.kind, ProblemKind::Conflict, "{start}");
-        let away = Request::Move { vm: "twice".into(), to: None, dry_run: false };
+        let away = Request::Move { vm: "twice".into(), to: None, dry_run: false, force_stop: false };
         assert_eq!(world.call(cloud, &away).unwrap_err().kind, ProblemKind::Conflict);
     }
     // The receipt came, and says what happened besides.
@@ -425,7 +425,8 @@ fn a_damaged_record_keeps_no_other_vm_down_and_its_own_is_never_run() {
     world.start_broker(B);
     assert_eq!(ownership(&world, B, &bad), "damaged");
     wait_online(&world);
-    let away = Request::Move { vm: "bad".into(), to: Some("boreal".into()), dry_run: false };
+    let away =
+        Request::Move { vm: "bad".into(), to: Some("boreal".into()), dry_run: false, force_stop: false };
     let refused = world.call(A, &away).unwrap_err();
     assert_eq!(refused.kind, ProblemKind::Refused, "{refused}");
     assert_eq!(std::fs::read(&there).unwrap(), intact);
@@ -449,7 +450,12 @@ fn a_target_killed_in_the_hand_over_leaves_one_owner_or_says_that_there_are_two(
         let moving = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
-                let request = Request::Move { vm: "cut".into(), to: Some("boreal".into()), dry_run: false };
+                let request = Request::Move {
+                    vm: "cut".into(),
+                    to: Some("boreal".into()),
+                    dry_run: false,
+                    force_stop: false,
+                };
                 cicada::client::Client::connect(&socket).await?.call(&request, |_| ()).await
             })
         });

@@ -26,7 +26,7 @@ fn begin(world: &World, vm: &str) -> JoinHandle<Moved> {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let mut details = Vec::new();
         let result = runtime.block_on(async {
-            let request = Request::Move { vm, to: None, dry_run: false };
+            let request = Request::Move { vm, to: None, dry_run: false, force_stop: false };
             let note = |event: Event| {
                 if let Event::Migration(p) = event {
                     details.push(p.detail);

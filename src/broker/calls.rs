@@ -63,9 +63,9 @@ impl Broker {
             }
             Request::VmDelete { vm, taken_for } => return self.delete_vm(&vm, taken_for, reply),
             Request::Plan { vm, to } => return self.plan(&vm, to.as_deref(), reply),
-            Request::Move { vm, to, dry_run: true } => return self.plan(&vm, to.as_deref(), reply),
-            Request::Move { vm, to, dry_run: false } => {
-                return self.move_vm(&vm, to.as_deref(), events, reply);
+            Request::Move { vm, to, dry_run: true, .. } => return self.plan(&vm, to.as_deref(), reply),
+            Request::Move { vm, to, dry_run: false, force_stop } => {
+                return self.move_vm(&vm, to.as_deref(), force_stop, events, reply);
             }
             Request::MigrationList => Ok(Reply::Migrations(self.migrations())),
             Request::MigrationShow { id } => {
@@ -399,7 +399,14 @@ impl Broker {
         }
     }
 
-    fn move_vm(&mut self, vm: &str, to: Option<&str>, events: mpsc::Sender<Event>, reply: Answer) {
+    fn move_vm(
+        &mut self,
+        vm: &str,
+        to: Option<&str>,
+        force_stop: bool,
+        events: mpsc::Sender<Event>,
+        reply: Answer,
+    ) {
         let prepared = self.movable_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
         let (id, mut peers) = match prepared {
             Ok(p) => p,
@@ -408,7 +415,7 @@ impl Broker {
         // A named target is checked by the migration itself; otherwise all are asked and ranked.
         if to.is_some() {
             if let Some((peer, cloud)) = peers.pop() {
-                self.move_to(id, peer, cloud, events, reply);
+                self.move_to(id, (peer, cloud), force_stop, events, reply);
             }
             return;
         }
@@ -435,7 +442,7 @@ impl Broker {
                 }
             });
             match chosen {
-                Ok(Some((peer, cloud))) => broker.move_to(id, peer, cloud, events, reply),
+                Ok(Some((peer, cloud))) => broker.move_to(id, (peer, cloud), force_stop, events, reply),
                 Ok(None) => drop(reply.send(Err(Problem::new(
                     ProblemKind::Unavailable,
                     "federation",
@@ -449,8 +456,8 @@ impl Broker {
     fn move_to(
         &mut self,
         id: VmId,
-        peer: Peer,
-        cloud: Option<CloudName>,
+        (peer, cloud): (Peer, Option<CloudName>),
+        force_stop: bool,
         events: mpsc::Sender<Event>,
         reply: Answer,
     ) {
@@ -462,7 +469,7 @@ impl Broker {
         };
         match self.shared.repository.recipe(&vm.record.spec.recipe) {
             Ok(recipe) => {
-                let course = Course { peer, cloud, recipe: Arc::new(recipe), attempt: 0 };
+                let course = Course { peer, cloud, recipe: Arc::new(recipe), attempt: 0, force_stop };
                 self.begin_move(id, course, events, reply);
             }
             Err(e) => drop(reply.send(Err(content::repository_problem(&e)))),

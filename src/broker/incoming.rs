@@ -620,7 +620,8 @@ impl Broker {
                 run.cancel.cancel();
                 run.staged = None;
                 let dir = run.dir(&shared);
-                if run.superseded {
+                // Whatever ended the move, the next one need not carry again what one pass brought.
+                if run.superseded || run.view.account.wire_bytes > 0 {
                     return self.keep_interrupted(vm, dir);
                 }
                 tracing::info!(migration = %id, "removing what was staged");

@@ -136,6 +136,9 @@ pub enum Request {
         vm: String,
         to: Option<String>,
         dry_run: bool,
+        /// A guest that does not end in time is switched off.
+        #[serde(default)]
+        force_stop: bool,
     },
     MigrationList,
     MigrationShow {
@@ -578,6 +581,9 @@ pub struct PlanView {
     pub vm: VmName,
     /// Ranked, best first; members that cannot take it come last with the reasons.
     pub candidates: Vec<Candidate>,
+    /// What stands in the way here, whoever takes it.
+    #[serde(default)]
+    pub notes: Vec<String>,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]

@@ -72,6 +72,7 @@ pub struct Outgoing {
     stopped_at: Option<UnixMillis>,
     /// By the target's word.
     runs_there: bool,
+    force_stop: bool,
     /// Its guest was held still before.
     was_held: bool,
     subscribers: Vec<mpsc::Sender<Event>>,
@@ -86,6 +87,8 @@ pub struct Course {
     pub recipe: Arc<Recipe>,
     /// How many tries restarts cut short.
     pub attempt: u32,
+    /// A guest that does not end in time is switched off.
+    pub force_stop: bool,
 }
 
 impl Outgoing {
@@ -109,7 +112,7 @@ impl Broker {
         events: mpsc::Sender<Event>,
         reply: oneshot::Sender<Result<Reply, Problem>>,
     ) -> Option<MigrationId> {
-        let Course { peer, cloud, recipe, attempt } = course;
+        let Course { peer, cloud, recipe, attempt, force_stop } = course;
         let ticket = match Ticket::random() {
             Ok(t) => t,
             Err(e) => {
@@ -154,6 +157,7 @@ impl Broker {
             last_word: String::new(),
             stopped_at: None,
             runs_there: false,
+            force_stop,
             was_held: false,
             subscribers: vec![events],
             waiters: vec![reply],
@@ -212,6 +216,7 @@ impl Broker {
                     last_word: "this broker restarted and asks anew".into(),
                     stopped_at: None,
                     runs_there: false,
+                    force_stop: false,
                     was_held: false,
                     subscribers: Vec::new(),
                     waiters: Vec::new(),
@@ -411,14 +416,18 @@ impl Broker {
             Effect::Stop => {
                 run.stopped_at = Some(shared.now());
                 let timeout = shared.config.migration.stop_timeout;
+                let mode = StopMode::Graceful { timeout, escalate: run.force_stop };
                 tokio::spawn(async move {
-                    let mode = StopMode::Graceful { timeout, escalate: false };
-                    let result = shared.driver.stop(vm, mode).await.map_err(|e| {
+                    let begun = std::time::Instant::now();
+                    let result = shared.driver.stop(vm, mode).await;
+                    let in_time = begun.elapsed() < timeout;
+                    shared.post(Input::apply(move |b| b.note_stop(vm, in_time)));
+                    let result = result.map_err(|e| {
                         Denial::new(
                             DenialCode::Other,
                             format!("the VM does not stop: {}", super::problem::chain(&e)),
                         )
-                        .next("look at its console; or stop it with 'cicada vm stop --force', then move it")
+                        .next("look at its console; 'cicada move --force-stop' switches it off when its time is over")
                     });
                     fault::point("source-stopped");
                     shared.post(Input::Outgoing(id, SourceEvent::Stopped(result)));

@@ -7,13 +7,14 @@ use futures::future::join_all;
 use crate::migration::DenialCode;
 use crate::placement::{Offer, rank, shortlist};
 use crate::types::{CloudName, MemberJid, MigrationId, VmId};
-use crate::vm::VmSpec;
+use crate::vm::{PowerState, VmSpec};
 
 use super::calls::Answer;
 use super::interface::{Candidate, PlanView, Reason, Reply, Verdict};
 use super::problem::Problem;
 use super::scanning::scan;
 use super::shared::{Matter, Peer};
+use super::vms::Vm;
 use super::{Broker, Input, content, negotiation};
 
 impl Broker {
@@ -43,6 +44,7 @@ impl Broker {
             None => self.shortlisted(&vm.record.spec, peers),
         };
         let (spec, epoch, disks) = (vm.record.spec.clone(), vm.record.epoch, self.disk_paths(&vm.record));
+        let notes: Vec<_> = self.shutdown_note(vm).into_iter().collect();
         let (shared, name) = (self.shared.clone(), spec.name.clone());
         tokio::spawn(async move {
             let (for_scan, scan_spec) = (shared.clone(), spec.clone());
@@ -68,7 +70,7 @@ impl Broker {
                 }
             };
             shared.post(Input::apply(move |broker| {
-                let plan = result.map(|rows| broker.ranked(name, rows));
+                let plan = result.map(|rows| PlanView { notes, ..broker.ranked(name, rows) });
                 done(broker, plan);
             }));
         });
@@ -100,6 +102,19 @@ impl Broker {
         (asked, rows)
     }
 
+    /// What is known of a guest that was asked to end before and did not.
+    fn shutdown_note(&self, vm: &Vm) -> Option<String> {
+        let at = vm.record.ignored_stop?;
+        let running = self.shared.driver.state(vm.record.spec.id).is_ok_and(|s| s != PowerState::Stopped);
+        running.then(|| {
+            format!(
+                "the guest did not end by itself on {at}, within the time it was given: a move waits {} s for it, and \
+                 then is called off, or with --force-stop switches it off",
+                self.shared.config.migration.stop_timeout.as_secs()
+            )
+        })
+    }
+
     fn ranked(&self, vm: crate::types::VmName, mut rows: Vec<Candidate>) -> PlanView {
         rows.iter_mut().for_each(|row| self.rates.predict(row));
         let offers: Vec<_> = rows
@@ -118,6 +133,6 @@ impl Broker {
             })
             .collect();
         let candidates = rank(&offers).into_iter().map(|i| rows[i].clone()).collect();
-        PlanView { vm, candidates }
+        PlanView { vm, candidates, notes: Vec::new() }
     }
 }

@@ -146,14 +146,19 @@ impl Broker {
         vm.busy = Some(Busy::Verb("stopping"));
         let shared = self.shared.clone();
         tokio::spawn(async move {
-            let result = match is_off(&shared, id) {
+            let (begun, off) = (std::time::Instant::now(), is_off(&shared, id));
+            let result = match off {
                 true => Ok(()),
                 false => shared.driver.stop(id, stop.mode).await.map_err(|e| {
                     Problem::from_error(ProblemKind::Failed, object, &e)
                         .next("use 'cicada vm stop --force' if the guest hangs")
                 }),
             };
+            let elapsed = begun.elapsed();
             shared.post(Input::apply(move |b| {
+                if let (StopMode::Graceful { timeout, .. }, false) = (stop.mode, off) {
+                    b.note_stop(id, elapsed < timeout);
+                }
                 if let (Err(_), Some(vm)) = (&result, b.vms.get_mut(&id)) {
                     vm.stopped_for_host = false;
                     vm.record.run = wanted;
@@ -164,6 +169,19 @@ impl Broker {
                 b.verb_done(id, result, reply);
             }));
         });
+    }
+
+    /// Takes note whether a guest that was asked to end did so in its time.
+    pub(super) fn note_stop(&mut self, id: VmId, in_time: bool) {
+        let now = self.shared.now();
+        let Some(vm) = self.vms.get_mut(&id).filter(|vm| vm.record.is_here()) else { return };
+        if vm.record.ignored_stop.is_none() == in_time {
+            return;
+        }
+        vm.record.ignored_stop = (!in_time).then_some(now);
+        if let Err(e) = self.shared.records.save_vm(&vm.record) {
+            tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "how its guest took a shutdown is not recorded");
+        }
     }
 
     /// A VM ended or crashed without our doing.

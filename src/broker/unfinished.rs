@@ -130,8 +130,9 @@ impl Broker {
             // Nobody waits for it any more; 'migration watch' does.
             let (events, _) = mpsc::channel(1);
             let (reply, _) = oneshot::channel();
-            let id =
-                self.begin_move(vm, Course { peer, cloud, recipe: Arc::new(recipe), attempt }, events, reply);
+            // Whoever allowed a guest to be switched off allowed that move, and is not there now.
+            let course = Course { peer, cloud, recipe: Arc::new(recipe), attempt, force_stop: false };
+            let id = self.begin_move(vm, course, events, reply);
             let goes_on = id.map_or_else(String::new, |id| format!("; it goes on as migration {id}"));
             let reason = format!("was cut short by a restart of this broker{goes_on}");
             self.end_unfinished(cut.view, ProblemKind::Failed, reason);

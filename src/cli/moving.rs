@@ -23,6 +23,9 @@ pub struct Move {
     /// Where to: a cloud's name or an address; the best member if not given
     #[arg(long, value_name = "CLOUD")]
     to: Option<String>,
+    /// Switch a guest off that does not end in its time: it may lose what it had not written
+    #[arg(long)]
+    force_stop: bool,
     /// Only say who could take it and what would travel
     #[arg(long)]
     dry_run: bool,
@@ -30,12 +33,12 @@ pub struct Move {
 
 pub async fn run(ctx: &Context, args: Move) -> Outcome {
     if args.dry_run {
-        let request = Request::Move { vm: args.vm, to: args.to, dry_run: true };
+        let request = Request::Move { vm: args.vm, to: args.to, dry_run: true, force_stop: args.force_stop };
         return ctx.read(&request, plan::print_reply).await;
     }
     let client = ctx.client().await?;
     let to = choose(ctx, &client, &args).await?;
-    let request = Request::Move { vm: args.vm, to, dry_run: false };
+    let request = Request::Move { vm: args.vm, to, dry_run: false, force_stop: args.force_stop };
     follow(ctx, &client, &request).await
 }
 

@@ -56,6 +56,7 @@ fn print_plan(printer: &Printer, plan: &PlanView) -> Outcome {
     if table.is_empty() {
         printer.note(format!("no other member is there to take {}", plan.vm));
     }
+    plan.notes.iter().try_for_each(|note| printer.line(note))?;
     for c in &plan.candidates {
         for r in reasons(&c.verdict) {
             printer.line(format!("{}: {}", name(c), reason_text(r)))?;
@@ -87,7 +88,8 @@ pub fn lines(plan: &PlanView, c: &Candidate) -> Vec<String> {
         bytes(c.user_data_bytes_missing),
     );
     let differences = reasons(&c.verdict).iter().map(|r| format!("  with a difference: {}", reason_text(r)));
-    [line].into_iter().chain(differences).collect()
+    let notes = plan.notes.iter().map(|note| format!("  note: {note}"));
+    [line].into_iter().chain(differences).chain(notes).collect()
 }
 
 fn component_bytes(c: &Candidate) -> String {

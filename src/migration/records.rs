@@ -47,6 +47,9 @@ pub struct VmRecord {
     /// Another cloud showed that this one gave the VM up later than this record knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disproved: Option<Box<Disproved>>,
+    /// When its guest last let the time for a shutdown pass; none once it was seen to end by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ignored_stop: Option<UnixMillis>,
     /// The last time an operator started it without the word of those that may know more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unconfirmed_start: Option<UnconfirmedStart>,
@@ -162,6 +165,7 @@ impl VmRecord {
             origin: Some(Origin::Born),
             kept: Vec::new(),
             disproved: None,
+            ignored_stop: None,
             unconfirmed_start: None,
         }
     }

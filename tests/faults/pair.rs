@@ -163,7 +163,7 @@ impl Pair {
     pub fn begin_move(&self, source: usize) -> tokio::task::JoinHandle<Result<Reply, Problem>> {
         let (socket, to) = (self.world.socket(source), self.world.clouds[1 - source].name.clone());
         self.runtime.spawn(async move {
-            let request = Request::Move { vm: VM.into(), to: Some(to), dry_run: false };
+            let request = Request::Move { vm: VM.into(), to: Some(to), dry_run: false, force_stop: false };
             Client::connect(&socket).await?.call(&request, |_: Event| {}).await
         })
     }

@@ -351,7 +351,7 @@ impl World {
 
     /// Moves a VM and returns the account.
     pub fn move_vm(&self, cloud: usize, vm: &str, to: &str) -> MigrationView {
-        let request = Request::Move { vm: vm.into(), to: Some(to.into()), dry_run: false };
+        let request = Request::Move { vm: vm.into(), to: Some(to.into()), dry_run: false, force_stop: false };
         match self.call(cloud, &request) {
             Ok(Reply::Migration(m)) => *m,
             other => panic!("{other:?}\n--- source log\n{}", self.log(cloud)),
@@ -361,7 +361,8 @@ impl World {
     /// Begins a move in the background; the thread ends with it.
     pub fn begin_move(&self, cloud: usize, vm: &str, to: Option<&str>) -> JoinHandle<Result<Reply, Problem>> {
         let socket = self.socket(cloud);
-        let request = Request::Move { vm: vm.into(), to: to.map(Into::into), dry_run: false };
+        let request =
+            Request::Move { vm: vm.into(), to: to.map(Into::into), dry_run: false, force_stop: false };
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async { Client::connect(&socket).await?.call(&request, |_| {}).await })

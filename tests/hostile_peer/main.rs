@@ -219,7 +219,8 @@ impl Bench {
         Moving(std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
-                let request = Request::Move { vm, to: Some("mallory".into()), dry_run: false };
+                let request =
+                    Request::Move { vm, to: Some("mallory".into()), dry_run: false, force_stop: false };
                 Client::connect(&socket).await?.call(&request, |_| {}).await
             })
         }))

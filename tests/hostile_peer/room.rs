@@ -274,7 +274,12 @@ fn expelled(bench: &mut Bench) {
     assert!(moving.outcome().is_err());
     assert_eq!(bench.world.vm(0, own.name.as_str()).ownership, "here");
     bench.settled("a member that was expelled");
-    let request = Request::Move { vm: own.name.to_string(), to: Some("mallory".into()), dry_run: false };
+    let request = Request::Move {
+        vm: own.name.to_string(),
+        to: Some("mallory".into()),
+        dry_run: false,
+        force_stop: false,
+    };
     assert!(!matches!(bench.world.call(0, &request), Ok(Reply::Migration(_))));
     bench.table.row(
         "expelled",

@@ -152,7 +152,8 @@ impl Fleet {
         let (socket, name, ended) = (world.socket(owner), machine.name, self.ended.0.clone());
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            let request = Request::Move { vm: name.into(), to: Some(to.into()), dry_run: false };
+            let request =
+                Request::Move { vm: name.into(), to: Some(to.into()), dry_run: false, force_stop: false };
             let result =
                 runtime.block_on(async { Client::connect(&socket).await?.call(&request, |_| {}).await });
             let _ = ended.send(Ended { vm: name, result });
