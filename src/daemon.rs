@@ -24,7 +24,7 @@ use crate::clock::SystemClock;
 use crate::compose::Composer;
 use crate::config::{self, Config};
 use crate::federation::{Keyring, Members};
-use crate::hypervisor::qemu::{AcceleratorChoice, NetworkBackend};
+use crate::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, VmUids};
 use crate::hypervisor::{Driver, QemuConfig, QemuDriver};
 use crate::repository::Repository;
 use crate::stanza::Cloud;
@@ -136,6 +136,7 @@ async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
     if let Some(vars) = &h.firmware_vars {
         qemu.firmware_vars.clone_from(vars);
     }
+    qemu.vm_uids = vm_uids(h.vm_uids);
     qemu.networks = config.networks.iter().map(|n| (n.name.clone(), network(&n.kind))).collect();
     QemuDriver::open(qemu).await.map_err(|e| {
         Problem::from_error(ProblemKind::Missing, "hypervisor", &e)
@@ -148,6 +149,15 @@ fn accelerator(choice: config::Accelerator) -> AcceleratorChoice {
         config::Accelerator::Auto => AcceleratorChoice::Auto,
         config::Accelerator::Kvm => AcceleratorChoice::Kvm,
         config::Accelerator::Tcg => AcceleratorChoice::Tcg,
+    }
+}
+
+/// A choice of the configuration, as the driver knows it.
+pub fn vm_uids(choice: config::VmUids) -> VmUids {
+    match choice {
+        config::VmUids::Auto => VmUids::Auto,
+        config::VmUids::Off => VmUids::Off,
+        config::VmUids::Range { first, last } => VmUids::Range { first, last },
     }
 }
 
