@@ -124,7 +124,8 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
     Ok(())
 }
 
-async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
+/// The driver's part of a configuration.
+pub fn qemu_config(config: &Config) -> QemuConfig {
     let h = &config.hypervisor;
     let mut qemu = QemuConfig { accelerator: accelerator(h.accelerator), ..QemuConfig::default() };
     if let Some(machine_type) = &h.machine_type {
@@ -138,7 +139,11 @@ async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
     }
     qemu.vm_uids = vm_uids(h.vm_uids);
     qemu.networks = config.networks.iter().map(|n| (n.name.clone(), network(&n.kind))).collect();
-    QemuDriver::open(qemu).await.map_err(|e| {
+    qemu
+}
+
+async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
+    QemuDriver::open(qemu_config(config)).await.map_err(|e| {
         Problem::from_error(ProblemKind::Missing, "hypervisor", &e)
             .next("deploy/install installs what is needed")
     })
@@ -152,8 +157,7 @@ fn accelerator(choice: config::Accelerator) -> AcceleratorChoice {
     }
 }
 
-/// A choice of the configuration, as the driver knows it.
-pub fn vm_uids(choice: config::VmUids) -> VmUids {
+fn vm_uids(choice: config::VmUids) -> VmUids {
     match choice {
         config::VmUids::Auto => VmUids::Auto,
         config::VmUids::Off => VmUids::Off,

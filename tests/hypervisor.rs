@@ -5,6 +5,8 @@
 mod guest;
 #[path = "hypervisor/network.rs"]
 mod network;
+#[path = "hypervisor/users.rs"]
+mod users;
 
 use std::fs;
 use std::ops::Range;
@@ -68,10 +70,14 @@ fn machine_with(dir: &Path, id: VmId) -> Machine {
     }
 }
 
+/// Where the program lies, for a run by somebody who may not look where it was built.
+const LINK: &str = "CICADA_TEST_LINK";
+
 fn config() -> QemuConfig {
     let networks =
         [("default".to_owned(), NetworkBackend::User), ("unplugged".to_owned(), NetworkBackend::None)];
-    let link = Some(env!("CARGO_BIN_EXE_cicada").into());
+    let link = std::env::var_os(LINK).unwrap_or(env!("CARGO_BIN_EXE_cicada").into());
+    let link = Some(link.into());
     QemuConfig { networks: networks.into(), link, ..QemuConfig::default() }
 }
 

@@ -58,6 +58,6 @@ fn walls(config: &Config) -> Vec<String> {
     if !is_confinable() {
         missing.push("this kernel has no Landlock: a broken QEMU could read whatever the broker can".into());
     }
-    missing.extend(why_shared(crate::daemon::vm_uids(config.hypervisor.vm_uids)));
+    missing.extend(why_shared(&crate::daemon::qemu_config(config)));
     missing
 }

@@ -364,7 +364,7 @@ mod tests {
 
     /// Without the numbers of descriptors, which say nothing to the guest.
     fn unnumbered(args: &[String]) -> Vec<String> {
-        let numbers = regex::Regex::new(r"(fd=|set=|fdset/)\d+").unwrap();
+        let numbers = regex::Regex::new(r#"(fd=|set=|fdset/|"str":"|"fd":")\d+"#).unwrap();
         args.iter().map(|arg| numbers.replace_all(arg, "$1").into_owned()).collect()
     }
 

@@ -170,13 +170,14 @@ async fn uids(choice: VmUids, system: &Path, accelerator: Accelerator) -> Result
 }
 
 /// Why VMs would not run as users of their own here, if they would not.
-pub fn why_shared(choice: VmUids) -> Option<String> {
-    if choice == VmUids::Off {
+pub fn why_shared(config: &QemuConfig) -> Option<String> {
+    if config.vm_uids == VmUids::Off {
         return Some(uids::shared("hypervisor.vm_uids is \"off\""));
     }
-    let system = find_qemu().ok()?.system;
-    let accelerator = if Path::new("/dev/kvm").exists() { Accelerator::Kvm } else { Accelerator::Tcg };
-    Uids::find(&choice, &system, accelerator).err().map(|reason| uids::shared(&reason))
+    let system = find_configured(config).ok()?.system;
+    let uses_kvm = config.accelerator != AcceleratorChoice::Tcg && probe::kvm_is_plausible().is_ok();
+    let accelerator = if uses_kvm { Accelerator::Kvm } else { Accelerator::Tcg };
+    Uids::find(&config.vm_uids, &system, accelerator).err().map(|reason| uids::shared(&reason))
 }
 
 impl Shared {
