@@ -112,7 +112,13 @@ impl Uids {
             command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
             self.spawn(command, |mut command| command.spawn())
         });
-        let child = child.map_err(|e| failed(&e))?.ok_or_else(|| failed(&taken()))?;
+        let child = match child {
+            Ok(Some(child)) => child,
+            // They are VMs that run on from an earlier broker: it is tried out.
+            Err(e) if e.get_ref().is_some_and(|e| e.is::<Taken>()) => return Ok(()),
+            Ok(None) => return Err(failed(&taken())),
+            Err(e) => return Err(failed(&e)),
+        };
         let output = child.wait_with_output().map_err(|e| failed(&e))?;
         if output.status.success() {
             return Ok(());
@@ -223,8 +229,12 @@ pub fn with_some<T, E>(mut attempt: impl FnMut() -> Result<Option<T>, E>) -> Res
     Ok(None)
 }
 
+#[derive(Debug, thiserror::Error)]
+#[error("all users that VMs may run as are taken: widen hypervisor.vm_uids")]
+struct Taken;
+
 pub fn taken() -> io::Error {
-    io::Error::other("all users that VMs may run as are taken: widen hypervisor.vm_uids")
+    io::Error::other(Taken)
 }
 
 /// Says that VMs share the broker's user, and why.
