@@ -123,6 +123,7 @@ impl QemuDriver {
                 .filter(|(_, kind)| passt.is_none() && **kind == NetworkBackend::User)
                 .map(|(name, _)| name.clone())
                 .collect(),
+            own_users: uids.is_some(),
             abilities,
         };
         tracing::info!(version = %features.version, %accelerator, machine_type, "QEMU is ready");

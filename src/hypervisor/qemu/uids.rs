@@ -332,6 +332,13 @@ fn way() -> Result<Way, String> {
     if holds(CAP_SETUID | CAP_SETGID) {
         return Ok(Way::Namespace);
     }
+    if status.lines().any(|line| line.split_whitespace().eq(["NoNewPrivs:", "1"])) {
+        return Err(
+            "newuidmap has no effect under NoNewPrivileges=yes; with CAP_SETUID and CAP_SETGID the broker \
+                    does without, see deploy/systemd/vm-users.conf"
+                .into(),
+        );
+    }
     match lent_ids::missing_tool() {
         Some(tool) => Err(format!("{tool} was not found: install the package uidmap")),
         None => Ok(Way::LentNamespace),
