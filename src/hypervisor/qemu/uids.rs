@@ -4,7 +4,8 @@
 //! inherits what it needs (`args::Handed`). So a QEMU that its guest broke can neither signal nor trace
 //! another VM or the broker, nor connect to their sockets, nor open their files. A user is taken for one
 //! run of a QEMU and written down nowhere: which are taken is seen by what runs, so that several brokers
-//! of this host can share a range, and nothing is left to tidy up.
+//! of this host can share a range, and nothing is left to tidy up. Where `/proc` hides other users'
+//! processes, brokers of different users do not see each other's and need ranges of their own.
 //!
 //! Root becomes another user just so. Everybody else does it in a user namespace that holds one user, and
 //! then the broker's user, who owns the namespace, may signal and look at what runs in it. Blocking.
