@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use cicada::hypervisor::qemu::{QemuConfig, QemuDriver, VmUids, why_shared};
-use cicada::hypervisor::{Driver, DriverError, Machine, StopMode};
+use cicada::hypervisor::{Accelerator, Driver, DriverError, Machine, StopMode};
 use cicada::types::VmId;
 use cicada::vm::PowerState;
 use tempfile::TempDir;
@@ -136,6 +136,10 @@ async fn a_vms_user_gets_at_nothing_of_the_broker_or_another_vm() {
         for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
             assert_eq!(status[set], ["0000000000000000"], "{set}");
         }
+        assert_eq!(status["NoNewPrivs"], ["1"]);
+        if driver.features().accelerator == Accelerator::Tcg {
+            assert!(status["Groups"].is_empty(), "{:?}", status["Groups"]);
+        }
         assert_ne!(status["Gid"][0], rustix::process::getegid().as_raw().to_string());
     }
 
@@ -258,12 +262,51 @@ async fn a_vm_may_be_the_brokers_user_by_choice_alone() {
     assert!(why_shared(&off).unwrap().contains("\"off\""));
 }
 
+/// A broker of release 0.1.0 let QEMU make its sockets and open its disks itself. What it left running is
+/// found, commanded, watched for changes, and is a user of its own when it is started again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_an_earlier_release_left_running_is_taken_over() {
+    let Some((driver, dir)) = qemu().await else { return };
+    let machine = machine_in(dir.path());
+    let vm = machine.spec.id;
+    fs::create_dir(&machine.state_dir).unwrap();
+    let at = |name: &str| machine.state_dir.join(name).display().to_string();
+    let disk = |node: &str, path: &Path| {
+        let file = serde_json::json!({"driver": "file", "filename": path});
+        serde_json::json!({"driver": "raw", "node-name": node, "file": file}).to_string()
+    };
+    let mut older = Command::new(cicada::hypervisor::find_qemu().unwrap().system);
+    older.args(["-uuid", &vm.to_string(), "-nodefaults", "-display", "none", "-machine", "pc-q35-7.2"]);
+    older.args(["-chardev", &format!("socket,id=qmp,path={},server=on,wait=off", at("qmp.sock"))]);
+    older.args(["-mon", "chardev=qmp,mode=control"]);
+    older.args(["-blockdev", &disk("root", &machine.root_disk), "-device", "virtio-blk-pci,drive=root"]);
+    let user_data = machine.user_data_disk.as_ref().unwrap();
+    older.args(["-blockdev", &disk("user-data", user_data), "-device", "virtio-blk-pci,drive=user-data"]);
+    let mut older = older.stdin(Stdio::null()).spawn().unwrap();
+    eventually("it has its socket", || machine.state_dir.join("qmp.sock").exists()).await;
+    fs::write(machine.state_dir.join("qemu.pid"), "starting\n").unwrap();
+
+    driver.define(&machine).await.unwrap();
+    assert_eq!(driver.state(vm).unwrap(), PowerState::Running);
+    if driver.features().abilities.contains(&cicada::hypervisor::Ability::TrackChanges) {
+        let (period, _) = driver.track_changes(vm, None).await.unwrap();
+        let (_, changes) = driver.track_changes(vm, Some(period)).await.unwrap();
+        let changes = changes.expect("QEMU took the socket it was sent");
+        assert!(changes.root.is_empty() && changes.user_data.is_empty(), "{changes:?}");
+    }
+    driver.stop(vm, StopMode::Forced).await.unwrap();
+    assert!(older.wait().unwrap().success());
+    driver.start(&machine).await.unwrap();
+    assert_eq!(uid_of(vm) == ourselves(), !driver.features().own_users);
+    driver.stop(vm, StopMode::Forced).await.unwrap();
+}
+
 /// Set for a run of these tests by another user, where nothing may be skipped.
 const INNER: &str = "CICADA_TEST_WITHOUT_ROOT";
 /// Somebody every Debian has, whom nobody lends ids.
 const SOMEBODY: (&str, u32) = ("daemon", 1);
 /// What is run again.
-const AGAIN: [&str; 11] = [
+const AGAIN: [&str; 12] = [
     "the_qemu_driver_conforms",
     "twenty_starts_and_stops_leave_nothing",
     "a_guest_boots_talks_and_switches_itself_off",
@@ -275,6 +318,7 @@ const AGAIN: [&str; 11] = [
     "users::a_vms_user_gets_at_nothing_of_the_broker_or_another_vm",
     "users::users_are_kept_over_a_restart_of_the_broker",
     "users::a_vm_may_be_the_brokers_user_by_choice_alone",
+    "users::a_vm_that_an_earlier_release_left_running_is_taken_over",
 ];
 
 /// Runs those tests as somebody else. `lent` is what this one finds in `/etc/subuid` and `/etc/subgid`, in
