@@ -431,6 +431,27 @@ mod tests {
         assert_eq!(named(4_990, 10), None);
     }
 
+    /// A VM's user has the group of the device and no other, or is not made do with.
+    #[test]
+    fn a_vms_user_must_be_able_to_use_kvm_where_kvm_is_used() {
+        let Ok(device) = fs::metadata("/dev/kvm") else {
+            println!("SKIPPED: there is no /dev/kvm");
+            return;
+        };
+        if way() != Ok(Way::Direct) || fs::File::open("/dev/kvm").is_err() {
+            println!("SKIPPED: this needs root and a KVM that can be opened");
+            return;
+        }
+        let mode = device.permissions().mode();
+        let found = Uids::find(&VmUids::Auto, Path::new("/bin/true"), Accelerator::Kvm);
+        match (found, mode & 0o006 == 0o006, mode & 0o060 == 0o060) {
+            (Ok(uids), true, _) => assert_eq!(uids.groups, Some(Vec::new())),
+            (Ok(uids), false, true) => assert_eq!(uids.groups, Some(vec![device.gid()])),
+            (Err(reason), false, false) => assert!(reason.contains("for the group kvm"), "{reason}"),
+            other => panic!("{other:?}, mode {mode:o}"),
+        }
+    }
+
     /// The other half of what keeps two brokers from one user: who sees another after the change gives way.
     #[test]
     fn a_user_that_another_process_is_gives_way() {
