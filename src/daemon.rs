@@ -24,7 +24,7 @@ use crate::clock::SystemClock;
 use crate::compose::Composer;
 use crate::config::{self, Config};
 use crate::federation::{Keyring, Members};
-use crate::hypervisor::qemu::{AcceleratorChoice, NetworkBackend};
+use crate::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, VmUids};
 use crate::hypervisor::{Driver, QemuConfig, QemuDriver};
 use crate::repository::Repository;
 use crate::stanza::Cloud;
@@ -125,7 +125,8 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
     Ok(())
 }
 
-async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
+/// The driver's part of a configuration.
+pub fn qemu_config(config: &Config) -> QemuConfig {
     let h = &config.hypervisor;
     let mut qemu = QemuConfig { accelerator: accelerator(h.accelerator), ..QemuConfig::default() };
     if let Some(machine_type) = &h.machine_type {
@@ -137,8 +138,13 @@ async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
     if let Some(vars) = &h.firmware_vars {
         qemu.firmware_vars.clone_from(vars);
     }
+    qemu.vm_uids = vm_uids(h.vm_uids);
     qemu.networks = config.networks.iter().map(|n| (n.name.clone(), network(&n.kind))).collect();
-    QemuDriver::open(qemu).await.map_err(|e| {
+    qemu
+}
+
+async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
+    QemuDriver::open(qemu_config(config)).await.map_err(|e| {
         Problem::from_error(ProblemKind::Missing, "hypervisor", &e)
             .next("deploy/install installs what is needed")
     })
@@ -149,6 +155,14 @@ fn accelerator(choice: config::Accelerator) -> AcceleratorChoice {
         config::Accelerator::Auto => AcceleratorChoice::Auto,
         config::Accelerator::Kvm => AcceleratorChoice::Kvm,
         config::Accelerator::Tcg => AcceleratorChoice::Tcg,
+    }
+}
+
+fn vm_uids(choice: config::VmUids) -> VmUids {
+    match choice {
+        config::VmUids::Auto => VmUids::Auto,
+        config::VmUids::Off => VmUids::Off,
+        config::VmUids::Range { first, last } => VmUids::Range { first, last },
     }
 }
 

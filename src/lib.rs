@@ -18,6 +18,7 @@ pub mod vm;
 pub mod config;
 pub mod disk;
 pub mod hypervisor;
+pub mod lent_ids;
 pub mod path_owner;
 pub mod repository;
 pub mod telemetry;

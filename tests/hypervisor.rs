@@ -5,6 +5,8 @@
 mod guest;
 #[path = "hypervisor/network.rs"]
 mod network;
+#[path = "hypervisor/users.rs"]
+mod users;
 
 use std::fs;
 use std::io::Write as _;
@@ -19,7 +21,7 @@ use cicada::hypervisor::conformance::{self, Bench};
 use cicada::hypervisor::fake::{FakeDriver, GuestDisk, Verb};
 use cicada::hypervisor::qemu::find_passt;
 use cicada::hypervisor::qemu::qmp::Qmp;
-use cicada::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, QemuConfig, QemuDriver};
+use cicada::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, QemuConfig, QemuDriver, VmUids};
 use cicada::hypervisor::{
     Ability, DiskFormat, Driver, DriverError, DriverEvent, EventKind, Machine, StopMode, StopReason,
     find_qemu,
@@ -69,10 +71,14 @@ fn machine_with(dir: &Path, id: VmId) -> Machine {
     }
 }
 
+/// Where the program lies, for a run by somebody who may not look where it was built.
+const LINK: &str = "CICADA_TEST_LINK";
+
 fn config() -> QemuConfig {
     let networks =
         [("default".to_owned(), NetworkBackend::User), ("unplugged".to_owned(), NetworkBackend::None)];
-    let link = Some(env!("CARGO_BIN_EXE_cicada").into());
+    let link = std::env::var_os(LINK).unwrap_or(env!("CARGO_BIN_EXE_cicada").into());
+    let link = Some(link.into());
     QemuConfig { networks: networks.into(), link, ..QemuConfig::default() }
 }
 
@@ -584,11 +590,23 @@ async fn failures_name_what_to_do() {
     assert_eq!(driver.state(second.spec.id).unwrap(), PowerState::Stopped);
     assert!(processes_of(second.spec.id).is_empty());
 
-    // A disk that is not there: QEMU's own words.
+    // A disk that is not there: it is named before a QEMU is made.
     let mut no_disk = machine_in(dir.path());
     no_disk.root_disk = dir.path().join("nowhere.raw");
-    let error = driver.start(&no_disk).await.unwrap_err().to_string();
-    assert!(error.contains("exit status: 1") && error.contains("nowhere.raw"), "{error}");
+    let error = driver.start(&no_disk).await.unwrap_err();
+    assert!(
+        error.to_string().contains("cannot open") && error.to_string().contains("nowhere.raw"),
+        "{error}"
+    );
+    assert!(matches!(error, DriverError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound));
+    assert_eq!(driver.state(no_disk.spec.id).unwrap(), PowerState::Stopped);
+    assert!(processes_of(no_disk.spec.id).is_empty());
+
+    // A disk that QEMU can make nothing of: its own words.
+    let mut no_image = machine_in(dir.path());
+    no_image.root_format = DiskFormat::Qcow2;
+    let error = driver.start(&no_image).await.unwrap_err().to_string();
+    assert!(error.contains("exit status: 1") && error.contains("not in qcow2 format"), "{error}");
 
     // Firmware variables of another build.
     let odd_vars = machine_in(dir.path());
@@ -752,15 +770,16 @@ async fn bridged(bridge: String) {
     eventually("the tap device goes with QEMU", || ports() == 0).await;
 }
 
-/// Asks a running QEMU itself to open files: its own it can, the key beside them it cannot, though
-/// it is the same user.
+/// Asks a running QEMU itself to open files: what it inherited it can, and nothing by its path, not even
+/// where it is the broker's user.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_qemu_opens_nothing_but_its_own_machines_files() {
-    let Some((driver, dir)) = qemu().await else { return };
+    let Some((_, dir)) = qemu().await else { return };
     if !cicada::hypervisor::qemu::is_confinable() {
         let _ = writeln!(std::io::stderr(), "SKIPPED: this kernel has no Landlock");
         return;
     }
+    let driver = QemuDriver::open(QemuConfig { vm_uids: VmUids::Off, ..config() }).await.unwrap();
     let key = dir.path().join("identity.key");
     fs::write(&key, [7; 4096]).unwrap();
     let machine = machine_in(dir.path());
@@ -773,11 +792,18 @@ async fn a_qemu_opens_nothing_but_its_own_machines_files() {
             serde_json::json!({"driver": "file", "node-name": name, "filename": path, "read-only": true});
         qmp.execute("blockdev-add", Some(file)).await.map_err(|e| e.to_string())
     };
-    open("own", &machine.state_dir.join("console.log")).await.unwrap();
-    let error = open("key", &key).await.unwrap_err();
-    assert!(error.contains("Permission denied"), "{error}");
-    let error = open("passwd", Path::new("/etc/passwd")).await.unwrap_err();
-    assert!(error.contains("Permission denied"), "{error}");
+    let sets = qmp.execute("query-fdsets", None).await.unwrap();
+    let of =
+        |set: &serde_json::Value, end| set["fds"][0]["opaque"].as_str().is_some_and(|o| o.ends_with(end));
+    let code =
+        sets.as_array().unwrap().iter().find(|set| of(set, "CODE_4M.fd")).expect("the firmware's code");
+    open("own", Path::new(&format!("/dev/fdset/{}", code["fdset-id"]))).await.unwrap();
+    let state_log = machine.state_dir.join("console.log");
+    let closed = [("key", key.as_path()), ("log", &state_log), ("passwd", Path::new("/etc/passwd"))];
+    for (name, path) in closed {
+        let error = open(name, path).await.unwrap_err();
+        assert!(error.contains("Permission denied"), "{error}");
+    }
     drop(qmp);
     kill(vm);
 }

@@ -49,6 +49,23 @@ fn systemd_understands_every_line_of_the_units() {
     }
 }
 
+/// With just these `hypervisor.rs: a_broker_with_two_capabilities_has_users_for_its_vms_too` runs.
+#[test]
+fn vms_have_users_of_their_own_by_two_capabilities_and_no_other_change() {
+    let added = include_str!("../deploy/systemd/vm-users.conf");
+    let settings: Vec<_> = added.lines().filter(|line| !line.starts_with('#')).collect();
+    let two = "CAP_SETUID CAP_SETGID";
+    let expected = [
+        "[Service]".to_owned(),
+        format!("CapabilityBoundingSet={two}"),
+        format!("AmbientCapabilities={two}"),
+    ];
+    assert_eq!(settings, expected);
+    let unit = include_str!("../deploy/systemd/cicada.service");
+    let namespaces = unit.lines().find_map(|line| line.strip_prefix("RestrictNamespaces=")).unwrap();
+    assert!(namespaces.split(' ').any(|kind| kind == "user"), "{namespaces}");
+}
+
 #[test]
 fn the_unit_keeps_what_the_broker_needs() {
     let unit = include_str!("../deploy/systemd/cicada.service");

@@ -315,7 +315,10 @@ pub struct StatusView {
     /// `online`, or why not.
     pub link: String,
     pub driver: String,
-    pub accelerator: String,
+    pub accelerator: Box<str>,
+    /// Whether each VM runs as a user of its own, not as the broker's.
+    #[serde(default)]
+    pub own_users: bool,
     pub cpus: Resource,
     pub memory_bytes: Resource,
     /// Of the file system that VMs' disks lie on.

@@ -5,7 +5,7 @@ use clap::Subcommand;
 use crate::broker::problem::{Problem, ProblemKind};
 use crate::config::{Config, NetworkKind};
 use crate::hypervisor::QemuConfig;
-use crate::hypervisor::qemu::{find_passt, is_confinable};
+use crate::hypervisor::qemu::{find_passt, is_confinable, why_shared};
 
 use super::context::{Context, config_problem};
 use super::printer::Outcome;
@@ -58,5 +58,6 @@ fn walls(config: &Config) -> Vec<String> {
     if !is_confinable() {
         missing.push("this kernel has no Landlock: a broken QEMU could read whatever the broker can".into());
     }
+    missing.extend(why_shared(&crate::daemon::qemu_config(config)));
     missing
 }

@@ -250,6 +250,7 @@ fn print_status(printer: &Printer, s: &StatusView) -> Outcome {
             ("room", format!("{} ({link})", s.room)),
             ("version", s.version.clone()),
             ("hypervisor", format!("{} ({})", s.driver, s.accelerator)),
+            ("VMs run as", if s.own_users { "a user each" } else { "the broker's user" }.into()),
             ("CPUs", free(resource(s.cpus, |n| n.to_string()))),
             ("memory", free(resource(s.memory_bytes, bytes))),
             ("storage", free(resource(s.storage_bytes, bytes))),

@@ -173,6 +173,56 @@ pub struct Hypervisor {
     pub firmware_code: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub firmware_vars: Option<PathBuf>,
+    /// Users that VMs run as, each as one of its own: `"auto"`, `"off"` or a range `"FIRST-LAST"`.
+    pub vm_uids: VmUids,
+}
+
+/// `hypervisor.vm_uids`
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum VmUids {
+    /// Those lent to the broker's user; where that is not possible, the broker's user.
+    #[default]
+    Auto,
+    /// The broker's user.
+    Off,
+    Range {
+        first: u32,
+        last: u32,
+    },
+}
+
+impl TryFrom<String> for VmUids {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let range = || {
+            let (first, last) = text.split_once('-')?;
+            let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+            // Zero is root, and the largest number is no user.
+            (0 < first && first <= last && last < u32::MAX).then_some(Self::Range { first, last })
+        };
+        match text.as_str() {
+            "auto" => Ok(Self::Auto),
+            "off" => Ok(Self::Off),
+            _ => range().ok_or_else(|| {
+                format!(
+                    "'{}' is not possible: write \"auto\", \"off\" or a range such as \"200000-200999\"",
+                    text.escape_debug()
+                )
+            }),
+        }
+    }
+}
+
+impl From<VmUids> for String {
+    fn from(uids: VmUids) -> Self {
+        match uids {
+            VmUids::Auto => "auto".into(),
+            VmUids::Off => "off".into(),
+            VmUids::Range { first, last } => format!("{first}-{last}"),
+        }
+    }
 }
 
 words! {
@@ -381,6 +431,7 @@ impl Default for Hypervisor {
             machine_type: None,
             firmware_code: None,
             firmware_vars: None,
+            vm_uids: VmUids::Auto,
         }
     }
 }

@@ -24,7 +24,7 @@ use crate::types::{ByteSize, MemberJid};
 
 pub use error::ConfigError;
 pub use file::{
-    Accelerator, AcceptFrom, ChannelBinding, Cloud, DriverKind, Pin, Security, TlsVersion, Trust,
+    Accelerator, AcceptFrom, ChannelBinding, Cloud, DriverKind, Pin, Security, TlsVersion, Trust, VmUids,
 };
 pub use identity::{Identity, identity_path, load_identity, load_or_create_identity, rotate_identity};
 pub use secrets::{Password, private_dir, unreplaceable};
@@ -102,6 +102,7 @@ pub struct Hypervisor {
     pub machine_type: Option<String>,
     pub firmware_code: Option<PathBuf>,
     pub firmware_vars: Option<PathBuf>,
+    pub vm_uids: VmUids,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -429,6 +430,7 @@ fn resolve(mut file: File, base: &Path, path: PathBuf) -> Result<Config, ConfigE
             machine_type: f.hypervisor.machine_type,
             firmware_code: f.hypervisor.firmware_code,
             firmware_vars: f.hypervisor.firmware_vars,
+            vm_uids: f.hypervisor.vm_uids,
         },
         networks,
         repository: Repository {

@@ -216,7 +216,7 @@ fn bad_input_is_named_with_reason_and_next_step() {
         (with("[clod]"), r#"clod in federation.toml: is not a known setting (did you mean 'cloud'?)"#),
         (
             with("[hypervisor]\nbogus_and_odd = 1"),
-            r#"hypervisor.bogus_and_odd in federation.toml: is not a known setting (known are: driver, accelerator, cpus, memory, cpu_overcommit, storage_overcommit, storage_floor, cpu_model, machine_type, firmware_code, firmware_vars)"#,
+            r#"hypervisor.bogus_and_odd in federation.toml: is not a known setting (known are: driver, accelerator, cpus, memory, cpu_overcommit, storage_overcommit, storage_floor, cpu_model, machine_type, firmware_code, firmware_vars, vm_uids)"#,
         ),
         (
             with("[hypervisor]\ncpus = \"many\""),
@@ -241,6 +241,10 @@ fn bad_input_is_named_with_reason_and_next_step() {
         (
             with("[migration]\ngrace_period = \"soon\""),
             r#"migration.grace_period in federation.toml: 'soon' is not a duration: write a number and a unit, such as "90s", "10m", "24h" or "7d" (sample)"#,
+        ),
+        (
+            with("[hypervisor]\nvm_uids = \"0-9\""),
+            r#"hypervisor.vm_uids in federation.toml: '0-9' is not possible: write "auto", "off" or a range such as "200000-200999" (sample)"#,
         ),
         (
             with("[hypervisor]\nstorage_overcommit = 0.5"),

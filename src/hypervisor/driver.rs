@@ -110,6 +110,8 @@ pub struct Features {
     pub networks: BTreeSet<String>,
     /// Those of them whose guests reach this host's own services, its loopback included.
     pub exposing_networks: BTreeSet<String>,
+    /// Whether each VM runs as a user of its own, not as the broker's.
+    pub own_users: bool,
     pub abilities: BTreeSet<Ability>,
 }
 

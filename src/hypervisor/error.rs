@@ -45,6 +45,8 @@ pub enum DriverError {
     MachineType { path: PathBuf, machine_type: String, offered: String },
     #[error("KVM was demanded but does not work here: {reason}; set accelerator to \"auto\" or \"tcg\"")]
     NoKvm { reason: String },
+    #[error("VMs cannot run as the users of vm_uids: {reason}; set vm_uids to \"auto\" or \"off\"")]
+    NoUsers { reason: String },
     #[error("QEMU could not be asked what it offers: {detail}")]
     Probe { detail: String },
 

@@ -112,6 +112,7 @@ impl FakeDriver {
             root_formats: [DiskFormat::Qcow2, DiskFormat::Raw].into(),
             networks: ["default".to_owned()].into(),
             exposing_networks: BTreeSet::new(),
+            own_users: false,
             abilities: [Ability::Pause, Ability::Console, Ability::TrackChanges].into(),
         };
         Self::with_features(clock, features)

@@ -2,6 +2,9 @@
 //!
 //! What the guest sees (machine type, CPU, devices and their PCI slots) depends on the machine
 //! alone, never on the host: it stays the same wherever the VM runs, and when a disk is added.
+//!
+//! The command line names no file of the VM. What QEMU needs of them it inherits open, so that it can be
+//! a user who may open none of them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::config::NetworkBackend;
 use crate::hypervisor::error::list;
-use crate::hypervisor::{Accelerator, DriverError, Machine};
+use crate::hypervisor::{Accelerator, DiskFormat, DriverError, Machine};
 use crate::types::VmId;
 use crate::vm::{Firmware, Mac};
 
@@ -54,18 +57,43 @@ pub struct Host {
     pub sandbox: bool,
 }
 
+/// What the driver opens and QEMU inherits.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Handed {
+    /// Connections to a socket made at this path.
+    Listen(PathBuf),
+    Append(PathBuf),
+    Read(PathBuf),
+    Write(PathBuf),
+    /// The other end of a card.
+    Card(Link),
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Link {
+    /// See `link.rs`.
+    Isolated,
+    /// A tap device in the bridge of this name.
+    Bridge(String),
+}
+
+/// Opens something and gives the number of its descriptor, which QEMU is to inherit.
+type Open<'o> = &'o mut dyn FnMut(Handed) -> Result<i32, DriverError>;
+
 /// The command line, without the program's name.
-pub fn argv(machine: &Machine, host: &Host) -> Result<Vec<String>, DriverError> {
+pub fn argv(machine: &Machine, host: &Host, open: Open) -> Result<Vec<String>, DriverError> {
     let vm = machine.spec.id;
-    let mut a = Args { vm, out: Vec::new() };
+    let mut a = Args { vm, open, out: Vec::new() };
     a.general(machine, host);
     if machine.spec.firmware == Firmware::Uefi {
         a.firmware(machine, host)?;
     }
     a.control(machine)?;
-    a.disk(node::ROOT, slot::ROOT, machine.root_format.name(), &machine.root_disk)?;
+    // Without this QEMU would look for the base where the overlay's header says it lies.
+    let base = machine.base.as_deref().filter(|_| machine.root_format == DiskFormat::Qcow2);
+    a.disk(node::ROOT, slot::ROOT, machine.root_format.name(), &machine.root_disk, base)?;
     if let Some(path) = &machine.user_data_disk {
-        a.disk(node::USER_DATA, slot::USER_DATA, "raw", path)?;
+        a.disk(node::USER_DATA, slot::USER_DATA, "raw", path, None)?;
     }
     a.json("-object", json!({"qom-type": "rng-random", "id": "rng", "filename": "/dev/urandom"}));
     a.device("virtio-rng-pci", slot::RNG, json!({"id": "rng0", "rng": "rng"}));
@@ -76,12 +104,13 @@ pub fn argv(machine: &Machine, host: &Host) -> Result<Vec<String>, DriverError> 
     Ok(a.out)
 }
 
-struct Args {
+struct Args<'o> {
     vm: VmId,
+    open: Open<'o>,
     out: Vec<String>,
 }
 
-impl Args {
+impl Args<'_> {
     fn arg(&mut self, flag: &str, value: impl Into<String>) {
         self.out.extend([flag.to_owned(), value.into()]);
     }
@@ -97,8 +126,16 @@ impl Args {
         self.json("-device", rest);
     }
 
-    fn text<'p>(&self, path: &'p Path) -> Result<&'p str, DriverError> {
-        path.to_str().ok_or_else(|| DriverError::PathNotUtf8 { vm: self.vm, path: path.to_owned() })
+    /// Hands over a file; gives the name by which QEMU opens what it inherited. The real one stands
+    /// beside it for whoever reads the command line.
+    fn file(&mut self, path: &Path, how: fn(PathBuf) -> Handed) -> Result<String, DriverError> {
+        let Some(text) = path.to_str() else {
+            return Err(DriverError::PathNotUtf8 { vm: self.vm, path: path.to_owned() });
+        };
+        let opaque = opaque(text);
+        let fd = (self.open)(how(path.to_owned()))?;
+        self.arg("-add-fd", format!("fd={fd},set={fd}{opaque}"));
+        Ok(format!("/dev/fdset/{fd}"))
     }
 
     fn general(&mut self, machine: &Machine, host: &Host) {
@@ -136,8 +173,8 @@ impl Args {
     }
 
     fn firmware(&mut self, machine: &Machine, host: &Host) -> Result<(), DriverError> {
-        let code = self.text(&host.firmware_code)?.to_owned();
-        let vars = self.text(&machine.firmware_vars)?.to_owned();
+        let code = self.file(&host.firmware_code, Handed::Read)?;
+        let vars = self.file(&machine.firmware_vars, Handed::Write)?;
         self.json(
             "-blockdev",
             json!({"driver": "raw", "node-name": "firmware-code", "read-only": true,
@@ -152,9 +189,8 @@ impl Args {
     }
 
     fn socket(&mut self, id: &str, machine: &Machine, name: &str, more: &str) -> Result<(), DriverError> {
-        let path = machine.state_dir.join(name);
-        self.text(&path)?;
-        self.arg("-chardev", socket_chardev(id, &path) + more);
+        let fd = (self.open)(Handed::Listen(machine.state_dir.join(name)))?;
+        self.arg("-chardev", format!("socket,id={id},fd={fd},server=on,wait=off{more}"));
         Ok(())
     }
 
@@ -164,13 +200,24 @@ impl Args {
         Ok(())
     }
 
-    fn disk(&mut self, name: &str, slot: usize, format: &str, path: &Path) -> Result<(), DriverError> {
-        let path = self.text(path)?.to_owned();
-        self.json(
-            "-blockdev",
-            json!({"driver": format, "node-name": name, "discard": "unmap", "detect-zeroes": "unmap",
-                   "file": {"driver": "file", "filename": path, "discard": "unmap"}}),
-        );
+    fn disk(
+        &mut self,
+        name: &str,
+        slot: usize,
+        format: &str,
+        path: &Path,
+        base: Option<&Path>,
+    ) -> Result<(), DriverError> {
+        let name_inherited = self.file(path, Handed::Write)?;
+        let mut disk = json!({"driver": format, "node-name": name, "discard": "unmap",
+                              "detect-zeroes": "unmap",
+                              "file": {"driver": "file", "filename": name_inherited, "discard": "unmap"}});
+        if let Some(base) = base {
+            let base = self.file(base, Handed::Read)?;
+            disk["backing"] = json!({"driver": "raw", "read-only": true,
+                                     "file": {"driver": "file", "filename": base}});
+        }
+        self.json("-blockdev", disk);
         let mut device = json!({"id": format!("{name}-disk"), "drive": name, "serial": name});
         if name == node::ROOT {
             device["bootindex"] = 1.into();
@@ -180,9 +227,8 @@ impl Args {
     }
 
     fn console_and_agent(&mut self, machine: &Machine) -> Result<(), DriverError> {
-        let log = machine.state_dir.join(file::CONSOLE_LOG);
-        let log = format!(",logfile={},logappend=on", escape_commas(self.text(&log)?));
-        self.socket("console", machine, file::CONSOLE, &log)?;
+        let log = self.file(&machine.state_dir.join(file::CONSOLE_LOG), Handed::Append)?;
+        self.socket("console", machine, file::CONSOLE, &format!(",logfile={log},logappend=on"))?;
         self.json("-device", json!({"driver": "isa-serial", "id": "serial0", "chardev": "console"}));
         self.socket("agent", machine, file::AGENT, "")?;
         self.device("virtio-serial-pci", slot::SERIAL, json!({"id": "ports"}));
@@ -204,14 +250,18 @@ impl Args {
         let netdev = format!("net{index}");
         // No option ROM: guests boot from their disk, and the ROM would have to travel.
         let mut device = json!({"id": format!("nic{index}"), "mac": mac.to_string(), "romfile": ""});
-        let fd = (FD_FIRST + index as i32).to_string();
         match backend {
-            NetworkBackend::User if host.isolates => self.json(
-                "-netdev",
-                json!({"type": "stream", "id": netdev, "server": false, "addr": {"type": "fd", "str": fd}}),
-            ),
+            NetworkBackend::User if host.isolates => {
+                let fd = (self.open)(Handed::Card(Link::Isolated))?.to_string();
+                let address = json!({"type": "fd", "str": fd});
+                self.json(
+                    "-netdev",
+                    json!({"type": "stream", "id": netdev, "server": false, "addr": address}),
+                );
+            }
             NetworkBackend::User => self.json("-netdev", json!({"type": "user", "id": netdev})),
-            NetworkBackend::Bridge(_) => {
+            NetworkBackend::Bridge(bridge) => {
+                let fd = (self.open)(Handed::Card(Link::Bridge(bridge.clone())))?.to_string();
                 self.json("-netdev", json!({"type": "tap", "id": netdev, "fd": fd}));
             }
             NetworkBackend::None => {}
@@ -224,42 +274,23 @@ impl Args {
     }
 }
 
-/// The other end of a card, which the driver opens and QEMU inherits: QEMU itself starts nothing.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Link {
-    /// See `link.rs`.
-    Isolated,
-    /// A tap device in the bridge of this name.
-    Bridge(String),
-}
-
-/// The first inherited descriptor; card number N has N more. Standard input, output and error are below.
-const FD_FIRST: i32 = 3;
-
-/// What the machine's command line refers to by descriptor.
-pub fn links(machine: &Machine, host: &Host) -> Vec<(i32, Link)> {
-    let link = |(i, network): (usize, &String)| {
-        let link = match host.networks.get(network)? {
-            NetworkBackend::User if host.isolates => Link::Isolated,
-            NetworkBackend::Bridge(bridge) => Link::Bridge(bridge.clone()),
-            NetworkBackend::User | NetworkBackend::None => return None,
-        };
-        Some((FD_FIRST + i as i32, link))
-    };
-    machine.spec.nics.iter().map(|nic| &nic.network).enumerate().filter_map(link).collect()
-}
-
 /// No child processes, no other privileges: the same for every machine.
 pub const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
-fn socket_chardev(id: &str, path: &Path) -> String {
-    format!("socket,id={id},path={},server=on,wait=off", escape_commas(&path.to_string_lossy()))
+/// The part of `-add-fd` that QEMU makes nothing of.
+fn opaque(path: &str) -> String {
+    format!(",opaque={}", escape_commas(path))
 }
 
-/// Two arguments by which the QEMU of one VM in one state directory is recognised: the same VM may
-/// well run on this host for another broker.
-pub fn marks(vm: VmId, state_dir: &Path) -> [String; 2] {
-    [vm.to_string(), socket_chardev("qmp", &state_dir.join(file::QMP))]
+/// Whether a command line is that of the QEMU of one VM in one state directory: the same VM may well run
+/// on this host for another broker.
+pub fn is_of(args: &[&[u8]], vm: VmId, state_dir: &Path) -> bool {
+    let log = opaque(&state_dir.join(file::CONSOLE_LOG).to_string_lossy());
+    let handed = |arg: &&[u8]| arg.starts_with(b"fd=") && arg.ends_with(log.as_bytes());
+    // As brokers up to 0.1.0 started QEMU, which then made its sockets itself.
+    let socket = escape_commas(&state_dir.join(file::QMP).to_string_lossy());
+    let made = format!("socket,id=qmp,path={socket},server=on,wait=off");
+    args.contains(&vm.to_string().as_bytes()) && args.iter().any(|arg| handed(arg) || *arg == made.as_bytes())
 }
 
 /// In QEMU's older option syntax a comma in a value is written twice.
@@ -270,7 +301,6 @@ fn escape_commas(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hypervisor::DiskFormat;
     use crate::types::{ByteSize, RecipeId};
     use crate::vm::VmSpec;
     use crate::vm::spec::Nic;
@@ -294,7 +324,7 @@ mod tests {
             },
             root_disk: "/srv/vm/web,1/root.qcow2".into(),
             root_format: DiskFormat::Qcow2,
-            base: None,
+            base: Some("/srv/compositions/1".into()),
             user_data_disk: Some("/srv/vm/web,1/user-data.raw".into()),
             firmware_vars: "/srv/vm/web,1/vars.fd".into(),
             state_dir: "/run/vm/web,1".into(),
@@ -317,6 +347,27 @@ mod tests {
         }
     }
 
+    /// The command line where descriptors are numbered from 3 on, and what they are.
+    fn opened(machine: &Machine, host: &Host) -> Result<(Vec<String>, Vec<Handed>), DriverError> {
+        let mut handed = Vec::new();
+        let mut open = |what| {
+            handed.push(what);
+            Ok(2 + handed.len() as i32)
+        };
+        let args = super::argv(machine, host, &mut open)?;
+        Ok((args, handed))
+    }
+
+    fn argv(machine: &Machine, host: &Host) -> Result<Vec<String>, DriverError> {
+        opened(machine, host).map(|(args, _)| args)
+    }
+
+    /// Without the numbers of descriptors, which say nothing to the guest.
+    fn unnumbered(args: &[String]) -> Vec<String> {
+        let numbers = regex::Regex::new(r#"(fd=|set=|fdset/|"str":"|"fd":")\d+"#).unwrap();
+        args.iter().map(|arg| numbers.replace_all(arg, "$1").into_owned()).collect()
+    }
+
     #[test]
     fn the_whole_command_line_is_as_recorded() {
         let args = argv(&machine(), &host()).unwrap();
@@ -335,43 +386,81 @@ mod tests {
     #[test]
     fn the_guest_sees_the_same_slots_without_the_second_disk() {
         let mut machine = machine();
-        let with = argv(&machine, &host()).unwrap();
+        let with = unnumbered(&argv(&machine, &host()).unwrap());
         machine.user_data_disk = None;
-        let without = argv(&machine, &host()).unwrap();
+        let without = unnumbered(&argv(&machine, &host()).unwrap());
         let gone: Vec<_> = with.iter().filter(|a| !without.contains(a)).collect();
-        assert_eq!(gone.len(), 2, "{gone:?}");
+        assert_eq!(gone.len(), 3, "the open file, the disk and the device: {gone:?}");
         assert!(without.iter().all(|a| with.contains(a)));
     }
 
     #[test]
     fn a_bios_machine_differs_by_its_firmware_alone() {
         let mut machine = machine();
-        let uefi = argv(&machine, &host()).unwrap();
+        let uefi = unnumbered(&argv(&machine, &host()).unwrap());
         machine.spec.firmware = Firmware::Bios;
-        let bios = argv(&machine, &host()).unwrap();
+        let bios = unnumbered(&argv(&machine, &host()).unwrap());
         let new: Vec<_> = bios.iter().filter(|a| !uefi.contains(a)).collect();
         assert_eq!(new, ["pc-q35-7.2,smm=off,vmport=off,dump-guest-core=off,graphics=off"]);
-        assert_eq!(uefi.len(), bios.len() + 4, "two pflash drives less");
+        assert_eq!(uefi.len(), bios.len() + 8, "two open files and two pflash drives less");
     }
 
     #[test]
     fn a_command_line_bears_its_marks() {
         let machine = machine();
+        let (vm, dir) = (machine.spec.id, &machine.state_dir);
         let args = argv(&machine, &host()).unwrap();
-        for mark in marks(machine.spec.id, &machine.state_dir) {
-            assert!(args.contains(&mark), "{mark}");
+        let args: Vec<_> = args.iter().map(String::as_bytes).collect();
+        assert!(is_of(&args, vm, dir));
+        assert!(!is_of(&args, VmId::random(), dir));
+        assert!(!is_of(&args, vm, Path::new("/run/vm/web")));
+        let id = vm.to_string();
+        let older: [&[u8]; 2] =
+            [id.as_bytes(), b"socket,id=qmp,path=/run/vm/web,,1/qmp.sock,server=on,wait=off"];
+        assert!(is_of(&older, vm, dir));
+        assert!(!is_of(&older[..1], vm, dir));
+    }
+
+    /// Each file is named once, beside the descriptor it is handed over by; nothing is left to open.
+    #[test]
+    fn no_argument_opens_a_file_of_the_vm() {
+        let (args, handed) = opened(&machine(), &host()).unwrap();
+        let named = |arg: &&String| ["/srv/", "/run/", "OVMF"].iter().any(|place| arg.contains(place));
+        for arg in args.iter().filter(named) {
+            assert!(arg.starts_with("fd=") && arg.contains(",opaque=/"), "{arg}");
         }
+        let path = |name: &str| PathBuf::from("/srv/vm/web,1").join(name);
+        let run = |name: &str| PathBuf::from("/run/vm/web,1").join(name);
+        let expected = [
+            Handed::Read("/usr/share/OVMF/OVMF_CODE_4M.fd".into()),
+            Handed::Write(path("vars.fd")),
+            Handed::Listen(run("qmp.sock")),
+            Handed::Write(path("root.qcow2")),
+            Handed::Read("/srv/compositions/1".into()),
+            Handed::Write(path("user-data.raw")),
+            Handed::Append(run("console.log")),
+            Handed::Listen(run("con.sock")),
+            Handed::Listen(run("qga.sock")),
+            Handed::Card(Link::Isolated),
+            Handed::Card(Link::Bridge("br0".into())),
+        ];
+        assert_eq!(handed, expected);
     }
 
     #[test]
     fn every_card_keeps_the_whole_sandbox_and_has_its_own_descriptor() {
         let (machine, mut host) = (machine(), host());
-        assert_eq!(links(&machine, &host), [(3, Link::Isolated), (4, Link::Bridge("br0".into()))]);
+        let cards = |host: &Host| {
+            let handed = opened(&machine, host).unwrap().1.into_iter();
+            handed.filter(|what| matches!(what, Handed::Card(_))).collect::<Vec<_>>()
+        };
+        let (own, bridged) = (Handed::Card(Link::Isolated), Handed::Card(Link::Bridge("br0".into())));
+        assert_eq!(cards(&host), [own, bridged.clone()]);
         assert!(
             argv(&machine, &host).unwrap().contains(&SANDBOX.to_owned()) && SANDBOX.contains("spawn=deny")
         );
         host.isolates = false;
-        assert_eq!(links(&machine, &host), [(4, Link::Bridge("br0".into()))]);
+        assert_eq!(cards(&host), [bridged]);
         assert!(argv(&machine, &host).unwrap().contains(&r#"{"id":"net0","type":"user"}"#.to_owned()));
     }
 

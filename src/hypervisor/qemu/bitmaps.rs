@@ -6,7 +6,10 @@
 //! private Unix socket, as the metadata of a read-only disk, and listed by `qemu-img map`.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -17,6 +20,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Command;
 
 use super::qmp::{Qmp, QmpError};
+use crate::durable;
 
 /// Bytes of a disk one bit stands for. Coarse enough that the bits of 16 TiB take 32 MiB.
 const GRANULARITY: u64 = 64 << 10;
@@ -26,6 +30,8 @@ const LIST_TIMEOUT: Duration = Duration::from_secs(20);
 /// Some hundred thousand ranges. A disk written to in more places may as well be read whole.
 const LIST_BYTES_MAX: u64 = 64 << 20;
 const COMPLAINT_BYTES_MAX: u64 = 4096;
+/// What the socket is called while it is QEMU's and nothing's.
+const SOCKET_NAME: &str = "cicada-nbd";
 
 #[derive(Debug, thiserror::Error)]
 pub enum BitmapError {
@@ -33,6 +39,12 @@ pub enum BitmapError {
     Qmp(#[from] QmpError),
     #[error("cannot run {}", path.display())]
     Run {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("cannot make the socket {}", path.display())]
+    Socket {
         path: PathBuf,
         #[source]
         source: std::io::Error,
@@ -117,7 +129,11 @@ pub async fn read(
     let known = query(qmp).await?;
     // Left by a reader that did not come to its end.
     stop_serving(qmp).await?;
-    let address = json!({"addr": {"type": "unix", "data": {"path": socket}}});
+    // QEMU may make no sockets: it gets one.
+    let listener =
+        fresh_socket(socket).map_err(|source| BitmapError::Socket { path: socket.to_owned(), source })?;
+    qmp.hand_over(SOCKET_NAME, listener).await?;
+    let address = json!({"addr": {"type": "fd", "data": {"str": SOCKET_NAME}}});
     qmp.execute("nbd-server-start", Some(address)).await?;
     let listed = async {
         let mut all = Vec::new();
@@ -141,7 +157,13 @@ pub async fn read(
     };
     let listed = listed.await;
     stop_serving(qmp).await?;
+    let _ = std::fs::remove_file(socket);
     listed
+}
+
+fn fresh_socket(path: &Path) -> io::Result<OwnedFd> {
+    durable::remove(path)?;
+    UnixListener::bind(path).map(OwnedFd::from)
 }
 
 /// Closes the NBD server and with it its exports, if there is one.

@@ -33,6 +33,8 @@ pub struct QemuConfig {
     pub link: Option<PathBuf>,
     /// `qemu-bridge-helper`, which plugs VMs into bridges without the broker being root.
     pub bridge_helper: PathBuf,
+    /// The users that VMs run as.
+    pub vm_uids: VmUids,
     /// A console log that grows beyond this is cut; the part before is kept once.
     pub console_log_max: ByteSize,
 }
@@ -51,9 +53,22 @@ impl Default for QemuConfig {
             passt: None,
             link: None,
             bridge_helper: "/usr/lib/qemu/qemu-bridge-helper".into(),
+            vm_uids: VmUids::Auto,
             console_log_max: ByteSize::mib(16),
         }
     }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VmUids {
+    /// Each VM as a user of its own where this host allows it, else as the broker's.
+    #[default]
+    Auto,
+    /// As the broker's user.
+    Off,
+    /// Each as one of these, or no driver at all.
+    Range { first: u32, last: u32 },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]

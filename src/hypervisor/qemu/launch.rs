@@ -1,15 +1,19 @@
-//! What a QEMU process is given before it starts: its end of each card, and the walls around it.
+//! What a QEMU process is given before it starts: its files and sockets, open, its end of each card, and
+//! the walls around it.
 //!
 //! QEMU starts no process and gains no privilege (`args::SANDBOX`). What needs either is done here:
 //! a bridge's tap device is opened by the distribution's `qemu-bridge-helper`, which hands it over
 //! by `SCM_RIGHTS`, and a user network's `guest-link` is started. Blocking.
 
+use std::fs::OpenOptions;
 use std::io::{self, IoSliceMut, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 use command_fds::{CommandFdExt, FdMapping};
 use landlock::{
@@ -18,8 +22,9 @@ use landlock::{
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
-use super::args::Link;
-use crate::hypervisor::Machine;
+use super::args::{self, Handed, Host, Link};
+use super::uids::Uids;
+use crate::hypervisor::{DriverError, Machine};
 
 /// Rights of Linux 6.12, of which the kernel takes those it knows.
 const RIGHTS: ABI = ABI::V6;
@@ -45,34 +50,77 @@ pub struct Wiring {
 #[derive(Clone, Debug)]
 pub struct Launch {
     pub system: PathBuf,
-    pub argv: Vec<String>,
-    pub links: Vec<(i32, Link)>,
+    pub machine: Machine,
+    pub host: Host,
     pub wiring: Wiring,
     pub reach: Reach,
+    /// The users VMs run as, where that is not the broker's.
+    pub uids: Option<Arc<Uids>>,
 }
 
-/// The part of the file system a QEMU may open; everything else is closed to it.
+/// A command line, and what the descriptors in it stand for.
+pub struct Opened {
+    pub argv: Vec<String>,
+    pub fds: Vec<OwnedFd>,
+}
+
+impl Launch {
+    /// Opens all that QEMU inherits. Dropping what it returns closes it again.
+    pub fn open(
+        &self,
+        complaints: &std::fs::File,
+        detach: impl Fn(&mut Command),
+    ) -> Result<Opened, DriverError> {
+        let vm = self.machine.spec.id;
+        let mut fds = Vec::new();
+        let mut open = |what: Handed| {
+            let failed = |action, path: &Path| {
+                let path = path.to_owned();
+                move |source| DriverError::Io { vm, action, path, source }
+            };
+            let by = |options: &mut OpenOptions, path: &Path| {
+                options.open(path).map(OwnedFd::from).map_err(failed("open", path))
+            };
+            let fd = match &what {
+                Handed::Read(path) => by(OpenOptions::new().read(true), path)?,
+                Handed::Write(path) => by(OpenOptions::new().read(true).write(true), path)?,
+                Handed::Append(path) => by(OpenOptions::new().append(true).create(true).mode(0o600), path)?,
+                Handed::Listen(path) => {
+                    UnixListener::bind(path).map(OwnedFd::from).map_err(failed("make the socket", path))?
+                }
+                Handed::Card(Link::Isolated) => isolated(&self.wiring, complaints, &detach)
+                    .map_err(|source| DriverError::Run { path: self.wiring.link.clone(), source })?,
+                Handed::Card(Link::Bridge(bridge)) => {
+                    let helper = &self.wiring.bridge_helper;
+                    tap(helper, bridge).map_err(|source| DriverError::Run { path: helper.clone(), source })?
+                }
+            };
+            let number = fd.as_raw_fd();
+            fds.push(fd);
+            Ok(number)
+        };
+        let argv = args::argv(&self.machine, &self.host, &mut open)?;
+        Ok(Opened { argv, fds })
+    }
+}
+
+/// The part of the file system a QEMU may open; everything else is closed to it. Of its machine that is
+/// nothing: it inherits what it needs.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Reach {
     read: Vec<PathBuf>,
-    write: Vec<PathBuf>,
     /// Whether it makes connections itself, for a user network of its own.
     connects: bool,
 }
 
 impl Reach {
-    /// Of a machine: its disks and variables, the composition, its state directory, the firmware.
-    pub fn of(machine: &Machine, system: &Path, firmware_code: &Path, connects: bool) -> Self {
-        let mut read = vec![system.to_owned(), firmware_code.to_owned()];
-        read.extend(machine.base.clone());
-        let mut write =
-            vec![machine.root_disk.clone(), machine.firmware_vars.clone(), machine.state_dir.clone()];
-        write.extend(machine.user_data_disk.clone());
+    pub fn of(system: &Path, connects: bool) -> Self {
+        let mut read = vec![system.to_owned()];
         if connects {
             // Its resolver's name.
             read.push("/etc/resolv.conf".into());
         }
-        Self { read, write, connects }
+        Self { read, connects }
     }
 }
 
@@ -94,7 +142,6 @@ pub fn confine(reach: &Reach) -> io::Result<bool> {
         .and_then(|r| r.add_rules(path_beneath_rules(SYSTEM_READ, AccessFs::from_read(RIGHTS))))
         .and_then(|r| r.add_rules(path_beneath_rules(&reach.read, AccessFs::from_read(RIGHTS))))
         .and_then(|r| r.add_rules(path_beneath_rules(DEVICES, writing)))
-        .and_then(|r| r.add_rules(path_beneath_rules(&reach.write, writing)))
         .and_then(|r| r.restrict_self())
         .map_err(|e| broken(&e))?;
     Ok(status.ruleset != RulesetStatus::NotEnforced)
@@ -102,28 +149,9 @@ pub fn confine(reach: &Reach) -> io::Result<bool> {
 
 /// Whether this kernel confines by Landlock at all.
 pub fn is_confinable() -> bool {
-    let nothing = Reach { read: Vec::new(), write: Vec::new(), connects: false };
+    let nothing = Reach { read: Vec::new(), connects: false };
     // In a thread of its own, which ends with it.
     std::thread::spawn(move || confine(&nothing).unwrap_or(false)).join().unwrap_or(false)
-}
-
-/// Opens the other ends of a machine's cards. Dropping what it returns closes them all again.
-pub fn open_links(
-    links: &[(i32, Link)],
-    wiring: &Wiring,
-    complaints: &std::fs::File,
-    detach: impl Fn(&mut Command),
-) -> io::Result<Vec<FdMapping>> {
-    links
-        .iter()
-        .map(|(child_fd, link)| {
-            let parent_fd = match link {
-                Link::Isolated => isolated(wiring, complaints, &detach)?,
-                Link::Bridge(bridge) => tap(&wiring.bridge_helper, bridge)?,
-            };
-            Ok(FdMapping { parent_fd, child_fd: *child_fd })
-        })
-        .collect()
 }
 
 /// Starts a `guest-link`, which lives as long as what is returned is open somewhere.
@@ -202,7 +230,7 @@ fn named(program: &Path, error: &io::Error) -> io::Error {
 mod tests {
     use super::*;
     use std::fs;
-    use std::io::Write as _;
+    use std::io::Write;
 
     /// A thread that confines itself as a QEMU is confined, before it becomes one.
     #[test]
@@ -213,21 +241,23 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        for name in ["key", "base", "disk"] {
+        for name in ["key", "system", "disk"] {
             fs::write(at(name), name).unwrap();
         }
-        fs::create_dir(at("run")).unwrap();
-        let reach = Reach { read: vec![at("base")], write: vec![at("disk"), at("run")], connects: false };
-        let (key, base, disk, run) = (at("key"), at("base"), at("disk"), at("run"));
+        let reach = Reach::of(&at("system"), false);
+        let (key, system, disk, new) = (at("key"), at("system"), at("disk"), at("new"));
+        let mut inherited = OpenOptions::new().read(true).write(true).open(&disk).unwrap();
         std::thread::spawn(move || {
             assert!(confine(&reach).unwrap());
             let denied = |e: io::Error| e.kind() == io::ErrorKind::PermissionDenied;
             assert!(denied(fs::read(&key).unwrap_err()));
-            assert!(denied(fs::write(&base, "x").unwrap_err()));
-            assert_eq!(fs::read(&base).unwrap(), b"base");
-            fs::write(&disk, "x").unwrap();
-            fs::write(run.join("qmp"), "x").unwrap();
-            drop(std::os::unix::net::UnixListener::bind(run.join("socket")).unwrap());
+            assert!(denied(fs::write(&system, "x").unwrap_err()));
+            assert_eq!(fs::read(&system).unwrap(), b"system");
+            // Its machine's files it has open, and opens no other way.
+            inherited.write_all(b"x").unwrap();
+            inherited.set_len(2).unwrap();
+            assert!(denied(fs::read(&disk).unwrap_err()));
+            assert!(denied(UnixListener::bind(new).unwrap_err()));
             assert!(fs::read("/etc/shadow").is_err() && fs::read("/etc/passwd").is_err());
         })
         .join()

@@ -16,6 +16,7 @@ mod probe;
 mod process;
 pub mod qmp;
 mod tools;
+mod uids;
 mod vm;
 
 /// What `fuzz/` reaches into.
@@ -27,25 +28,26 @@ pub mod fuzzing {
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::broadcast;
 
-pub use config::{AcceleratorChoice, NetworkBackend, QemuConfig};
+pub use config::{AcceleratorChoice, NetworkBackend, QemuConfig, VmUids};
 pub use launch::is_confinable;
 pub use tools::{QemuTools, QemuVersion, find_configured, find_passt, find_qemu};
 
 use super::driver::EVENTS_KEPT;
 use super::error::list;
 use super::{
-    Ability, ConsoleStream, DiskChanges, DiskFormat, Driver, DriverError, DriverEvent, DriverFuture,
-    Features, Machine, MachineStats, Period, StopMode,
+    Ability, Accelerator, ConsoleStream, DiskChanges, DiskFormat, Driver, DriverError, DriverEvent,
+    DriverFuture, Features, Machine, MachineStats, Period, StopMode,
 };
 use crate::types::{ByteSize, VmId};
 use crate::vm::PowerState;
 use crate::vm::spec::Nic;
 use launch::{Launch, Reach, Wiring};
+use uids::Uids;
 use vm::Vm;
 
 pub struct QemuDriver {
@@ -56,6 +58,7 @@ struct Shared {
     system: PathBuf,
     host: args::Host,
     wiring: Wiring,
+    uids: Option<Arc<Uids>>,
     features: Features,
     vars_template: PathBuf,
     log_max: ByteSize,
@@ -100,6 +103,7 @@ impl QemuDriver {
         if !blocking(launch::is_confinable).await {
             tracing::warn!("this kernel has no Landlock: a broken QEMU could read whatever the broker can");
         }
+        let uids = uids(config.vm_uids, &tools.system, accelerator).await?;
         let mut abilities = BTreeSet::from([Ability::Pause, Ability::Console]);
         if img.is_some() {
             abilities.insert(Ability::TrackChanges);
@@ -119,6 +123,7 @@ impl QemuDriver {
                 .filter(|(_, kind)| passt.is_none() && **kind == NetworkBackend::User)
                 .map(|(name, _)| name.clone())
                 .collect(),
+            own_users: uids.is_some(),
             abilities,
         };
         tracing::info!(version = %features.version, %accelerator, machine_type, "QEMU is ready");
@@ -134,6 +139,7 @@ impl QemuDriver {
                     sandbox: offer.sandbox,
                 },
                 wiring: Wiring { passt, link, bridge_helper: config.bridge_helper },
+                uids: uids.map(Arc::new),
                 features,
                 vars_template: config.firmware_vars,
                 log_max: config.console_log_max,
@@ -143,6 +149,36 @@ impl QemuDriver {
             }),
         })
     }
+}
+
+/// The users that VMs run as, or None for the broker's.
+async fn uids(choice: VmUids, system: &Path, accelerator: Accelerator) -> Result<Option<Uids>, DriverError> {
+    if choice == VmUids::Off {
+        return Ok(None);
+    }
+    let system = system.to_owned();
+    match blocking(move || Uids::find(&choice, &system, accelerator)).await {
+        Ok(uids) => {
+            tracing::info!(users = uids.range(), "each VM runs as a user of its own");
+            Ok(Some(uids))
+        }
+        Err(reason) if choice == VmUids::Auto => {
+            tracing::warn!("{}", uids::shared(&reason));
+            Ok(None)
+        }
+        Err(reason) => Err(DriverError::NoUsers { reason }),
+    }
+}
+
+/// Why VMs would not run as users of their own here, if they would not.
+pub fn why_shared(config: &QemuConfig) -> Option<String> {
+    if config.vm_uids == VmUids::Off {
+        return Some(uids::shared("hypervisor.vm_uids is \"off\""));
+    }
+    let system = find_configured(config).ok()?.system;
+    let uses_kvm = config.accelerator != AcceleratorChoice::Tcg && probe::kvm_is_plausible().is_ok();
+    let accelerator = if uses_kvm { Accelerator::Kvm } else { Accelerator::Tcg };
+    Uids::find(&config.vm_uids, &system, accelerator).err().map(|reason| uids::shared(&reason))
 }
 
 impl Shared {
@@ -171,15 +207,17 @@ impl Shared {
             return not_offered("the CPU model", &spec.cpu_model, &features.cpu_models);
         }
         prepare::check_paths(machine)?;
-        let links = args::links(machine, &self.host);
+        // Made again when it starts, with what is open then.
+        args::argv(machine, &self.host, &mut |_| Ok(0))?;
         let is_user = |nic: &Nic| self.host.networks.get(&nic.network) == Some(&NetworkBackend::User);
         let connects = !self.host.isolates && spec.nics.iter().any(is_user);
         Ok(Launch {
             system: self.system.clone(),
-            argv: args::argv(machine, &self.host)?,
-            links,
+            machine: machine.clone(),
+            host: self.host.clone(),
             wiring: self.wiring.clone(),
-            reach: Reach::of(machine, &self.system, &self.host.firmware_code, connects),
+            reach: Reach::of(&self.system, connects),
+            uids: self.uids.clone(),
         })
     }
 

@@ -63,7 +63,7 @@ pub async fn accelerator(
 }
 
 /// What must be there before trying is worth while.
-fn kvm_is_plausible() -> Result<(), String> {
+pub fn kvm_is_plausible() -> Result<(), String> {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").map_err(|e| format!("/proc/cpuinfo: {e}"))?;
     if !has_virtualisation(&cpuinfo) {
         return Err("the processor shows neither vmx nor svm".into());

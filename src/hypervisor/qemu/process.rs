@@ -11,7 +11,7 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use command_fds::CommandFdExt;
+use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -19,7 +19,9 @@ use tokio::process::{Child, Command};
 
 use super::args::{self, file};
 use super::launch::{self, Launch, Reach};
+use super::uids;
 use crate::durable;
+use crate::hypervisor::DriverError;
 use crate::types::{ByteSize, VmId};
 
 /// Clock ticks a second in `/proc`: USER_HZ, fixed by the kernel's interface on x86-64 and arm64.
@@ -82,22 +84,21 @@ impl Process {
 /// Starts QEMU in a session of its own, so that no signal meant for the broker reaches it, with
 /// its complaints going to a file. The record is durable before and after; on error no process is
 /// left, for nobody would know of it.
-pub fn spawn(launch: &Launch, state_dir: &Path) -> io::Result<Process> {
-    let log = OpenOptions::new()
-        .create(true)
-        .write(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(state_dir.join(file::STDERR_LOG))?;
-    drop(log);
-    let log = OpenOptions::new().append(true).open(state_dir.join(file::STDERR_LOG))?;
-    let links = launch::open_links(&launch.links, &launch.wiring, &log, detach)?;
-    Record::Starting.write(state_dir)?;
-    let mut command = std::process::Command::new(&launch.system);
-    command.args(&launch.argv).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-    command.fd_mappings(links).map_err(io::Error::other)?;
-    detach(&mut command);
-    let mut child = spawn_confined(command, &launch.reach)?;
+pub fn spawn(launch: &Launch, state_dir: &Path) -> Result<Process, DriverError> {
+    let run = |source| DriverError::Run { path: launch.system.clone(), source };
+    let log = fresh_log(state_dir).map_err(run)?;
+    Record::Starting.write(state_dir).map_err(run)?;
+    let runtime = tokio::runtime::Handle::current();
+    let confined = |command| spawn_confined(command, &launch.reach, &runtime);
+    let mut child = match &launch.uids {
+        Some(uids) => uids::with_some(|| {
+            clean_sockets(state_dir).map_err(run)?;
+            let command = command(launch, &log)?;
+            uids.spawn(command, confined).map_err(run)
+        })?
+        .ok_or_else(|| run(uids::taken()))?,
+        None => confined(command(launch, &log)?).map_err(run)?,
+    };
     match recorded(&child, state_dir) {
         Ok(handle) => Ok(Process { handle, child: Some(child) }),
         Err(e) => {
@@ -105,15 +106,45 @@ pub fn spawn(launch: &Launch, state_dir: &Path) -> io::Result<Process> {
             while matches!(child.try_wait(), Ok(None)) {
                 std::thread::sleep(Duration::from_millis(5));
             }
-            Err(e)
+            Err(run(e))
         }
     }
 }
 
+fn fresh_log(state_dir: &Path) -> io::Result<fs::File> {
+    let path = state_dir.join(file::STDERR_LOG);
+    OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&path)?;
+    OpenOptions::new().append(true).open(path)
+}
+
+/// QEMU's command, with all it inherits. Dropping it closes the other ends of the cards, too.
+fn command(launch: &Launch, log: &fs::File) -> Result<std::process::Command, DriverError> {
+    let opened = launch.open(log, detach)?;
+    let log = log.try_clone().map_err(|source| DriverError::Run { path: launch.system.clone(), source })?;
+    let mut command = std::process::Command::new(&launch.system);
+    command.args(&opened.argv).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    detach(&mut command);
+    let fds = opened.fds;
+    // The descriptors keep their numbers: to move them could hit one the standard library is to use yet.
+    // SAFETY: between fork and exec only fcntl is called, which is async-signal-safe.
+    unsafe {
+        command.pre_exec(move || {
+            for fd in &fds {
+                rustix::io::fcntl_setfd(fd, FdFlags::empty())?;
+            }
+            Ok(())
+        });
+    }
+    Ok(command)
+}
+
 /// Landlock confines a thread and its children: one that does nothing else starts the process. The
 /// command is dropped with it, so that nothing here keeps the other ends of the cards open.
-fn spawn_confined(command: std::process::Command, reach: &Reach) -> io::Result<Child> {
-    let runtime = tokio::runtime::Handle::current();
+fn spawn_confined(
+    command: std::process::Command,
+    reach: &Reach,
+    runtime: &tokio::runtime::Handle,
+) -> io::Result<Child> {
     std::thread::scope(|scope| {
         let spawn = || {
             let _within = runtime.enter();
@@ -198,12 +229,11 @@ pub enum Found {
 
 /// Looks for the QEMU process an earlier driver started for `vm`.
 pub fn find(state_dir: &Path, vm: VmId) -> io::Result<Found> {
-    let marks = args::marks(vm, state_dir);
     match Record::read(state_dir)? {
         None => Ok(Found::Nothing),
         Some(Record::Started { pid, start_ticks, boot_id: boot }) => {
             let is_it =
-                |stat: Stat| stat.start_ticks == start_ticks && stat.is_alive && has_marks(pid, &marks);
+                |stat: Stat| stat.start_ticks == start_ticks && stat.is_alive && is_of(pid, vm, state_dir);
             if boot != boot_id()? {
                 return Ok(Found::Ended);
             }
@@ -219,11 +249,11 @@ pub fn find(state_dir: &Path, vm: VmId) -> io::Result<Found> {
                 let Some(pid) = entry?.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else {
                     continue;
                 };
-                if !has_marks(pid, &marks) {
+                if !is_of(pid, vm, state_dir) {
                     continue;
                 }
                 if let Ok(handle) = Handle::open(pid)
-                    && has_marks(pid, &marks)
+                    && is_of(pid, vm, state_dir)
                 {
                     Record::of(pid)?.write(state_dir)?;
                     return Ok(Found::Alive(handle));
@@ -234,11 +264,11 @@ pub fn find(state_dir: &Path, vm: VmId) -> io::Result<Found> {
     }
 }
 
-/// Whether the command line of the process has both marks; false of one that has ended.
-fn has_marks(pid: i32, marks: &[String; 2]) -> bool {
+/// Whether the command line of the process is that of the VM's QEMU; false of one that has ended.
+fn is_of(pid: i32, vm: VmId, state_dir: &Path) -> bool {
     let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else { return false };
     let args: Vec<&[u8]> = line.split(|b| *b == 0).collect();
-    marks.iter().all(|mark| args.contains(&mark.as_bytes()))
+    args::is_of(&args, vm, state_dir)
 }
 
 /// The parts of `/proc/PID/stat` used here, see proc_pid_stat(5).
@@ -283,7 +313,12 @@ pub fn usage(pid: i32) -> io::Result<(Duration, ByteSize)> {
 
 /// Removes what only a running QEMU needs.
 pub fn clean(state_dir: &Path) -> io::Result<()> {
-    for name in [file::QMP, file::CONSOLE, file::AGENT, file::NBD, file::RECORD] {
+    clean_sockets(state_dir)?;
+    durable::remove(&state_dir.join(file::RECORD))
+}
+
+fn clean_sockets(state_dir: &Path) -> io::Result<()> {
+    for name in [file::QMP, file::CONSOLE, file::AGENT, file::NBD] {
         durable::remove(&state_dir.join(name))?;
     }
     Ok(())

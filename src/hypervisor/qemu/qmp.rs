@@ -5,11 +5,14 @@
 //! every event QEMU sent before it having been seen.
 
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
 use futures::StreamExt;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
@@ -53,6 +56,8 @@ pub struct Qmp {
 struct Command {
     execute: &'static str,
     arguments: Option<Value>,
+    /// Goes with the command.
+    fd: Option<OwnedFd>,
     reply: oneshot::Sender<Result<Value, QmpError>>,
 }
 
@@ -63,18 +68,30 @@ impl Qmp {
         on_event: impl FnMut(QmpEvent) + Send + 'static,
     ) -> Result<Self, QmpError> {
         let stream = UnixStream::connect(path).await.map_err(QmpError::Connect)?;
-        Self::over(stream, on_event).await
+        let socket = stream.as_fd().try_clone_to_owned().map_err(QmpError::Connect)?;
+        Self::begin(stream, Some(socket), on_event).await
     }
 
-    /// As [`Qmp::connect`] over any stream.
+    /// As [`Qmp::connect`] over any stream, by which no descriptors can be sent.
     pub async fn over<S>(stream: S, on_event: impl FnMut(QmpEvent) + Send + 'static) -> Result<Self, QmpError>
+    where
+        S: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        Self::begin(stream, None, on_event).await
+    }
+
+    async fn begin<S>(
+        stream: S,
+        socket: Option<OwnedFd>,
+        on_event: impl FnMut(QmpEvent) + Send + 'static,
+    ) -> Result<Self, QmpError>
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
         const NEGOTIATE: &str = "qmp_capabilities";
         let (read, write) = tokio::io::split(stream);
         let lines = FramedRead::new(read, LinesCodec::new_with_max_length(LINE_BYTES_MAX));
-        let mut link = Link { lines, write };
+        let mut link = Link { lines, write, socket };
         let negotiation = async {
             match link.next().await {
                 Some(Message::Greeting) => {}
@@ -86,7 +103,7 @@ impl Qmp {
                 }
                 None => return Err(QmpError::Closed { command: NEGOTIATE }),
             }
-            link.send(0, NEGOTIATE, None).await.map_err(|_| QmpError::Closed { command: NEGOTIATE })?;
+            link.send(0, NEGOTIATE, None, None).await.map_err(|_| QmpError::Closed { command: NEGOTIATE })?;
             match link.next().await {
                 Some(Message::Return { .. }) => Ok(()),
                 Some(Message::Error { error, .. }) => Err(error.into_qmp(NEGOTIATE)),
@@ -107,7 +124,13 @@ impl Qmp {
 
     /// Runs a command to its return value.
     pub async fn execute(&self, command: &'static str, arguments: Option<Value>) -> Result<Value, QmpError> {
-        self.execute_within(COMMAND_TIMEOUT, command, arguments).await
+        self.execute_within(COMMAND_TIMEOUT, command, arguments, None).await
+    }
+
+    /// Gives QEMU a descriptor, which the next command that says `name` takes.
+    pub async fn hand_over(&self, name: &str, fd: OwnedFd) -> Result<(), QmpError> {
+        let arguments = json!({ "fdname": name });
+        self.execute_within(COMMAND_TIMEOUT, "getfd", Some(arguments), Some(fd)).await.map(drop)
     }
 
     async fn execute_within(
@@ -115,11 +138,13 @@ impl Qmp {
         limit: Duration,
         command: &'static str,
         arguments: Option<Value>,
+        fd: Option<OwnedFd>,
     ) -> Result<Value, QmpError> {
         let (reply, answer) = oneshot::channel();
         let exchange = async {
             let closed = || QmpError::Closed { command };
-            self.commands.send(Command { execute: command, arguments, reply }).await.map_err(|_| closed())?;
+            let command = Command { execute: command, arguments, fd, reply };
+            self.commands.send(command).await.map_err(|_| closed())?;
             answer.await.map_err(|_| closed())?
         };
         tokio::time::timeout(limit, exchange)
@@ -146,6 +171,8 @@ impl Qmp {
 struct Link<R, W> {
     lines: FramedRead<R, LinesCodec>,
     write: W,
+    /// What `write` writes to, if descriptors can go there.
+    socket: Option<OwnedFd>,
 }
 
 /// One line from QEMU. The variants are told apart by the fields they have.
@@ -212,7 +239,22 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Link<R, W> {
         message
     }
 
-    async fn send(&mut self, id: u64, command: &str, arguments: Option<Value>) -> io::Result<()> {
+    async fn send(
+        &mut self,
+        id: u64,
+        command: &str,
+        arguments: Option<Value>,
+        fd: Option<OwnedFd>,
+    ) -> io::Result<()> {
+        if let Some(fd) = fd {
+            // With a blank before the command; whole lines were written before, so it hits none.
+            let socket = self.socket.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let fds = [fd.as_fd()];
+            control.push(SendAncillaryMessage::ScmRights(&fds));
+            sendmsg(socket, &[IoSlice::new(b" ")], &mut control, SendFlags::NOSIGNAL)?;
+        }
         let mut message = json!({ "execute": command, "id": id });
         if let Some(arguments) = arguments {
             message["arguments"] = arguments;
@@ -252,11 +294,11 @@ async fn serve<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
                 None => return,
             },
             command = commands.recv() => {
-                let Some(Command { execute, arguments, reply }) = command else { return };
+                let Some(Command { execute, arguments, fd, reply }) = command else { return };
                 id += 1;
                 // Those that gave up waiting take no room.
                 waiting.retain(|_, (_, reply)| !reply.is_closed());
-                if link.send(id, execute, arguments).await.is_err() {
+                if link.send(id, execute, arguments, fd).await.is_err() {
                     // What QEMU said before it hung up is still to be read.
                     continue;
                 }
@@ -354,7 +396,7 @@ mod tests {
     async fn silence_is_a_timeout_and_a_late_reply_is_ignored() {
         let (qmp, mut server, _) = pair().await;
         assert!(matches!(
-            qmp.execute_within(Duration::from_millis(20), "query-status", None).await,
+            qmp.execute_within(Duration::from_millis(20), "query-status", None, None).await,
             Err(QmpError::Timeout { command: "query-status", .. })
         ));
         let late = server.line().await;

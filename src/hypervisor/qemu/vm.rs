@@ -264,12 +264,12 @@ impl Vm {
     async fn launch(self: &Arc<Self>, machine: &Machine, launch: Launch) -> Result<(), DriverError> {
         let (dir, system, log_max) = (machine.state_dir.clone(), launch.system.clone(), self.log_max);
         let mut process = blocking(move || {
-            process::clean(&dir)?;
-            process::cut_log(&dir.join(file::CONSOLE_LOG), log_max)?;
+            process::clean(&dir)
+                .and_then(|()| process::cut_log(&dir.join(file::CONSOLE_LOG), log_max))
+                .map_err(|source| DriverError::Run { path: system, source })?;
             process::spawn(&launch, &dir)
         })
-        .await
-        .map_err(|source| DriverError::Run { path: system, source })?;
+        .await?;
 
         let qmp_path = machine.state_dir.join(file::QMP);
         let deadline = tokio::time::sleep(START_TIMEOUT);
