@@ -242,7 +242,7 @@ impl Index {
     }
 
     pub fn has_summary(&self, id: &ComponentId) -> Result<bool> {
-        Ok(self.noted(self.trees()?.summaries.contains_key(id.as_bytes()))?)
+        self.noted(self.trees()?.summaries.contains_key(id.as_bytes()))
     }
 
     /// Keeps a manifest's summary. The manifest must be entered before: see [`Index::remove_if`].
