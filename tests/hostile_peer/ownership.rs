@@ -17,12 +17,8 @@ use crate::as_source::{delete_vm, denied, init};
 use crate::as_target::honest;
 use crate::peer::{Matter, Peer, Spoil};
 
-/// What a source shows before it hands over.
-enum Shown {
-    History(Lineage),
-    /// It speaks the version before, which has none.
-    NothingBefore,
-}
+/// What a source shows before it hands over; nothing if it speaks the version before, which has no history.
+type Shown = Option<Lineage>;
 
 pub fn rows(bench: &mut Bench) {
     let (vm, history) = owned_by_the_peer(bench);
@@ -39,7 +35,7 @@ fn owned_by_the_peer(bench: &mut Bench) -> (VmId, Lineage) {
     let cloud = Cloud { versions: "2,1".into(), region: Some("version-2".into()), ..bench.mallory.cloud() };
     bench.mallory.show(cloud);
     bench.world.wait("the peer is known to speak version 2", 30, |w| {
-        w.members(0).iter().any(|m| m.region.to_string() == "version-2")
+        w.members(0).iter().any(|m| *m.region == *"version-2")
     });
     let vm = bench.new_vm();
     let receipt = give_away(bench, vm.name.as_str());
@@ -81,14 +77,14 @@ fn give_away(bench: &Bench, name: &str) -> Receipt {
 /// Everything up to the hand-over that was agreed on, or the denial that came before.
 fn bring(peer: &Peer, matter: Matter, shown: &Shown) -> Result<HandOver, (DenialCode, String)> {
     let reservation = match shown {
-        Shown::History(_) => peer.ask(matter, peer.reservation(matter)),
-        Shown::NothingBefore => peer.ask_in(VERSION_BEFORE, matter, peer.reservation(matter)),
+        Some(_) => peer.ask(matter, peer.reservation(matter)),
+        None => peer.ask_in(VERSION_BEFORE, matter, peer.reservation(matter)),
     };
     let AnswerBody::Reserved { reservation, known, .. } = reservation else {
         return Err(denied(&reservation));
     };
     let hand_over = peer.hand_over(matter);
-    let Shown::History(lineage) = shown else { return Ok(hand_over) };
+    let Some(lineage) = shown else { return Ok(hand_over) };
     let after = known.filter(|tip| lineage.position(tip).is_some());
     let links = lineage.since(after.as_ref()).to_vec();
     let page = RequestBody::Lineage {
@@ -112,7 +108,7 @@ fn bring(peer: &Peer, matter: Matter, shown: &Shown) -> Result<HandOver, (Denial
 fn comes_home(bench: &Bench, peer: &Peer, vm: VmId, history: &Lineage) -> (Matter, Lineage) {
     let matter = Matter { migration: MigrationId::random(), vm, epoch: history.next_epoch() - 1 };
     peer.drain();
-    let hand_over = bring(peer, matter, &Shown::History(history.clone())).expect("the owner is believed");
+    let hand_over = bring(peer, matter, &Some(history.clone())).expect("the owner is believed");
     let start = RequestBody::Start { hand_over: hand_over.sign(&peer.key), run: false };
     let answer = peer.ask_through(matter, start);
     let AnswerBody::Started { receipt, .. } = answer else { panic!("{answer:?}") };
@@ -161,11 +157,11 @@ fn never_had_it(bench: &mut Bench, vm: VmId, history: &Lineage) {
     let friend = IdentityKey::from_secret_bytes(&[77; 32]);
     let forged = forged_history(vm, &friend, &bench.victim);
     let tries = [
-        ("claims to have made a VM that went to another", born(1), Shown::History(Lineage::empty(vm))),
-        ("the same under epoch 1,000,001", born(1_000_000), Shown::History(Lineage::empty(vm))),
-        ("in the version before, which shows no history", born(1_000_000), Shown::NothingBefore),
-        ("with a history that a friend signed", born(2), Shown::History(forged)),
-        ("with the owner's history, as if it were the owner", born(2), Shown::History(history.clone())),
+        ("claims to have made a VM that went to another", born(1), Some(Lineage::empty(vm))),
+        ("the same under epoch 1,000,001", born(1_000_000), Some(Lineage::empty(vm))),
+        ("in the version before, which shows no history", born(1_000_000), None),
+        ("with a history that a friend signed", born(2), Some(forged)),
+        ("with the owner's history, as if it were the owner", born(2), Some(history.clone())),
     ];
     for (words, matter, shown) in tries {
         let tried = bring(&bench.victim, matter, &shown);
@@ -243,7 +239,7 @@ fn replays_and_forks(bench: &mut Bench, vm: VmId, history: &Lineage) {
         ("the same under the epoch that is due", 1, due, &fork),
     ] {
         let peer = [&bench.mallory, &bench.victim][peer];
-        let tried = bring(peer, again(epoch), &Shown::History(shown.clone()));
+        let tried = bring(peer, again(epoch), &Some(shown.clone()));
         refused(bench, words, tried);
         untouched(bench, vm, &bench.mallory, &copy);
     }
