@@ -7,6 +7,7 @@ pub mod clock;
 pub mod durable;
 pub mod fault;
 pub mod types;
+pub mod unix_socket;
 // Level 1: pure
 pub mod component;
 pub mod federation;

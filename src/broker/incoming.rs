@@ -28,6 +28,7 @@ use super::lineages::{LAW, Offer, denial};
 use super::negotiation;
 use super::problem::{Problem, ProblemKind};
 use super::records::ReturnRecord;
+use super::rehearsal;
 use super::shared::{Matter, Peer, Shared};
 use super::staging::{self, StageJob, Staged, StagedDir};
 use super::vms::{Busy, Vm};
@@ -232,6 +233,10 @@ impl Broker {
             let needed = placement::Needed::by(&spec, composed);
             let (mut blockers, differences) = placement::assess(&room, &spec, &source, &needed);
             blockers.extend(rules.into_iter().chain(bad));
+            // What is said of it in the terms of the agreement says more.
+            if blockers.is_empty() {
+                blockers.extend(rehearsal::refusal(&shared, &spec));
+            }
             // Whose VMs are never taken need not know what is held.
             let (components_lacking, packs_lacking) = match room.accepts_source {
                 true => negotiation::holdings(&shared.repository, &components, &packs),

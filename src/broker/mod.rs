@@ -32,6 +32,7 @@ mod power;
 pub mod problem;
 pub mod receiving;
 pub mod records;
+mod rehearsal;
 mod resolution_words;
 pub mod resolving;
 pub mod rotation;
@@ -266,6 +267,8 @@ impl Broker {
     /// The owner task. Ends at [`Input::Shutdown`]; VMs keep running.
     pub async fn run(mut self, mut inputs: Inputs) {
         self.find_leftovers();
+        let shared = self.shared.clone();
+        rehearsal::end_left_over(&shared).await;
         self.adopt_running().await;
         self.resume_resolutions();
         self.resume_outgoing();

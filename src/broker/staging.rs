@@ -188,6 +188,9 @@ impl Stage {
         if let Some(earlier) = self.job.goes_on_with.take() {
             earlier.become_dir(&self.job.dir.path).await;
         }
+        if self.job.init.pass.number == 1 {
+            super::rehearsal::rehearse(&self.job.shared, &self.job.spec).await?;
+        }
         let mut account = self.job.account.clone();
         self.fetch_components(&mut account).await?;
         let (root_map, user_map) = self.fetch_maps().await?;

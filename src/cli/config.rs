@@ -5,7 +5,7 @@ use clap::Subcommand;
 use crate::broker::problem::{Problem, ProblemKind};
 use crate::config::{Config, NetworkKind};
 use crate::hypervisor::QemuConfig;
-use crate::hypervisor::qemu::{find_passt, is_confinable, why_shared};
+use crate::hypervisor::qemu::{find_passt, is_confinable, missing as missing_on_host, why_shared};
 
 use super::context::{Context, config_problem};
 use super::printer::Outcome;
@@ -43,7 +43,7 @@ pub fn run(ctx: &Context, command: Command) -> Outcome {
     }
 }
 
-/// What of the walls around guests is missing on this host.
+/// What guests need, or what of the walls around them, is missing on this host.
 fn walls(config: &Config) -> Vec<String> {
     let mut missing = Vec::new();
     let users = config.networks.iter().filter(|n| n.kind == NetworkKind::User);
@@ -58,6 +58,7 @@ fn walls(config: &Config) -> Vec<String> {
     if !is_confinable() {
         missing.push("this kernel has no Landlock: a broken QEMU could read whatever the broker can".into());
     }
+    missing.extend(missing_on_host(&crate::daemon::qemu_config(config)));
     missing.extend(why_shared(&crate::daemon::qemu_config(config)));
     missing
 }

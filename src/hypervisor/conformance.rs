@@ -146,6 +146,24 @@ async fn unknown(bench: &Bench<'_>) -> Outcome {
     driver.undefine(vm).await.map_err(told)
 }
 
+/// A start that is only tried leaves nothing, and nobody hears of it.
+async fn rehearsed(bench: &Bench<'_>, events: &mut Events) -> Result<(), String> {
+    let (driver, machine) = (bench.driver, (bench.make_machine)());
+    let listed = driver.list();
+    for _ in 0..2 {
+        driver.rehearse(&machine).await.map_err(told)?;
+        ensure(driver.list() == listed, || format!("{:?} is listed", driver.list()))?;
+        ensure(!machine.state_dir.exists(), || "the state directory is still there".into())?;
+    }
+    events.expect_none()?;
+    let mut foreign = machine.clone();
+    foreign.spec.cpu_model = "no-such-model".into();
+    for refused in [driver.check(&foreign), driver.rehearse(&foreign).await] {
+        ensure(matches!(refused, Err(DriverError::NotOffered { .. })), || format!("it gave {refused:?}"))?;
+    }
+    Ok(())
+}
+
 async fn lifecycle(bench: &Bench<'_>) -> Outcome {
     let (driver, machine) = (bench.driver, (bench.make_machine)());
     let vm = machine.spec.id;
@@ -155,6 +173,8 @@ async fn lifecycle(bench: &Bench<'_>) -> Outcome {
         bench.expect_state(vm, PowerState::Stopped)?;
     }
     ensure(machine.firmware_vars.is_file(), || "there are no firmware variables".into())?;
+    driver.check(&machine).map_err(told)?;
+    rehearsed(bench, &mut events).await?;
     driver.stop(vm, StopMode::Forced).await.map_err(told)?;
     let idle = driver.pause(vm).await;
     ensure(matches!(idle, Err(DriverError::WrongState { .. })), || format!("pausing gave {idle:?}"))?;

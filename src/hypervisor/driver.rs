@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -203,6 +203,17 @@ pub trait Driver: Send + Sync {
 
     /// Defines the VM if need be and runs it. On Ok it is running, and was perhaps before.
     fn start<'a>(&'a self, machine: &'a Machine) -> DriverFuture<'a, ()>;
+
+    /// Refuses what [`Driver::start`] would refuse before it starts anything. Its files need not be there.
+    fn check(&self, machine: &Machine) -> Result<(), DriverError>;
+
+    /// Starts a VM of this shape exactly as it would be started, executes nothing of its guest, and ends it:
+    /// whether this host can run it. Disks and state directory are scratch; the VM is not defined by it, and
+    /// of what it leaves in the state directory nothing stays.
+    fn rehearse<'a>(&'a self, machine: &'a Machine) -> DriverFuture<'a, ()>;
+
+    /// Ends what an earlier driver, which died, left of a rehearsal in `state_dir`.
+    fn end_rehearsal<'a>(&'a self, vm: VmId, state_dir: &'a Path) -> DriverFuture<'a, ()>;
 
     /// On Ok the VM does not run, its process is gone, and what it wrote is on stable storage.
     fn stop(&self, vm: VmId, mode: StopMode) -> DriverFuture<'_, ()>;

@@ -23,11 +23,6 @@ pub enum DriverError {
     BadSpec { vm: VmId, rule: String },
     #[error("the console of VM {vm} is in use: close the other session first")]
     ConsoleBusy { vm: VmId },
-    #[error(
-        "the socket path {} of VM {vm} has {length} bytes, {limit} are possible: \
-         choose a shorter state directory", path.display()
-    )]
-    SocketPath { vm: VmId, path: PathBuf, length: usize, limit: usize },
     #[error("VM {vm}: the path {path:?} is not UTF-8, which QEMU's command line needs")]
     PathNotUtf8 { vm: VmId, path: PathBuf },
 
@@ -39,6 +34,8 @@ pub enum DriverError {
         path.display()
     )]
     MissingFirmware { path: PathBuf },
+    #[error("network {network}: this host has no bridge {bridge}: make it, or name another in [[network]]")]
+    NoBridge { network: String, bridge: String },
     #[error("{} is QEMU {found}; {need} or later is needed", path.display())]
     TooOld { path: PathBuf, found: String, need: &'static str },
     #[error("{} does not have the machine type {machine_type}: set machine_type to one of {offered}", path.display())]

@@ -10,7 +10,7 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::future::ready;
@@ -36,6 +36,7 @@ const CONSOLE_BYTES: usize = 64 << 10;
 pub enum Verb {
     Define,
     Start,
+    Rehearse,
     Stop,
     Pause,
     Resume,
@@ -50,6 +51,7 @@ impl Verb {
         match self {
             Verb::Define => "defined",
             Verb::Start => "started",
+            Verb::Rehearse => "tried out",
             Verb::Stop => "stopped",
             Verb::Pause => "paused",
             Verb::Resume => "resumed",
@@ -244,9 +246,9 @@ impl FakeDriver {
         self.emit(vm, kind);
     }
 
-    fn define_now(&self, machine: &Machine) -> Result<(), DriverError> {
+    /// What this host does not offer.
+    fn check_now(&self, machine: &Machine) -> Result<(), DriverError> {
         let (vm, spec) = (machine.spec.id, &machine.spec);
-        self.may_fail(vm, Verb::Define)?;
         spec.check().map_err(|rule| DriverError::BadSpec { vm, rule })?;
         let offers = [
             ("the architecture", &self.features.architectures, vec![&spec.architecture]),
@@ -259,6 +261,13 @@ impl FakeDriver {
                 return Err(DriverError::NotOffered { vm, what, asked: asked.clone(), offered });
             }
         }
+        Ok(())
+    }
+
+    fn define_now(&self, machine: &Machine) -> Result<(), DriverError> {
+        let vm = machine.spec.id;
+        self.may_fail(vm, Verb::Define)?;
+        self.check_now(machine)?;
         let mut inner = self.inner();
         match inner.vms.get_mut(&vm) {
             Some(entry) if entry.machine == *machine => return Ok(()),
@@ -470,6 +479,16 @@ impl Driver for FakeDriver {
     }
     fn start<'a>(&'a self, machine: &'a Machine) -> DriverFuture<'a, ()> {
         Box::pin(ready(self.start_now(machine)))
+    }
+    fn check(&self, machine: &Machine) -> Result<(), DriverError> {
+        self.check_now(machine)
+    }
+    fn rehearse<'a>(&'a self, machine: &'a Machine) -> DriverFuture<'a, ()> {
+        let tried = self.check_now(machine).and_then(|()| self.may_fail(machine.spec.id, Verb::Rehearse));
+        Box::pin(ready(tried))
+    }
+    fn end_rehearsal<'a>(&'a self, _: VmId, _: &'a Path) -> DriverFuture<'a, ()> {
+        Box::pin(ready(Ok(())))
     }
     fn stop(&self, vm: VmId, mode: StopMode) -> DriverFuture<'_, ()> {
         Box::pin(ready(self.stop_now(vm, mode)))

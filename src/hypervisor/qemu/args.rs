@@ -17,7 +17,7 @@ use crate::hypervisor::{Accelerator, DiskFormat, DriverError, Machine};
 use crate::types::VmId;
 use crate::vm::{Firmware, Mac};
 
-/// Names inside a VM's state directory, short because socket paths are: see `STATE.md`.
+/// Names inside a VM's state directory: see `STATE.md`.
 pub mod file {
     pub const QMP: &str = "qmp.sock";
     pub const CONSOLE: &str = "con.sock";

@@ -9,7 +9,6 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -21,6 +20,7 @@ use tokio::process::Command;
 
 use super::qmp::{Qmp, QmpError};
 use crate::durable;
+use crate::unix_socket;
 
 /// Bytes of a disk one bit stands for. Coarse enough that the bits of 16 TiB take 32 MiB.
 const GRANULARITY: u64 = 64 << 10;
@@ -163,7 +163,7 @@ pub async fn read(
 
 fn fresh_socket(path: &Path) -> io::Result<OwnedFd> {
     durable::remove(path)?;
-    UnixListener::bind(path).map(OwnedFd::from)
+    unix_socket::bind(path).map(OwnedFd::from)
 }
 
 /// Closes the NBD server and with it its exports, if there is one.
@@ -232,10 +232,15 @@ async fn list(
     bitmap: &str,
 ) -> Result<Vec<Extent>, BitmapError> {
     let failed = |reason: String| BitmapError::List { node, reason };
-    let disk = json!({"driver": "nbd", "export": node, "server": {"type": "unix", "path": socket},
+    // Named from within its directory: the whole path may be longer than a socket's address holds.
+    let (Some(dir), Some(name)) = (socket.parent(), socket.file_name().and_then(|name| name.to_str())) else {
+        return Err(failed("the socket has no name".into()));
+    };
+    let disk = json!({"driver": "nbd", "export": node, "server": {"type": "unix", "path": name},
                       "x-dirty-bitmap": format!("qemu:dirty-bitmap:{bitmap}")});
     let mut child = Command::new(img)
         .args(["map", "--output=json", &format!("json:{disk}")])
+        .current_dir(dir)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -10,7 +10,7 @@ use std::io::{self, IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -25,6 +25,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use super::args::{self, Handed, Host, Link};
 use super::uids::Uids;
 use crate::hypervisor::{DriverError, Machine};
+use crate::unix_socket;
 
 /// Rights of Linux 6.12, of which the kernel takes those it knows.
 const RIGHTS: ABI = ABI::V6;
@@ -56,6 +57,8 @@ pub struct Launch {
     pub reach: Reach,
     /// The users VMs run as, where that is not the broker's.
     pub uids: Option<Arc<Uids>>,
+    /// Its guest runs. Otherwise it only is brought as far as that.
+    pub executes: bool,
 }
 
 /// A command line, and what the descriptors in it stand for.
@@ -86,7 +89,7 @@ impl Launch {
                 Handed::Write(path) => by(OpenOptions::new().read(true).write(true), path)?,
                 Handed::Append(path) => by(OpenOptions::new().append(true).create(true).mode(0o600), path)?,
                 Handed::Listen(path) => {
-                    UnixListener::bind(path).map(OwnedFd::from).map_err(failed("make the socket", path))?
+                    unix_socket::bind(path).map(OwnedFd::from).map_err(failed("make the socket", path))?
                 }
                 Handed::Card(Link::Isolated) => isolated(&self.wiring, complaints, &detach)
                     .map_err(|source| DriverError::Run { path: self.wiring.link.clone(), source })?,
@@ -257,7 +260,7 @@ mod tests {
             inherited.write_all(b"x").unwrap();
             inherited.set_len(2).unwrap();
             assert!(denied(fs::read(&disk).unwrap_err()));
-            assert!(denied(UnixListener::bind(new).unwrap_err()));
+            assert!(denied(unix_socket::bind(new).unwrap_err()));
             assert!(fs::read("/etc/shadow").is_err() && fs::read("/etc/passwd").is_err());
         })
         .join()

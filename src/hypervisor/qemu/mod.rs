@@ -44,8 +44,8 @@ use super::{
     DriverFuture, Features, Machine, MachineStats, Period, StopMode,
 };
 use crate::types::{ByteSize, VmId};
-use crate::vm::PowerState;
 use crate::vm::spec::Nic;
+use crate::vm::{Firmware, PowerState};
 use launch::{Launch, Reach, Wiring};
 use uids::Uids;
 use vm::Vm;
@@ -170,6 +170,33 @@ async fn uids(choice: VmUids, system: &Path, accelerator: Accelerator) -> Result
     }
 }
 
+/// Ends the process that an earlier driver left in this state directory, if there is one.
+async fn end_left_over(vm: VmId, state_dir: PathBuf) -> Result<(), DriverError> {
+    let path = state_dir.clone();
+    blocking(move || match process::find(&state_dir, vm)? {
+        process::Found::Alive(handle) => handle.kill(),
+        process::Found::Nothing | process::Found::Ended => Ok(()),
+    })
+    .await
+    .map_err(|source| DriverError::Io { vm, action: "end what was left in", path, source })
+}
+
+/// Whether this host has a bridge of that name.
+fn is_bridge(name: &str) -> bool {
+    Path::new("/sys/class/net").join(name).join("bridge").is_dir()
+}
+
+/// What the configuration names and this host does not have: VMs that need it do not start.
+pub fn missing(config: &QemuConfig) -> Vec<String> {
+    let bridges = config.networks.iter().filter_map(|(network, backend)| match backend {
+        NetworkBackend::Bridge(bridge) if !is_bridge(bridge) => {
+            Some(DriverError::NoBridge { bridge: bridge.clone(), network: network.clone() }.to_string())
+        }
+        _ => None,
+    });
+    bridges.collect()
+}
+
 /// Why VMs would not run as users of their own here, if they would not.
 pub fn why_shared(config: &QemuConfig) -> Option<String> {
     if config.vm_uids == VmUids::Off {
@@ -206,7 +233,20 @@ impl Shared {
         if !features.cpu_models.contains(&spec.cpu_model) {
             return not_offered("the CPU model", &spec.cpu_model, &features.cpu_models);
         }
-        prepare::check_paths(machine)?;
+        if spec.firmware == Firmware::Uefi {
+            for path in [&self.host.firmware_code, &self.vars_template] {
+                if !path.is_file() {
+                    return Err(DriverError::MissingFirmware { path: path.clone() });
+                }
+            }
+        }
+        for nic in &spec.nics {
+            if let Some(NetworkBackend::Bridge(bridge)) = self.host.networks.get(&nic.network)
+                && !is_bridge(bridge)
+            {
+                return Err(DriverError::NoBridge { bridge: bridge.clone(), network: nic.network.clone() });
+            }
+        }
         // Made again when it starts, with what is open then.
         args::argv(machine, &self.host, &mut |_| Ok(0))?;
         let is_user = |nic: &Nic| self.host.networks.get(&nic.network) == Some(&NetworkBackend::User);
@@ -218,6 +258,7 @@ impl Shared {
             wiring: self.wiring.clone(),
             reach: Reach::of(&self.system, connects),
             uids: self.uids.clone(),
+            executes: true,
         })
     }
 
@@ -246,6 +287,21 @@ impl Shared {
             defined?;
             return verb(vm.clone()).await;
         }
+    }
+
+    async fn rehearse(&self, machine: &Machine) -> Result<(), DriverError> {
+        let id = machine.spec.id;
+        let launch = Launch { executes: false, ..self.check(machine)? };
+        // Not one of this host's VMs: nobody else sees it, nor hears of it.
+        let vm = Arc::new(Vm::new(id, broadcast::Sender::new(1), self.log_max, None));
+        let state_dir = machine.state_dir.clone();
+        end_left_over(id, state_dir).await?;
+        vm.define(machine, self.vars_template.clone()).await?;
+        let tried = vm.start(launch).await;
+        let ended = vm.stop_by_force().await;
+        let machine = machine.clone();
+        let removed = blocking(move || prepare::remove_state_dir(&machine)).await;
+        tried.and(ended).and(removed)
     }
 
     async fn stop(&self, id: VmId, mode: StopMode) -> Result<(), DriverError> {
@@ -294,6 +350,20 @@ impl Driver for QemuDriver {
             let launch = shared.check(&machine)?;
             shared.defining(&machine, async |vm| vm.start(launch).await).await
         })
+    }
+
+    fn check(&self, machine: &Machine) -> Result<(), DriverError> {
+        self.shared.check(machine).map(drop)
+    }
+
+    fn rehearse<'a>(&'a self, machine: &'a Machine) -> DriverFuture<'a, ()> {
+        let (shared, machine) = (self.shared.clone(), machine.clone());
+        to_its_end(async move { shared.rehearse(&machine).await })
+    }
+
+    fn end_rehearsal<'a>(&'a self, vm: VmId, state_dir: &'a Path) -> DriverFuture<'a, ()> {
+        let state_dir = state_dir.to_owned();
+        to_its_end(async move { end_left_over(vm, state_dir).await })
     }
 
     fn stop(&self, vm: VmId, mode: StopMode) -> DriverFuture<'_, ()> {

@@ -3,7 +3,6 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -12,26 +11,6 @@ use crate::durable;
 use crate::hypervisor::{DriverError, Machine};
 use crate::types::VmId;
 use crate::vm::Firmware;
-
-/// What fits into `sockaddr_un` with its closing zero, see unix(7).
-const SOCKET_PATH_BYTES_MAX: usize = 107;
-
-/// Refuses what could never start.
-pub fn check_paths(machine: &Machine) -> Result<(), DriverError> {
-    for name in [file::QMP, file::CONSOLE, file::AGENT, file::NBD] {
-        let path = machine.state_dir.join(name);
-        let length = path.as_os_str().as_bytes().len();
-        if length > SOCKET_PATH_BYTES_MAX {
-            return Err(DriverError::SocketPath {
-                vm: machine.spec.id,
-                path,
-                length,
-                limit: SOCKET_PATH_BYTES_MAX,
-            });
-        }
-    }
-    Ok(())
-}
 
 /// Makes the state directory, which nobody else may enter (who reaches the QMP socket commands
 /// the VM), and the firmware variables if the VM needs some and has none yet.

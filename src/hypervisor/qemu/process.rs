@@ -122,6 +122,7 @@ fn command(launch: &Launch, log: &fs::File) -> Result<std::process::Command, Dri
     let opened = launch.open(log, detach)?;
     let log = log.try_clone().map_err(|source| DriverError::Run { path: launch.system.clone(), source })?;
     let mut command = std::process::Command::new(&launch.system);
+    command.args((!launch.executes).then_some("-S"));
     command.args(&opened.argv).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     detach(&mut command);
     let fds = opened.fds;

@@ -16,9 +16,10 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::codec::{FramedRead, LinesCodec};
+
+use crate::unix_socket;
 
 /// The longest line QEMU sends is the answer to `query-qmp-schema`, some 300 KiB.
 pub const LINE_BYTES_MAX: usize = 8 << 20;
@@ -67,7 +68,7 @@ impl Qmp {
         path: &Path,
         on_event: impl FnMut(QmpEvent) + Send + 'static,
     ) -> Result<Self, QmpError> {
-        let stream = UnixStream::connect(path).await.map_err(QmpError::Connect)?;
+        let stream = unix_socket::connect_async(path).await.map_err(QmpError::Connect)?;
         let socket = stream.as_fd().try_clone_to_owned().map_err(QmpError::Connect)?;
         Self::begin(stream, Some(socket), on_event).await
     }

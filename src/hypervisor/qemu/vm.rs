@@ -20,7 +20,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use serde::Deserialize;
-use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, broadcast, watch};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -33,6 +32,7 @@ use crate::hypervisor::{
     ConsoleStream, DriverError, DriverEvent, EventKind, Machine, MachineStats, StopReason,
 };
 use crate::types::{ByteSize, VmId};
+use crate::unix_socket;
 use crate::vm::PowerState;
 
 /// From the start of the process until it answers; ample for an overloaded host.
@@ -525,8 +525,9 @@ impl Vm {
         let turn =
             self.console.clone().try_acquire_owned().map_err(|_| DriverError::ConsoleBusy { vm: self.id })?;
         let path = machine.state_dir.join(file::CONSOLE);
-        let stream =
-            UnixStream::connect(&path).await.map_err(self.io("connect to the console socket", path))?;
+        let stream = unix_socket::connect_async(&path)
+            .await
+            .map_err(self.io("connect to the console socket", path))?;
         Ok(ConsoleStream::new(stream, turn))
     }
 

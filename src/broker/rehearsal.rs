@@ -1,0 +1,105 @@
+//! Before a cloud takes a VM over, it starts that VM once: its very command line, on scratch disks of the
+//! same shape, and of the guest nothing is executed. What cannot run here is refused before anything travels.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::disk;
+use crate::hypervisor::{DiskFormat, Machine};
+use crate::migration::{Denial, DenialCode};
+use crate::types::VmId;
+use crate::vm::VmSpec;
+
+use super::Shared;
+use super::problem::chain;
+use super::vms::DiskPaths;
+
+/// Below the data directory; each VM's scratch has its id as a name.
+const DIR: &str = "rehearsals";
+
+fn dir_of(shared: &Shared, vm: VmId) -> PathBuf {
+    shared.config.cloud.data_dir.join(DIR).join(vm.to_string())
+}
+
+/// The machine that `spec` would be here, with nothing on its disks.
+pub fn machine(shared: &Shared, spec: &VmSpec) -> Machine {
+    let dir = dir_of(shared, spec.id);
+    let disks = DiskPaths::in_dir(&dir, dir.join("base.raw"));
+    Machine {
+        spec: spec.clone(),
+        root_format: DiskFormat::Qcow2,
+        root_disk: disks.root,
+        base: Some(disks.base),
+        user_data_disk: (spec.user_data_size.0 > 0).then_some(disks.user_data),
+        firmware_vars: DiskPaths::firmware_in(&dir),
+        state_dir: dir.join("run"),
+    }
+}
+
+/// Why the hypervisor would not start `spec`, as far as that is known without starting it.
+pub fn refusal(shared: &Shared, spec: &VmSpec) -> Option<Denial> {
+    shared.driver.check(&machine(shared, spec)).err().map(|e| denial(&e))
+}
+
+/// Starts and ends it.
+///
+/// # Errors
+/// Why the hypervisor does not start it.
+pub async fn rehearse(shared: &Shared, spec: &VmSpec) -> Result<(), Denial> {
+    let machine = machine(shared, spec);
+    let (dir, made) = (dir_of(shared, spec.id), machine.clone());
+    let scratch = dir.clone();
+    let made = super::negotiation::blocking(move || {
+        make_disks(&scratch, &made).map_err(|e| Denial::new(DenialCode::Storage, chain(&e)))
+    });
+    let tried = match made.await {
+        Ok(()) => shared.driver.rehearse(&machine).await.map_err(|e| denial(&e)),
+        Err(denial) => Err(denial),
+    };
+    let removed = tokio::task::spawn_blocking(move || fs::remove_dir_all(dir)).await;
+    if let Ok(Err(error)) = removed {
+        tracing::warn!(vm = %spec.id, error = chain(&error), "what a start was tried on could not be removed");
+    }
+    tried
+}
+
+fn denial(e: &dyn std::error::Error) -> Denial {
+    Denial::new(DenialCode::Start, format!("its hypervisor does not start such a VM: {}", chain(e)))
+        .next("let that cloud's operator see 'cicada config check' and the broker's log there")
+}
+
+fn make_disks(dir: &Path, machine: &Machine) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    let sparse = |path: &Path, size_bytes: u64| {
+        fs::OpenOptions::new().create(true).truncate(true).write(true).open(path)?.set_len(size_bytes)
+    };
+    let spec = &machine.spec;
+    if let Some(base) = &machine.base {
+        sparse(base, spec.root_size.0)?;
+        let _ = fs::remove_file(&machine.root_disk);
+        disk::create_overlay(&machine.root_disk, base, spec.root_size.0).map_err(io::Error::other)?;
+    }
+    if let Some(user_data) = &machine.user_data_disk {
+        sparse(user_data, spec.user_data_size.0)?;
+    }
+    Ok(())
+}
+
+/// Ends what a broker that died was trying out.
+pub async fn end_left_over(shared: &Shared) {
+    let dir = shared.config.cloud.data_dir.join(DIR);
+    let Ok(entries) = fs::read_dir(&dir) else { return };
+    for entry in entries.flatten() {
+        let vm = entry.file_name().to_str().and_then(|name| name.parse::<VmId>().ok());
+        if let Some(vm) = vm
+            && let Err(error) = shared.driver.end_rehearsal(vm, &entry.path().join("run")).await
+        {
+            tracing::warn!(%vm, error = chain(&error), "what a start was tried with may still run");
+            continue;
+        }
+        if let Err(error) = fs::remove_dir_all(entry.path()) {
+            tracing::warn!(path = %entry.path().display(), error = chain(&error), "a leftover stays");
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! A cloud that cannot start a VM says so before it takes it over, whatever it is that stands in the way.
+
+#[allow(dead_code)]
+#[path = "federation/world.rs"]
+mod world;
+
+use std::path::Path;
+
+use cicada::broker::interface::{Verdict, VmAdopt, VmView};
+use cicada::broker::{Reply, Request};
+use cicada::types::ByteSize;
+use cicada::vm::{Firmware, PowerState};
+use world::World;
+
+fn adopt(world: &World, name: &str, firmware: Firmware, networks: &[&str], start: bool) -> VmView {
+    let disk = world.clouds[0].dir.join(format!("{name}.raw"));
+    let mut bytes = vec![0; 300_000];
+    blake3::Hasher::new().update(name.as_bytes()).finalize_xof().fill(&mut bytes);
+    std::fs::write(&disk, bytes).unwrap();
+    let adopt = VmAdopt {
+        name: name.parse().unwrap(),
+        disk: disk.display().to_string(),
+        user_data: None,
+        format: "raw".into(),
+        architecture: "amd64".into(),
+        firmware,
+        memory: ByteSize::mib(64),
+        cpus: 1,
+        networks: networks.iter().map(|n| (*n).to_owned()).collect(),
+        share: false,
+        dry_run: false,
+        start,
+    };
+    let adopted = world.call(0, &Request::VmAdopt(adopt));
+    assert!(matches!(adopted, Ok(Reply::Adopted(_))), "{adopted:?}\n{}", world.log(0));
+    world.vm(0, name)
+}
+
+fn moves(world: &World, vm: &str) -> Result<Reply, cicada::broker::Problem> {
+    let to = Some("boreal".to_owned());
+    world.call(0, &Request::Move { vm: vm.into(), to, dry_run: false, force_stop: true })
+}
+
+fn config_check(world: &World, cloud: usize) -> String {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_cicada"))
+        .arg("--config")
+        .arg(world.clouds[cloud].dir.join("federation.toml"))
+        .args(["config", "check"])
+        .output()
+        .unwrap();
+    String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
+}
+
+fn nothing_is_left(world: &World) {
+    world.wait("nothing is left of it at the target", 20, |w| {
+        let rehearsals = w.clouds[1].dir.join("data/rehearsals");
+        let empty = |dir: &Path| std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
+        w.vm_files(1).is_empty() && empty(&rehearsals)
+    });
+    assert_eq!(world.vms(1), []);
+}
+
+#[test]
+fn a_cloud_that_cannot_start_a_vm_does_not_take_it_over() {
+    if world::missing_tool() {
+        return;
+    }
+    let _turn = world::turn();
+    let mut world = World::prepare(&["alpine", "boreal"], &[], 30);
+    let firmware = world.dir.path().join("firmware.fd");
+    std::fs::copy("/usr/share/OVMF/OVMF_CODE_4M.fd", &firmware).unwrap();
+    world.clouds[1].environment.push(("CICADA_HYPERVISOR__FIRMWARE_CODE".into(), firmware.clone()));
+    for cloud in 0..2 {
+        world.configure(
+            cloud,
+            "[[network]]\nname = \"office\"\nkind = \"bridge\"\nbridge = \"cicada-none\"\n",
+        );
+        world.start_broker(cloud);
+    }
+    world.wait_online();
+
+    // A bridge that is not there: said by `config check`, and in the plan.
+    assert!(config_check(&world, 1).contains("this host has no bridge cicada-none"));
+    adopt(&world, "desk", Firmware::Bios, &["office"], false);
+    let plan = world.plan(0, "desk");
+    let Verdict::No { reasons } = &plan.candidates[0].verdict else { panic!("{plan:?}") };
+    assert!(reasons[0].text.contains("no bridge cicada-none") && reasons[0].code == "start", "{reasons:?}");
+    let problem = moves(&world, "desk").unwrap_err();
+    assert!(problem.reason.contains("no bridge cicada-none"), "{problem}");
+    assert_eq!(world.vm(0, "desk").ownership, "here");
+
+    // Firmware that is there, and of which no machine is made: found by starting one.
+    adopt(&world, "web", Firmware::Uefi, &["lan"], true);
+    world.wait("it runs", 20, |w| w.vm(0, "web").power == PowerState::Running);
+    std::fs::write(&firmware, b"no firmware").unwrap();
+    let before = world.vm(0, "web");
+    let problem = moves(&world, "web").unwrap_err();
+    assert!(problem.reason.contains("does not start such a VM"), "{problem}");
+    let after = world.vm(0, "web");
+    assert_eq!(
+        (after.ownership.as_str(), after.power, after.epoch),
+        ("here", PowerState::Running, before.epoch)
+    );
+    nothing_is_left(&world);
+
+    // Firmware that was removed: said in the plan.
+    std::fs::remove_file(&firmware).unwrap();
+    let plan = world.plan(0, "web");
+    let Verdict::No { reasons } = &plan.candidates[0].verdict else { panic!("{plan:?}") };
+    assert!(reasons[0].text.contains("firmware.fd was not found"), "{reasons:?}");
+
+    // All is well again.
+    std::fs::copy("/usr/share/OVMF/OVMF_CODE_4M.fd", &firmware).unwrap();
+    let Ok(Reply::Migration(moved)) = moves(&world, "web") else { panic!("{}", world.log(0)) };
+    assert_eq!(moved.progress.phase, "completed");
+    assert_eq!(moved.progress.detail, "the VM runs in boreal@federation.test");
+    world.wait("it runs there", 20, |w| w.vm(1, "web").power == PowerState::Running);
+    // What stood still is not said to run.
+    adopt(&world, "still", Firmware::Bios, &[], false);
+    let Ok(Reply::Migration(moved)) = moves(&world, "still") else { panic!("{}", world.log(0)) };
+    assert!(moved.progress.detail.ends_with("and does not run"), "{}", moved.progress.detail);
+}
+
+/// Paths of sockets are longer than an address holds.
+#[test]
+fn vms_run_below_a_directory_of_any_depth() {
+    if world::missing_tool() {
+        return;
+    }
+    let _turn = world::turn();
+    let name = "a-cloud-whose-name-is-about-as-long-as-a-name-may-be";
+    let world = World::start(&[name]);
+    let vm = adopt(&world, "web", Firmware::Bios, &[], true);
+    assert!(vm.console_socket.len() > 107, "{}", vm.console_socket);
+    world.wait("it runs", 20, |w| w.vm(0, "web").power == PowerState::Running);
+    let stop = Request::VmStop { vm: "web".into(), force: true, timeout_s: 5, for_host: false };
+    world.call(0, &stop).unwrap();
+    assert_eq!(world.vm(0, "web").power, PowerState::Stopped);
+}
