@@ -256,7 +256,8 @@ fn build_problem(e: &BuildError) -> Problem {
         | BuildError::OsOfOtherKind { .. }
         | BuildError::Archive { .. }
         | BuildError::UnknownSource { .. }
-        | BuildError::CacheDirectory { .. } => (ProblemKind::BadRequest, ""),
+        | BuildError::CacheDirectory { .. }
+        | BuildError::Manifest(_) => (ProblemKind::BadRequest, ""),
         BuildError::Read { .. } => (ProblemKind::Missing, "check the path and who may read it"),
         BuildError::NotRoot => (ProblemKind::Forbidden, "run it as 'cicada component build'"),
         BuildError::NoNamespace { next_step, .. } => (ProblemKind::Missing, next_step.as_str()),
@@ -279,15 +280,18 @@ fn build_problem(e: &BuildError) -> Problem {
         BuildError::ToolMissing { .. } | BuildError::NoSources { .. } => {
             (ProblemKind::Missing, "deploy/install installs what is needed")
         }
-        BuildError::Secret { .. } | BuildError::Fragment { .. } => (ProblemKind::Refused, ""),
+        BuildError::Secret { .. }
+        | BuildError::Fragment { .. }
+        | BuildError::Replaces { .. }
+        | BuildError::Required(_) => (ProblemKind::Refused, ""),
+        BuildError::Compose(_) => (ProblemKind::Refused, "change the source"),
         BuildError::Repository(e) => return content::repository_problem(e),
         BuildError::Step { .. } => (ProblemKind::Failed, "--keep-failed leaves the tree for inspection"),
         BuildError::Write { .. }
         | BuildError::VersionUnknown { .. }
         | BuildError::UnpackedMatch { .. }
         | BuildError::Tree { .. }
-        | BuildError::TooMuch { .. }
-        | BuildError::Manifest(_) => (ProblemKind::Failed, ""),
+        | BuildError::TooMuch { .. } => (ProblemKind::Failed, ""),
     };
     Problem::from_error(kind, "component", e).next(next)
 }
