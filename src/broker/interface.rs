@@ -55,6 +55,12 @@ pub enum Request {
     ComponentBind {
         id: ComponentId,
     },
+    /// As an operator binds what came by a move or an archive: `component` is the beginning of an id.
+    /// A name that is given must be the component's own, and free.
+    ComponentName {
+        component: String,
+        name: Option<String>,
+    },
     RecipeCreate {
         components: Vec<String>,
         ordered: bool,
@@ -268,6 +274,11 @@ pub enum Event {
         unit: String,
     },
     Migration(MigrationProgress),
+    /// Something of an imported tree that did not enter the component.
+    LeftOut {
+        path: String,
+        what: String,
+    },
 }
 
 /// What travels over the API's stream: events, then exactly one end.
@@ -399,6 +410,9 @@ pub struct MemberView {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct ComponentView {
     pub id: ComponentId,
+    /// Whether its name means it. What came by a move is held, but bound to no name.
+    #[serde(default)]
+    pub bound: bool,
     pub name: String,
     pub version: String,
     pub kind: Kind,

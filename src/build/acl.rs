@@ -3,7 +3,7 @@
 //! the stored form; `getxattr` on a file system that stored the other fails.
 //! Sources: `linux/posix_acl_xattr.h`, `fs/ext4/acl.h`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 pub const ACCESS: &str = "system.posix_acl_access";
 pub const DEFAULT: &str = "system.posix_acl_default";
@@ -57,21 +57,47 @@ pub fn from_disk(value: &[u8]) -> Option<Vec<u8>> {
     Some(out)
 }
 
-/// Ids by name, of users and groups, as account files say.
+/// Ids by name; several where account files disagree.
+type Ids = HashMap<Vec<u8>, BTreeSet<u32>>;
+
+/// Ids of users and groups by their names, of which ACLs in archives may have nothing else.
 #[derive(Clone, Default, Debug)]
 pub struct Names {
-    pub users: HashMap<Vec<u8>, u32>,
-    pub groups: HashMap<Vec<u8>, u32>,
+    pub users: NameIds,
+    pub groups: NameIds,
+}
+
+#[derive(Clone, Default, Debug)]
+pub struct NameIds {
+    /// As the archive's headers pair them: those of the machine it was packed on, as the ACLs' are.
+    packed: Ids,
+    /// As account files say which that machine may have had.
+    known: Ids,
+}
+
+impl NameIds {
+    /// Takes up a name and an id of one header.
+    pub fn add_packed(&mut self, name: &[u8], id: u32) {
+        if !name.is_empty() && !self.packed.get(name).is_some_and(|ids| ids.contains(&id)) {
+            self.packed.entry(name.to_vec()).or_default().insert(id);
+        }
+    }
+
+    fn id_of(&self, name: &[u8]) -> Option<u32> {
+        let ids = self.packed.get(name).or_else(|| self.known.get(name))?;
+        // Where they disagree, any choice could give somebody else the right.
+        ids.first().copied().filter(|_| ids.len() == 1)
+    }
 }
 
 /// Adds what a file in the form of `passwd` or `group` says.
-pub fn add_names(of: &mut HashMap<Vec<u8>, u32>, content: &[u8]) {
+pub fn add_names(of: &mut NameIds, content: &[u8]) {
     for line in content.split(|b| *b == b'\n') {
         let mut fields = line.split(|b| *b == b':');
         if let (Some(name), _, Some(id)) = (fields.next(), fields.next(), fields.next())
             && let Some(id) = number(id)
         {
-            of.insert(name.to_vec(), id);
+            of.known.entry(name.to_vec()).or_default().insert(id);
         }
     }
 }
@@ -156,13 +182,14 @@ pub fn of_text(text: &[u8], names: &Names) -> Result<Option<Acl>, String> {
             return Err(bad());
         };
         let permissions = permission_bits(permissions).ok_or_else(bad)?;
-        let named = |known: &HashMap<Vec<u8>, u32>, what: &str| {
+        let named = |known: &NameIds, what: &str| {
             let id = id.first().and_then(|id| number(id)).or_else(|| number(name));
-            let id = id.or_else(|| known.get(*name).copied()).or((*name == b"root").then_some(0));
+            let id = id.or_else(|| known.id_of(name)).or((*name == b"root").then_some(0));
             id.filter(|id| *id != UNDEFINED_ID).ok_or_else(|| {
                 format!(
-                    "it names the {what} '{}', whose id neither the archive nor what it requires says: make \
-                     the archive with 'tar --numeric-owner', or import the directory itself",
+                    "it names the {what} '{}', whose id the archive, what it requires and this machine do not \
+                     say, or not alike: make the archive with bsdtar, which writes ids too, or import the \
+                     directory itself",
                     name.escape_ascii()
                 )
             })
@@ -274,6 +301,11 @@ mod tests {
             assert!(of_text(bad, &names).is_err(), "{}", bad.escape_ascii());
         }
         let unknown = of_text(b"user::rwx,user:nobody-here:r--,group::r-x,mask::rwx,other::---", &names);
-        assert!(unknown.unwrap_err().contains("--numeric-owner"));
+        assert!(unknown.unwrap_err().contains("bsdtar"));
+        add_names(&mut names.users, b"redis:x:111:1::/:/x\n");
+        let text = b"user::rwx,user:redis:r--,group::r-x,mask::rwx,other::---";
+        assert!(of_text(text, &names).is_err(), "two account files disagree");
+        names.users.add_packed(b"redis", 111);
+        assert_eq!(of_text(text, &names).unwrap().unwrap().to_disk()[12..16], [111, 0, 0, 0]);
     }
 }

@@ -77,14 +77,23 @@ impl Archive {
     }
 
     /// Reads all headers. The directories above a member exist even if the archive does not name them.
-    /// Names in ACLs are those of the archive's own accounts, else those of `names`.
-    pub fn scan(&self, names: &Names, left_out: &mut Vec<LeftOut>) -> Result<Tree, BuildError> {
+    /// Names in ACLs are those that headers pair with ids, else those of the archive's own account files
+    /// and of `names`.
+    pub fn scan(&self, mut names: Names, left_out: &mut Vec<LeftOut>) -> Result<Tree, BuildError> {
         let mut members = Members::new(&self.file).map_err(BuildError::read(&self.path))?;
         let mut inodes = vec![Inode::directory()];
         let mut found: BTreeMap<TreePath, usize> =
             [(TreePath(Vec::new()), 0)].into_iter().collect();
         while let Some(member) = members.next().map_err(|r| self.refuse(&r.path, r.reason))? {
             let path = self.plain_path(&member.path)?;
+            for (of, name, id) in [
+                (&mut names.users, &member.owner_names.0, member.uid),
+                (&mut names.groups, &member.owner_names.1, member.gid),
+            ] {
+                if let Ok(id) = u32::try_from(id) {
+                    of.add_packed(name, id);
+                }
+            }
             if found.len() as u64 >= limit::ENTRIES || inodes.len() as u64 >= 2 * limit::ENTRIES {
                 return Err(BuildError::TooMuch { what: "paths", object: show(&path) });
             }
@@ -256,13 +265,12 @@ impl Archive {
         &self,
         found: &BTreeMap<TreePath, usize>,
         inodes: &mut [Inode],
-        base: &Names,
+        mut names: Names,
         left_out: &mut Vec<LeftOut>,
     ) -> Result<(), BuildError> {
         if inodes.iter().all(|i| i.acls.is_empty()) {
             return Ok(());
         }
-        let mut names = base.clone();
         for (path, of) in [("etc/passwd", &mut names.users), ("etc/group", &mut names.groups)] {
             let inode = found.get(&TreePath(path.into())).map(|i| &inodes[*i]);
             if let Some(Inode { kind: NodeKind::File { size_bytes }, place, .. }) = inode

@@ -66,7 +66,7 @@ pub fn import_reporting(
         store(repository, tree, &root, source, identity, &base, options, &mut noted)
     } else {
         let archive = Archive::open(source, repository.temporary_dir())?;
-        let tree = archive.scan(&base.names(), &mut noted)?;
+        let tree = archive.scan(base.names(), &mut noted)?;
         store(repository, tree, &archive, source, identity, &base, options, &mut noted)
     }?;
     noted.into_iter().for_each(left_out);
@@ -119,9 +119,12 @@ impl Base {
         Ok(Self { members, first, tree })
     }
 
-    /// Its accounts.
+    /// Its accounts, and this machine's, on which the archive may have been packed.
     fn names(&self) -> Names {
         let mut names = Names::default();
+        for (path, of) in [("/etc/passwd", &mut names.users), ("/etc/group", &mut names.groups)] {
+            acl::add_names(of, &fs::read(path).unwrap_or_default());
+        }
         for (_, manifest) in &self.members {
             for fragment in &manifest.fragments {
                 let of = match &fragment.path[..] {

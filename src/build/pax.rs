@@ -18,9 +18,6 @@ const IGNORED: &[&str] = &[
     "atime",
     "ctime",
     "LIBARCHIVE.creationtime",
-    // Names of owners: the ids decide, as they do for a directory.
-    "uname",
-    "gname",
     // Where the member lay on the machine it was packed on.
     "SCHILY.dev",
     "SCHILY.ino",
@@ -38,7 +35,7 @@ const IGNORED: &[&str] = &[
 ];
 
 /// Records of a global header that may stand for all members.
-const GLOBAL: &[&str] = &["mtime", "uid", "gid"];
+const GLOBAL: &[&str] = &["mtime", "uid", "gid", "uname", "gname"];
 
 const XATTR: &str = "SCHILY.xattr.";
 const XATTR_BSD: &str = "LIBARCHIVE.xattr.";
@@ -54,6 +51,9 @@ pub struct Extended {
     pub size_bytes: Option<u64>,
     pub uid: Option<u64>,
     pub gid: Option<u64>,
+    /// Names only tell whom an ACL means; of an owner the id decides, as it does for a directory.
+    pub uname: Option<Vec<u8>>,
+    pub gname: Option<Vec<u8>>,
     pub mtime_s: Option<i64>,
     pub device: (Option<u32>, Option<u32>),
     /// As a program would set them.
@@ -159,6 +159,8 @@ impl Extended {
             "size" => self.size_bytes = optional()?,
             "uid" => self.uid = optional()?,
             "gid" => self.gid = optional()?,
+            "uname" => self.uname = (!is_empty).then(|| value.to_vec()),
+            "gname" => self.gname = (!is_empty).then(|| value.to_vec()),
             "mtime" if is_empty => self.mtime_s = None,
             "mtime" => self.mtime_s = Some(seconds(value).ok_or("is no time")?),
             "SCHILY.devmajor" => self.device.0 = small()?,

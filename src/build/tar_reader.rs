@@ -41,6 +41,8 @@ pub struct Member {
     pub mode: u16,
     pub uid: u64,
     pub gid: u64,
+    /// Names of the user and the group, empty if it does not say.
+    pub owner_names: (Vec<u8>, Vec<u8>),
     pub mtime_s: i64,
     pub device: (u32, u32),
     pub extended: Extended,
@@ -173,6 +175,8 @@ impl<'a> Members<'a> {
             _ => Place::default(),
         };
         let link = extended.link.clone().or(long_link).unwrap_or_else(|| text(&block[157..257]));
+        let has_names = &block[257..262] == b"ustar";
+        let owner = |field: &[u8]| if has_names { text(field) } else { Vec::new() };
         let device = |field: &[u8], given: Option<u32>| match given {
             Some(number) => Ok(number),
             None => u32::try_from(unsigned(field)?).map_err(|_| "its device number is too large".to_owned()),
@@ -192,6 +196,10 @@ impl<'a> Members<'a> {
             mode: (unsigned(&block[100..108])? & 0o7777) as u16,
             uid: extended.uid.map_or_else(|| unsigned(&block[108..116]), Ok)?,
             gid: extended.gid.map_or_else(|| unsigned(&block[116..124]), Ok)?,
+            owner_names: (
+                extended.uname.clone().unwrap_or_else(|| owner(&block[265..297])),
+                extended.gname.clone().unwrap_or_else(|| owner(&block[297..329])),
+            ),
             mtime_s: extended.mtime_s.map_or_else(|| number(&block[136..148]), Ok)?,
             device,
             extended,
