@@ -101,10 +101,17 @@ impl<'a> Members<'a> {
             match block[156] {
                 b'x' => {
                     let bytes = self.content(size_bytes, pax::HEADER_BYTES_MAX)?;
-                    extended.take(&bytes, false)?;
-                    if let Some(path) = extended.path.as_ref() {
-                        self.last_path.clone_from(path);
+                    let taken = extended.take(&bytes, false);
+                    // Whose header it is says the header itself, or the one behind it.
+                    match &extended.path {
+                        Some(path) => self.last_path.clone_from(path),
+                        None if taken.is_err() => {
+                            let next = self.block().unwrap_or(block);
+                            self.last_path = header_path(&next);
+                        }
+                        None => {}
                     }
+                    taken?;
                 }
                 b'g' => {
                     let bytes = self.content(size_bytes, pax::HEADER_BYTES_MAX)?;
