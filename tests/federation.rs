@@ -544,6 +544,7 @@ fn a_vm_written_out_is_adopted_again_and_boots_as_before() {
         share: false,
         dry_run: false,
         start: true,
+        hardware: Default::default(),
     };
     let reply = world.call(0, &Request::VmAdopt(adopt));
     let Ok(Reply::Adopted(adopted)) = reply else { panic!("{reply:?}\n{}", world.log(0)) };
@@ -630,7 +631,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
         name: "old".parse().unwrap(),
         disk: path("disk.raw"),
         user_data: Some(path("data.raw")),
-        format: "auto".into(),
+        format: "raw".into(),
         architecture: "amd64".into(),
         firmware: Firmware::Bios,
         memory: ByteSize::mib(64),
@@ -639,6 +640,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
         share: false,
         dry_run: true,
         start: false,
+        hardware: Default::default(),
     };
 
     // A dry run tells and changes nothing.

@@ -15,7 +15,7 @@ use crate::types::{
     Succession, VmId, VmName,
 };
 use crate::vm::spec::Nic;
-use crate::vm::{Firmware, PowerState, VmSpec};
+use crate::vm::{Firmware, Mac, PowerState, VmSpec};
 
 use super::problem::Problem;
 
@@ -230,6 +230,18 @@ pub struct VmAdopt {
     /// Only tell what would be known.
     pub dry_run: bool,
     pub start: bool,
+    #[serde(default)]
+    pub hardware: AdoptHardware,
+}
+
+/// What the guest knew of its old machine, as far as an operator gives it: no disk has it.
+#[derive(Clone, PartialEq, Default, Debug, Serialize, Deserialize)]
+pub struct AdoptHardware {
+    /// Of the networks, in their order.
+    pub macs: Vec<Mac>,
+    pub cpu_model: Option<String>,
+    /// Absolute path of a file with the variables of the UEFI firmware.
+    pub nvram: Option<String>,
 }
 
 /// The answer to a request.
@@ -493,6 +505,14 @@ pub struct AdoptedView {
     pub packs_left_out: u64,
     pub known_from: Vec<KnownFromView>,
     pub elapsed_ms: u64,
+    /// What the disk is and how it boots, in words.
+    #[serde(default)]
+    pub what: String,
+    #[serde(default)]
+    pub boots: String,
+    /// Where that differs from what was asked for, and what stays behind.
+    #[serde(default)]
+    pub notes: Vec<String>,
     /// Component of the base and the VM; not there after a dry run.
     pub component: Option<String>,
     pub vm: Option<Box<VmView>>,

@@ -210,7 +210,9 @@ pub fn of_text(text: &[u8], names: &Names) -> Result<Option<Acl>, String> {
     if entries.is_empty() {
         return Ok(None);
     }
-    Acl::new(entries).map(Some).ok_or_else(|| "it lacks the owner, the group, all others or the mask".to_owned())
+    Acl::new(entries)
+        .map(Some)
+        .ok_or_else(|| "it lacks the owner, the group, all others or the mask".to_owned())
 }
 
 /// `rwx` with `-` for what is not there, or the digit.
@@ -277,7 +279,9 @@ mod tests {
         add_names(&mut names.users, b"root:x:0:0::/:/bin/sh\nredis:x:110:1::/:/x\nbroken\n");
         add_names(&mut names.groups, b"adm:x:4:me\n");
         let acl = |text: &[u8]| of_text(text, &names).map(|a| a.unwrap());
-        let tar = acl(b"user::rwx\nuser:redis:r--\ngroup::r-x\ngroup:adm:rwx\t#effective:r-x\nmask::r-x\nother::---\n");
+        let tar = acl(
+            b"user::rwx\nuser:redis:r--\ngroup::r-x\ngroup:adm:rwx\t#effective:r-x\nmask::r-x\nother::---\n",
+        );
         let star = acl(b"user::rwx,user:whoever:r--:110,group::r-x,group:4:rwx,mask:r-x,other:---");
         let tar = tar.unwrap();
         assert_eq!(tar, star.unwrap());

@@ -82,8 +82,7 @@ impl Archive {
     pub fn scan(&self, mut names: Names, left_out: &mut Vec<LeftOut>) -> Result<Tree, BuildError> {
         let mut members = Members::new(&self.file).map_err(BuildError::read(&self.path))?;
         let mut inodes = vec![Inode::directory()];
-        let mut found: BTreeMap<TreePath, usize> =
-            [(TreePath(Vec::new()), 0)].into_iter().collect();
+        let mut found: BTreeMap<TreePath, usize> = [(TreePath(Vec::new()), 0)].into_iter().collect();
         while let Some(member) = members.next().map_err(|r| self.refuse(&r.path, r.reason))? {
             let path = self.plain_path(&member.path)?;
             for (of, name, id) in [
@@ -146,7 +145,8 @@ impl Archive {
             return Err(self.refuse(path, "the root is no directory"));
         }
         let here = TreePath(path.to_vec());
-        let is_directory = found.get(&here).is_some_and(|i| matches!(inodes[*i].kind, NodeKind::Directory { .. }));
+        let is_directory =
+            found.get(&here).is_some_and(|i| matches!(inodes[*i].kind, NodeKind::Directory { .. }));
         let mut behind = found.range((std::ops::Bound::Excluded(here), std::ops::Bound::Unbounded));
         let holds = |p: &TreePath| p.0.starts_with(path) && p.0.get(path.len()) == Some(&b'/');
         if is_directory && behind.next().is_some_and(|(p, _)| holds(p)) {
@@ -211,12 +211,8 @@ impl Archive {
             let id = u32::try_from(value).ok().filter(|id| *id != u32::MAX);
             id.ok_or_else(|| self.refuse(path, format!("{value} is no user or group id")))
         };
-        let meta = Meta {
-            mode: member.mode,
-            uid: id(member.uid)?,
-            gid: id(member.gid)?,
-            mtime_s: member.mtime_s,
-        };
+        let meta =
+            Meta { mode: member.mode, uid: id(member.uid)?, gid: id(member.gid)?, mtime_s: member.mtime_s };
         let (major, minor) = member.device;
         let kind = match member.kind {
             Type::Directory => NodeKind::Directory { opaque: false },
@@ -239,7 +235,8 @@ impl Archive {
             let kept = kept_value(&name, value).map_err(|e| self.refuse(path, e.to_string()))?;
             match kept.filter(|_| has_attributes) {
                 Some(value) if acl::is_acl(&name) => {
-                    let acl = Acl::of_disk(&value).ok_or_else(|| self.refuse(path, format!("{name} is no POSIX ACL")))?;
+                    let acl = Acl::of_disk(&value)
+                        .ok_or_else(|| self.refuse(path, format!("{name} is no POSIX ACL")))?;
                     self.set_acl(path, &mut inode, &name, &acl, left_out)?;
                 }
                 Some(value) => inode.xattrs.push((name, value)),
@@ -284,7 +281,8 @@ impl Archive {
         for (path, number) in found {
             let inode = &mut inodes[*number];
             for (name, text) in std::mem::take(&mut inode.acls) {
-                let acl = acl::of_text(&text, &names).map_err(|e| self.refuse(&path.0, format!("{name}: {e}")))?;
+                let acl =
+                    acl::of_text(&text, &names).map_err(|e| self.refuse(&path.0, format!("{name}: {e}")))?;
                 if let Some(acl) = acl {
                     self.set_acl(&path.0, inode, name, &acl, left_out)?;
                 }

@@ -31,9 +31,9 @@ use std::time::Instant;
 
 pub use error::BuildError;
 pub use import::{ImportIdentity, ImportOptions, check_identity, import, import_reporting};
-pub use scan::LeftOut;
 pub use materialise::materialise;
 pub use namespace::{check_dir, command_without_root};
+pub use scan::LeftOut;
 
 use crate::component::definition::{Definition, Method, VersionRule, matches};
 use crate::component::{Kind, Manifest};

@@ -199,7 +199,8 @@ impl Extended {
         match self.xattrs.iter().find(|(n, _)| n == name) {
             Some((_, before)) if *before == value => {}
             // SELinux contexts come with their NUL or without.
-            Some((_, before)) if name == "security.selinux" && without_nul(before) == without_nul(&value) => {}
+            Some((_, before)) if name == "security.selinux" && without_nul(before) == without_nul(&value) => {
+            }
             Some(_) => return Err("gives the attribute a second value".into()),
             None if self.xattrs.len() as u64 >= 2 * limit::XATTRS => {
                 return Err("is one extended attribute too many".into());
@@ -240,7 +241,8 @@ impl Extended {
 pub fn map_of_content(
     next_line: &mut dyn FnMut() -> Result<Vec<u8>, String>,
 ) -> Result<Vec<(u64, u64)>, String> {
-    let mut number = || decimal(&next_line()?).ok_or_else(|| "its map of a sparse file is malformed".to_owned());
+    let mut number =
+        || decimal(&next_line()?).ok_or_else(|| "its map of a sparse file is malformed".to_owned());
     let count = number()?;
     if count > SPARSE_RUNS_MAX as u64 {
         return Err(too_many_runs());
@@ -309,8 +311,9 @@ mod tests {
     #[test]
     fn records_are_read_by_their_length() {
         let long = vec![b'\n'; 1000];
-        let header = [record("path", b"a\nb"), record("SCHILY.xattr.user.x", b"\0=\n9 y=z\n"), record("k", &long)]
-            .concat();
+        let header =
+            [record("path", b"a\nb"), record("SCHILY.xattr.user.x", b"\0=\n9 y=z\n"), record("k", &long)]
+                .concat();
         let expected: Vec<(&str, &[u8])> =
             vec![("path", b"a\nb"), ("SCHILY.xattr.user.x", b"\0=\n9 y=z\n"), ("k", &long)];
         assert_eq!(records(&header).unwrap(), expected);
@@ -318,7 +321,15 @@ mod tests {
         for n in 0..header.len() {
             let _ = records(&header[..n]);
         }
-        for bad in [&b"5 a=\n"[..], b"99 a=b\n", b"6 a=b ", b"3 \n", b"x a=b\n", b" a=b\n", b"18446744073709551615 a=b\n"] {
+        for bad in [
+            &b"5 a=\n"[..],
+            b"99 a=b\n",
+            b"6 a=b ",
+            b"3 \n",
+            b"x a=b\n",
+            b" a=b\n",
+            b"18446744073709551615 a=b\n",
+        ] {
             assert!(records(bad).is_err() || bad == b"5 a=\n", "{}", bad.escape_ascii());
         }
     }
@@ -340,11 +351,20 @@ mod tests {
         for ignored in IGNORED {
             take(ignored, b"x").unwrap();
         }
-        for refused in ["SCHILY.fflags", "SCHILY.acl.ace", "GNU.dumpdir", "GNU.sparse.other", "VENDOR.key", "SCHILY.realsize"] {
+        for refused in [
+            "SCHILY.fflags",
+            "SCHILY.acl.ace",
+            "GNU.dumpdir",
+            "GNU.sparse.other",
+            "VENDOR.key",
+            "SCHILY.realsize",
+        ] {
             let reason = take(refused, b"1").unwrap_err();
             assert!(reason.contains(refused), "{reason}");
         }
-        for (key, value) in [("mtime", "x"), ("mtime", "1.x"), ("size", "-1"), ("uid", ""), ("GNU.sparse.major", "2")] {
+        for (key, value) in
+            [("mtime", "x"), ("mtime", "1.x"), ("size", "-1"), ("uid", ""), ("GNU.sparse.major", "2")]
+        {
             assert_eq!(take(key, value.as_bytes()).is_err(), !value.is_empty(), "{key} {value}");
         }
         let mut global = Extended::default();

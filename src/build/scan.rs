@@ -86,7 +86,8 @@ impl LeftOut {
     }
 
     pub fn attribute(path: &[u8], name: &str) -> Self {
-        let what = format!("the extended attribute '{}', which a component cannot hold there", name.escape_debug());
+        let what =
+            format!("the extended attribute '{}', which a component cannot hold there", name.escape_debug());
         Self { path: show(path), what }
     }
 }

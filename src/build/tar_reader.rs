@@ -160,7 +160,11 @@ impl<'a> Members<'a> {
             b'4' => Type::BlockDevice,
             b'5' => Type::Directory,
             b'6' => Type::Fifo,
-            b'D' | b'N' => return Err("it is of an incremental backup: make the archive without --listed-incremental".into()),
+            b'D' | b'N' => {
+                return Err(
+                    "it is of an incremental backup: make the archive without --listed-incremental".into()
+                );
+            }
             b'M' => return Err("it goes on from another volume: make the archive in one piece".into()),
             other => {
                 return Err(format!(

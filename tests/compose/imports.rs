@@ -194,7 +194,15 @@ fn maps_of_sparse_files_that_lie_are_refused() {
     let on_disk = content(&disk(&world, good, &[]), "opt/s");
     let data: Vec<usize> = (0..8192).filter(|i| on_disk[*i] == 7).collect();
     assert_eq!(data, (0..512).chain(4096..4608).collect::<Vec<_>>());
-    for map in ["4096,512,0,512", "0,512,256,512", "0,512,8000,512", "0,512", "0,512,4096", "0,x", "0,18446744073709551615,1,1"] {
+    for map in [
+        "4096,512,0,512",
+        "0,512,256,512",
+        "0,512,8000,512",
+        "0,512",
+        "0,512,4096",
+        "0,x",
+        "0,18446744073709551615,1,1",
+    ] {
         let error = refusal(&world, sparse(map.as_bytes()));
         assert!(error.contains("/opt/s") || error.contains("GNU.sparse.map"), "{map}: {error}");
     }
@@ -209,8 +217,16 @@ fn maps_of_sparse_files_that_lie_are_refused() {
 #[test]
 fn keys_that_are_not_known_refuse_the_archive_and_name_member_and_key() {
     let world = World::new();
-    for key in ["SCHILY.acl.ace", "SCHILY.fflags", "GNU.dumpdir", "GNU.volume.filename", "EXAMPLE.key", "SCHILY.realsize"] {
-        let error = refusal(&world, Tar::default().pax(b'x', &[("path", b"opt/f"), (key, b"1")]).file("x", b"1"));
+    for key in [
+        "SCHILY.acl.ace",
+        "SCHILY.fflags",
+        "GNU.dumpdir",
+        "GNU.volume.filename",
+        "EXAMPLE.key",
+        "SCHILY.realsize",
+    ] {
+        let error =
+            refusal(&world, Tar::default().pax(b'x', &[("path", b"opt/f"), (key, b"1")]).file("x", b"1"));
         assert!(error.contains("/opt/f") && error.contains(key), "{error}");
     }
     // Of all members at once only what can be meant so.
@@ -218,7 +234,8 @@ fn keys_that_are_not_known_refuse_the_archive_and_name_member_and_key() {
     assert!(error.contains("'path'"), "{error}");
     let global: [(&str, &[u8]); 3] = [("comment", b"8bc4"), ("mtime", b"1000.5"), ("uid", b"70000")];
     let own: [(&str, &[u8]); 2] = [("mtime", b"-7.25"), ("atime", b"1")];
-    let archive = Tar::default().pax(b'g', &global).file("a", b"1").pax(b'x', &own).file("b", b"2").file("c", b"3");
+    let archive =
+        Tar::default().pax(b'g', &global).file("a", b"1").pax(b'x', &own).file("b", b"2").file("c", b"3");
     let id = import_os(&world, archive);
     let manifest = world.repository.manifest(&id).unwrap();
     let said: Vec<_> = manifest.entries[1..].iter().map(|e| (e.meta.uid, e.meta.mtime_s)).collect();
@@ -238,11 +255,16 @@ fn members_that_archives_hold_besides_files_are_not_mistaken_for_them() {
     let mut old = Tar::block("old/", 0, 0, "");
     old[257..265].fill(0);
     Tar::sum(&mut old);
-    let id = import_os(&world, Tar::default().member("label", b'V', b"", "").raw(old, b"").file("old/f", b"x"));
+    let id =
+        import_os(&world, Tar::default().member("label", b'V', b"", "").raw(old, b"").file("old/f", b"x"));
     let manifest = world.repository.manifest(&id).unwrap();
-    assert_eq!(manifest.entries.iter().map(|e| &e.path[..]).collect::<Vec<_>>(), [&b""[..], b"old", b"old/f"]);
+    assert_eq!(
+        manifest.entries.iter().map(|e| &e.path[..]).collect::<Vec<_>>(),
+        [&b""[..], b"old", b"old/f"]
+    );
     import_os(&world, Tar::default());
-    let joined = Tar([Tar::default().file("a", b"1").0, vec![0; 1024], Tar::default().file("b", b"2").0].concat());
+    let joined =
+        Tar([Tar::default().file("a", b"1").0, vec![0; 1024], Tar::default().file("b", b"2").0].concat());
     assert!(refusal(&world, joined).contains("something follows"));
     // Cut between two members: nothing says that there were more but the missing end.
     let cut = world.dir.path().join("cut.tar");
@@ -252,7 +274,10 @@ fn members_that_archives_hold_besides_files_are_not_mistaken_for_them() {
     for (magic, hint) in [(&b"\x1f\x8b\x08"[..], "gunzip"), (b"\xfd7zXZ\0", "unxz"), (b"PK\x03\x04", "zip")] {
         fs::write(&cut, [magic, &[1; 2000]].concat()).unwrap();
         let error = import(&world.repository, &cut, identity("cut", Kind::Os, &[])).unwrap_err();
-        assert!(matches!(error, BuildError::UnknownSource { .. }) && error.to_string().contains(hint), "{error}");
+        assert!(
+            matches!(error, BuildError::UnknownSource { .. }) && error.to_string().contains(hint),
+            "{error}"
+        );
     }
 }
 
@@ -299,8 +324,10 @@ fn attributes_acls_and_odd_names_are_read_by_length() {
     assert_eq!(disk["opt/line"].xattrs.len(), 1);
     assert_eq!(disk["opt/line"].meta.mode, 0o755);
     assert_eq!((disk["opt/minimal"].meta.mode, disk["opt/minimal"].xattrs.len()), (0o750, 0));
-    let unknown: [(&str, &[u8]); 1] =
-        [("SCHILY.acl.access", b"user::rw-\nuser:no-such-user-here:r--\ngroup::r--\nmask::rw-\nother::---\n")];
+    let unknown: [(&str, &[u8]); 1] = [(
+        "SCHILY.acl.access",
+        b"user::rw-\nuser:no-such-user-here:r--\ngroup::r--\nmask::rw-\nother::---\n",
+    )];
     let error = refusal(&world, Tar::default().pax(b'x', &unknown).file("opt/f", b""));
     assert!(error.contains("/opt/f") && error.contains("no-such-user-here"), "{error}");
     for bad in ["user::rwx", "user::rwx,user:5:r--,group::r--,other::---", "nonsense"] {
@@ -317,7 +344,9 @@ fn gnu_tar_with_acls_gives_what_the_directory_gives() {
     let given = source(&world, "source", |root| {
         put(root, "opt/d/f", b"x");
         let set = |arguments: &[&str]| {
-            assert!(Command::new("setfacl").args(arguments).arg(root.join("opt/d")).status().unwrap().success());
+            assert!(
+                Command::new("setfacl").args(arguments).arg(root.join("opt/d")).status().unwrap().success()
+            );
         };
         // Of an account that has a name here, and of one that has none.
         set(&["-m", "u:1:rwx,g:4:r-x,u:61234:r--"]);
@@ -365,7 +394,9 @@ fn what_a_program_has_goes_through_the_links_of_its_os_and_leaves_directories_al
             .member("tmp", b'5', b"", "")
             .pax(b'x', &[("uid", b"1000"), ("mtime", b"1")])
             .member("opt/own", b'5', b"", "");
-        let id = import(&world.repository, &archive.write(&world), identity(name, Kind::Program, &[requires])).unwrap();
+        let id =
+            import(&world.repository, &archive.write(&world), identity(name, Kind::Program, &[requires]))
+                .unwrap();
         let others = if name == "direct" { vec![id] } else { vec![middle, id] };
         let disk = disk(&world, os, &others);
         assert_eq!(disk["lib"].what, What::Symlink(b"usr/lib".to_vec()));
@@ -420,7 +451,8 @@ fn hard_links_are_to_what_lay_there_in_the_order_of_the_archive() {
     assert_eq!((content(&disk, "again"), disk["again"].links), (b"one".to_vec(), 2));
     assert_eq!(disk["symlink"].what, What::Symlink(b"first".to_vec()));
     for target in ["later", "opt", "../first", "/first"] {
-        let archive = Tar::default().member("opt", b'5', b"", "").member("l", b'1', b"", target).file("later", b"x");
+        let archive =
+            Tar::default().member("opt", b'5', b"", "").member("l", b'1', b"", target).file("later", b"x");
         assert!(refusal(&world, archive).contains(target.trim_start_matches(['.', '/'])));
     }
     let replaced = Tar::default().file("d/f", b"1").file("d", b"2");
@@ -435,7 +467,9 @@ fn times_are_kept_as_far_as_the_file_system_holds_them() {
         put(root, "opt/f", b"x");
         put(root, "etc/passwd", b"root:x:0:0::/:/bin/sh\n");
         let touch = |path: &str, date: &str| {
-            assert!(Command::new("touch").arg("-d").arg(date).arg(root.join(path)).status().unwrap().success());
+            assert!(
+                Command::new("touch").arg("-d").arg(date).arg(root.join(path)).status().unwrap().success()
+            );
         };
         touch("opt/f", "2025-03-29T03:03:03.9Z");
         touch("opt", "2001-09-09T01:46:40Z");
@@ -450,10 +484,14 @@ fn times_are_kept_as_far_as_the_file_system_holds_them() {
     for (n, time) in times.iter().enumerate() {
         // In base 256, as GNU tar writes what octal digits cannot say.
         let mut header = Tar::block(&format!("d{n}"), b'5', 0, "");
-        header[136..148].copy_from_slice(&[&[if *time < 0 { 0xff } else { 0 }; 4][..], &time.to_be_bytes()].concat());
+        header[136..148]
+            .copy_from_slice(&[&[if *time < 0 { 0xff } else { 0 }; 4][..], &time.to_be_bytes()].concat());
         header[136] |= 0x80;
         Tar::sum(&mut header);
-        archive = archive.raw(header, b"").pax(b'x', &[("mtime", time.to_string().as_bytes())]).file(&format!("f{n}"), b"x");
+        archive = archive
+            .raw(header, b"")
+            .pax(b'x', &[("mtime", time.to_string().as_bytes())])
+            .file(&format!("f{n}"), b"x");
     }
     let id = import_os(&world, archive);
     let on_disk = disk(&world, id, &[]);
@@ -462,7 +500,10 @@ fn times_are_kept_as_far_as_the_file_system_holds_them() {
         assert_eq!(on_disk[&format!("f{n}")].meta.mtime_s, *time);
     }
     for time in [-(1i64 << 31) - 1, (1 << 34) - (1 << 31), i64::MIN + 1] {
-        let path = Tar::default().pax(b'x', &[("mtime", time.to_string().as_bytes())]).file("opt/f", b"x").write(&world);
+        let path = Tar::default()
+            .pax(b'x', &[("mtime", time.to_string().as_bytes())])
+            .file("opt/f", b"x")
+            .write(&world);
         let error = import(&world.repository, &path, identity("os", Kind::Os, &[])).unwrap_err();
         assert!(matches!(error, BuildError::Compose(_)), "{error}");
         let said = words(&error);
@@ -524,16 +565,20 @@ fn what_is_left_out_is_told_and_not_entered() {
     let told = |path: &Path| {
         let mut told: Vec<LeftOut> = Vec::new();
         let options = ImportOptions::default();
-        import_reporting(&world.repository, path, identity("os", Kind::Os, &[]), options, &mut |l| told.push(l))
-            .unwrap();
+        import_reporting(&world.repository, path, identity("os", Kind::Os, &[]), options, &mut |l| {
+            told.push(l)
+        })
+        .unwrap();
         let mut paths: Vec<String> = told.into_iter().map(|l| l.path).collect();
         paths.sort();
         paths
     };
-    let expected = ["/dev/**", "/etc/hostname", "/opt/s", "/proc/**", "/var/backups/b", "/var/log/service/today"];
+    let expected =
+        ["/dev/**", "/etc/hostname", "/opt/s", "/proc/**", "/var/backups/b", "/var/log/service/today"];
     assert_eq!(told(&given), expected);
     let trusted: [(&str, &[u8]); 1] = [("SCHILY.xattr.trusted.x", b"1")];
-    let archive = Tar::default().pax(b'x', &trusted).file("opt/f", b"x").file("run/x", b"1").file("etc/hostname", b"h");
+    let archive =
+        Tar::default().pax(b'x', &trusted).file("opt/f", b"x").file("run/x", b"1").file("etc/hostname", b"h");
     assert_eq!(told(&archive.write(&world)), ["/etc/hostname", "/opt/f", "/run/x"]);
     assert!(fs::metadata(given.join("proc/closed")).unwrap().mode() & 0o777 == 0);
     fs::set_permissions(given.join("proc/closed"), fs::Permissions::from_mode(0o700)).unwrap();
