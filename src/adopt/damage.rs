@@ -41,7 +41,13 @@ pub fn check(path: &Path, format: ImageFormat, len: u64, job: Job<'_>) -> Result
             let said: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
             let count = |name: &str| said[name].as_u64().unwrap_or(0);
             let (bad, failed) = (count("corruptions"), count("check-errors"));
-            Err(damaged(path, format!("'qemu-img check' finds {bad} corruptions and {failed} errors")))
+            Err(damaged(
+                path,
+                match bad + failed {
+                    0 => "'qemu-img check' fails on it".to_owned(),
+                    _ => format!("'qemu-img check' finds {bad} corruptions and {failed} errors"),
+                },
+            ))
         }
     }
 }

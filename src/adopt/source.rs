@@ -107,8 +107,8 @@ impl Source {
         let disk = recognise::disk(&plain, disk_bytes).map_err(io_error("read", path))?;
         if disk.end_bytes > disk_bytes {
             return Err(damaged(format!(
-                "it was cut short: {} that ends at byte {}, but the disk ends at {disk_bytes}",
-                disk.what, disk.end_bytes
+                "it was cut short: it ends at byte {disk_bytes}, but what is on it at {} ({})",
+                disk.end_bytes, disk.what
             )));
         }
         Ok(Self { given: path.to_owned(), format, disk_bytes, unpacked, stamp, snapshots, disk })

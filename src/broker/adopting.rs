@@ -43,6 +43,14 @@ impl Broker {
         if let Some(problem) = self.create_problem(&adopt.name, &adopt.networks) {
             return drop(reply.send(Err(problem)));
         }
+        let known = &self.shared.driver.features().cpu_models;
+        if let Some(model) = adopt.hardware.cpu_model.as_ref().filter(|m| !known.contains(*m)) {
+            let known: Vec<&str> = known.iter().map(String::as_str).collect();
+            let reason = format!("this cloud has no CPU model '{}'", model.escape_debug());
+            let problem = Problem::new(ProblemKind::BadRequest, format!("VM {}", adopt.name), reason)
+                .next(format!("it has: {}", known.join(", ")));
+            return drop(reply.send(Err(problem)));
+        }
         self.names_in_use.insert(adopt.name.clone());
         let shared = self.shared.clone();
         tokio::task::spawn_blocking(move || {

@@ -14,8 +14,11 @@ use crate::component::tree::{self as united, NodeKind as Base};
 /// As many as the kernel follows.
 const LINKS_MAX: usize = 40;
 
+/// Where entries whose paths moved lay in the source.
+pub type Origins = HashMap<Vec<u8>, Vec<u8>>;
+
 /// The tree as it lies on `base`, and where what moved lay in the source.
-pub fn lay(tree: Tree, base: &united::Tree) -> Result<(Tree, HashMap<Vec<u8>, Vec<u8>>), BuildError> {
+pub fn lay(tree: Tree, base: &united::Tree) -> Result<(Tree, Origins), BuildError> {
     let mut directories: HashMap<Vec<u8>, Vec<u8>> = HashMap::new();
     // In order, so each directory comes before what is in it.
     let mut places: HashMap<Vec<u8>, Vec<u8>> = HashMap::new();
@@ -51,7 +54,7 @@ pub fn lay(tree: Tree, base: &united::Tree) -> Result<(Tree, HashMap<Vec<u8>, Ve
     }
     let moved = |path: &[u8]| places.get(path).cloned().unwrap_or_else(|| path.to_vec());
     let mut out = Tree::new();
-    let mut origins: HashMap<Vec<u8>, Vec<u8>> = HashMap::new();
+    let mut origins = Origins::new();
     for (TreePath(path), mut node) in tree {
         let there = moved(&path);
         if let NodeKind::HardLink { target } = &mut node.kind {
@@ -155,7 +158,7 @@ fn join(directory: &[u8], name: &[u8]) -> Vec<u8> {
 /// Contents whose paths moved.
 pub struct Moved<'a> {
     pub contents: &'a dyn Contents,
-    pub origins: HashMap<Vec<u8>, Vec<u8>>,
+    pub origins: Origins,
 }
 
 impl Contents for Moved<'_> {

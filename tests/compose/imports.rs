@@ -418,7 +418,8 @@ fn what_would_take_away_a_directory_of_the_os_is_refused_unless_asked_for() {
         let identity = identity("program", Kind::Program, &[os]);
         import_reporting(&world.repository, &path, identity, ImportOptions { as_is }, &mut |_| {})
     };
-    let cases: [(&str, fn() -> Tar); 5] = [
+    type Make = fn() -> Tar;
+    let cases: [(&str, Make); 5] = [
         ("/srv", || Tar::default().member("srv", b'2', b"", "/opt")),
         ("/srv", || Tar::default().file("srv", b"x")),
         ("/usr/lib/libc.so", || Tar::default().file("usr/lib/libc.so/x", b"x")),
@@ -560,7 +561,7 @@ fn what_is_left_out_is_told_and_not_entered() {
         drop(std::os::unix::net::UnixListener::bind(root.join("opt/s")).unwrap());
         // Nobody may look into it, as with another's /proc. Root may anyway.
         put(root, "proc/closed/x", b"x");
-        fs::set_permissions(root.join("proc/closed"), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(root.join("proc/closed"), fs::Permissions::from_mode(0o0)).unwrap();
     });
     let told = |path: &Path| {
         let mut told: Vec<LeftOut> = Vec::new();
@@ -594,5 +595,60 @@ fn a_name_that_cannot_be_is_found_before_the_work() {
         // The source is not even looked for.
         let error = import(&world.repository, Path::new("/nowhere"), wrong).unwrap_err();
         assert!(matches!(error, BuildError::Manifest(_)), "{error}");
+    }
+}
+
+#[test]
+fn archives_with_wrong_bytes_are_refused_or_imported_and_never_worse() {
+    let world = World::new();
+    let sparse: [(&str, &[u8]); 4] = [
+        ("GNU.sparse.major", b"1"),
+        ("GNU.sparse.minor", b"0"),
+        ("GNU.sparse.name", b"opt/sparse"),
+        ("GNU.sparse.realsize", b"9000"),
+    ];
+    let mut map = b"1\n4096\n512\n".to_vec();
+    map.resize(1024, 1);
+    let attributes: [(&str, &[u8]); 4] = [
+        ("SCHILY.acl.access", b"user::rw-,user:5:r--,group::r--,mask::r--,other::---"),
+        ("LIBARCHIVE.xattr.user.x", b"AQID"),
+        ("mtime", b"-12.5"),
+        ("path", b"opt/long"),
+    ];
+    let whole = Tar::default()
+        .pax(b'g', &[("comment", b"x")])
+        .pax(b'x', &sparse)
+        .file("GNUSparseFile.0/sparse", &map)
+        .pax(b'x', &attributes)
+        .file("x", b"content")
+        .member("././@LongLink", b'L', b"opt/very/long/name\0", "")
+        .file("opt/very", b"y")
+        .member("opt/link", b'1', b"", "opt/long")
+        .member("opt/dir", b'5', b"", "");
+    assert!(import(&world.repository, &whole.write(&world), identity("os", Kind::Os, &[])).is_ok());
+    let whole = Tar(fs::read(world.dir.path().join("given.tar")).unwrap()).0;
+    let path = world.dir.path().join("wrong.tar");
+    let mut random = noise(9, 8 * 600).into_iter();
+    let mut next = |below: usize| {
+        let bytes: Vec<u8> = random.by_ref().take(4).collect();
+        u32::from_le_bytes(bytes.try_into().unwrap()) as usize % below
+    };
+    for round in 0..500 {
+        let mut wrong = whole.clone();
+        let at = next(wrong.len());
+        match round % 5 {
+            0 => wrong.truncate(at),
+            _ => wrong[at] = next(256) as u8,
+        }
+        // With the right sum, what is wrong comes further.
+        let begin = at / 512 * 512;
+        if round % 2 == 0
+            && let Some(block) = wrong.get_mut(begin..begin + 512)
+            && &block[257..262] == b"ustar"
+        {
+            Tar::sum(block.try_into().unwrap());
+        }
+        fs::write(&path, &wrong).unwrap();
+        let _ = import(&world.repository, &path, identity("os", Kind::Os, &[]));
     }
 }
