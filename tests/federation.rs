@@ -647,6 +647,19 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
     let tried = world.call(0, &Request::VmAdopt(adopt.clone())).unwrap();
     let Reply::Adopted(tried) = tried else { panic!("{tried:?}") };
     assert_eq!((tried.known_bytes, tried.packs, &tried.vm), (6 << 20, 1, &None));
+    assert_eq!((tried.boots.as_str(), tried.what.as_str()), ("BIOS", "a boot sector, no partition table"));
+    let lost = |words: &str| tried.notes.iter().any(|n| n.contains("do not come along") && n.contains(words));
+    assert!(lost("UUID") && lost("--mac") && lost("--cpu-model"), "{:?}", tried.notes);
+    // Asked to start in another way, it says so; what only its name calls a disk is not believed.
+    let uefi = VmAdopt { firmware: Firmware::Uefi, ..adopt.clone() };
+    let Ok(Reply::Adopted(uefi)) = world.call(0, &Request::VmAdopt(uefi)) else { panic!() };
+    assert!(uefi.notes[0].contains("--firmware bios"), "{:?}", uefi.notes);
+    let guessed = VmAdopt { format: "auto".into(), ..adopt.clone() };
+    let refused = world.call(0, &Request::VmAdopt(guessed)).unwrap_err();
+    assert!(
+        refused.kind == ProblemKind::BadRequest && refused.to_string().contains("--format raw"),
+        "{refused}"
+    );
     assert_eq!(world.vms(0).len() + world.vm_files(0).len(), 0);
 
     let adopt = VmAdopt { dry_run: false, ..adopt };

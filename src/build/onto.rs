@@ -38,6 +38,20 @@ pub fn lay(tree: Tree, base: &united::Tree) -> Result<(Tree, Origins), BuildErro
                 let reason = "is a directory in what the component requires, and all in it would be gone";
                 return Err(BuildError::Replaces { path: show(path), reason: reason.into() });
             }
+            // Another link to the same place is no harm; anything else would hide what is there.
+            Some(Base::Symlink { .. }) if node.kind != NodeKind::Whiteout => {
+                let theirs = follow(base, &there).ok();
+                let mine = match &node.kind {
+                    NodeKind::Symlink { target } => follow_target(base, &there, target).ok(),
+                    _ => None,
+                };
+                if theirs.is_some() && mine != theirs {
+                    let reason = "is a link to a directory in what the component requires, and would no longer \
+                                  lead there";
+                    return Err(BuildError::Replaces { path: show(path), reason: reason.into() });
+                }
+                there
+            }
             None | Some(Base::Directory | Base::Symlink { .. }) => there,
             Some(_) if is_directory => {
                 let reason = "is a directory, but a file in what the component requires";
@@ -117,8 +131,18 @@ fn with_parents(tree: &mut Tree, base: &united::Tree) -> Result<(), BuildError> 
 
 /// The directory that a path of the base leads to.
 fn follow(base: &united::Tree, path: &[u8]) -> Result<Vec<u8>, BuildError> {
-    let mut open: Vec<Vec<u8>> = path.rsplit(|b| *b == b'/').map(<[u8]>::to_vec).collect();
-    let mut at = Vec::new();
+    walk(base, Vec::new(), path, path)
+}
+
+/// The directory that a link at `path` with this target would lead to.
+fn follow_target(base: &united::Tree, path: &[u8], target: &[u8]) -> Result<Vec<u8>, BuildError> {
+    let begin = if target.first() == Some(&b'/') { &b""[..] } else { parent_of(path).unwrap_or_default() };
+    walk(base, begin.to_vec(), target, path)
+}
+
+fn walk(base: &united::Tree, begin: Vec<u8>, way: &[u8], path: &[u8]) -> Result<Vec<u8>, BuildError> {
+    let mut open: Vec<Vec<u8>> = way.rsplit(|b| *b == b'/').map(<[u8]>::to_vec).collect();
+    let mut at = begin;
     let mut links = 0;
     while let Some(part) = open.pop() {
         match &part[..] {

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
@@ -230,7 +230,10 @@ impl Walk<'_> {
                 read.kept
             }
             // The others carry none that matter: `user.` and ACLs are for files and directories.
-            _ => Vec::new(),
+            _ => {
+                self.note_of_others(dir, name, &path);
+                Vec::new()
+            }
         };
         self.tree.insert(TreePath(path), Node { meta: meta_of(&stat), xattrs, kind });
         Ok(())
@@ -241,6 +244,18 @@ impl Walk<'_> {
         self.note(path, &read);
         let kind = NodeKind::Directory { opaque: read.opaque };
         Ok(Node { meta: meta_of(stat), xattrs: read.kept, kind })
+    }
+
+    /// Attributes of links and devices, such as SELinux has there. The kernel lists them by path alone;
+    /// that of an open directory leads nowhere else.
+    fn note_of_others(&mut self, dir: &OwnedFd, name: &[u8], path: &[u8]) {
+        let Some(left_out) = &mut self.left_out else { return };
+        let place = [format!("/proc/self/fd/{}/", dir.as_raw_fd()).as_bytes(), name].concat();
+        let mut names = vec![0u8; 64 << 10];
+        let length = rustix::fs::llistxattr(&place[..], &mut names[..]).unwrap_or(0);
+        for name in names[..length].split(|b| *b == 0).filter(|n| !n.is_empty()) {
+            left_out.push(LeftOut::attribute(path, &String::from_utf8_lossy(name)));
+        }
     }
 
     fn note(&mut self, path: &[u8], read: &Read) {

@@ -419,7 +419,9 @@ fn what_would_take_away_a_directory_of_the_os_is_refused_unless_asked_for() {
         import_reporting(&world.repository, &path, identity, ImportOptions { as_is }, &mut |_| {})
     };
     type Make = fn() -> Tar;
-    let cases: [(&str, Make); 5] = [
+    let cases: [(&str, Make); 7] = [
+        ("/lib", || Tar::default().file("lib", b"x")),
+        ("/lib64", || Tar::default().member("lib64", b'2', b"", "srv")),
         ("/srv", || Tar::default().member("srv", b'2', b"", "/opt")),
         ("/srv", || Tar::default().file("srv", b"x")),
         ("/usr/lib/libc.so", || Tar::default().file("usr/lib/libc.so/x", b"x")),
@@ -431,6 +433,8 @@ fn what_would_take_away_a_directory_of_the_os_is_refused_unless_asked_for() {
         assert!(matches!(error, BuildError::Replaces { .. }), "{path}: {error}");
         assert!(error.to_string().contains(path) && error.to_string().contains("--as-is"), "{error}");
     }
+    // Another way of saying where it leads.
+    program(Tar::default().member("lib", b'2', b"", "/usr/./lib"), false).unwrap();
     let id = program(Tar::default().member("lib", b'5', b"", "").file("lib/a", b"1"), true).unwrap();
     assert_eq!(disk(&world, os, &[id])["lib"].what, What::Directory);
 }
@@ -574,9 +578,15 @@ fn what_is_left_out_is_told_and_not_entered() {
         paths.sort();
         paths
     };
+    // Only root may set one.
+    symlink("f", given.join("opt/link")).unwrap();
+    let flags = rustix::fs::XattrFlags::empty();
+    let is_marked = rustix::fs::lsetxattr(given.join("opt/link"), "trusted.x", b"1", flags).is_ok();
     let expected =
         ["/dev/**", "/etc/hostname", "/opt/s", "/proc/**", "/var/backups/b", "/var/log/service/today"];
-    assert_eq!(told(&given), expected);
+    let told_of: Vec<String> = told(&given).into_iter().filter(|p| p != "/opt/link").collect();
+    assert_eq!(told_of, expected);
+    assert_eq!(told(&given).iter().any(|p| p == "/opt/link"), is_marked);
     let trusted: [(&str, &[u8]); 1] = [("SCHILY.xattr.trusted.x", b"1")];
     let archive =
         Tar::default().pax(b'x', &trusted).file("opt/f", b"x").file("run/x", b"1").file("etc/hostname", b"h");
