@@ -37,7 +37,7 @@ pub trait Contents {
 
 impl Contents for super::scan::Root {
     fn open(&self, path: &[u8]) -> Result<Box<dyn Read + '_>, BuildError> {
-        Ok(Box::new(self.file(path)?))
+        Ok(Box::new(super::sparse::SparseFile::new(self.file(path)?)))
     }
 }
 
