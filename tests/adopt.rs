@@ -508,3 +508,233 @@ fn what_a_base_is_made_of_stays_as_long_as_its_recipe() {
     world.repository.gc(false, grace, &[]).unwrap();
     assert!(!world.repository.has_recipe(&recipe));
 }
+
+/// A disk with a table and, as far as it says, partitions up to its end.
+fn gpt_disk(len: u64, sector: u64, types: &[[u8; 16]], boot_code: bool) -> Vec<u8> {
+    let mut disk = vec![0; len as usize];
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    disk[450] = 0xee;
+    if boot_code {
+        disk[..3].copy_from_slice(&[0xeb, 0x63, 0x90]);
+    }
+    let header = sector as usize;
+    let mut put = |at: usize, bytes: &[u8]| disk[at..at + bytes.len()].copy_from_slice(bytes);
+    put(header, b"EFI PART");
+    put(header + 32, &(len / sector - 1).to_le_bytes());
+    put(header + 72, &2u64.to_le_bytes());
+    put(header + 80, &128u32.to_le_bytes());
+    put(header + 84, &128u32.to_le_bytes());
+    for (n, kind) in types.iter().enumerate() {
+        let at = 2 * header + n * 128;
+        put(at, kind);
+        put(at + 32, &(MIB / sector).to_le_bytes());
+        put(at + 40, &(len / sector - 40).to_le_bytes());
+    }
+    disk
+}
+
+const ESP: [u8; 16] =
+    [0x28, 0x73, 0x2a, 0xc1, 0x1f, 0xf8, 0xd2, 0x11, 0xba, 0x4b, 0, 0xa0, 0xc9, 0x3e, 0xc9, 0x3b];
+const LINUX: [u8; 16] =
+    [0xaf, 0x3d, 0xc6, 0x0f, 0x83, 0x84, 0x72, 0x47, 0x8e, 0x79, 0x3d, 0x69, 0xd8, 0x47, 0x7d, 0xe4];
+
+#[test]
+fn a_disk_file_that_was_cut_short_is_damaged_whatever_its_format() {
+    if missing_tool() {
+        return;
+    }
+    let world = World::new();
+    let raw = world.path("r.raw");
+    fs::write(&raw, noise(1, 8 << 20)).unwrap();
+    for format in ["qcow2", "vmdk", "vdi", "vhdx", "vpc"] {
+        let whole = convert(&raw, format, &world.path(&format!("whole.{format}")));
+        world.examine(&whole, None).unwrap_or_else(|e| panic!("{format}: {e}"));
+        let len = fs::metadata(&whole).unwrap().len();
+        // In the middle, and less than a cluster from the end.
+        for cut in [len / 2, len - 3000] {
+            let path = world.path(&format!("cut.{format}"));
+            fs::copy(&whole, &path).unwrap();
+            fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(cut).unwrap();
+            let named: ImageFormat = format.parse().unwrap();
+            let error =
+                world.examine(&path, Some(named)).err().unwrap_or_else(|| panic!("{format} at {cut}"));
+            match error {
+                AdoptError::Damaged { .. } => {}
+                // QEMU itself sees these, or their end has the only magic.
+                AdoptError::Convert { .. } | AdoptError::NotADisk { .. } => {
+                    assert!(matches!(format, "vhdx" | "vpc"), "{format}: {error}");
+                }
+                other => panic!("{format}: {other}"),
+            }
+            let out = world.path("user-data");
+            let taken =
+                adopt::take_user_data(&path, Some(named), world.repository.temporary_dir(), &out, QUIET);
+            assert!(taken.is_err() && !out.exists(), "{format}");
+        }
+    }
+    // Marked by whoever noticed; and a table that lies in the part that is gone.
+    let marked = world.path("marked.qcow2");
+    fs::copy(world.path("whole.qcow2"), &marked).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&marked).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[2], 79).unwrap();
+    let error = world.examine(&marked, None).err().unwrap();
+    assert!(matches!(error, AdoptError::Damaged { .. }) && error.to_string().contains("corrupt"), "{error}");
+    assert_eq!(world.leftovers(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_raw_disk_that_ends_before_its_partitions_or_file_system_is_damaged() {
+    let world = World::new();
+    let path = world.path("disk");
+    let damaged = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        let error = world.examine(&path, Some(ImageFormat::Raw)).err();
+        assert!(matches!(error, Some(AdoptError::Damaged { .. })), "{error:?}");
+    };
+    let whole = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        world.examine(&path, None).unwrap().findings().disk
+    };
+    for sector in [512, 4096] {
+        let disk = gpt_disk(4 << 20, sector, &[LINUX], false);
+        assert_eq!(whole(&disk).end_bytes, 4 << 20);
+        // The copy of the table alone, and more.
+        damaged(&disk[..disk.len() - 512]);
+        damaged(&disk[..2 << 20]);
+        // A disk that was made larger is none the worse.
+        whole(&[disk, vec![0; 1 << 20]].concat());
+    }
+    let mut mbr = vec![0; 2 << 20];
+    mbr[0] = 0xfa;
+    mbr[446..462].copy_from_slice(&[0x80, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0]);
+    mbr[510..512].copy_from_slice(&[0x55, 0xaa]);
+    assert_eq!(whole(&mbr).end_bytes, 2 << 20);
+    damaged(&mbr[..(2 << 20) - 512]);
+    if missing_tool() {
+        return;
+    }
+    let ext4 = fs::read(world.disk("ext4", "32M", ONE, &[])).unwrap();
+    assert!(whole(&ext4).what.starts_with("ext file system"));
+    damaged(&ext4[..16 << 20]);
+}
+
+#[test]
+fn a_disk_says_what_it_is_and_how_it_boots() {
+    let world = World::new();
+    let path = world.path("disk");
+    let found = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        world.examine(&path, None).unwrap().findings().disk
+    };
+    let uefi = found(&gpt_disk(4 << 20, 512, &[ESP, LINUX], false));
+    assert_eq!((uefi.boots_uefi, uefi.boots_bios, &uefi.loader), (true, false, &None));
+    assert!(uefi.what.contains("GPT") && uefi.what.contains("512") && uefi.what.contains("2 partitions"));
+    assert!(found(&gpt_disk(4 << 20, 4096, &[ESP], false)).what.contains("4096"));
+    let mut bios = vec![0; 2 << 20];
+    bios[0] = 0xfa;
+    bios[446..462].copy_from_slice(&[0x80, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0]);
+    bios[510..512].copy_from_slice(&[0x55, 0xaa]);
+    let bios = found(&bios);
+    assert_eq!((bios.boots_uefi, bios.boots_bios, bios.boots()), (false, true, "BIOS"));
+    let unknown = found(&noise(3, 1 << 20));
+    assert!(!unknown.is_known() && !unknown.boots_bios && !unknown.boots_uefi);
+    // A table with nothing but noise behind its magic is no reason to panic.
+    for seed in 0..50 {
+        let mut hostile = noise(seed, 1 << 20);
+        hostile[512..520].copy_from_slice(b"EFI PART");
+        hostile[84..88].fill(0xff);
+        fs::write(&path, &hostile).unwrap();
+        let _ = world.examine(&path, None);
+    }
+}
+
+#[test]
+fn the_loader_of_a_system_partition_is_found() {
+    use fatfs::{FatType, FormatVolumeOptions};
+    let world = World::new();
+    for (kind, mib) in [(FatType::Fat12, 4), (FatType::Fat16, 16), (FatType::Fat32, 64)] {
+        let esp = world.path("esp");
+        let mut file =
+            fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&esp).unwrap();
+        file.set_len(mib << 20).unwrap();
+        let cluster = if kind == FatType::Fat12 { 2048 } else { 512 };
+        let options = FormatVolumeOptions::new().fat_type(kind).bytes_per_cluster(cluster);
+        fatfs::format_volume(&mut file, options).unwrap();
+        drop(file);
+        let fill = |loader: bool| {
+            let file = fs::OpenOptions::new().read(true).write(true).open(&esp).unwrap();
+            let fat = fatfs::FileSystem::new(file, fatfs::FsOptions::new()).unwrap();
+            fat.root_dir().create_dir("EFI").unwrap();
+            let boot = fat.root_dir().create_dir("EFI/BOOT").unwrap();
+            (0..40).for_each(|n| drop(boot.create_file(&format!("a rather long name {n}.txt")).unwrap()));
+            if loader {
+                boot.create_file("BOOTX64.EFI").unwrap();
+            }
+        };
+        let found = |world: &World| {
+            let mut disk = gpt_disk((mib + 4) << 20, 512, &[ESP], false);
+            let bytes = fs::read(&esp).unwrap();
+            disk[MIB as usize..MIB as usize + bytes.len()].copy_from_slice(&bytes);
+            fs::write(world.path("disk"), disk).unwrap();
+            world.examine(&world.path("disk"), None).unwrap().findings().disk
+        };
+        fill(false);
+        assert_eq!(found(&world).loader, None, "{kind:?}");
+        fill(true);
+        assert_eq!(found(&world).loader.as_deref(), Some("EFI/BOOT/BOOTX64.EFI"), "{kind:?}");
+    }
+}
+
+#[test]
+fn what_is_no_disk_is_refused_with_what_to_do() {
+    let world = World::new();
+    let refused = |name: &str, bytes: &[u8], hint: &str| {
+        let path = world.path(name);
+        fs::write(&path, bytes).unwrap();
+        let error = world.examine(&path, None).err().unwrap_or_else(|| panic!("{name}"));
+        assert!(matches!(error, AdoptError::NotADisk { .. }), "{error}");
+        assert!(error.to_string().contains(hint), "{error}");
+        // Who says that it is one is believed.
+        world.examine(&path, Some(ImageFormat::Raw)).unwrap();
+    };
+    let padded = |magic: &[u8]| [magic, &noise(1, 4000)].concat();
+    refused("deb.qcow2", b"<html><body>Not found</body></html>\r\n", "text");
+    refused("disk.raw.xz", &padded(b"\xfd7zXZ\0"), "unxz");
+    refused("disk.raw.gz", &padded(b"\x1f\x8b\x08"), "gunzip");
+    refused("disk.zip", &padded(b"PK\x03\x04"), "unzip");
+    let mut ova = noise(2, 10_240);
+    ova[257..262].copy_from_slice(b"ustar");
+    refused("machine.ova", &ova, "tar -xf");
+    let mut iso = vec![0; 64 << 10];
+    iso[0x8001..0x8006].copy_from_slice(b"CD001");
+    refused("install.iso", &iso, "ISO 9660");
+    // Nothing says that it is a disk, or its name says that it is something else.
+    let temporary = world.repository.temporary_dir();
+    let plausible = |name: &str, bytes: &[u8]| {
+        let path = world.path(name);
+        fs::write(&path, bytes).unwrap();
+        adopt::Source::open(&path, None, temporary, QUIET).unwrap().check_plausible()
+    };
+    let table = gpt_disk(2 << 20, 512, &[LINUX], false);
+    plausible("disk.img", &table).unwrap();
+    for (name, bytes) in
+        [("disk.qcow2", &table), ("noise.raw", &noise(4, 1 << 20)), ("zeros", &vec![0; 1 << 20])]
+    {
+        let error = plausible(name, bytes).unwrap_err();
+        assert!(error.to_string().contains("--format raw"), "{error}");
+    }
+}
+
+#[test]
+fn snapshots_in_a_file_are_named() {
+    if missing_tool() {
+        return;
+    }
+    let world = World::new();
+    let raw = world.path("r.raw");
+    fs::write(&raw, noise(1, 1 << 20)).unwrap();
+    let disk = convert(&raw, "qcow2", &world.path("d.qcow2"));
+    assert!(world.examine(&disk, None).unwrap().findings().snapshots.is_empty());
+    run(Command::new("qemu-img").args(["snapshot", "-c", "before upgrade"]).arg(&disk));
+    assert_eq!(world.examine(&disk, None).unwrap().findings().snapshots, ["before upgrade"]);
+}

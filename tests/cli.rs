@@ -298,6 +298,58 @@ fn import(dir: &Path, tree: &Path, version: &str) -> Output {
 }
 
 #[test]
+fn what_is_held_without_a_name_is_shown_and_bound() {
+    let dir = cloud();
+    let here = dir.path();
+    assert!(import(here, &tree(here, "one", "first"), "1").status.success());
+    assert!(import(here, &tree(here, "two", "second"), "1").status.success());
+    let listed = || -> Vec<(String, bool)> {
+        let o = run(here, &["component", "list", "--json"]);
+        let list: Vec<Value> = serde_json::from_slice(&o.stdout).unwrap();
+        let mut all: Vec<_> = list
+            .iter()
+            .map(|c| (c["id"].as_str().unwrap().to_owned(), c["bound"].as_bool().unwrap()))
+            .collect();
+        all.sort_by_key(|c| c.1);
+        all
+    };
+    let [(lost, false), (held, true)] = &listed()[..] else { panic!("{:?}", listed()) };
+    let o = run(here, &["component", "list"]);
+    assert!(stdout(&o).lines().next().unwrap().contains("BOUND"), "{}", stdout(&o));
+    // The name has another, and a component's name is its own.
+    let o = run(here, &["component", "bind", &lost[..12]]);
+    assert_eq!(o.status.code(), Some(4), "{}", stderr(&o));
+    assert!(stderr(&o).contains(&held[..10]), "{}", stderr(&o));
+    assert_eq!(run(here, &["component", "bind", &lost[..12], "other@1"]).status.code(), Some(2));
+    assert_eq!(run(here, &["component", "bind", "0123456789ab"]).status.code(), Some(3));
+    assert!(run(here, &["component", "remove", &held[..12]]).status.success());
+    assert!(run(here, &["component", "bind", &lost[..12], "tool@1"]).status.success());
+    let o = run(here, &["component", "show", "tool@1", "--json"]);
+    assert!(stdout(&o).contains(lost.as_str()), "{}", stdout(&o));
+}
+
+#[test]
+fn an_import_says_what_it_leaves_out_and_what_is_wrong_before_the_work() {
+    let dir = cloud();
+    let here = dir.path();
+    let source = tree(here, "one", "first");
+    std::fs::create_dir_all(source.join("var/log")).unwrap();
+    std::fs::write(source.join("var/log/x"), "log").unwrap();
+    let o = import(here, &source, "1");
+    assert!(stderr(&o).contains("left out 1, a log: /var/log/x"), "{}", stderr(&o));
+    let path = source.to_str().unwrap();
+    let quiet = ["component", "import", path, "--name", "tool", "--version", "1", "--quiet"];
+    assert!(stderr(&run(here, &quiet)).contains("/var/log/x"));
+    let json = ["component", "import", path, "--name", "tool", "--version", "1", "--json"];
+    let said = stdout(&run(here, &json));
+    assert!(said.contains(r#"{"event":"left-out","path":"/var/log/x","what":"a log"}"#), "{said}");
+    // Whatever else is wrong, the name is found first.
+    let o = run(here, &["component", "import", "/nowhere", "--name", "Tool", "--version", "1"]);
+    assert_eq!(o.status.code(), Some(2));
+    assert!(stderr(&o).contains("'Tool'"), "{}", stderr(&o));
+}
+
+#[test]
 fn content_is_served_from_the_repository_while_no_broker_runs() {
     let dir = cloud();
     let here = dir.path();

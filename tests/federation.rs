@@ -561,6 +561,7 @@ fn a_vm_written_out_is_adopted_again_and_boots_as_before() {
         share: false,
         dry_run: false,
         start: true,
+        hardware: Default::default(),
     };
     let reply = world.call(0, &Request::VmAdopt(adopt));
     let Ok(Reply::Adopted(adopted)) = reply else { panic!("{reply:?}\n{}", world.log(0)) };
@@ -647,7 +648,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
         name: "old".parse().unwrap(),
         disk: path("disk.raw"),
         user_data: Some(path("data.raw")),
-        format: "auto".into(),
+        format: "raw".into(),
         architecture: "amd64".into(),
         firmware: Firmware::Bios,
         memory: ByteSize::mib(64),
@@ -656,12 +657,26 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
         share: false,
         dry_run: true,
         start: false,
+        hardware: Default::default(),
     };
 
     // A dry run tells and changes nothing.
     let tried = world.call(0, &Request::VmAdopt(adopt.clone())).unwrap();
     let Reply::Adopted(tried) = tried else { panic!("{tried:?}") };
     assert_eq!((tried.known_bytes, tried.packs, &tried.vm), (6 << 20, 1, &None));
+    assert_eq!((tried.boots.as_str(), tried.what.as_str()), ("BIOS", "a boot sector, no partition table"));
+    let lost = |words: &str| tried.notes.iter().any(|n| n.contains("do not come along") && n.contains(words));
+    assert!(lost("UUID") && lost("--mac") && lost("--cpu-model"), "{:?}", tried.notes);
+    // Asked to start in another way, it says so; what only its name calls a disk is not believed.
+    let uefi = VmAdopt { firmware: Firmware::Uefi, ..adopt.clone() };
+    let Ok(Reply::Adopted(uefi)) = world.call(0, &Request::VmAdopt(uefi)) else { panic!() };
+    assert!(uefi.notes[0].contains("--firmware bios"), "{:?}", uefi.notes);
+    let guessed = VmAdopt { format: "auto".into(), ..adopt.clone() };
+    let refused = world.call(0, &Request::VmAdopt(guessed)).unwrap_err();
+    assert!(
+        refused.kind == ProblemKind::BadRequest && refused.to_string().contains("--format raw"),
+        "{refused}"
+    );
     assert_eq!(world.vms(0).len() + world.vm_files(0).len(), 0);
 
     let adopt = VmAdopt { dry_run: false, ..adopt };

@@ -567,6 +567,7 @@ async fn no_command_prints_a_members_words_raw() {
         share: false,
         dry_run: false,
         start: false,
+        hardware: Default::default(),
     });
     world.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
     adopted.await.unwrap().unwrap();

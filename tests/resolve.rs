@@ -39,6 +39,7 @@ fn vm(world: &World, name: &str) -> VmView {
         share: false,
         dry_run: false,
         start: false,
+        hardware: Default::default(),
     };
     match world.call(A, &Request::VmAdopt(adopt)) {
         Ok(Reply::Adopted(adopted)) => *adopted.vm.unwrap(),

@@ -26,6 +26,8 @@ pub enum AdoptError {
     },
     #[error("{} is not a disk that can be adopted: {reason}", path.display())]
     NotADisk { path: PathBuf, reason: String },
+    #[error("{} is damaged: {reason}; get it again as a whole, or repair it where it came from", path.display())]
+    Damaged { path: PathBuf, reason: String },
     /// It asks for another file to be read, which would tell its maker what is in that file.
     #[error(
         "{} refers to {other}: a disk from elsewhere may not name files of this machine; flatten it \

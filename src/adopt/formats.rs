@@ -14,6 +14,8 @@ use crate::compose::ImageFormat;
 const HEAD_BYTES: usize = 512;
 /// Bits of qcow2's incompatible features: the data lie in another file.
 const QCOW2_EXTERNAL_DATA: u64 = 1 << 2;
+/// Something went wrong in it, and whoever noticed wrote so.
+const QCOW2_CORRUPT: u64 = 1 << 1;
 /// Disk types of a VHD's footer.
 const VHD_DIFFERENCING: u32 = 4;
 
@@ -73,6 +75,11 @@ impl Head {
             }
             _ => None,
         }
+    }
+
+    /// Whether the file itself says that it is damaged.
+    pub fn is_marked_corrupt(&self, format: ImageFormat) -> bool {
+        format == ImageFormat::Qcow2 && self.be_u64(0) as u32 >= 3 && self.be_u64(72) & QCOW2_CORRUPT != 0
     }
 
     fn is_vmdk_descriptor(&self) -> bool {

@@ -8,9 +8,12 @@
 //! All functions block, tell how far they are, and end early when they are told to.
 
 mod base;
+mod damage;
 mod error;
+mod fat;
 mod formats;
 mod matching;
+mod recognise;
 mod residue;
 mod segments;
 mod source;
@@ -26,6 +29,7 @@ use crate::types::{ImageDigest, RecipeId};
 pub use base::Base;
 pub use error::AdoptError;
 pub use matching::{Matcher, Matching};
+pub use recognise::Disk;
 pub use segments::{DiskBlocks, Segments};
 pub use source::Source;
 
@@ -73,6 +77,9 @@ pub struct Findings {
     pub known_from: Vec<KnownFrom>,
     /// Packs the repository holds that were too many to be looked into.
     pub packs_left_out: usize,
+    /// What the disk is, and names of the states inside its file that stay behind.
+    pub disk: Disk,
+    pub snapshots: Vec<String>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -91,7 +98,11 @@ pub fn examine(
     format: Option<ImageFormat>,
     job: Job<'_>,
 ) -> Result<Examined, AdoptError> {
-    let source = Source::open(path, format, repository.temporary_dir(), job)?;
+    examine_source(repository, Source::open(path, format, repository.temporary_dir(), job)?, job)
+}
+
+/// As [`examine`], of a disk that is open.
+pub fn examine_source(repository: &Repository, source: Source, job: Job<'_>) -> Result<Examined, AdoptError> {
     let segments = source.segments()?;
     let blocks = DiskBlocks::read(&segments, job)?;
     let progress = |done, total| (job.progress)("index", done, total);
@@ -126,6 +137,8 @@ impl Examined {
             extents: self.matching.extents.len() as u64,
             known_from,
             packs_left_out: self.places.packs_left_out,
+            disk: self.source.disk().clone(),
+            snapshots: self.source.snapshots().to_vec(),
         }
     }
 
@@ -161,7 +174,11 @@ pub fn take_user_data(
     output: &Path,
     job: Job<'_>,
 ) -> Result<u64, AdoptError> {
-    let source = Source::open(path, format, temporary, job)?;
+    take_user_data_of(&Source::open(path, format, temporary, job)?, output, job)
+}
+
+/// As [`take_user_data`], of a disk that is open.
+pub fn take_user_data_of(source: &Source, output: &Path, job: Job<'_>) -> Result<u64, AdoptError> {
     let segments = source.segments()?;
     segments.write_raw(output, "user data", job)?;
     source.check_unchanged()?;

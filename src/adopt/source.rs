@@ -14,13 +14,16 @@ use tempfile::TempPath;
 
 use super::error::io_error;
 use super::formats::Head;
-use super::{AdoptError, Job, SIZE_UNIT_BYTES, Segments};
+use super::recognise::{self, Disk};
+use super::{AdoptError, Job, SIZE_UNIT_BYTES, Segments, damage};
 use crate::compose::ImageFormat;
 use crate::types::ByteSize;
 use crate::vm::spec::limit::DISK_BYTES;
 
 /// Unpacking ends before less than this is free: others write to the repository too.
 const FREE_BYTES_MIN: u64 = 256 << 20;
+/// Names of snapshots that are told.
+const SNAPSHOTS_MAX: usize = 100;
 const POLL: Duration = Duration::from_millis(50);
 
 /// A disk that can be read.
@@ -31,6 +34,9 @@ pub struct Source {
     /// The raw temporary file of a disk in another format; removed when dropped.
     unpacked: Option<TempPath>,
     stamp: Stamp,
+    /// Names of states inside the file, which stay behind.
+    snapshots: Vec<String>,
+    disk: Disk,
 }
 
 /// By what a change of the given file is noticed. Its content is compared as well, later.
@@ -63,26 +69,69 @@ impl Source {
         let len = file.seek(SeekFrom::End(0)).map_err(io_error("measure", path))?;
         let stamp = Stamp { len, modified: meta.modified().ok() };
         let head = Head::read(&file, len).map_err(io_error("read", path))?;
+        let is_named = format.is_some();
         let format = format.unwrap_or_else(|| head.format());
+        if format == ImageFormat::Raw
+            && !is_named
+            && let Some((what, hint)) = recognise::foreign(&file, len).map_err(io_error("read", path))?
+        {
+            return Err(not_one(&format!("it is {what}; {hint}")));
+        }
         if !head.bears(format) {
             return Err(not_one(&format!("it does not begin as a file of format {format} does")));
         }
         if let Some(other) = head.refers_to(format) {
             return Err(AdoptError::RefersElsewhere { path: path.to_owned(), other: other.to_owned() });
         }
-        let (disk_bytes, unpacked) = match format {
-            ImageFormat::Raw => (len, None),
+        let damaged = |reason: String| AdoptError::Damaged { path: path.to_owned(), reason };
+        if head.is_marked_corrupt(format) {
+            return Err(damaged("it is marked as corrupt; 'qemu-img check -r all' may repair a copy".into()));
+        }
+        let (disk_bytes, unpacked, snapshots) = match format {
+            ImageFormat::Raw => (len, None, Vec::new()),
             _ => {
-                let size_bytes = inspect(path, format)?;
+                let (size_bytes, snapshots) = inspect(path, format)?;
                 check_size(path, size_bytes)?;
-                (size_bytes, Some(unpack(path, format, size_bytes, temporary, job)?))
+                damage::check(path, format, len, job)?;
+                (size_bytes, Some(unpack(path, format, size_bytes, temporary, job)?), snapshots)
             }
         };
         check_size(path, disk_bytes)?;
         if disk_bytes == 0 {
             return Err(not_one("it is empty"));
         }
-        Ok(Self { given: path.to_owned(), format, disk_bytes, unpacked, stamp })
+        let plain = match &unpacked {
+            Some(unpacked) => File::open(unpacked).map_err(io_error("open", unpacked))?,
+            None => file,
+        };
+        let disk = recognise::disk(&plain, disk_bytes).map_err(io_error("read", path))?;
+        if disk.end_bytes > disk_bytes {
+            return Err(damaged(format!(
+                "it was cut short: it ends at byte {disk_bytes}, but what is on it at {} ({})",
+                disk.end_bytes, disk.what
+            )));
+        }
+        Ok(Self { given: path.to_owned(), format, disk_bytes, unpacked, stamp, snapshots, disk })
+    }
+
+    /// What the disk is, as far as it says.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    pub fn snapshots(&self) -> &[String] {
+        &self.snapshots
+    }
+
+    /// Refuses what only its operator can know to be a disk, unless its format was named.
+    pub fn check_plausible(&self) -> Result<(), AdoptError> {
+        let reason = match recognise::broken_promise(&self.given, self.format) {
+            Some(promised) => format!("its name ends in .{promised}, but it is no such file"),
+            None if self.disk.is_known() || self.format != ImageFormat::Raw => return Ok(()),
+            None => "it has no partition table and no file system".into(),
+        };
+        let reason = format!("{reason}; if it is a raw disk nevertheless, say --format raw");
+        Err(AdoptError::NotADisk { path: self.given.clone(), reason })
     }
 
     /// The file as it was given.
@@ -125,8 +174,9 @@ fn check_size(path: &Path, disk_bytes: u64) -> Result<(), AdoptError> {
     Err(AdoptError::TooLarge { path: path.to_owned(), size, limit })
 }
 
-/// Asks `qemu-img` for the virtual size, refusing everything that names other files.
-fn inspect(path: &Path, format: ImageFormat) -> Result<u64, AdoptError> {
+/// Asks `qemu-img` for the virtual size and the snapshots inside, refusing everything that names other
+/// files.
+fn inspect(path: &Path, format: ImageFormat) -> Result<(u64, Vec<String>), AdoptError> {
     let mut command = Command::new("qemu-img");
     command.args(["info", "--output=json", "-f", &format.to_string()]).arg(path);
     let output = command.stdin(Stdio::null()).output().map_err(|e| not_run(path, &e))?;
@@ -156,7 +206,11 @@ fn inspect(path: &Path, format: ImageFormat) -> Result<u64, AdoptError> {
     if info["encrypted"].as_bool() == Some(true) {
         return Err(failed("it is encrypted: decrypt it where it came from".into()));
     }
-    info["virtual-size"].as_u64().ok_or_else(|| failed("it did not tell the size of the disk".into()))
+    let snapshots = info["snapshots"].as_array().into_iter().flatten();
+    let snapshots = snapshots.map(|s| s["name"].as_str().unwrap_or_default().escape_debug().to_string());
+    let size = info["virtual-size"].as_u64();
+    let size = size.ok_or_else(|| failed("it did not tell the size of the disk".into()))?;
+    Ok((size, snapshots.take(SNAPSHOTS_MAX).collect()))
 }
 
 /// Unpacks into a sparse raw file.
@@ -198,7 +252,7 @@ fn unpack(
 }
 
 /// A child that does not outlive our interest in it.
-struct Running(Child);
+pub(super) struct Running(pub Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -209,7 +263,7 @@ impl Drop for Running {
     }
 }
 
-fn not_run(path: &Path, e: &std::io::Error) -> AdoptError {
+pub(super) fn not_run(path: &Path, e: &std::io::Error) -> AdoptError {
     match e.kind() {
         std::io::ErrorKind::NotFound => AdoptError::NoQemuImg,
         _ => AdoptError::Convert { path: path.to_owned(), reason: e.to_string() },

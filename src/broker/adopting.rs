@@ -10,9 +10,11 @@ use tokio::sync::{mpsc, oneshot};
 use crate::adopt::{self, AdoptError, Base, Findings, Job, VmDisk};
 use crate::compose::ImageFormat;
 use crate::disk;
+use crate::durable;
+use crate::hypervisor::QemuConfig;
 use crate::types::{ByteSize, RecipeId, VmId, VmName};
 use crate::vm::spec::Nic;
-use crate::vm::{Mac, PowerState, VmSpec};
+use crate::vm::{Firmware, Mac, PowerState, VmSpec};
 
 use super::interface::{AdoptedView, Event, ExportedView, KnownFromView, Reply, VmAdopt};
 use super::problem::{Problem, ProblemKind};
@@ -39,6 +41,14 @@ struct Adopted {
 impl Broker {
     pub(super) fn adopt_vm(&mut self, adopt: VmAdopt, events: mpsc::Sender<Event>, reply: Answer) {
         if let Some(problem) = self.create_problem(&adopt.name, &adopt.networks) {
+            return drop(reply.send(Err(problem)));
+        }
+        let known = &self.shared.driver.features().cpu_models;
+        if let Some(model) = adopt.hardware.cpu_model.as_ref().filter(|m| !known.contains(*m)) {
+            let known: Vec<&str> = known.iter().map(String::as_str).collect();
+            let reason = format!("this cloud has no CPU model '{}'", model.escape_debug());
+            let problem = Problem::new(ProblemKind::BadRequest, format!("VM {}", adopt.name), reason)
+                .next(format!("it has: {}", known.join(", ")));
             return drop(reply.send(Err(problem)));
         }
         self.names_in_use.insert(adopt.name.clone());
@@ -177,10 +187,14 @@ fn make(
         name => Some(name.parse::<ImageFormat>().map_err(invalid)?),
     };
     let id = VmId::random();
-    let nics = (0u8..)
-        .zip(&adopt.networks)
-        .map(|(i, n)| Nic { network: n.clone(), mac: Mac::derived(id, i) })
-        .collect();
+    let hardware = &adopt.hardware;
+    if hardware.macs.len() > adopt.networks.len() {
+        return Err(invalid(
+            "there are more MAC addresses than networks: give each --mac its --network".into(),
+        ));
+    }
+    let mac = |i: u8| hardware.macs.get(usize::from(i)).copied().unwrap_or_else(|| Mac::derived(id, i));
+    let nics = (0u8..).zip(&adopt.networks).map(|(i, n)| Nic { network: n.clone(), mac: mac(i) }).collect();
     let mut spec = VmSpec {
         id,
         name: adopt.name.clone(),
@@ -191,14 +205,25 @@ fn make(
         user_data_size: ByteSize(0),
         nics,
         architecture: adopt.architecture.clone(),
-        cpu_model: shared.config.hypervisor.cpu_model.clone(),
+        cpu_model: hardware.cpu_model.clone().unwrap_or_else(|| shared.config.hypervisor.cpu_model.clone()),
         firmware: adopt.firmware,
     };
     // Before hours of reading.
     spec.check().map_err(invalid)?;
-    let found = adopt::examine(&shared.repository, &disk_path, format, job)?;
+    let nvram = hardware.nvram.as_ref().map(|path| read_nvram(shared, Path::new(path), adopt.firmware));
+    let nvram = nvram.transpose()?;
+    let open = |path: &Path| {
+        let source = adopt::Source::open(path, format, shared.repository.temporary_dir(), job)?;
+        if format.is_none() {
+            source.check_plausible()?;
+        }
+        Ok::<_, AdoptError>(source)
+    };
+    let user_data = adopt.user_data.as_ref().map(|path| open(Path::new(path))).transpose()?;
+    let found = adopt::examine_source(&shared.repository, open(&disk_path)?, job)?;
     let findings = found.findings();
     let mut view = view(&adopt.name, &findings);
+    view.notes = notes(adopt, &findings, user_data.as_ref());
     if adopt.dry_run {
         return Ok((view, None));
     }
@@ -217,7 +242,12 @@ fn make(
         disk::require_space(&dir, residue_bytes)?;
         let paths = DiskPaths::in_dir(&dir, shared.composer.path_of(&base.recipe));
         found.write_root(&paths.root, &paths.base, job)?;
-        take_user_data(shared, adopt, format, &paths, record, job)
+        if let Some(nvram) = &nvram {
+            let path = DiskPaths::firmware_in(&dir);
+            let failed = |source| AdoptError::Io { what: "write", path: path.clone(), source };
+            durable::write_secret(&path, nvram).map_err(failed)?;
+        }
+        take_user_data(user_data.as_ref(), &paths, record, job)
     };
     match disks() {
         Ok(record) => {
@@ -232,19 +262,84 @@ fn make(
 }
 
 fn take_user_data(
-    shared: &Shared,
-    adopt: &VmAdopt,
-    format: Option<ImageFormat>,
+    disk: Option<&adopt::Source>,
     paths: &DiskPaths,
     mut record: VmRecord,
     job: Job<'_>,
 ) -> Result<VmRecord, AdoptError> {
-    if let Some(disk) = &adopt.user_data {
-        let temporary = shared.repository.temporary_dir();
-        let size = adopt::take_user_data(Path::new(disk), format, temporary, &paths.user_data, job)?;
-        record.spec.user_data_size = ByteSize(size);
+    if let Some(disk) = disk {
+        record.spec.user_data_size = ByteSize(adopt::take_user_data_of(disk, &paths.user_data, job)?);
     }
     Ok(record)
+}
+
+/// The firmware's variables of the old machine; another firmware's do not fit this one.
+fn read_nvram(shared: &Shared, path: &Path, firmware: Firmware) -> Result<Vec<u8>, AdoptError> {
+    let refused = |reason: String| AdoptError::NotADisk { path: path.to_owned(), reason };
+    if firmware != Firmware::Uefi {
+        return Err(refused("BIOS has no NVRAM: give --nvram with --firmware uefi alone".into()));
+    }
+    let failed = |source| AdoptError::Io { what: "read", path: path.to_owned(), source };
+    let template = shared.config.hypervisor.firmware_vars.clone();
+    let template = template.unwrap_or_else(|| QemuConfig::default().firmware_vars);
+    let expected = std::fs::metadata(&template).map_err(|source| AdoptError::Io {
+        what: "read",
+        path: template.clone(),
+        source,
+    })?;
+    let found = std::fs::metadata(path).map_err(failed)?;
+    if !found.is_file() || found.len() != expected.len() {
+        return Err(refused(format!(
+            "it has {} bytes where this cloud's firmware keeps {} in {}: it is another firmware's",
+            found.len(),
+            expected.len(),
+            template.display()
+        )));
+    }
+    std::fs::read(path).map_err(failed)
+}
+
+/// Where the disk differs from what was asked for, and what does not come along.
+fn notes(adopt: &VmAdopt, found: &Findings, user_data: Option<&adopt::Source>) -> Vec<String> {
+    let mut notes = Vec::new();
+    let disk = &found.disk;
+    let fits = match adopt.firmware {
+        Firmware::Uefi => disk.boots_uefi,
+        Firmware::Bios => disk.boots_bios,
+    };
+    if !fits {
+        let (asked, other) = match adopt.firmware {
+            Firmware::Uefi => ("UEFI", disk.boots_bios.then_some("bios")),
+            Firmware::Bios => ("BIOS", disk.boots_uefi.then_some("uefi")),
+        };
+        let next = other.map_or(String::new(), |other| format!(": give --firmware {other}"));
+        notes.push(format!("it shall start by {asked}, but on the disk: {}{next}", disk.boots()));
+    }
+    if disk.what.contains("sectors of 4096") {
+        notes.push(
+            "its table counts sectors of 4096 bytes, a VM's disk has sectors of 512: it is not found".into(),
+        );
+    }
+    for (what, snapshots) in
+        [("disk", &found.snapshots[..]), ("user data", user_data.map_or(&[][..], |s| s.snapshots()))]
+    {
+        if !snapshots.is_empty() {
+            notes.push(format!("snapshots in the {what} file stay behind: {}", snapshots.join(", ")));
+        }
+    }
+    let hardware = &adopt.hardware;
+    let mut lost = vec!["UUID", "the disk's bus (it becomes virtio)"];
+    if hardware.macs.len() < adopt.networks.len() || adopt.networks.is_empty() {
+        lost.push("MAC addresses (--mac)");
+    }
+    if hardware.nvram.is_none() && adopt.firmware == Firmware::Uefi {
+        lost.push("the firmware's variables (--nvram)");
+    }
+    if hardware.cpu_model.is_none() {
+        lost.push("CPU model (--cpu-model)");
+    }
+    notes.push(format!("of the old machine do not come along: {}", lost.join(", ")));
+    notes
 }
 
 /// Removes what an adoption made that did not become a VM.
@@ -277,6 +372,9 @@ fn view(name: &VmName, f: &Findings) -> AdoptedView {
         packs_left_out: f.packs_left_out as u64,
         known_from: from.collect(),
         elapsed_ms: 0,
+        what: f.disk.what.clone(),
+        boots: if f.disk.is_known() { f.disk.boots().to_owned() } else { "unknown".into() },
+        notes: Vec::new(),
         component: None,
         vm: None,
     }
@@ -300,6 +398,7 @@ fn adopt_problem(name: &VmName, e: &AdoptError) -> Problem {
         | AdoptError::TooLarge { .. }
         | AdoptError::Convert { .. }
         | AdoptError::Scattered => ProblemKind::Refused,
+        AdoptError::Damaged { .. } => ProblemKind::Damaged,
         AdoptError::Changed { .. } | AdoptError::Exists { .. } => ProblemKind::Conflict,
         AdoptError::NoQemuImg => ProblemKind::Missing,
         AdoptError::Cancelled => ProblemKind::Cancelled,

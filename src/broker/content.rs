@@ -45,6 +45,9 @@ pub fn call(
             optimize::optimize(repository, components, *deltas, stop, events).map(Reply::Report)
         }
         Request::ComponentBind { id } => bind(repository, *id).map(|()| Reply::Done),
+        Request::ComponentName { component, name } => {
+            bind_by_hand(repository, component, name.as_deref()).map(Reply::Components)
+        }
         Request::RecipeCreate { components, ordered, root_size, kernel_command_line } => {
             recipe_create(repository, composer, components, *ordered, *root_size, kernel_command_line)
                 .map(Reply::Recipe)
@@ -128,6 +131,7 @@ pub fn components(repository: &Repository) -> Result<Vec<ComponentView>, Problem
         .into_iter()
         .map(|(id, s)| ComponentView {
             id,
+            bound: s.bound,
             name: s.name,
             version: s.version,
             kind: s.kind,
@@ -155,6 +159,7 @@ fn detail(repository: &Repository, component: &str, entries: bool) -> Result<Com
     Ok(ComponentDetail {
         component: ComponentView {
             id,
+            bound: repository.is_bound(&id).map_err(|e| repository_problem(&e))?,
             name: m.name.clone(),
             version: m.version.clone(),
             kind: m.kind,
@@ -219,6 +224,38 @@ pub fn bind(repository: &Repository, id: ComponentId) -> Result<(), Problem> {
             .next("send them first"));
     }
     repository.bind_component(&m, id).map(drop).map_err(|e| repository_problem(&e))
+}
+
+/// Binds a held component to its name, which no other may have.
+fn bind_by_hand(
+    repository: &Repository,
+    component: &str,
+    name: Option<&str>,
+) -> Result<Vec<ComponentView>, Problem> {
+    let id = resolve_one(repository, component)?;
+    let mine = manifest(repository, &id)?;
+    let own = format!("{}@{}", mine.name, mine.version);
+    let object = format!("component {component}");
+    if let Some(name) = name.filter(|name| *name != own) {
+        // The name is part of what the id is the hash of.
+        let reason = format!("is called {own} and cannot be bound to '{name}'");
+        return Err(Problem::new(ProblemKind::BadRequest, object, reason)
+            .next(format!("cicada component bind {component} {own}")));
+    }
+    let all = components(repository)?;
+    let is_same_name = |c: &&ComponentView| {
+        (c.kind, &c.name, &c.version, &c.architecture)
+            == (mine.kind, &mine.name, &mine.version, &mine.architecture)
+    };
+    if let Some(other) = all.iter().filter(is_same_name).find(|c| c.bound && c.id != id) {
+        let reason = format!("{own} is bound to {} already", other.id.short());
+        return Err(Problem::new(ProblemKind::Conflict, object, reason).next(format!(
+            "if that one shall not have the name any more: cicada component remove {}",
+            other.id.short()
+        )));
+    }
+    bind(repository, id)?;
+    Ok(components(repository)?.into_iter().filter(|c| c.id == id).collect())
 }
 
 fn recipe_view(repository: &Repository, composer: &Composer, id: RecipeId) -> Result<RecipeView, Problem> {

@@ -15,7 +15,7 @@ use crate::types::{
     Succession, VmId, VmName,
 };
 use crate::vm::spec::Nic;
-use crate::vm::{Firmware, PowerState, VmSpec};
+use crate::vm::{Firmware, Mac, PowerState, VmSpec};
 
 use super::problem::Problem;
 
@@ -54,6 +54,12 @@ pub enum Request {
     /// Makes a component whose manifest and packs were put into the repository known by its name.
     ComponentBind {
         id: ComponentId,
+    },
+    /// As an operator binds what came by a move or an archive: `component` is the beginning of an id.
+    /// A name that is given must be the component's own, and free.
+    ComponentName {
+        component: String,
+        name: Option<String>,
     },
     RecipeCreate {
         components: Vec<String>,
@@ -235,6 +241,18 @@ pub struct VmAdopt {
     /// Only tell what would be known.
     pub dry_run: bool,
     pub start: bool,
+    #[serde(default)]
+    pub hardware: AdoptHardware,
+}
+
+/// What the guest knew of its old machine, as far as an operator gives it: no disk has it.
+#[derive(Clone, PartialEq, Default, Debug, Serialize, Deserialize)]
+pub struct AdoptHardware {
+    /// Of the networks, in their order.
+    pub macs: Vec<Mac>,
+    pub cpu_model: Option<String>,
+    /// Absolute path of a file with the variables of the UEFI firmware.
+    pub nvram: Option<String>,
 }
 
 /// The answer to a request.
@@ -280,6 +298,11 @@ pub enum Event {
         unit: String,
     },
     Migration(MigrationProgress),
+    /// Something of an imported tree that did not enter the component.
+    LeftOut {
+        path: String,
+        what: String,
+    },
 }
 
 /// What travels over the API's stream: events, then exactly one end.
@@ -420,6 +443,9 @@ pub struct MemberView {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct ComponentView {
     pub id: ComponentId,
+    /// Whether its name means it. What came by a move is held, but bound to no name.
+    #[serde(default)]
+    pub bound: bool,
     pub name: String,
     pub version: String,
     pub kind: Kind,
@@ -500,6 +526,14 @@ pub struct AdoptedView {
     pub packs_left_out: u64,
     pub known_from: Vec<KnownFromView>,
     pub elapsed_ms: u64,
+    /// What the disk is and how it boots, in words.
+    #[serde(default)]
+    pub what: String,
+    #[serde(default)]
+    pub boots: String,
+    /// Where that differs from what was asked for, and what stays behind.
+    #[serde(default)]
+    pub notes: Vec<String>,
     /// Component of the base and the VM; not there after a dry run.
     pub component: Option<String>,
     pub vm: Option<Box<VmView>>,

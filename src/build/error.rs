@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use crate::component::definition::DefinitionError;
 use crate::component::fragment::FragmentError;
+use crate::component::tree::TreeError;
+use crate::compose::ComposeError;
 use crate::path_owner::Exposure;
 use crate::repository::RepositoryError;
 use crate::types::codec::CodecError;
@@ -61,8 +63,16 @@ pub enum BuildError {
     Fragment { path: String, source: FragmentError },
     #[error("{}: {path}: {reason}", archive.display())]
     Archive { archive: PathBuf, path: String, reason: String },
-    #[error("{} is neither a directory nor a tar archive (.tar or .tar.zst)", path.display())]
-    UnknownSource { path: PathBuf },
+    #[error("{} is neither a directory nor a tar archive (.tar or .tar.zst){hint}", path.display())]
+    UnknownSource { path: PathBuf, hint: String },
+    /// What a program brings must not take away what it is built on by mistake.
+    #[error("{path} {reason}: change the source, or import it as it is with --as-is")]
+    Replaces { path: String, reason: String },
+    #[error("the components it requires make no tree together")]
+    Required(#[source] TreeError),
+    /// The composer would refuse every disk with it.
+    #[error("no disk could be composed with it")]
+    Compose(#[source] ComposeError),
     #[error("the component does not make a valid manifest")]
     Manifest(#[from] CodecError),
     #[error("storing the component failed")]

@@ -1,17 +1,20 @@
 //! A component out of a directory or a tar archive that somebody has, instead of packages.
 
-use std::collections::HashMap;
-use std::fs::{self, File};
-use std::io::{self, Read, Seek};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
 
+use super::acl::{self, Names};
+use super::archive::Archive;
 use super::error::BuildError;
-use super::layer::{Contents, Identity, Layer, Secrets};
-use super::materialise::RangeReader;
+use super::fragments;
+use super::layer::{Contents, Identity, Layer, Secrets, Times};
+use super::onto::{self, Moved};
 use super::owner::Owners;
-use super::scan::{Node, NodeKind, Root, Tree, TreePath, kept_value};
-use crate::component::Kind;
-use crate::component::manifest::{Meta, limit, show};
+use super::scan::{LeftOut, NodeKind, Root, Tree, TreePath};
+use crate::component::tree::{self as united, Member};
+use crate::component::{Kind, Manifest};
+use crate::compose;
 use crate::repository::Repository;
 use crate::types::ComponentId;
 
@@ -27,257 +30,175 @@ pub struct ImportIdentity {
     pub requires: Vec<ComponentId>,
 }
 
-/// Stores a directory or a `.tar` or `.tar.zst` archive as a component and binds its name. A tree
-/// with secrets or identity in it is refused.
+/// How to import.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct ImportOptions {
+    /// Take the tree as it is: its directories replace links, owners and modes of what it requires.
+    pub as_is: bool,
+}
+
+/// As [`import_reporting`], reporting nothing.
 pub fn import(
     repository: &Repository,
     source: &Path,
     identity: ImportIdentity,
 ) -> Result<ComponentId, BuildError> {
-    let metadata = fs::metadata(source).map_err(BuildError::read(source))?;
-    if metadata.is_dir() {
-        let root = Root::open(source)?;
-        let tree = root.scan()?;
-        return store(repository, tree, &root, source, identity);
-    }
-    let archive = Archive::open(source, repository.temporary_dir())?;
-    let tree = archive.scan()?;
-    store(repository, tree, &archive, source, identity)
+    import_reporting(repository, source, identity, ImportOptions::default(), &mut |_| {})
 }
 
+/// Stores a directory or a `.tar` or `.tar.zst` archive as a component and binds its name. Owners,
+/// modes, attributes and times (whole seconds) are kept. A tree with secrets or identity in it is
+/// refused, and so is what no disk could be composed with; what is left out is told.
+pub fn import_reporting(
+    repository: &Repository,
+    source: &Path,
+    identity: ImportIdentity,
+    options: ImportOptions,
+    left_out: &mut dyn FnMut(LeftOut),
+) -> Result<ComponentId, BuildError> {
+    check_identity(&identity)?;
+    let base = Base::of(repository, &identity.requires)?;
+    let metadata = fs::metadata(source).map_err(BuildError::read(source))?;
+    let mut noted = Vec::new();
+    let id = if metadata.is_dir() {
+        let root = Root::open(source)?;
+        let tree = root.scan_kept(&mut noted)?;
+        store(repository, tree, &root, source, identity, &base, options, &mut noted)
+    } else {
+        let archive = Archive::open(source, repository.temporary_dir())?;
+        let tree = archive.scan(base.names(), &mut noted)?;
+        store(repository, tree, &archive, source, identity, &base, options, &mut noted)
+    }?;
+    noted.into_iter().for_each(left_out);
+    Ok(id)
+}
+
+/// Whether name, version and the rest can be a component's, which is better known before the work.
+pub fn check_identity(identity: &ImportIdentity) -> Result<(), BuildError> {
+    let empty = Manifest {
+        name: identity.name.clone(),
+        version: identity.version.clone(),
+        kind: identity.kind,
+        architecture: identity.architecture.clone(),
+        origin: String::new(),
+        licences: Vec::new(),
+        requires: identity.requires.clone(),
+        conflicts: Vec::new(),
+        packs: Vec::new(),
+        entries: Vec::new(),
+        fragments: Vec::new(),
+    };
+    Manifest::decode(&empty.encode())?;
+    Ok(())
+}
+
+/// What the component is laid onto.
+#[derive(Default)]
+struct Base {
+    /// All that it requires, directly or through others.
+    members: Vec<Member>,
+    /// The first of `requires`.
+    first: Option<Arc<Manifest>>,
+    tree: united::Tree,
+}
+
+impl Base {
+    fn of(repository: &Repository, requires: &[ComponentId]) -> Result<Self, BuildError> {
+        let mut members: Vec<Member> = Vec::new();
+        let mut open: Vec<ComponentId> = requires.iter().rev().copied().collect();
+        while let Some(id) = open.pop() {
+            if members.iter().all(|(known, _)| *known != id) {
+                let manifest = repository.manifest(&id)?;
+                open.extend(manifest.requires.iter().rev());
+                members.push((id, manifest));
+            }
+        }
+        let first = requires.first().and_then(|id| members.iter().find(|(known, _)| known == id));
+        let first = first.map(|(_, manifest)| manifest.clone());
+        let tree = united::unite(&members, false).map_err(BuildError::Required)?;
+        Ok(Self { members, first, tree })
+    }
+
+    /// Its accounts, and this machine's, on which the archive may have been packed.
+    fn names(&self) -> Names {
+        let mut names = Names::default();
+        for (path, of) in [("/etc/passwd", &mut names.users), ("/etc/group", &mut names.groups)] {
+            acl::add_names(of, &fs::read(path).unwrap_or_default());
+        }
+        for (_, manifest) in &self.members {
+            for fragment in &manifest.fragments {
+                let of = match &fragment.path[..] {
+                    b"etc/passwd" => &mut names.users,
+                    b"etc/group" => &mut names.groups,
+                    _ => continue,
+                };
+                acl::add_names(of, &fragments::render(fragment));
+            }
+        }
+        names
+    }
+
+    /// Refuses what the composer would refuse, in its words.
+    fn check(&self, manifest: &Manifest) -> Result<(), BuildError> {
+        let mut members = self.members.clone();
+        members.push((manifest.id(), Arc::new(manifest.clone())));
+        compose::check(&members).map_err(BuildError::Compose)
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
 fn store(
     repository: &Repository,
     mut tree: Tree,
     contents: &dyn Contents,
     source: &Path,
     identity: ImportIdentity,
+    base: &Base,
+    options: ImportOptions,
+    noted: &mut Vec<LeftOut>,
 ) -> Result<ComponentId, BuildError> {
-    let base = identity.requires.first().map(|id| repository.manifest(id)).transpose()?;
     if identity.kind != Kind::Os {
         tree.remove(&TreePath(Vec::new()));
     }
+    if base.members.is_empty() {
+        let removals = tree.iter().filter(|(_, n)| n.kind == NodeKind::Whiteout);
+        let what = "a removal, and the component requires nothing that could have it";
+        noted.extend(removals.map(|(path, _)| LeftOut::new(&path.0, what)));
+    }
+    let (tree, origins) = match options.as_is || base.members.is_empty() {
+        true => (tree, Default::default()),
+        false => onto::lay(tree, &base.tree)?,
+    };
+    let contents = Moved { contents, origins };
     let origin = source.file_name().unwrap_or_default().to_string_lossy();
+    let origin = format!("imported from {}", origin.chars().take(200).collect::<String>());
     let identity = Identity {
         name: identity.name,
         version: identity.version,
         kind: identity.kind,
         architecture: identity.architecture,
-        origin: format!("imported from {}", origin.chars().take(200).collect::<String>()),
+        origin,
         licences: Vec::new(),
         requires: identity.requires,
         conflicts: Vec::new(),
     };
-    let owners = Owners::read(&tree, contents)?;
-    let layer =
-        Layer { tree, contents, base: base.as_deref(), owners, exclude: &[], secrets: Secrets::Refuse };
-    let manifest = layer.store(repository, identity, &mut |_, _| {})?;
+    let owners = Owners::read(&tree, &contents)?;
+    let layer = Layer {
+        tree,
+        contents: &contents,
+        base: base.first.as_deref(),
+        owners,
+        exclude: &[],
+        secrets: Secrets::Refuse,
+        times: Times::Keep,
+    };
+    let check = |draft: &Manifest| base.check(draft);
+    let manifest = layer.store(repository, identity, &check, &mut |path, what| {
+        noted.push(LeftOut { path, what: what.to_owned() });
+    })?;
+    // What cannot be read again must not be stored.
+    Manifest::decode(&manifest.encode())?;
     let id = repository.put_manifest(&manifest)?;
     repository.bind_component(&manifest, id)?;
     Ok(id)
-}
-
-/// A tar archive whose contents are read where they lie.
-struct Archive {
-    path: PathBuf,
-    file: File,
-    /// Offset and size of each file's content, by its path in the tree. Filled by [`Archive::scan`].
-    places: std::cell::RefCell<HashMap<Vec<u8>, (u64, u64)>>,
-}
-
-const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
-/// The magic of POSIX and GNU tar headers and where it is.
-const TAR_MAGIC: (&[u8], usize) = (b"ustar", 257);
-/// The largest window a compressed archive may ask memory for: 128 MiB.
-const ZSTD_WINDOW_LOG_MAX: u32 = 27;
-/// PAX records that hold extended attributes.
-const PAX_XATTR: &str = "SCHILY.xattr.";
-
-impl Archive {
-    fn open(path: &Path, temporary: &Path) -> Result<Self, BuildError> {
-        let mut file = File::open(path).map_err(BuildError::read(path))?;
-        let mut magic = Vec::new();
-        (&file).take(TAR_MAGIC.1 as u64 + 5).read_to_end(&mut magic).map_err(BuildError::read(path))?;
-        file.rewind().map_err(BuildError::read(path))?;
-        if magic.starts_with(&ZSTD_MAGIC) {
-            let mut plain = tempfile::tempfile_in(temporary).map_err(BuildError::write(temporary))?;
-            let mut decoder = zstd::Decoder::new(file).map_err(BuildError::read(path))?;
-            decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(BuildError::read(path))?;
-            io::copy(&mut decoder, &mut plain).map_err(BuildError::read(path))?;
-            plain.rewind().map_err(BuildError::read(path))?;
-            return Ok(Self { path: path.to_owned(), file: plain, places: Default::default() });
-        }
-        if magic.get(TAR_MAGIC.1..) != Some(TAR_MAGIC.0) {
-            return Err(BuildError::UnknownSource { path: path.to_owned() });
-        }
-        Ok(Self { path: path.to_owned(), file, places: Default::default() })
-    }
-
-    fn refuse(&self, path: &[u8], reason: impl Into<String>) -> BuildError {
-        BuildError::Archive { archive: self.path.clone(), path: show(path), reason: reason.into() }
-    }
-
-    /// Reads all headers. A later entry of a path replaces the earlier, as unpacking would; the
-    /// directories above an entry exist even if the archive does not name them.
-    fn scan(&self) -> Result<Tree, BuildError> {
-        let length_bytes = self.file.metadata().map_err(BuildError::read(&self.path))?.len();
-        let mut reader = tar::Archive::new(&self.file);
-        let mut tree = Tree::new();
-        tree.insert(TreePath(Vec::new()), directory());
-        let entries = reader.entries_with_seek().map_err(BuildError::read(&self.path))?;
-        for entry in entries {
-            let mut entry = entry.map_err(BuildError::read(&self.path))?;
-            let raw = entry.path_bytes().into_owned();
-            let path = self.plain_path(&raw)?;
-            if tree.len() as u64 >= limit::ENTRIES {
-                return Err(BuildError::TooMuch { what: "paths", object: show(&path) });
-            }
-            let (begin, size_bytes) = (entry.raw_file_position(), entry.size());
-            let Some(node) = self.node(&mut entry, &path)? else { continue };
-            if let NodeKind::File { .. } = node.kind {
-                if begin.checked_add(size_bytes).is_none_or(|end| end > length_bytes) {
-                    return Err(self.refuse(&path, "the archive ends before its content"));
-                }
-                self.places.borrow_mut().insert(path.clone(), (begin, size_bytes));
-            }
-            self.add(&mut tree, path, node)?;
-        }
-        self.check_links(&tree)?;
-        Ok(tree)
-    }
-
-    fn add(&self, tree: &mut Tree, path: Vec<u8>, node: Node) -> Result<(), BuildError> {
-        let mut above = Vec::new();
-        for (at, _) in path.iter().enumerate().filter(|(_, b)| **b == b'/') {
-            above.push(path[..at].to_vec());
-        }
-        for dir in above {
-            let there = tree.entry(TreePath(dir.clone())).or_insert_with(directory);
-            if !matches!(there.kind, NodeKind::Directory { .. }) {
-                return Err(
-                    self.refuse(&path, format!("it lies below {}, which is no directory", show(&dir)))
-                );
-            }
-        }
-        tree.insert(TreePath(path), node);
-        Ok(())
-    }
-
-    /// A path without `./`; one that is absolute or leads upwards is refused.
-    fn plain_path(&self, raw: &[u8]) -> Result<Vec<u8>, BuildError> {
-        if raw.first() == Some(&b'/') || raw.contains(&0) {
-            return Err(self.refuse(raw, "an absolute path or one with NUL"));
-        }
-        let mut out = Vec::new();
-        for part in raw.split(|b| *b == b'/').filter(|p| !p.is_empty() && *p != b".") {
-            if part == b".." || part.len() > limit::NAME_BYTES {
-                return Err(self.refuse(raw, "a path with '..' or an overlong part"));
-            }
-            if !out.is_empty() {
-                out.push(b'/');
-            }
-            out.extend_from_slice(part);
-        }
-        if out.len() as u64 > limit::PATH_BYTES {
-            return Err(self.refuse(raw, "the path is too long"));
-        }
-        Ok(out)
-    }
-
-    /// `None` for what is no entry of a tree.
-    fn node(&self, entry: &mut tar::Entry<'_, &File>, path: &[u8]) -> Result<Option<Node>, BuildError> {
-        let header = entry.header();
-        let number = |field: io::Result<u64>| {
-            let value = field.map_err(|e| self.refuse(path, e.to_string()))?;
-            u32::try_from(value).map_err(|_| self.refuse(path, format!("{value} is no user or group id")))
-        };
-        let mut meta = Meta {
-            mode: (header.mode().map_err(|e| self.refuse(path, e.to_string()))? & 0o7777) as u16,
-            uid: number(header.uid())?,
-            gid: number(header.gid())?,
-            mtime_s: i64::try_from(header.mtime().unwrap_or(0)).unwrap_or(i64::MAX),
-        };
-        let device =
-            || -> Option<(u32, u32)> { Some((header.device_major().ok()??, header.device_minor().ok()??)) };
-        let device = || device().ok_or_else(|| self.refuse(path, "a device without a number"));
-        let link = entry.link_name_bytes().map(|l| l.into_owned());
-        let link = || link.clone().ok_or_else(|| self.refuse(path, "a link without a target"));
-        let kind = match header.entry_type() {
-            t if t.is_dir() => NodeKind::Directory { opaque: false },
-            t if t.is_file() || t.is_contiguous() => NodeKind::File { size_bytes: entry.size() },
-            t if t.is_symlink() => NodeKind::Symlink { target: link()? },
-            t if t.is_hard_link() => NodeKind::HardLink { target: self.plain_path(&link()?)? },
-            t if t.is_character_special() => {
-                let (major, minor) = device()?;
-                NodeKind::CharDevice { major, minor }
-            }
-            t if t.is_block_special() => {
-                let (major, minor) = device()?;
-                NodeKind::BlockDevice { major, minor }
-            }
-            t if t.is_fifo() => NodeKind::Fifo,
-            t if t.is_pax_global_extensions() => return Ok(None),
-            t => return Err(self.refuse(path, format!("entries of type {t:?} are not supported"))),
-        };
-        if path.is_empty() && !matches!(kind, NodeKind::Directory { .. }) {
-            return Err(self.refuse(path, "the root is no directory"));
-        }
-        let mut xattrs = Vec::new();
-        if let Some(records) = entry.pax_extensions().map_err(|e| self.refuse(path, e.to_string()))? {
-            for record in records {
-                let record = record.map_err(|e| self.refuse(path, e.to_string()))?;
-                let Ok(key) = record.key() else { continue };
-                let number = || record.value().ok().and_then(|v| v.split('.').next()?.parse::<i64>().ok());
-                match key {
-                    "uid" => meta.uid = number().and_then(|n| n.try_into().ok()).unwrap_or(meta.uid),
-                    "gid" => meta.gid = number().and_then(|n| n.try_into().ok()).unwrap_or(meta.gid),
-                    "mtime" => meta.mtime_s = number().unwrap_or(meta.mtime_s),
-                    _ => {}
-                }
-                if let Some(name) = key.strip_prefix(PAX_XATTR)
-                    && let Some(value) = kept_value(name, record.value_bytes().to_vec())
-                        .map_err(|e| self.refuse(path, e.to_string()))?
-                {
-                    xattrs.push((name.to_owned(), value));
-                }
-            }
-        }
-        xattrs.sort();
-        xattrs.dedup_by(|a, b| a.0 == b.0);
-        if xattrs.len() as u64 > limit::XATTRS {
-            return Err(self.refuse(path, "too many extended attributes"));
-        }
-        if matches!(kind, NodeKind::Symlink { .. } | NodeKind::HardLink { .. }) {
-            xattrs.clear();
-        }
-        Ok(Some(Node { meta, xattrs, kind }))
-    }
-
-    fn check_links(&self, tree: &Tree) -> Result<(), BuildError> {
-        for (path, node) in tree {
-            if let NodeKind::HardLink { target } = &node.kind
-                && !matches!(
-                    tree.get(&TreePath(target.clone())).map(|n| &n.kind),
-                    Some(NodeKind::File { .. })
-                )
-            {
-                return Err(
-                    self.refuse(&path.0, format!("links to {}, which is no file in it", show(target)))
-                );
-            }
-        }
-        Ok(())
-    }
-}
-
-fn directory() -> Node {
-    let meta = Meta { mode: 0o755, uid: 0, gid: 0, mtime_s: 0 };
-    Node { meta, xattrs: Vec::new(), kind: NodeKind::Directory { opaque: false } }
-}
-
-impl Contents for Archive {
-    fn open(&self, path: &[u8]) -> Result<Box<dyn Read + '_>, BuildError> {
-        let at = self.places.borrow().get(path).copied();
-        let (at, left) = at.ok_or_else(|| self.refuse(path, "is no file of the archive"))?;
-        Ok(Box::new(RangeReader { file: &self.file, at, left }))
-    }
 }

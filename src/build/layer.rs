@@ -11,11 +11,11 @@ use super::scan::{Node, NodeKind, Tree, TreePath};
 use super::withhold;
 use crate::component::definition::matches;
 use crate::component::manifest::{
-    Entry, EntryKind, Kind, Manifest, Meta, PackRef, parent_of, path_order, show,
+    Entry, EntryKind, Kind, Manifest, Meta, PackRef, limit, parent_of, path_order, show,
 };
 use crate::component::recipe::EPOCH_S;
 use crate::repository::Repository;
-use crate::types::{ComponentId, Hash};
+use crate::types::{ComponentId, Hash, PackId};
 
 /// Who a component is.
 #[derive(Clone, Debug)]
@@ -37,7 +37,7 @@ pub trait Contents {
 
 impl Contents for super::scan::Root {
     fn open(&self, path: &[u8]) -> Result<Box<dyn Read + '_>, BuildError> {
-        Ok(Box::new(self.file(path)?))
+        Ok(Box::new(super::sparse::SparseFile::new(self.file(path)?)))
     }
 }
 
@@ -50,6 +50,17 @@ pub enum Secrets {
     Refuse,
 }
 
+/// What to do with the times of files and directories.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Times {
+    /// Those of building mean nothing.
+    Normalise,
+    Keep,
+}
+
+/// What a manifest must pass before anything is packed; its files have no places yet.
+pub type Check<'a> = &'a dyn Fn(&Manifest) -> Result<(), BuildError>;
+
 /// A tree on its way to becoming a component.
 pub struct Layer<'a> {
     pub tree: Tree,
@@ -60,19 +71,24 @@ pub struct Layer<'a> {
     /// Patterns of the definition.
     pub exclude: &'a [String],
     pub secrets: Secrets,
+    pub times: Times,
 }
 
 impl Layer<'_> {
-    /// Packs and stores the component. `left_out` is told every secret that stayed outside.
+    /// Packs and stores the component. `left_out` is told every secret that stayed outside, and of a
+    /// tree that somebody handed us everything else too. `check` sees the manifest before the work.
     /// The result is the same for the same tree, whenever and wherever it is built.
     pub fn store(
         mut self,
         repository: &Repository,
         identity: Identity,
+        check: Check<'_>,
         left_out: &mut dyn FnMut(String, &str),
     ) -> Result<Manifest, BuildError> {
         self.withhold(left_out)?;
-        self.normalise();
+        if self.times == Times::Normalise {
+            self.normalise();
+        }
         let fragments = self.take_fragments()?;
         let changed = self.changed()?;
         let mut manifest = Manifest {
@@ -88,18 +104,32 @@ impl Layer<'_> {
             entries: Vec::new(),
             fragments,
         };
+        let mut draft = manifest.clone();
+        draft.packs.push(PackRef {
+            id: PackId::of(b""),
+            size_bytes: limit::FILE_BYTES,
+            package: DERIVED.into(),
+            package_version: String::new(),
+        });
+        self.list(&changed, &mut BTreeMap::new(), &mut draft);
+        check(&draft)?;
+        drop(draft);
         self.pack(repository, &changed, &mut manifest)?;
         manifest.check()?;
         Ok(manifest)
     }
 
-    /// Takes out what must not enter: leftovers and excluded paths in silence, secrets by name.
+    /// Takes out what must not enter: excluded paths in silence, secrets by name, leftovers of building
+    /// in silence too.
     fn withhold(&mut self, left_out: &mut dyn FnMut(String, &str)) -> Result<(), BuildError> {
         let mut drop = BTreeSet::new();
         let mut refused: Vec<(String, String)> = Vec::new();
         let mut empty_machine_id = false;
         for (path, node) in &self.tree {
             if withhold::is_leftover(path, &node.kind) || self.is_excluded(path) {
+                if self.secrets == Secrets::Refuse {
+                    left_out(show(&path.0), withhold::leftover(path, &node.kind));
+                }
                 drop.insert(path.clone());
                 continue;
             }
@@ -281,9 +311,22 @@ impl Layer<'_> {
                 });
             }
         }
+        self.list(changed, &mut places, manifest);
+        Ok(())
+    }
+
+    /// Fills the manifest with entries. Files that have no place are listed as they would be at the
+    /// beginning of the first pack.
+    fn list(
+        &self,
+        changed: &BTreeSet<TreePath>,
+        places: &mut BTreeMap<&TreePath, EntryKind>,
+        manifest: &mut Manifest,
+    ) {
         for path in changed {
             let Some(node) = self.tree.get(path) else { continue };
-            let empty = EntryKind::File { size_bytes: 0, hash: Hash::of(b""), pack: 0, offset_bytes: 0 };
+            let size_bytes = if let NodeKind::File { size_bytes } = node.kind { size_bytes } else { 0 };
+            let empty = EntryKind::File { size_bytes, hash: Hash::of(b""), pack: 0, offset_bytes: 0 };
             let kind = places.remove(path).or_else(|| entry_kind(&node.kind)).unwrap_or(empty);
             // A whiteout has nothing to own.
             let meta = match kind {
@@ -296,7 +339,6 @@ impl Layer<'_> {
             manifest.entries.push(Entry { path: path.0.clone(), meta, xattrs: node.xattrs.clone(), kind });
         }
         self.push_removed_below_opaque(manifest);
-        Ok(())
     }
 
     /// A directory made anew over one of the base hides what the base has in it: say so by name.

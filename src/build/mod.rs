@@ -2,6 +2,7 @@
 
 mod acl;
 mod apt;
+mod archive;
 mod error;
 mod filter;
 mod fragments;
@@ -10,11 +11,15 @@ mod initrd;
 mod layer;
 mod materialise;
 mod namespace;
+mod onto;
 mod owner;
+mod pax;
 mod sandbox;
 mod scan;
 mod source;
+mod sparse;
 mod steps;
+mod tar_reader;
 mod withhold;
 
 use std::collections::HashMap;
@@ -26,16 +31,17 @@ use std::rc::Rc;
 use std::time::Instant;
 
 pub use error::BuildError;
-pub use import::{ImportIdentity, import};
+pub use import::{ImportIdentity, ImportOptions, check_identity, import, import_reporting};
 pub use materialise::materialise;
 pub use namespace::{check_dir, command_without_root};
+pub use scan::LeftOut;
 
 use crate::component::definition::{Definition, Method, VersionRule, matches};
 use crate::component::{Kind, Manifest};
 use crate::repository::Repository;
 use crate::types::{ComponentId, Hash};
 use apt::{Apt, Packages};
-use layer::{Identity, Layer, Secrets};
+use layer::{Identity, Layer, Secrets, Times};
 use owner::Owners;
 use sandbox::Sandbox;
 use scan::Root;
@@ -286,8 +292,9 @@ impl Builder<'_> {
             owners,
             exclude: &definition.exclude,
             secrets: Secrets::LeaveOut,
+            times: Times::Normalise,
         };
-        let manifest = layer.store(self.repository, identity, &mut |path, what| {
+        let manifest = layer.store(self.repository, identity, &|_| Ok(()), &mut |path, what| {
             let (component, what) = (component.clone(), what.to_owned());
             (self.progress)(BuildEvent::LeftOut { component, path, what })
         })?;

@@ -4,13 +4,14 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
 
 use super::acl;
 use super::error::BuildError;
+use super::withhold;
 use crate::component::manifest::{Meta, limit, path_order, show};
 use crate::path_owner;
 
@@ -72,6 +73,25 @@ pub enum NodeKind {
     Whiteout,
 }
 
+/// Something of a source that does not enter the component, and why.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LeftOut {
+    pub path: String,
+    pub what: String,
+}
+
+impl LeftOut {
+    pub fn new(path: &[u8], what: &str) -> Self {
+        Self { path: show(path), what: what.to_owned() }
+    }
+
+    pub fn attribute(path: &[u8], name: &str) -> Self {
+        let what =
+            format!("the extended attribute '{}', which a component cannot hold there", name.escape_debug());
+        Self { path: show(path), what }
+    }
+}
+
 /// A directory being read, and from which content is read later without following links.
 #[derive(Debug)]
 pub struct Root {
@@ -101,7 +121,16 @@ impl Root {
 
     /// Reads the whole tree. Entries below other mounts are read like any.
     pub fn scan(&self) -> Result<Tree, BuildError> {
-        let mut walk = Walk { root: self, tree: Tree::new(), first_of: HashMap::new() };
+        self.walk(None)
+    }
+
+    /// As [`Root::scan`], but does not enter what would not be kept anyway, and says what is not kept.
+    pub fn scan_kept(&self, left_out: &mut Vec<LeftOut>) -> Result<Tree, BuildError> {
+        self.walk(Some(left_out))
+    }
+
+    fn walk(&self, left_out: Option<&mut Vec<LeftOut>>) -> Result<Tree, BuildError> {
+        let mut walk = Walk { root: self, tree: Tree::new(), first_of: HashMap::new(), left_out };
         let stat = rustix::fs::fstat(&self.fd).map_err(|e| self.at(b"", e.into()))?;
         let node = walk.directory(&self.fd, b"", &stat)?;
         walk.tree.insert(TreePath(Vec::new()), node);
@@ -119,6 +148,8 @@ struct Walk<'a> {
     tree: Tree,
     /// The first path of every inode with several names.
     first_of: HashMap<(u64, u64), Vec<u8>>,
+    /// What is not kept, if somebody wants to know; nothing of it is entered then.
+    left_out: Option<&'a mut Vec<LeftOut>>,
 }
 
 impl Walk<'_> {
@@ -152,6 +183,14 @@ impl Walk<'_> {
                 let fd = rustix::fs::openat(dir, name, flags, Mode::empty()).map_err(fail)?;
                 let node = self.directory(&fd, &path, &stat)?;
                 self.tree.insert(TreePath(path.clone()), node);
+                if let Some(left_out) = &mut self.left_out
+                    && withhold::is_passing(&path)
+                {
+                    if !is_empty_directory(&fd) {
+                        left_out.push(LeftOut::new(&[&path[..], b"/**"].concat(), withhold::PASSING));
+                    }
+                    return Ok(());
+                }
                 return self.children(&fd, &path);
             }
             FileType::RegularFile => {
@@ -186,19 +225,50 @@ impl Walk<'_> {
         };
         let xattrs = match kind {
             NodeKind::File { .. } => {
-                attributes(&self.root.file(&path)?).map_err(|e| self.root.at(&path, e))?.0
+                let read = attributes(&self.root.file(&path)?).map_err(|e| self.root.at(&path, e))?;
+                self.note(&path, &read);
+                read.kept
             }
             // The others carry none that matter: `user.` and ACLs are for files and directories.
-            _ => Vec::new(),
+            _ => {
+                self.note_of_others(dir, name, &path);
+                Vec::new()
+            }
         };
         self.tree.insert(TreePath(path), Node { meta: meta_of(&stat), xattrs, kind });
         Ok(())
     }
 
-    fn directory(&self, fd: &OwnedFd, path: &[u8], stat: &Stat) -> Result<Node, BuildError> {
-        let (xattrs, opaque) = attributes(fd).map_err(|e| self.root.at(path, e))?;
-        Ok(Node { meta: meta_of(stat), xattrs, kind: NodeKind::Directory { opaque } })
+    fn directory(&mut self, fd: &OwnedFd, path: &[u8], stat: &Stat) -> Result<Node, BuildError> {
+        let read = attributes(fd).map_err(|e| self.root.at(path, e))?;
+        self.note(path, &read);
+        let kind = NodeKind::Directory { opaque: read.opaque };
+        Ok(Node { meta: meta_of(stat), xattrs: read.kept, kind })
     }
+
+    /// Attributes of links and devices, such as SELinux has there. The kernel lists them by path alone;
+    /// that of an open directory leads nowhere else.
+    fn note_of_others(&mut self, dir: &OwnedFd, name: &[u8], path: &[u8]) {
+        let Some(left_out) = &mut self.left_out else { return };
+        let place = [format!("/proc/self/fd/{}/", dir.as_raw_fd()).as_bytes(), name].concat();
+        let mut names = vec![0u8; 64 << 10];
+        let length = rustix::fs::llistxattr(&place[..], &mut names[..]).unwrap_or(0);
+        for name in names[..length].split(|b| *b == 0).filter(|n| !n.is_empty()) {
+            left_out.push(LeftOut::attribute(path, &String::from_utf8_lossy(name)));
+        }
+    }
+
+    fn note(&mut self, path: &[u8], read: &Read) {
+        if let Some(left_out) = &mut self.left_out {
+            left_out.extend(read.left_out.iter().map(|name| LeftOut::attribute(path, name)));
+        }
+    }
+}
+
+/// One that cannot be read is not known to be empty.
+fn is_empty_directory(fd: &OwnedFd) -> bool {
+    let Ok(items) = Dir::read_from(fd) else { return false };
+    items.into_iter().all(|item| item.is_ok_and(|i| matches!(i.file_name().to_bytes(), b"." | b"..")))
 }
 
 fn device_of(stat: &Stat) -> (u32, u32) {
@@ -209,9 +279,18 @@ fn meta_of(stat: &Stat) -> Meta {
     Meta { mode: (stat.st_mode & 0o7777) as u16, uid: stat.st_uid, gid: stat.st_gid, mtime_s: stat.st_mtime }
 }
 
-/// The attributes a component keeps, and whether overlayfs marks the directory opaque. What
-/// overlayfs and trusted helpers note for themselves stays behind.
-fn attributes(fd: impl AsFd) -> io::Result<(Attributes, bool)> {
+/// What was read of a file's or directory's attributes.
+struct Read {
+    kept: Attributes,
+    /// Names of those that stay behind.
+    left_out: Vec<String>,
+    /// Whether overlayfs marks the directory opaque.
+    opaque: bool,
+}
+
+/// The attributes a component keeps. What overlayfs and trusted helpers note for themselves stays
+/// behind.
+fn attributes(fd: impl AsFd) -> io::Result<Read> {
     let fd = fd.as_fd();
     let mut names = vec![0u8; 64 << 10];
     let length = match rustix::fs::flistxattr(fd, &mut names[..]) {
@@ -219,7 +298,7 @@ fn attributes(fd: impl AsFd) -> io::Result<(Attributes, bool)> {
         Err(rustix::io::Errno::OPNOTSUPP) => 0,
         Err(e) => return Err(e.into()),
     };
-    let mut kept = Vec::new();
+    let (mut kept, mut left_out) = (Vec::new(), Vec::new());
     let mut opaque = false;
     for name in names[..length].split(|b| *b == 0).filter(|n| !n.is_empty()) {
         let Ok(name) = std::str::from_utf8(name) else {
@@ -237,10 +316,12 @@ fn attributes(fd: impl AsFd) -> io::Result<(Attributes, bool)> {
             opaque = value == b"y";
         } else if let Some(value) = kept_value(name, value)? {
             kept.push((name.to_owned(), value));
+        } else if !name.contains(".overlay.") {
+            left_out.push(name.to_owned());
         }
     }
     kept.sort();
-    Ok((kept, opaque))
+    Ok(Read { kept, left_out, opaque })
 }
 
 /// The value to store for an attribute, `None` for those that stay behind.

@@ -78,6 +78,31 @@ pub fn secret(path: &TreePath, kind: &NodeKind) -> Option<&'static str> {
     }
 }
 
+/// What a running system fills anew at every start; importing does not enter it.
+const PASSING_DIRECTORIES: [&[u8]; 6] = [b"dev", b"proc", b"run", b"sys", b"tmp", b"var/tmp"];
+pub const PASSING: &str = "what a running system makes anew";
+
+/// Whether nothing in the directory is kept.
+pub fn is_passing(path: &[u8]) -> bool {
+    PASSING_DIRECTORIES.contains(&path)
+}
+
+/// What a leftover is, for people.
+pub fn leftover(path: &TreePath, kind: &NodeKind) -> &'static str {
+    let path = &path.0[..];
+    let is_below = |directory: &[u8]| path.strip_prefix(directory).is_some_and(|rest| rest.starts_with(b"/"));
+    match kind {
+        _ if PASSING_DIRECTORIES.iter().any(|d| is_below(d)) => PASSING,
+        NodeKind::Socket => "a socket, which its program makes anew",
+        _ if is_below(b"var/log") => "a log",
+        _ if is_below(b"var/backups") => "a backup of one machine's settings",
+        _ if path.starts_with(b"etc/hostname") || path.starts_with(b"etc/resolv.conf") => {
+            "a setting of one machine, which the VM gets at its first boot"
+        }
+        _ => "what package tools leave behind and make anew",
+    }
+}
+
 /// Whether an entry is left over from building.
 pub fn is_leftover(path: &TreePath, kind: &NodeKind) -> bool {
     let path = &path.0[..];

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use crate::broker::interface::{AdoptedView, ExportedView, Reply, Request, VmAdopt};
+use crate::broker::interface::{AdoptHardware, AdoptedView, ExportedView, Reply, Request, VmAdopt};
 use crate::broker::problem::{Problem, ProblemKind};
 use crate::compose::ImageFormat;
 use crate::types::{ByteSize, VmName};
-use crate::vm::Firmware;
+use crate::vm::{Firmware, Mac};
 
 use super::context::Context;
 use super::format::{bytes, millis};
@@ -22,6 +22,9 @@ pub struct Adopt {
     /// The disk, a file or block device on the broker's machine; it is only read
     disk: PathBuf,
     /// auto, raw, qcow2, vmdk, vhdx, vpc or vdi; name it if the disk's guest is not trusted
+    ///
+    /// A raw disk without partition table and file system, or whose name promises another format, is
+    /// only adopted with --format raw.
     #[arg(long, default_value = "auto", value_name = "FORMAT", value_parser = format_or_auto)]
     format: String,
     /// A second disk, copied as the VM's user data
@@ -40,6 +43,16 @@ pub struct Adopt {
     /// A network of the configuration to plug it into; may be repeated
     #[arg(long = "network", value_name = "NAME")]
     networks: Vec<String>,
+    /// The MAC address of a network's card, as the guest knew it; for each --network one, in order
+    #[arg(long = "mac", value_name = "MAC", requires = "networks")]
+    macs: Vec<Mac>,
+    /// The variables of the old machine's UEFI firmware: a file on the broker's machine, of this
+    /// cloud's firmware or one that keeps them in the same way
+    #[arg(long, value_name = "FILE")]
+    nvram: Option<PathBuf>,
+    /// The CPU the guest shall see, as QEMU calls it; the configuration's if not given
+    #[arg(long, value_name = "MODEL")]
+    cpu_model: Option<String>,
     /// Put what is not known into a component too, for other disks like this one. It is then shared
     /// content: never of a disk with secrets
     #[arg(long)]
@@ -80,6 +93,11 @@ pub async fn adopt(ctx: &Context, args: Adopt) -> Outcome {
         share: args.share,
         dry_run: args.dry_run,
         start: args.start,
+        hardware: AdoptHardware {
+            macs: args.macs,
+            cpu_model: args.cpu_model,
+            nvram: args.nvram.map(|path| absolute(&path, "--nvram")).transpose()?,
+        },
     });
     ctx.work(&request, |printer, reply| match reply {
         Reply::Adopted(view) => print_adopted(printer, &view),
@@ -130,23 +148,25 @@ fn print_adopted(printer: &Printer, a: &AdoptedView) -> Outcome {
             a.size_bytes - a.disk_bytes
         ));
     }
+    a.notes.iter().for_each(|note| printer.note(note));
     let content = a.known_bytes + a.residue_bytes;
     let percent = (a.known_bytes * 100).checked_div(content).unwrap_or(0);
     let vm = a.vm.as_ref().map_or("none, a dry run".to_owned(), |vm| format!("{} ({})", vm.name, vm.id));
-    card(
-        printer,
-        &[
-            ("VM", vm),
-            ("disk", format!("{}, {}", bytes(a.disk_bytes), a.format)),
-            ("known", format!("{}, {percent} % of its content", bytes(a.known_bytes))),
-            ("residue", bytes(a.residue_bytes)),
-            ("zeros", bytes(a.zero_bytes)),
-            ("extents", format!("{} in {} packs", a.extents, a.packs)),
-            ("base", a.component.clone().unwrap_or_default()),
-            ("image digest", a.digest.to_string()),
-            ("time", millis(a.elapsed_ms)),
-        ],
-    )?;
+    let mut rows = vec![("VM", vm), ("disk", format!("{}, {}", bytes(a.disk_bytes), a.format))];
+    if !a.boots.is_empty() {
+        let what = if a.what.is_empty() { "no partition table and no file system" } else { &a.what };
+        rows.extend([("content", what.to_owned()), ("boots by", a.boots.clone())]);
+    }
+    rows.extend([
+        ("known", format!("{}, {percent} % of its content", bytes(a.known_bytes))),
+        ("residue", bytes(a.residue_bytes)),
+        ("zeros", bytes(a.zero_bytes)),
+        ("extents", format!("{} in {} packs", a.extents, a.packs)),
+        ("base", a.component.clone().unwrap_or_default()),
+        ("image digest", a.digest.to_string()),
+        ("time", millis(a.elapsed_ms)),
+    ]);
+    card(printer, &rows)?;
     if a.known_from.is_empty() {
         return Ok(());
     }

@@ -1,14 +1,19 @@
 //! `cicada component`
 
+use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
 use crate::broker::content;
-use crate::broker::interface::{ComponentDetail, ComponentDiff, ComponentView, Message, Reply, Request};
+use crate::broker::interface::{
+    ComponentDetail, ComponentDiff, ComponentView, Event, Message, Reply, Request,
+};
 use crate::broker::problem::{Problem, ProblemKind};
-use crate::build::{self, BuildError, BuildEvent, BuildOptions, Built, ImportIdentity};
+use crate::build::{
+    self, BuildError, BuildEvent, BuildOptions, Built, ImportIdentity, ImportOptions, LeftOut,
+};
 use crate::component::Kind;
 use crate::repository::Repository;
 use crate::types::ComponentId;
@@ -42,8 +47,16 @@ pub enum Command {
         keep_failed: bool,
     },
     /// Make a component of a directory or a tar archive (works without a broker)
+    ///
+    /// Content, owners (as ids), modes, times (whole seconds), links, devices, ACLs and the extended
+    /// attributes of files and directories are kept. What is left out (sockets, logs, what a running
+    /// system makes anew) is said. What a tar archive says that cannot be kept, secrets, and what no
+    /// disk could be composed with is refused.
     Import(Import),
     /// List the components by name
+    ///
+    /// What came by a move is held for the VMs that need it, but its name is bound to nothing: it is
+    /// listed as not bound, and 'component bind' binds it.
     List,
     /// Show one component
     Show {
@@ -65,6 +78,15 @@ pub enum Command {
         /// Only compress
         #[arg(long)]
         no_deltas: bool,
+    },
+    /// Bind a component that came by a move to its name, so that new VMs can have it (works without a
+    /// broker)
+    Bind {
+        /// The beginning of an id that 'component list' shows as not bound
+        id: String,
+        /// The name it must have, for certainty: a component's name is part of it
+        #[arg(value_name = "NAME@VERSION")]
+        name: Option<String>,
     },
     /// Forget a component's name; 'cicada repo gc' frees what nothing else needs
     Remove { component: String },
@@ -94,6 +116,12 @@ pub struct Import {
     /// A component it was made on; what that has already is left out. Built or imported here before
     #[arg(long, value_name = "COMPONENT")]
     requires: Vec<String>,
+    /// Let the source's directories replace links, owners, modes and times of what it requires
+    ///
+    /// Without this a directory of what it requires stays as it is there, and where that has a link to
+    /// a directory (/lib to usr/lib), what the source has in that place goes through the link.
+    #[arg(long)]
+    as_is: bool,
     #[command(flatten)]
     place: Place,
 }
@@ -122,6 +150,17 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
         Command::Optimize { components, no_deltas } => {
             let request = Request::ComponentOptimize { components, deltas: !no_deltas };
             ctx.work(&request, super::repo::print_report).await
+        }
+        Command::Bind { id, name } => {
+            let reply = ctx.ask(&Request::ComponentName { component: id, name }).await?;
+            let Reply::Components(bound) = &reply else { return Err(unexpected(&reply)) };
+            if ctx.printer.json {
+                return ctx.printer.json_reply(&reply);
+            }
+            bound.iter().try_for_each(|c| {
+                let id = id_text(&ctx.printer, &c.id);
+                ctx.printer.line(format!("{}@{} is bound to {id}", c.name, c.version))
+            })
         }
         Command::Remove { component } => {
             ctx.ask(&Request::ComponentRemove { component: component.clone() }).await?;
@@ -225,18 +264,28 @@ fn print_built(ctx: &Context, repository: &Repository, built: &[Built]) -> Outco
 }
 
 async fn run_import(ctx: &Context, import: Import) -> Outcome {
-    let repository = import.place.repository(ctx)?;
-    let identity = ImportIdentity {
+    let mut identity = ImportIdentity {
         name: import.name.clone(),
         version: import.version.clone(),
         kind: import.kind,
         architecture: import.architecture,
-        requires: content::resolve(&repository, &import.requires)?,
+        requires: Vec::new(),
     };
+    // What would go wrong at the end is better known before the work.
+    build::check_identity(&identity).map_err(|e| build_problem(&e))?;
+    drop(ctx.target().await?);
+    let repository = import.place.repository(ctx)?;
+    identity.requires = content::resolve(&repository, &import.requires)?;
+    let options = ImportOptions { as_is: import.as_is };
     let (builder, source) = (repository.clone(), import.source);
-    let id = target::blocking(move || build::import(&builder, &source, identity))
-        .await?
-        .map_err(|e| build_problem(&e))?;
+    let (id, left_out) = target::blocking(move || {
+        let mut left_out = Vec::new();
+        build::import_reporting(&builder, &source, identity, options, &mut |l| left_out.push(l))
+            .map(|id| (id, left_out))
+    })
+    .await?
+    .map_err(|e| build_problem(&e))?;
+    say_left_out(ctx, &left_out)?;
     push::hand_over(ctx, &repository, &[id]).await?;
     let text = format!("{}@{} {}", import.name, import.version, id_text(&ctx.printer, &id));
     match ctx.printer.json {
@@ -248,6 +297,30 @@ async fn run_import(ctx: &Context, import: Import) -> Outcome {
     }
 }
 
+/// What an import left out, by reason: some of each, all of them as JSON and with --verbose.
+fn say_left_out(ctx: &Context, left_out: &[LeftOut]) -> Outcome {
+    const SHOWN_MAX: usize = 5;
+    if ctx.printer.json {
+        return left_out.iter().try_for_each(|l| {
+            let (path, what) = (l.path.clone(), l.what.clone());
+            ctx.printer.json_message(&Message::Event(Event::LeftOut { path, what }))
+        });
+    }
+    let mut by_reason: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for l in left_out {
+        by_reason.entry(&l.what).or_default().push(&l.path);
+    }
+    for (what, paths) in by_reason {
+        let shown = if ctx.printer.verbose { paths.len() } else { SHOWN_MAX };
+        let more = paths.len().saturating_sub(shown);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let some = paths.iter().take(shown).copied().collect::<Vec<_>>().join(", ");
+        // Not even with --quiet is anything left out in silence.
+        ctx.printer.aloud().note(format!("left out {}, {what}: {some}{more}", paths.len()));
+    }
+    Ok(())
+}
+
 fn build_problem(e: &BuildError) -> Problem {
     let (kind, next) = match e {
         BuildError::Definition { .. }
@@ -256,7 +329,8 @@ fn build_problem(e: &BuildError) -> Problem {
         | BuildError::OsOfOtherKind { .. }
         | BuildError::Archive { .. }
         | BuildError::UnknownSource { .. }
-        | BuildError::CacheDirectory { .. } => (ProblemKind::BadRequest, ""),
+        | BuildError::CacheDirectory { .. }
+        | BuildError::Manifest(_) => (ProblemKind::BadRequest, ""),
         BuildError::Read { .. } => (ProblemKind::Missing, "check the path and who may read it"),
         BuildError::NotRoot => (ProblemKind::Forbidden, "run it as 'cicada component build'"),
         BuildError::NoNamespace { next_step, .. } => (ProblemKind::Missing, next_step.as_str()),
@@ -279,15 +353,18 @@ fn build_problem(e: &BuildError) -> Problem {
         BuildError::ToolMissing { .. } | BuildError::NoSources { .. } => {
             (ProblemKind::Missing, "deploy/install installs what is needed")
         }
-        BuildError::Secret { .. } | BuildError::Fragment { .. } => (ProblemKind::Refused, ""),
+        BuildError::Secret { .. }
+        | BuildError::Fragment { .. }
+        | BuildError::Replaces { .. }
+        | BuildError::Required(_) => (ProblemKind::Refused, ""),
+        BuildError::Compose(_) => (ProblemKind::Refused, "change the source"),
         BuildError::Repository(e) => return content::repository_problem(e),
         BuildError::Step { .. } => (ProblemKind::Failed, "--keep-failed leaves the tree for inspection"),
         BuildError::Write { .. }
         | BuildError::VersionUnknown { .. }
         | BuildError::UnpackedMatch { .. }
         | BuildError::Tree { .. }
-        | BuildError::TooMuch { .. }
-        | BuildError::Manifest(_) => (ProblemKind::Failed, ""),
+        | BuildError::TooMuch { .. } => (ProblemKind::Failed, ""),
     };
     Problem::from_error(kind, "component", e).next(next)
 }
@@ -299,7 +376,7 @@ pub fn id_text(printer: &Printer, id: &ComponentId) -> String {
 fn print_list(printer: &Printer, reply: Reply) -> Outcome {
     let Reply::Components(components) = reply else { return Err(unexpected(&reply)) };
     let mut table =
-        Table::new(["NAME", "VERSION", "KIND", "ARCHITECTURE", "ID", ">PACKS", ">PLAIN", ">STORED"]);
+        Table::new(["NAME", "VERSION", "KIND", "ARCHITECTURE", "ID", "BOUND", ">PACKS", ">PLAIN", ">STORED"]);
     for c in &components {
         table.row([
             c.name.clone(),
@@ -307,6 +384,7 @@ fn print_list(printer: &Printer, reply: Reply) -> Outcome {
             c.kind.to_string(),
             c.architecture.clone(),
             id_text(printer, &c.id),
+            if c.bound { "yes" } else { "no" }.to_owned(),
             c.packs.to_string(),
             bytes(c.plain_bytes),
             bytes(c.stored_bytes),
@@ -314,6 +392,11 @@ fn print_list(printer: &Printer, reply: Reply) -> Outcome {
     }
     if table.is_empty() {
         printer.note("there are no components; 'cicada component build components/*.toml' makes some");
+    }
+    if components.iter().any(|c| !c.bound) {
+        printer.note(
+            "what is not bound came by a move, or another has its name now: 'cicada component bind ID' binds it",
+        );
     }
     table.print(printer)
 }
@@ -328,6 +411,7 @@ fn print_detail(printer: &Printer, d: &ComponentDetail) -> Outcome {
             ("kind", c.kind.to_string()),
             ("architecture", c.architecture.clone()),
             ("id", c.id.to_string()),
+            ("bound", if c.bound { "yes" } else { "no: 'cicada component bind' binds it" }.to_owned()),
             ("origin", d.origin.clone()),
             ("licences", d.licences.join(", ")),
             ("requires", d.requires.iter().map(|id| id_text(printer, id)).collect::<Vec<_>>().join(", ")),

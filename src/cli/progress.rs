@@ -41,6 +41,7 @@ impl Progress {
         }
         match event {
             Event::Note { text } => self.note(text),
+            Event::LeftOut { path, what } => self.note(&format!("left out {path}, {what}")),
             Event::Progress { phase, done, total, unit } => {
                 if *phase != self.last_phase {
                     self.begun = Instant::now();

@@ -58,6 +58,7 @@ impl Target {
             | R::ComponentRemove { .. }
             | R::ComponentOptimize { .. }
             | R::ComponentBind { .. }
+            | R::ComponentName { .. }
             | R::RecipeCreate { .. }
             | R::RecipeList
             | R::Compose { .. }

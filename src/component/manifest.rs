@@ -110,7 +110,7 @@ pub struct Meta {
     pub mode: u16,
     pub uid: u32,
     pub gid: u32,
-    /// Seconds since 1970, clamped to the component's epoch when built.
+    /// Seconds since 1970: clamped to the component's epoch when built, kept when imported.
     pub mtime_s: i64,
 }
 

@@ -356,6 +356,16 @@ impl Composer {
     }
 }
 
+/// Whether a disk can be laid out that has these components, be it one that starts or not: what the
+/// composer would refuse is better refused before a component is stored. Reads no pack.
+pub fn check(members: &[Member]) -> Result<(), ComposeError> {
+    let tree = tree::unite(members, false)?;
+    let components: Vec<ComponentId> = members.iter().map(|(id, _)| *id).collect();
+    let size = plan::size_for(&tree)?;
+    let disk = DiskParameters::derived(&components, size.0, esp::size_for(&tree), "");
+    plan::plan(&tree, &disk).map(drop)
+}
+
 fn unite(set: &[Member], ordered: bool) -> Result<Tree, ComposeError> {
     tree::check_bootable(set)?;
     Ok(tree::unite(set, ordered)?)

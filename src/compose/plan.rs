@@ -72,6 +72,18 @@ pub fn plan(tree: &Tree, disk: &DiskParameters) -> Result<Plan, ComposeError> {
     Ok(Plan { virtual_size_bytes: disk.virtual_size_bytes, metadata, extents: joined(extents) })
 }
 
+/// A disk that is large enough for a tree; refused if there is none.
+pub fn size_for(tree: &Tree) -> Result<ByteSize, ComposeError> {
+    let limit = ByteSize(VIRTUAL_SIZE_BYTES_MAX);
+    let root = ext4::size_estimate(&esp::split(tree).1);
+    let size = root.saturating_add(root / 4).saturating_add(esp::size_for(tree));
+    let size = size.saturating_add(4 * ALIGNMENT_BYTES) / ALIGNMENT_BYTES * ALIGNMENT_BYTES;
+    if size > limit.0 {
+        return Err(ComposeError::TooLarge { size: ByteSize(size), limit });
+    }
+    Ok(ByteSize(size))
+}
+
 /// Neighbours in both pack and image become one extent.
 fn joined(mut extents: Vec<Extent>) -> Vec<Extent> {
     extents.sort_by_key(|e| e.image_offset_bytes);

@@ -187,6 +187,11 @@ impl Repository {
         Ok(report)
     }
 
+    /// Whether a name means this component.
+    pub fn is_bound(&self, id: &ComponentId) -> Result<bool> {
+        Ok(self.bound_components()?.iter().any(|(_, bound)| bound == id))
+    }
+
     /// Ref names and ids of all bound components.
     pub(super) fn bound_components(&self) -> Result<Vec<(String, ComponentId)>> {
         let refs = self.list_refs(RefKind::Component)?;

@@ -1,6 +1,7 @@
 //! Guards the promises of composing: a recipe gives the same disk everywhere, the disk holds exactly
 //! what its components say, and what goes wrong is named and leaves nothing behind.
 
+mod imports;
 mod read_back;
 mod world;
 

@@ -125,6 +125,7 @@ fn read_thing(fs: &Fs<Partition>, ino: u32) -> Thing {
             let prefix = match x.name_index {
                 1 => "user.",
                 2 => "system.posix_acl_access",
+                3 => "system.posix_acl_default",
                 6 => "security.",
                 other => panic!("attribute index {other}"),
             };

@@ -120,6 +120,7 @@ impl Pair {
             share: false,
             dry_run: false,
             start: true,
+            hardware: Default::default(),
         };
         let adopted = pair.world.call(0, &Request::VmAdopt(adopt));
         assert!(matches!(adopted, Ok(Reply::Adopted(_))), "{adopted:?}");

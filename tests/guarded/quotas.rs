@@ -45,6 +45,7 @@ impl Home {
             share: false,
             dry_run: false,
             start,
+            hardware: Default::default(),
         };
         self.call(Request::VmAdopt(adopt)).await.unwrap();
     }

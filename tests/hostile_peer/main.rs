@@ -205,6 +205,7 @@ impl Bench {
             share: false,
             dry_run: false,
             start: false,
+            hardware: Default::default(),
         });
         match self.world.call(0, &request) {
             Ok(Reply::Adopted(_)) => self.world.vm(0, &name),

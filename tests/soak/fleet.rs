@@ -92,6 +92,7 @@ impl Fleet {
                 share: false,
                 dry_run: false,
                 start: runs,
+                hardware: Default::default(),
             };
             let home = random.below(CLOUDS.len());
             let Reply::Adopted(adopted) = ask(world, home, &Request::VmAdopt(adopt)) else { panic!() };
