@@ -559,6 +559,7 @@ fn control(corpus: &Corpus<'_>) {
             storage_free: 6,
         }),
         features: vec!["tcg".into(), "network:lan".into()],
+        successions: Vec::new(),
     };
     let xml = |element: &Element| String::from(element);
     let cloud = xml(&Element::from(cloud));
@@ -643,7 +644,7 @@ fn journal(corpus: &Corpus<'_>) {
         record: signed.record.clone(),
         was_running: true,
         since: NOW,
-        seed: seed(),
+        seed: Some(seed()),
         receipt: Some(receipt),
         scrub_after: None,
     }));
