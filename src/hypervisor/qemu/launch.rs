@@ -260,7 +260,7 @@ mod tests {
             inherited.write_all(b"x").unwrap();
             inherited.set_len(2).unwrap();
             assert!(denied(fs::read(&disk).unwrap_err()));
-            assert!(denied(unix_socket::bind(new).unwrap_err()));
+            assert!(denied(unix_socket::bind(&new).unwrap_err()));
             assert!(fs::read("/etc/shadow").is_err() && fs::read("/etc/passwd").is_err());
         })
         .join()
