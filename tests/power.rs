@@ -40,6 +40,7 @@ fn one_cloud(vms: &[&str]) -> Option<World> {
             share: false,
             dry_run: false,
             start: true,
+            hardware: Default::default(),
         };
         let adopted = world.call(0, &Request::VmAdopt(adopt));
         assert!(matches!(adopted, Ok(Reply::Adopted(_))), "{adopted:?}\n{}", world.log(0));

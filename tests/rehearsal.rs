@@ -30,6 +30,7 @@ fn adopt(world: &World, name: &str, firmware: Firmware, networks: &[&str], start
         share: false,
         dry_run: false,
         start,
+        hardware: Default::default(),
     };
     let adopted = world.call(0, &Request::VmAdopt(adopt));
     assert!(matches!(adopted, Ok(Reply::Adopted(_))), "{adopted:?}\n{}", world.log(0));
