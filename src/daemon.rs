@@ -208,7 +208,8 @@ fn presence(broker: &Broker) -> Cloud {
     let config = broker.config();
     let coarse = |bytes: u64| bytes & !((64 << 20) - 1);
     let load = 100 - (s.cpus.free * 100).checked_div(s.cpus.total).unwrap_or(100).min(100);
-    let mut features = vec![format!("driver:{}", s.driver), format!("accelerator:{}", s.accelerator)];
+    let mut features = vec![format!("driver:{}", s.driver)];
+    features.extend(broker.hardware());
     features.extend(config.networks.iter().map(|n| format!("network:{}", n.name)));
     Cloud {
         name: s.cloud.to_string().into(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures::future::join_all;
 
 use crate::migration::DenialCode;
-use crate::placement::{Offer, rank, shortlist};
+use crate::placement::{Offer, hardware, rank, shortlist};
 use crate::types::{CloudName, MemberJid, MigrationId, VmId};
 use crate::vm::{PowerState, VmSpec};
 
@@ -45,7 +45,7 @@ impl Broker {
         };
         let (spec, epoch, disks) = (vm.record.spec.clone(), vm.record.epoch, self.disk_paths(&vm.record));
         let notes: Vec<_> = self.shutdown_note(vm).into_iter().collect();
-        let (shared, name) = (self.shared.clone(), spec.name.clone());
+        let (shared, about) = (self.shared.clone(), spec.clone());
         tokio::spawn(async move {
             let (for_scan, scan_spec) = (shared.clone(), spec.clone());
             let scanned =
@@ -70,7 +70,7 @@ impl Broker {
                 }
             };
             shared.post(Input::apply(move |broker| {
-                let plan = result.map(|rows| PlanView { notes, ..broker.ranked(name, rows) });
+                let plan = result.map(|rows| PlanView { notes, ..broker.ranked(&about, rows) });
                 done(broker, plan);
             }));
         });
@@ -115,7 +115,36 @@ impl Broker {
         })
     }
 
-    fn ranked(&self, vm: crate::types::VmName, mut rows: Vec<Candidate>) -> PlanView {
+    /// Adds what a guest would find other than it is here.
+    fn compare_hardware(&self, spec: &VmSpec, row: &mut Candidate) {
+        let Some(cloud) = self.members.get(&row.jid).and_then(|m| m.cloud.as_ref()) else { return };
+        let found = hardware::differences(spec, &self.hardware(), &cloud.features);
+        let found = found.iter().map(negotiation::reason);
+        match &mut row.verdict {
+            Verdict::WithDifferences { differences } => differences.extend(found),
+            Verdict::Yes => {
+                let differences: Vec<_> = found.collect();
+                if !differences.is_empty() {
+                    row.verdict = Verdict::WithDifferences { differences };
+                }
+            }
+            Verdict::No { .. } | Verdict::NotAsked { .. } => {}
+        }
+    }
+
+    /// What decides which hardware guests see here, as presence says it.
+    pub fn hardware(&self) -> Vec<String> {
+        let f = self.shared.driver.features();
+        let value = |t: hardware::Trait| match t {
+            hardware::Trait::Accelerator => f.accelerator.to_string(),
+            hardware::Trait::Machine => f.machine_type.clone(),
+            hardware::Trait::Firmware => f.firmware.clone(),
+        };
+        hardware::Trait::ALL.into_iter().map(|t| format!("{}{}", t.prefix(), value(t))).collect()
+    }
+
+    fn ranked(&self, spec: &VmSpec, mut rows: Vec<Candidate>) -> PlanView {
+        rows.iter_mut().for_each(|row| self.compare_hardware(spec, row));
         rows.iter_mut().for_each(|row| self.rates.predict(row));
         let offers: Vec<_> = rows
             .iter()
@@ -133,6 +162,6 @@ impl Broker {
             })
             .collect();
         let candidates = rank(&offers).into_iter().map(|i| rows[i].clone()).collect();
-        PlanView { vm, candidates, notes: Vec::new() }
+        PlanView { vm: spec.name.clone(), candidates, notes: Vec::new() }
     }
 }

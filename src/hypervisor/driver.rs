@@ -101,6 +101,8 @@ pub struct Features {
     pub accelerator: Accelerator,
     /// Versioned machine type: what hardware the guest sees.
     pub machine_type: String,
+    /// Short digest of the UEFI firmware that guests get: its code, and its variables as they are fresh.
+    pub firmware: String,
     /// Debian architecture names.
     pub architectures: BTreeSet<String>,
     /// CPU models every feature of which a guest gets here.

@@ -109,6 +109,7 @@ impl FakeDriver {
             version: env!("CARGO_PKG_VERSION").into(),
             accelerator: Accelerator::Simulated,
             machine_type: super::qemu::config::MACHINE_TYPE.into(),
+            firmware: "fake".into(),
             architectures: ["amd64".to_owned()].into(),
             cpu_models: ["qemu64".to_owned()].into(),
             root_formats: [DiskFormat::Qcow2, DiskFormat::Raw].into(),

@@ -292,6 +292,9 @@ pub enum DenialCode {
     NetworkKind,
     Hypervisor,
     Accelerator,
+    /// Of other hardware: the machine type.
+    Machine,
+    Firmware,
     /// A VM of this id or name is already there.
     AlreadyThere,
     /// The member is too busy with other migrations.

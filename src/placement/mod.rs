@@ -1,5 +1,6 @@
 //! Level 1: can this VM run here, and which member suits best. Pure functions of snapshots.
 
+pub mod hardware;
 pub mod policy;
 pub mod rank;
 pub mod room;

@@ -78,9 +78,10 @@ impl QemuDriver {
                     return Err(DriverError::MissingFirmware { path: path.clone() });
                 }
             }
-            find_configured(&for_search)
+            Ok((find_configured(&for_search)?, firmware_digest(&for_search)?))
         })
         .await?;
+        let (tools, firmware) = tools;
         let passt = find_passt(&config);
         let machine_type = config.machine_type;
         let accelerator = probe::accelerator(&tools.system, &machine_type, config.accelerator).await?;
@@ -113,6 +114,7 @@ impl QemuDriver {
             version: tools.version.to_string(),
             accelerator,
             machine_type: machine_type.clone(),
+            firmware,
             architectures: ["amd64".to_owned()].into(),
             cpu_models: offer.cpu_models,
             root_formats: [DiskFormat::Qcow2, DiskFormat::Raw].into(),
@@ -149,6 +151,16 @@ impl QemuDriver {
             }),
         })
     }
+}
+
+/// So that clouds can tell whether their guests get the same firmware.
+fn firmware_digest(config: &QemuConfig) -> Result<String, DriverError> {
+    let mut hasher = blake3::Hasher::new();
+    for path in [&config.firmware_code, &config.firmware_vars] {
+        let unread = |_| DriverError::MissingFirmware { path: path.clone() };
+        hasher.update_reader(std::fs::File::open(path).map_err(unread)?).map_err(unread)?;
+    }
+    Ok(hasher.finalize().to_hex()[..16].to_owned())
 }
 
 /// The users that VMs run as, or None for the broker's.

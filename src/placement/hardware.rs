@@ -1,0 +1,87 @@
+//! The hardware that a guest would see at a member, against what it sees here: what members say of it in the
+//! room. Pure.
+
+use crate::migration::{Denial, DenialCode};
+use crate::types::PeerText;
+use crate::vm::{Firmware, VmSpec};
+
+/// What decides which hardware a guest sees, as presence names it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Trait {
+    Accelerator,
+    /// Versioned machine type.
+    Machine,
+    /// Digest of the firmware's code and of its fresh variables.
+    Firmware,
+}
+
+impl Trait {
+    /// All of them.
+    pub const ALL: [Trait; 3] = [Trait::Accelerator, Trait::Machine, Trait::Firmware];
+
+    /// What stands before its value in a list of features.
+    pub fn prefix(self) -> &'static str {
+        match self {
+            Trait::Accelerator => "accelerator:",
+            Trait::Machine => "machine:",
+            Trait::Firmware => "firmware:",
+        }
+    }
+}
+
+/// How `spec`'s guest would be off at a member that tells `there`, if here it is `here`. Who does not say, as
+/// an earlier release, is not told of.
+pub fn differences(spec: &VmSpec, here: &[String], there: &[PeerText]) -> Vec<Denial> {
+    let counts = |t: &Trait| *t != Trait::Firmware || spec.firmware == Firmware::Uefi;
+    let difference = |t: Trait| {
+        let ours = here.iter().find_map(|f| f.strip_prefix(t.prefix()))?;
+        let theirs = there.iter().find_map(|f| f.as_str().strip_prefix(t.prefix()))?;
+        (ours != theirs).then(|| described(t, ours, theirs))
+    };
+    Trait::ALL.into_iter().filter(counts).filter_map(difference).collect()
+}
+
+fn described(t: Trait, ours: &str, theirs: &str) -> Denial {
+    match t {
+        Trait::Accelerator => {
+            Denial::new(DenialCode::Accelerator, format!("it runs VMs by {theirs}, this cloud by {ours}"))
+        }
+        Trait::Machine => Denial::new(
+            DenialCode::Machine,
+            format!("the guest sees other hardware there: machine type {theirs}, here {ours}"),
+        )
+        .next("set hypervisor.machine_type to one that both have"),
+        Trait::Firmware => Denial::new(
+            DenialCode::Firmware,
+            format!("UEFI firmware of another build: {theirs}, here {ours}"),
+        )
+        .next("the same package of the firmware at both ends makes them equal"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_hardware_is_a_difference_and_silence_is_none() {
+        let spec: VmSpec = serde_json::from_value(serde_json::json!({
+            "id": uuid::Uuid::nil(), "name": "web", "cpus": 1, "memory": 1 << 27, "recipe": "0".repeat(64),
+            "root_size": 0, "user_data_size": 0, "nics": [], "architecture": "amd64", "cpu_model": "qemu64",
+            "firmware": "uefi",
+        }))
+        .unwrap();
+        let here = ["accelerator:kvm", "machine:pc-q35-7.2", "firmware:aa", "driver:qemu"].map(String::from);
+        let codes = |spec: &VmSpec, there: &[&str]| {
+            let there: Vec<PeerText> = there.iter().map(|f| (*f).into()).collect();
+            differences(spec, &here, &there).iter().map(|d| d.code).collect::<Vec<_>>()
+        };
+        assert_eq!(codes(&spec, &["accelerator:kvm", "machine:pc-q35-7.2", "firmware:aa"]), []);
+        assert_eq!(codes(&spec, &["network:lan"]), [], "an earlier release does not say");
+        let other = ["accelerator:tcg", "machine:pc-q35-10.0", "firmware:bb"];
+        let all = [DenialCode::Accelerator, DenialCode::Machine, DenialCode::Firmware];
+        assert_eq!(codes(&spec, &other), all);
+        let bios = VmSpec { firmware: Firmware::Bios, ..spec };
+        assert_eq!(codes(&bios, &other), all[..2], "its firmware is QEMU's own");
+    }
+}
