@@ -664,7 +664,7 @@ fn journal(corpus: &Corpus<'_>) {
                 kernel_command_line: "quiet".into(),
             },
         ),
-        ("move", Request::Move { vm: "web-1".into(), to: Some("b".into()), dry_run: true }),
+        ("move", Request::Move { vm: "web-1".into(), to: Some("b".into()), dry_run: true, force_stop: false }),
         ("trust", Request::IdentityTrust { member: from.clone(), key: target_key.public() }),
     ] {
         put(name, 3, json(&request));

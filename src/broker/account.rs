@@ -102,6 +102,7 @@ pub fn stage(account: &mut Account, s: &StageAccount) {
     account.root_delta_bytes = s.root_delta_bytes;
     account.user_data_bytes = s.user_data_bytes;
     account.wire_bytes = s.wire_bytes;
+    account.fetch_ms = s.fetch_ms;
     // Another cloud's figures: they may be anything.
     let payload = s.component_bytes.saturating_add(s.root_delta_bytes).saturating_add(s.user_data_bytes);
     account.control_bytes = s.map_bytes.max(s.wire_bytes.saturating_sub(payload));

@@ -58,7 +58,6 @@ pub struct Incoming {
     dir_name: String,
     /// What is at work in that directory.
     tasks: TaskTracker,
-    begun: UnixMillis,
     /// Another migration of the same VM took its place: what it staged is kept for that.
     superseded: bool,
     /// Why it ended without a hand-over, if not by the machine's own reason.
@@ -363,7 +362,6 @@ impl Broker {
             // Of its own: the copy of an earlier try may still be on its way out.
             dir_name: format!("disks-{}", uuid::Uuid::new_v4().simple()),
             tasks: TaskTracker::new(),
-            begun: now,
             superseded: false,
             ended_because: None,
             offer: Offer::default(),
@@ -808,7 +806,6 @@ impl Broker {
     }
 
     fn incoming_ended(&mut self, id: MigrationId) {
-        let now = self.shared.now();
         let Some(run) = self.incoming.get_mut(&id) else { return };
         if run.view.progress.ended {
             return;
@@ -828,8 +825,6 @@ impl Broker {
                     .next("see its console log, then 'cicada vm start'"),
             );
         }
-        let seconds = now.since(run.begun).as_secs_f64();
-        self.rates.record(&run.peer.jid, run.view.account.wire_bytes, seconds);
         let view = run.view.clone();
         self.remember(view);
         if abandoned {

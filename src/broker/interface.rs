@@ -640,7 +640,7 @@ pub struct Candidate {
     /// Plain bytes of root delta and user-data blocks it lacks, an upper bound of what they take on the wire.
     pub root_delta_bytes_missing: u64,
     pub user_data_bytes_missing: u64,
-    /// Predicted duration from measured rates, seconds; `None` until a rate was measured.
+    /// Predicted duration, seconds, by earlier moves to that member; `None` before the first.
     pub seconds_low: Option<f64>,
     pub seconds_high: Option<f64>,
     pub answer_ms: f64,
@@ -761,6 +761,12 @@ pub struct Account {
     pub control_bytes: u64,
     /// UDP payload of the data link, both directions.
     pub wire_bytes: u64,
+    /// Time in which content was fetched.
+    #[serde(default)]
+    pub fetch_ms: u64,
+    /// How long the guest took to shut down.
+    #[serde(default)]
+    pub shutdown_ms: Option<u64>,
     /// What came across so far, as it is known while a pass is under way and when one fails; what the
     /// others say is of passes that were completed.
     #[serde(default)]

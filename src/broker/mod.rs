@@ -13,6 +13,7 @@ pub mod content;
 pub mod continuity;
 mod errands;
 mod evidence;
+mod forecast;
 mod guard;
 pub mod handle;
 pub mod healing;
@@ -68,12 +69,12 @@ pub use vms::READY_LINE;
 
 use capacity::Measured;
 use continuity::Continuity;
+use forecast::Forecasts;
 use guard::Guard;
 use history::History;
 use incoming::Incoming;
 use interface::{Account, MigrationView};
 use lending::Lent;
-use negotiation::Rates;
 use notes::Notes;
 use optimize::Idle;
 use outgoing::Outgoing;
@@ -174,7 +175,7 @@ pub struct Broker {
     /// What disks take up, as it was measured last.
     measured: std::sync::Mutex<Measured>,
     idle: Idle,
-    rates: Rates,
+    forecasts: Forecasts,
     lent: Lent,
     /// What others may ask, and what they were refused.
     guard: Guard,
@@ -246,7 +247,7 @@ impl Broker {
             after_restore: false,
             measured: std::sync::Mutex::default(),
             idle,
-            rates: Rates::default(),
+            forecasts: Forecasts::default(),
             lent: Lent::default(),
             guard: Guard::default(),
             successions: Successions::default(),

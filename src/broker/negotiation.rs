@@ -1,7 +1,7 @@
 //! Checks: asking other members whether they could take a VM and what of it they hold, and
 //! answering the same question.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -264,35 +264,6 @@ pub async fn candidate(
 
 pub fn reason(d: &Denial) -> Reason {
     Reason { code: d.code.as_str(), text: d.text.clone(), next_step: d.next_step.clone() }
-}
-
-/// Remembers link rates so that durations can be predicted.
-#[derive(Debug, Default)]
-pub struct Rates {
-    /// Bytes per second of past transfers, slowest and fastest, by member.
-    seen: BTreeMap<crate::types::MemberJid, (f64, f64)>,
-}
-
-impl Rates {
-    pub fn record(&mut self, member: &crate::types::MemberJid, bytes: u64, seconds: f64) {
-        // Short transfers measure latency, not the link.
-        if bytes < 1 << 20 || seconds <= 0.0 {
-            return;
-        }
-        let rate = bytes as f64 / seconds;
-        let entry = self.seen.entry(member.clone()).or_insert((rate, rate));
-        *entry = (entry.0.min(rate), entry.1.max(rate));
-    }
-
-    /// Fills in the predicted interval of a candidate.
-    pub fn predict(&self, row: &mut Candidate) {
-        if let Some((slow, fast)) = self.seen.get(&row.jid) {
-            let bytes =
-                row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;
-            row.seconds_low = Some(bytes as f64 / fast);
-            row.seconds_high = Some(bytes as f64 / slow * 1.5 + 5.0);
-        }
-    }
 }
 
 fn content(e: &dyn std::error::Error) -> Denial {

@@ -22,6 +22,7 @@ use crate::types::{CloudName, MigrationId, NodeHash, PeerText, ReservationId, Vm
 
 use super::account::{self, new_view};
 use super::evidence;
+use super::forecast::Took;
 use super::interface::{Event, MigrationView, Reply, Side};
 use super::lineages::{self, LAW};
 use super::negotiation::{self, Checked};
@@ -420,8 +421,13 @@ impl Broker {
                 tokio::spawn(async move {
                     let begun = std::time::Instant::now();
                     let result = shared.driver.stop(vm, mode).await;
-                    let in_time = begun.elapsed() < timeout;
-                    shared.post(Input::apply(move |b| b.note_stop(vm, in_time)));
+                    let elapsed = begun.elapsed();
+                    shared.post(Input::apply(move |b| {
+                        b.note_stop(vm, elapsed < timeout);
+                        if let Some(run) = b.outgoing.get_mut(&id) {
+                            run.view.account.shutdown_ms = Some(elapsed.as_millis() as u64);
+                        }
+                    }));
                     let result = result.map_err(|e| {
                         Denial::new(
                             DenialCode::Other,
@@ -726,9 +732,18 @@ impl Broker {
                 tracing::warn!(vm = %vm, error = super::problem::chain(&e), "cannot undefine");
             }
         });
-        let staging_ms: u64 =
-            ["stage", "switch-over"].iter().filter_map(|p| run.view.account.phase_ms.get(*p)).sum();
-        self.rates.record(&run.peer.jid, run.view.account.wire_bytes, staging_ms as f64 / 1000.0);
+        let seconds = |ms: u64| ms as f64 / 1000.0;
+        let account = &run.view.account;
+        let took = Took {
+            total_s: now.since(run.view.progress.started).as_secs_f64(),
+            flowing_s: seconds(account.fetch_ms),
+            shutdown_s: account.shutdown_ms.map(seconds),
+            bytes: account.wire_bytes,
+        };
+        // After a restart its times are not known.
+        if run.recipe.is_some() && account.fetch_ms > 0 {
+            self.forecasts.learn(&run.peer.jid, vm, took);
+        }
         self.estimate_monolithic(id);
         self.end_outgoing(id, phase);
     }

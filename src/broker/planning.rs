@@ -44,7 +44,7 @@ impl Broker {
             None => self.shortlisted(&vm.record.spec, peers),
         };
         let (spec, epoch, disks) = (vm.record.spec.clone(), vm.record.epoch, self.disk_paths(&vm.record));
-        let notes: Vec<_> = self.shutdown_note(vm).into_iter().collect();
+        let notes: Vec<_> = self.running_notes(vm);
         let (shared, about) = (self.shared.clone(), spec.clone());
         tokio::spawn(async move {
             let (for_scan, scan_spec) = (shared.clone(), spec.clone());
@@ -102,17 +102,26 @@ impl Broker {
         (asked, rows)
     }
 
-    /// What is known of a guest that was asked to end before and did not.
-    fn shutdown_note(&self, vm: &Vm) -> Option<String> {
-        let at = vm.record.ignored_stop?;
-        let running = self.shared.driver.state(vm.record.spec.id).is_ok_and(|s| s != PowerState::Stopped);
-        running.then(|| {
-            format!(
-                "the guest did not end by itself on {at}, within the time it was given: a move waits {} s for it, and \
-                 then is called off, or with --force-stop switches it off",
-                self.shared.config.migration.stop_timeout.as_secs()
-            )
-        })
+    /// What a guest that runs adds to a move that nobody can foretell.
+    fn running_notes(&self, vm: &Vm) -> Vec<String> {
+        let id = vm.record.spec.id;
+        if self.shared.driver.state(id).is_ok_and(|s| s == PowerState::Stopped) {
+            return Vec::new();
+        }
+        let mut notes = vec!["the guest runs: what it writes from now on travels as well".to_owned()];
+        let patience_s = self.shared.config.migration.stop_timeout.as_secs();
+        match (vm.record.ignored_stop, self.forecasts.shutdown_s(id)) {
+            (Some(at), _) => notes.push(format!(
+                "the guest did not end by itself on {at}, within the time it was given: a move waits {patience_s} s \
+                 for it, and then is called off, or with --force-stop switches it off"
+            )),
+            (None, None) => notes.push(format!(
+                "how long the guest takes to shut down is not known yet, and not in the time foretold; it may \
+                 take {patience_s} s"
+            )),
+            (None, Some(_)) => {}
+        }
+        notes
     }
 
     /// Adds what a guest would find other than it is here.
@@ -145,7 +154,13 @@ impl Broker {
 
     fn ranked(&self, spec: &VmSpec, mut rows: Vec<Candidate>) -> PlanView {
         rows.iter_mut().for_each(|row| self.compare_hardware(spec, row));
-        rows.iter_mut().for_each(|row| self.rates.predict(row));
+        let runs = self.shared.driver.state(spec.id).is_ok_and(|s| s != PowerState::Stopped);
+        for row in &mut rows {
+            let bytes =
+                row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;
+            let foretold = self.forecasts.foretell(&row.jid, spec.id, bytes, runs);
+            (row.seconds_low, row.seconds_high) = (foretold.map(|i| i.low_s), foretold.map(|i| i.high_s));
+        }
         let offers: Vec<_> = rows
             .iter()
             .map(|row| Offer {

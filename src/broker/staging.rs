@@ -184,13 +184,13 @@ impl Stage {
     }
 
     async fn run(&mut self) -> Result<(Staged, StageAccount), Denial> {
-        let begun = Instant::now();
         if let Some(earlier) = self.job.goes_on_with.take() {
             earlier.become_dir(&self.job.dir.path).await;
         }
         if self.job.init.pass.number == 1 {
             super::rehearsal::rehearse(&self.job.shared, &self.job.spec).await?;
         }
+        let begun = Instant::now();
         let mut account = self.job.account.clone();
         self.fetch_components(&mut account).await?;
         let (root_map, user_map) = self.fetch_maps().await?;
@@ -214,7 +214,7 @@ impl Stage {
         self.place_firmware().await?;
 
         account.compose_ms = account.compose_ms.max(compose_ms);
-        account.fetch_ms += begun.elapsed().as_millis() as u64;
+        account.fetch_ms += (begun.elapsed().as_millis() as u64).saturating_sub(compose_ms);
         account.component_bytes += self.counters.components.snapshot().encoded_bytes;
         account.map_bytes += self.counters.maps.snapshot().encoded_bytes;
         account.root_delta_bytes += self.counters.root_delta.snapshot().encoded_bytes;

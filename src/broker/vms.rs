@@ -382,6 +382,7 @@ impl Broker {
             return;
         }
         let Some(vm) = self.vms.remove(&id) else { return };
+        self.forecasts.forget(id);
         let disks = self.disk_paths(&vm.record);
         let given = vm.record.given_up();
         let deleted = DeletedView {

@@ -17,8 +17,15 @@ pub fn seconds(s: f64) -> String {
     match s {
         s if s < 9.95 => format!("{s:.1} s"),
         s if s < 119.5 => format!("{s:.0} s"),
-        s if s < 7200.0 => format!("{} min {:.0} s", (s / 60.0).floor(), s % 60.0),
-        s => format!("{} h {:.0} min", (s / 3600.0).floor(), s % 3600.0 / 60.0),
+        // Rounded before it is taken apart: there is no minute of 60 s.
+        s if s.round() < 7200.0 => {
+            let s = s.round() as u64;
+            format!("{} min {} s", s / 60, s % 60)
+        }
+        s => {
+            let minutes = (s / 60.0).round() as u64;
+            format!("{} h {} min", minutes / 60, minutes % 60)
+        }
     }
 }
 
@@ -56,9 +63,15 @@ mod tests {
         assert_eq!(utc(UnixMillis(951_782_400_000)), "2000-02-29 00:00:00 UTC");
         assert_eq!(utc(UnixMillis(1_700_000_000_000)), "2023-11-14 22:13:20 UTC");
         assert_eq!(utc(UnixMillis(4_107_542_399_000)), "2100-02-28 23:59:59 UTC");
-        for (s, text) in
-            [(0.04, "0.0 s"), (9.9, "9.9 s"), (42.4, "42 s"), (200.0, "3 min 20 s"), (7260.0, "2 h 1 min")]
-        {
+        for (s, text) in [
+            (0.04, "0.0 s"),
+            (9.9, "9.9 s"),
+            (42.4, "42 s"),
+            (179.7, "3 min 0 s"),
+            (200.0, "3 min 20 s"),
+            (7199.7, "2 h 0 min"),
+            (7260.0, "2 h 1 min"),
+        ] {
             assert_eq!(seconds(s), text);
         }
     }

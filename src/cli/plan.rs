@@ -46,8 +46,8 @@ fn print_plan(printer: &Printer, plan: &PlanView) -> Outcome {
             word(&c.verdict).into(),
             format!("{}/{}", c.components_held, c.components_needed),
             component_bytes(c),
-            format!("≤ {}", bytes(c.root_delta_bytes_missing)),
-            format!("≤ {}", bytes(c.user_data_bytes_missing)),
+            bytes(c.root_delta_bytes_missing),
+            bytes(c.user_data_bytes_missing),
             duration(c),
             format!("{:.0} ms", c.answer_ms),
         ]);
@@ -81,7 +81,7 @@ pub fn lines(plan: &PlanView, c: &Candidate) -> Vec<String> {
     let time = duration(c);
     let time = if time == "?" { String::new() } else { format!("; {time}") };
     let line = format!(
-        "plan: {} to {}: {missing}, at most {} of root delta and {} of user data{time}",
+        "plan: {} to {}: {missing}, {} of root delta and {} of user data{time}",
         plan.vm,
         name(c),
         bytes(c.root_delta_bytes_missing),
