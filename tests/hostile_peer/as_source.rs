@@ -45,10 +45,10 @@ fn short(text: &str) -> String {
     words.collect::<Vec<_>>().join(" ").chars().take(100).collect()
 }
 
-/// A trusted sender of another version is told so; all others learn nothing.
+/// A trusted sender of another version, or with another time, is told so; all others learn nothing.
 fn is_refusal(answer: &Result<AnswerBody, RequestError>) -> bool {
     match answer {
-        Ok(AnswerBody::Denied(denial)) => denial.code == DenialCode::Version,
+        Ok(AnswerBody::Denied(denial)) => matches!(denial.code, DenialCode::Version | DenialCode::Clock),
         Ok(_) => false,
         Err(e) => matches!(e, RequestError::Refused { condition, .. } if condition == "forbidden"),
     }
