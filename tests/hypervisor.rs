@@ -807,3 +807,31 @@ async fn a_qemu_opens_nothing_but_its_own_machines_files() {
     drop(qmp);
     kill(vm);
 }
+
+/// A start that is only tried: the very command line, of which nothing is executed, and nothing stays.
+#[tokio::test]
+async fn a_start_is_tried_without_a_guest_and_leaves_nothing() {
+    let Some((driver, dir)) = qemu().await else { return };
+    let machine = machine_in(dir.path());
+    let vm = machine.spec.id;
+    driver.rehearse(&machine).await.unwrap();
+    assert!(processes_of(vm).is_empty() && driver.list().is_empty());
+    assert!(!machine.state_dir.exists());
+
+    // What a driver that died was trying out is ended by the next one.
+    driver.start(&machine).await.unwrap();
+    drop(driver);
+    assert_eq!(processes_of(vm).len(), 1, "it outlives its driver");
+    let next = QemuDriver::open(config()).await.unwrap();
+    next.end_rehearsal(vm, &machine.state_dir).await.unwrap();
+    eventually("it is ended", || processes_of(vm).is_empty()).await;
+    next.end_rehearsal(vm, &dir.path().join("nothing-here")).await.unwrap();
+
+    // What cannot start says so, and why.
+    let mut bad = machine_in(dir.path());
+    fs::write(&bad.root_disk, b"no image").unwrap();
+    bad.root_format = DiskFormat::Qcow2;
+    let error = next.rehearse(&bad).await.unwrap_err();
+    assert!(matches!(error, DriverError::EndedAtStart { .. }), "{error}");
+    assert!(processes_of(bad.spec.id).is_empty());
+}
