@@ -79,7 +79,11 @@ pub fn repository_problem(e: &RepositoryError) -> Problem {
         RepositoryError::NoSpace { .. } => ProblemKind::NoSpace,
         _ => ProblemKind::Failed,
     };
-    Problem::from_error(kind, "repository", e)
+    let problem = Problem::from_error(kind, "repository", e);
+    match e {
+        RepositoryError::InUse { next_step, .. } => problem.next(next_step),
+        _ => problem,
+    }
 }
 
 pub fn compose_problem(e: &ComposeError) -> Problem {

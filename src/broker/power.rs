@@ -128,7 +128,8 @@ impl Broker {
 
     fn stop_vm(&mut self, id: VmId, stop: Stop, reply: Answer) {
         let Some(vm) = self.vms.get_mut(&id) else { return };
-        let object = format!("VM {}", vm.record.spec.name);
+        let name = vm.record.spec.name.clone();
+        let object = format!("VM {name}");
         let wanted = vm.record.run;
         // Recorded first: from now on nothing starts it by itself.
         if !stop.for_host && wanted {
@@ -149,10 +150,11 @@ impl Broker {
             let (begun, off) = (std::time::Instant::now(), is_off(&shared, id));
             let result = match off {
                 true => Ok(()),
-                false => shared.driver.stop(id, stop.mode).await.map_err(|e| {
-                    Problem::from_error(ProblemKind::Failed, object, &e)
-                        .next("use 'cicada vm stop --force' if the guest hangs")
-                }),
+                false => shared
+                    .driver
+                    .stop(id, stop.mode)
+                    .await
+                    .map_err(|e| Problem::from_driver(name.as_str(), &e)),
             };
             let elapsed = begun.elapsed();
             shared.post(Input::apply(move |b| {
@@ -301,13 +303,17 @@ fn is_off(shared: &Shared, id: VmId) -> bool {
 
 /// Makes sure the composition is there and is the right one, then starts the VM.
 async fn run_machine(shared: &std::sync::Arc<Shared>, machine: &Machine) -> Result<(), Problem> {
-    let object = format!("VM {}", machine.spec.name);
+    let name = machine.spec.name.as_str();
+    let object = format!("VM {name}");
     let (composer, recipe) = (shared.composer.clone(), machine.spec.recipe);
     let composed = tokio::task::spawn_blocking(move || composer.composition(&recipe).map(drop)).await;
     match composed {
         Ok(Ok(())) => {}
-        Ok(Err(e)) => return Err(Problem::from_error(ProblemKind::Damaged, object, &e)),
+        Ok(Err(e)) => {
+            let problem = super::content::compose_problem(&e);
+            return Err(Problem { object, ..problem });
+        }
         Err(e) => return Err(Problem::new(ProblemKind::Failed, object, e.to_string())),
     }
-    shared.driver.start(machine).await.map_err(|e| Problem::from_error(ProblemKind::Failed, object, &e))
+    shared.driver.start(machine).await.map_err(|e| Problem::from_driver(name, &e))
 }

@@ -405,7 +405,7 @@ impl Broker {
             });
             let object = format!("VM {name}");
             let result = match (undefined, work.await) {
-                (Err(e), _) => Err(Problem::from_error(ProblemKind::Failed, object, &e)),
+                (Err(e), _) => Err(Problem::from_driver(name.as_str(), &e)),
                 (_, Ok(Err(e))) => Err(Problem::from_error(ProblemKind::Failed, object, &e)),
                 (_, Err(e)) => Err(Problem::new(ProblemKind::Failed, object, e.to_string())),
                 (Ok(()), Ok(Ok(()))) => Ok(Reply::Deleted(deleted)),
@@ -455,7 +455,7 @@ impl Broker {
 /// Composes, makes the disks and the record of a new VM. Blocking.
 fn make_vm(shared: &Shared, create: VmCreate) -> Result<VmRecord, Problem> {
     let object = format!("VM {}", create.name);
-    let failed = |e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, object.clone(), e);
+    let failed = |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, object.clone(), e);
     let ids: Vec<ComponentId> = content::resolve(&shared.repository, &create.components)?;
     let (recipe_id, recipe) = shared
         .composer

@@ -257,7 +257,16 @@ fn build_problem(e: &BuildError) -> Problem {
         | BuildError::Archive { .. }
         | BuildError::UnknownSource { .. }
         | BuildError::CacheDirectory { .. } => (ProblemKind::BadRequest, ""),
-        BuildError::Read { .. } => (ProblemKind::Missing, "check the path and who may read it"),
+        BuildError::Read { path, source } => {
+            // tar says so of an archive that was cut inside a header, zstd of one that was cut inside a frame.
+            let problem = Problem::from_path(path.display().to_string(), source);
+            let next = match problem.kind {
+                ProblemKind::Damaged => "it is cut short: get the whole of it",
+                ProblemKind::Forbidden => "let the user who runs this read it",
+                _ => "check the path and who may read it",
+            };
+            return Problem::from_error(problem.kind, "component", e).next(next);
+        }
         BuildError::NotRoot => (ProblemKind::Forbidden, "run it as 'cicada component build'"),
         BuildError::NoNamespace { next_step, .. } => (ProblemKind::Missing, next_step.as_str()),
         BuildError::Exposed { source, .. } => {

@@ -7,7 +7,7 @@ use crate::config::{Config, NetworkKind};
 use crate::hypervisor::QemuConfig;
 use crate::hypervisor::qemu::{find_passt, is_confinable, why_shared};
 
-use super::context::{Context, config_problem};
+use super::context::Context;
 use super::printer::Outcome;
 
 #[derive(Subcommand)]
@@ -22,7 +22,7 @@ pub fn run(ctx: &Context, command: Command) -> Outcome {
     let config = ctx.config()?;
     match command {
         Command::Check => {
-            config.check_files().map_err(|e| config_problem(&e))?;
+            config.check_files().map_err(|e| Problem::from_config(&e))?;
             let warnings = walls(&config);
             if ctx.printer.json {
                 let value = serde_json::json!({ "file": config.path, "good": true, "warnings": warnings });

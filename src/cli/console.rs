@@ -58,6 +58,15 @@ pub async fn run(ctx: &Context, args: Console) -> Outcome {
         Reply::Vm(vm) => vm,
         other => return Err(unexpected(&other)),
     };
+    if let Some(owner) = &vm.owner {
+        return Err(Problem::new(
+            ProblemKind::Conflict,
+            format!("VM {}", vm.name),
+            format!("was handed over to {owner}, and has no console here"),
+        )
+        .next("connect to it there")
+        .into());
+    }
     let mut ends = Ends::open(&vm, &args.script, args.history).await?;
     let mut screen = Screen::new(&ctx.printer, args.raw);
     if !args.script.steps.is_empty() {
@@ -292,8 +301,12 @@ impl Output {
     async fn open_log(vm: &VmView) -> Result<Self, Problem> {
         let file = tokio::fs::File::open(Path::new(&vm.console_log)).await;
         file.map(Output::Log).map_err(|e| {
-            Problem::from_error(ProblemKind::Missing, format!("console log {}", vm.console_log), &e)
-                .next(format!("start the VM with: cicada vm start {}", vm.name))
+            let problem = Problem::from_path(format!("console log {}", vm.console_log), &e);
+            match problem.kind {
+                ProblemKind::NotFound => problem
+                    .next(format!("it is made at the first start: cicada vm start {}", vm.name)),
+                _ => problem,
+            }
         })
     }
 

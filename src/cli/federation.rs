@@ -15,7 +15,7 @@ use crate::types::MemberJid;
 use crate::xmpp::RequestError;
 use crate::xmpp::admin::{Admin, AdminError};
 
-use super::context::{Context, config_problem};
+use super::context::Context;
 use super::printer::Outcome;
 use super::table::Table;
 
@@ -93,7 +93,7 @@ impl Session {
             (Some(jid), Some(file)) => (jid, file),
             _ => (&config.xmpp.jid, &config.xmpp.password_file),
         };
-        let password = read_password(password_file).map_err(|e| config_problem(&e))?;
+        let password = read_password(password_file).map_err(|e| Problem::from_config(&e))?;
         let mut settings = xmpp_settings(config, password.expose().to_owned());
         settings.jid = jid.clone();
         let room = config.xmpp.room.clone();
@@ -152,7 +152,7 @@ async fn step<T>(
             let reason =
                 format!("the XMPP server did not answer {owner} within {} s", STEP_TIMEOUT.as_secs());
             Err(Problem::new(ProblemKind::Unavailable, object, reason)
-                .next("check [xmpp] server, security and the account's password"))
+                .next("check [xmpp] server, security and ca_file, and the account's password"))
         }
     }
 }
@@ -161,7 +161,7 @@ fn admin_problem(object: String, owner: &MemberJid, e: &AdminError) -> Problem {
     let (kind, next) = match e {
         AdminError::Connect(_) => (
             ProblemKind::Unavailable,
-            "check [xmpp] server and security, and the account's password".to_owned(),
+            "check [xmpp] server, security and ca_file, and the account's password".to_owned(),
         ),
         AdminError::Room(_) => (ProblemKind::BadRequest, "correct [xmpp] room".to_owned()),
         AdminError::NotTaken(_) => {

@@ -11,7 +11,7 @@ use crate::clock::{Clock, SystemClock, UnixMillis};
 use crate::config::{self, identity_path, load_identity, rotate_identity};
 use crate::types::{MemberJid, PublicKey};
 
-use super::context::{Context, config_problem};
+use super::context::Context;
 use super::printer::Outcome;
 use super::table::card;
 use super::target::Target;
@@ -67,7 +67,7 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
 
 fn show(ctx: &Context) -> Outcome {
     let config = ctx.config()?;
-    let own = load_identity(&config.cloud.data_dir).map_err(|e| config_problem(&e))?;
+    let own = load_identity(&config.cloud.data_dir).map_err(|e| Problem::from_config(&e))?;
     print(ctx, config.xmpp.jid, &own)
 }
 
@@ -109,13 +109,13 @@ async fn rotate(ctx: &Context) -> Outcome {
     }
     // While it is open no broker can start.
     let lock = Target::offline(&config)?;
-    let failed = |e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, "records", e);
+    let failed = |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, "records", e);
     let records = Records::open(&config.cloud.data_dir).map_err(|e| failed(&e))?;
     rotation::open_business(&records)?;
     let succession =
-        rotate_identity(&config.cloud.data_dir, SystemClock.now()).map_err(|e| config_problem(&e))?;
+        rotate_identity(&config.cloud.data_dir, SystemClock.now()).map_err(|e| Problem::from_config(&e))?;
     drop(lock);
-    let own = load_identity(&config.cloud.data_dir).map_err(|e| config_problem(&e))?;
+    let own = load_identity(&config.cloud.data_dir).map_err(|e| Problem::from_config(&e))?;
     print(ctx, config.xmpp.jid, &own)?;
     ctx.printer.note(format!(
         "{} gave way to {}. Start the broker: members that trust the one follow to the other when they see it. \
