@@ -175,7 +175,11 @@ pub fn xmpp_settings(config: &Config, password: String) -> xmpp::Settings {
     xmpp::Settings {
         jid: config.xmpp.jid.clone(),
         password,
-        server: config.xmpp.server.as_ref().map(|(host, port)| format!("{host}:{port}")),
+        server: config
+            .xmpp
+            .server
+            .as_ref()
+            .map(|(host, port)| config::HostPort { host: host.clone(), port: Some(*port) }.to_string()),
         security: match config.xmpp.security {
             config::Security::DirectTls => xmpp::Security::DirectTls,
             config::Security::Starttls => xmpp::Security::Starttls,

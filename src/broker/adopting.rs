@@ -300,7 +300,7 @@ fn adopt_problem(name: &VmName, e: &AdoptError) -> Problem {
         | AdoptError::TooLarge { .. }
         | AdoptError::Convert { .. }
         | AdoptError::Scattered => ProblemKind::Refused,
-        AdoptError::Changed { .. } | AdoptError::Exists { .. } => ProblemKind::Conflict,
+        AdoptError::Changed { .. } | AdoptError::Occupied { .. } => ProblemKind::Conflict,
         AdoptError::NoQemuImg => ProblemKind::Missing,
         AdoptError::Cancelled => ProblemKind::Cancelled,
         AdoptError::Disk(_) | AdoptError::Io { .. } => ProblemKind::Failed,

@@ -15,7 +15,8 @@ pub fn problem(d: &Damaged) -> Problem {
     let object = format!("VM {}", d.vm);
     let dir = d.path.parent().unwrap_or(&d.path).display();
     Problem::new(ProblemKind::Damaged, object, format!("is set aside: {}", d.reason)).next(format!(
-        "stop the broker, restore {} from a backup and start it again; or, if the VM is not needed, remove          {dir}. Its disks there are untouched",
+        "stop the broker, restore {} from a backup and start it again; or, if the VM is not needed, remove \
+         {dir}. Its disks there are untouched",
         d.path.display()
     ))
 }

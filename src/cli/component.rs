@@ -258,10 +258,13 @@ fn build_problem(e: &BuildError) -> Problem {
         | BuildError::UnknownSource { .. }
         | BuildError::CacheDirectory { .. } => (ProblemKind::BadRequest, ""),
         BuildError::Read { path, source } => {
-            // tar says so of an archive that was cut inside a header, zstd of one that was cut inside a frame.
-            let problem = Problem::from_path(path.display().to_string(), source);
+            let mut problem = Problem::from_path(path.display().to_string(), source);
+            // What the system did not say, the reader of the archive says of its bytes.
+            if problem.kind == ProblemKind::Failed && source.raw_os_error().is_none() {
+                problem.kind = ProblemKind::Damaged;
+            }
             let next = match problem.kind {
-                ProblemKind::Damaged => "it is cut short: get the whole of it",
+                ProblemKind::Damaged => "it is cut short or damaged: get the whole of it",
                 ProblemKind::Forbidden => "let the user who runs this read it",
                 _ => "check the path and who may read it",
             };
@@ -288,14 +291,16 @@ fn build_problem(e: &BuildError) -> Problem {
         BuildError::ToolMissing { .. } | BuildError::NoSources { .. } => {
             (ProblemKind::Missing, "deploy/install installs what is needed")
         }
-        BuildError::Secret { .. } | BuildError::Fragment { .. } => (ProblemKind::Refused, ""),
+        BuildError::Secret { .. }
+        | BuildError::Fragment { .. }
+        | BuildError::LongPath { .. }
+        | BuildError::TooMuch { .. } => (ProblemKind::Refused, ""),
         BuildError::Repository(e) => return content::repository_problem(e),
         BuildError::Step { .. } => (ProblemKind::Failed, "--keep-failed leaves the tree for inspection"),
         BuildError::Write { .. }
         | BuildError::VersionUnknown { .. }
         | BuildError::UnpackedMatch { .. }
         | BuildError::Tree { .. }
-        | BuildError::TooMuch { .. }
         | BuildError::Manifest(_) => (ProblemKind::Failed, ""),
     };
     Problem::from_error(kind, "component", e).next(next)

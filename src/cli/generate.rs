@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 
-use crate::broker::problem::{Problem, ProblemKind};
+use crate::broker::problem::Problem;
 
 use super::Cli;
 use super::context::Context;
@@ -31,7 +31,7 @@ pub fn completions(ctx: &Context, args: &Completions) -> Outcome {
 
 pub fn man(ctx: &Context, args: &Man) -> Outcome {
     let failed = |e: io::Error| {
-        Problem::from_error(ProblemKind::Failed, format!("directory {}", args.dir.display()), &e)
+        Problem::from_path(format!("directory {}", args.dir.display()), &e)
     };
     std::fs::create_dir_all(&args.dir).map_err(failed)?;
     // Manual pages are for everybody.

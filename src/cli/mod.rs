@@ -185,7 +185,7 @@ pub fn run() -> ExitCode {
 fn execute(globals: Globals, command: Command, printer: Printer) -> Outcome {
     let is_broker = matches!(command, Command::Broker { .. });
     let default = if is_broker { telemetry::BROKER_FILTER } else { telemetry::COMMAND_FILTER };
-    telemetry::start(globals.log.as_deref().unwrap_or(default)).map_err(|e| {
+    telemetry::start(globals.log.as_deref().unwrap_or(default), is_broker).map_err(|e| {
         Problem::from_error(ProblemKind::BadRequest, "--log", &e).next("write for example: --log info")
     })?;
     let mut runtime = match is_broker {

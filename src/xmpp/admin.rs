@@ -112,6 +112,25 @@ impl Admin {
         }
     }
 
+    /// Whether this account's server reaches one of that domain.
+    pub async fn answers(&self, domain: &str) -> Result<(), AdminError> {
+        let to = Jid::new(domain).map_err(|e| AdminError::Room(e.to_string()))?;
+        match self.handle.iq(to, false, DiscoInfoQuery { node: None }).await {
+            // It is there, and does not tell what it is.
+            Err(RequestError::Refused { condition, .. })
+                if !matches!(
+                    condition.as_str(),
+                    "remote-server-not-found" | "remote-server-timeout" | "gone" | "item-not-found"
+                ) =>
+            {
+                Ok(())
+            }
+            answer => answer
+                .map(drop)
+                .map_err(|source| AdminError::Request { what: format!("reach {domain}"), source }),
+        }
+    }
+
     pub async fn add_member(&self, member: &MemberJid) -> Result<(), AdminError> {
         self.affiliate(member, Affiliation::Member, "add").await
     }
