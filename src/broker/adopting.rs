@@ -81,6 +81,11 @@ impl Broker {
                     view.vm = Some(vm);
                     Ok(Reply::Adopted(Box::new(view)))
                 }
+                // The disk was read at length: what came of that stays.
+                Ok(Err(p)) => {
+                    let reason = format!("{}; the VM is there all the same, and stopped", p.reason);
+                    Err(Problem { reason, ..p })
+                }
                 Ok(other) => other,
                 Err(_) => Err(Problem::new(ProblemKind::Unavailable, "broker", "is shutting down")),
             };

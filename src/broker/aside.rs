@@ -8,7 +8,7 @@ use crate::vm::{Firmware, PowerState, VmSpec};
 use super::Broker;
 use super::interface::VmView;
 use super::problem::{Problem, ProblemKind};
-use super::records::Damaged;
+use super::records::{Autostart, Damaged};
 
 /// What an operator is told of it.
 pub fn problem(d: &Damaged) -> Problem {
@@ -85,6 +85,10 @@ fn view(d: &Damaged) -> VmView {
         console_log: String::new(),
         migration: None,
         problem: Some(problem(d)),
+        description: String::new(),
+        autostart: Autostart::default(),
+        stop_timeout_s: None,
+        runs_as: None,
         spec,
     }
 }

@@ -110,7 +110,7 @@ impl Broker {
             format!(
                 "the guest did not end by itself on {at}, within the time it was given: a move waits {} s for it, and \
                  then is called off, or with --force-stop switches it off",
-                self.shared.config.migration.stop_timeout.as_secs()
+                self.stop_timeout(vm.record.spec.id).as_secs()
             )
         })
     }

@@ -29,6 +29,7 @@ mod resolve;
 mod table;
 mod target;
 mod vm;
+mod vm_change;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

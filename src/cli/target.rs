@@ -79,6 +79,9 @@ impl Target {
             | R::VmShow { .. }
             | R::VmStart { .. }
             | R::VmStop { .. }
+            | R::VmReboot { .. }
+            | R::VmSet(_)
+            | R::VmResize { .. }
             | R::VmDelete { .. }
             | R::Plan { .. }
             | R::Move { .. }
