@@ -128,6 +128,27 @@ fn what_is_set_is_what_it_is_started_with() {
     done(&world, &["vm", "rename", "mail", "web"]);
 
     // A VM that was made to be started and does not: nothing of it is left.
+    let config = world.clouds[0].dir.join("federation.toml").display().to_string();
+    for (name, kind, path) in [
+        ("fmt", "format", "boot/efi/EFI/BOOT/BOOTX64.EFI"),
+        ("os", "os", "etc/os-release"),
+        ("k", "kernel", "boot/vmlinuz"),
+    ] {
+        let tree = world.dir.path().join(name);
+        std::fs::create_dir_all(tree.join(path).parent().unwrap()).unwrap();
+        std::fs::write(tree.join(path), name).unwrap();
+        let tree = tree.display().to_string();
+        let import = ["--config", &config, "component", "import", &tree, "--name", name, "--version", "1"];
+        let build = ["--build-dir", "/var/cache/cicada-build"];
+        done(&world, &[&import[..], &["--kind", kind], &build].concat());
+    }
+    let create = ["vm", "create", "big", "--component", "fmt", "--component", "os", "--component", "k"];
+    let there = std::fs::read_dir(world.clouds[0].dir.join("data/vms")).unwrap().count();
+    let start = ["--root-size", "256M", "--memory", "3G", "--start"];
+    let (code, said) = cicada(&world, 0, &[&create[..], &start].concat());
+    assert_eq!((code, said.contains("nothing of it is left")), (5, true), "{said}");
+    assert_eq!(cicada(&world, 0, &["vm", "show", "big"]).0, 3);
+    assert_eq!(std::fs::read_dir(world.clouds[0].dir.join("data/vms")).unwrap().count(), there);
     let vms = |w: &World| std::fs::read_dir(w.clouds[0].dir.join("data/vms")).unwrap().count();
     let there = vms(&world);
     let disk = world.clouds[0].dir.join("web.raw").display().to_string();
@@ -235,7 +256,7 @@ fn disks_grow_and_travel_as_they_are() {
         std::fs::read(file).unwrap()
     };
     let root = exported(0, "root", &[]);
-    assert_eq!((root.len(), exported(0, "data", &["--user-data"]).len()), (8 << 20, 6 << 20));
+    assert_eq!((root.len(), exported(0, "user-data", &["--user-data"]).len()), (8 << 20, 6 << 20));
     done(&world, &["vm", "start", "web"]);
     world.wait("it runs", 20, |w| w.vm(0, "web").power == PowerState::Running);
 
@@ -245,6 +266,8 @@ fn disks_grow_and_travel_as_they_are() {
     let (code, said) = cicada(&world, 0, &["move", "web", "--to", "boreal"]);
     assert_ne!(code, 0, "a guest that ignores the power button: {said}");
     assert!(begun.elapsed() < Duration::from_secs(45), "its own stop timeout: {:?}", begun.elapsed());
+    // The move that was called off lets go of it.
+    world.wait("it is free", 20, |w| cicada(w, 0, &["vm", "set", "web", "--stop-timeout", "1s"]).0 == 0);
     let (code, said) = cicada(&world, 0, &["move", "web", "--to", "boreal", "--force-stop"]);
     assert_eq!(code, 0, "{said}\n{}\n{}", world.log(0), world.log(1));
     let there = world.vm(1, "web");
