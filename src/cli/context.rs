@@ -8,7 +8,7 @@ use crate::client::Client;
 use crate::config::Config;
 
 use super::Globals;
-use super::printer::{Failure, Outcome, Printer};
+use super::printer::{Outcome, Printer};
 use super::progress::Progress;
 use super::target::Target;
 
@@ -90,13 +90,7 @@ impl Context {
         if !self.printer.json {
             return people(&self.printer, result?);
         }
-        match result {
-            Ok(reply) => self.printer.json_message(&Message::Reply(Box::new(reply))),
-            Err(problem) => {
-                self.printer.json_message(&Message::Problem(problem.clone()))?;
-                Err(Failure::Problem(problem))
-            }
-        }
+        self.printer.json_message(&Message::Reply(Box::new(result?)))
     }
 
     /// A step of a command's own work.

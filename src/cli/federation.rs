@@ -191,6 +191,10 @@ async fn step<T>(
 
 fn admin_problem(object: String, owner: &MemberJid, e: &AdminError) -> Problem {
     let (kind, next) = match e {
+        AdminError::Connect(e) if e.kind() == std::io::ErrorKind::PermissionDenied => (
+            ProblemKind::Forbidden,
+            format!("check the password of {owner}, and the section [xmpp]"),
+        ),
         AdminError::Connect(_) => (
             ProblemKind::Unavailable,
             "check [xmpp] server, security and ca_file, and the account's password".to_owned(),

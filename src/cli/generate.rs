@@ -10,6 +10,7 @@ use crate::broker::problem::Problem;
 
 use super::Cli;
 use super::context::Context;
+use super::names;
 use super::printer::Outcome;
 
 #[derive(Args)]
@@ -26,7 +27,8 @@ pub struct Man {
 pub fn completions(ctx: &Context, args: &Completions) -> Outcome {
     let mut text = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "cicada", &mut text);
-    ctx.printer.raw(&text)
+    let text = String::from_utf8_lossy(&text).into_owned();
+    ctx.printer.raw(names::with_names(args.shell, text).as_bytes())
 }
 
 pub fn man(ctx: &Context, args: &Man) -> Outcome {

@@ -17,6 +17,7 @@ use super::context::Context;
 use super::printer::{Outcome, Printer, unexpected};
 use super::table::{Table, card};
 use super::target::Target;
+use super::whose;
 
 #[derive(Subcommand)]
 pub enum Command {
@@ -178,6 +179,7 @@ fn print_keys(printer: &Printer, reply: Reply) -> Outcome {
 
 fn show(ctx: &Context) -> Outcome {
     let config = ctx.config()?;
+    whose::not_as_root(&config)?;
     let own = load_identity(&config.cloud.data_dir).map_err(|e| Problem::from_config(&e))?;
     print(ctx, config.xmpp.jid, &own)
 }
@@ -205,6 +207,7 @@ fn print(ctx: &Context, jid: MemberJid, own: &config::Identity) -> Outcome {
 
 async fn rotate(ctx: &Context) -> Outcome {
     let config = ctx.config()?;
+    whose::not_as_root(&config)?;
     let conflict = |reason: &str| Problem::new(ProblemKind::Conflict, "identity", reason);
     match ctx.client().await {
         Ok(_) => {

@@ -280,7 +280,7 @@ pub async fn fetch(ctx: &Context, id: String, output: Option<PathBuf>) -> Outcom
         Reply::Receipt(evidence) => evidence,
         other => return Err(unexpected(&other)),
     };
-    let Some(output) = output else { return ctx.printer.json_value(&evidence) };
+    let Some(output) = output else { return ctx.printer.json_document(&evidence) };
     let object = output.display().to_string();
     if output.exists() {
         return Err(Problem::new(ProblemKind::Conflict, object, "is there already")

@@ -22,6 +22,8 @@ use crate::config::Config;
 use crate::repository::Repository;
 use crate::types::{Hash, RecipeId};
 
+use super::whose;
+
 const PIECE_BYTES: usize = 256 << 10;
 
 pub enum Target {
@@ -100,6 +102,7 @@ impl Target {
 
     /// Opens the repository of a cloud whose broker does not run.
     pub fn offline(config: &Config) -> Result<Self, Problem> {
+        whose::not_as_root(config)?;
         same_owner(&config.repository.dir)?;
         let repository = Repository::open_or_create(&config.repository.dir).map_err(|e| {
             let problem = content::repository_problem(&e);
