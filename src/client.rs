@@ -137,7 +137,7 @@ impl Client {
         }
     }
 
-    fn broken(&self, e: &dyn std::error::Error) -> Problem {
+    fn broken(&self, e: &(dyn std::error::Error + 'static)) -> Problem {
         let at = format!("broker at {}", self.socket.display());
         Problem::from_error(ProblemKind::Unavailable, at, e).next("see the broker's log")
     }

@@ -23,6 +23,15 @@ impl UnixMillis {
     }
 }
 
+impl UnixMillis {
+    /// RFC 3339, for programs: `2026-11-21T07:19:51.042Z`.
+    pub fn rfc3339(self) -> String {
+        let (date, time) = (civil(self.0 / 86_400_000), self.0 / 1000);
+        let (h, m, s, ms) = (time / 3600 % 24, time / 60 % 60, time % 60, self.0 % 1000);
+        format!("{:04}-{:02}-{:02}T{h:02}:{m:02}:{s:02}.{ms:03}Z", date.0, date.1, date.2)
+    }
+}
+
 /// `2026-11-21 07:19:51 UTC`.
 impl fmt::Display for UnixMillis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

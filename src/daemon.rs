@@ -38,17 +38,15 @@ const EXIT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Runs a broker until a signal or a shutdown request ends it.
 pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
-    let failed =
-        |object: &str, e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, object, e);
+    let failed = |object: &str, e: &(dyn std::error::Error + 'static)| {
+        Problem::from_error(ProblemKind::Failed, object, e)
+    };
     crate::fault::check_environment().map_err(|e| {
         failed("environment", &e).next(format!("unset {}: it is for tests", crate::fault::VARIABLE))
     })?;
-    let config_failed = |object: &str, e: &config::ConfigError| failed(object, e).next(e.next_step());
-    config
-        .check_owners()
-        .map_err(|e| Problem { kind: ProblemKind::Forbidden, ..config_failed(&e.object(), &e) })?;
-    config::private_dir(&config.cloud.data_dir).map_err(|e| config_failed("data directory", &e))?;
-    let password = config.xmpp.password().map_err(|e| config_failed("password", &e))?;
+    config.check_owners().map_err(|e| Problem::from_config(&e))?;
+    config::private_dir(&config.cloud.data_dir).map_err(|e| Problem::from_config(&e))?;
+    let password = config.xmpp.password().map_err(|e| Problem::from_config(&e))?;
     let records = Records::open(&config.cloud.data_dir).map_err(|e| failed("records", &e))?;
     let repository =
         Repository::open_or_create(&config.repository.dir).map_err(|e| content::repository_problem(&e))?;
@@ -56,8 +54,7 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
         .set_hot_limit(config.repository.hot_cache_size.0)
         .map_err(|e| content::repository_problem(&e))?;
     // Read under the repository's lock: while it is held, no rotation changes it.
-    let identity =
-        config::load_identity(&config.cloud.data_dir).map_err(|e| config_failed("identity", &e))?;
+    let identity = config::load_identity(&config.cloud.data_dir).map_err(|e| Problem::from_config(&e))?;
     let (key, successions) = (identity.key, identity.successions);
     let driver: Arc<dyn Driver> = Arc::new(open_driver(&config).await?);
 
@@ -179,7 +176,11 @@ pub fn xmpp_settings(config: &Config, password: String) -> xmpp::Settings {
     xmpp::Settings {
         jid: config.xmpp.jid.clone(),
         password,
-        server: config.xmpp.server.as_ref().map(|(host, port)| format!("{host}:{port}")),
+        server: config
+            .xmpp
+            .server
+            .as_ref()
+            .map(|(host, port)| config::HostPort { host: host.clone(), port: Some(*port) }.to_string()),
         security: match config.xmpp.security {
             config::Security::DirectTls => xmpp::Security::DirectTls,
             config::Security::Starttls => xmpp::Security::Starttls,

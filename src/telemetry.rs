@@ -19,25 +19,26 @@ use crate::types::text::{escaped, escaped_json};
 
 /// What the broker logs when nothing else is asked for.
 pub const BROKER_FILTER: &str = "info";
-/// Other commands say what they have to say themselves.
-pub const COMMAND_FILTER: &str = "warn";
+/// Other commands say what they have to say themselves: what a session with the server came to is their error.
+pub const COMMAND_FILTER: &str = "warn,cicada::xmpp::session=off,cicada::xmpp::link=off";
 
 /// Starts logging. `filter` is a level, or directives such as `info,cicada::transfer=debug`. In one
-/// process only the first call has an effect.
-pub fn start(filter: &str) -> Result<(), ParseError> {
+/// process only the first call has an effect. Lines of JSON are for who collects a broker's log, not for who reads
+/// what a command says.
+pub fn start(filter: &str, is_broker: bool) -> Result<(), ParseError> {
     let filter = EnvFilter::builder().parse(filter)?;
     let colors = std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     let form = match io::stderr().is_terminal() {
         true if colors => Form::Colored,
-        true => Form::Text,
-        false => Form::Json,
+        false if is_broker => Form::Json,
+        _ => Form::Text,
     };
     let log = tracing_subscriber::fmt().with_env_filter(filter);
     let log = log.with_writer(move || Lines { out: io::stderr(), form });
     // A second start fails, as it should.
     let _ = match form {
         Form::Json => log.json().flatten_event(true).try_init(),
-        Form::Text | Form::Colored => log.with_target(false).with_ansi(colors).try_init(),
+        Form::Text | Form::Colored => log.with_target(false).with_ansi(form == Form::Colored).try_init(),
     };
     Ok(())
 }

@@ -204,7 +204,7 @@ fn a_disk_of_known_files_is_adopted_and_comes_back_bit_by_bit() {
         assert_eq!(adopt::export(&vm, &out, ImageFormat::Raw, QUIET).unwrap(), 40 * MIB);
         assert!(fs::read(&out).unwrap() == original, "{name}: the disk came back another");
         let again = adopt::export(&vm, &out, ImageFormat::Raw, QUIET);
-        assert!(matches!(again, Err(AdoptError::Exists { .. })));
+        assert!(matches!(again, Err(AdoptError::Occupied { .. })));
         let other = world.path(&format!("{name}-out.qcow2"));
         adopt::export(&vm, &other, ImageFormat::Qcow2, QUIET).unwrap();
         run(Command::new("qemu-img").args(["compare", "-f", "raw", "-F", "qcow2"]).arg(&raw).arg(&other));

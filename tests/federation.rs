@@ -264,7 +264,7 @@ fn a_cancelled_move_leaves_the_vm_running_and_nothing_behind() {
     world.wait("it is being staged", 30, |w| staging(w).is_some());
     let id = staging(&world).unwrap().progress.id;
     let busy = world
-        .call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: 5, for_host: false })
+        .call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: Some(5), for_host: false })
         .unwrap_err();
     assert_eq!(busy.kind, ProblemKind::Conflict);
     world.call(0, &Request::MigrationCancel { id: id.to_string() }).unwrap();
@@ -320,7 +320,7 @@ fn a_broker_that_died_in_the_middle_of_a_move_finds_its_vm_again() {
     world.call(0, &Request::MigrationCancel { id }).unwrap();
     world.wait("the move is called off", 60, |w| w.vm(0, "web").migration.is_none());
     world
-        .call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: 60, for_host: false })
+        .call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: Some(60), for_host: false })
         .unwrap();
     assert_eq!(world.vm(0, "web").power, cicada::vm::PowerState::Stopped);
     assert!(!world.log(0).contains("does not quit"), "{}", world.log(0));
@@ -540,7 +540,7 @@ fn a_vm_written_out_is_adopted_again_and_boots_as_before() {
     world.wait_booted(0, "web", 120);
     world.guest(0, "web", "dd if=/dev/urandom of=/data/proof bs=1k count=300 2>/dev/null; sha256sum /data/proof >/root/sum; sync");
     world
-        .call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: 60, for_host: false })
+        .call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: Some(60), for_host: false })
         .unwrap();
     let path = |name: &str| world.dir.path().join(name).display().to_string();
     for (name, format, user_data) in [("web.vmdk", "vmdk", false), ("web-data.qcow2", "qcow2", true)] {
@@ -735,7 +735,9 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
         user_data: false,
     };
     assert_eq!(world.call(1, &running).unwrap_err().kind, ProblemKind::Conflict);
-    world.call(1, &Request::VmStop { vm: "old".into(), force: true, timeout_s: 5, for_host: false }).unwrap();
+    world
+        .call(1, &Request::VmStop { vm: "old".into(), force: true, timeout_s: Some(5), for_host: false })
+        .unwrap();
     let home = world.move_vm(1, "old", "alpine");
     assert_eq!(home.account.packs_fetched, 0);
     assert!(export(0, "home.raw", false) == disk);

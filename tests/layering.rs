@@ -113,3 +113,14 @@ fn no_source_file_is_too_long() {
         .collect();
     assert!(long.is_empty(), "over 1,000 lines: {long:?}");
 }
+
+/// Settings are TOML. What reads other formats would be code that nothing calls and everything carries.
+#[test]
+fn no_format_is_built_in_that_nothing_reads() {
+    for lock in ["Cargo.lock", "fuzz/Cargo.lock"] {
+        let lock = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(lock)).unwrap();
+        for name in ["yaml-rust2", "ron", "json5", "rust-ini"] {
+            assert!(!lock.contains(&format!("name = \"{name}\"\n")), "{name}");
+        }
+    }
+}

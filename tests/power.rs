@@ -50,7 +50,7 @@ fn one_cloud(vms: &[&str]) -> Option<World> {
 }
 
 fn stop(vm: &str, force: bool, for_host: bool) -> Request {
-    Request::VmStop { vm: vm.into(), force, timeout_s: 2, for_host }
+    Request::VmStop { vm: vm.into(), force, timeout_s: Some(2), for_host }
 }
 
 fn signal_qemu(vm: &VmView, signal: Signal) {

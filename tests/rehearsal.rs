@@ -134,7 +134,7 @@ fn vms_run_below_a_directory_of_any_depth() {
     let vm = adopt(&world, "web", Firmware::Bios, &[], true);
     assert!(vm.console_socket.len() > 107, "{}", vm.console_socket);
     world.wait("it runs", 20, |w| w.vm(0, "web").power == PowerState::Running);
-    let stop = Request::VmStop { vm: "web".into(), force: true, timeout_s: 5, for_host: false };
+    let stop = Request::VmStop { vm: "web".into(), force: true, timeout_s: Some(5), for_host: false };
     world.call(0, &stop).unwrap();
     assert_eq!(world.vm(0, "web").power, PowerState::Stopped);
 }

@@ -38,8 +38,8 @@ pub enum AdoptError {
     TooLarge { path: PathBuf, size: ByteSize, limit: ByteSize },
     #[error("{} changed while it was read: stop whatever writes to it and try again", path.display())]
     Changed { path: PathBuf },
-    #[error("{} is there already; remove it or name another place", path.display())]
-    Exists { path: PathBuf },
+    #[error("{} {reason}", path.display())]
+    Occupied { path: PathBuf, reason: &'static str },
     #[error("qemu-img is not there: install the package qemu-utils")]
     NoQemuImg,
     #[error("qemu-img cannot read {}: {reason}", path.display())]

@@ -22,7 +22,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::component::extents::BLOCK_BYTES;
-use crate::compose::{Composer, ImageFormat, convert};
+use crate::compose::{Composer, ImageFormat, convert, occupied};
 use crate::repository::{BlockPlaces, PLACES_MAX_DEFAULT, Repository};
 use crate::types::{ImageDigest, RecipeId};
 
@@ -195,8 +195,8 @@ pub enum VmDisk {
 /// Writes a VM's whole disk to `output`, a new file. No hypervisor may run the disk meanwhile. Returns
 /// the size of the disk.
 pub fn export(disk: &VmDisk, output: &Path, format: ImageFormat, job: Job<'_>) -> Result<u64, AdoptError> {
-    if output.symlink_metadata().is_ok() {
-        return Err(AdoptError::Exists { path: output.to_owned() });
+    if let Some(reason) = occupied(output) {
+        return Err(AdoptError::Occupied { path: output.to_owned(), reason });
     }
     let segments = match disk {
         VmDisk::Root { overlay, base } => Segments::of_vm(overlay, base)?,

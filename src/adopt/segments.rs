@@ -111,7 +111,7 @@ impl Segments {
         let file = file.map_err(io_error("create", &part))?;
         let written = self.copy_to(&file, &part, phase, job).and_then(|()| {
             file.sync_all().map_err(io_error("write", &part))?;
-            let renamed = std::fs::rename(&part, output).and_then(|()| durable::sync_dir_of(output));
+            let renamed = crate::compose::place(&part, output).and_then(|()| durable::sync_dir_of(output));
             renamed.map_err(io_error("create", output))
         });
         if written.is_err() {

@@ -91,6 +91,11 @@ impl Broker {
                     view.vm = Some(vm);
                     Ok(Reply::Adopted(Box::new(view)))
                 }
+                // The disk was read at length: what came of that stays.
+                Ok(Err(p)) => {
+                    let reason = format!("{}; the VM is there all the same, and stopped", p.reason);
+                    Err(Problem { reason, ..p })
+                }
                 Ok(other) => other,
                 Err(_) => Err(Problem::new(ProblemKind::Unavailable, "broker", "is shutting down")),
             };
@@ -399,7 +404,7 @@ fn adopt_problem(name: &VmName, e: &AdoptError) -> Problem {
         | AdoptError::Convert { .. }
         | AdoptError::Scattered => ProblemKind::Refused,
         AdoptError::Damaged { .. } => ProblemKind::Damaged,
-        AdoptError::Changed { .. } | AdoptError::Exists { .. } => ProblemKind::Conflict,
+        AdoptError::Changed { .. } | AdoptError::Occupied { .. } => ProblemKind::Conflict,
         AdoptError::NoQemuImg => ProblemKind::Missing,
         AdoptError::Cancelled => ProblemKind::Cancelled,
         AdoptError::Disk(_) | AdoptError::Io { .. } => ProblemKind::Failed,

@@ -125,17 +125,17 @@ fn archive_problem(path: &str, e: &ArchiveError) -> Problem {
         ArchiveError::Target { .. } | ArchiveError::NotAnArchive { .. } => ProblemKind::BadRequest,
         ArchiveError::Changed { .. } => ProblemKind::Conflict,
         ArchiveError::Unexpected { .. } | ArchiveError::Ended { .. } => ProblemKind::Damaged,
-        ArchiveError::Io { source, .. } => match source.kind() {
-            std::io::ErrorKind::NotFound => ProblemKind::Missing,
-            std::io::ErrorKind::PermissionDenied => ProblemKind::Forbidden,
-            _ => ProblemKind::Failed,
-        },
+        ArchiveError::Io { source, .. } => Problem::from_path(path, source).kind,
         ArchiveError::Stopped => ProblemKind::Cancelled,
     };
     let problem = Problem::from_error(kind, object, e);
     match e {
         ArchiveError::Stopped => problem.next("run it again to go on"),
-        ArchiveError::Io { .. } => problem.next("the broker's user must be able to open it"),
+        ArchiveError::Io { source, .. } => match source.kind() {
+            std::io::ErrorKind::NotFound => problem.next("name a path on the broker's machine"),
+            std::io::ErrorKind::PermissionDenied => problem.next("the broker's user must be able to open it"),
+            _ => problem,
+        },
         _ => problem,
     }
 }

@@ -8,14 +8,15 @@ use crate::vm::{Firmware, PowerState, VmSpec};
 use super::Broker;
 use super::interface::VmView;
 use super::problem::{Problem, ProblemKind};
-use super::records::Damaged;
+use super::records::{Autostart, Damaged};
 
 /// What an operator is told of it.
 pub fn problem(d: &Damaged) -> Problem {
     let object = format!("VM {}", d.vm);
     let dir = d.path.parent().unwrap_or(&d.path).display();
     Problem::new(ProblemKind::Damaged, object, format!("is set aside: {}", d.reason)).next(format!(
-        "stop the broker, restore {} from a backup and start it again; or, if the VM is not needed, remove          {dir}. Its disks there are untouched",
+        "stop the broker, restore {} from a backup and start it again; or, if the VM is not needed, remove \
+         {dir}. Its disks there are untouched",
         d.path.display()
     ))
 }
@@ -84,6 +85,10 @@ fn view(d: &Damaged) -> VmView {
         console_log: String::new(),
         migration: None,
         problem: Some(problem(d)),
+        description: String::new(),
+        autostart: Autostart::default(),
+        stop_timeout_s: None,
+        runs_as: None,
         spec,
     }
 }

@@ -1,12 +1,10 @@
 //! Operators' requests.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
 use crate::federation::{Member, Trust};
-use crate::hypervisor::StopMode;
 use crate::migration::{RequestBody, envelope};
 use crate::types::{CloudName, MemberJid, VmId};
 
@@ -15,7 +13,6 @@ use super::interface::{
     Candidate, Event, MemberView, MigrationView, Predecessor, Reply, Request, Resource, StatusView, Verdict,
 };
 use super::outgoing::Course;
-use super::power::Stop;
 use super::problem::{Problem, ProblemKind};
 use super::shared::Peer;
 use super::{Broker, Input, aside, content};
@@ -54,12 +51,15 @@ impl Broker {
                 Err(p) => Err(p),
             },
             Request::VmStop { vm, force, timeout_s, for_host } => {
-                let timeout = Duration::from_secs(timeout_s);
-                let mode = match force {
-                    true => StopMode::Forced,
-                    false => StopMode::Graceful { timeout, escalate: for_host },
-                };
-                return self.stop_named(&vm, Stop { mode, for_host }, reply);
+                return self.stop_named(&vm, force, timeout_s, for_host, reply);
+            }
+            Request::VmReboot { vm, force, timeout_s } => match self.movable_vm(&vm) {
+                Ok(id) => return self.reboot_vm(id, force, timeout_s, reply),
+                Err(p) => Err(p),
+            },
+            Request::VmSet(set) => self.set_vm(&set).map(|id| self.shown(id)),
+            Request::VmResize { vm, root_size, user_data_size } => {
+                return self.resize_vm(&vm, root_size, user_data_size, reply);
             }
             Request::VmDelete { vm, taken_for } => return self.delete_vm(&vm, taken_for, reply),
             Request::Plan { vm, to } => return self.plan(&vm, to.as_deref(), reply),

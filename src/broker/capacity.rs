@@ -76,7 +76,10 @@ impl Broker {
                 && vm.record.is_here()
                 && (vm.record.run || self.shared.driver.state(**id).is_ok_and(|s| s == PowerState::Running))
         });
-        let used = running.map(|(_, vm)| (vm.record.spec.cpus, vm.record.spec.memory.0));
+        let used = running.map(|(_, vm)| {
+            let takes = vm.record.takes();
+            (takes.cpus, takes.memory.0)
+        });
         let reserved = self.incoming.values().filter(|r| Some(r.spec().id) != except).map(Incoming::reserved);
         let (cpus, memory) = used
             .chain(reserved)

@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use crate::component::manifest::{limit, show};
 use crate::component::{Entry, Manifest};
-use crate::compose::{ComposeError, Composer, ImageFormat};
+use crate::compose::{self, ComposeError, Composer, ImageFormat};
 use crate::repository::{CheckReport, ObjectId, Repository, RepositoryError};
 use crate::types::{ByteSize, ComponentId, Hash, PackId, RecipeId};
 
@@ -82,7 +82,11 @@ pub fn repository_problem(e: &RepositoryError) -> Problem {
         RepositoryError::NoSpace { .. } => ProblemKind::NoSpace,
         _ => ProblemKind::Failed,
     };
-    Problem::from_error(kind, "repository", e)
+    let problem = Problem::from_error(kind, "repository", e);
+    match e {
+        RepositoryError::InUse { next_step, .. } => problem.next(next_step),
+        _ => problem,
+    }
 }
 
 pub fn compose_problem(e: &ComposeError) -> Problem {
@@ -91,8 +95,25 @@ pub fn compose_problem(e: &ComposeError) -> Problem {
         ComposeError::NoSpace { .. } => Problem::from_error(ProblemKind::NoSpace, "composition", e),
         ComposeError::Missing { .. } => Problem::from_error(ProblemKind::Damaged, "composition", e)
             .next("build or import the missing components, or fetch them from a member that has them"),
+        ComposeError::NoQemuImg => Problem::from_error(ProblemKind::Missing, "composition", e),
+        ComposeError::Occupied { .. } => Problem::from_error(ProblemKind::Conflict, "composition", e),
+        ComposeError::Io { source, .. } => {
+            Problem::from_error(Problem::from_path("composition", source).kind, "composition", e)
+                .next("see that the broker's user may write there")
+        }
+        ComposeError::ShortPack { .. } | ComposeError::Digest { .. } | ComposeError::Damaged { .. } => {
+            Problem::from_error(ProblemKind::Damaged, "composition", e)
+        }
+        ComposeError::TooSmall { need, .. } => Problem::from_error(ProblemKind::BadRequest, "composition", e)
+            .next(format!("--root-size {}", mebibytes(*need))),
+        ComposeError::TooLarge { .. } => Problem::from_error(ProblemKind::BadRequest, "composition", e),
         _ => Problem::from_error(ProblemKind::Refused, "composition", e),
     }
+}
+
+/// As `--root-size` reads it.
+fn mebibytes(size: ByteSize) -> String {
+    format!("{}M", size.0.div_ceil(1 << 20))
 }
 
 pub fn resolve(repository: &Repository, names: &[String]) -> Result<Vec<ComponentId>, Problem> {
@@ -322,6 +343,10 @@ fn compose(
     let format: ImageFormat = format.parse().map_err(|reason: String| {
         Problem::new(ProblemKind::BadRequest, format!("format {format}"), reason)
     })?;
+    // Before the work.
+    if let Some(reason) = compose::occupied(Path::new(output)) {
+        return Err(Problem::new(ProblemKind::Conflict, format!("output {output}"), reason));
+    }
     composer.export(&id, Path::new(output), format).map_err(|e| compose_problem(&e))?;
     let recipe = repository.recipe(&id).map_err(|e| repository_problem(&e))?;
     Ok(ComposedView {

@@ -30,6 +30,7 @@ pub struct Continuity {
     boot: String,
     /// As it was found at start.
     found: BTreeMap<VmId, Hash>,
+    of_this_boot: bool,
 }
 
 impl Continuity {
@@ -49,7 +50,12 @@ impl Continuity {
             Some((vm.parse().ok()?, digest.parse().ok()?))
         };
         let found = lines.filter(|_| of_this_boot).filter_map(line).collect();
-        Self { path, boot: boot.to_owned(), found }
+        Self { path, boot: boot.to_owned(), found, of_this_boot }
+    }
+
+    /// Whether this machine was booted since a broker left its mark, or none did. Never where none can be left.
+    pub fn is_other_boot(&self) -> bool {
+        self.path.is_some() && !self.of_this_boot
     }
 
     /// What was found of this record at start.

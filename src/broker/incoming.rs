@@ -733,7 +733,7 @@ impl Broker {
             &self.shared.key,
             guest,
         );
-        let (record, lineage) = taken.map_err(|refusal| {
+        let (mut record, lineage) = taken.map_err(|refusal| {
             if refusal.is_false_claim() {
                 let peer = run.peer.jid.clone();
                 tracing::warn!(migration = %id, vm = %h.vm, from = %peer, reason = super::problem::chain(&refusal), "not taken over");
@@ -742,6 +742,7 @@ impl Broker {
         })?;
         // The record to come forgets how the VM arrived before.
         if let Some(previous) = self.vms.get(&h.vm) {
+            record.settings = previous.record.settings.clone();
             evidence::keep_receipts(records, &previous.record).map_err(|e| broken(&e))?;
         }
         self.keep_lineage(&lineage).map_err(|e| broken(&e))?;

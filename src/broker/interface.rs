@@ -10,6 +10,7 @@ use crate::clock::UnixMillis;
 use crate::component::Kind;
 use crate::federation::{MemberPolicy, Used};
 use crate::migration::Evidence;
+use crate::migration::records::{Autostart, Shape};
 use crate::types::{
     ByteSize, CloudName, ComponentId, ImageDigest, MemberJid, MigrationId, PeerText, PublicKey, RecipeId,
     Succession, VmId, VmName,
@@ -122,10 +123,28 @@ pub enum Request {
         vm: String,
         /// Switched off without asking the guest; for the host's sake, once `timeout_s` is over.
         force: bool,
-        timeout_s: u64,
+        /// What its guest gets to shut down; its own setting, or the cloud's, if not given.
+        #[serde(default)]
+        timeout_s: Option<u64>,
         /// The host goes down: the VM is started again with the broker.
         #[serde(default)]
         for_host: bool,
+    },
+    /// Stops it as [`Request::VmStop`] does, and starts it again.
+    VmReboot {
+        vm: String,
+        force: bool,
+        #[serde(default)]
+        timeout_s: Option<u64>,
+    },
+    VmSet(VmSet),
+    /// Makes disks of a stopped VM larger.
+    VmResize {
+        vm: String,
+        #[serde(default)]
+        root_size: Option<ByteSize>,
+        #[serde(default)]
+        user_data_size: Option<ByteSize>,
     },
     /// Scrubs a stopped VM, or the copy that one left here which was handed over.
     VmDelete {
@@ -218,6 +237,28 @@ pub struct VmCreate {
     pub networks: Vec<String>,
     pub kernel_command_line: String,
     pub start: bool,
+}
+
+/// What shall be another of a VM; what is not given stays.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSet {
+    pub vm: String,
+    #[serde(default)]
+    pub name: Option<VmName>,
+    /// CPUs and memory of a VM that runs are another from its next start on.
+    #[serde(default)]
+    pub cpus: Option<u32>,
+    #[serde(default)]
+    pub memory: Option<ByteSize>,
+    /// One line; empty for none.
+    #[serde(default)]
+    pub description: Option<String>,
+    #[serde(default)]
+    pub autostart: Option<Autostart>,
+    /// Zero for the cloud's own.
+    #[serde(default)]
+    pub stop_timeout_s: Option<u32>,
 }
 
 /// A VM to be made of disks on the broker's machine.
@@ -587,6 +628,16 @@ pub struct VmView {
     /// What an operator must know before touching it: in doubt, contested, damaged.
     #[serde(default)]
     pub problem: Option<Problem>,
+    #[serde(default)]
+    pub description: String,
+    #[serde(default)]
+    pub autostart: Autostart,
+    /// Its own; the cloud's `migration.stop_timeout_s` holds without one.
+    #[serde(default)]
+    pub stop_timeout_s: Option<u32>,
+    /// The CPUs and memory it runs with, where others hold from its next start on.
+    #[serde(default)]
+    pub runs_as: Option<Shape>,
     pub spec: VmSpec,
 }
 

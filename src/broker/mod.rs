@@ -9,6 +9,7 @@ pub mod aside;
 mod borrowing;
 mod calls;
 mod capacity;
+mod changing;
 pub mod content;
 pub mod continuity;
 mod errands;
@@ -274,6 +275,7 @@ impl Broker {
         self.resume_resolutions();
         self.resume_outgoing();
         self.resume_incoming();
+        self.apply_autostart();
         self.begin_confirming();
         self.start_in_order(self.vms.keys().copied());
         self.noted = u64::MAX;

@@ -416,8 +416,9 @@ impl Broker {
             }
             Effect::Stop => {
                 run.stopped_at = Some(shared.now());
-                let timeout = shared.config.migration.stop_timeout;
-                let mode = StopMode::Graceful { timeout, escalate: run.force_stop };
+                let escalate = run.force_stop;
+                let timeout = self.stop_timeout(vm);
+                let mode = StopMode::Graceful { timeout, escalate };
                 tokio::spawn(async move {
                     let begun = std::time::Instant::now();
                     let result = shared.driver.stop(vm, mode).await;

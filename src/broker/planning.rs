@@ -109,7 +109,7 @@ impl Broker {
             return Vec::new();
         }
         let mut notes = vec!["the guest runs: what it writes from now on travels as well".to_owned()];
-        let patience_s = self.shared.config.migration.stop_timeout.as_secs();
+        let patience_s = self.stop_timeout(id).as_secs();
         match (vm.record.ignored_stop, self.forecasts.shutdown_s(id)) {
             (Some(at), _) => notes.push(format!(
                 "the guest did not end by itself on {at}, within the time it was given: a move waits {patience_s} s \

@@ -29,13 +29,22 @@ pub struct Stop {
     pub mode: StopMode,
     /// The host goes down: the VM is started again with the broker.
     pub for_host: bool,
+    /// It is started again at once.
+    pub again: bool,
 }
 
 impl Broker {
     pub(super) fn start_vm(&mut self, id: VmId, reply: Answer) {
+        let off = is_off(&self.shared, id);
         let (room, Some(vm)) = (self.room(&self.shared.me, Some(id)), self.vms.get_mut(&id)) else {
             return;
         };
+        if off {
+            vm.record.runs_as = None;
+        } else if self.shared.driver.state(id).is_ok_and(|s| s == PowerState::Running) && vm.record.run {
+            // It may run in another shape than the next start will give it.
+            return self.verb_done(id, Ok(()), reply);
+        }
         let spec = &vm.record.spec;
         let object = format!("VM {}", spec.name);
         let running =
@@ -80,8 +89,12 @@ impl Broker {
             tracing::error!(vm = %vm.record.spec.name, reason = %refusal, "not started by itself");
             return None;
         }
-        if !vm.record.run {
+        let outdated = vm.record.runs_as.is_some() && is_off(&self.shared, id);
+        if !vm.record.run || outdated {
             vm.record.run = true;
+            if outdated {
+                vm.record.runs_as = None;
+            }
             if let Err(e) = self.shared.records.save_vm(&vm.record) {
                 tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "cannot record that it should run");
             }
@@ -114,24 +127,52 @@ impl Broker {
     }
 
     /// Stops a VM that nothing else holds; one that is being started by itself as soon as that is done.
-    pub(super) fn stop_named(&mut self, name: &str, stop: Stop, reply: Answer) {
+    pub(super) fn stop_named(
+        &mut self,
+        name: &str,
+        force: bool,
+        timeout_s: Option<u64>,
+        for_host: bool,
+        reply: Answer,
+    ) {
         let starting = |vm: &Vm| vm.record.is_here() && vm.busy.is_none() && vm.starting;
         let id = self.find_vm(name).and_then(|id| match self.vms.get(&id) {
             Some(vm) if starting(vm) && vm.stop_next.is_none() => Ok(id),
             _ => self.free_vm(name),
         });
         match id {
-            Ok(id) => self.stop_vm(id, stop, reply),
+            Ok(id) => {
+                let mode = self.stop_mode(id, force, timeout_s, for_host);
+                self.stop_vm(id, Stop { mode, for_host, again: false }, reply)
+            }
             Err(problem) => drop(reply.send(Err(problem))),
         }
     }
 
-    fn stop_vm(&mut self, id: VmId, stop: Stop, reply: Answer) {
+    pub(super) fn stop_mode(
+        &self,
+        id: VmId,
+        force: bool,
+        timeout_s: Option<u64>,
+        escalate: bool,
+    ) -> StopMode {
+        let timeout = timeout_s.map_or_else(|| self.stop_timeout(id), Duration::from_secs);
+        if force { StopMode::Forced } else { StopMode::Graceful { timeout, escalate } }
+    }
+
+    /// How long a VM's guest may take to shut down.
+    pub(super) fn stop_timeout(&self, id: VmId) -> Duration {
+        let own = self.vms.get(&id).and_then(|vm| vm.record.settings.stop_timeout_s);
+        own.map_or(self.shared.config.migration.stop_timeout, |s| Duration::from_secs(s.into()))
+    }
+
+    pub(super) fn stop_vm(&mut self, id: VmId, stop: Stop, reply: Answer) {
         let Some(vm) = self.vms.get_mut(&id) else { return };
-        let object = format!("VM {}", vm.record.spec.name);
+        let name = vm.record.spec.name.clone();
+        let object = format!("VM {name}");
         let wanted = vm.record.run;
         // Recorded first: from now on nothing starts it by itself.
-        if !stop.for_host && wanted {
+        if !stop.for_host && !stop.again && wanted {
             vm.record.run = false;
             if let Err(e) = self.shared.records.save_vm(&vm.record) {
                 vm.record.run = true;
@@ -149,10 +190,11 @@ impl Broker {
             let (begun, off) = (std::time::Instant::now(), is_off(&shared, id));
             let result = match off {
                 true => Ok(()),
-                false => shared.driver.stop(id, stop.mode).await.map_err(|e| {
-                    Problem::from_error(ProblemKind::Failed, object, &e)
-                        .next("use 'cicada vm stop --force' if the guest hangs")
-                }),
+                false => shared
+                    .driver
+                    .stop(id, stop.mode)
+                    .await
+                    .map_err(|e| Problem::from_driver(name.as_str(), &e)),
             };
             let elapsed = begun.elapsed();
             shared.post(Input::apply(move |b| {
@@ -165,6 +207,12 @@ impl Broker {
                     if let Err(e) = b.shared.records.save_vm(&vm.record) {
                         tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "that it still runs is not recorded");
                     }
+                }
+                if stop.again && result.is_ok() {
+                    if let Some(vm) = b.vms.get_mut(&id) {
+                        vm.busy = None;
+                    }
+                    return b.start_vm(id, reply);
                 }
                 b.verb_done(id, result, reply);
             }));
@@ -295,19 +343,23 @@ impl Broker {
 }
 
 /// Whether no guest of it runs; what the driver never heard of does not.
-fn is_off(shared: &Shared, id: VmId) -> bool {
+pub(super) fn is_off(shared: &Shared, id: VmId) -> bool {
     matches!(shared.driver.state(id), Err(_) | Ok(PowerState::Crashed | PowerState::Stopped))
 }
 
 /// Makes sure the composition is there and is the right one, then starts the VM.
 async fn run_machine(shared: &std::sync::Arc<Shared>, machine: &Machine) -> Result<(), Problem> {
-    let object = format!("VM {}", machine.spec.name);
+    let name = machine.spec.name.as_str();
+    let object = format!("VM {name}");
     let (composer, recipe) = (shared.composer.clone(), machine.spec.recipe);
     let composed = tokio::task::spawn_blocking(move || composer.composition(&recipe).map(drop)).await;
     match composed {
         Ok(Ok(())) => {}
-        Ok(Err(e)) => return Err(Problem::from_error(ProblemKind::Damaged, object, &e)),
+        Ok(Err(e)) => {
+            let problem = super::content::compose_problem(&e);
+            return Err(Problem { object, ..problem });
+        }
         Err(e) => return Err(Problem::new(ProblemKind::Failed, object, e.to_string())),
     }
-    shared.driver.start(machine).await.map_err(|e| Problem::from_error(ProblemKind::Failed, object, &e))
+    shared.driver.start(machine).await.map_err(|e| Problem::from_driver(name, &e))
 }

@@ -1,8 +1,12 @@
 //! What an operator is told when something is refused or fails: which object, why, what next.
 
 use std::fmt;
+use std::io;
 
 use serde::{Deserialize, Serialize};
+
+use crate::config::ConfigError;
+use crate::hypervisor::DriverError;
 
 /// The class of a problem. Codes and exit codes are stable; both are listed in the README.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
@@ -73,10 +77,106 @@ impl Problem {
         self
     }
 
-    /// A failure from an error and the chain of its causes.
-    pub fn from_error(kind: ProblemKind, object: impl Into<String>, error: &dyn std::error::Error) -> Self {
-        Self::new(kind, object, chain(error))
+    /// A failure from an error and the chain of its causes. What the system itself refused (no permission, no
+    /// room) is an operator's to mend, so it keeps its own class instead of [`ProblemKind::Failed`].
+    pub fn from_error(
+        kind: ProblemKind,
+        object: impl Into<String>,
+        error: &(dyn std::error::Error + 'static),
+    ) -> Self {
+        let by_system = if kind == ProblemKind::Failed { refused_by_system(error) } else { None };
+        let (kind, next) = by_system.unwrap_or((kind, ""));
+        Self::new(kind, object, chain(error)).next(next)
     }
+
+    /// As [`Problem::from_error`], about a path that the operator named.
+    pub fn from_path(object: impl Into<String>, error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+                Self::from_error(ProblemKind::NotFound, object, error).next("check the path")
+            }
+            io::ErrorKind::AlreadyExists => Self::from_error(ProblemKind::Conflict, object, error),
+            io::ErrorKind::UnexpectedEof => Self::from_error(ProblemKind::Damaged, object, error),
+            io::ErrorKind::IsADirectory => Self::from_error(ProblemKind::BadRequest, object, error),
+            _ => Self::from_error(ProblemKind::Failed, object, error),
+        }
+    }
+
+    /// What is wrong with a configuration, with the class an operator acts on.
+    pub fn from_config(e: &ConfigError) -> Self {
+        let kind = match e {
+            ConfigError::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                ProblemKind::Forbidden
+            }
+            ConfigError::NotFound { .. } | ConfigError::Read { .. } => ProblemKind::Missing,
+            ConfigError::Exposed { .. } | ConfigError::Replaceable { .. } => ProblemKind::Forbidden,
+            ConfigError::Write { .. } => ProblemKind::Failed,
+            ConfigError::Syntax { .. } | ConfigError::Field { .. } | ConfigError::Secret { .. } => {
+                ProblemKind::BadRequest
+            }
+        };
+        Self::from_error(kind, e.object(), e).next(e.next_step())
+    }
+
+    /// What a hypervisor did not do for VM `name`.
+    pub fn from_driver(name: &str, e: &DriverError) -> Self {
+        use DriverError as E;
+        let (kind, next) = match e {
+            E::UnknownVm { .. } => (ProblemKind::NotFound, "see 'cicada vm list'".to_owned()),
+            E::WrongState { .. } | E::Differs { .. } | E::ConsoleBusy { .. } => {
+                (ProblemKind::Conflict, format!("see 'cicada vm show {name}'"))
+            }
+            E::DiskInUse { .. } => {
+                (ProblemKind::Conflict, "find who uses it with 'fuser', and end that first".into())
+            }
+            E::FirmwareVars { .. } => (ProblemKind::Conflict, String::new()),
+            E::NotOffered { .. } => {
+                (ProblemKind::Refused, "see 'cicada status' and the section [hypervisor]".into())
+            }
+            E::BadSpec { .. } | E::PathNotUtf8 { .. } => (ProblemKind::BadRequest, String::new()),
+            // As every wait for something that did not come in time.
+            E::Timeout { verb: "stopped", .. } => (
+                ProblemKind::Refused,
+                format!(
+                    "shut it down from within, give it longer with --timeout, or switch it off: cicada vm stop {name} \
+                     --force"
+                ),
+            ),
+            E::MissingTool { .. }
+            | E::MissingFirmware { .. }
+            | E::TooOld { .. }
+            | E::MachineType { .. }
+            | E::NoKvm { .. }
+            | E::NoBridge { .. }
+            | E::NoUsers { .. } => (ProblemKind::Missing, String::new()),
+            _ => (ProblemKind::Failed, String::new()),
+        };
+        let problem = Self::from_error(kind, format!("VM {name}"), e);
+        if next.is_empty() { problem } else { problem.next(next) }
+    }
+}
+
+/// What the system refused, and what can be done about that.
+fn refused_by_system(error: &(dyn std::error::Error + 'static)) -> Option<(ProblemKind, &'static str)> {
+    let mut cause = Some(error);
+    while let Some(e) = cause {
+        if let Some(io) = e.downcast_ref::<io::Error>() {
+            match io.kind() {
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                    return Some((
+                        ProblemKind::Forbidden,
+                        "run this as the user it belongs to, or let this user have it",
+                    ));
+                }
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                    return Some((ProblemKind::NoSpace, "make room on that disk"));
+                }
+                _ => {}
+            }
+        }
+        cause = e.source();
+    }
+    None
 }
 
 /// An error and its causes, outermost first, printed once.
@@ -98,3 +198,51 @@ impl fmt::Display for Problem {
 }
 
 impl std::error::Error for Problem {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::VmId;
+    use crate::vm::PowerState;
+    use std::time::Duration;
+
+    #[test]
+    fn what_the_system_refused_is_no_failure_of_ours() {
+        let io = |kind: io::ErrorKind| io::Error::from(kind);
+        let deep = DriverError::Io {
+            vm: VmId::random(),
+            action: "open",
+            path: "/disk".into(),
+            source: io(io::ErrorKind::PermissionDenied),
+        };
+        let problem = Problem::from_error(ProblemKind::Failed, "VM web", &deep);
+        assert_eq!((problem.kind, problem.next_step.is_empty()), (ProblemKind::Forbidden, false));
+        for (source, kind) in [
+            (io::ErrorKind::PermissionDenied, ProblemKind::Forbidden),
+            (io::ErrorKind::StorageFull, ProblemKind::NoSpace),
+            (io::ErrorKind::NotFound, ProblemKind::NotFound),
+            (io::ErrorKind::UnexpectedEof, ProblemKind::Damaged),
+            (io::ErrorKind::Other, ProblemKind::Failed),
+        ] {
+            assert_eq!(Problem::from_path("x", &io(source)).kind, kind, "{source}");
+        }
+        // What was classed already stays.
+        let classed = Problem::from_error(ProblemKind::Refused, "x", &io(io::ErrorKind::PermissionDenied));
+        assert_eq!(classed.kind, ProblemKind::Refused);
+    }
+
+    #[test]
+    fn a_guest_that_ignores_its_shutdown_is_told_with_what_to_do() {
+        let timeout = |verb| DriverError::Timeout {
+            vm: VmId::random(),
+            verb,
+            state: PowerState::Running,
+            after: Duration::from_secs(2),
+            next_step: "",
+        };
+        let problem = Problem::from_driver("web", &timeout("stopped"));
+        assert_eq!(problem.kind.exit_code(), 5);
+        assert!(problem.next_step.contains("cicada vm stop web --force"), "{}", problem.next_step);
+        assert_eq!(Problem::from_driver("web", &timeout("started")).kind, ProblemKind::Failed);
+    }
+}

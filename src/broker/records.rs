@@ -18,7 +18,8 @@ use crate::federation::{Kept, Revoked};
 use crate::migration::handover::SignedHandOver;
 use crate::migration::lineage::{Lineage, LineageError};
 pub use crate::migration::records::{
-    Arrival, Disproved, GivenUp, KeptCopy, Ownership, UnconfirmedStart, VERSION, VmRecord,
+    Arrival, Autostart, Disproved, GivenUp, KeptCopy, Ownership, Settings, Shape, UnconfirmedStart, VERSION,
+    VmRecord,
 };
 use crate::migration::{Receipt, Return};
 use crate::types::{MemberJid, MigrationId, PublicKey, VmId};

@@ -151,8 +151,9 @@ impl Stage {
         if recipe.id() != job.spec.recipe || job.init.spec != job.spec {
             return Err(bad("the recipe or the VM is another than was reserved".into()));
         }
-        if recipe.disk.virtual_size_bytes != job.spec.root_size.0 {
-            return Err(bad("the recipe's disk has another size than the VM's".into()));
+        // It may have been made larger since.
+        if recipe.disk.virtual_size_bytes > job.spec.root_size.0 {
+            return Err(bad("the recipe's disk is larger than the VM's".into()));
         }
         let pass = &job.init.pass;
         for (map, size) in

@@ -250,6 +250,10 @@ impl Broker {
                 _ => None,
             },
             problem: self.vm_problem(spec.id),
+            description: record.settings.description.clone(),
+            autostart: record.settings.autostart,
+            stop_timeout_s: record.settings.stop_timeout_s,
+            runs_as: record.runs_as,
             spec: spec.clone(),
         }
     }
@@ -268,7 +272,8 @@ impl Broker {
             shared.post(Input::apply(move |b| {
                 b.names_in_use.remove(&name);
                 match result {
-                    Ok(record) => b.vm_made(record, start, reply),
+                    Ok(record) if start => b.vm_made_to_run(record, reply),
+                    Ok(record) => b.vm_made(record, false, reply),
                     Err(problem) => drop(reply.send(Err(problem))),
                 }
             }));
@@ -316,6 +321,30 @@ impl Broker {
         } else if let Some(vm) = self.vms.get(&id) {
             let _ = reply.send(Ok(Reply::Vm(Box::new(self.vm_view(vm)))));
         }
+    }
+
+    /// A VM that is made to be started at once: if that fails nothing of it is left.
+    fn vm_made_to_run(&mut self, record: VmRecord, reply: Answer) {
+        let (id, shared) = (record.spec.id, self.shared.clone());
+        let (made, answer) = oneshot::channel();
+        self.vm_made(record, true, made);
+        tokio::spawn(async move {
+            let problem = match answer.await {
+                Ok(Ok(vm)) => return drop(reply.send(Ok(vm))),
+                Ok(Err(problem)) => problem,
+                // The broker ends; what it finds at its next start is the VM.
+                Err(_) => return,
+            };
+            let (removed, end) = oneshot::channel();
+            shared.post(Input::apply(move |b| b.remove_vm(id, Some(removed))));
+            let left = match end.await {
+                Ok(Ok(_)) => "nothing of it is left".to_owned(),
+                Ok(Err(e)) => format!("and it could not be removed again: {}", e.reason),
+                Err(_) => "and the broker ends".to_owned(),
+            };
+            let reason = format!("{}; the VM was made for this start, {left}", problem.reason);
+            let _ = reply.send(Err(Problem { reason, ..problem }));
+        });
     }
 
     pub(super) fn verb_done(&mut self, id: VmId, result: Result<(), Problem>, reply: Answer) {
@@ -406,7 +435,7 @@ impl Broker {
             });
             let object = format!("VM {name}");
             let result = match (undefined, work.await) {
-                (Err(e), _) => Err(Problem::from_error(ProblemKind::Failed, object, &e)),
+                (Err(e), _) => Err(Problem::from_driver(name.as_str(), &e)),
                 (_, Ok(Err(e))) => Err(Problem::from_error(ProblemKind::Failed, object, &e)),
                 (_, Err(e)) => Err(Problem::new(ProblemKind::Failed, object, e.to_string())),
                 (Ok(()), Ok(Ok(()))) => Ok(Reply::Deleted(deleted)),
@@ -456,7 +485,8 @@ impl Broker {
 /// Composes, makes the disks and the record of a new VM. Blocking.
 fn make_vm(shared: &Shared, create: VmCreate) -> Result<VmRecord, Problem> {
     let object = format!("VM {}", create.name);
-    let failed = |e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, object.clone(), e);
+    let failed =
+        |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, object.clone(), e);
     let ids: Vec<ComponentId> = content::resolve(&shared.repository, &create.components)?;
     let (recipe_id, recipe) = shared
         .composer

@@ -54,6 +54,11 @@ pub enum BuildError {
     UnpackedMatch { component: String, pattern: String, count: usize },
     #[error("{path} in {}", root.display())]
     Tree { root: PathBuf, path: String, source: io::Error },
+    #[error(
+        "a path of {length} bytes is too long, {} are possible: {path}",
+        crate::component::manifest::limit::PATH_BYTES
+    )]
+    LongPath { path: String, length: usize },
     #[error("too many {what}, at {object}")]
     TooMuch { what: &'static str, object: String },
     /// Refused: a component is shared by all VMs that have it, so nothing secret may be in it.

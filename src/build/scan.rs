@@ -172,7 +172,10 @@ impl Walk<'_> {
     }
 
     fn child(&mut self, dir: &OwnedFd, name: &[u8], path: Vec<u8>) -> Result<(), BuildError> {
-        if path.len() as u64 > limit::PATH_BYTES || self.tree.len() as u64 >= limit::ENTRIES {
+        if path.len() as u64 > limit::PATH_BYTES {
+            return Err(BuildError::LongPath { path: show(&path), length: path.len() });
+        }
+        if self.tree.len() as u64 >= limit::ENTRIES {
             return Err(BuildError::TooMuch { what: "paths", object: show(&path) });
         }
         let fail = |e: rustix::io::Errno| self.root.at(&path, e.into());

@@ -4,7 +4,10 @@ use crate::daemon;
 
 use super::context::Context;
 use super::printer::Outcome;
+use super::whose;
 
 pub async fn run(ctx: &Context, after_restore: bool) -> Outcome {
-    Ok(daemon::run(ctx.config()?, after_restore).await?)
+    let config = ctx.config()?;
+    whose::not_as_root(&config)?;
+    Ok(daemon::run(config, after_restore).await?)
 }

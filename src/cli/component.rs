@@ -331,7 +331,19 @@ fn build_problem(e: &BuildError) -> Problem {
         | BuildError::UnknownSource { .. }
         | BuildError::CacheDirectory { .. }
         | BuildError::Manifest(_) => (ProblemKind::BadRequest, ""),
-        BuildError::Read { .. } => (ProblemKind::Missing, "check the path and who may read it"),
+        BuildError::Read { path, source } => {
+            let mut problem = Problem::from_path(path.display().to_string(), source);
+            // What the system did not say, the reader of the archive says of its bytes.
+            if problem.kind == ProblemKind::Failed && source.raw_os_error().is_none() {
+                problem.kind = ProblemKind::Damaged;
+            }
+            let next = match problem.kind {
+                ProblemKind::Damaged => "it is cut short or damaged: get the whole of it",
+                ProblemKind::Forbidden => "let the user who runs this read it",
+                _ => "check the path and who may read it",
+            };
+            return Problem::from_error(problem.kind, "component", e).next(next);
+        }
         BuildError::NotRoot => (ProblemKind::Forbidden, "run it as 'cicada component build'"),
         BuildError::NoNamespace { next_step, .. } => (ProblemKind::Missing, next_step.as_str()),
         BuildError::Exposed { source, .. } => {
@@ -356,15 +368,16 @@ fn build_problem(e: &BuildError) -> Problem {
         BuildError::Secret { .. }
         | BuildError::Fragment { .. }
         | BuildError::Replaces { .. }
-        | BuildError::Required(_) => (ProblemKind::Refused, ""),
+        | BuildError::Required(_)
+        | BuildError::LongPath { .. }
+        | BuildError::TooMuch { .. } => (ProblemKind::Refused, ""),
         BuildError::Compose(_) => (ProblemKind::Refused, "change the source"),
         BuildError::Repository(e) => return content::repository_problem(e),
         BuildError::Step { .. } => (ProblemKind::Failed, "--keep-failed leaves the tree for inspection"),
         BuildError::Write { .. }
         | BuildError::VersionUnknown { .. }
         | BuildError::UnpackedMatch { .. }
-        | BuildError::Tree { .. }
-        | BuildError::TooMuch { .. } => (ProblemKind::Failed, ""),
+        | BuildError::Tree { .. } => (ProblemKind::Failed, ""),
     };
     Problem::from_error(kind, "component", e).next(next)
 }

@@ -7,31 +7,55 @@ use crate::config::{Config, NetworkKind};
 use crate::hypervisor::QemuConfig;
 use crate::hypervisor::qemu::{find_passt, is_confinable, missing as missing_on_host, why_shared};
 
-use super::context::{Context, config_problem};
-use super::printer::Outcome;
+use super::context::Context;
+use super::printer::{Failure, Outcome};
+use super::table::Table;
+use super::{online, whose};
 
 #[derive(Subcommand)]
 pub enum Command {
     /// Check the configuration and the files it names (works without a broker)
-    Check,
+    Check {
+        /// Also try what a broker will need: the server, its certificate and the login, the room, the transfer
+        /// port and addresses, QEMU and the bridges
+        #[arg(long)]
+        online: bool,
+    },
     /// Print the settings in effect, defaults included (works without a broker)
     Show,
 }
 
-pub fn run(ctx: &Context, command: Command) -> Outcome {
+pub async fn run(ctx: &Context, command: Command) -> Outcome {
     let config = ctx.config()?;
     match command {
-        Command::Check => {
-            config.check_files().map_err(|e| config_problem(&e))?;
+        Command::Check { online } => {
+            whose::not_as_root(&config)?;
+            config.check_files().map_err(|e| Problem::from_config(&e))?;
             let warnings = walls(&config);
+            let checks = if online { online::run(ctx, &config).await } else { Vec::new() };
+            let failed = checks.iter().find_map(|c| c.problem.clone());
             if ctx.printer.json {
-                let value = serde_json::json!({ "file": config.path, "good": true, "warnings": warnings });
-                return ctx.printer.json_value(&value);
+                let value = serde_json::json!({
+                    "file": config.path, "good": failed.is_none(), "warnings": warnings, "checks": checks,
+                });
+                ctx.printer.json_value(&value)?;
+                return failed.map_or(Ok(()), |problem| Err(Failure::Told(problem.kind)));
             }
+            let mut table = Table::new(["CHECK", "RESULT", "WHAT"]);
+            for check in &checks {
+                let result = if check.problem.is_some() { "fault" } else { "good" };
+                table.row([check.check.into(), result.into(), check.detail.clone()]);
+            }
+            table.print(&ctx.printer)?;
             for warning in &warnings {
                 ctx.printer.note(format!("warning: {warning}"));
             }
-            ctx.printer.line(format!("{}: good", config.path.display()))
+            checks.iter().filter_map(|c| c.problem.as_ref()).for_each(|problem| ctx.printer.problem(problem));
+            match failed {
+                // Whatever else is wrong may follow from the first.
+                Some(problem) => Err(Failure::Told(problem.kind)),
+                None => ctx.printer.line(format!("{}: good", config.path.display())),
+            }
         }
         Command::Show if ctx.printer.json => ctx.printer.json_value(config.effective()),
         Command::Show => {

@@ -24,12 +24,15 @@ use super::printer::{Outcome, Printer, unexpected};
 const ESCAPE: u8 = 0x1d;
 /// Output that is searched for an expected text; more than any screen.
 const SEARCHED_BYTES_MAX: usize = 1 << 20;
+/// What waits in a socket is read within this.
+const AT_ONCE: Duration = Duration::from_millis(1);
 const LOG_POLL: Duration = Duration::from_millis(100);
 const EXPECT_TIMEOUT: HumanDuration = HumanDuration::from_secs(60);
 
-/// With --send and --expect it does what they say, in their order, and ends. Else it connects the
-/// terminal; or, if standard input is none, sends that and prints what comes until the console
-/// closes or --timeout is over.
+/// With --send and --expect it does what they say, in their order, and ends: a text is expected in what
+/// came after the last --send, the guest's echo of that left aside. Else it connects the terminal; or, if
+/// standard input is none, sends that and prints what comes until the console closes or --timeout is
+/// over. With --history and nothing to send it ends with the history.
 ///
 /// What the guest prints is escaped where a script or a file is shown (--expect, --history, no
 /// terminal): a newline and a tab stay, every other control or direction character is written as
@@ -58,6 +61,15 @@ pub async fn run(ctx: &Context, args: Console) -> Outcome {
         Reply::Vm(vm) => vm,
         other => return Err(unexpected(&other)),
     };
+    if let Some(owner) = &vm.owner {
+        return Err(Problem::new(
+            ProblemKind::Conflict,
+            format!("VM {}", vm.name),
+            format!("was handed over to {owner}, and has no console here"),
+        )
+        .next("connect to it there")
+        .into());
+    }
     let mut ends = Ends::open(&vm, &args.script, args.history).await?;
     let mut screen = Screen::new(&ctx.printer, args.raw);
     if !args.script.steps.is_empty() {
@@ -66,10 +78,11 @@ pub async fn run(ctx: &Context, args: Console) -> Outcome {
     }
     if io::stdin().is_terminal() {
         if !args.raw
-            && let Output::Log(log) = &mut ends.output
+            && let Output::Log(_) = &ends.output
         {
             // What was printed before is history; from here on the terminal is the guest's.
-            replay(&mut screen, log).await?;
+            ends.output.catch_up(&mut screen).await?;
+            screen.end()?;
         }
         ctx.printer.note(format!("connected to {}; Ctrl-] leaves", vm.name));
         let raw = RawMode::enter()?;
@@ -78,19 +91,8 @@ pub async fn run(ctx: &Context, args: Console) -> Outcome {
         ctx.printer.note("");
         return result;
     }
-    pipe(&mut screen, &mut ends, args.timeout.map(|t| t.0)).await
-}
-
-/// Prints a log up to its present end.
-async fn replay(screen: &mut Screen<'_>, log: &mut tokio::fs::File) -> Outcome {
-    let mut buffer = vec![0; 16 << 10];
-    loop {
-        let read = log.read(&mut buffer).await;
-        match read.map_err(|e| Problem::from_error(ProblemKind::Failed, "console log", &e))? {
-            0 => return screen.end(),
-            n => screen.show(&buffer[..n])?,
-        }
-    }
+    let history_only = args.history && args.timeout.is_none();
+    pipe(&mut screen, &mut ends, args.timeout.map(|t| t.0), history_only).await
 }
 
 /// Standard output for what a guest wrote.
@@ -275,7 +277,14 @@ impl Ends {
         if history && only_reads {
             return Ok(Self { output: Output::open_log(vm).await?, input: None });
         }
-        let (read, write) = connect(vm).await?.into_split();
+        let stream = match connect(vm).await {
+            // What it printed before it stopped can be read all the same.
+            Err(p) if history && script.steps.is_empty() && p.kind == ProblemKind::Conflict => {
+                return Ok(Self { output: Output::open_log(vm).await?, input: None });
+            }
+            stream => stream?,
+        };
+        let (read, write) = stream.into_split();
         let output = if history { Output::open_log(vm).await? } else { Output::Socket(read) };
         Ok(Self { output, input: Some(write) })
     }
@@ -292,9 +301,36 @@ impl Output {
     async fn open_log(vm: &VmView) -> Result<Self, Problem> {
         let file = tokio::fs::File::open(Path::new(&vm.console_log)).await;
         file.map(Output::Log).map_err(|e| {
-            Problem::from_error(ProblemKind::Missing, format!("console log {}", vm.console_log), &e)
-                .next(format!("start the VM with: cicada vm start {}", vm.name))
+            let problem = Problem::from_path(format!("console log {}", vm.console_log), &e);
+            match problem.kind {
+                ProblemKind::NotFound => {
+                    problem.next(format!("it is made at the first start: cicada vm start {}", vm.name))
+                }
+                _ => problem,
+            }
         })
+    }
+
+    /// Prints what is there by now.
+    async fn catch_up(&mut self, screen: &mut Screen<'_>) -> Outcome {
+        let failed = |e: io::Error| Problem::from_error(ProblemKind::Failed, "console log", &e);
+        let mut buffer = vec![0; 16 << 10];
+        loop {
+            let n = match self {
+                Output::Log(file) => file.read(&mut buffer).await.map_err(failed)?,
+                // Zero if nothing waits; its end is noticed by the next read.
+                Output::Socket(socket) => tokio::time::timeout(AT_ONCE, socket.read(&mut buffer))
+                    .await
+                    .unwrap_or(Ok(0))
+                    .map_err(failed)?,
+            };
+            if n == 0 {
+                return Ok(());
+            }
+            if !screen.printer.quiet {
+                screen.show(&buffer[..n])?;
+            }
+        }
     }
 
     /// Waits for output; zero bytes is the console's end. Safe to drop between calls.
@@ -336,13 +372,18 @@ async fn run_script(
     timeout: Duration,
 ) -> Outcome {
     let object = format!("console of VM {}", vm.name);
-    let mut seen = Vec::new();
+    let mut seen = Seen::default();
+    let failed = |e: io::Error| Problem::from_error(ProblemKind::Failed, object.clone(), &e);
     for step in steps {
         match step {
-            Step::Send(bytes) => ends
-                .send(bytes)
-                .await
-                .map_err(|e| Problem::from_error(ProblemKind::Failed, object.clone(), &e))?,
+            Step::Send(bytes) => {
+                // What was printed before, history and all, is no answer to it.
+                if !seen.sending {
+                    ends.output.catch_up(screen).await?;
+                }
+                seen.sent(bytes);
+                ends.send(bytes).await.map_err(failed)?;
+            }
             Step::Expect(pattern, text) => {
                 let deadline = Instant::now() + timeout;
                 if !expect(screen, ends, &mut seen, pattern, deadline, &object).await? {
@@ -357,35 +398,109 @@ async fn run_script(
     if screen.printer.quiet { Ok(()) } else { screen.end() }
 }
 
-/// Prints output until `pattern` is in it. `seen` holds what came after the last match.
+/// What came after the last match, or the last thing that was typed.
+#[derive(Default)]
+struct Seen {
+    bytes: Vec<u8>,
+    /// Typed lines, which a guest's terminal echoes.
+    echoes: Vec<Vec<u8>>,
+    /// Nothing was expected since something was typed.
+    sending: bool,
+}
+
+impl Seen {
+    fn sent(&mut self, typed: &[u8]) {
+        self.bytes.clear();
+        // Several steps may type one line.
+        if !self.sending {
+            self.echoes = vec![Vec::new()];
+        }
+        self.sending = true;
+        for byte in typed {
+            match (byte, self.echoes.last_mut()) {
+                (b'\n' | b'\r', _) => self.echoes.push(Vec::new()),
+                (byte, Some(line)) => line.push(*byte),
+                (_, None) => {}
+            }
+        }
+    }
+
+    fn came(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+        let excess = self.bytes.len().saturating_sub(SEARCHED_BYTES_MAX);
+        self.bytes.drain(..excess);
+    }
+
+    /// Whether `pattern` is in it, but for the first echo of each typed line; what is before its end is dropped.
+    /// `last` if nothing more comes: then what only begins like an echo is none.
+    fn find(&mut self, pattern: &Regex, last: bool) -> bool {
+        self.sending = false;
+        let mut from = 0;
+        while let Some(found) = pattern.find_at(&self.bytes, from) {
+            let range = found.range();
+            let echoes = || (0..self.echoes.len()).filter_map(|i| self.echo(i, last));
+            match echoes().find(|echo| echo.start < range.end && range.start < echo.end) {
+                // The rest of the echo may be on its way.
+                Some(echo) if echo.end > self.bytes.len() => return false,
+                Some(echo) => from = echo.end,
+                None => {
+                    let passed: Vec<_> = (0..self.echoes.len())
+                        .map(|i| self.echo(i, true).is_some_and(|echo| echo.end <= range.end))
+                        .collect();
+                    for (line, _) in self.echoes.iter_mut().zip(passed).filter(|(_, passed)| *passed) {
+                        line.clear();
+                    }
+                    self.bytes.drain(..range.end);
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    /// Where a typed line is echoed for the first time; to beyond the end where only its beginning came yet.
+    fn echo(&self, number: usize, last: bool) -> Option<std::ops::Range<usize>> {
+        let (bytes, line) = (&self.bytes, self.echoes.get(number).filter(|line| !line.is_empty())?);
+        let ends = number + 1 < self.echoes.len();
+        let is_echo = |at: &usize| {
+            let there = &bytes[*at..];
+            match there.get(line.len()) {
+                Some(next) => there.starts_with(line) && (!ends || matches!(next, b'\r' | b'\n')),
+                None if there.len() == line.len() => there == line.as_slice() && !(last && ends),
+                None => !last && line.starts_with(there),
+            }
+        };
+        let at = (0..bytes.len()).find(is_echo)?;
+        // Its line end belongs to it.
+        Some(at..at + line.len() + usize::from(ends))
+    }
+}
+
+/// Prints output until `pattern` is in what came.
 async fn expect(
     screen: &mut Screen<'_>,
     ends: &mut Ends,
-    seen: &mut Vec<u8>,
+    seen: &mut Seen,
     pattern: &Regex,
     deadline: Instant,
     object: &str,
 ) -> Outcome<bool> {
     let mut buffer = vec![0; 16 << 10];
     loop {
-        if let Some(found) = pattern.find(seen) {
-            let end = found.end();
-            seen.drain(..end);
+        if seen.find(pattern, false) {
             return Ok(true);
         }
         let Ok(read) = tokio::time::timeout_at(deadline, ends.output.read(&mut buffer)).await else {
-            return Ok(false);
+            return Ok(seen.find(pattern, true));
         };
         let n = read.map_err(|e| Problem::from_error(ProblemKind::Failed, object, &e))?;
         if n == 0 {
-            return Ok(false);
+            return Ok(seen.find(pattern, true));
         }
         if !screen.printer.quiet {
             screen.show(&buffer[..n])?;
         }
-        seen.extend_from_slice(&buffer[..n]);
-        let excess = seen.len().saturating_sub(SEARCHED_BYTES_MAX);
-        seen.drain(..excess);
+        seen.came(&buffer[..n]);
     }
 }
 
@@ -413,11 +528,16 @@ async fn interact(printer: &Printer, ends: &mut Ends) -> Outcome {
 }
 
 /// Standard input to the console, and its output to standard output.
-async fn pipe(screen: &mut Screen<'_>, ends: &mut Ends, timeout: Option<Duration>) -> Outcome {
+async fn pipe(
+    screen: &mut Screen<'_>,
+    ends: &mut Ends,
+    timeout: Option<Duration>,
+    history_only: bool,
+) -> Outcome {
     let failed = |e: io::Error| Problem::from_error(ProblemKind::Failed, "console", &e);
     let mut stdin = tokio::io::stdin();
     let (mut given, mut printed) = (vec![0; 16 << 10], vec![0; 16 << 10]);
-    let mut more = true;
+    let (mut more, mut sent) = (true, 0);
     let over = async {
         match timeout {
             Some(t) => tokio::time::sleep(t).await,
@@ -429,7 +549,11 @@ async fn pipe(screen: &mut Screen<'_>, ends: &mut Ends, timeout: Option<Duration
         tokio::select! {
             n = stdin.read(&mut given), if more => {
                 let n = n.map_err(failed)?;
-                more = n > 0;
+                (more, sent) = (n > 0, sent + n);
+                if history_only && sent == 0 {
+                    ends.output.catch_up(screen).await?;
+                    return screen.end();
+                }
                 ends.send(&given[..n]).await.map_err(failed)?;
             }
             n = ends.output.read(&mut printed) => match n.map_err(failed)? {
@@ -466,6 +590,36 @@ impl Drop for RawMode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn seen(typed: &[&str], came: &str) -> Seen {
+        let mut seen = Seen::default();
+        typed.iter().for_each(|text| seen.sent(text.as_bytes()));
+        seen.came(came.as_bytes());
+        seen
+    }
+
+    #[test]
+    fn an_echo_is_no_answer() {
+        let text = |t: &str| Regex::new(&regex::escape(t)).unwrap();
+        // Typed in pieces, echoed, answered.
+        let mut s = seen(&["echo o", "k\n"], "$ echo ok\r\n");
+        assert!(!s.find(&text("ok"), false));
+        s.came(b"ok\r\n$ ");
+        assert!(s.find(&text("ok"), false) && !s.find(&text("ok"), true));
+        // While only its beginning came nobody knows; when nothing more comes it was none.
+        let mut s = seen(&["hello world\n"], "hello");
+        assert!(!s.find(&text("hello"), false) && s.find(&text("hello"), true));
+        // What is not echoed, as a password is not.
+        assert!(seen(&["y\n"], "yes").find(&text("yes"), false));
+        assert!(seen(&["secret\n"], "Welcome").find(&text("Welcome"), false));
+        // Of two lines each has one echo.
+        let mut s = seen(&["a1\na2\n"], "a1\r\na2\r\nout a2\r\n");
+        assert!(s.find(&Regex::new("a[12]").unwrap(), false) && !s.find(&text("a"), true));
+        // What came before it was typed is over.
+        let mut s = seen(&[], "login: ");
+        s.sent(b"root\n");
+        assert!(!s.find(&text("login: "), true));
+    }
 
     #[test]
     fn typed_text_may_hold_escapes() {

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use crate::broker::interface::{Event, Message, Reply, Request};
-use crate::broker::problem::{Problem, ProblemKind, chain};
+use crate::broker::problem::{Problem, ProblemKind};
 use crate::client::Client;
-use crate::config::{Config, ConfigError};
+use crate::config::Config;
 
 use super::Globals;
-use super::printer::{Failure, Outcome, Printer};
+use super::printer::{Outcome, Printer};
 use super::progress::Progress;
 use super::target::Target;
 
@@ -29,7 +29,7 @@ impl Context {
             let socket = std::path::absolute(socket).unwrap_or_else(|_| socket.clone());
             overrides.push(("api.socket".into(), socket.display().to_string()));
         }
-        Config::load(self.globals.config.as_deref(), &overrides).map_err(|e| config_problem(&e))
+        Config::load(self.globals.config.as_deref(), &overrides).map_err(|e| Problem::from_config(&e))
     }
 
     /// The broker's socket: named, or found in the configuration.
@@ -90,13 +90,7 @@ impl Context {
         if !self.printer.json {
             return people(&self.printer, result?);
         }
-        match result {
-            Ok(reply) => self.printer.json_message(&Message::Reply(Box::new(reply))),
-            Err(problem) => {
-                self.printer.json_message(&Message::Problem(problem.clone()))?;
-                Err(Failure::Problem(problem))
-            }
-        }
+        self.printer.json_message(&Message::Reply(Box::new(result?)))
     }
 
     /// A step of a command's own work.
@@ -116,17 +110,4 @@ impl Context {
             Ok(Target::Broker(self.client().await?))
         }
     }
-}
-
-/// A configuration error with the class an operator acts on.
-pub fn config_problem(e: &ConfigError) -> Problem {
-    let kind = match e {
-        ConfigError::NotFound { .. } | ConfigError::Read { .. } => ProblemKind::Missing,
-        ConfigError::Exposed { .. } | ConfigError::Replaceable { .. } => ProblemKind::Forbidden,
-        ConfigError::Write { .. } => ProblemKind::Failed,
-        ConfigError::Syntax { .. } | ConfigError::Field { .. } | ConfigError::Secret { .. } => {
-            ProblemKind::BadRequest
-        }
-    };
-    Problem::new(kind, e.object(), chain(e)).next(e.next_step())
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use crate::broker::problem::{Problem, ProblemKind};
+use crate::broker::problem::{Problem, ProblemKind, chain};
 use crate::config::Config;
 use crate::config::secrets::read_password;
 use crate::daemon::xmpp_settings;
@@ -15,12 +15,15 @@ use crate::types::MemberJid;
 use crate::xmpp::RequestError;
 use crate::xmpp::admin::{Admin, AdminError};
 
-use super::context::{Context, config_problem};
+use super::context::Context;
 use super::printer::Outcome;
 use super::table::Table;
 
 /// For each step with the server, its connection included.
 const STEP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// For another server to show that it is there.
+const DOMAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// All of them work without a broker, with the account that owns the room.
 #[derive(Subcommand)]
@@ -93,7 +96,16 @@ impl Session {
             (Some(jid), Some(file)) => (jid, file),
             _ => (&config.xmpp.jid, &config.xmpp.password_file),
         };
-        let password = read_password(password_file).map_err(|e| config_problem(&e))?;
+        let password = read_password(password_file).map_err(|e| {
+            let problem = Problem::from_config(&e);
+            match problem.kind {
+                // The command line names it, not the configuration.
+                ProblemKind::Missing if owner.owner_password_file.is_some() => {
+                    Problem { kind: ProblemKind::NotFound, ..problem }.next("check --owner-password-file")
+                }
+                _ => problem,
+            }
+        })?;
         let mut settings = xmpp_settings(config, password.expose().to_owned());
         settings.jid = jid.clone();
         let room = config.xmpp.room.clone();
@@ -113,8 +125,24 @@ impl Session {
                 done(format!("{} is ready; {me} may be in it", self.room));
             }
             Command::Add { member, .. } => {
+                let reachable = self.admin.answers(domain_of(&member));
+                let served = tokio::time::timeout(DOMAIN_TIMEOUT, reachable);
+                let foreign = domain_of(&member) != domain_of(&config.xmpp.jid);
+                let silent = match foreign {
+                    true => served
+                        .await
+                        .map_or(Some("it does not answer".into()), |answer| answer.err().map(|e| chain(&e))),
+                    false => None,
+                };
                 self.step(self.admin.add_member(&member)).await?;
                 done(format!("{member} may be in {}", self.room));
+                if let Some(reason) = silent {
+                    ctx.printer.aloud().note(format!(
+                        "warning: this account's server does not reach an XMPP server of {}: {reason}. If the name \
+                         is right, the two servers must let each other in (s2s); until then {member} cannot enter",
+                        domain_of(&member)
+                    ));
+                }
             }
             Command::Remove { member, .. } => {
                 self.step(self.admin.remove_member(&member)).await?;
@@ -128,6 +156,10 @@ impl Session {
     async fn step<T>(&self, work: impl Future<Output = Result<T, AdminError>>) -> Result<T, Problem> {
         step(&self.room, &self.owner, work).await
     }
+}
+
+fn domain_of(jid: &MemberJid) -> &str {
+    jid.as_str().rsplit('@').next().unwrap_or_default()
 }
 
 fn print_list(ctx: &Context, members: Vec<(MemberJid, String)>) -> Outcome {
@@ -152,16 +184,19 @@ async fn step<T>(
             let reason =
                 format!("the XMPP server did not answer {owner} within {} s", STEP_TIMEOUT.as_secs());
             Err(Problem::new(ProblemKind::Unavailable, object, reason)
-                .next("check [xmpp] server, security and the account's password"))
+                .next("check [xmpp] server, security and ca_file, and the account's password"))
         }
     }
 }
 
 fn admin_problem(object: String, owner: &MemberJid, e: &AdminError) -> Problem {
     let (kind, next) = match e {
+        AdminError::Connect(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            (ProblemKind::Forbidden, format!("check the password of {owner}, and the section [xmpp]"))
+        }
         AdminError::Connect(_) => (
             ProblemKind::Unavailable,
-            "check [xmpp] server and security, and the account's password".to_owned(),
+            "check [xmpp] server, security and ca_file, and the account's password".to_owned(),
         ),
         AdminError::Room(_) => (ProblemKind::BadRequest, "correct [xmpp] room".to_owned()),
         AdminError::NotTaken(_) => {

@@ -60,6 +60,7 @@ mod tests {
     #[test]
     fn times_read_as_people_expect() {
         assert_eq!(utc(UnixMillis(0)), "1970-01-01 00:00:00 UTC");
+        assert_eq!(UnixMillis(1_700_000_000_042).rfc3339(), "2023-11-14T22:13:20.042Z");
         assert_eq!(utc(UnixMillis(951_782_400_000)), "2000-02-29 00:00:00 UTC");
         assert_eq!(utc(UnixMillis(1_700_000_000_000)), "2023-11-14 22:13:20 UTC");
         assert_eq!(utc(UnixMillis(4_107_542_399_000)), "2100-02-28 23:59:59 UTC");

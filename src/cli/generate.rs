@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 
-use crate::broker::problem::{Problem, ProblemKind};
+use crate::broker::problem::Problem;
 
 use super::Cli;
 use super::context::Context;
+use super::names;
 use super::printer::Outcome;
 
 #[derive(Args)]
@@ -26,13 +27,12 @@ pub struct Man {
 pub fn completions(ctx: &Context, args: &Completions) -> Outcome {
     let mut text = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "cicada", &mut text);
-    ctx.printer.raw(&text)
+    let text = String::from_utf8_lossy(&text).into_owned();
+    ctx.printer.raw(names::with_names(args.shell, text).as_bytes())
 }
 
 pub fn man(ctx: &Context, args: &Man) -> Outcome {
-    let failed = |e: io::Error| {
-        Problem::from_error(ProblemKind::Failed, format!("directory {}", args.dir.display()), &e)
-    };
+    let failed = |e: io::Error| Problem::from_path(format!("directory {}", args.dir.display()), &e);
     std::fs::create_dir_all(&args.dir).map_err(failed)?;
     // Manual pages are for everybody.
     rustix::process::umask(rustix::fs::Mode::WGRP | rustix::fs::Mode::WOTH);

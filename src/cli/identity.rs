@@ -1,9 +1,11 @@
 //! `cicada identity`
 
+use std::str::FromStr;
+
 use clap::Subcommand;
 use serde::Serialize;
 
-use crate::broker::interface::{Predecessor, Request};
+use crate::broker::interface::{MemberView, Predecessor, Reply, Request};
 use crate::broker::problem::{Problem, ProblemKind};
 use crate::broker::records::Records;
 use crate::broker::rotation;
@@ -11,10 +13,11 @@ use crate::clock::{Clock, SystemClock, UnixMillis};
 use crate::config::{self, identity_path, load_identity, rotate_identity};
 use crate::types::{MemberJid, PublicKey};
 
-use super::context::{Context, config_problem};
-use super::printer::Outcome;
-use super::table::card;
+use super::context::Context;
+use super::printer::{Outcome, Printer, unexpected};
+use super::table::{Table, card};
 use super::target::Target;
+use super::whose;
 
 #[derive(Subcommand)]
 pub enum Command {
@@ -28,14 +31,46 @@ pub enum Command {
     Rotate,
     /// Trust a member's key. Compare its fingerprint over another channel first
     Trust {
-        /// The member's address, name@domain
-        member: MemberJid,
-        /// The key as 'cicada identity show' prints it there
-        key: PublicKey,
+        /// The member's address, name@domain, or the name of its cloud
+        member: String,
+        /// The key, or its fingerprint, as 'cicada identity show' prints it there; a fingerprint is enough for a
+        /// member that shows that key in the room
+        key: KeyWord,
     },
     /// Trust a member's key no longer, nor those that followed it or that it followed
-    Revoke { member: MemberJid },
+    Revoke {
+        /// The member's address, name@domain, or the name of its cloud
+        member: String,
+    },
+    /// List the keys of members: those shown in the room, and whether they are trusted
+    List,
 }
+
+/// A key, or the short form of one.
+#[derive(Clone, Debug)]
+pub enum KeyWord {
+    Key(PublicKey),
+    Fingerprint(String),
+}
+
+impl FromStr for KeyWord {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(key) = text.parse() {
+            return Ok(KeyWord::Key(key));
+        }
+        let group = |g: &str| g.len() == 4 && g.bytes().all(|b| b.is_ascii_hexdigit());
+        match text.split('-').count() == FINGERPRINT_GROUPS && text.split('-').all(group) {
+            true => Ok(KeyWord::Fingerprint(text.to_ascii_lowercase())),
+            false => Err("neither a public key (base64 of 32 bytes) nor a fingerprint such as \
+                          0123-4567-89ab-cdef-0123"
+                .into()),
+        }
+    }
+}
+
+const FINGERPRINT_GROUPS: usize = 5;
 
 #[derive(Serialize)]
 struct Identity {
@@ -51,12 +86,15 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
     match command {
         Command::Show => show(ctx),
         Command::Rotate => rotate(ctx).await,
+        Command::List => ctx.read(&Request::Members, print_keys).await,
         Command::Trust { member, key } => {
+            let (member, key) = named(ctx, &member, &key).await?;
             ctx.ask(&Request::IdentityTrust { member: member.clone(), key }).await?;
             ctx.printer.note(format!("{member} is trusted with the key {}", key.fingerprint()));
             Ok(())
         }
         Command::Revoke { member } => {
+            let member = find(&members(ctx).await?, &member)?;
             ctx.ask(&Request::IdentityRevoke { member: member.clone() }).await?;
             ctx.printer
                 .note(format!("{member} is not trusted any more, by none of the keys known to be its"));
@@ -65,9 +103,88 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
     }
 }
 
+async fn members(ctx: &Context) -> Outcome<Vec<MemberView>> {
+    match ctx.ask(&Request::Members).await? {
+        Reply::Members(members) => Ok(members),
+        other => Err(unexpected(&other)),
+    }
+}
+
+/// A member by its address, seen or not, or by the name of its cloud.
+fn find(members: &[MemberView], text: &str) -> Result<MemberJid, Problem> {
+    let named = |m: &&MemberView| m.cloud.as_ref().is_some_and(|cloud| cloud.as_str() == text);
+    if let Ok(jid) = text.parse() {
+        return Ok(jid);
+    }
+    let mut found = members.iter().filter(named);
+    match (found.next(), found.next()) {
+        (Some(m), None) => Ok(m.jid.clone()),
+        (Some(_), Some(_)) => Err(Problem::new(
+            ProblemKind::BadRequest,
+            format!("member {text}"),
+            "is the name of several clouds",
+        )
+        .next("write the member's address: see 'cicada identity list'")),
+        (None, _) => Err(Problem::new(
+            ProblemKind::NotFound,
+            format!("member {text}"),
+            "is no address, and no cloud of that name was seen in the room",
+        )
+        .next("write name@domain, or see 'cicada identity list'")),
+    }
+}
+
+/// The member and the whole key that are meant.
+async fn named(ctx: &Context, member: &str, key: &KeyWord) -> Outcome<(MemberJid, PublicKey)> {
+    let members = match (member.parse::<MemberJid>(), key) {
+        // Nobody needs to be seen for it.
+        (Ok(jid), KeyWord::Key(key)) => return Ok((jid, *key)),
+        _ => members(ctx).await?,
+    };
+    let jid = find(&members, member)?;
+    let fingerprint = match key {
+        KeyWord::Key(key) => return Ok((jid, *key)),
+        KeyWord::Fingerprint(fingerprint) => fingerprint,
+    };
+    let shown = members.iter().find(|m| m.jid == jid).and_then(|m| m.key);
+    match shown {
+        Some(key) if key.fingerprint() == *fingerprint => Ok((jid, key)),
+        Some(key) => {
+            let reason = format!("shows the key {}, not {fingerprint}", key.fingerprint());
+            Err(Problem::new(ProblemKind::Forbidden, format!("member {jid}"), reason)
+                .next("ask its operator over another channel which key is right; do not trust this one")
+                .into())
+        }
+        None => {
+            Err(Problem::new(ProblemKind::NotFound, format!("member {jid}"), "has shown no key in the room")
+                .next("write the whole key, as 'cicada identity show' prints it there")
+                .into())
+        }
+    }
+}
+
+fn print_keys(printer: &Printer, reply: Reply) -> Outcome {
+    let Reply::Members(members) = reply else { return Err(unexpected(&reply)) };
+    let mut table = Table::new(["CLOUD", "MEMBER", "TRUST", "FINGERPRINT", "KEY"]);
+    for m in &members {
+        table.row([
+            m.cloud.as_ref().map_or("-".into(), ToString::to_string),
+            m.jid.to_string(),
+            m.trust.clone(),
+            m.fingerprint.clone(),
+            m.key.map(|key| key.to_string()).unwrap_or_default(),
+        ]);
+    }
+    if table.is_empty() {
+        printer.note("no other member has been seen");
+    }
+    table.print(printer)
+}
+
 fn show(ctx: &Context) -> Outcome {
     let config = ctx.config()?;
-    let own = load_identity(&config.cloud.data_dir).map_err(|e| config_problem(&e))?;
+    whose::not_as_root(&config)?;
+    let own = load_identity(&config.cloud.data_dir).map_err(|e| Problem::from_config(&e))?;
     print(ctx, config.xmpp.jid, &own)
 }
 
@@ -94,6 +211,7 @@ fn print(ctx: &Context, jid: MemberJid, own: &config::Identity) -> Outcome {
 
 async fn rotate(ctx: &Context) -> Outcome {
     let config = ctx.config()?;
+    whose::not_as_root(&config)?;
     let conflict = |reason: &str| Problem::new(ProblemKind::Conflict, "identity", reason);
     match ctx.client().await {
         Ok(_) => {
@@ -109,13 +227,14 @@ async fn rotate(ctx: &Context) -> Outcome {
     }
     // While it is open no broker can start.
     let lock = Target::offline(&config)?;
-    let failed = |e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, "records", e);
+    let failed =
+        |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, "records", e);
     let records = Records::open(&config.cloud.data_dir).map_err(|e| failed(&e))?;
     rotation::open_business(&records)?;
     let succession =
-        rotate_identity(&config.cloud.data_dir, SystemClock.now()).map_err(|e| config_problem(&e))?;
+        rotate_identity(&config.cloud.data_dir, SystemClock.now()).map_err(|e| Problem::from_config(&e))?;
     drop(lock);
-    let own = load_identity(&config.cloud.data_dir).map_err(|e| config_problem(&e))?;
+    let own = load_identity(&config.cloud.data_dir).map_err(|e| Problem::from_config(&e))?;
     print(ctx, config.xmpp.jid, &own)?;
     ctx.printer.note(format!(
         "{} gave way to {}. Start the broker: members that trust the one follow to the other when they see it. \

@@ -18,6 +18,8 @@ mod identity;
 mod members;
 mod migration;
 mod moving;
+mod names;
+mod online;
 mod plan;
 mod printer;
 mod progress;
@@ -29,12 +31,15 @@ mod resolve;
 mod table;
 mod target;
 mod vm;
+mod vm_change;
+mod whose;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::broker::interface::Message;
 use crate::broker::problem::{Problem, ProblemKind};
 use crate::telemetry;
 
@@ -162,6 +167,9 @@ enum Command {
     Completions(generate::Completions),
     /// Write the manual pages (without a broker)
     Man(generate::Man),
+    /// Print names of what is there, for completions
+    #[command(hide = true)]
+    CompleteNames(names::CompleteNames),
     /// Links a guest's network card, on standard input, to the outside by passt; the broker starts it
     #[command(hide = true)]
     GuestLink { passt: PathBuf },
@@ -171,21 +179,34 @@ enum Command {
 pub fn run() -> ExitCode {
     // Before anything is made: what a cloud keeps is nobody else's to read, whatever the shell set.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
-    let Cli { globals, command } = Cli::parse();
+    let Cli { globals, command } = Cli::try_parse().unwrap_or_else(|e| not_understood(&e));
     let printer = Printer::new(globals.color, globals.json, globals.quiet, globals.verbose);
     match execute(globals, command, printer.clone()) {
         Ok(()) | Err(Failure::BrokenPipe) => ExitCode::SUCCESS,
+        Err(Failure::Told(kind)) => ExitCode::from(kind.exit_code()),
         Err(Failure::Problem(problem)) => {
-            printer.problem(&problem);
+            printer.end_badly(&problem);
             ExitCode::from(problem.kind.exit_code())
         }
     }
 }
 
+/// A command line that is wrong, or asks for help only. Who asked for JSON gets that of an error as well.
+fn not_understood(e: &clap::Error) -> ! {
+    let wants_json = std::env::args_os().take_while(|a| a != "--").any(|a| a == "--json");
+    if wants_json && e.use_stderr() {
+        let said = e.to_string();
+        let reason = said.lines().next().unwrap_or_default().trim_start_matches("error: ");
+        let problem = Problem::new(ProblemKind::BadRequest, "command line", reason).next("try '--help'");
+        let _ = Printer::new(ColorChoice::Never, true, false, false).json_message(&Message::Problem(problem));
+    }
+    e.exit()
+}
+
 fn execute(globals: Globals, command: Command, printer: Printer) -> Outcome {
     let is_broker = matches!(command, Command::Broker { .. });
     let default = if is_broker { telemetry::BROKER_FILTER } else { telemetry::COMMAND_FILTER };
-    telemetry::start(globals.log.as_deref().unwrap_or(default)).map_err(|e| {
+    telemetry::start(globals.log.as_deref().unwrap_or(default), is_broker).map_err(|e| {
         Problem::from_error(ProblemKind::BadRequest, "--log", &e).next("write for example: --log info")
     })?;
     let mut runtime = match is_broker {
@@ -205,7 +226,7 @@ fn execute(globals: Globals, command: Command, printer: Printer) -> Outcome {
 async fn dispatch(ctx: Context, command: Command) -> Outcome {
     match command {
         Command::Broker { after_restore } => broker::run(&ctx, after_restore).await,
-        Command::Config(c) => config::run(&ctx, c),
+        Command::Config(c) => config::run(&ctx, c).await,
         Command::Identity(c) => identity::run(&ctx, c).await,
         Command::Federation(c) => federation::run(&ctx, c).await,
         Command::Members(c) => members::run(&ctx, c).await,
@@ -221,6 +242,7 @@ async fn dispatch(ctx: Context, command: Command) -> Outcome {
         Command::Receipt(c) => receipt::run(&ctx, c),
         Command::Bench(b) => bench::run(&ctx, &b),
         Command::Completions(c) => generate::completions(&ctx, &c),
+        Command::CompleteNames(c) => names::print(&ctx, c).await,
         Command::Man(c) => generate::man(&ctx, &c),
         Command::GuestLink { passt } => crate::hypervisor::qemu::link::run(&passt)
             .map_err(|e| Problem::from_error(ProblemKind::Failed, "guest-link", &e).into()),

@@ -8,15 +8,19 @@ use std::io::{self, IsTerminal, Write};
 
 use clap::ValueEnum;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::broker::interface::{Message, Reply};
 use crate::broker::problem::{Problem, ProblemKind};
+use crate::clock::UnixMillis;
 use crate::types::text::{escaped, escaped_json};
 
 /// How a command ends if not well.
 #[derive(Debug)]
 pub enum Failure {
     Problem(Problem),
+    /// It was printed already; its class is the exit code.
+    Told(ProblemKind),
     /// Whoever read our output has enough; that is a success.
     BrokenPipe,
 }
@@ -47,6 +51,8 @@ pub struct Printer {
     color_err: bool,
     /// Whether progress can be drawn.
     pub draws: bool,
+    /// Columns of the terminal that stdout is; none elsewhere, where nothing is shortened.
+    pub columns: Option<usize>,
 }
 
 impl Printer {
@@ -65,6 +71,11 @@ impl Printer {
             color_out: wanted(out),
             color_err: wanted(err),
             draws: err && !quiet && !json && !dumb,
+            columns: out
+                .then(|| rustix::termios::tcgetwinsize(io::stdout()).ok())
+                .flatten()
+                .map(|size| usize::from(size.ws_col))
+                .filter(|columns| *columns > 0),
         }
     }
 
@@ -83,8 +94,16 @@ impl Printer {
         })
     }
 
-    /// A value as JSON, on stdout.
+    /// A value as JSON, on stdout, with what [`completed`] adds.
     pub fn json_value(&self, value: &impl Serialize) -> Outcome {
+        let text = serde_json::to_value(value)
+            .and_then(|value| serde_json::to_string_pretty(&completed(value)))
+            .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
+        self.json(&text)
+    }
+
+    /// A document that others read again, as JSON, on stdout.
+    pub fn json_document(&self, value: &impl Serialize) -> Outcome {
         let text = serde_json::to_string_pretty(value)
             .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
         self.json(&text)
@@ -103,7 +122,8 @@ impl Printer {
 
     /// One line of a stream of events and their end.
     pub fn json_message(&self, message: &Message) -> Outcome {
-        let text = serde_json::to_string(message)
+        let text = serde_json::to_value(message)
+            .and_then(|value| serde_json::to_string(&completed(value)))
             .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
         self.json(&text)
     }
@@ -120,7 +140,16 @@ impl Printer {
         Self { quiet: false, ..self.clone() }
     }
 
-    /// The end of a command that went wrong, on stderr.
+    /// The end of a command that went wrong: for people on stderr, and for programs the last line on stdout too.
+    pub fn end_badly(&self, problem: &Problem) {
+        if self.json {
+            // There is nobody to tell that stdout is gone.
+            let _ = self.json_message(&Message::Problem(problem.clone()));
+        }
+        self.problem(problem);
+    }
+
+    /// What went wrong, on stderr.
     pub fn problem(&self, problem: &Problem) {
         self.to_stderr(&self.paint_err("1;31", "error: "), &problem.to_string());
         if !problem.next_step.is_empty() {
@@ -146,6 +175,36 @@ impl Printer {
     fn to_stderr(&self, word: &str, text: &str) {
         // There is nobody to tell that stderr is gone.
         let _ = writeln!(io::stderr().lock(), "{word}{}", escaped(text));
+    }
+}
+
+/// Moments in milliseconds since 1970, by their names everywhere.
+const MOMENTS: [&str; 9] =
+    ["at", "created", "ended", "issued", "last_seen", "since", "started", "until", "updated"];
+/// In 1973: a smaller number of such a name is no moment.
+const MOMENT_MIN: u64 = 100_000_000_000;
+
+/// The value with the same in the words that every command uses, beside what is there: `created_rfc3339` beside
+/// `created`, `member` beside `jid`.
+fn completed(value: Value) -> Value {
+    match value {
+        Value::Array(values) => values.into_iter().map(completed).collect(),
+        Value::Object(fields) => {
+            let mut all = serde_json::Map::new();
+            for (name, value) in fields {
+                let moment =
+                    value.as_u64().filter(|ms| *ms >= MOMENT_MIN && MOMENTS.contains(&name.as_str()));
+                if let Some(ms) = moment {
+                    all.insert(format!("{name}_rfc3339"), UnixMillis(ms).rfc3339().into());
+                }
+                if name == "jid" && value.is_string() {
+                    all.entry("member").or_insert_with(|| value.clone());
+                }
+                all.insert(name, completed(value));
+            }
+            Value::Object(all)
+        }
+        other => other,
     }
 }
 
@@ -186,6 +245,19 @@ pub fn unexpected(reply: &Reply) -> Failure {
 mod tests {
     use super::*;
     use crate::types::text::is_plain;
+
+    #[test]
+    fn moments_and_members_are_told_in_one_way_beside_the_old_one() {
+        let value = serde_json::json!([{
+            "created": 1_700_000_000_000u64, "since": 0, "jid": "a@x", "cpus": 2, "inner": { "at": 1_700_000_000_001u64 }
+        }]);
+        let expected = serde_json::json!([{
+            "created": 1_700_000_000_000u64, "created_rfc3339": "2023-11-14T22:13:20.000Z", "since": 0, "jid": "a@x",
+            "member": "a@x", "cpus": 2,
+            "inner": { "at": 1_700_000_000_001u64, "at_rfc3339": "2023-11-14T22:13:20.001Z" }
+        }]);
+        assert_eq!(completed(value), expected);
+    }
 
     #[test]
     fn only_the_colors_of_our_own_are_let_through() {

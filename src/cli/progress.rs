@@ -12,6 +12,8 @@ use super::printer::Printer;
 
 /// Between lines of one phase where no bar can be drawn.
 const LINE_EVERY: Duration = Duration::from_secs(5);
+/// Between events of one phase for programs.
+const EVENT_EVERY: Duration = Duration::from_millis(200);
 const BAR_STEPS: u64 = 1000;
 
 pub struct Progress {
@@ -35,6 +37,9 @@ impl Progress {
 
     pub fn event(&mut self, event: &Event) {
         if self.printer.json {
+            if self.is_too_soon(event) {
+                return;
+            }
             // A reader that is gone is noticed when the end is printed.
             let _ = self.printer.json_message(&Message::Event(event.clone()));
             return;
@@ -51,6 +56,22 @@ impl Progress {
             }
             Event::Migration(p) => self.show(&p.phase, p.fraction, &migration_text(p)),
         }
+    }
+
+    /// Whether programs were told of this phase a moment ago. Its end is always told.
+    fn is_too_soon(&mut self, event: &Event) -> bool {
+        let (phase, over) = match event {
+            Event::Note { .. } | Event::LeftOut { .. } => return false,
+            Event::Progress { phase, done, total, .. } => (phase, done >= total),
+            Event::Migration(p) => (&p.phase, p.ended),
+        };
+        let same = *phase == self.last_phase;
+        if same && !over && self.last_line.is_some_and(|t| t.elapsed() < EVENT_EVERY) {
+            return true;
+        }
+        self.last_phase.clone_from(phase);
+        self.last_line = Some(Instant::now());
+        false
     }
 
     /// Removes the bar.

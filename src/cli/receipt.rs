@@ -165,11 +165,7 @@ fn verified(
 
 /// The whole input, if it is not longer than any record.
 fn read(file: &Path, object: &str) -> Result<Vec<u8>, Problem> {
-    let failed = |e: io::Error| {
-        let kind =
-            if e.kind() == io::ErrorKind::NotFound { ProblemKind::Missing } else { ProblemKind::Failed };
-        Problem::from_error(kind, object, &e)
-    };
+    let failed = |e: io::Error| Problem::from_path(object, &e);
     let mut bytes = Vec::new();
     let limit = FILE_BYTES_MAX as u64 + 1;
     if file == Path::new("-") {
@@ -284,14 +280,15 @@ pub async fn fetch(ctx: &Context, id: String, output: Option<PathBuf>) -> Outcom
         Reply::Receipt(evidence) => evidence,
         other => return Err(unexpected(&other)),
     };
-    let Some(output) = output else { return ctx.printer.json_value(&evidence) };
+    let Some(output) = output else { return ctx.printer.json_document(&evidence) };
     let object = output.display().to_string();
     if output.exists() {
         return Err(Problem::new(ProblemKind::Conflict, object, "is there already")
             .next("name another file")
             .into());
     }
-    let failed = |e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, object.clone(), e);
+    let failed =
+        |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, object.clone(), e);
     let mut json = serde_json::to_vec_pretty(&evidence).map_err(|e| failed(&e))?;
     json.push(b'\n');
     durable::write(&output, &json).map_err(|e| failed(&e))?;

@@ -22,6 +22,8 @@ use crate::config::Config;
 use crate::repository::Repository;
 use crate::types::{Hash, RecipeId};
 
+use super::whose;
+
 const PIECE_BYTES: usize = 256 << 10;
 
 pub enum Target {
@@ -80,6 +82,9 @@ impl Target {
             | R::VmShow { .. }
             | R::VmStart { .. }
             | R::VmStop { .. }
+            | R::VmReboot { .. }
+            | R::VmSet(_)
+            | R::VmResize { .. }
             | R::VmDelete { .. }
             | R::Plan { .. }
             | R::Move { .. }
@@ -98,13 +103,15 @@ impl Target {
 
     /// Opens the repository of a cloud whose broker does not run.
     pub fn offline(config: &Config) -> Result<Self, Problem> {
+        whose::not_as_root(config)?;
         same_owner(&config.repository.dir)?;
         let repository = Repository::open_or_create(&config.repository.dir).map_err(|e| {
             let problem = content::repository_problem(&e);
             Problem { object: format!("repository {}", config.repository.dir.display()), ..problem }
                 .next("if its broker runs, name its socket with --socket")
         })?;
-        let failed = |e: &dyn std::error::Error| Problem::from_error(ProblemKind::Failed, "records", e);
+        let failed =
+            |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, "records", e);
         let records = Records::open(&config.cloud.data_dir).map_err(|e| failed(&e))?;
         let (vms, damaged) = records.vms().map_err(|e| failed(&e))?;
         Ok(Target::Offline(Box::new(Offline {

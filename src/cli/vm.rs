@@ -15,6 +15,7 @@ use super::format::bytes;
 use super::printer::{Failure, Outcome, Printer, unexpected};
 use super::recipe::Ingredients;
 use super::table::{Table, card};
+use super::vm_change;
 
 /// What an overlay takes that no guest wrote to.
 const UNTOUCHED_DELTA_BYTES: u64 = 1 << 20;
@@ -36,10 +37,13 @@ pub enum Command {
     },
     /// Start a VM
     Start {
+        /// Its name or UUID
         vm: String,
         /// Although members that may own it by now did not say: you are sure that it runs nowhere else
         #[arg(long)]
         unconfirmed: bool,
+        #[command(flatten)]
+        wait: vm_change::Wait,
     },
     /// Shut VMs down, one after the other
     Stop {
@@ -54,10 +58,18 @@ pub enum Command {
         /// Switch it off without asking the guest
         #[arg(long)]
         force: bool,
-        /// How long the guest may take
-        #[arg(long, default_value = "90s", value_name = "DURATION")]
-        timeout: HumanDuration,
+        /// How long the guest may take; its own setting, or the cloud's, if not given
+        #[arg(long, value_name = "DURATION")]
+        timeout: Option<HumanDuration>,
     },
+    /// Shut a VM down and start it again
+    Reboot(vm_change::Reboot),
+    /// Change a VM: what runs keeps its CPUs and memory until its next start
+    Set(vm_change::Set),
+    /// Give a VM another name
+    Rename(vm_change::Rename),
+    /// Make disks of a stopped VM larger
+    Resize(vm_change::Resize),
     /// Delete a stopped VM with its disks, or the copy that one left here
     Delete {
         vm: String,
@@ -97,14 +109,17 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
         Command::Export(args) => adopt::export(ctx, args).await,
         Command::List => ctx.read(&Request::VmList, print_list).await,
         Command::Show { vm } => ctx.read(&Request::VmShow { vm }, print_vm).await,
-        Command::Start { vm, unconfirmed } => {
+        Command::Start { vm, unconfirmed, wait } => {
             let request = Request::VmStart { vm: vm.clone(), unconfirmed, by_uid: None };
-            done(ctx, request, format!("{vm} is started")).await
+            vm_change::start(ctx, &vm, request, wait).await
         }
+        Command::Reboot(args) => vm_change::reboot(ctx, args).await,
+        Command::Set(args) => vm_change::set(ctx, args).await,
+        Command::Rename(args) => vm_change::rename(ctx, args).await,
+        Command::Resize(args) => vm_change::resize(ctx, args).await,
         Command::Stop { vms, all, for_host, force, timeout } => {
             let vms = if all { running(ctx).await? } else { vms };
-            // Whole seconds, and not zero of them for a short time.
-            let timeout_s = timeout.0.as_millis().div_ceil(1000) as u64;
+            let timeout_s = timeout.map(whole_seconds);
             let mut failed = Ok(());
             for vm in vms {
                 let request = Request::VmStop { vm: vm.clone(), force, timeout_s, for_host };
@@ -200,7 +215,12 @@ async fn running(ctx: &Context) -> Result<Vec<String>, Failure> {
     Ok(vms.into_iter().map(|vm| vm.id.to_string()).collect())
 }
 
-async fn done(ctx: &Context, request: Request, text: String) -> Outcome {
+/// Not zero of them for a short time.
+pub(super) fn whole_seconds(time: HumanDuration) -> u64 {
+    time.0.as_millis().div_ceil(1000) as u64
+}
+
+pub(super) async fn done(ctx: &Context, request: Request, text: String) -> Outcome {
     ctx.work(&request, |printer, _| {
         printer.note(text);
         Ok(())
@@ -247,7 +267,7 @@ fn place(vm: &VmView) -> String {
     }
 }
 
-fn print_vm(printer: &Printer, reply: Reply) -> Outcome {
+pub(super) fn print_vm(printer: &Printer, reply: Reply) -> Outcome {
     let Reply::Vm(vm) = reply else { return Err(unexpected(&reply)) };
     let power = match vm.power {
         PowerState::Running => printer.good("running"),
@@ -267,8 +287,12 @@ fn print_vm(printer: &Printer, reply: Reply) -> Outcome {
             ("power", power),
             ("where", place(&vm)),
             ("epoch", vm.epoch.to_string()),
+            ("description", vm.description.clone()),
             ("CPUs", vm.cpus.to_string()),
             ("memory", vm.memory.to_string()),
+            ("runs with", vm.runs_as.map(vm_change::shape).unwrap_or_default()),
+            ("autostart", vm.autostart.to_string()),
+            ("stop timeout", vm.stop_timeout_s.map(|s| format!("{s} s")).unwrap_or_default()),
             ("firmware", vm.spec.firmware.to_string()),
             ("networks", nics.join(", ")),
             ("components", vm.components.join(", ")),

@@ -30,7 +30,7 @@ pub enum ComposeError {
     /// What an adopted disk's component says of its base cannot be true.
     #[error("the extent list of {component} is refused: {reason}; adopt the disk again where it came from")]
     ExtentList { component: String, reason: String },
-    #[error("a disk of {size} is too small: the components need about {need}")]
+    #[error("a disk of {size} is too small: the components need {need}")]
     TooSmall { size: ByteSize, need: ByteSize },
     #[error("a disk of {size} is too large: this composer lays out up to {limit}")]
     TooLarge { size: ByteSize, limit: ByteSize },
@@ -71,6 +71,10 @@ pub enum ComposeError {
         #[source]
         source: io::Error,
     },
+    #[error("{} {reason}", path.display())]
+    Occupied { path: PathBuf, reason: &'static str },
+    #[error("qemu-img is not there: install the package qemu-utils")]
+    NoQemuImg,
     #[error("qemu-img failed: {0}")]
     Convert(String),
 }

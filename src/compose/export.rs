@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fmt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::process::Command;
 use std::str::FromStr;
@@ -53,12 +54,42 @@ impl FromStr for ImageFormat {
     }
 }
 
+/// Why nothing can be written at `output`: what is there is never replaced.
+pub fn occupied(output: &Path) -> Option<&'static str> {
+    let kind = output.metadata().or_else(|_| output.symlink_metadata()).ok()?.file_type();
+    Some(if kind.is_block_device() || kind.is_char_device() {
+        "is a device, and only files are written: write to a file, and copy that to the device with 'dd'"
+    } else if kind.is_dir() {
+        "is a directory: name a file in it"
+    } else {
+        "is there already: name another file"
+    })
+}
+
+/// Gives what was written its name, unless something has that name by now.
+pub fn place(part: &Path, output: &Path) -> std::io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    match renameat_with(CWD, part, CWD, output, RenameFlags::NOREPLACE) {
+        // A file system that cannot.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) if occupied(output).is_none() => {
+            std::fs::rename(part, output)
+        }
+        placed => Ok(placed?),
+    }
+}
+
 /// Writes an image to `output` in `format`; `input` is how `qemu-img` is told of it, its format included,
-/// so that it need not guess. On failure nothing is left at `output`.
+/// so that it need not guess. On failure nothing is left at `output`; what is there is not replaced.
 pub fn convert(input: &[&OsStr], output: &Path, format: ImageFormat) -> Result<(), ComposeError> {
     let mut part = output.as_os_str().to_owned();
     part.push(".part");
     let part = Path::new(&part);
+    if let Some(reason) = occupied(output) {
+        return Err(ComposeError::Occupied { path: output.to_owned(), reason });
+    }
+    // What the system has against it is said by the system, not by the tool.
+    let io = |source| ComposeError::Io { what: "create", path: part.to_owned(), source };
+    std::fs::File::create_new(part).map_err(io)?;
     let mut command = Command::new("qemu-img");
     command.args(["convert", "-O"]).arg(format.to_string());
     if format == ImageFormat::Vpc {
@@ -67,12 +98,13 @@ pub fn convert(input: &[&OsStr], output: &Path, format: ImageFormat) -> Result<(
     }
     let result = command.args(input).arg(part).output();
     let done = match result {
-        Err(e) => Err(ComposeError::Convert(format!("{e}; install the package qemu-utils"))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(ComposeError::NoQemuImg),
+        Err(e) => Err(ComposeError::Convert(e.to_string())),
         Ok(o) if !o.status.success() => {
             Err(ComposeError::Convert(String::from_utf8_lossy(&o.stderr).trim().to_owned()))
         }
-        Ok(_) => std::fs::rename(part, output).map_err(|source| ComposeError::Io {
-            what: "rename to",
+        Ok(_) => place(part, output).map_err(|source| ComposeError::Io {
+            what: "create",
             path: output.to_owned(),
             source,
         }),

@@ -1,7 +1,7 @@
 //! The plan of a disk: metadata bytes and extents, computed from the tree and the parameters alone.
 
 use crate::component::DiskParameters;
-use crate::component::tree::Tree;
+use crate::component::tree::{Node, Tree};
 use crate::types::{ByteSize, PackId};
 
 use super::error::ComposeError;
@@ -54,8 +54,8 @@ pub fn plan(tree: &Tree, disk: &DiskParameters) -> Result<Plan, ComposeError> {
     let root_end = disk.virtual_size_bytes.saturating_sub(ALIGNMENT_BYTES);
     let (esp_files, root_files) = esp::split(tree);
     let too_small = || {
-        let root = ext4::size_estimate(&root_files) / ALIGNMENT_BYTES * ALIGNMENT_BYTES;
-        let need = (root_start + 2 * ALIGNMENT_BYTES).saturating_add(root);
+        let tried = root_end.saturating_sub(root_start);
+        let need = (root_start + ALIGNMENT_BYTES).saturating_add(smallest_root(&root_files, disk, tried));
         ComposeError::TooSmall { size: ByteSize(disk.virtual_size_bytes), need: ByteSize(need) }
     };
     let size_bytes = root_end.checked_sub(root_start).filter(|s| *s > 0).ok_or_else(too_small)?;
@@ -82,6 +82,23 @@ pub fn size_for(tree: &Tree) -> Result<ByteSize, ComposeError> {
         return Err(ComposeError::TooLarge { size: ByteSize(size), limit });
     }
     Ok(ByteSize(size))
+}
+
+/// The smallest root file system that holds `nodes`, known to be larger than `too_small_bytes`: found by trying,
+/// down from an estimate that leaves room. The estimate itself where even that does not do.
+fn smallest_root(nodes: &[&Node], disk: &DiskParameters, too_small_bytes: u64) -> u64 {
+    let units = |bytes: u64| bytes / ALIGNMENT_BYTES;
+    let fits = |n: u64| matches!(ext4::layout(nodes, disk, n * ALIGNMENT_BYTES), Ok(Some(_)));
+    let mut fit = units(ext4::size_estimate(nodes)) + 1;
+    let mut small = units(too_small_bytes).min(fit);
+    if !fits(fit) {
+        return fit.saturating_mul(ALIGNMENT_BYTES);
+    }
+    while fit - small > 1 {
+        let middle = small + (fit - small) / 2;
+        if fits(middle) { fit = middle } else { small = middle }
+    }
+    fit * ALIGNMENT_BYTES
 }
 
 /// Neighbours in both pack and image become one extent.

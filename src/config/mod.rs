@@ -28,7 +28,7 @@ pub use file::{
 };
 pub use identity::{Identity, identity_path, load_identity, load_or_create_identity, rotate_identity};
 pub use secrets::{Password, private_dir, unreplaceable};
-pub use value::{HumanDuration, Rate};
+pub use value::{HostPort, HumanDuration, Rate};
 
 use error::nearest;
 use file::{File, NetworkWord};
@@ -242,12 +242,10 @@ impl fmt::Display for NetworkKind {
 }
 
 fn with_port(address: &str, port: u16) -> String {
-    match address.parse::<IpAddr>() {
-        Ok(ip) => SocketAddr::new(ip, port).to_string(),
-        Err(_) if address.rsplit_once(':').is_some_and(|(_, p)| p.parse::<u16>().is_ok()) => {
-            address.to_owned()
-        }
-        Err(_) => format!("{address}:{port}"),
+    match address.parse::<HostPort>() {
+        Ok(HostPort { host, port: named }) => HostPort { host, port: named.or(Some(port)) }.to_string(),
+        // Refused when it was read.
+        Err(_) => address.to_owned(),
     }
 }
 
@@ -488,13 +486,14 @@ fn resolve_paths(file: &mut File, base: &Path) -> Result<(), ConfigError> {
 }
 
 fn host_port(text: &str) -> Result<(String, u16), ConfigError> {
-    let parts = text.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)));
-    match parts {
-        Some((host, port)) if !host.is_empty() && port != 0 => {
-            Ok((host.trim_start_matches('[').trim_end_matches(']').to_owned(), port))
-        }
-        _ => Err(ConfigError::field("xmpp.server", format!("'{}' is not host:port", text.escape_default()))
-            .next("write for example \"xmpp.example.org:5223\"")),
+    let wrong = |reason: String| {
+        Err(ConfigError::field("xmpp.server", reason)
+            .next("write for example \"xmpp.example.org:5223\" or \"[2001:db8::1]:5223\""))
+    };
+    match text.parse::<HostPort>() {
+        Ok(HostPort { host, port: Some(port) }) => Ok((host, port)),
+        Ok(_) => wrong(format!("'{}' is not host:port", text.escape_default())),
+        Err(reason) => wrong(reason),
     }
 }
 
@@ -582,11 +581,10 @@ fn check_limits(file: &File) -> Result<(), ConfigError> {
         }
     }
     for address in &file.transfer.advertise {
-        let plain = address.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:[]".contains(&b));
-        if address.is_empty() || !plain {
-            let reason = format!("'{}' is not an address", address.escape_default());
-            return Err(ConfigError::field("transfer.advertise", reason)
-                .next("write for example \"192.0.2.1:7420\" or \"cloud-a.example.org\""));
+        if let Err(reason) = address.parse::<HostPort>() {
+            return Err(ConfigError::field("transfer.advertise", reason).next(
+                "write for example \"192.0.2.1:7420\", \"[2001:db8::1]:7420\" or \"cloud-a.example.org\"",
+            ));
         }
     }
     for (i, pin) in file.trust.pinned.iter().enumerate() {

@@ -32,7 +32,9 @@ impl std::fmt::Debug for Password {
 /// Reads a password file: its first line, without the line end.
 pub fn read_password(path: &Path) -> Result<Password, ConfigError> {
     let text = read_secret(path)?;
-    match text.lines().next() {
+    // Files from other systems end lines with CR LF, or the last one with CR alone, and may begin with a mark.
+    let first = text.trim_start_matches('\u{feff}').split(['\r', '\n']).next();
+    match first {
         Some(line) if !line.is_empty() => Ok(Password(Zeroizing::new(line.to_owned()))),
         _ => Err(ConfigError::Secret {
             path: path.to_owned(),
@@ -115,6 +117,10 @@ mod tests {
             let e = read_password(&path).unwrap_err();
             assert!(e.to_string().contains("can be read by others"), "{e}");
             assert_eq!(e.next_step(), format!("chmod 600 {}", path.display()));
+        }
+        for text in ["s3cret\r\n", "s3cret\r", "\u{feff}s3cret\r\nmore"] {
+            let (_dir, path) = file(0o600, text);
+            assert_eq!(read_password(&path).unwrap().expose(), "s3cret", "{text:?}");
         }
         let (_dir, path) = file(0o600, "\n");
         assert_eq!(read_password(&path).unwrap_err().to_string(), "is empty");

@@ -1,6 +1,7 @@
 //! Durations, rates and choices as people write them.
 
 use std::fmt;
+use std::net::{IpAddr, Ipv6Addr};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -29,6 +30,73 @@ pub enum ParseValueError {
         "'{0}' is not a rate: write bits such as \"100Mbit\" or bytes such as \"12M\", per second, not zero"
     )]
     Rate(String),
+}
+
+/// `host:port`, `host`, and an IPv6 address in brackets if a port follows.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HostPort {
+    /// Without brackets.
+    pub host: String,
+    pub port: Option<u16>,
+}
+
+impl FromStr for HostPort {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let bad = |reason: &str| Err(format!("'{}' {reason}", text.escape_default()));
+        let port = |digits: &str| match digits.parse::<u16>() {
+            Ok(port) if port > 0 && digits.bytes().all(|b| b.is_ascii_digit()) => Ok(Some(port)),
+            _ => Err(format!("'{}' has no port from 1 to 65535 after its colon", text.escape_default())),
+        };
+        let (host, port) = if let Some(rest) = text.strip_prefix('[') {
+            let Some((host, after)) = rest.split_once(']') else { return bad("lacks the closing bracket") };
+            if host.parse::<Ipv6Addr>().is_err() {
+                return bad("has no IPv6 address in its brackets");
+            }
+            match after.strip_prefix(':') {
+                Some(digits) => (host, port(digits)?),
+                None if after.is_empty() => (host, None),
+                None => return bad("has something else than a port after its bracket"),
+            }
+        } else if text.parse::<Ipv6Addr>().is_ok() {
+            (text, None)
+        } else {
+            match text.split_once(':') {
+                Some((_, rest)) if rest.contains(':') => return bad("is no IPv6 address"),
+                Some((host, digits)) => (host, port(digits)?),
+                None => (text, None),
+            }
+        };
+        if host.parse::<IpAddr>().is_err() && !is_host_name(host) {
+            return bad("is no address and no name of a host");
+        }
+        Ok(Self { host: host.to_owned(), port })
+    }
+}
+
+/// The form that is looked up and dialled.
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') && self.port.is_some() {
+            true => write!(f, "[{}]", self.host)?,
+            false => f.write_str(&self.host)?,
+        }
+        self.port.map_or(Ok(()), |port| write!(f, ":{port}"))
+    }
+}
+
+/// RFC 1123, with the underscore that many have. A last label of digits would be an IPv4 address, and is none.
+fn is_host_name(text: &str) -> bool {
+    let label = |l: &str| {
+        (1..=63).contains(&l.len())
+            && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+            && !l.starts_with('-')
+            && !l.ends_with('-')
+    };
+    let name = text.strip_suffix('.').unwrap_or(text);
+    let last = name.rsplit('.').next().unwrap_or_default();
+    name.len() <= 253 && name.split('.').all(label) && !last.bytes().all(|b| b.is_ascii_digit())
 }
 
 /// An enum whose values are words; another word is refused with the list of possible ones.
@@ -182,6 +250,45 @@ mod tests {
         }
         for bad in ["", "10", "h", "1x", "-1s", "1.5h", "99999999999d", "1 0s", "18446744073709551616s"] {
             assert!(bad.parse::<HumanDuration>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn addresses_are_whole_or_refused() {
+        for (text, host, port) in [
+            ("xmpp.example.org:5223", "xmpp.example.org", Some(5223)),
+            ("192.0.2.1", "192.0.2.1", None),
+            ("localhost:1", "localhost", Some(1)),
+            ("2001:db8::1", "2001:db8::1", None),
+            ("::1", "::1", None),
+            ("[::1]", "::1", None),
+            ("[2001:db8::1]:7420", "2001:db8::1", Some(7420)),
+        ] {
+            let read: HostPort = text.parse().unwrap();
+            assert_eq!((read.host.as_str(), read.port), (host, port), "{text}");
+            assert_eq!(read.to_string().parse::<HostPort>().unwrap(), read, "{text}");
+        }
+        for bad in [
+            "",
+            ":5223",
+            "a:",
+            "a:0",
+            "a:65536",
+            "a:+1",
+            "a:x",
+            "[::1",
+            "[::1]5223",
+            "[::1]:",
+            "[a]:1",
+            "::1:x:5223",
+            "192.0.2.1.9",
+            "192.0.2.256",
+            "-a.example",
+            "a..b",
+            "a b",
+            "[192.0.2.1]:1",
+        ] {
+            assert!(bad.parse::<HostPort>().is_err(), "{bad}");
         }
     }
 

@@ -27,13 +27,13 @@ pub use error::DiskError;
 pub use image::DiskImage;
 pub use in_use::is_in_use;
 pub use index::BlockIndex;
-pub use overlay::{OverlayWriter, create_overlay};
+pub use overlay::{OverlayWriter, create_overlay, grow_overlay};
 pub use qcow2::Qcow2;
 pub use scan::{Scan, scan_base, scan_root, scan_user_data};
 pub use scrub::{finish_scrubs, scrub};
 pub use space::require_space;
 pub use stage::{Changes, DiskFile, StagedDisk};
-pub use user_data::{UserDataDisk, create_user_data};
+pub use user_data::{UserDataDisk, create_user_data, grow_user_data};
 
 /// Where the blocks lie that a disk held when it was last staged, whatever a guest did to it since.
 pub fn index_as_staged(disk: &DiskFile) -> Option<BlockIndex> {

@@ -62,6 +62,39 @@ pub fn create_overlay(path: &Path, backing: &Path, virtual_size_bytes: u64) -> R
     })
 }
 
+/// Makes an overlay that no hypervisor runs larger, durably; what is new reads as zeros. One of that size stays
+/// as it is.
+pub fn grow_overlay(path: &Path, virtual_size_bytes: u64) -> Result<(), DiskError> {
+    let wrong = |reason: String| DiskError::WrongDisk { path: path.to_owned(), reason };
+    if virtual_size_bytes > DISK_BYTES || !virtual_size_bytes.is_multiple_of(512) {
+        return Err(wrong("its size must be a multiple of 512 bytes and at most 16 TiB".into()));
+    }
+    let file = open_alone(path)?;
+    let now = Qcow2::open(path)?.virtual_size_bytes();
+    if now == virtual_size_bytes {
+        return Ok(());
+    }
+    if now > virtual_size_bytes {
+        return Err(wrong(format!("it has {now} bytes, which is more than {virtual_size_bytes}")));
+    }
+    let mut header = [0; HEADER_BYTES as usize];
+    file.read_exact_at(&mut header, 0).map_err(io_error("read the header of", path))?;
+    // The table of tables has a cluster, which is enough for the largest disk, as `create_overlay` makes it.
+    let made_here = be_u64(&header, 40) == L1_AT * CLUSTER_BYTES
+        && header[20..24] == CLUSTER_BITS.to_be_bytes()
+        && be_u64(&header, INCOMPATIBLE_AT as usize) & EXTENDED_L2 != 0;
+    let l1_entries = virtual_size_bytes.div_ceil(CLUSTER_BYTES * ENTRIES_PER_TABLE).max(1);
+    if !made_here || l1_entries > CLUSTER_BYTES / 8 {
+        return Err(wrong("it is laid out in another way than here".into()));
+    }
+    // Size, no encryption, entries: neighbours, and one write, so that it is the old disk or the new one.
+    let mut sizes = Vec::with_capacity(16);
+    sizes.extend(virtual_size_bytes.to_be_bytes());
+    sizes.extend(0u32.to_be_bytes());
+    sizes.extend((l1_entries as u32).to_be_bytes());
+    file.write_all_at(&sizes, 24).and_then(|()| file.sync_all()).map_err(io_error("write", path))
+}
+
 fn encode_header(backing_name: &[u8], virtual_size_bytes: u64) -> Vec<u8> {
     let l1_entries = virtual_size_bytes.div_ceil(CLUSTER_BYTES * ENTRIES_PER_TABLE).max(1);
     // Extensions: the backing format, padded to 8 bytes, and the end mark.

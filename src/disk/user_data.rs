@@ -18,6 +18,17 @@ pub fn create_user_data(path: &Path, size_bytes: u64) -> Result<(), DiskError> {
     create_file(path, |file| file.set_len(size_bytes))
 }
 
+/// Makes a user-data disk that no hypervisor runs larger, durably. One of that size stays as it is.
+pub fn grow_user_data(path: &Path, size_bytes: u64) -> Result<(), DiskError> {
+    let file = open_alone(path)?;
+    let now = file.metadata().map_err(io_error("stat", path))?.len();
+    if now > size_bytes {
+        let reason = format!("it has {now} bytes, which is more than {size_bytes}");
+        return Err(DiskError::WrongDisk { path: path.to_owned(), reason });
+    }
+    file.set_len(size_bytes).and_then(|()| file.sync_all()).map_err(io_error("enlarge", path))
+}
+
 /// A user-data disk opened for writing by one task at a time.
 #[derive(Debug)]
 pub struct UserDataDisk {

@@ -336,7 +336,7 @@ impl FakeDriver {
                     verb: "stopped",
                     state: entry.state,
                     after: timeout,
-                    next_step: "its guest ignores the power button; stop it by force or from within",
+                    next_step: "its guest ignores the power button",
                 })
             }
             StopMode::Graceful { .. } if !is_deaf => Ok(StopReason::Guest),

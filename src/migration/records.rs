@@ -1,11 +1,14 @@
 //! What a cloud records of a VM: its shape, and who owns it. Types only; `broker/RECORDS.md` says
 //! where they lie and in which order they are written, `ownership.rs` how they change.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
 use crate::types::codec::CodecError;
-use crate::types::{MemberJid, MigrationId, PublicKey, hex};
+use crate::types::{ByteSize, MemberJid, MigrationId, PublicKey, hex};
 use crate::vm::VmSpec;
 
 use super::handover::{HandOver, Origin, Receipt};
@@ -53,6 +56,77 @@ pub struct VmRecord {
     /// The last time an operator started it without the word of those that may know more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unconfirmed_start: Option<UnconfirmedStart>,
+    /// The shape it runs in, where the spec has changed since it was started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runs_as: Option<Shape>,
+    /// What this cloud's operator wants of it.
+    #[serde(default, skip_serializing_if = "Settings::is_default")]
+    pub settings: Settings,
+}
+
+/// What a guest sees of its machine that can be changed between two starts.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub struct Shape {
+    pub cpus: u32,
+    pub memory: ByteSize,
+}
+
+impl Shape {
+    pub fn of(spec: &VmSpec) -> Self {
+        Self { cpus: spec.cpus, memory: spec.memory }
+    }
+}
+
+/// An operator's wishes for a VM. They are the cloud's own: they stay when the VM moves, and are found again
+/// when it comes home.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+pub struct Settings {
+    #[serde(default)]
+    pub description: String,
+    #[serde(default)]
+    pub autostart: Autostart,
+    /// How long its guest may take to shut down; the cloud's `migration.stop_timeout_s` if not set.
+    #[serde(default)]
+    pub stop_timeout_s: Option<u32>,
+}
+
+impl Settings {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Whether a VM is started when the broker starts after a boot of its machine.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Autostart {
+    /// If it was to run when the machine went down.
+    #[default]
+    Last,
+    Always,
+    Never,
+}
+
+impl fmt::Display for Autostart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Autostart::Last => "last",
+            Autostart::Always => "always",
+            Autostart::Never => "never",
+        })
+    }
+}
+
+impl FromStr for Autostart {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "last" => Ok(Autostart::Last),
+            "always" => Ok(Autostart::Always),
+            "never" => Ok(Autostart::Never),
+            _ => Err(format!("'{}' is not one of last, always, never", s.escape_default())),
+        }
+    }
 }
 
 /// An operator's word that the VM runs nowhere else.
@@ -167,7 +241,16 @@ impl VmRecord {
             disproved: None,
             ignored_stop: None,
             unconfirmed_start: None,
+            runs_as: None,
+            settings: Settings::default(),
         }
+    }
+
+    /// What it takes of this host when it runs: as it was started, or as it will be, whichever is more.
+    pub fn takes(&self) -> Shape {
+        let spec = Shape::of(&self.spec);
+        let now = self.runs_as.unwrap_or(spec);
+        Shape { cpus: spec.cpus.max(now.cpus), memory: ByteSize(spec.memory.0.max(now.memory.0)) }
     }
 
     pub fn is_here(&self) -> bool {

@@ -51,7 +51,7 @@ pub fn assess(room: &Room, spec: &VmSpec, source: &MemberJid, needed: &Needed) -
     if room.present.iter().any(|(id, _)| *id == spec.id) {
         no(DenialCode::AlreadyThere, format!("VM {} is already there", spec.id.short()), String::new());
     } else if room.present.iter().any(|(_, name)| *name == spec.name) {
-        let next = "rename or move the other VM first".into();
+        let next = format!("rename one of the two with 'cicada vm rename {} NEW'", spec.name);
         no(DenialCode::AlreadyThere, format!("another VM named {} is there", spec.name), next);
     }
     if room.incoming >= room.incoming_max {

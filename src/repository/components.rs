@@ -138,17 +138,27 @@ impl Repository {
         if !self.has_manifest(id) && !bound.iter().any(|b| b.1 == *id) {
             return Err(RepositoryError::Missing { object: ObjectId::Manifest(*id) });
         }
-        let in_use = |by: String| Err(RepositoryError::InUse { object: ObjectId::Manifest(*id), by });
+        let in_use = |by: String, next_step: String| {
+            Err(RepositoryError::InUse { object: ObjectId::Manifest(*id), by, next_step })
+        };
         for (_, other) in &bound {
             let needs = |s: Summary| s.requires.contains(id);
             if other != id && self.summary(other)?.is_some_and(needs) {
-                return in_use(format!("component {}", self.describe(other)));
+                let by = self.describe(other);
+                let next_step = format!("remove that first, with `cicada component remove {by}`");
+                return in_use(format!("component {by}"), next_step);
             }
         }
         for recipe in self.composition_recipes()? {
             match self.recipe(&recipe) {
                 Ok(held) if held.components.contains(id) => {
-                    return in_use(format!("the composition of recipe {}", recipe.short()));
+                    // The composition is what keeps the recipe; both go when no VM has them any more.
+                    return in_use(
+                        format!("the composition of recipe {}", recipe.short()),
+                        "delete the VMs made of it, then `cicada repo gc`; \
+                         `cicada recipe list` shows what it is made of"
+                            .into(),
+                    );
                 }
                 Ok(_) | Err(RepositoryError::Missing { .. }) => {}
                 Err(e) => return Err(e),

@@ -133,8 +133,9 @@ pub enum RepositoryError {
     #[error("'{text}' names more than one component: {}; write name@version or the id", candidates.join(", "))]
     Ambiguous { text: String, candidates: Vec<String> },
 
-    #[error("{object} is needed by {by}: remove that first")]
-    InUse { object: ObjectId, by: String },
+    /// `next_step` is what an operator can do about `by`.
+    #[error("{object} is needed by {by}")]
+    InUse { object: ObjectId, by: String, next_step: String },
 
     #[error(
         "no space left in {}: {} needed, {} free; make room, or remove what is not needed with `cicada repo gc`",

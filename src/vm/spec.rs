@@ -111,7 +111,7 @@ pub struct VmSpec {
     pub cpus: u32,
     pub memory: ByteSize,
     pub recipe: RecipeId,
-    /// Size of the root disk, equal to the recipe's virtual size.
+    /// Size of the root disk: the recipe's virtual size, or more where it was made larger since.
     pub root_size: ByteSize,
     /// Size of the user-data disk; zero means there is none.
     pub user_data_size: ByteSize,

@@ -59,7 +59,13 @@ impl Admin {
         let text = settings.room.take().unwrap_or_default();
         let room = BareJid::new(&text).ok().filter(|j| j.node().is_some()).ok_or(AdminError::Room(text))?;
         let (handle, mut events) = connect(settings).map_err(AdminError::Connect)?;
-        let failed = |reason: String| AdminError::Connect(std::io::Error::other(reason));
+        let failed = |reason: String| {
+            let kind = match handle.login_was_refused() {
+                true => std::io::ErrorKind::PermissionDenied,
+                false => std::io::ErrorKind::Other,
+            };
+            AdminError::Connect(std::io::Error::new(kind, reason))
+        };
         loop {
             match events.recv().await {
                 Some(XmppEvent::Joined) => break,
@@ -103,12 +109,35 @@ impl Admin {
             .unwrap_or_default();
         let form = DataForm::new(DataFormType::Submit, ns::MUC_ROOM_CONFIG, fields(name, &offered));
         self.ask("configure the room", true, OwnerQuery { form: Some(form) }).await?;
+        self.room_fault().await?.map_or(Ok(()), |fault| Err(AdminError::NotTaken(fault)))
+    }
+
+    /// What the room lacks of what a federation needs; nothing if it is one for it.
+    pub async fn room_fault(&self) -> Result<Option<String>, AdminError> {
         let features =
             self.ask("read the room's configuration", false, DiscoInfoQuery { node: None }).await?;
-        match features.and_then(|e| DiscoInfoResult::try_from(e).ok()).map(|f| room::fault(&f)) {
-            Some(None) => Ok(()),
-            Some(Some(fault)) => Err(AdminError::NotTaken(fault)),
-            None => Err(AdminError::NotTaken("the room does not tell its configuration".into())),
+        Ok(match features.and_then(|e| DiscoInfoResult::try_from(e).ok()) {
+            Some(features) => room::fault(&features),
+            None => Some("the room does not tell its configuration".into()),
+        })
+    }
+
+    /// Whether this account's server reaches one of that domain.
+    pub async fn answers(&self, domain: &str) -> Result<(), AdminError> {
+        let to = Jid::new(domain).map_err(|e| AdminError::Room(e.to_string()))?;
+        match self.handle.iq(to, false, DiscoInfoQuery { node: None }).await {
+            // It is there, and does not tell what it is.
+            Err(RequestError::Refused { condition, .. })
+                if !matches!(
+                    condition.as_str(),
+                    "remote-server-not-found" | "remote-server-timeout" | "gone" | "item-not-found"
+                ) =>
+            {
+                Ok(())
+            }
+            answer => answer
+                .map(drop)
+                .map_err(|source| AdminError::Request { what: format!("reach {domain}"), source }),
         }
     }
 

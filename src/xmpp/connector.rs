@@ -99,6 +99,11 @@ pub enum LoginError {
         "the XMPP server {address} does not speak TLS 1.3, the oldest that xmpp.tls_min and xmpp.channel_binding allow; with xmpp.tls_min = \"1.2\" it is logged in to all the same"
     )]
     OldTls { address: String },
+    #[error("the XMPP server {address} shows a certificate that is not believed: {reason}; {next_step}")]
+    Certificate { address: String, reason: String, next_step: String },
+    /// What answers is not what `xmpp.security` says is there.
+    #[error("the XMPP server {address} {reason}; {next_step}")]
+    OtherPort { address: String, reason: &'static str, next_step: &'static str },
     #[error("no session with the XMPP server {address}: {cause}")]
     Failed { address: String, cause: Error },
     #[error("the XMPP server {address} did not answer within {} s", LOGIN_TIMEOUT.as_secs())]
@@ -254,6 +259,20 @@ impl Connector {
         };
         match error {
             Error::Io(ref e) if is_old_tls(e) => LoginError::OldTls { address },
+            Error::Io(ref e) if certificate_fault(e).is_some() => {
+                let (reason, next_step) = certificate_fault(e).unwrap_or_default();
+                LoginError::Certificate { address, reason, next_step }
+            }
+            Error::Io(ref e) if self.security == Security::DirectTls && is_no_tls(e) => {
+                LoginError::OtherPort {
+                    address,
+                    reason: "does not begin with TLS at that port",
+                    next_step: "it is as a rule the port of StartTLS: set xmpp.security = \"starttls\", or name the \
+                            port of direct TLS (5223) in xmpp.server",
+                }
+            }
+            Error::Io(ref e) if self.security != Security::DirectTls && is_cut(e) => self.silent(),
+            Error::Disconnected if self.security != Security::DirectTls => self.silent(),
             Error::Auth(AuthError::Fail(Condition::NotAuthorized | Condition::MalformedRequest))
                 if failed.bound && !self.may_go_unbound() =>
             {
@@ -278,6 +297,16 @@ impl Connector {
                 LoginError::Refused(format!("the server {} offers no login by SCRAM", self.address))
             }
             cause => LoginError::Failed { address, cause },
+        }
+    }
+
+    /// It ended the connection at the first word of XMPP.
+    fn silent(&self) -> LoginError {
+        LoginError::OtherPort {
+            address: self.address.clone(),
+            reason: "ended the connection before it said anything",
+            next_step: "at a port of direct TLS (5223) it wants TLS from the beginning: set xmpp.security = \
+                        \"direct-tls\", or name the port of StartTLS (5222) in xmpp.server",
         }
     }
 
@@ -329,6 +358,36 @@ fn header(domain: &str) -> StreamHeader<'static> {
 fn is_refusal(error: &ScramError) -> bool {
     matches!(error, ScramError::Xmpp(Error::Auth(AuthError::Fail(c)))
         if *c != Condition::TemporaryAuthFailure && *c != Condition::Aborted)
+}
+
+/// What is wrong with the server's certificate, and what to do about that.
+fn certificate_fault(error: &io::Error) -> Option<(String, String)> {
+    use rustls::{CertificateError as C, Error as Tls};
+    let Tls::InvalidCertificate(fault) = error.get_ref()?.downcast_ref::<Tls>()? else { return None };
+    let next_step = match fault {
+        C::UnknownIssuer => {
+            "if the server has an authority of its own, name that authority's certificate in xmpp.ca_file"
+        }
+        C::NotValidForName | C::NotValidForNameContext { .. } => {
+            "it must be made for the domain of xmpp.jid, whatever host xmpp.server names"
+        }
+        C::Expired | C::ExpiredContext { .. } => {
+            "the server needs a new one, or this machine's clock is wrong"
+        }
+        C::NotValidYet | C::NotValidYetContext { .. } => "this machine's clock or the server's is wrong",
+        _ => "see the server's certificate with 'openssl s_client'",
+    };
+    Some((fault.to_string(), next_step.to_owned()))
+}
+
+/// Whether what came is no TLS at all.
+fn is_no_tls(error: &io::Error) -> bool {
+    let inner = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
+    matches!(inner, Some(rustls::Error::InvalidMessage(_)))
+}
+
+fn is_cut(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof)
 }
 
 /// Whether the handshake failed for want of a version that both sides speak.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -100,9 +101,15 @@ pub(super) enum Command {
 pub struct Handle {
     pub(super) commands: mpsc::Sender<Command>,
     pub(super) presence: Arc<watch::Sender<Option<Cloud>>>,
+    pub(super) refused: Arc<AtomicBool>,
 }
 
 impl Handle {
+    /// Whether the last login failed for who we are, or who the server is, so that trying again cannot help.
+    pub fn login_was_refused(&self) -> bool {
+        self.refused.load(Ordering::Relaxed)
+    }
+
     /// What this cloud says of itself: announced as soon as the room is joined, and whenever it
     /// differs from what was announced last, at most every few seconds.
     pub fn set_presence(&self, cloud: Cloud) {

@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -90,7 +90,9 @@ pub fn connect(settings: Settings) -> std::io::Result<(Handle, mpsc::Receiver<Xm
     let (troubles, told) = mpsc::unbounded_channel();
     let ready = link::Ready::default();
     let stream = link::stanza_stream(connector, me.clone(), settings.password, ready.clone(), troubles);
+    let refused = Arc::new(AtomicBool::new(false));
     let session = Session {
+        refused: refused.clone(),
         me,
         occupant,
         commands: commands.downgrade(),
@@ -110,7 +112,7 @@ pub fn connect(settings: Settings) -> std::io::Result<(Handle, mpsc::Receiver<Xm
         reason_told: String::new(),
     };
     tokio::spawn(session.run(stream, inbox, wanted, told));
-    Ok((Handle { commands, presence: Arc::new(presence) }, outbox))
+    Ok((Handle { commands, presence: Arc::new(presence), refused }, outbox))
 }
 
 /// Where we are; the diagram is at the top.
@@ -130,6 +132,8 @@ enum Place {
 }
 
 struct Session {
+    /// Whether the server said no to who we are, at the last try.
+    refused: Arc<AtomicBool>,
     /// Our full JID.
     me: Jid,
     /// Our place in the room.
@@ -242,6 +246,7 @@ impl Session {
     }
 
     async fn trouble(&mut self, trouble: Trouble) {
+        self.refused.store(trouble.refused, Ordering::Relaxed);
         if trouble.reason != self.reason_told {
             if trouble.refused {
                 tracing::error!(

@@ -503,7 +503,7 @@ impl Drop for World {
                         &Request::VmStop {
                             vm: vm.name.to_string(),
                             force: true,
-                            timeout_s: 5,
+                            timeout_s: Some(5),
                             for_host: false,
                         },
                     );

@@ -196,7 +196,7 @@ impl Fleet {
                 ask(
                     world,
                     owner,
-                    &Request::VmStop { vm: name.into(), force: false, timeout_s: 60, for_host: false },
+                    &Request::VmStop { vm: name.into(), force: false, timeout_s: Some(60), for_host: false },
                 );
             }
             let m = &self.machines[at];

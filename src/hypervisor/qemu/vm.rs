@@ -483,7 +483,7 @@ impl Vm {
                 verb: "stopped",
                 state,
                 after: timeout,
-                next_step: "its guest ignores the power button; stop it by force or from within",
+                next_step: "its guest ignores the power button",
             });
         }
         Ok(())

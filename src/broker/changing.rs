@@ -1,0 +1,235 @@
+//! Changes of a VM that is there: its shape, its name, what its operator wants of it, the sizes of its disks.
+
+use crate::disk;
+use crate::migration::records::{Autostart, Shape};
+use crate::types::{ByteSize, VmId};
+use crate::vm::PowerState;
+
+use super::interface::VmSet;
+use super::power::{Stop, is_off};
+use super::problem::{Problem, ProblemKind, chain};
+use super::vms::{Answer, Busy};
+use super::{Broker, Input};
+
+const DESCRIPTION_BYTES_MAX: usize = 200;
+/// A day: who needs more wants it switched off.
+const STOP_TIMEOUT_S_MAX: u32 = 86_400;
+
+impl Broker {
+    /// Changes what is given. CPUs and memory of a VM that runs hold from its next start on.
+    pub(super) fn set_vm(&mut self, set: &VmSet) -> Result<VmId, Problem> {
+        let id = self.free_vm(&set.vm)?;
+        let Some(vm) = self.vms.get(&id) else { return Ok(id) };
+        let object = format!("VM {}", set.vm);
+        let bad = |reason: String| Problem::new(ProblemKind::BadRequest, object.clone(), reason);
+        let mut record = vm.record.clone();
+        if let Some(name) = set.name.as_ref().filter(|name| **name != record.spec.name) {
+            if let Some(problem) = self.create_problem(name, &[]) {
+                return Err(problem);
+            }
+            record.spec.name = name.clone();
+        }
+        let before = Shape::of(&record.spec);
+        record.spec.cpus = set.cpus.unwrap_or(before.cpus);
+        record.spec.memory = set.memory.unwrap_or(before.memory);
+        record.spec.check().map_err(|reason| bad(reason).next("see 'cicada vm set --help'"))?;
+        if Shape::of(&record.spec) != before {
+            self.fits_this_host(&object, &record.spec)?;
+            if !is_off(&self.shared, id) {
+                record.runs_as = record.runs_as.or(Some(before));
+                // Set back to what it runs with.
+                record.runs_as = record.runs_as.filter(|runs| *runs != Shape::of(&record.spec));
+            }
+        }
+        if let Some(description) = &set.description {
+            if description.len() > DESCRIPTION_BYTES_MAX || description.chars().any(char::is_control) {
+                let reason =
+                    format!("its description must be one line of at most {DESCRIPTION_BYTES_MAX} bytes");
+                return Err(bad(reason));
+            }
+            record.settings.description = description.trim().to_owned();
+        }
+        record.settings.autostart = set.autostart.unwrap_or(record.settings.autostart);
+        if let Some(s) = set.stop_timeout_s {
+            if s > STOP_TIMEOUT_S_MAX {
+                let reason =
+                    format!("a stop timeout of {s} s: up to {STOP_TIMEOUT_S_MAX} s, a day, is possible");
+                return Err(bad(reason));
+            }
+            record.settings.stop_timeout_s = (s > 0).then_some(s);
+        }
+        if record != vm.record {
+            self.shared
+                .records
+                .save_vm(&record)
+                .map_err(|e| Problem::from_error(ProblemKind::Failed, object, &e))?;
+            tracing::info!(vm = %record.spec.name, id = %id, "changed");
+            if let Some(vm) = self.vms.get_mut(&id) {
+                vm.record = record;
+            }
+            self.presence_changed();
+        }
+        Ok(id)
+    }
+
+    /// What would never be started here is refused before it is written down.
+    fn fits_this_host(&self, object: &str, spec: &crate::vm::VmSpec) -> Result<(), Problem> {
+        let (cpus, memory) = self.resources(None);
+        if u64::from(spec.cpus) <= cpus.total && spec.memory.0 <= memory.total {
+            return Ok(());
+        }
+        let reason = format!(
+            "would need {} CPUs and {}; all VMs here together may have {} CPUs and {}",
+            spec.cpus,
+            spec.memory,
+            cpus.total,
+            ByteSize(memory.total)
+        );
+        Err(Problem::new(ProblemKind::Refused, object, reason)
+            .next("set less, or raise hypervisor.cpus and hypervisor.memory in federation.toml"))
+    }
+
+    /// Stops a VM that runs, and starts it again.
+    pub(super) fn reboot_vm(&mut self, id: VmId, force: bool, timeout_s: Option<u64>, reply: Answer) {
+        let Some(vm) = self.vms.get(&id) else { return };
+        if is_off(&self.shared, id) {
+            let name = &vm.record.spec.name;
+            let problem = Problem::new(ProblemKind::Conflict, format!("VM {name}"), "does not run")
+                .next(format!("cicada vm start {name}"));
+            return drop(reply.send(Err(problem)));
+        }
+        let mode = self.stop_mode(id, force, timeout_s, false);
+        self.stop_vm(id, Stop { mode, for_host: false, again: true }, reply);
+    }
+
+    /// Makes disks larger. The file is larger before the record says so: what a crash leaves in between is
+    /// mended by asking again.
+    pub(super) fn resize_vm(
+        &mut self,
+        name: &str,
+        root_size: Option<ByteSize>,
+        user_data_size: Option<ByteSize>,
+        reply: Answer,
+    ) {
+        match self.resizable(name, root_size, user_data_size) {
+            Ok(id) => self.grow_disks(id, root_size, user_data_size, reply),
+            Err(problem) => drop(reply.send(Err(problem))),
+        }
+    }
+
+    fn resizable(
+        &self,
+        name: &str,
+        root_size: Option<ByteSize>,
+        user_data_size: Option<ByteSize>,
+    ) -> Result<VmId, Problem> {
+        let id = self.free_vm(name)?;
+        let object = format!("VM {name}");
+        let Some(vm) = self.vms.get(&id) else { return Ok(id) };
+        let spec = &vm.record.spec;
+        match self.shared.driver.state(id) {
+            Ok(PowerState::Stopped | PowerState::Crashed) | Err(_) => {}
+            Ok(state) => {
+                let reason = format!("is {state}: its disks can be made larger while it is stopped");
+                return Err(Problem::new(ProblemKind::Conflict, object, reason)
+                    .next(format!("cicada vm stop {name}")));
+            }
+        }
+        let mut wanted = spec.clone();
+        wanted.root_size = root_size.unwrap_or(spec.root_size);
+        wanted.user_data_size = user_data_size.unwrap_or(spec.user_data_size);
+        for (what, now, then) in [
+            ("root disk", spec.root_size, wanted.root_size),
+            ("user-data disk", spec.user_data_size, wanted.user_data_size),
+        ] {
+            if then < now {
+                let reason = format!("its {what} has {now}: it can be made larger, never smaller");
+                return Err(Problem::new(ProblemKind::BadRequest, object, reason)
+                    .next("give a larger size, or make a new VM and copy the data in its guest"));
+            }
+        }
+        wanted.check().map_err(|reason| Problem::new(ProblemKind::BadRequest, object.clone(), reason))?;
+        let grows = (wanted.root_size.0 - spec.root_size.0)
+            .saturating_add(wanted.user_data_size.0 - spec.user_data_size.0);
+        let storage = self.storage(None);
+        if grows > storage.unpromised_bytes() {
+            let reason = format!(
+                "would be promised {} more; {} of {} may still be promised to VMs here",
+                ByteSize(grows),
+                ByteSize(storage.unpromised_bytes()),
+                ByteSize(storage.promisable_bytes())
+            );
+            return Err(Problem::new(ProblemKind::NoSpace, object, reason)
+                .next("delete or move a VM, or raise hypervisor.storage_overcommit in federation.toml"));
+        }
+        Ok(id)
+    }
+
+    fn grow_disks(
+        &mut self,
+        id: VmId,
+        root_size: Option<ByteSize>,
+        user_data_size: Option<ByteSize>,
+        reply: Answer,
+    ) {
+        let Some(vm) = self.vms.get_mut(&id) else { return };
+        vm.busy = Some(Busy::Verb("being resized"));
+        let (object, has_user_data) =
+            (format!("VM {}", vm.record.spec.name), vm.record.spec.user_data_size.0 > 0);
+        let Some(paths) = self.vms.get(&id).map(|vm| self.disk_paths(&vm.record)) else { return };
+        let shared = self.shared.clone();
+        tokio::task::spawn_blocking(move || {
+            let root = root_size.map_or(Ok(()), |size| disk::grow_overlay(&paths.root, size.0));
+            let grown = root.and_then(|()| match user_data_size {
+                None => Ok(()),
+                Some(size) if has_user_data => disk::grow_user_data(&paths.user_data, size.0),
+                Some(size) if size.0 > 0 => match disk::create_user_data(&paths.user_data, size.0) {
+                    // An earlier try was cut short before the record said so.
+                    Err(disk::DiskError::Exists { .. }) => disk::grow_user_data(&paths.user_data, size.0),
+                    made => made,
+                },
+                Some(_) => Ok(()),
+            });
+            let grown = grown.map_err(|e| Problem::from_error(ProblemKind::Failed, object.clone(), &e));
+            shared.post(Input::apply(move |b| {
+                let result = grown.and_then(|()| {
+                    let Some(vm) = b.vms.get_mut(&id) else { return Ok(()) };
+                    let mut record = vm.record.clone();
+                    record.spec.root_size = root_size.unwrap_or(record.spec.root_size);
+                    record.spec.user_data_size = user_data_size.unwrap_or(record.spec.user_data_size);
+                    b.shared
+                        .records
+                        .save_vm(&record)
+                        .map_err(|e| Problem::from_error(ProblemKind::Failed, object, &e))?;
+                    vm.record = record;
+                    Ok(())
+                });
+                b.verb_done(id, result, reply);
+            }));
+        });
+    }
+
+    /// After a boot of the machine: which VMs are to run is decided by their operators' wishes.
+    pub(super) fn apply_autostart(&mut self) {
+        if !self.continuity.is_other_boot() {
+            return;
+        }
+        let off: Vec<_> = self.vms.keys().copied().filter(|id| is_off(&self.shared, *id)).collect();
+        for id in off {
+            let Some(vm) = self.vms.get_mut(&id).filter(|vm| vm.record.is_here()) else { continue };
+            let run = match vm.record.settings.autostart {
+                Autostart::Last => continue,
+                Autostart::Always => true,
+                Autostart::Never => false,
+            };
+            if vm.record.run == run {
+                continue;
+            }
+            vm.record.run = run;
+            tracing::info!(vm = %vm.record.spec.name, run, "decided by its autostart after a boot");
+            if let Err(e) = self.shared.records.save_vm(&vm.record) {
+                tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "what its autostart decided is not recorded");
+            }
+        }
+    }
+}

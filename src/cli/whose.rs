@@ -1,0 +1,48 @@
+//! Root working for a cloud that belongs to another user: what it made there the broker could not read.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use crate::broker::problem::{Problem, ProblemKind};
+use crate::config::Config;
+
+/// Refuses to do as root what is the broker's user's to do.
+pub fn not_as_root(config: &Config) -> Result<(), Problem> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    let data_dir = &config.cloud.data_dir;
+    let (data, password) = (owner(data_dir), owner(&config.xmpp.password_file));
+    let (uid, path, what) = match (data, password) {
+        (Some(uid), _) if uid != 0 => (uid, data_dir, "belongs to"),
+        // Before the first use there is nothing but the password to tell whose cloud it is.
+        (None, Some(uid)) if uid != 0 => (uid, data_dir, "would be root's, and the password belongs to"),
+        (Some(0), Some(uid)) if uid != 0 => {
+            let user = name_of(uid);
+            let reason = format!("belongs to root, and the password to {user}: the broker could not use it");
+            return Err(Problem::new(ProblemKind::Forbidden, data_dir.display().to_string(), reason)
+                .next(format!("chown -R {user}: {}; then run this as {user}", data_dir.display())));
+        }
+        _ => return Ok(()),
+    };
+    let user = name_of(uid);
+    let reason = format!("{what} {user}, who could not use what root makes there");
+    Err(Problem::new(ProblemKind::Forbidden, path.display().to_string(), reason)
+        .next(format!("run it as that user: runuser -u {user} -- cicada …")))
+}
+
+fn owner(path: &Path) -> Option<u32> {
+    fs::metadata(path).ok().map(|m| m.uid())
+}
+
+/// A user's name, or its number where it has none.
+fn name_of(uid: u32) -> String {
+    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let found = passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(uid)).then(|| name.to_owned())
+    });
+    found.unwrap_or_else(|| uid.to_string())
+}
