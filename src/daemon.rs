@@ -38,8 +38,9 @@ const EXIT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Runs a broker until a signal or a shutdown request ends it.
 pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
-    let failed =
-        |object: &str, e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, object, e);
+    let failed = |object: &str, e: &(dyn std::error::Error + 'static)| {
+        Problem::from_error(ProblemKind::Failed, object, e)
+    };
     crate::fault::check_environment().map_err(|e| {
         failed("environment", &e).next(format!("unset {}: it is for tests", crate::fault::VARIABLE))
     })?;

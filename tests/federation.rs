@@ -719,7 +719,9 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
         user_data: false,
     };
     assert_eq!(world.call(1, &running).unwrap_err().kind, ProblemKind::Conflict);
-    world.call(1, &Request::VmStop { vm: "old".into(), force: true, timeout_s: Some(5), for_host: false }).unwrap();
+    world
+        .call(1, &Request::VmStop { vm: "old".into(), force: true, timeout_s: Some(5), for_host: false })
+        .unwrap();
     let home = world.move_vm(1, "old", "alpine");
     assert_eq!(home.account.packs_fetched, 0);
     assert!(export(0, "home.raw", false) == disk);

@@ -64,16 +64,33 @@ fn what_is_set_is_what_it_is_started_with() {
     let free = world.status(0).memory_bytes.free;
     let said = done(
         &world,
-        &["vm", "set", "web", "--name", "mail", "--cpus", "2", "--memory", "96M", "--description", "the mail"],
+        &[
+            "vm",
+            "set",
+            "web",
+            "--name",
+            "mail",
+            "--cpus",
+            "2",
+            "--memory",
+            "96M",
+            "--description",
+            "the mail",
+        ],
     );
-    assert!(said.contains("web is now mail") && said.contains("1 CPUs and 64 MiB until its next start"), "{said}");
+    assert!(
+        said.contains("web is now mail") && said.contains("1 CPUs and 64 MiB until its next start"),
+        "{said}"
+    );
     assert_eq!(world.status(0).memory_bytes.free, free - (32 << 20));
     assert_eq!(cicada(&world, 0, &["vm", "show", "web"]).0, 3);
     let shown = done(&world, &["vm", "show", "mail"]);
     for text in ["the mail", "1 CPUs and 64 MiB until its next start", "96 MiB"] {
         assert!(shown.contains(text), "{text}: {shown}");
     }
-    assert!(command_line(&world, "mail").contains("size=64M") || command_line(&world, "mail").contains("-m 64"));
+    assert!(
+        command_line(&world, "mail").contains("size=64M") || command_line(&world, "mail").contains("-m 64")
+    );
     // A broker that was not there when it was started knows it as well.
     world.stop_broker(0, true);
     world.start_broker(0);
@@ -86,7 +103,17 @@ fn what_is_set_is_what_it_is_started_with() {
     assert_eq!(world.vm(0, "mail").power, PowerState::Running);
     let said = done(
         &world,
-        &["vm", "reboot", "mail", "--force", "--wait", "--wait-for", "No bootable device", "--wait-timeout", "60s"],
+        &[
+            "vm",
+            "reboot",
+            "mail",
+            "--force",
+            "--wait",
+            "--wait-for",
+            "No bootable device",
+            "--wait-timeout",
+            "60s",
+        ],
     );
     assert!(said.contains("its guest is ready"), "{said}");
     let line = command_line(&world, "mail");
@@ -152,7 +179,8 @@ fn what_is_set_is_what_it_is_started_with() {
     let vms = |w: &World| std::fs::read_dir(w.clouds[0].dir.join("data/vms")).unwrap().count();
     let there = vms(&world);
     let disk = world.clouds[0].dir.join("web.raw").display().to_string();
-    let late = ["vm", "adopt", "big", &disk, "--format", "raw", "--firmware", "bios", "--memory", "3G", "--start"];
+    let late =
+        ["vm", "adopt", "big", &disk, "--format", "raw", "--firmware", "bios", "--memory", "3G", "--start"];
     let (code, said) = cicada(&world, 0, &late);
     assert_eq!((code, said.contains("is there all the same")), (5, true), "{said}");
     done(&world, &["vm", "delete", "big", "--yes"]);

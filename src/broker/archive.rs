@@ -133,9 +133,7 @@ fn archive_problem(path: &str, e: &ArchiveError) -> Problem {
         ArchiveError::Stopped => problem.next("run it again to go on"),
         ArchiveError::Io { source, .. } => match source.kind() {
             std::io::ErrorKind::NotFound => problem.next("name a path on the broker's machine"),
-            std::io::ErrorKind::PermissionDenied => {
-                problem.next("the broker's user must be able to open it")
-            }
+            std::io::ErrorKind::PermissionDenied => problem.next("the broker's user must be able to open it"),
             _ => problem,
         },
         _ => problem,

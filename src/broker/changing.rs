@@ -43,7 +43,8 @@ impl Broker {
         }
         if let Some(description) = &set.description {
             if description.len() > DESCRIPTION_BYTES_MAX || description.chars().any(char::is_control) {
-                let reason = format!("its description must be one line of at most {DESCRIPTION_BYTES_MAX} bytes");
+                let reason =
+                    format!("its description must be one line of at most {DESCRIPTION_BYTES_MAX} bytes");
                 return Err(bad(reason));
             }
             record.settings.description = description.trim().to_owned();
@@ -51,7 +52,8 @@ impl Broker {
         record.settings.autostart = set.autostart.unwrap_or(record.settings.autostart);
         if let Some(s) = set.stop_timeout_s {
             if s > STOP_TIMEOUT_S_MAX {
-                let reason = format!("a stop timeout of {s} s: up to {STOP_TIMEOUT_S_MAX} s, a day, is possible");
+                let reason =
+                    format!("a stop timeout of {s} s: up to {STOP_TIMEOUT_S_MAX} s, a day, is possible");
                 return Err(bad(reason));
             }
             record.settings.stop_timeout_s = (s > 0).then_some(s);
@@ -129,9 +131,8 @@ impl Broker {
             Ok(PowerState::Stopped | PowerState::Crashed) | Err(_) => {}
             Ok(state) => {
                 let reason = format!("is {state}: its disks can be made larger while it is stopped");
-                return Err(
-                    Problem::new(ProblemKind::Conflict, object, reason).next(format!("cicada vm stop {name}"))
-                );
+                return Err(Problem::new(ProblemKind::Conflict, object, reason)
+                    .next(format!("cicada vm stop {name}")));
             }
         }
         let mut wanted = spec.clone();

@@ -149,7 +149,13 @@ impl Broker {
         }
     }
 
-    pub(super) fn stop_mode(&self, id: VmId, force: bool, timeout_s: Option<u64>, escalate: bool) -> StopMode {
+    pub(super) fn stop_mode(
+        &self,
+        id: VmId,
+        force: bool,
+        timeout_s: Option<u64>,
+        escalate: bool,
+    ) -> StopMode {
         let timeout = timeout_s.map_or_else(|| self.stop_timeout(id), Duration::from_secs);
         if force { StopMode::Forced } else { StopMode::Graceful { timeout, escalate } }
     }

@@ -79,7 +79,11 @@ impl Problem {
 
     /// A failure from an error and the chain of its causes. What the system itself refused (no permission, no
     /// room) is an operator's to mend, so it keeps its own class instead of [`ProblemKind::Failed`].
-    pub fn from_error(kind: ProblemKind, object: impl Into<String>, error: &(dyn std::error::Error + 'static)) -> Self {
+    pub fn from_error(
+        kind: ProblemKind,
+        object: impl Into<String>,
+        error: &(dyn std::error::Error + 'static),
+    ) -> Self {
         let by_system = if kind == ProblemKind::Failed { refused_by_system(error) } else { None };
         let (kind, next) = by_system.unwrap_or((kind, ""));
         Self::new(kind, object, chain(error)).next(next)

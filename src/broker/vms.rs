@@ -484,7 +484,8 @@ impl Broker {
 /// Composes, makes the disks and the record of a new VM. Blocking.
 fn make_vm(shared: &Shared, create: VmCreate) -> Result<VmRecord, Problem> {
     let object = format!("VM {}", create.name);
-    let failed = |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, object.clone(), e);
+    let failed =
+        |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, object.clone(), e);
     let ids: Vec<ComponentId> = content::resolve(&shared.repository, &create.components)?;
     let (recipe_id, recipe) = shared
         .composer

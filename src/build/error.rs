@@ -52,7 +52,10 @@ pub enum BuildError {
     UnpackedMatch { component: String, pattern: String, count: usize },
     #[error("{path} in {}", root.display())]
     Tree { root: PathBuf, path: String, source: io::Error },
-    #[error("a path of {length} bytes is too long, {} are possible: {path}", crate::component::manifest::limit::PATH_BYTES)]
+    #[error(
+        "a path of {length} bytes is too long, {} are possible: {path}",
+        crate::component::manifest::limit::PATH_BYTES
+    )]
     LongPath { path: String, length: usize },
     #[error("too many {what}, at {object}")]
     TooMuch { what: &'static str, object: String },

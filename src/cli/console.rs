@@ -303,8 +303,9 @@ impl Output {
         file.map(Output::Log).map_err(|e| {
             let problem = Problem::from_path(format!("console log {}", vm.console_log), &e);
             match problem.kind {
-                ProblemKind::NotFound => problem
-                    .next(format!("it is made at the first start: cicada vm start {}", vm.name)),
+                ProblemKind::NotFound => {
+                    problem.next(format!("it is made at the first start: cicada vm start {}", vm.name))
+                }
                 _ => problem,
             }
         })
@@ -619,7 +620,6 @@ mod tests {
         s.sent(b"root\n");
         assert!(!s.find(&text("login: "), true));
     }
-
 
     #[test]
     fn typed_text_may_hold_escapes() {

@@ -129,9 +129,9 @@ impl Session {
                 let served = tokio::time::timeout(DOMAIN_TIMEOUT, reachable);
                 let foreign = domain_of(&member) != domain_of(&config.xmpp.jid);
                 let silent = match foreign {
-                    true => served.await.map_or(Some("it does not answer".into()), |answer| {
-                        answer.err().map(|e| chain(&e))
-                    }),
+                    true => served
+                        .await
+                        .map_or(Some("it does not answer".into()), |answer| answer.err().map(|e| chain(&e))),
                     false => None,
                 };
                 self.step(self.admin.add_member(&member)).await?;
@@ -191,10 +191,9 @@ async fn step<T>(
 
 fn admin_problem(object: String, owner: &MemberJid, e: &AdminError) -> Problem {
     let (kind, next) = match e {
-        AdminError::Connect(e) if e.kind() == std::io::ErrorKind::PermissionDenied => (
-            ProblemKind::Forbidden,
-            format!("check the password of {owner}, and the section [xmpp]"),
-        ),
+        AdminError::Connect(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            (ProblemKind::Forbidden, format!("check the password of {owner}, and the section [xmpp]"))
+        }
         AdminError::Connect(_) => (
             ProblemKind::Unavailable,
             "check [xmpp] server, security and ca_file, and the account's password".to_owned(),

@@ -32,9 +32,7 @@ pub fn completions(ctx: &Context, args: &Completions) -> Outcome {
 }
 
 pub fn man(ctx: &Context, args: &Man) -> Outcome {
-    let failed = |e: io::Error| {
-        Problem::from_path(format!("directory {}", args.dir.display()), &e)
-    };
+    let failed = |e: io::Error| Problem::from_path(format!("directory {}", args.dir.display()), &e);
     std::fs::create_dir_all(&args.dir).map_err(failed)?;
     // Manual pages are for everybody.
     rustix::process::umask(rustix::fs::Mode::WGRP | rustix::fs::Mode::WOTH);

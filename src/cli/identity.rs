@@ -119,10 +119,12 @@ fn find(members: &[MemberView], text: &str) -> Result<MemberJid, Problem> {
     let mut found = members.iter().filter(named);
     match (found.next(), found.next()) {
         (Some(m), None) => Ok(m.jid.clone()),
-        (Some(_), Some(_)) => {
-            Err(Problem::new(ProblemKind::BadRequest, format!("member {text}"), "is the name of several clouds")
-                .next("write the member's address: see 'cicada identity list'"))
-        }
+        (Some(_), Some(_)) => Err(Problem::new(
+            ProblemKind::BadRequest,
+            format!("member {text}"),
+            "is the name of several clouds",
+        )
+        .next("write the member's address: see 'cicada identity list'")),
         (None, _) => Err(Problem::new(
             ProblemKind::NotFound,
             format!("member {text}"),
@@ -153,9 +155,11 @@ async fn named(ctx: &Context, member: &str, key: &KeyWord) -> Outcome<(MemberJid
                 .next("ask its operator over another channel which key is right; do not trust this one")
                 .into())
         }
-        None => Err(Problem::new(ProblemKind::NotFound, format!("member {jid}"), "has shown no key in the room")
-            .next("write the whole key, as 'cicada identity show' prints it there")
-            .into()),
+        None => {
+            Err(Problem::new(ProblemKind::NotFound, format!("member {jid}"), "has shown no key in the room")
+                .next("write the whole key, as 'cicada identity show' prints it there")
+                .into())
+        }
     }
 }
 
@@ -223,7 +227,8 @@ async fn rotate(ctx: &Context) -> Outcome {
     }
     // While it is open no broker can start.
     let lock = Target::offline(&config)?;
-    let failed = |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, "records", e);
+    let failed =
+        |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, "records", e);
     let records = Records::open(&config.cloud.data_dir).map_err(|e| failed(&e))?;
     rotation::open_business(&records)?;
     let succession =

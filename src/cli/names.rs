@@ -51,9 +51,10 @@ pub async fn print(ctx: &Context, args: CompleteNames) -> Outcome {
     let Ok(client) = ctx.client().await else { return Ok(()) };
     let mut names: Vec<String> = match client.call(&request, |_| ()).await {
         Ok(Reply::Vms(vms)) => vms.into_iter().map(|vm| vm.name.to_string()).collect(),
-        Ok(Reply::Members(members)) => {
-            members.into_iter().map(|m| m.cloud.map_or(m.jid.to_string(), |cloud| cloud.to_string())).collect()
-        }
+        Ok(Reply::Members(members)) => members
+            .into_iter()
+            .map(|m| m.cloud.map_or(m.jid.to_string(), |cloud| cloud.to_string()))
+            .collect(),
         Ok(Reply::Components(components)) => components.into_iter().map(|c| c.name).collect(),
         _ => Vec::new(),
     };
@@ -73,20 +74,25 @@ pub fn with_names(shell: Shell, script: String) -> String {
     }
 }
 
+/// A command or an option, and what it takes.
+type Taker = (String, Named);
+
 /// The commands with an argument in a place that takes such a name, and the options that do.
-fn takers() -> (Vec<(String, Named)>, Vec<(String, Named)>) {
+fn takers() -> (Vec<Taker>, Vec<Taker>) {
     fn walk(
         command: &clap::Command,
         path: &str,
-        places: &mut Vec<(String, Named)>,
-        options: &mut Vec<(String, Named)>,
+        places: &mut Vec<Taker>,
+        options: &mut Vec<Taker>,
     ) {
         for argument in command.get_arguments() {
             let Some(named) = Named::of(argument.get_id().as_str()) else { continue };
             match argument.get_long() {
                 None => places.push((path.to_owned(), named)),
                 // Options of other commands have other meanings.
-                Some(long) if matches!(long, "to" | "component") => options.push((format!("--{long}"), named)),
+                Some(long) if matches!(long, "to" | "component") => {
+                    options.push((format!("--{long}"), named))
+                }
                 Some(_) => {}
             }
         }

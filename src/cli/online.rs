@@ -70,9 +70,7 @@ async fn login(config: &Config) -> Result<Admin, Problem> {
             AdminError::Connect(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
                 Problem::new(ProblemKind::Forbidden, object, chain(&e)).next(next)
             }
-            AdminError::Connect(e) => {
-                Problem::new(ProblemKind::Unavailable, object, chain(&e)).next(next)
-            }
+            AdminError::Connect(e) => Problem::new(ProblemKind::Unavailable, object, chain(&e)).next(next),
             e => Problem::from_error(ProblemKind::BadRequest, object, &e).next("correct [xmpp] room"),
         }),
         Err(_) => {
@@ -86,8 +84,11 @@ async fn room(config: &Config, admin: &Admin) -> Result<String, Problem> {
     let object = format!("room {}", config.xmpp.room);
     let create = "its owner makes it with: cicada federation create";
     match tokio::time::timeout(SERVER_TIMEOUT, admin.room_fault()).await {
-        Ok(Ok(None)) => Ok(format!("{} is there, for members only; whether this cloud is one shows when the broker \
-                                    enters it", config.xmpp.room)),
+        Ok(Ok(None)) => Ok(format!(
+            "{} is there, for members only; whether this cloud is one shows when the broker \
+                                    enters it",
+            config.xmpp.room
+        )),
         Ok(Ok(Some(fault))) => Err(Problem::new(ProblemKind::Refused, object, fault).next(create)),
         Ok(Err(AdminError::Request { source: RequestError::Refused { condition, .. }, .. }))
             if condition == "item-not-found" =>
@@ -96,8 +97,10 @@ async fn room(config: &Config, admin: &Admin) -> Result<String, Problem> {
         }
         Ok(Err(e)) => Err(Problem::from_error(ProblemKind::Unavailable, object, &e)
             .next("check [xmpp] room: its domain is the server's service for rooms")),
-        Err(_) => Err(Problem::new(ProblemKind::Unavailable, object, "the service for rooms does not answer")
-            .next("check [xmpp] room: its domain is the server's service for rooms")),
+        Err(_) => {
+            Err(Problem::new(ProblemKind::Unavailable, object, "the service for rooms does not answer")
+                .next("check [xmpp] room: its domain is the server's service for rooms"))
+        }
     }
 }
 
@@ -116,8 +119,12 @@ fn port(config: &Config, runs: bool) -> Result<String, Problem> {
 async fn addresses(config: &Config) -> Result<String, Problem> {
     let addresses = config.transfer.addresses(None);
     if addresses.is_empty() {
-        return Err(Problem::new(ProblemKind::Unavailable, "transfer.advertise", "this machine has no address")
-            .next("connect it, or set transfer.advertise"));
+        return Err(Problem::new(
+            ProblemKind::Unavailable,
+            "transfer.advertise",
+            "this machine has no address",
+        )
+        .next("connect it, or set transfer.advertise"));
     }
     // Those of this machine need no looking up.
     for address in &config.transfer.advertise {
@@ -136,7 +143,8 @@ async fn addresses(config: &Config) -> Result<String, Problem> {
 
 async fn hypervisor(config: &Config) -> Result<String, Problem> {
     let driver = QemuDriver::open(daemon::qemu_config(config)).await.map_err(|e| {
-        Problem::from_error(ProblemKind::Missing, "hypervisor", &e).next("deploy/install installs what is needed")
+        Problem::from_error(ProblemKind::Missing, "hypervisor", &e)
+            .next("deploy/install installs what is needed")
     })?;
     let f = driver.features();
     Ok(format!("QEMU {} with {}, machine type {}", f.version, f.accelerator, f.machine_type))
@@ -155,9 +163,10 @@ fn bridge_is_there(bridge: &str) -> Result<String, Problem> {
     }
     // Others it may include are not followed: what is allowed there is not denied here.
     let rules = fs::read_to_string(BRIDGE_CONF).unwrap_or_default();
-    let allowed = rules.lines().map(str::trim).any(|line| {
-        line.starts_with("include") || line == format!("allow {bridge}") || line == "allow all"
-    });
+    let allowed = rules
+        .lines()
+        .map(str::trim)
+        .any(|line| line.starts_with("include") || line == format!("allow {bridge}") || line == "allow all");
     match allowed {
         true => Ok(format!("{bridge} is there, and QEMU's helper may use it")),
         false => Err(Problem::new(ProblemKind::Forbidden, object, "QEMU's helper may not use it")

@@ -192,7 +192,8 @@ fn completed(value: Value) -> Value {
         Value::Object(fields) => {
             let mut all = serde_json::Map::new();
             for (name, value) in fields {
-                let moment = value.as_u64().filter(|ms| *ms >= MOMENT_MIN && MOMENTS.contains(&name.as_str()));
+                let moment =
+                    value.as_u64().filter(|ms| *ms >= MOMENT_MIN && MOMENTS.contains(&name.as_str()));
                 if let Some(ms) = moment {
                     all.insert(format!("{name}_rfc3339"), UnixMillis(ms).rfc3339().into());
                 }

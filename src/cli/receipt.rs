@@ -287,7 +287,8 @@ pub async fn fetch(ctx: &Context, id: String, output: Option<PathBuf>) -> Outcom
             .next("name another file")
             .into());
     }
-    let failed = |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, object.clone(), e);
+    let failed =
+        |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, object.clone(), e);
     let mut json = serde_json::to_vec_pretty(&evidence).map_err(|e| failed(&e))?;
     json.push(b'\n');
     durable::write(&output, &json).map_err(|e| failed(&e))?;

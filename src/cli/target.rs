@@ -109,7 +109,8 @@ impl Target {
             Problem { object: format!("repository {}", config.repository.dir.display()), ..problem }
                 .next("if its broker runs, name its socket with --socket")
         })?;
-        let failed = |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, "records", e);
+        let failed =
+            |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, "records", e);
         let records = Records::open(&config.cloud.data_dir).map_err(|e| failed(&e))?;
         let (vms, damaged) = records.vms().map_err(|e| failed(&e))?;
         Ok(Target::Offline(Box::new(Offline {

@@ -7,9 +7,9 @@ use std::time::Duration;
 use clap::Args;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 
+use crate::broker::READY_LINE;
 use crate::broker::interface::{Reply, Request, VmSet, VmView};
 use crate::broker::problem::{Problem, ProblemKind};
-use crate::broker::READY_LINE;
 use crate::config::HumanDuration;
 use crate::migration::records::{Autostart, Shape};
 use crate::types::{ByteSize, VmName};
@@ -181,7 +181,8 @@ async fn change(ctx: &Context, set: VmSet) -> Outcome {
 }
 
 pub async fn resize(ctx: &Context, args: Resize) -> Outcome {
-    let request = Request::VmResize { vm: args.vm, root_size: args.sizes.root, user_data_size: args.sizes.user_data };
+    let request =
+        Request::VmResize { vm: args.vm, root_size: args.sizes.root, user_data_size: args.sizes.user_data };
     ctx.work(&request, |printer, reply| {
         let Reply::Vm(vm) = reply else { return Err(unexpected(&reply)) };
         let user_data = match vm.user_data_size.0 {
@@ -226,8 +227,7 @@ async fn begin(ctx: &Context, vm: &str, request: Request, wait: Wait, what: &str
             printed(Path::new(&before.console_log), from, wait.wait_for.as_bytes()),
         );
         if seen.await.is_err() {
-            let reason =
-                format!("runs, but '{}' did not come within {}", wait.wait_for, wait.wait_timeout);
+            let reason = format!("runs, but '{}' did not come within {}", wait.wait_for, wait.wait_timeout);
             let problem = Problem::new(ProblemKind::Refused, format!("VM {vm}"), reason)
                 .next(format!("look at its console: cicada vm console {vm} --history"));
             return ctx.end(Err(problem), |_, _| Ok(()));

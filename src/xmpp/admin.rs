@@ -114,7 +114,8 @@ impl Admin {
 
     /// What the room lacks of what a federation needs; nothing if it is one for it.
     pub async fn room_fault(&self) -> Result<Option<String>, AdminError> {
-        let features = self.ask("read the room's configuration", false, DiscoInfoQuery { node: None }).await?;
+        let features =
+            self.ask("read the room's configuration", false, DiscoInfoQuery { node: None }).await?;
         Ok(match features.and_then(|e| DiscoInfoResult::try_from(e).ok()) {
             Some(features) => room::fault(&features),
             None => Some("the room does not tell its configuration".into()),

@@ -263,12 +263,14 @@ impl Connector {
                 let (reason, next_step) = certificate_fault(e).unwrap_or_default();
                 LoginError::Certificate { address, reason, next_step }
             }
-            Error::Io(ref e) if self.security == Security::DirectTls && is_no_tls(e) => LoginError::OtherPort {
-                address,
-                reason: "does not begin with TLS at that port",
-                next_step: "it is as a rule the port of StartTLS: set xmpp.security = \"starttls\", or name the \
+            Error::Io(ref e) if self.security == Security::DirectTls && is_no_tls(e) => {
+                LoginError::OtherPort {
+                    address,
+                    reason: "does not begin with TLS at that port",
+                    next_step: "it is as a rule the port of StartTLS: set xmpp.security = \"starttls\", or name the \
                             port of direct TLS (5223) in xmpp.server",
-            },
+                }
+            }
             Error::Io(ref e) if self.security != Security::DirectTls && is_cut(e) => self.silent(),
             Error::Disconnected if self.security != Security::DirectTls => self.silent(),
             Error::Auth(AuthError::Fail(Condition::NotAuthorized | Condition::MalformedRequest))
@@ -369,7 +371,9 @@ fn certificate_fault(error: &io::Error) -> Option<(String, String)> {
         C::NotValidForName | C::NotValidForNameContext { .. } => {
             "it must be made for the domain of xmpp.jid, whatever host xmpp.server names"
         }
-        C::Expired | C::ExpiredContext { .. } => "the server needs a new one, or this machine's clock is wrong",
+        C::Expired | C::ExpiredContext { .. } => {
+            "the server needs a new one, or this machine's clock is wrong"
+        }
         C::NotValidYet | C::NotValidYetContext { .. } => "this machine's clock or the server's is wrong",
         _ => "see the server's certificate with 'openssl s_client'",
     };

@@ -332,7 +332,10 @@ fn holds_a_guest(bench: &mut Bench) {
     bench.world.wait("the guest goes on", 20, |w| w.vm(0, &name).power == PowerState::Running);
     bench.cancel_all();
     assert!(moving.outcome().is_err());
-    bench.world.call(0, &Request::VmStop { vm: name, force: true, timeout_s: Some(20), for_host: false }).unwrap();
+    bench
+        .world
+        .call(0, &Request::VmStop { vm: name, force: true, timeout_s: Some(20), for_host: false })
+        .unwrap();
     delete_vm(bench, Matter { vm: vm.id, ..matter });
     bench.settled("a guest that is held");
     let did = format!("it goes on after one lease; then: {refused}");
