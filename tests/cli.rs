@@ -141,7 +141,12 @@ fn without_a_broker_commands_say_how_to_start_it() {
     ] {
         let o = run(dir.path(), args);
         assert_eq!((o.status.code(), stderr(&o)), (Some(7), expected.clone()), "{args:?}");
-        assert_eq!(stdout(&o), "", "{args:?}");
+        if args.contains(&"--json") {
+            let end: Value = serde_json::from_str(&stdout(&o)).unwrap();
+            assert_eq!(end["problem"]["kind"], "unavailable", "{args:?}");
+        } else {
+            assert_eq!(stdout(&o), "", "{args:?}");
+        }
     }
 }
 
@@ -278,6 +283,31 @@ fn completions_and_manual_pages_are_made() {
     for shell in ["bash", "zsh", "fish"] {
         let o = run(dir.path(), &["completions", shell]);
         assert!(o.status.success() && stdout(&o).contains("rebuild-index"), "{shell}");
+        assert!(stdout(&o).contains("cicada complete-names"), "{shell}");
+    }
+    // Without a broker there is nothing to name, and nothing is said about that.
+    let o = run(dir.path(), &["complete-names", "vm"]);
+    assert_eq!((o.status.code(), stdout(&o) + &stderr(&o)), (Some(0), String::new()));
+    let _broker = TestBroker::start(dir.path());
+    assert_eq!(stdout(&run(dir.path(), &["complete-names", "vm"])), "web-1\n");
+    // As bash asks for it.
+    let script = dir.path().join("completion");
+    std::fs::write(&script, run(dir.path(), &["completions", "bash"]).stdout).unwrap();
+    let program = Path::new(env!("CARGO_BIN_EXE_cicada")).parent().unwrap();
+    let asks = |words: &str| {
+        let asked = format!(
+            "PATH={}:$PATH; source ./completion; COMP_WORDS=({words} w); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); \
+             _cicada_with_names cicada w \"${{COMP_WORDS[COMP_CWORD-1]}}\"; echo \" ${{COMPREPLY[*]}} \"",
+            program.display()
+        );
+        let o = Command::new("bash").current_dir(dir.path()).args(["-c", &asked]).output().unwrap();
+        stdout(&o).contains(" web-1 ")
+    };
+    for words in ["cicada vm start", "cicada vm console", "cicada plan", "cicada move"] {
+        assert!(asks(words), "{words}");
+    }
+    for words in ["cicada vm create", "cicada vm stop --timeout", "cicada move web-1 --to"] {
+        assert!(!asks(words), "{words}");
     }
     assert!(run(dir.path(), &["man", "pages"]).status.success());
     let pages = std::fs::read_dir(dir.path().join("pages")).unwrap().count();
@@ -505,6 +535,21 @@ fn tables_are_for_people_and_json_for_programs() {
     let o = run(dir.path(), &["vm", "list", "--json"]);
     let value: Value = serde_json::from_str(&stdout(&o)).unwrap();
     assert_eq!(value[0]["name"], "web-1");
+    let o = run(dir.path(), &["vm", "show", "other", "--json"]);
+    assert_eq!(o.status.code(), Some(3));
+    assert_eq!(
+        serde_json::from_str::<Value>(&stdout(&o)).unwrap(),
+        json!({ "problem": {
+            "kind": "not-found", "object": "VM other", "reason": "there is no such VM",
+            "next_step": "see 'cicada vm list'"
+        } })
+    );
+    let o = run(dir.path(), &["vm", "list", "--no-such-flag", "--json"]);
+    let value: Value = serde_json::from_str(&stdout(&o)).unwrap();
+    assert_eq!((o.status.code(), &value["problem"]["kind"]), (Some(2), &json!("bad-request")));
+    let o = run(dir.path(), &["plan", "web-1", "--json"]);
+    let value: Value = serde_json::from_str(&stdout(&o)).unwrap();
+    assert_eq!(value["candidates"][0]["member"], value["candidates"][0]["jid"]);
     let o = run(dir.path(), &["vm", "show", "other"]);
     assert_eq!(o.status.code(), Some(3));
     assert_eq!(stderr(&o), "error: VM other: there is no such VM\nhint: see 'cicada vm list'\n");
@@ -603,7 +648,9 @@ fn a_move_for_programs_is_a_stream_of_messages() {
     let lines: Vec<Value> = stdout(&o).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert!(lines[0]["event"]["text"].as_str().unwrap().starts_with("plan: "));
     assert_eq!(lines[1]["event"]["event"], "migration");
-    assert_eq!(lines.last().unwrap()["reply"]["value"]["progress"]["phase"], "completed");
+    let progress = &lines.last().unwrap()["reply"]["value"]["progress"];
+    assert_eq!(progress["phase"], "completed");
+    assert_eq!(progress["started_rfc3339"], "2023-11-14T22:13:20.000Z");
 }
 
 #[test]
@@ -718,7 +765,18 @@ fn the_console_can_be_scripted() {
     assert_eq!((o.status.code(), stdout(&o).as_str()), (Some(0), r"\x1b]0;mine\x07login: "));
     let o = run(dir.path(), &["vm", "console", "web-1", "--history", "--raw", "--expect", "login:"]);
     assert_eq!((o.status.code(), stdout(&o).as_str()), (Some(0), "\x1b]0;mine\x07login: "));
+    // A history with nothing to send after it ends where it ends.
+    std::fs::write(dir.path().join("console.log"), "boot\nlogin: ").unwrap();
+    let history = ["vm", "console", "web-1", "--history"];
+    let o = run(dir.path(), &history);
+    assert_eq!((o.status.code(), stdout(&o).as_str()), (Some(0), "boot\nlogin: "), "{}", stderr(&o));
+    // What was printed before something was typed is no answer to it.
+    let script = ["--send", r"x\n", "--expect", "login:", "--timeout", "300ms"];
+    let o = run(dir.path(), &[&history[..], &script].concat());
+    assert_eq!(o.status.code(), Some(5), "{}", stdout(&o));
     std::fs::remove_file(dir.path().join("console")).unwrap();
+    let o = run(dir.path(), &history);
+    assert_eq!((o.status.code(), stdout(&o).as_str()), (Some(0), "boot\nlogin: "), "of one that is off");
     let o = run(dir.path(), &["vm", "console", "web-1"]);
     assert_eq!(o.status.code(), Some(4), "{}", stderr(&o));
 }

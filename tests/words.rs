@@ -5,6 +5,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use cicada::repository::{RefKind, Repository};
+
 fn run(dir: &Path, args: &[&str]) -> (i32, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cicada"));
     for name in ["CICADA_CONFIG", "CICADA_SOCKET", "CICADA_LOG"] {
@@ -116,9 +118,20 @@ fn an_output_is_never_written_over_what_is_there() {
     assert_eq!(std::fs::read(here.join("mine")).unwrap(), b"precious");
 
     // A component that a composition was made of: what keeps it, and how that goes away.
+    let repository = Repository::open_or_create(&here.join("data/repository")).unwrap();
+    // As a move notes it, to tell what copying the whole disk would have cost.
+    repository.set_ref(RefKind::Composition, &recipe, b"[1,1]").unwrap();
+    drop(repository);
     let (code, _, err) = run(here, &["component", "remove", "os@1"]);
     assert_eq!(code, 4, "{err}");
-    assert!(err.contains("hint: delete the VMs made of it, then `cicada repo gc`"), "{err}");
+    assert!(err.contains("hint: delete the VMs made of it, and run `cicada repo gc`"), "{err}");
+    let (code, _, err) = run(here, &["repo", "gc"]);
+    assert_eq!(code, 0, "{err}");
+    assert_eq!(run(here, &["component", "remove", "os@1"]).0, 4, "within the grace period");
+    let (code, _, err) = run(here, &["--set", "repository.gc_grace=0s", "repo", "gc"]);
+    assert_eq!(code, 0, "{err}");
+    let (code, _, err) = run(here, &["component", "remove", "os@1"]);
+    assert_eq!(code, 0, "{err}");
 }
 
 #[test]
@@ -192,4 +205,126 @@ fn a_path_that_is_too_long_is_not_one_of_too_many() {
     assert!(made.unwrap().success());
     let (code, _, err) = import(dir.path(), root.to_str().unwrap(), "deep", "program");
     assert_eq!((code, err.contains("is too long, 4095 are possible")), (5, true), "{err}");
+}
+
+/// What root makes in another user's cloud, that user's broker could not read.
+#[test]
+fn root_does_not_work_for_another_users_cloud() {
+    use std::io::Write as _;
+    use std::os::unix::fs::chown;
+    if !rustix::process::geteuid().is_root() {
+        let _ = writeln!(std::io::stderr(), "SKIPPED: giving files to another user needs root");
+        return;
+    }
+    let nobody = Some(65534);
+    let dir = cloud();
+    let (here, data) = (dir.path(), dir.path().join("data"));
+    chown(here.join("password"), nobody, nobody).unwrap();
+    let commands: [&[&str]; 5] = [
+        &["identity", "show"],
+        &["identity", "rotate"],
+        &["config", "check"],
+        &["component", "list"],
+        &["broker"],
+    ];
+    for args in commands {
+        let (code, _, err) = run(here, args);
+        assert_eq!((code, err.contains("runuser -u nobody -- cicada")), (6, true), "{args:?}: {err}");
+        assert!(!data.exists(), "{args:?} made something");
+    }
+    std::fs::create_dir(&data).unwrap();
+    let (code, _, err) = run(here, &["identity", "show"]);
+    assert_eq!((code, err.contains("chown -R nobody: ")), (6, true), "{err}");
+    chown(&data, nobody, nobody).unwrap();
+    std::fs::set_permissions(&data, std::fs::Permissions::from_mode(0o700)).unwrap();
+    for args in commands {
+        let (code, _, err) = run(here, args);
+        assert_eq!((code, err.contains("runuser -u nobody -- cicada")), (6, true), "{args:?}: {err}");
+    }
+    assert_eq!(std::fs::read_dir(&data).unwrap().count(), 0);
+    chown(here.join("password"), Some(0), Some(0)).unwrap();
+    chown(&data, Some(0), Some(0)).unwrap();
+    assert_eq!(run(here, &["identity", "show"]).0, 0);
+}
+
+/// An error names the file that it is about.
+#[test]
+fn a_broker_that_cannot_read_its_password_says_which_file_that_is() {
+    let dir = cloud();
+    std::fs::remove_file(dir.path().join("password")).unwrap();
+    let (code, _, err) = run(dir.path(), &["broker"]);
+    assert_eq!(code, 10, "{err}");
+    let path = dir.path().canonicalize().unwrap().join("password");
+    assert!(err.contains(path.to_str().unwrap()) && err.contains("hint: create "), "{err}");
+}
+
+#[test]
+fn what_a_broker_needs_is_tried_and_each_fault_named() {
+    let dir = cloud();
+    let settings = [
+        "--set",
+        "xmpp.server=127.0.0.1:1",
+        "--set",
+        "transfer.listen=192.0.2.9:1",
+        "--set",
+        "transfer.advertise=nowhere.invalid",
+    ];
+    let check =
+        |more: &[&str]| run(dir.path(), &[&settings[..], &["config", "check", "--online"], more].concat());
+    let (code, out, err) = check(&[]);
+    assert_eq!(code, 7, "{out}{err}");
+    for fault in ["XMPP server", "transfer port", "transfer addresses"] {
+        let line = out.lines().find(|l| l.starts_with(fault)).unwrap_or_else(|| panic!("{fault}: {out}"));
+        assert!(line.contains("fault"), "{line}");
+    }
+    assert!(
+        err.contains("[xmpp] server, security and ca_file") && err.contains("set transfer.listen"),
+        "{err}"
+    );
+    let (code, out, _) = check(&["--json"]);
+    let value: serde_json::Value = serde_json::from_str(&out).expect("one value");
+    assert_eq!((code, value["good"].as_bool()), (7, Some(false)));
+    let faults = value["checks"].as_array().unwrap().iter().filter(|c| !c["problem"].is_null()).count();
+    assert!(faults >= 3, "{out}");
+}
+
+/// Every command that a hint, an error or a help text names is one: a hint that leads nowhere is worse than none.
+#[test]
+fn commands_that_texts_name_are_there() {
+    use clap::CommandFactory;
+    let root = cicada::cli::Cli::command();
+    let mut todo = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
+    let named = regex::Regex::new(r"(?:'|`|: )cicada ([a-z-]+)(?: ([a-z-]+))?").unwrap();
+    let (mut seen, mut wrong) = (0, Vec::new());
+    while let Some(dir) = todo.pop() {
+        for path in std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()) {
+            if path.is_dir() {
+                todo.push(path);
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).unwrap_or_default();
+            for line in text
+                .lines()
+                .filter(|l| path.extension().is_some_and(|e| e == "rs") && !l.trim().starts_with("//"))
+            {
+                for found in named.captures_iter(line) {
+                    seen += 1;
+                    let command = root.find_subcommand(&found[1]);
+                    let has_subcommands = command.is_some_and(clap::Command::has_subcommands);
+                    let sub = found.get(2).map(|sub| sub.as_str());
+                    let is_there = match (command, sub) {
+                        (None, _) => false,
+                        (Some(command), Some(sub)) if has_subcommands => {
+                            command.find_subcommand(sub).is_some()
+                        }
+                        _ => true,
+                    };
+                    if !is_there {
+                        wrong.push(format!("{}: {}", path.display(), &found[0]));
+                    }
+                }
+            }
+        }
+    }
+    assert!(seen > 50 && wrong.is_empty(), "{seen} {wrong:#?}");
 }

@@ -439,6 +439,13 @@ fn gc(
     vm_recipes: &[RecipeId],
 ) -> Result<Vec<ReportLine>, Problem> {
     let roots: Vec<_> = vm_recipes.iter().map(|r| ObjectId::Recipe(*r)).collect();
+    // Compositions first: what is known of one goes with it, and no longer keeps what it was made of.
+    let (compositions, bytes) =
+        composer.collect(vm_recipes, grace, dry_run).map_err(|e| compose_problem(&e))?;
+    if !dry_run {
+        let used = |r: &RecipeId| vm_recipes.contains(r) || composer.is_composed(r);
+        repository.forget_compositions(&used).map_err(|e| repository_problem(&e))?;
+    }
     let report = repository.gc(dry_run, grace, &roots).map_err(|e| repository_problem(&e))?;
     let verb = if dry_run { "would remove" } else { "removed" };
     let mut lines = vec![
@@ -446,8 +453,6 @@ fn gc(
         line(verb, report.removed.total().count, "objects", ""),
         line(verb, report.removed.total().stored_bytes, "bytes", ""),
     ];
-    let (compositions, bytes) =
-        composer.collect(vm_recipes, grace, dry_run).map_err(|e| compose_problem(&e))?;
     lines.push(line(&format!("{verb} compositions"), compositions, "files", "made again when wanted"));
     lines.push(line(&format!("{verb} compositions"), bytes, "bytes", ""));
     lines.extend(report.missing.iter().map(|m| line("missing", 1, "objects", m.to_string())));

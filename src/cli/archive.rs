@@ -45,7 +45,10 @@ pub async fn export(ctx: &Context, args: Export) -> Outcome {
     }
     if ctx.printer.json {
         let reason = "standard output cannot carry the archive and JSON";
-        return Err(Problem::new(ProblemKind::BadRequest, "-", reason).next("export to a file").into());
+        let problem = Problem::new(ProblemKind::BadRequest, "-", reason).next("export to a file");
+        // Nor that of an error: what takes it is an archive's place.
+        ctx.printer.problem(&problem);
+        return Err(Failure::Told(problem.kind));
     }
     let pipe = Pipe::to_stdout().map_err(|e| pipe_problem(&e))?;
     let result = ctx.follow(&request(pipe.path.clone())).await;

@@ -74,17 +74,12 @@ pub fn with_names(shell: Shell, script: String) -> String {
     }
 }
 
-/// Words of the command line, and what each names.
-type Takers = Vec<(String, Named)>;
+/// A command or an option, and what it takes.
+type Taker = (String, Named);
 
 /// The commands with an argument in a place that takes such a name, and the options that do.
-fn takers() -> (Takers, Takers) {
-    fn walk(
-        command: &clap::Command,
-        path: &str,
-        places: &mut Vec<(String, Named)>,
-        options: &mut Vec<(String, Named)>,
-    ) {
+fn takers() -> (Vec<Taker>, Vec<Taker>) {
+    fn walk(command: &clap::Command, path: &str, places: &mut Vec<Taker>, options: &mut Vec<Taker>) {
         for argument in command.get_arguments() {
             let Some(named) = Named::of(argument.get_id().as_str()) else { continue };
             match argument.get_long() {

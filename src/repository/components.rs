@@ -155,8 +155,7 @@ impl Repository {
                     // The composition is what keeps the recipe; both go when no VM has them any more.
                     return in_use(
                         format!("the composition of recipe {}", recipe.short()),
-                        "delete the VMs made of it, then `cicada repo gc`; \
-                         `cicada recipe list` shows what it is made of"
+                        "delete the VMs made of it, and run `cicada repo gc` when repository.gc_grace is over"
                             .into(),
                     );
                 }
@@ -211,6 +210,14 @@ impl Repository {
                 Ok((name, id))
             })
             .collect()
+    }
+
+    /// Removes what is kept by the names of compositions, but for those that are `used`.
+    pub fn forget_compositions(&self, used: &dyn Fn(&RecipeId) -> bool) -> Result<()> {
+        for recipe in self.composition_recipes()?.iter().filter(|recipe| !used(recipe)) {
+            self.remove_ref(RefKind::Composition, &recipe.to_string())?;
+        }
+        Ok(())
     }
 
     /// The recipes that composition refs name.
