@@ -79,12 +79,7 @@ type Taker = (String, Named);
 
 /// The commands with an argument in a place that takes such a name, and the options that do.
 fn takers() -> (Vec<Taker>, Vec<Taker>) {
-    fn walk(
-        command: &clap::Command,
-        path: &str,
-        places: &mut Vec<Taker>,
-        options: &mut Vec<Taker>,
-    ) {
+    fn walk(command: &clap::Command, path: &str, places: &mut Vec<Taker>, options: &mut Vec<Taker>) {
         for argument in command.get_arguments() {
             let Some(named) = Named::of(argument.get_id().as_str()) else { continue };
             match argument.get_long() {

@@ -19,7 +19,7 @@ use crate::peer::{Matter, Peer, Spoil};
 
 /// What a source shows before it hands over.
 enum Shown {
-    History(Lineage),
+    History(Box<Lineage>),
     /// It speaks the version before, which has none.
     NothingBefore,
 }
@@ -39,7 +39,7 @@ fn owned_by_the_peer(bench: &mut Bench) -> (VmId, Lineage) {
     let cloud = Cloud { versions: "2,1".into(), region: Some("version-2".into()), ..bench.mallory.cloud() };
     bench.mallory.show(cloud);
     bench.world.wait("the peer is known to speak version 2", 30, |w| {
-        w.members(0).iter().any(|m| m.region.to_string() == "version-2")
+        w.members(0).iter().any(|m| m.region == "version-2")
     });
     let vm = bench.new_vm();
     let receipt = give_away(bench, vm.name.as_str());
@@ -112,7 +112,8 @@ fn bring(peer: &Peer, matter: Matter, shown: &Shown) -> Result<HandOver, (Denial
 fn comes_home(bench: &Bench, peer: &Peer, vm: VmId, history: &Lineage) -> (Matter, Lineage) {
     let matter = Matter { migration: MigrationId::random(), vm, epoch: history.next_epoch() - 1 };
     peer.drain();
-    let hand_over = bring(peer, matter, &Shown::History(history.clone())).expect("the owner is believed");
+    let hand_over =
+        bring(peer, matter, &Shown::History(history.clone().into())).expect("the owner is believed");
     let start = RequestBody::Start { hand_over: hand_over.sign(&peer.key), run: false };
     let answer = peer.ask_through(matter, start);
     let AnswerBody::Started { receipt, .. } = answer else { panic!("{answer:?}") };
@@ -161,11 +162,15 @@ fn never_had_it(bench: &mut Bench, vm: VmId, history: &Lineage) {
     let friend = IdentityKey::from_secret_bytes(&[77; 32]);
     let forged = forged_history(vm, &friend, &bench.victim);
     let tries = [
-        ("claims to have made a VM that went to another", born(1), Shown::History(Lineage::empty(vm))),
-        ("the same under epoch 1,000,001", born(1_000_000), Shown::History(Lineage::empty(vm))),
+        ("claims to have made a VM that went to another", born(1), Shown::History(Lineage::empty(vm).into())),
+        ("the same under epoch 1,000,001", born(1_000_000), Shown::History(Lineage::empty(vm).into())),
         ("in the version before, which shows no history", born(1_000_000), Shown::NothingBefore),
-        ("with a history that a friend signed", born(2), Shown::History(forged)),
-        ("with the owner's history, as if it were the owner", born(2), Shown::History(history.clone())),
+        ("with a history that a friend signed", born(2), Shown::History(forged.into())),
+        (
+            "with the owner's history, as if it were the owner",
+            born(2),
+            Shown::History(history.clone().into()),
+        ),
     ];
     for (words, matter, shown) in tries {
         let tried = bring(&bench.victim, matter, &shown);
@@ -243,7 +248,7 @@ fn replays_and_forks(bench: &mut Bench, vm: VmId, history: &Lineage) {
         ("the same under the epoch that is due", 1, due, &fork),
     ] {
         let peer = [&bench.mallory, &bench.victim][peer];
-        let tried = bring(peer, again(epoch), &Shown::History(shown.clone()));
+        let tried = bring(peer, again(epoch), &Shown::History(shown.clone().into()));
         refused(bench, words, tried);
         untouched(bench, vm, &bench.mallory, &copy);
     }
