@@ -4,6 +4,8 @@
 #[path = "federation/world.rs"]
 mod world;
 
+use std::io::Write as _;
+
 use cicada::broker::interface::{Event, Verdict, VmAdopt, VmCreate};
 use cicada::broker::{ProblemKind, Reply, Request};
 use cicada::component::{Kind, Manifest, PackRef};

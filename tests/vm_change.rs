@@ -317,3 +317,57 @@ fn disks_grow_and_travel_as_they_are() {
     let again = exported(0, "root-again", &[]);
     assert!(again.len() == 16 << 20 && again.starts_with(&root), "the same disk, and zeros");
 }
+
+/// Whom a cloud believes, and who may be in the room, in words that an operator has at hand.
+#[test]
+fn members_are_named_by_their_clouds_and_keys_by_their_fingerprints() {
+    let _turn = world::turn();
+    if world::missing_tool() {
+        return;
+    }
+    let world = World::start(&["alpine", "boreal"]);
+    let fingerprint = world.status(1).fingerprint;
+    let listed = done(&world, &["identity", "list"]);
+    assert!(listed.contains("boreal@federation.test") && listed.contains(&fingerprint), "{listed}");
+    let trust = |world: &World| world.members(0)[0].trust.clone();
+    done(&world, &["identity", "revoke", "boreal"]);
+    assert_eq!(trust(&world), "revoked");
+    let (code, said) = cicada(&world, 0, &["identity", "trust", "boreal", "0123-4567-89ab-cdef-0123"]);
+    assert_eq!((code, said.contains(&fingerprint)), (6, true), "{said}");
+    assert_eq!(cicada(&world, 0, &["identity", "trust", "nowhere", &fingerprint]).0, 3);
+    assert_eq!(cicada(&world, 0, &["identity", "trust", "boreal", "0123"]).0, 2);
+    assert_eq!(trust(&world), "revoked");
+    done(&world, &["identity", "trust", "boreal", &fingerprint]);
+    assert_eq!(trust(&world), "trusted");
+
+    // Rooms: a wrong password is no lack of a server, and a domain that nobody serves is told of.
+    let dir = &world.clouds[0].dir;
+    let config = dir.join("federation.toml").display().to_string();
+    let secret = |name: &str, text: &str| {
+        use std::os::unix::fs::PermissionsExt;
+        let path = dir.join(name);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        path.display().to_string()
+    };
+    let right = secret("right", &world.account("admin").password);
+    let wrong = secret("wrong", "wrong");
+    let federation = |password: &str, verb: &[&str]| {
+        let owner = ["--owner-jid", "admin@federation.test", "--owner-password-file", password];
+        cicada(&world, 0, &[&["--config", &config, "federation"], verb, &owner[..]].concat())
+    };
+    let (code, said) = federation(&wrong, &["list"]);
+    assert_eq!((code, said.contains("check the password of admin@federation.test")), (6, true), "{said}");
+    let (code, said) = federation(&right, &["add", "cloud@nowhere.invalid"]);
+    assert_eq!(
+        (code, said.contains("does not reach an XMPP server of nowhere.invalid")),
+        (0, true),
+        "{said}"
+    );
+    let (code, said) = federation(&right, &["add", "carol@federation.test"]);
+    assert_eq!((code, said.contains("warning")), (0, false), "{said}");
+    // All that a broker needs is there, and a broker that runs is not disturbed.
+    let (code, said) = cicada(&world, 0, &["--config", &config, "config", "check", "--online"]);
+    assert_eq!((code, said.contains("fault")), (0, false), "{said}");
+    assert_eq!(world.status(0).link, "online");
+}

@@ -598,6 +598,15 @@ async fn rooms_and_accounts_that_are_wrong_are_refused_with_the_reason() {
     let stranger = Settings { ca_file: Some(other_ca.home().join("ca.crt")), ..server.settings("alpine") };
     let seen = Broker::start(stranger).sees(|s| s.down.is_some()).await;
     assert!(seen.down.as_ref().unwrap().contains("certificate"), "{:?}", seen.down);
+    assert!(seen.down.as_ref().unwrap().contains("xmpp.ca_file"), "{:?}", seen.down);
+    // The port of the other kind of TLS: what is there, and what to set.
+    let starttls = Some(format!("127.0.0.1:{}", server.port - 1));
+    let other = Settings { server: starttls, ..server.settings("alpine") };
+    let seen = Broker::start(other).sees(|s| s.down.is_some()).await;
+    assert!(seen.down.as_ref().unwrap().contains("xmpp.security = \"starttls\""), "{:?}", seen.down);
+    let other = Settings { security: Security::Starttls, ..server.settings("alpine") };
+    let seen = Broker::start(other).sees(|s| s.down.is_some()).await;
+    assert!(seen.down.as_ref().unwrap().contains("xmpp.security = \"direct-tls\""), "{:?}", seen.down);
     let nowhere = Settings { server: Some("127.0.0.1:1".into()), ..server.settings("alpine") };
     let seen = Broker::start(nowhere).sees(|s| s.down.is_some()).await;
     assert!(seen.down.as_ref().unwrap().contains("127.0.0.1:1"), "{:?}", seen.down);

@@ -41,9 +41,6 @@ impl Broker {
         };
         if off {
             vm.record.runs_as = None;
-        } else if self.shared.driver.state(id).is_ok_and(|s| s == PowerState::Running) && vm.record.run {
-            // It may run in another shape than the next start will give it.
-            return self.verb_done(id, Ok(()), reply);
         }
         let spec = &vm.record.spec;
         let object = format!("VM {}", spec.name);
@@ -351,6 +348,10 @@ pub(super) fn is_off(shared: &Shared, id: VmId) -> bool {
 async fn run_machine(shared: &std::sync::Arc<Shared>, machine: &Machine) -> Result<(), Problem> {
     let name = machine.spec.name.as_str();
     let object = format!("VM {name}");
+    // What runs may have another name or shape than its next start will give it: it runs on as it is.
+    if shared.driver.state(machine.spec.id).is_ok_and(|s| s == PowerState::Running) {
+        return Ok(());
+    }
     let (composer, recipe) = (shared.composer.clone(), machine.spec.recipe);
     let composed = tokio::task::spawn_blocking(move || composer.composition(&recipe).map(drop)).await;
     match composed {

@@ -51,9 +51,9 @@ Exit codes:
   0    done
   1    something failed that should not have
   2    the request or the configuration is wrong
-  3    no VM, member, component, recipe or migration of that name
+  3    no VM, member, component, recipe or migration of that name, or nothing at a path
   4    the object is in a state in which this cannot be done
-  5    refused: a policy, a lack of resources, another cloud said no, or an expected text did not come
+  5    refused: a policy, a lack of resources, another cloud said no, or what was waited for did not come
   6    not allowed: not a member, unknown key, wrong credentials, another user's file
   7    a broker, member or server that is needed cannot be reached
   8    content is missing or does not match its hash

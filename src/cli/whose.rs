@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::broker::problem::{Problem, ProblemKind};
-use crate::config::Config;
+use crate::config::{Config, identity_path};
 
 /// Refuses to do as root what is the broker's user's to do.
 pub fn not_as_root(config: &Config) -> Result<(), Problem> {
@@ -18,7 +18,8 @@ pub fn not_as_root(config: &Config) -> Result<(), Problem> {
         (Some(uid), _) if uid != 0 => (uid, data_dir, "belongs to"),
         // Before the first use there is nothing but the password to tell whose cloud it is.
         (None, Some(uid)) if uid != 0 => (uid, data_dir, "would be root's, and the password belongs to"),
-        (Some(0), Some(uid)) if uid != 0 => {
+        // One that root's broker already uses is root's.
+        (Some(0), Some(uid)) if uid != 0 && !identity_path(data_dir).exists() => {
             let user = name_of(uid);
             let reason = format!("belongs to root, and the password to {user}: the broker could not use it");
             return Err(Problem::new(ProblemKind::Forbidden, data_dir.display().to_string(), reason)

@@ -486,10 +486,11 @@ fn resolve_paths(file: &mut File, base: &Path) -> Result<(), ConfigError> {
 }
 
 fn host_port(text: &str) -> Result<(String, u16), ConfigError> {
-    let wrong = |reason: String| {
-        Err(ConfigError::field("xmpp.server", reason)
-            .next("write for example \"xmpp.example.org:5223\" or \"[2001:db8::1]:5223\""))
+    let example = match text.matches(':').count() {
+        0 | 1 => "write for example \"xmpp.example.org:5223\"",
+        _ => "write for example \"[2001:db8::1]:5223\"",
     };
+    let wrong = |reason: String| Err(ConfigError::field("xmpp.server", reason).next(example));
     match text.parse::<HostPort>() {
         Ok(HostPort { host, port: Some(port) }) => Ok((host, port)),
         Ok(_) => wrong(format!("'{}' is not host:port", text.escape_default())),

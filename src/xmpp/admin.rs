@@ -128,9 +128,9 @@ impl Admin {
         match self.handle.iq(to, false, DiscoInfoQuery { node: None }).await {
             // It is there, and does not tell what it is.
             Err(RequestError::Refused { condition, .. })
-                if !matches!(
+                if matches!(
                     condition.as_str(),
-                    "remote-server-not-found" | "remote-server-timeout" | "gone" | "item-not-found"
+                    "forbidden" | "not-authorized" | "feature-not-implemented"
                 ) =>
             {
                 Ok(())

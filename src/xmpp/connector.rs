@@ -365,7 +365,8 @@ fn certificate_fault(error: &io::Error) -> Option<(String, String)> {
     use rustls::{CertificateError as C, Error as Tls};
     let Tls::InvalidCertificate(fault) = error.get_ref()?.downcast_ref::<Tls>()? else { return None };
     let next_step = match fault {
-        C::UnknownIssuer => {
+        // An authority of the same name has another key.
+        C::UnknownIssuer | C::BadSignature => {
             "if the server has an authority of its own, name that authority's certificate in xmpp.ca_file"
         }
         C::NotValidForName | C::NotValidForNameContext { .. } => {
