@@ -84,12 +84,20 @@ pub fn size_for(tree: &Tree) -> Result<ByteSize, ComposeError> {
     Ok(ByteSize(size))
 }
 
+/// The largest root file system of which it is tried whether less would do.
+const TRIED_BYTES_MAX: u64 = 4 << 30;
+
 /// The smallest root file system that holds `nodes`, known to be larger than `too_small_bytes`: found by trying,
 /// down from an estimate that leaves room. The estimate itself where even that does not do.
 fn smallest_root(nodes: &[&Node], disk: &DiskParameters, too_small_bytes: u64) -> u64 {
     let units = |bytes: u64| bytes / ALIGNMENT_BYTES;
     let fits = |n: u64| matches!(ext4::layout(nodes, disk, n * ALIGNMENT_BYTES), Ok(Some(_)));
-    let mut fit = units(ext4::size_estimate(nodes)) + 1;
+    let estimate = ext4::size_estimate(nodes);
+    // To lay out a large file system, if only to see whether it would do, takes memory by its size.
+    if estimate > TRIED_BYTES_MAX {
+        return estimate.div_ceil(ALIGNMENT_BYTES).saturating_mul(ALIGNMENT_BYTES);
+    }
+    let mut fit = units(estimate) + 1;
     let mut small = units(too_small_bytes).min(fit);
     if !fits(fit) {
         return fit.saturating_mul(ALIGNMENT_BYTES);
