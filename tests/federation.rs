@@ -11,7 +11,6 @@ use cicada::broker::{ProblemKind, Reply, Request};
 use cicada::component::{Kind, Manifest, PackRef};
 use cicada::types::ByteSize;
 use cicada::vm::Firmware;
-use std::io::Write as _;
 use world::{World, capped, components, missing_tool, turn};
 
 const TINY: [&str; 3] = ["format-uefi-gpt", "kernel-tiny", "os-tiny"];

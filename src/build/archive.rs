@@ -83,7 +83,13 @@ impl Archive {
         let mut members = Members::new(&self.file).map_err(BuildError::read(&self.path))?;
         let mut inodes = vec![Inode::directory()];
         let mut found: BTreeMap<TreePath, usize> = [(TreePath(Vec::new()), 0)].into_iter().collect();
-        while let Some(member) = members.next().map_err(|r| self.refuse(&r.path, r.reason))? {
+        let refused = |r: tar_reader::Refused| match r.is_cut {
+            true => {
+                BuildError::CutShort { archive: self.path.clone(), path: show(&r.path), reason: r.reason }
+            }
+            false => self.refuse(&r.path, r.reason),
+        };
+        while let Some(member) = members.next().map_err(refused)? {
             let path = self.plain_path(&member.path)?;
             for (of, name, id) in [
                 (&mut names.users, &member.owner_names.0, member.uid),

@@ -68,6 +68,8 @@ pub enum BuildError {
     Fragment { path: String, source: FragmentError },
     #[error("{}: {path}: {reason}", archive.display())]
     Archive { archive: PathBuf, path: String, reason: String },
+    #[error("{}: {path}: {reason}", archive.display())]
+    CutShort { archive: PathBuf, path: String, reason: String },
     #[error("{} is neither a directory nor a tar archive (.tar or .tar.zst){hint}", path.display())]
     UnknownSource { path: PathBuf, hint: String },
     /// What a program brings must not take away what it is built on by mistake.

@@ -53,6 +53,8 @@ pub struct Member {
 pub struct Refused {
     pub path: Vec<u8>,
     pub reason: String,
+    /// There are fewer bytes than the archive says.
+    pub is_cut: bool,
 }
 
 /// Reads the members one after the other.
@@ -63,6 +65,8 @@ pub struct Members<'a> {
     global: Extended,
     /// For refusals that concern no member yet.
     last_path: Vec<u8>,
+    /// More was to be read than there is.
+    ran_out: bool,
 }
 
 /// Whether this can be the first block of an archive: a header, or the end of an empty archive.
@@ -76,12 +80,23 @@ pub fn is_archive(first: &[u8]) -> bool {
 impl<'a> Members<'a> {
     pub fn new(file: &'a File) -> io::Result<Self> {
         let length_bytes = file.metadata()?.len();
-        Ok(Self { file, length_bytes, at: 0, global: Extended::default(), last_path: Vec::new() })
+        Ok(Self {
+            file,
+            length_bytes,
+            at: 0,
+            global: Extended::default(),
+            last_path: Vec::new(),
+            ran_out: false,
+        })
     }
 
     /// The next member, `None` at the end of the archive.
     pub fn next(&mut self) -> Result<Option<Member>, Refused> {
-        self.read_next().map_err(|reason| Refused { path: self.last_path.clone(), reason })
+        self.read_next().map_err(|reason| Refused {
+            path: self.last_path.clone(),
+            reason,
+            is_cut: self.ran_out,
+        })
     }
 
     fn read_next(&mut self) -> Result<Option<Member>, String> {
@@ -307,6 +322,10 @@ impl<'a> Members<'a> {
 
     fn block(&mut self) -> io::Result<Block> {
         let mut block = [0; BLOCK_BYTES as usize];
+        if self.length_bytes.saturating_sub(self.at) < BLOCK_BYTES {
+            self.ran_out = true;
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         self.file.read_exact_at(&mut block, self.at)?;
         self.at += BLOCK_BYTES;
         Ok(block)
@@ -318,6 +337,7 @@ impl<'a> Members<'a> {
             return Err(format!("an extended header of {size_bytes} bytes is too long"));
         }
         if self.length_bytes.saturating_sub(self.at) < size_bytes {
+            self.ran_out = true;
             return Err(cut());
         }
         let mut bytes = vec![0; size_bytes as usize];
@@ -327,7 +347,9 @@ impl<'a> Members<'a> {
     }
 
     fn skip(&mut self, size_bytes: u64) -> Result<(), String> {
-        let end = self.at.checked_add(size_bytes).filter(|end| *end <= self.length_bytes).ok_or_else(cut)?;
+        let end = self.at.checked_add(size_bytes).filter(|end| *end <= self.length_bytes);
+        self.ran_out |= end.is_none();
+        let end = end.ok_or_else(cut)?;
         self.at = end.checked_next_multiple_of(BLOCK_BYTES).ok_or_else(cut)?;
         Ok(())
     }

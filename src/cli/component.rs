@@ -331,6 +331,7 @@ fn build_problem(e: &BuildError) -> Problem {
         | BuildError::UnknownSource { .. }
         | BuildError::CacheDirectory { .. }
         | BuildError::Manifest(_) => (ProblemKind::BadRequest, ""),
+        BuildError::CutShort { .. } => (ProblemKind::Damaged, ""),
         BuildError::Read { path, source } => {
             let mut problem = Problem::from_path(path.display().to_string(), source);
             // What the system did not say, the reader of the archive says of its bytes.
