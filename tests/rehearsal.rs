@@ -74,7 +74,7 @@ fn a_cloud_that_cannot_start_a_vm_does_not_take_it_over() {
     for cloud in 0..2 {
         world.configure(
             cloud,
-            "[[network]]\nname = \"office\"\nkind = \"bridge\"\nbridge = \"cicada-none\"\n",
+            "[[network]]\nname = \"office\"\nkind = \"bridge\"\nbridge = \"cicada-none\"\n[migration]\nstop_timeout_s = 3\n",
         );
         world.start_broker(cloud);
     }
