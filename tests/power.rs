@@ -124,6 +124,12 @@ fn vms_that_were_stopped_for_the_host_run_again_with_the_broker() {
     for vm in ["web", "db"] {
         stays_off(&world, vm);
     }
+    // One that its operator starts meanwhile is like any other: what ends it unasked is made up for.
+    let start = Request::VmStart { vm: "web".into(), unconfirmed: false, by_uid: None };
+    world.call(0, &start).unwrap();
+    signal_qemu(&world.vm(0, "web"), Signal::KILL);
+    world.wait("it ended", 20, |w| w.vm(0, "web").power != PowerState::Running);
+    world.wait("it runs again", 30, |w| w.vm(0, "web").power == PowerState::Running);
     world.stop_broker(0, false);
     world.start_broker(0);
     for vm in ["db", "web"] {

@@ -60,7 +60,7 @@ impl Broker {
             return;
         }
         vm.record.run = true;
-        vm.power_note = None;
+        (vm.power_note, vm.stopped_for_host) = (None, false);
         if let Err(e) = self.shared.records.save_vm(&vm.record) {
             let _ = reply.send(Err(Problem::from_error(ProblemKind::Failed, object, &e)));
             return;
