@@ -171,13 +171,17 @@ impl Write for Counter {
 mod tests {
     use super::*;
 
-    #[test]
-    fn progress_never_runs_backwards() {
-        let spec: VmSpec = serde_json::from_value(serde_json::json!({
+    fn spec() -> VmSpec {
+        serde_json::from_value(serde_json::json!({
             "id": uuid::Uuid::nil(), "name": "web", "cpus": 1, "memory": 1 << 27, "recipe": "0".repeat(64),
             "root_size": 0, "user_data_size": 0, "nics": [], "architecture": "amd64", "cpu_model": "qemu64",
         }))
-        .unwrap();
+        .unwrap()
+    }
+
+    #[test]
+    fn progress_never_runs_backwards() {
+        let spec = spec();
         let peer = "b@x".parse().unwrap();
         let mut view = new_view(MigrationId::random(), &spec, "source", &peer, None, UnixMillis(0)).progress;
         let report = |done, total| Progress { step: "fetch".into(), bytes_done: done, bytes_total: total };
@@ -190,11 +194,7 @@ mod tests {
 
     #[test]
     fn what_is_done_follows_what_was_carried_whichever_pass_carries_it() {
-        let spec: VmSpec = serde_json::from_value(serde_json::json!({
-            "id": uuid::Uuid::nil(), "name": "web", "cpus": 1, "memory": 1 << 27, "recipe": "0".repeat(64),
-            "root_size": 0, "user_data_size": 0, "nics": [], "architecture": "amd64", "cpu_model": "qemu64",
-        }))
-        .unwrap();
+        let spec = spec();
         let peer = "b@x".parse().unwrap();
         let view = |done, total| MigrationProgress {
             bytes_done: done,

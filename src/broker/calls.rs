@@ -8,9 +8,9 @@ use crate::federation::{Member, Trust};
 use crate::migration::{RequestBody, envelope};
 use crate::types::{CloudName, MemberJid, VmId};
 
-use super::interface::ONLINE;
 use super::interface::{
-    Candidate, Event, MemberView, MigrationView, Predecessor, Reply, Request, Resource, StatusView, Verdict,
+    Candidate, Event, MemberView, MigrationView, ONLINE, Predecessor, Reply, Request, Resource, StatusView,
+    Verdict,
 };
 use super::outgoing::Course;
 use super::problem::{Problem, ProblemKind};
@@ -350,11 +350,14 @@ impl Broker {
         })
     }
 
+    fn is_this_cloud(&self, name: &str) -> bool {
+        name == self.shared.config.cloud.name.as_str()
+            || name.parse::<MemberJid>().is_ok_and(|jid| jid == self.shared.me)
+    }
+
     fn peers_seen(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
         match to {
-            Some(name)
-                if name == self.shared.me.as_str() || name == self.shared.config.cloud.name.as_str() =>
-            {
+            Some(name) if self.is_this_cloud(name) => {
                 Err(Problem::new(ProblemKind::BadRequest, format!("member {name}"), "is this cloud itself")
                     .next("name another: see 'cicada members'"))
             }

@@ -781,7 +781,6 @@ impl Broker {
             }
         };
         run.view.problem = Some(problem);
-        run.view.account.carried_bytes = run.view.account.carried_bytes.max(run.limiter.sent_bytes());
         let vm = run.matter.vm;
         if let Some(entry) = self.vms.get_mut(&vm) {
             entry.busy = None;
