@@ -13,10 +13,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use cicada::broker::{Reply, Request};
 use cicada::migration::envelope::{VERSION, VERSION_BEFORE};
-use cicada::migration::handover::{Origin, Provenance};
-use cicada::migration::{AnswerBody, DenialCode, HandOver, Lineage, RequestBody};
-use cicada::types::{MapId, MigrationId, RecipeId, ReservationId, VmId};
-use home::{Home, NOW, Way, jid, key, spec};
+use cicada::migration::{AnswerBody, DenialCode, Lineage, RequestBody};
+use cicada::types::{MigrationId, VmId};
+use home::{Home, Way, spec};
 
 const LINKS: usize = 1000;
 const CHECK_LIMIT_MS: f64 = 100.0;
@@ -108,22 +107,8 @@ async fn attacks(attempts: usize) {
 /// Hands over what nobody here ever heard of; what came of it, in a word.
 async fn attempt(home: &Home, from: &str, version: u32, n: usize) -> &'static str {
     let (id, vm) = (MigrationId::random(), VmId(uuid::Uuid::from_u128(1000 + n as u128)));
-    let provenance = Provenance { origin: Origin::Born, reservation: ReservationId::random() };
-    let hand_over = HandOver {
-        vm,
-        migration: id,
-        epoch: 1_000_001,
-        source: jid(from),
-        source_key: key(from).public(),
-        target: jid("home"),
-        target_key: key("home").public(),
-        recipe: RecipeId::of(b"r"),
-        root_delta: MapId::of(b"d"),
-        user_data: MapId::of(b"u"),
-        issued: NOW,
-        provenance: (version == VERSION).then_some(provenance),
-    };
-    let body = RequestBody::Start { hand_over: hand_over.sign(&key(from)), run: true };
+    let hand_over = home::hand_over(from, id, vm, 1_000_001, version);
+    let body = RequestBody::Start { hand_over, run: true };
     match home.try_ask(from, version, (id, vm), body).await {
         Some(AnswerBody::Returned { .. }) => "returned",
         Some(AnswerBody::Denied(d)) if d.code == DenialCode::RateLimited => "too often",

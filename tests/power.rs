@@ -6,10 +6,9 @@ mod world;
 
 use std::time::Duration;
 
-use cicada::broker::interface::{VmAdopt, VmView};
-use cicada::broker::{Reply, Request};
-use cicada::types::ByteSize;
-use cicada::vm::{Firmware, PowerState};
+use cicada::broker::Request;
+use cicada::broker::interface::VmView;
+use cicada::vm::PowerState;
 use rustix::process::Signal;
 use world::World;
 
@@ -22,28 +21,8 @@ fn one_cloud(vms: &[&str]) -> Option<World> {
     }
     let world = World::start(&["alpine"]);
     for name in vms {
-        let disk = world.clouds[0].dir.join(format!("{name}.raw"));
-        // Nothing that boots: firmware waits for a disk that does, and ignores the power button.
-        let mut bytes = vec![0; 300_000];
-        blake3::Hasher::new().update(name.as_bytes()).finalize_xof().fill(&mut bytes);
-        std::fs::write(&disk, bytes).unwrap();
-        let adopt = VmAdopt {
-            name: name.parse().unwrap(),
-            disk: disk.display().to_string(),
-            user_data: None,
-            format: "raw".into(),
-            architecture: "amd64".into(),
-            firmware: Firmware::Bios,
-            memory: ByteSize::mib(64),
-            cpus: 1,
-            networks: Vec::new(),
-            share: false,
-            dry_run: false,
-            start: true,
-            hardware: Default::default(),
-        };
-        let adopted = world.call(0, &Request::VmAdopt(adopt));
-        assert!(matches!(adopted, Ok(Reply::Adopted(_))), "{adopted:?}\n{}", world.log(0));
+        // Firmware waits for a disk that boots, and ignores the power button.
+        world.noise_vm(0, name, 300_000, |adopt| adopt.start = true);
         world.wait("it runs", 20, |w| w.vm(0, name).power == PowerState::Running);
     }
     Some(world)

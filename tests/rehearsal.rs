@@ -6,35 +6,17 @@ mod world;
 
 use std::path::Path;
 
-use cicada::broker::interface::{Verdict, VmAdopt, VmView};
+use cicada::broker::interface::{Verdict, VmView};
 use cicada::broker::{Reply, Request};
-use cicada::types::ByteSize;
 use cicada::vm::{Firmware, PowerState};
 use world::World;
 
 fn adopt(world: &World, name: &str, firmware: Firmware, networks: &[&str], start: bool) -> VmView {
-    let disk = world.clouds[0].dir.join(format!("{name}.raw"));
-    let mut bytes = vec![0; 300_000];
-    blake3::Hasher::new().update(name.as_bytes()).finalize_xof().fill(&mut bytes);
-    std::fs::write(&disk, bytes).unwrap();
-    let adopt = VmAdopt {
-        name: name.parse().unwrap(),
-        disk: disk.display().to_string(),
-        user_data: None,
-        format: "raw".into(),
-        architecture: "amd64".into(),
-        firmware,
-        memory: ByteSize::mib(64),
-        cpus: 1,
-        networks: networks.iter().map(|n| (*n).to_owned()).collect(),
-        share: false,
-        dry_run: false,
-        start,
-        hardware: Default::default(),
-    };
-    let adopted = world.call(0, &Request::VmAdopt(adopt));
-    assert!(matches!(adopted, Ok(Reply::Adopted(_))), "{adopted:?}\n{}", world.log(0));
-    world.vm(0, name)
+    world.noise_vm(0, name, 300_000, |adopt| {
+        adopt.firmware = firmware;
+        adopt.networks = networks.iter().map(|n| (*n).to_owned()).collect();
+        adopt.start = start;
+    })
 }
 
 fn moves(world: &World, vm: &str) -> Result<Reply, cicada::broker::Problem> {

@@ -10,10 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::{MigrationView, VmAdopt, VmView};
+use cicada::broker::interface::{MigrationView, VmView};
 use cicada::broker::{ProblemKind, Reply, Request};
-use cicada::types::ByteSize;
-use cicada::vm::Firmware;
 use serde_json::Value;
 use world::{World, missing_tool, turn};
 
@@ -22,29 +20,7 @@ const B: usize = 1;
 
 /// A VM of one small disk, at alpine.
 fn vm(world: &World, name: &str) -> VmView {
-    let disk = world.dir.path().join(format!("{name}.raw"));
-    let mut noise = vec![0; 2 << 20];
-    blake3::Hasher::new().update(name.as_bytes()).finalize_xof().fill(&mut noise);
-    std::fs::write(&disk, noise).unwrap();
-    let adopt = VmAdopt {
-        name: name.parse().unwrap(),
-        disk: disk.display().to_string(),
-        user_data: None,
-        format: "raw".into(),
-        architecture: "amd64".into(),
-        firmware: Firmware::Bios,
-        memory: ByteSize::mib(64),
-        cpus: 1,
-        networks: vec!["lan".into()],
-        share: false,
-        dry_run: false,
-        start: false,
-        hardware: Default::default(),
-    };
-    match world.call(A, &Request::VmAdopt(adopt)) {
-        Ok(Reply::Adopted(adopted)) => *adopted.vm.unwrap(),
-        other => panic!("{other:?}\n{}", world.log(A)),
-    }
+    world.noise_vm(A, name, 2 << 20, |adopt| adopt.networks = vec!["lan".into()])
 }
 
 fn cicada(world: &World, cloud: usize, args: &[&str]) -> Output {

@@ -10,12 +10,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use cicada::broker::handle::ObjectKind;
-use cicada::broker::interface::{Event, MemberView, MigrationView, PlanView, StatusView, VmCreate, VmView};
+use cicada::broker::interface::{
+    Event, MemberView, MigrationView, PlanView, StatusView, VmAdopt, VmCreate, VmView,
+};
 use cicada::broker::{Problem, Reply, Request};
 use cicada::build::{BuildOptions, build};
 use cicada::client::Client;
 use cicada::repository::Repository;
 use cicada::types::{ByteSize, ComponentId};
+use cicada::vm::Firmware;
 use cicada::xmpp::Security;
 use cicada::xmpp::admin::Admin;
 use futures::StreamExt;
@@ -428,6 +431,41 @@ impl World {
     }
 
     /// Waits for the guest's own ready line.
+    /// A VM of a small disk of noise, which nothing boots from, and which differs by its name; stopped and
+    /// without cards unless `change` says otherwise.
+    pub fn noise_vm(
+        &self,
+        cloud: usize,
+        name: &str,
+        len: usize,
+        change: impl FnOnce(&mut VmAdopt),
+    ) -> VmView {
+        let disk = self.clouds[cloud].dir.join(format!("{name}.raw"));
+        let mut noise = vec![0; len];
+        blake3::Hasher::new().update(name.as_bytes()).finalize_xof().fill(&mut noise);
+        std::fs::write(&disk, noise).unwrap();
+        let mut adopt = VmAdopt {
+            name: name.parse().unwrap(),
+            disk: disk.display().to_string(),
+            user_data: None,
+            format: "raw".into(),
+            architecture: "amd64".into(),
+            firmware: Firmware::Bios,
+            memory: ByteSize::mib(64),
+            cpus: 1,
+            networks: Vec::new(),
+            share: false,
+            dry_run: false,
+            start: false,
+            hardware: Default::default(),
+        };
+        change(&mut adopt);
+        match self.call(cloud, &Request::VmAdopt(adopt)) {
+            Ok(Reply::Adopted(adopted)) => *adopted.vm.unwrap(),
+            other => panic!("{other:?}\n{}", self.log(cloud)),
+        }
+    }
+
     pub fn wait_booted(&self, cloud: usize, vm: &str, seconds: u64) {
         let log = self.vm(cloud, vm).console_log;
         self.wait("the guest is ready", seconds, |_| {

@@ -23,11 +23,9 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::{StatusView, VmAdopt, VmView};
+use cicada::broker::interface::{StatusView, VmView};
 use cicada::broker::{Problem, Reply, Request};
 use cicada::client::Client;
-use cicada::types::ByteSize;
-use cicada::vm::Firmware;
 use peer::Peer;
 use table::Table;
 use world::World;
@@ -190,27 +188,7 @@ impl Bench {
     pub fn new_vm(&mut self) -> VmView {
         self.made += 1;
         let name = format!("own-{}", self.made);
-        let disk = self.world.clouds[0].dir.join(format!("{name}.raw"));
-        std::fs::write(&disk, peer::noise(&name, 300_000)).unwrap();
-        let request = Request::VmAdopt(VmAdopt {
-            name: name.parse().unwrap(),
-            disk: disk.display().to_string(),
-            user_data: None,
-            format: "raw".into(),
-            architecture: "amd64".into(),
-            firmware: Firmware::Bios,
-            memory: ByteSize::mib(64),
-            cpus: 1,
-            networks: Vec::new(),
-            share: false,
-            dry_run: false,
-            start: false,
-            hardware: Default::default(),
-        });
-        match self.world.call(0, &request) {
-            Ok(Reply::Adopted(_)) => self.world.vm(0, &name),
-            other => panic!("{other:?}\n{}", self.world.log(0)),
-        }
+        self.world.noise_vm(0, &name, 300_000, |_| ())
     }
 
     /// Begins to move a VM of the real cloud to the peer that misbehaves.

@@ -14,16 +14,18 @@ use cicada::compose::Composer;
 use cicada::config::Config;
 use cicada::federation::{Members, Presence};
 use cicada::hypervisor::FakeDriver;
-use cicada::migration::envelope::LIFETIME;
-use cicada::migration::handover::SignedHandOver;
+use cicada::migration::envelope::{LIFETIME, VERSION_BEFORE};
+use cicada::migration::handover::{Origin, Provenance, SignedHandOver};
 use cicada::migration::message::{Known, Seed};
 use cicada::migration::ownership::{Gift, Given, Guest, Standing};
 use cicada::migration::records::VmRecord;
-use cicada::migration::{AnswerBody, Envelope, Law, Lineage, Link as OwnershipLink, RequestBody};
+use cicada::migration::{AnswerBody, Envelope, HandOver, Law, Lineage, Link as OwnershipLink, RequestBody};
 use cicada::repository::Repository;
 use cicada::stanza::Cloud;
 use cicada::transfer::{Endpoint, Limiter};
-use cicada::types::{ByteSize, Hash, IdentityKey, MemberJid, MigrationId, RecipeId, ReservationId, VmId};
+use cicada::types::{
+    ByteSize, Hash, IdentityKey, MapId, MemberJid, MigrationId, RecipeId, ReservationId, VmId,
+};
 use cicada::vm::{Firmware, MapRef, VmSpec};
 use futures::future::{BoxFuture, FutureExt};
 use tokio::sync::{mpsc, oneshot};
@@ -57,6 +59,26 @@ pub fn spec(n: u128) -> VmSpec {
 
 pub fn map() -> MapRef {
     MapRef { block_size_bytes: 4096, disk_size_bytes: 1 << 20, root: None }
+}
+
+/// A hand-over to this cloud of a VM that nobody here ever heard of; version 1 says nothing of where it came from.
+pub fn hand_over(from: &str, migration: MigrationId, vm: VmId, epoch: u64, version: u32) -> SignedHandOver {
+    let provenance = Provenance { origin: Origin::Born, reservation: ReservationId::random() };
+    let hand_over = HandOver {
+        vm,
+        migration,
+        epoch,
+        source: jid(from),
+        source_key: key(from).public(),
+        target: jid("home"),
+        target_key: key("home").public(),
+        recipe: RecipeId::of(b"r"),
+        root_delta: MapId::of(b"d"),
+        user_data: MapId::of(b"u"),
+        issued: NOW,
+        provenance: (version > VERSION_BEFORE).then_some(provenance),
+    };
+    hand_over.sign(&key(from))
 }
 
 /// A VM's way through clouds, made by the rules that ship: what each last recorded, and the history.

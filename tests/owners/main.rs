@@ -7,12 +7,11 @@ use std::time::{Duration, Instant};
 
 use cicada::broker::Request;
 use cicada::migration::envelope::{VERSION, VERSION_BEFORE};
-use cicada::migration::handover::{Origin, Provenance};
 use cicada::migration::message::{Claim, Known};
-use cicada::migration::{AnswerBody, DenialCode, HandOver, Lineage, Links, RequestBody};
-use cicada::types::{MapId, MigrationId, RecipeId, ReservationId, VmId};
+use cicada::migration::{AnswerBody, DenialCode, Lineage, Links, RequestBody};
+use cicada::types::{MigrationId, VmId};
 
-use home::{Home, NOW, SOON, Way, jid, key, spec};
+use home::{Home, SOON, Way, hand_over, jid, spec};
 
 fn denied(answer: &AnswerBody) -> Option<DenialCode> {
     match answer {
@@ -93,21 +92,8 @@ async fn hand_overs_of_unknown_vms_cost_no_file() {
     let mut returned = 0;
     for n in 0..400u128 {
         let id = MigrationId::random();
-        let h = HandOver {
-            vm: spec(n + 10).id,
-            migration: id,
-            epoch: 1_000_001,
-            source: jid("b"),
-            source_key: key("b").public(),
-            target: jid("home"),
-            target_key: key("home").public(),
-            recipe: RecipeId::of(b"r"),
-            root_delta: MapId::of(b"d"),
-            user_data: MapId::of(b"u"),
-            issued: NOW,
-            provenance: Some(Provenance { origin: Origin::Born, reservation: ReservationId::random() }),
-        };
-        let body = RequestBody::Start { hand_over: h.sign(&key("b")), run: true };
+        let hand_over = hand_over("b", id, spec(n + 10).id, 1_000_001, VERSION);
+        let body = RequestBody::Start { hand_over, run: true };
         match home.ask("b", VERSION, (id, spec(n + 10).id), body).await {
             AnswerBody::Returned { back, .. } => {
                 back.verify().unwrap();
@@ -124,21 +110,8 @@ async fn hand_overs_of_unknown_vms_cost_no_file() {
     // Of the version before: one for each VM, and only so many a day.
     for n in 0..300u128 {
         let id = MigrationId::random();
-        let h = HandOver {
-            vm: spec(n + 10).id,
-            migration: id,
-            epoch: 7,
-            source: jid("b"),
-            source_key: key("b").public(),
-            target: jid("home"),
-            target_key: key("home").public(),
-            recipe: RecipeId::of(b"r"),
-            root_delta: MapId::of(b"d"),
-            user_data: MapId::of(b"u"),
-            issued: NOW,
-            provenance: None,
-        };
-        let body = RequestBody::Start { hand_over: h.sign(&key("b")), run: true };
+        let hand_over = hand_over("b", id, spec(n + 10).id, 7, VERSION_BEFORE);
+        let body = RequestBody::Start { hand_over, run: true };
         home.ask("b", VERSION_BEFORE, (id, spec(n + 10).id), body).await;
         if n % 50 == 0 {
             home.clock.advance(Duration::from_secs(30));
