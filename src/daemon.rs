@@ -13,19 +13,18 @@ use futures::stream::BoxStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::broker::handle::{ObjectKind, Service};
+use crate::api::Service;
 use crate::broker::records::Records;
 use crate::broker::serving::{Store, Tickets};
-use crate::broker::{
-    Broker, Event, Inbox, Input, Link, LinkError, Problem, ProblemKind, Reply, Request, RoomInput, Shared,
-    content,
-};
+use crate::broker::{Broker, Inbox, Input, Link, LinkError, RoomInput, Shared, content};
 use crate::clock::SystemClock;
 use crate::compose::Composer;
 use crate::config::{self, Config};
 use crate::federation::{Keyring, Members};
 use crate::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, VmUids};
 use crate::hypervisor::{Driver, QemuConfig, QemuDriver};
+use crate::interface::ObjectKind;
+use crate::interface::{Event, Problem, ProblemKind, Reply, Request};
 use crate::repository::Repository;
 use crate::stanza::Cloud;
 use crate::stanza::cloud::Capacity;

@@ -11,6 +11,7 @@ pub mod unix_socket;
 // Level 1: pure
 pub mod component;
 pub mod federation;
+pub mod interface;
 pub mod migration;
 pub mod placement;
 pub mod stanza;

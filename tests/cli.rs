@@ -10,10 +10,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use cicada::broker::handle::{ObjectKind, Service};
-use cicada::broker::interface::{Event, Reply, Request};
-use cicada::broker::{Problem, ProblemKind, content};
+use cicada::api::Service;
+use cicada::broker::content;
 use cicada::compose::Composer;
+use cicada::interface::ObjectKind;
+use cicada::interface::{Event, Reply, Request};
+use cicada::interface::{Problem, ProblemKind};
 use cicada::migration::Evidence;
 use cicada::migration::handover::HandOver;
 use cicada::repository::Repository;

@@ -9,15 +9,16 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::{MemberView, StatusView};
 use cicada::broker::records::Records;
 use cicada::broker::serving::{Store, Tickets};
-use cicada::broker::{Broker, Inbox, Input, Link, LinkError, Reply, Request, RoomInput, Shared};
+use cicada::broker::{Broker, Inbox, Input, Link, LinkError, RoomInput, Shared};
 use cicada::clock::{Clock, ManualClock, UnixMillis};
 use cicada::compose::Composer;
 use cicada::config::Config;
 use cicada::federation::{Members, Presence, Refused};
 use cicada::hypervisor::FakeDriver;
+use cicada::interface::{MemberView, StatusView};
+use cicada::interface::{Reply, Request};
 use cicada::migration::envelope::{LIFETIME, SKEW, VERSION};
 use cicada::migration::message::{CheckAnswer, ContentAnswer};
 use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, HandOver, RequestBody};
@@ -156,7 +157,7 @@ impl Home {
         }));
     }
 
-    async fn call(&self, request: Request) -> Result<Reply, cicada::broker::Problem> {
+    async fn call(&self, request: Request) -> Result<Reply, cicada::interface::Problem> {
         let (events, _seen) = mpsc::channel(64);
         let (reply, answer) = oneshot::channel();
         self.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));

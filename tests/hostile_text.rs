@@ -8,16 +8,18 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use cicada::broker::handle::{ObjectKind, Service};
-use cicada::broker::interface::{Event, VmAdopt};
+use cicada::api::Service;
 use cicada::broker::records::Records;
 use cicada::broker::serving::{Store, Tickets};
-use cicada::broker::{Broker, Inbox, Input, Link, LinkError, Problem, Reply, Request, RoomInput, Shared};
+use cicada::broker::{Broker, Inbox, Input, Link, LinkError, RoomInput, Shared};
 use cicada::clock::{Clock, ManualClock, UnixMillis};
 use cicada::compose::Composer;
 use cicada::config::Config;
 use cicada::federation::{Members, Presence};
 use cicada::hypervisor::FakeDriver;
+use cicada::interface::ObjectKind;
+use cicada::interface::{Event, VmAdopt};
+use cicada::interface::{Problem, Reply, Request};
 use cicada::migration::envelope::VERSION;
 use cicada::migration::message::{CheckAnswer, ContentAnswer, Initialization, Progress, StageAccount};
 use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, HandOver, Pass, RequestBody};
@@ -430,7 +432,7 @@ fn keep_old_record(records: &Records) -> MigrationId {
             "phase": HOSTILE, "detail": HOSTILE, "bytes_done": 0, "bytes_total": 0, "rate_bytes_per_s": 0,
             "eta_s": null, "fraction": 1.0, "started": 1, "updated": 2, "ended": true
         },
-        "account": cicada::broker::interface::Account {
+        "account": cicada::interface::Account {
             phase_ms: BTreeMap::from([(HOSTILE.to_owned(), 1)]), ..Default::default()
         },
         "problem": { "kind": "refused", "object": HOSTILE, "reason": HOSTILE, "next_step": HOSTILE },

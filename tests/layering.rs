@@ -17,6 +17,7 @@ const ROOMS: &[(&str, u8, &[&str])] = &[
     ("migration", 1, &["vm", "component"]),
     ("federation", 1, &["stanza"]),
     ("placement", 1, &["vm", "migration", "federation"]),
+    ("interface", 1, &["vm", "component", "migration", "federation"]),
     ("config", 2, &["path_owner"]),
     ("path_owner", 2, &[]),
     ("lent_ids", 2, &[]),

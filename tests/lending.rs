@@ -8,11 +8,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use cicada::broker::healing::unhealed;
-use cicada::broker::interface::ReportLine;
 use cicada::broker::records::Records;
 use cicada::broker::serving::{Store, Tickets};
 use cicada::broker::shared::{AskError, Matter, Peer};
-use cicada::broker::{Broker, Inbox, Input, Link, LinkError, Reply, Request, RoomInput, Shared};
+use cicada::broker::{Broker, Inbox, Input, Link, LinkError, RoomInput, Shared};
 use cicada::clock::ManualClock;
 use cicada::clock::UnixMillis;
 use cicada::component::manifest::{Entry, EntryKind, Kind, Manifest, Meta, PackRef};
@@ -20,6 +19,8 @@ use cicada::compose::Composer;
 use cicada::config::Config;
 use cicada::federation::{Members, Presence};
 use cicada::hypervisor::FakeDriver;
+use cicada::interface::ReportLine;
+use cicada::interface::{Reply, Request};
 use cicada::migration::message::ContentAnswer;
 use cicada::migration::{AnswerBody, DenialCode, RequestBody};
 use cicada::repository::Repository;
@@ -162,7 +163,7 @@ fn start(
 }
 
 impl Member {
-    async fn call(&self, request: Request) -> Result<Reply, cicada::broker::Problem> {
+    async fn call(&self, request: Request) -> Result<Reply, cicada::interface::Problem> {
         let (events, mut seen) = mpsc::channel(64);
         let (reply, answer) = oneshot::channel();
         self.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));

@@ -6,8 +6,8 @@ mod world;
 
 use std::path::Path;
 
-use cicada::broker::interface::{Verdict, VmView};
-use cicada::broker::{Reply, Request};
+use cicada::interface::{Reply, Request};
+use cicada::interface::{Verdict, VmView};
 use cicada::vm::{Firmware, PowerState};
 use world::World;
 
@@ -19,7 +19,7 @@ fn adopt(world: &World, name: &str, firmware: Firmware, networks: &[&str], start
     })
 }
 
-fn moves(world: &World, vm: &str) -> Result<Reply, cicada::broker::Problem> {
+fn moves(world: &World, vm: &str) -> Result<Reply, cicada::interface::Problem> {
     let to = Some("boreal".to_owned());
     world.call(0, &Request::Move { vm: vm.into(), to, dry_run: false, force_stop: true })
 }

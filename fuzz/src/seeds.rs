@@ -6,7 +6,7 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use cicada::broker::Request;
+use cicada::interface::Request;
 use cicada::broker::records::{Arrival, GivenUp, Ownership, ReturnRecord, VmRecord};
 use cicada::clock::UnixMillis;
 use cicada::component::manifest::Meta;

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use cicada::api::HeldRequest;
-use cicada::broker::Request;
-use cicada::broker::interface::Message;
+use cicada::interface::Request;
+use cicada::interface::Message;
 use cicada::broker::records::{MigrationRecord, ReturnRecord, VmRecord};
 use cicada::component::Definition;
 use cicada::component::definition::matches;

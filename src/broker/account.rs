@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use crate::clock::UnixMillis;
 use crate::disk::Scan;
+use crate::interface::{Account, MigrationProgress, MigrationView};
 use crate::migration::message::{Progress, StageAccount};
 use crate::repository::RefKind;
 use crate::types::{CloudName, MemberJid, MigrationId, RecipeId};
 use crate::vm::{Block, VmSpec};
 
 use super::Shared;
-use super::interface::{Account, MigrationProgress, MigrationView};
 
 /// zstd level a monolithic tool would use.
 const MONOLITHIC_LEVEL: i32 = 3;

@@ -12,12 +12,12 @@ use crate::compose::ImageFormat;
 use crate::disk;
 use crate::durable;
 use crate::hypervisor::QemuConfig;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{AdoptedView, Event, ExportedView, KnownFromView, Reply, VmAdopt};
 use crate::types::{ByteSize, RecipeId, VmId, VmName};
 use crate::vm::spec::Nic;
 use crate::vm::{Firmware, Mac, PowerState, VmSpec};
 
-use super::interface::{AdoptedView, Event, ExportedView, KnownFromView, Reply, VmAdopt};
-use super::problem::{Problem, ProblemKind};
 use super::records::VmRecord;
 use super::vms::{Answer, Busy, DiskPaths};
 use super::{Broker, Input, Shared, content, staging};

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Event, ReportLine};
 use crate::repository::{ArchiveError, ImportReport, Repository};
 use crate::types::ByteSize;
 
 use super::content::{bind, line, repository_problem, resolve, resolve_recipe};
-use super::interface::{Event, ReportLine};
-use super::problem::{Problem, ProblemKind};
 
 /// Writes components and recipes to an archive, until `stop` says so; that can be gone on with.
 pub(super) fn export(

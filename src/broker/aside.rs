@@ -2,12 +2,12 @@
 //! arrives over them, and their disks stay as they are.
 
 use crate::clock::UnixMillis;
+use crate::interface::VmView;
+use crate::interface::problem::{Problem, ProblemKind};
 use crate::types::{ByteSize, RecipeId, VmId, VmName};
 use crate::vm::{Firmware, PowerState, VmSpec};
 
 use super::Broker;
-use super::interface::VmView;
-use super::problem::{Problem, ProblemKind};
 use super::records::{Autostart, Damaged};
 
 /// What an operator is told of it.

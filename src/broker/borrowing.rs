@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use futures::future::join_all;
 
+use crate::interface::problem::chain;
 use crate::migration::message::{CONTENT_IDS_MAX, ContentAnswer};
 use crate::migration::{AnswerBody, RequestBody};
 use crate::repository::{ObjectId, Repository};
 use crate::transfer::{ObjectKey, ObjectSink, Progress, Refusal, Ticket, TransferError, Violation};
 use crate::types::{Hash, MemberJid, MigrationId, PackId, VmId};
 
-use super::problem::chain;
 use super::receiving::{self, Packs, Sink};
 use super::shared::{Matter, Peer, Shared};
 

@@ -5,15 +5,15 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::federation::{Member, Trust};
-use crate::migration::{RequestBody, envelope};
-use crate::types::{CloudName, MemberJid, VmId};
-
-use super::interface::{
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{
     Candidate, Event, MemberView, MigrationView, ONLINE, Predecessor, Reply, Request, Resource, StatusView,
     Verdict,
 };
+use crate::migration::{RequestBody, envelope};
+use crate::types::{CloudName, MemberJid, VmId};
+
 use super::outgoing::Course;
-use super::problem::{Problem, ProblemKind};
 use super::shared::Peer;
 use super::{Broker, Input, aside, content};
 

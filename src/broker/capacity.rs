@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::clock::UnixMillis;
 use crate::federation::{MemberPolicy, Used};
+use crate::interface::Resource;
 use crate::placement::storage::promised;
 use crate::placement::{Needed, NetworkOffer, Room, Storage};
 use crate::types::{MemberJid, VmId, VmName};
@@ -15,7 +16,6 @@ use crate::vm::PowerState;
 
 use super::Broker;
 use super::incoming::Incoming;
-use super::interface::Resource;
 use super::vms::DiskPaths;
 
 /// How old a measurement may be that is used. Guests write, and others use the same disk, at any time.

@@ -1,13 +1,13 @@
 //! Changes of a VM that is there: its shape, its name, what its operator wants of it, the sizes of its disks.
 
 use crate::disk;
+use crate::interface::VmSet;
+use crate::interface::problem::{Problem, ProblemKind, chain};
 use crate::migration::records::{Autostart, Shape};
 use crate::types::{ByteSize, VmId};
 use crate::vm::PowerState;
 
-use super::interface::VmSet;
 use super::power::{Stop, is_off};
-use super::problem::{Problem, ProblemKind, chain};
 use super::vms::{Answer, Busy};
 use super::{Broker, Input};
 

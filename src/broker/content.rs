@@ -11,16 +11,15 @@ use bytes::Bytes;
 use crate::component::manifest::{limit, show};
 use crate::component::{Entry, Manifest};
 use crate::compose::{self, ComposeError, Composer, ImageFormat};
-use crate::repository::{CheckReport, ObjectId, Repository, RepositoryError};
-use crate::types::{ByteSize, ComponentId, Hash, PackId, RecipeId};
-
-use super::handle::ObjectKind;
-
-use super::interface::{
+use crate::interface::ObjectKind;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{
     ComponentDetail, ComponentDiff, ComponentView, ComposedView, Event, PackView, RecipeView, Reply,
     ReportLine, Request,
 };
-use super::problem::{Problem, ProblemKind};
+use crate::repository::{CheckReport, ObjectId, Repository, RepositoryError};
+use crate::types::{ByteSize, ComponentId, Hash, PackId, RecipeId};
+
 use super::{archive, optimize};
 
 /// Answers the requests that need only content; others come back as `None`. Long work that can be

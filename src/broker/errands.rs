@@ -5,10 +5,10 @@
 use std::time::Duration;
 
 use crate::clock::UnixMillis;
+use crate::interface::problem::chain;
 use crate::migration::{AnswerBody, RequestBody};
 use crate::types::{MemberJid, MigrationId};
 
-use super::problem::chain;
 use super::shared::{AskError, Matter, Peer};
 use super::{Broker, Input};
 

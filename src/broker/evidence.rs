@@ -1,12 +1,14 @@
 //! The doubly signed records this cloud keeps for good, and how operators get them.
 
-use super::calls::Answer;
-use super::lineages::LAW;
-use super::problem::{Problem, ProblemKind, chain};
-use super::records::{RecordError, Records, VmRecord};
-use super::{Broker, Reply};
+use crate::interface::Reply;
+use crate::interface::problem::{Problem, ProblemKind, chain};
 use crate::migration::{Evidence, Lineage};
 use crate::types::MigrationId;
+
+use super::Broker;
+use super::calls::Answer;
+use super::lineages::LAW;
+use super::records::{RecordError, Records, VmRecord};
 
 impl Broker {
     /// Answers with the record of one migration, remembered or not.

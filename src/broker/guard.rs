@@ -11,6 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::clock::UnixMillis;
 use crate::federation::rate::{Allowance, Buckets};
 use crate::federation::{MemberPolicy, Refusals, Refused, Used};
+use crate::interface::{RefusalsView, SenderView};
 use crate::migration::target::Event as TargetEvent;
 use crate::migration::{AnswerBody, Denial, DenialCode, EnvelopeError};
 use crate::placement::policy;
@@ -18,7 +19,6 @@ use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
 use crate::vm::VmSpec;
 
 use super::Broker;
-use super::interface::{RefusalsView, SenderView};
 
 /// Members whose requests are counted apart; as many as a room may have.
 const MEMBERS_MAX: usize = 10_000;

@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::interface::problem::{Problem, ProblemKind, chain};
+use crate::interface::{Event, Reply, ReportLine};
 use crate::repository::{CheckReport, ObjectId, Repository};
 use crate::types::MemberJid;
 
 use super::Broker;
 use super::borrowing::borrow;
 use super::content::{check_lines, check_repository, line, repository_problem};
-use super::interface::{Event, Reply, ReportLine};
-use super::problem::{Problem, ProblemKind, chain};
 use super::shared::{Peer, Shared};
 
 /// Lines about objects that stay damaged or missing.

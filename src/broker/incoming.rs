@@ -10,6 +10,8 @@ use tokio_util::task::TaskTracker;
 use crate::clock::UnixMillis;
 use crate::fault;
 use crate::federation::Refused;
+use crate::interface::MigrationView;
+use crate::interface::problem::{Problem, ProblemKind};
 use crate::migration::envelope::VERSION_BEFORE;
 use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, Return, SignedHandOver};
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, StageAccount};
@@ -23,10 +25,8 @@ use crate::vm::VmSpec;
 use super::account::{self, new_view};
 use super::evidence;
 use super::guard::{self, Pace, Work};
-use super::interface::MigrationView;
 use super::lineages::{LAW, Offer, denial};
 use super::negotiation;
-use super::problem::{Problem, ProblemKind};
 use super::records::ReturnRecord;
 use super::rehearsal;
 use super::shared::{Matter, Peer, Shared};
@@ -143,7 +143,7 @@ impl Broker {
         let request = match opened {
             Ok(request) => request,
             Err(e) => {
-                self.refuse(&from, guard::kind_of(&e), &super::problem::chain(&e));
+                self.refuse(&from, guard::kind_of(&e), &crate::interface::problem::chain(&e));
                 let told = match &e {
                     EnvelopeError::Version(_) => self.other_version(&from, &key, payload, &e.to_string()),
                     EnvelopeError::Expired { .. } => self.other_clock(&from, &key, payload, &e.to_string()),
@@ -311,7 +311,7 @@ impl Broker {
         let known = match self.known(spec.id) {
             Ok(known) => known,
             Err(e) => {
-                tracing::error!(vm = %spec.id, error = super::problem::chain(&e), "a VM cannot come: what is known of it is damaged");
+                tracing::error!(vm = %spec.id, error = crate::interface::problem::chain(&e), "a VM cannot come: what is known of it is damaged");
                 return deny(DenialCode::Other, "what is known of the VM here is damaged");
             }
         };
@@ -408,8 +408,9 @@ impl Broker {
     /// Our receipt if we took the VM over, else our word that we never will by this hand-over.
     pub(super) fn what_became_of(&mut self, peer: &Peer, h: &HandOver, signed: &SignedHandOver) -> Answered {
         let records = &self.shared.records;
-        let broken =
-            |e: &dyn std::error::Error| Answered::Now(deny(DenialCode::Other, &super::problem::chain(e)));
+        let broken = |e: &dyn std::error::Error| {
+            Answered::Now(deny(DenialCode::Other, &crate::interface::problem::chain(e)))
+        };
         let receipt = match records.receipt(h.migration) {
             Ok(receipt) => receipt,
             Err(e) => return broken(&e),
@@ -498,7 +499,7 @@ impl Broker {
                     tracing::info!(vm = %promise.vm, epoch = promise.epoch, "hand-over returned: it is never run here under this epoch");
                     returned(*back)
                 }
-                Err(e) => deny(DenialCode::Other, &super::problem::chain(&e)),
+                Err(e) => deny(DenialCode::Other, &crate::interface::problem::chain(&e)),
             };
             let vm = promise.vm;
             let _ = reply.send(shared.answer(&request, answer).ok());
@@ -706,7 +707,8 @@ impl Broker {
     /// From the moment the record is saved, the VM is ours.
     fn take_over(&mut self, id: MigrationId, signed: SignedHandOver) -> Result<Receipt, Denial> {
         let fail = |text: &str| Denial::new(DenialCode::HandOver, text);
-        let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, super::problem::chain(e));
+        let broken =
+            |e: &dyn std::error::Error| Denial::new(DenialCode::Other, crate::interface::problem::chain(e));
         let run = self.incoming.get(&id).ok_or_else(|| fail("unknown migration"))?;
         let h = signed.verify().map_err(|e| fail(&e.to_string()))?;
         let records = &self.shared.records;
@@ -736,7 +738,7 @@ impl Broker {
         let (mut record, lineage) = taken.map_err(|refusal| {
             if refusal.is_false_claim() {
                 let peer = run.peer.jid.clone();
-                tracing::warn!(migration = %id, vm = %h.vm, from = %peer, reason = super::problem::chain(&refusal), "not taken over");
+                tracing::warn!(migration = %id, vm = %h.vm, from = %peer, reason = crate::interface::problem::chain(&refusal), "not taken over");
             }
             denial(&refusal)
         })?;
@@ -754,10 +756,10 @@ impl Broker {
         fault::point("target-taken-over");
         // Not before: a receipt that is kept is given to whoever asks.
         if let Err(e) = records.save_receipt(id, &receipt) {
-            tracing::warn!(migration = %id, error = super::problem::chain(&e), "the receipt lies in the VM's record alone");
+            tracing::warn!(migration = %id, error = crate::interface::problem::chain(&e), "the receipt lies in the VM's record alone");
         }
         if let Err(e) = self.keep_lineage(&LAW.known(lineage, Some(&record))) {
-            tracing::warn!(migration = %id, error = super::problem::chain(&e), "the last link of its history lies in the VM's record alone");
+            tracing::warn!(migration = %id, error = crate::interface::problem::chain(&e), "the last link of its history lies in the VM's record alone");
         }
         tracing::info!(migration = %id, vm = %record.spec.name, epoch = h.epoch, "taken over");
         // Nothing else may begin before it was started.
@@ -800,7 +802,7 @@ impl Broker {
         if let Some(record) = LAW.acknowledge(&entry.record, id) {
             entry.record = record;
             if let Err(e) = self.shared.records.save_vm(&entry.record) {
-                tracing::warn!(vm = %vm, error = super::problem::chain(&e), "acknowledgement not recorded");
+                tracing::warn!(vm = %vm, error = crate::interface::problem::chain(&e), "acknowledgement not recorded");
             }
         }
         // The source may still be asking how the start went: the run is dropped a little later.

@@ -7,13 +7,13 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::clock::UnixMillis;
+use crate::interface::problem::chain;
 use crate::migration::message::{CONTENT_IDS_MAX, ContentAnswer, TICKETS_BACK_MAX};
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
 use crate::transfer::Ticket;
 use crate::types::{Hash, PublicKey};
 
 use super::guard::Work;
-use super::problem::chain;
 use super::serving::Served;
 use super::shared::{Peer, Shared};
 use super::{Broker, Input};

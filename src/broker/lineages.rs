@@ -3,6 +3,7 @@
 
 use tokio::sync::oneshot;
 
+use crate::interface::problem::chain;
 use crate::migration::lineage::{LINKS_MAX, LineageError, PAGE_LINKS_MAX};
 use crate::migration::ownership::Standing;
 use crate::migration::{
@@ -12,7 +13,6 @@ use crate::types::{LinkId, VmId};
 use crate::vm::VmSpec;
 
 use super::guard::Work;
-use super::problem::chain;
 use super::records::RecordError;
 use super::shared::{AskError, Matter, Peer, Shared};
 use super::{Broker, Input, TargetEvent, evidence};

@@ -16,12 +16,12 @@ mod errands;
 mod evidence;
 mod forecast;
 mod guard;
-pub mod handle;
+
 pub mod healing;
 mod history;
 pub mod inbox;
 mod incoming;
-pub mod interface;
+
 mod lending;
 mod lineages;
 pub mod negotiation;
@@ -31,7 +31,7 @@ mod outgoing;
 mod owners;
 mod planning;
 mod power;
-pub mod problem;
+
 pub mod receiving;
 pub mod records;
 mod rehearsal;
@@ -63,18 +63,18 @@ use crate::migration::target::Event as TargetEvent;
 use crate::types::{MemberJid, MigrationId, PublicKey, Successions, VmId, VmName};
 
 pub use inbox::{Inbox, Inputs, inbox};
-pub use interface::{Event, Reply, Request};
-pub use problem::{Problem, ProblemKind};
+
 pub use shared::{Link, LinkError, Shared};
 pub use vms::READY_LINE;
 
+use crate::interface::problem;
+use crate::interface::{self, Account, Event, MigrationView, Problem, Reply, Request};
 use capacity::Measured;
 use continuity::Continuity;
 use forecast::Forecasts;
 use guard::Guard;
 use history::History;
 use incoming::Incoming;
-use interface::{Account, MigrationView};
 use lending::Lent;
 use notes::Notes;
 use optimize::Idle;

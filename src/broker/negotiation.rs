@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::component::{Manifest, Recipe};
+use crate::interface::{Candidate, Reason, Verdict};
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Seed};
 use crate::migration::{AnswerBody, Denial, DenialCode, RequestBody};
 use crate::repository::Repository;
 use crate::types::{CloudName, ComponentId, MemberJid, PackId};
 use crate::vm::{Block, ChunkMap, MapRef, VmSpec};
 
-use super::interface::{Candidate, Reason, Verdict};
 use super::shared::{Matter, Peer, Shared};
 
 /// What a member answered to a check, with what follows from it.
@@ -145,7 +145,7 @@ async fn ask(
         Ok(_) => {
             Err(Denial::new(DenialCode::Other, format!("{} gave an answer that fits no check", peer.jid)))
         }
-        Err(e) => Err(Denial::new(DenialCode::Other, super::problem::chain(&e))
+        Err(e) => Err(Denial::new(DenialCode::Other, crate::interface::problem::chain(&e))
             .next(format!("see 'cicada members' for whether {} is online and trusted", peer.jid))),
     }
 }
@@ -267,7 +267,7 @@ pub fn reason(d: &Denial) -> Reason {
 }
 
 fn content(e: &dyn std::error::Error) -> Denial {
-    Denial::new(DenialCode::Content, super::problem::chain(e))
+    Denial::new(DenialCode::Content, crate::interface::problem::chain(e))
 }
 
 pub(super) async fn blocking<T: Send + 'static>(

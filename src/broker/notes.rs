@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use crate::interface::MigrationView;
+use crate::interface::problem::chain;
 use crate::types::MigrationId;
 
-use super::interface::MigrationView;
-use super::problem::chain;
 use super::records::Records;
 
 /// Migrations whose notes may wait; what comes beyond is not recorded.

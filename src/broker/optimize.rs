@@ -7,12 +7,12 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::UnixMillis;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Event, ReportLine};
 use crate::repository::{ObjectId, Repository, RepositoryError};
 use crate::types::{ComponentId, PackId};
 
 use super::content::{line, repository_problem, resolve};
-use super::interface::{Event, ReportLine};
-use super::problem::{Problem, ProblemKind};
 use super::{Broker, Input};
 
 /// How often it is looked whether there is something new to optimise.
@@ -186,7 +186,10 @@ impl Broker {
         self.idle.done = held;
         tokio::task::spawn_blocking(move || {
             if let Err(error) = optimize_quietly(&shared.repository, &components, &|| token.is_cancelled()) {
-                tracing::warn!(error = super::problem::chain(&error), "not all could be optimised");
+                tracing::warn!(
+                    error = crate::interface::problem::chain(&error),
+                    "not all could be optimised"
+                );
             }
         });
     }

@@ -12,6 +12,8 @@ use crate::clock::UnixMillis;
 use crate::component::Recipe;
 use crate::fault;
 use crate::hypervisor::StopMode;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Event, MigrationView, Reply, Side};
 use crate::migration::handover::{Receipt, Return, SignedHandOver};
 use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::ownership::Gift;
@@ -23,10 +25,8 @@ use crate::types::{CloudName, MigrationId, NodeHash, PeerText, ReservationId, Vm
 use super::account::{self, new_view};
 use super::evidence;
 use super::forecast::Took;
-use super::interface::{Event, MigrationView, Reply, Side};
 use super::lineages::{self, LAW};
 use super::negotiation::{self, Checked};
-use super::problem::{Problem, ProblemKind};
 use super::scanning::{self, Looked, Scanned};
 use super::serving::Served;
 use super::shared::{AskError, Matter, Peer};
@@ -388,7 +388,7 @@ impl Broker {
                         });
                     }
                     Err(e) => {
-                        let denial = Denial::new(DenialCode::Other, super::problem::chain(&e))
+                        let denial = Denial::new(DenialCode::Other, crate::interface::problem::chain(&e))
                             .next("restore the VM's file below lineages/ from a backup");
                         let denied = SourceEvent::Answered(Box::new(AnswerBody::Denied(denial)));
                         shared.post(Input::Outgoing(id, denied));
@@ -432,7 +432,7 @@ impl Broker {
                     let result = result.map_err(|e| {
                         Denial::new(
                             DenialCode::Other,
-                            format!("the VM does not stop: {}", super::problem::chain(&e)),
+                            format!("the VM does not stop: {}", crate::interface::problem::chain(&e)),
                         )
                         .next("look at its console; 'cicada move --force-stop' switches it off when its time is over")
                     });
@@ -571,7 +571,7 @@ impl Broker {
                 SourceEvent::Answered(Box::new(body))
             }
             Err(e) => {
-                let reason = super::problem::chain(&e);
+                let reason = crate::interface::problem::chain(&e);
                 // Asked every few seconds, perhaps for days.
                 if reason != run.last_word {
                     tracing::info!(migration = %id, peer = %run.peer.jid, reason, "no answer");
@@ -638,7 +638,8 @@ impl Broker {
             was_running: run.machine.was_running(),
             now: self.shared.now(),
         };
-        let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, super::problem::chain(e));
+        let broken =
+            |e: &dyn std::error::Error| Denial::new(DenialCode::Other, crate::interface::problem::chain(e));
         let known = self.known(vm).map_err(|e| broken(&e))?;
         let entry = self.vms.get_mut(&vm).ok_or_else(missing)?;
         let (record, hand_over) =
@@ -647,7 +648,7 @@ impl Broker {
         self.shared
             .records
             .save_ownership(&record)
-            .map_err(|e| Denial::new(DenialCode::Other, super::problem::chain(&e)))?;
+            .map_err(|e| Denial::new(DenialCode::Other, crate::interface::problem::chain(&e)))?;
         fault::point("source-given-up");
         entry.record = record;
         // Found again after a restart even if the answer never comes.
@@ -662,16 +663,22 @@ impl Broker {
         let refuse = |text: String| Denial::new(DenialCode::HandOver, text);
         let run = self.outgoing.get(&id).ok_or_else(|| refuse("unknown".into()))?;
         let vm = run.matter.vm;
-        let known = self.known(vm).map_err(|e| refuse(super::problem::chain(&e)))?;
+        let known = self.known(vm).map_err(|e| refuse(crate::interface::problem::chain(&e)))?;
         let entry = self.vms.get(&vm).ok_or_else(|| refuse("unknown VM".into()))?;
         let (record, known) =
             LAW.take_back(&entry.record, &known, &back).map_err(|refusal| lineages::denial(&refusal))?;
         // Only evidence: without it the target would be asked again, and give it again.
-        self.shared.records.save_returned(id, &back).map_err(|e| refuse(super::problem::chain(&e)))?;
+        self.shared
+            .records
+            .save_returned(id, &back)
+            .map_err(|e| refuse(crate::interface::problem::chain(&e)))?;
         // Then the history, which is ahead of the record for a moment: both are facts by now.
-        self.keep_lineage(&known).map_err(|e| refuse(super::problem::chain(&e)))?;
+        self.keep_lineage(&known).map_err(|e| refuse(crate::interface::problem::chain(&e)))?;
         fault::point("source-taking-back");
-        self.shared.records.save_ownership(&record).map_err(|e| refuse(super::problem::chain(&e)))?;
+        self.shared
+            .records
+            .save_ownership(&record)
+            .map_err(|e| refuse(crate::interface::problem::chain(&e)))?;
         fault::point("source-taken-back");
         if let Some(entry) = self.vms.get_mut(&vm) {
             entry.record = record;
@@ -706,13 +713,13 @@ impl Broker {
         let vm = run.matter.vm;
         let grace = self.shared.config.migration.grace_period;
         if let Err(e) = self.shared.records.save_receipt(id, &receipt) {
-            tracing::warn!(migration = %id, error = super::problem::chain(&e), "the receipt lies in the VM's record alone");
+            tracing::warn!(migration = %id, error = crate::interface::problem::chain(&e), "the receipt lies in the VM's record alone");
         }
         if let Some(entry) = self.vms.get_mut(&vm) {
             match LAW.release(&entry.record, receipt, now.plus(grace)) {
                 Ok(record) => {
                     if let Err(e) = evidence::keep_receipts(&self.shared.records, &record) {
-                        tracing::warn!(migration = %id, error = super::problem::chain(&e), "the last link of its history lies in the VM's record alone");
+                        tracing::warn!(migration = %id, error = crate::interface::problem::chain(&e), "the last link of its history lies in the VM's record alone");
                     }
                     entry.record = record;
                 }
@@ -723,14 +730,14 @@ impl Broker {
             entry.busy = None;
             fault::point("source-releasing");
             if let Err(e) = self.shared.records.save_vm(&entry.record) {
-                tracing::error!(vm = %entry.record.spec.name, error = super::problem::chain(&e), "receipt not recorded; it will be asked for again");
+                tracing::error!(vm = %entry.record.spec.name, error = crate::interface::problem::chain(&e), "receipt not recorded; it will be asked for again");
             }
             fault::point("source-released");
         }
         let shared = self.shared.clone();
         tokio::spawn(async move {
             if let Err(e) = shared.driver.undefine(vm).await {
-                tracing::warn!(vm = %vm, error = super::problem::chain(&e), "cannot undefine");
+                tracing::warn!(vm = %vm, error = crate::interface::problem::chain(&e), "cannot undefine");
             }
         });
         let seconds = |ms: u64| ms as f64 / 1000.0;
@@ -763,7 +770,7 @@ impl Broker {
                 });
             })),
             Err(e) => {
-                tracing::info!(migration = %id, error = super::problem::chain(&e), "no estimate of a monolithic move")
+                tracing::info!(migration = %id, error = crate::interface::problem::chain(&e), "no estimate of a monolithic move")
             }
         });
     }

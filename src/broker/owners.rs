@@ -3,12 +3,13 @@
 //! restored from a backup, or a second copy, is found out within seconds of seeing each other.
 
 use std::collections::{BTreeMap, BTreeSet};
-
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use crate::clock::UnixMillis;
+use crate::interface::Side;
+use crate::interface::problem::{Problem, ProblemKind, chain};
 use crate::migration::envelope::VERSION;
 use crate::migration::lineage::PAGE_LINKS_MAX;
 use crate::migration::message::{CLAIMS_MAX, Claim, Known};
@@ -20,9 +21,7 @@ use crate::vm::PowerState;
 
 use super::continuity::Mark;
 use super::guard::Work;
-use super::interface::Side;
 use super::lineages::LAW;
-use super::problem::{Problem, ProblemKind, chain};
 use super::records::{RecordError, UnconfirmedStart};
 use super::shared::{AskError, Matter, Peer, Shared};
 use super::{Broker, Input};

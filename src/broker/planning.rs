@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use futures::future::join_all;
 
+use crate::interface::problem::Problem;
+use crate::interface::{Candidate, PlanView, Reason, Reply, Verdict};
 use crate::migration::DenialCode;
 use crate::placement::{Offer, hardware, rank, shortlist};
 use crate::types::{CloudName, MemberJid, MigrationId, VmId};
 use crate::vm::{PowerState, VmSpec};
 
 use super::calls::Answer;
-use super::interface::{Candidate, PlanView, Reason, Reply, Verdict};
-use super::problem::Problem;
 use super::scanning::scan;
 use super::shared::{Matter, Peer};
 use super::vms::Vm;

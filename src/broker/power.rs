@@ -6,12 +6,12 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::hypervisor::{DriverEvent, EventKind, Machine, StopMode, StopReason};
+use crate::interface::problem::{Problem, ProblemKind, chain};
 use crate::migration::ownership::Hold;
 use crate::types::{ByteSize, MigrationId, VmId};
 use crate::vm::PowerState;
 
 use super::lineages::LAW;
-use super::problem::{Problem, ProblemKind, chain};
 use super::vms::{Answer, Busy, Vm};
 use super::{Broker, Input, Shared};
 

@@ -24,8 +24,8 @@ pub use crate::migration::records::{
 use crate::migration::{Receipt, Return};
 use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
 
-use super::interface::MigrationView;
 use super::resolving::Resolution;
+use crate::interface::MigrationView;
 
 /// Records of one beginning that are told apart.
 const FOUND_MAX: usize = 16;
@@ -185,7 +185,7 @@ impl Records {
     fn vm(&self, vm: VmId, path: &Path) -> Result<VmRecord, String> {
         // The process before this one may have ended because it could not.
         durable::sync_dir_of(path).map_err(|e| format!("{} cannot be made durable: {e}", path.display()))?;
-        let record: VmRecord = load(path).map_err(|e| super::problem::chain(&e))?;
+        let record: VmRecord = load(path).map_err(|e| crate::interface::problem::chain(&e))?;
         if record.version != VERSION {
             return Err(RecordError::Version { path: path.to_owned(), version: record.version }.to_string());
         }
@@ -313,7 +313,10 @@ impl Records {
         let readable = |path: &PathBuf| match load(path) {
             Ok(resolution) => Some(resolution),
             Err(e) => {
-                tracing::error!(error = super::problem::chain(&e), "an operator's decision is unreadable");
+                tracing::error!(
+                    error = crate::interface::problem::chain(&e),
+                    "an operator's decision is unreadable"
+                );
                 None
             }
         };
@@ -378,7 +381,7 @@ fn end_if_undecided(error: RecordError) -> RecordError {
     if let RecordError::Io { source, path, .. } = &error
         && durable::is_undecided(source)
     {
-        tracing::error!(path = %path.display(), error = super::problem::chain(&error), "who owns the VM cannot be recorded: the broker ends here, and asks when it is started again");
+        tracing::error!(path = %path.display(), error = crate::interface::problem::chain(&error), "who owns the VM cannot be recorded: the broker ends here, and asks when it is started again");
         std::process::exit(1);
     }
     error

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 
 use crate::disk;
 use crate::hypervisor::{DiskFormat, Machine};
+use crate::interface::problem::chain;
 use crate::migration::{Denial, DenialCode};
 use crate::types::VmId;
 use crate::vm::VmSpec;
 
 use super::Shared;
-use super::problem::chain;
 use super::vms::DiskPaths;
 
 /// Below the data directory; each VM's scratch has its id as a name.

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use crate::clock::UnixMillis;
+use crate::interface::Side;
+use crate::interface::problem::{Problem, ProblemKind};
 use crate::migration::HandOver;
 use crate::types::VmName;
 
-use super::interface::Side;
-use super::problem::{Problem, ProblemKind};
 use super::records::{Arrival, GivenUp, VmRecord};
 use super::resolving::{Outcome, Resolution, known_as};
 use super::shared::Peer;

@@ -5,6 +5,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
+use crate::interface::problem::{Problem, ProblemKind, chain};
+use crate::interface::{Reply, ResolutionView, Side};
 use crate::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
 use crate::migration::target::Event as TargetEvent;
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
@@ -12,9 +14,7 @@ use crate::types::{MemberJid, MigrationId, PublicKey, VmId, VmName};
 use crate::vm::PowerState;
 
 use super::incoming::Answered;
-use super::interface::{Reply, ResolutionView, Side};
 use super::lineages::LAW;
-use super::problem::{Problem, ProblemKind, chain};
 use super::records::{self, GivenUp, ReturnRecord};
 use super::shared::{Matter, Peer};
 use super::{Broker, resolution_words as words};

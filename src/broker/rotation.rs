@@ -1,10 +1,10 @@
 //! When identity keys give way to others: this cloud's own, and those of members.
 
 use crate::federation::{KeyNews, Refused};
+use crate::interface::problem::{Problem, ProblemKind, chain};
 use crate::types::{MemberJid, PublicKey, Successions};
 
 use super::Broker;
-use super::problem::{Problem, ProblemKind, chain};
 use super::records::Records;
 use super::resolving::Outcome;
 use super::shared::Peer;

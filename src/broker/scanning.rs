@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use crate::disk::{self, Scan};
 use crate::hypervisor::{Ability, DiskChanges, DriverError, Period};
+use crate::interface::problem;
 use crate::migration::message::Seed;
 use crate::migration::{Denial, DenialCode};
 use crate::types::{NodeHash, PackId, VmId};
 use crate::vm::{ChunkMap, VmSpec};
 
 use super::vms::{Busy, DiskPaths};
-use super::{Broker, Shared, negotiation, problem};
+use super::{Broker, Shared, negotiation};
 
 /// How long a hypervisor that ends may take to let go of the disks.
 const DISKS_FREE_WITHIN: Duration = Duration::from_secs(5);

@@ -265,7 +265,7 @@ impl Stage {
             let floor = self.job.shared.config.hypervisor.storage_floor.0;
             let needed = packs.values().fold(floor, |sum, size| sum.saturating_add(*size));
             repository.require_space(needed).map_err(|e| {
-                Denial::new(DenialCode::Storage, super::problem::chain(&e))
+                Denial::new(DenialCode::Storage, crate::interface::problem::chain(&e))
                     .next("let the target's operator run 'cicada repo gc', or free storage there")
             })?;
             self.packs = Arc::new(Packs { sizes: packs, bases });
@@ -493,7 +493,7 @@ impl Stage {
                 return Err(content(&failure).next(next));
             }
             tracing::info!(
-                reason = super::problem::chain(&failure),
+                reason = crate::interface::problem::chain(&failure),
                 attempt,
                 missing = keys.len(),
                 "transfer goes on after a pause"
@@ -543,7 +543,7 @@ fn open_disk(disk: &DiskFile, shape: &MapRef) -> Result<StagedDisk, disk::DiskEr
         match StagedDisk::open_or_create(disk.clone(), shape) {
             Err(e) if disk.path().exists() => {
                 tracing::info!(
-                    error = super::problem::chain(&e),
+                    error = crate::interface::problem::chain(&e),
                     "a disk staged before cannot be gone on with"
                 );
                 if begun.elapsed() > OPEN_PATIENCE {
@@ -652,13 +652,13 @@ fn content(e: &(dyn std::error::Error + 'static)) -> Denial {
         if full {
             return Denial::new(
                 DenialCode::Storage,
-                format!("the disk is full: {}", super::problem::chain(e)),
+                format!("the disk is full: {}", crate::interface::problem::chain(e)),
             )
             .next("free space at the target, then move again");
         }
         cause = c.source();
     }
-    Denial::new(DenialCode::Content, super::problem::chain(e))
+    Denial::new(DenialCode::Content, crate::interface::problem::chain(e))
 }
 
 /// What a target has to fetch of a recipe's components.
@@ -700,12 +700,12 @@ fn missing_packs(
     }
     // How the repository learns: what it did not have to fetch.
     if first_pass && let Err(e) = repository.record_lookup(held_bytes, missing.values().sum()) {
-        tracing::warn!(error = super::problem::chain(&e), "lookup not counted");
+        tracing::warn!(error = crate::interface::problem::chain(&e), "lookup not counted");
     }
     // Without bases more travels, that is all.
     let bases = repository.likely_bases(components, &missing.keys().copied().collect());
     let bases = bases.unwrap_or_else(|e| {
-        tracing::warn!(error = super::problem::chain(&e), "no bases for deltas");
+        tracing::warn!(error = crate::interface::problem::chain(&e), "no bases for deltas");
         HashMap::new()
     });
     Ok(Lacking { packs: missing, needed: seen.len() as u32, names: incomplete, bases })
@@ -759,7 +759,7 @@ pub fn scrub_dir(dir: &Path) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     for path in entries.flatten().map(|e| e.path()) {
         if let Err(e) = disk::scrub(&path) {
-            tracing::warn!(path = %path.display(), error = super::problem::chain(&e), "cannot scrub");
+            tracing::warn!(path = %path.display(), error = crate::interface::problem::chain(&e), "cannot scrub");
         }
     }
     if let Err(e) = fs::remove_dir_all(dir) {

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use crate::interface::problem::{Problem, ProblemKind, chain};
+use crate::interface::{MigrationView, Reply};
 use crate::migration::source::Event as SourceEvent;
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
 use crate::types::{MigrationId, VmId};
 
-use super::interface::{MigrationView, Reply};
 use super::outgoing::Outgoing;
-use super::problem::{Problem, ProblemKind, chain};
 use super::shared::Peer;
 use super::{Broker, Input};
 

@@ -13,12 +13,12 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::UnixMillis;
+use crate::interface::MigrationView;
+use crate::interface::problem::{Problem, ProblemKind};
 use crate::types::{MigrationId, VmId};
 
 use super::Broker;
-use super::interface::MigrationView;
 use super::outgoing::Course;
-use super::problem::{Problem, ProblemKind};
 use super::records::VmRecord;
 use super::shared::Peer;
 use super::staging::{self, StagedDir};

@@ -10,16 +10,16 @@ use tokio::sync::oneshot;
 use crate::clock::UnixMillis;
 use crate::disk;
 use crate::hypervisor::{DiskFormat, Machine};
+use crate::interface::problem::{Problem, ProblemKind, chain};
+use crate::interface::{Deleted, DeletedView, Reply, VmCreate, VmView};
 use crate::migration::ownership::Hold;
 use crate::types::{ByteSize, ComponentId, MigrationId, VmId, VmName};
 use crate::vm::spec::Nic;
 use crate::vm::{Mac, PowerState, VmSpec};
 
 use super::content;
-use super::interface::{Deleted, DeletedView, Reply, VmCreate, VmView};
 use super::lineages::LAW;
 use super::power::Stop;
-use super::problem::{Problem, ProblemKind, chain};
 use super::records::{GivenUp, VmRecord};
 use super::{Broker, Input, Shared, aside, evidence, staging};
 

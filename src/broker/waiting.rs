@@ -1,12 +1,12 @@
 //! What a migration waits for, in words: since when, for whom, and what an operator may do.
 
 use crate::clock::UnixMillis;
+use crate::interface::MigrationView;
 use crate::migration::target::Phase;
 use crate::types::{MemberJid, MigrationId};
 
 use super::Broker;
 use super::incoming::Incoming;
-use super::interface::MigrationView;
 use super::outgoing::Outgoing;
 
 impl Broker {

@@ -8,8 +8,8 @@ use std::thread::{self, JoinHandle};
 use clap::Args;
 
 use crate::broker::archive::import_faults;
-use crate::broker::interface::{Reply, Request};
-use crate::broker::problem::{Problem, ProblemKind};
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Reply, Request};
 
 use super::context::Context;
 use super::printer::{Failure, Outcome};

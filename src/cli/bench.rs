@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::broker::content::repository_problem;
-use crate::broker::problem::{Problem, ProblemKind};
+use crate::interface::problem::{Problem, ProblemKind};
 use crate::repository::{RECORD_LEVEL, Repository, RepositoryError};
 use crate::types::{ByteSize, PackId};
 

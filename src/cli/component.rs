@@ -7,14 +7,12 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use crate::broker::content;
-use crate::broker::interface::{
-    ComponentDetail, ComponentDiff, ComponentView, Event, Message, Reply, Request,
-};
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::build::{
     self, BuildError, BuildEvent, BuildOptions, Built, ImportIdentity, ImportOptions, LeftOut,
 };
 use crate::component::Kind;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{ComponentDetail, ComponentDiff, ComponentView, Event, Message, Reply, Request};
 use crate::repository::Repository;
 use crate::types::ComponentId;
 

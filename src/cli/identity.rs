@@ -5,12 +5,12 @@ use std::str::FromStr;
 use clap::Subcommand;
 use serde::Serialize;
 
-use crate::broker::interface::{MemberView, Predecessor, Reply, Request};
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::broker::records::Records;
 use crate::broker::rotation;
 use crate::clock::{Clock, SystemClock, UnixMillis};
 use crate::config::{self, identity_path, load_identity, rotate_identity};
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{MemberView, Predecessor, Reply, Request};
 use crate::types::{MemberJid, PublicKey};
 
 use super::context::Context;

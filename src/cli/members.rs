@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::broker::interface::{MemberView, Message, ONLINE, Predecessor, Reply, Request, StatusView};
 use crate::federation::MemberPolicy;
+use crate::interface::{MemberView, Message, ONLINE, Predecessor, Reply, Request, StatusView};
 use crate::migration::envelope::SKEW;
 use crate::types::PublicKey;
 

@@ -39,8 +39,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::broker::interface::Message;
-use crate::broker::problem::{Problem, ProblemKind};
+use crate::interface::Message;
+use crate::interface::problem::{Problem, ProblemKind};
 use crate::telemetry;
 
 use context::Context;

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::broker::problem::{Problem, ProblemKind, chain};
 use crate::config::{Config, HostPort, NetworkKind};
 use crate::daemon;
 use crate::hypervisor::{Driver, QemuDriver};
+use crate::interface::problem::{Problem, ProblemKind, chain};
 use crate::xmpp::RequestError;
 use crate::xmpp::admin::{Admin, AdminError};
 

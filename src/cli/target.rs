@@ -12,13 +12,13 @@ use tokio::sync::mpsc;
 
 use crate::broker::aside;
 use crate::broker::content;
-use crate::broker::handle::ObjectKind;
-use crate::broker::interface::{Event, Reply, Request};
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::broker::records::{Damaged, Records};
 use crate::client::Client;
 use crate::compose::Composer;
 use crate::config::Config;
+use crate::interface::ObjectKind;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Event, Reply, Request};
 use crate::repository::Repository;
 use crate::types::{Hash, RecipeId};
 

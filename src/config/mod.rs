@@ -8,6 +8,7 @@ mod error;
 pub mod file;
 mod identity;
 mod members;
+mod problem;
 pub mod secrets;
 mod value;
 

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::{Event, VmAdopt, VmView};
+use cicada::broker::READY_LINE;
 use cicada::broker::records::{MigrationRecord, VmRecord};
-use cicada::broker::{Problem, READY_LINE, Reply, Request};
 use cicada::client::Client;
+use cicada::interface::{Event, VmAdopt, VmView};
+use cicada::interface::{Problem, Reply, Request};
 use cicada::types::ByteSize;
 use cicada::vm::{Firmware, PowerState};
 

@@ -9,13 +9,11 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use cicada::broker::handle::ObjectKind;
-use cicada::broker::interface::{
-    Event, MemberView, MigrationView, PlanView, StatusView, VmAdopt, VmCreate, VmView,
-};
-use cicada::broker::{Problem, Reply, Request};
 use cicada::build::{BuildOptions, build};
 use cicada::client::Client;
+use cicada::interface::ObjectKind;
+use cicada::interface::{Event, MemberView, MigrationView, PlanView, StatusView, VmAdopt, VmCreate, VmView};
+use cicada::interface::{Problem, Reply, Request};
 use cicada::repository::Repository;
 use cicada::types::{ByteSize, ComponentId};
 use cicada::vm::Firmware;

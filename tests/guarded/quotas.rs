@@ -1,8 +1,8 @@
 //! What a member may make this cloud do, promise and keep.
 
 use base64::Engine as _;
-use cicada::broker::interface::{MigrationView, Verdict, VmAdopt, VmView};
 use cicada::component::recipe::{DiskParameters, Recipe};
+use cicada::interface::{MigrationView, Verdict, VmAdopt, VmView};
 use cicada::migration::message::{Initialization, Pass};
 use cicada::stanza::cloud::Capacity;
 use cicada::types::ImageDigest;

@@ -5,15 +5,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::VmView;
 use cicada::broker::records::Records;
 use cicada::broker::serving::{Store, Tickets};
-use cicada::broker::{Broker, Input, Link, LinkError, Problem, Reply, Request, RoomInput, Shared};
+use cicada::broker::{Broker, Input, Link, LinkError, RoomInput, Shared};
 use cicada::clock::{Clock, ManualClock, UnixMillis};
 use cicada::compose::Composer;
 use cicada::config::Config;
 use cicada::federation::{Members, Presence};
 use cicada::hypervisor::FakeDriver;
+use cicada::interface::VmView;
+use cicada::interface::{Problem, Reply, Request};
 use cicada::migration::envelope::{LIFETIME, VERSION_BEFORE};
 use cicada::migration::handover::{Origin, Provenance, SignedHandOver};
 use cicada::migration::message::{Known, Seed};

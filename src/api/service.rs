@@ -5,13 +5,10 @@ use std::io;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
-use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use crate::interface::{Event, ObjectKind, Problem, Reply, Request};
 use crate::types::Hash;
-
-use super::interface::{Event, Reply, Request};
-use super::problem::Problem;
 
 /// Anything that answers requests.
 pub trait Service: Send + Sync + 'static {
@@ -37,23 +34,4 @@ pub trait Service: Send + Sync + 'static {
     /// Which of `ids` the repository holds, in their order.
     fn has_objects(&self, kind: ObjectKind, ids: Vec<Hash>)
     -> BoxFuture<'static, Result<Vec<bool>, Problem>>;
-}
-
-/// Objects an operator can put into a repository.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ObjectKind {
-    Manifest,
-    Pack,
-    Recipe,
-}
-
-impl ObjectKind {
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            ObjectKind::Manifest => "manifest",
-            ObjectKind::Pack => "pack",
-            ObjectKind::Recipe => "recipe",
-        }
-    }
 }

@@ -5,9 +5,6 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::ConfigError;
-use crate::hypervisor::DriverError;
-
 /// The class of a problem. Codes and exit codes are stable; both are listed in the README.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -101,59 +98,6 @@ impl Problem {
             _ => Self::from_error(ProblemKind::Failed, object, error),
         }
     }
-
-    /// What is wrong with a configuration, with the class an operator acts on.
-    pub fn from_config(e: &ConfigError) -> Self {
-        let kind = match e {
-            ConfigError::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
-                ProblemKind::Forbidden
-            }
-            ConfigError::NotFound { .. } | ConfigError::Read { .. } => ProblemKind::Missing,
-            ConfigError::Exposed { .. } | ConfigError::Replaceable { .. } => ProblemKind::Forbidden,
-            ConfigError::Write { .. } => ProblemKind::Failed,
-            ConfigError::Syntax { .. } | ConfigError::Field { .. } | ConfigError::Secret { .. } => {
-                ProblemKind::BadRequest
-            }
-        };
-        Self::from_error(kind, e.object(), e).next(e.next_step())
-    }
-
-    /// What a hypervisor did not do for VM `name`.
-    pub fn from_driver(name: &str, e: &DriverError) -> Self {
-        use DriverError as E;
-        let (kind, next) = match e {
-            E::UnknownVm { .. } => (ProblemKind::NotFound, "see 'cicada vm list'".to_owned()),
-            E::WrongState { .. } | E::Differs { .. } | E::ConsoleBusy { .. } => {
-                (ProblemKind::Conflict, format!("see 'cicada vm show {name}'"))
-            }
-            E::DiskInUse { .. } => {
-                (ProblemKind::Conflict, "find who uses it with 'fuser', and end that first".into())
-            }
-            E::FirmwareVars { .. } => (ProblemKind::Conflict, String::new()),
-            E::NotOffered { .. } => {
-                (ProblemKind::Refused, "see 'cicada status' and the section [hypervisor]".into())
-            }
-            E::BadSpec { .. } | E::PathNotUtf8 { .. } => (ProblemKind::BadRequest, String::new()),
-            // As every wait for something that did not come in time.
-            E::Timeout { verb: "stopped", .. } => (
-                ProblemKind::Refused,
-                format!(
-                    "shut it down from within, give it longer with --timeout, or switch it off: cicada vm stop {name} \
-                     --force"
-                ),
-            ),
-            E::MissingTool { .. }
-            | E::MissingFirmware { .. }
-            | E::TooOld { .. }
-            | E::MachineType { .. }
-            | E::NoKvm { .. }
-            | E::NoBridge { .. }
-            | E::NoUsers { .. } => (ProblemKind::Missing, String::new()),
-            _ => (ProblemKind::Failed, String::new()),
-        };
-        let problem = Self::from_error(kind, format!("VM {name}"), e);
-        if next.is_empty() { problem } else { problem.next(next) }
-    }
 }
 
 /// What the system refused, and what can be done about that.
@@ -202,19 +146,14 @@ impl std::error::Error for Problem {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::VmId;
-    use crate::vm::PowerState;
-    use std::time::Duration;
 
     #[test]
     fn what_the_system_refused_is_no_failure_of_ours() {
         let io = |kind: io::ErrorKind| io::Error::from(kind);
-        let deep = DriverError::Io {
-            vm: VmId::random(),
-            action: "open",
-            path: "/disk".into(),
-            source: io(io::ErrorKind::PermissionDenied),
-        };
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot open the disk")]
+        struct Deep(#[source] io::Error);
+        let deep = Deep(io(io::ErrorKind::PermissionDenied));
         let problem = Problem::from_error(ProblemKind::Failed, "VM web", &deep);
         assert_eq!((problem.kind, problem.next_step.is_empty()), (ProblemKind::Forbidden, false));
         for (source, kind) in [
@@ -229,20 +168,5 @@ mod tests {
         // What was classed already stays.
         let classed = Problem::from_error(ProblemKind::Refused, "x", &io(io::ErrorKind::PermissionDenied));
         assert_eq!(classed.kind, ProblemKind::Refused);
-    }
-
-    #[test]
-    fn a_guest_that_ignores_its_shutdown_is_told_with_what_to_do() {
-        let timeout = |verb| DriverError::Timeout {
-            vm: VmId::random(),
-            verb,
-            state: PowerState::Running,
-            after: Duration::from_secs(2),
-            next_step: "",
-        };
-        let problem = Problem::from_driver("web", &timeout("stopped"));
-        assert_eq!(problem.kind.exit_code(), 5);
-        assert!(problem.next_step.contains("cicada vm stop web --force"), "{}", problem.next_step);
-        assert_eq!(Problem::from_driver("web", &timeout("started")).kind, ProblemKind::Failed);
     }
 }
