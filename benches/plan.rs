@@ -8,7 +8,6 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use cicada::broker::negotiation::holdings;
 use cicada::clock::{Clock, SystemClock};
 use cicada::interface::{Reply, Request};
 use cicada::interface::{Verdict, VmCreate};
@@ -16,6 +15,7 @@ use cicada::migration::envelope::{LIFETIME, VERSION};
 use cicada::migration::message::CheckAnswer;
 use cicada::migration::{AnswerBody, Envelope, ReplayGuard, RequestBody};
 use cicada::repository::Repository;
+use cicada::runner::check::holdings;
 use cicada::types::{ByteSize, ComponentId, IdentityKey, MemberJid, MigrationId, PackId, RecipeId, VmId};
 use cicada::vm::spec::Nic;
 use cicada::vm::{Mac, VmSpec};

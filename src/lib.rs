@@ -31,6 +31,7 @@ pub mod adopt;
 pub mod broker;
 pub mod build;
 pub mod compose;
+pub mod runner;
 // Level 4 to 6
 pub mod api;
 pub mod cli;

@@ -9,9 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use cicada::broker::records::Records;
-use cicada::broker::serving::{Store, Tickets};
-use cicada::broker::{Broker, Inbox, Input, Link, LinkError, RoomInput, Shared};
+use cicada::broker::RoomInput;
 use cicada::clock::{Clock, ManualClock, UnixMillis};
 use cicada::compose::Composer;
 use cicada::config::Config;
@@ -23,6 +21,9 @@ use cicada::migration::envelope::{LIFETIME, SKEW, VERSION};
 use cicada::migration::message::{CheckAnswer, ContentAnswer};
 use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, HandOver, RequestBody};
 use cicada::repository::Repository;
+use cicada::runner::Records;
+use cicada::runner::content::serving::{Store, Tickets};
+use cicada::runner::{Inbox, Input, Link, LinkError, Runner, Shared};
 use cicada::stanza::Cloud;
 use cicada::transfer::{
     Authority, Connection, Endpoint, FetchReport, Limiter, ObjectBody, ObjectKey, ObjectSink, ObjectSource,
@@ -99,7 +100,7 @@ impl Home {
                 .unwrap();
         let heard = Silence::default();
         let driver = Arc::new(FakeDriver::new(Arc::new(clock.clone())));
-        let (inbox, inputs) = cicada::broker::inbox();
+        let (inbox, inputs) = cicada::runner::inbox();
         let shared = Arc::new(Shared {
             me: jid("home"),
             key: identity,
@@ -113,12 +114,11 @@ impl Home {
             records: Records::open(&config.cloud.data_dir).unwrap(),
             inbox: inbox.clone(),
             versions: Default::default(),
-            clocks: Default::default(),
             config,
         });
         let confirmed = BTreeMap::from(["a", "b"].map(|name| (jid(name), key(name).public())));
         let members = Members::new(BTreeMap::new(), confirmed, false);
-        let broker = Broker::open(shared.clone(), members, Box::new(|_| ())).unwrap();
+        let broker = Runner::open(shared.clone(), members, Box::new(|_| ())).unwrap();
         tokio::spawn(broker.run(inputs));
         let home = Self { _dir: dir, shared, inbox, clock, heard, driver };
         for name in ["a", "b", "stranger"] {

@@ -9,9 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use cicada::api::Service;
-use cicada::broker::records::Records;
-use cicada::broker::serving::{Store, Tickets};
-use cicada::broker::{Broker, Inbox, Input, Link, LinkError, RoomInput, Shared};
+use cicada::broker::RoomInput;
 use cicada::clock::{Clock, ManualClock, UnixMillis};
 use cicada::compose::Composer;
 use cicada::config::Config;
@@ -24,6 +22,9 @@ use cicada::migration::envelope::VERSION;
 use cicada::migration::message::{CheckAnswer, ContentAnswer, Initialization, Progress, StageAccount};
 use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, HandOver, Pass, RequestBody};
 use cicada::repository::Repository;
+use cicada::runner::Records;
+use cicada::runner::content::serving::{Store, Tickets};
+use cicada::runner::{Inbox, Input, Link, LinkError, Runner, Shared};
 use cicada::stanza::Cloud;
 use cicada::transfer::{Endpoint, Limiter};
 use cicada::types::text::{TEXT_CHARS_MAX, is_plain};
@@ -471,7 +472,7 @@ async fn start() -> World {
             .unwrap();
     let records = Records::open(&config.cloud.data_dir).unwrap();
     let old = keep_old_record(&records);
-    let (inbox, inputs) = cicada::broker::inbox();
+    let (inbox, inputs) = cicada::runner::inbox();
     let mood = Arc::new(Mutex::new(Mood::Denies));
     let liar = Liar { clock: clock.clone(), mood, worked: Arc::default() };
     let socket = config.api.socket.clone();
@@ -488,11 +489,10 @@ async fn start() -> World {
         records,
         inbox: inbox.clone(),
         versions: Default::default(),
-        clocks: Default::default(),
         config,
     });
     let confirmed = BTreeMap::from([(jid("b"), key("b").public())]);
-    let broker = Broker::open(shared, Members::new(BTreeMap::new(), confirmed, false), Box::new(|_| ()));
+    let broker = Runner::open(shared, Members::new(BTreeMap::new(), confirmed, false), Box::new(|_| ()));
     tokio::spawn(broker.unwrap().run(inputs));
     let listener = cicada::api::bind(&socket).await.unwrap();
     let (stop, stopped) = watch::channel(false);

@@ -7,7 +7,8 @@ use std::path::Path;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use cicada::interface::Request;
-use cicada::broker::records::{Arrival, GivenUp, Ownership, ReturnRecord, VmRecord};
+use cicada::broker::book::ReturnRecord;
+use cicada::migration::records::{Arrival, GivenUp, Ownership, VmRecord};
 use cicada::clock::UnixMillis;
 use cicada::component::manifest::Meta;
 use cicada::component::{

@@ -6,11 +6,11 @@ use crate::clock::UnixMillis;
 use crate::interface::Side;
 use crate::interface::problem::{Problem, ProblemKind};
 use crate::migration::HandOver;
+use crate::migration::records::{Arrival, GivenUp, VmRecord};
 use crate::types::VmName;
 
-use super::records::{Arrival, GivenUp, VmRecord};
+use super::effect::Peer;
 use super::resolving::{Outcome, Resolution, known_as};
-use super::shared::Peer;
 
 /// A statement of what is done and risked, and what to look at first.
 type Statement = (String, Vec<String>);

@@ -13,7 +13,7 @@ impl Broker {
     /// Says in the view what is awaited at this moment.
     pub(super) fn explain(&self, view: &mut MigrationView) {
         let p = &mut view.progress;
-        let (id, now) = (p.id, self.shared.now());
+        let (id, now) = (p.id, self.now);
         if let Some(run) = self.outgoing.get(&id) {
             if run.in_doubt(now) {
                 p.phase = "in-doubt".into();

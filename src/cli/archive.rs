@@ -7,9 +7,9 @@ use std::thread::{self, JoinHandle};
 
 use clap::Args;
 
-use crate::broker::archive::import_faults;
 use crate::interface::problem::{Problem, ProblemKind};
 use crate::interface::{Reply, Request};
+use crate::runner::content::archive::import_faults;
 
 use super::context::Context;
 use super::printer::{Failure, Outcome};

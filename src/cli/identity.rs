@@ -5,12 +5,12 @@ use std::str::FromStr;
 use clap::Subcommand;
 use serde::Serialize;
 
-use crate::broker::records::Records;
 use crate::broker::rotation;
 use crate::clock::{Clock, SystemClock, UnixMillis};
 use crate::config::{self, identity_path, load_identity, rotate_identity};
 use crate::interface::problem::{Problem, ProblemKind};
 use crate::interface::{MemberView, Predecessor, Reply, Request};
+use crate::runner::{RecordBook, Records};
 use crate::types::{MemberJid, PublicKey};
 
 use super::context::Context;
@@ -230,7 +230,7 @@ async fn rotate(ctx: &Context) -> Outcome {
     let failed =
         |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, "records", e);
     let records = Records::open(&config.cloud.data_dir).map_err(|e| failed(&e))?;
-    rotation::open_business(&records)?;
+    rotation::open_business(&RecordBook::at_rest(records))?;
     let succession =
         rotate_identity(&config.cloud.data_dir, SystemClock.now()).map_err(|e| Problem::from_config(&e))?;
     drop(lock);

@@ -38,13 +38,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use context::Context;
+use printer::{ColorChoice, Failure, Outcome, Printer};
 
 use crate::interface::Message;
 use crate::interface::problem::{Problem, ProblemKind};
 use crate::telemetry;
-
-use context::Context;
-use printer::{ColorChoice, Failure, Outcome, Printer};
 
 const EXIT_CODES: &str = "\
 Exit codes:

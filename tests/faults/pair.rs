@@ -8,10 +8,11 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cicada::broker::READY_LINE;
-use cicada::broker::records::{MigrationRecord, VmRecord};
+use cicada::broker::book::MigrationRecord;
 use cicada::client::Client;
 use cicada::interface::{Event, VmAdopt, VmView};
 use cicada::interface::{Problem, Reply, Request};
+use cicada::migration::records::VmRecord;
 use cicada::types::ByteSize;
 use cicada::vm::{Firmware, PowerState};
 

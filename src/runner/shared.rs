@@ -1,5 +1,5 @@
 //! What the owner task and its effect runners share: resources that are safe to use from anywhere.
-//! State lives in [`super::Broker`] alone.
+//! State lives in [`crate::broker::Broker`] alone.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -7,20 +7,21 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 
+use crate::broker::{self, Matter, Peer};
 use crate::clock::{Clock, UnixMillis};
 use crate::compose::Composer;
 use crate::config::Config;
 use crate::hypervisor::Driver;
-use crate::migration::envelope::{LIFETIME, VERSION, VERSIONS};
+use crate::migration::envelope::{LIFETIME, VERSION};
 use crate::migration::{AnswerBody, DenialCode, Envelope, EnvelopeError, RequestBody};
 use crate::repository::Repository;
 use crate::transfer::Endpoint;
-use crate::types::{IdentityKey, MemberJid, MigrationId, PublicKey, VmId};
+use crate::types::{IdentityKey, MemberJid};
 
 use super::Input;
+use super::content::serving::Tickets;
 use super::inbox::Inbox;
-use super::records::Records;
-use super::serving::Tickets;
+use super::record_dir::Records;
 
 /// The way to other brokers: the XMPP session, or a simulated one.
 pub trait Link: Send + Sync {
@@ -56,21 +57,6 @@ pub enum AskError {
     Request(#[source] EnvelopeError),
 }
 
-/// Another broker, with the key it is trusted by.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Peer {
-    pub jid: MemberJid,
-    pub key: PublicKey,
-}
-
-/// What a negotiation message is about.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Matter {
-    pub migration: MigrationId,
-    pub vm: VmId,
-    pub epoch: u64,
-}
-
 pub struct Shared {
     pub config: Config,
     pub me: MemberJid,
@@ -86,7 +72,6 @@ pub struct Shared {
     pub inbox: Inbox,
     /// The newest protocol version spoken by us and each member, from its presence.
     pub versions: Versions,
-    pub clocks: Clocks,
 }
 
 /// Which protocol version is spoken with whom.
@@ -106,32 +91,6 @@ impl Versions {
             Some(version) => known.insert(member.clone(), version),
             None => known.remove(member),
         };
-    }
-}
-
-/// How far members' clocks are ahead of ours, by what they signed last; the way it took is in it.
-#[derive(Default)]
-pub struct Clocks(RwLock<BTreeMap<MemberJid, ClockSeen>>);
-
-#[derive(Clone, Copy)]
-struct ClockSeen {
-    issued: UnixMillis,
-    ahead_ms: i64,
-}
-
-impl Clocks {
-    pub fn ahead_ms(&self, member: &MemberJid) -> Option<i64> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).get(member).map(|seen| seen.ahead_ms)
-    }
-
-    /// Takes note of a message whose signature is a trusted member's. One that is not `fresh` counts only if
-    /// it is the latest: whoever carries messages may bring old ones again.
-    pub fn note(&self, member: &MemberJid, issued: UnixMillis, now: UnixMillis, fresh: bool) {
-        let ahead_ms = issued.0.cast_signed().saturating_sub(now.0.cast_signed());
-        let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        if fresh || all.get(member).is_none_or(|seen| seen.issued < issued) {
-            all.insert(member.clone(), ClockSeen { issued, ahead_ms });
-        }
     }
 }
 
@@ -192,21 +151,20 @@ impl Shared {
         opened: Result<Envelope<T>, EnvelopeError>,
     ) -> Result<Envelope<T>, EnvelopeError> {
         match &opened {
-            Ok(e) => self.clocks.note(from, e.issued, self.now(), true),
-            Err(EnvelopeError::Expired { issued, now }) => self.clocks.note(from, *issued, *now, false),
+            Ok(e) => self.signed(from, e.issued, true),
+            Err(EnvelopeError::Expired { issued, .. }) => self.signed(from, *issued, false),
             Err(_) => {}
         }
         opened
     }
 
-    /// Seals the answer to `request`.
-    pub fn answer<T>(&self, request: &Envelope<T>, body: AnswerBody) -> Result<Vec<u8>, EnvelopeError> {
-        let matter = Matter { migration: request.migration, vm: request.vm, epoch: request.epoch };
-        let mut envelope = self.envelope(request.from.clone(), matter, body);
-        envelope.nonce = request.nonce.clone();
-        // In the version it came in; who speaks none of ours is told so in our newest.
-        envelope.version = if VERSIONS.contains(&request.version) { request.version } else { VERSION };
-        envelope.seal(&self.key)
+    fn signed(&self, by: &MemberJid, issued: UnixMillis, fresh: bool) {
+        self.tell(broker::Input::Signed { by: by.clone(), issued, fresh });
+    }
+
+    /// Tells the core of something.
+    pub fn tell(&self, input: broker::Input) {
+        self.post(Input::Core(Box::new(input)));
     }
 
     fn envelope<T>(&self, to: MemberJid, matter: Matter, body: T) -> Envelope<T> {

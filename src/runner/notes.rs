@@ -10,7 +10,7 @@ use crate::interface::MigrationView;
 use crate::interface::problem::chain;
 use crate::types::MigrationId;
 
-use super::records::Records;
+use super::record_dir::Records;
 
 /// Migrations whose notes may wait; what comes beyond is not recorded.
 const WAITING_MAX: usize = 4096;

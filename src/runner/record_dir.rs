@@ -12,73 +12,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
+use crate::broker::book::{Book, Damaged, MigrationRecord, RecordError, ReturnRecord};
+use crate::broker::resolving::Resolution;
 use crate::clock::UnixMillis;
 use crate::durable;
 use crate::federation::{Kept, Revoked};
-use crate::migration::handover::SignedHandOver;
-use crate::migration::lineage::{Lineage, LineageError};
-pub use crate::migration::records::{
-    Arrival, Autostart, Disproved, GivenUp, KeptCopy, Ownership, Settings, Shape, UnconfirmedStart, VERSION,
-    VmRecord,
-};
+use crate::interface::MigrationView;
+use crate::migration::lineage::Lineage;
+use crate::migration::records::{VERSION, VmRecord};
 use crate::migration::{Receipt, Return};
 use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
 
-use super::resolving::Resolution;
-use crate::interface::MigrationView;
+use super::notes::Notes;
 
 /// Records of one beginning that are told apart.
 const FOUND_MAX: usize = 16;
-
-/// A VM whose record cannot be used. Its disks are not touched.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Damaged {
-    pub vm: VmId,
-    pub path: PathBuf,
-    pub reason: String,
-}
-
-/// A migration this broker has or had a part in.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct MigrationRecord {
-    pub version: u32,
-    pub view: MigrationView,
-}
-
-/// A promise never to run a VM under an epoch, kept so that it binds after a restart too.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct ReturnRecord {
-    pub vm: VmId,
-    pub epoch: u64,
-    /// `None` if the operator promised it before the hand-over came.
-    #[serde(default)]
-    pub hand_over: Option<SignedHandOver>,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum RecordError {
-    #[error("cannot {action} {path}")]
-    Io {
-        action: &'static str,
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
-    #[error("record {path} is not readable: restore it from a backup")]
-    Malformed {
-        path: PathBuf,
-        #[source]
-        source: serde_json::Error,
-    },
-    #[error("history of ownership {path} is damaged: restore it from a backup")]
-    Lineage {
-        path: PathBuf,
-        #[source]
-        source: LineageError,
-    },
-    #[error("record {path} has version {version}; this release reads version {VERSION}")]
-    Version { path: PathBuf, version: u32 },
-}
 
 /// The directory tree of a cloud's own state.
 #[derive(Clone, Debug)]
@@ -151,7 +99,7 @@ impl Records {
     /// As [`Records::save_vm`], where the record changes who may run the VM. An error means that
     /// nothing was recorded.
     pub fn save_ownership(&self, record: &VmRecord) -> Result<(), RecordError> {
-        self.save_vm(record).map_err(end_if_undecided)
+        self.save_vm(record).map_err(undecided)
     }
 
     pub fn remove_vm(&self, vm: VmId) -> Result<(), RecordError> {
@@ -257,7 +205,7 @@ impl Records {
         if load_if_there::<ReturnRecord>(&path)?.is_some_and(|kept| kept.epoch >= record.epoch) {
             return Ok(());
         }
-        save(&path, record).map_err(end_if_undecided)
+        save(&path, record).map_err(undecided)
     }
 
     /// Whether anything was promised to that source about the VM.
@@ -375,16 +323,112 @@ impl Records {
     }
 }
 
-/// A record that may be there, or not after the next crash, must neither be acted on nor denied.
-/// The process ends; the next one makes what it finds durable, and goes by that.
-fn end_if_undecided(error: RecordError) -> RecordError {
-    if let RecordError::Io { source, path, .. } = &error
-        && durable::is_undecided(source)
-    {
-        tracing::error!(path = %path.display(), error = crate::interface::problem::chain(&error), "who owns the VM cannot be recorded: the broker ends here, and asks when it is started again");
-        std::process::exit(1);
+/// A record that may be there, or not after the next crash, is told apart: nobody may act on it.
+fn undecided(error: RecordError) -> RecordError {
+    match error {
+        RecordError::Io { source, path, .. } if durable::is_undecided(&source) => {
+            RecordError::Undecided { path, source }
+        }
+        error => error,
     }
-    error
+}
+
+/// The book as a directory keeps it, with a desk for notes that may wait.
+pub struct RecordBook {
+    records: Records,
+    notes: Option<Notes>,
+}
+
+impl RecordBook {
+    pub fn new(records: Records) -> Self {
+        Self { notes: Some(Notes::new(records.clone())), records }
+    }
+
+    /// Of a cloud whose broker does not run: it is only read.
+    pub fn at_rest(records: Records) -> Self {
+        Self { notes: None, records }
+    }
+}
+
+impl Book for RecordBook {
+    fn vms(&self) -> Result<(Vec<VmRecord>, Vec<Damaged>), RecordError> {
+        self.records.vms()
+    }
+    fn save_vm(&self, record: &VmRecord) -> Result<(), RecordError> {
+        self.records.save_vm(record)
+    }
+    fn save_ownership(&self, record: &VmRecord) -> Result<(), RecordError> {
+        self.records.save_ownership(record)
+    }
+    fn record_path(&self, vm: VmId) -> PathBuf {
+        self.records.vm_dir(vm).join("record.json")
+    }
+    fn migrations(&self) -> Result<Vec<MigrationView>, RecordError> {
+        self.records.migrations()
+    }
+    fn note_now(&self, view: &MigrationView) {
+        if let Some(notes) = &self.notes {
+            notes.now(view);
+        }
+    }
+    fn note_later(&self, view: &MigrationView) {
+        if let Some(notes) = &self.notes {
+            notes.later(view);
+        }
+    }
+    fn forget_migration(&self, id: MigrationId) {
+        if let Some(notes) = &self.notes {
+            notes.forget(id);
+        }
+    }
+    fn lineage(&self, vm: VmId) -> Result<Lineage, RecordError> {
+        self.records.lineage(vm)
+    }
+    fn save_lineage(&self, lineage: &Lineage) -> Result<(), RecordError> {
+        self.records.save_lineage(lineage)
+    }
+    fn returns_of(&self, vm: VmId) -> Result<Vec<Return>, RecordError> {
+        self.records.returns_of(vm)
+    }
+    fn save_return(&self, record: &ReturnRecord, source: Option<&PublicKey>) -> Result<(), RecordError> {
+        self.records.save_return(record, source)
+    }
+    fn has_promised(&self, vm: VmId, source: &PublicKey) -> bool {
+        self.records.has_promised(vm, source)
+    }
+    fn has_returned(&self, vm: VmId, epoch: u64, source: Option<&PublicKey>) -> bool {
+        self.records.has_returned(vm, epoch, source)
+    }
+    fn save_receipt(&self, migration: MigrationId, receipt: &Receipt) -> Result<(), RecordError> {
+        self.records.save_receipt(migration, receipt)
+    }
+    fn receipt(&self, migration: MigrationId) -> Result<Option<Receipt>, RecordError> {
+        self.records.receipt(migration)
+    }
+    fn save_returned(&self, migration: MigrationId, back: &Return) -> Result<(), RecordError> {
+        self.records.save_returned(migration, back)
+    }
+    fn save_resolution(&self, resolution: &Resolution) -> Result<(), RecordError> {
+        self.records.save_resolution(resolution)
+    }
+    fn resolutions(&self) -> Result<Vec<Resolution>, RecordError> {
+        self.records.resolutions()
+    }
+    fn save_trust(&self, kept: &BTreeMap<MemberJid, Kept>) -> Result<(), RecordError> {
+        self.records.save_trust(kept)
+    }
+    fn save_revoked(&self, revoked: &Revoked) -> Result<(), RecordError> {
+        self.records.save_revoked(revoked)
+    }
+    fn restored(&self) -> Result<Option<UnixMillis>, RecordError> {
+        self.records.restored()
+    }
+    fn save_restored(&self, at: UnixMillis) -> Result<(), RecordError> {
+        self.records.save_restored(at)
+    }
+    fn changes(&self) -> u64 {
+        self.records.changes()
+    }
 }
 
 fn entries(dir: &Path) -> Result<Vec<PathBuf>, RecordError> {
@@ -423,7 +467,8 @@ fn load<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T, RecordError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::migration::handover::HandOver;
+    use crate::migration::handover::{HandOver, SignedHandOver};
+    use crate::migration::records::Arrival;
     use crate::types::{ByteSize, IdentityKey, MapId, RecipeId};
     use crate::vm::{Firmware, VmSpec};
 

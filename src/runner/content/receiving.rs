@@ -5,17 +5,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::broker::{Input, Peer};
 use crate::disk::DiskError;
 use crate::federation::Refused;
 use crate::migration::message::ADDRESSES_MAX;
 use crate::repository::{IncomingForm, IncomingPack, Repository, RepositoryError};
+use crate::runner::Shared;
 use crate::transfer::{
     Barred, ObjectKey, ObjectSink, PackRange, PackWish, PackWriter, Reach, SinkError, TransferError, Verified,
 };
 use crate::types::{BlockHash, PackId, PeerText};
-
-use super::Input;
-use super::shared::{Peer, Shared};
 
 /// How long another cloud's host names may take to be looked up, all together.
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -38,7 +37,7 @@ pub async fn resolve(
     dialled.truncate(ADDRESSES_MAX);
     if let Some(reason) = barred.filter(|_| dialled.is_empty()) {
         let from = peer.jid.clone();
-        shared.post(Input::apply(move |b| b.refuse(&from, Refused::Address, &reason)));
+        shared.tell(Input::Refused(from, Refused::Address, reason));
     }
     if dialled.is_empty() && !offered.is_empty() {
         return Err(TransferError::Barred { offered: shown(offered) });

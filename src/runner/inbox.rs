@@ -193,14 +193,14 @@ mod tests {
             inbox.send(asked(&format!("{}@x", n % 100)).0).unwrap();
         }
         for _ in 0..1000 {
-            inbox.send(Input::apply(|_| ())).unwrap();
+            inbox.send(Input::Core(Box::new(crate::broker::Input::Tick))).unwrap();
             inbox.send(Input::Tick).unwrap();
         }
         inbox.send(Input::Shutdown).unwrap();
         let (mut outcomes, mut ticks) = (0, 0);
         loop {
             match inputs.next().await.unwrap() {
-                Input::Apply(_) => outcomes += 1,
+                Input::Core(_) => outcomes += 1,
                 Input::Tick => ticks += 1,
                 Input::Shutdown => break,
                 _ => panic!("a request came before what this cloud began itself"),

@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 
 use crate::disk::{self, Scan};
 use crate::hypervisor::{Ability, DiskChanges, DriverError, Period};
-use crate::interface::problem;
+use crate::interface::chain;
 use crate::migration::message::Seed;
 use crate::migration::{Denial, DenialCode};
+use crate::runner::{Shared, check};
 use crate::types::{NodeHash, PackId, VmId};
 use crate::vm::{ChunkMap, VmSpec};
 
-use super::vms::{Busy, DiskPaths};
-use super::{Broker, Shared, negotiation};
+use super::machine::DiskPaths;
 
 /// How long a hypervisor that ends may take to let go of the disks.
 const DISKS_FREE_WITHIN: Duration = Duration::from_secs(5);
@@ -63,13 +63,13 @@ pub async fn look(
     let begun = Instant::now();
     if last {
         let disks = disks.clone();
-        negotiation::blocking(move || stands_still(&disks)).await?;
+        check::blocking(move || stands_still(&disks)).await?;
     }
     // First the period of changes, then the reading: what is written meanwhile is in one of them.
     let (period, changes) = next_period(&shared, spec.id, &before, last).await;
     let since = changes.map(|changes| Since { disks: before.disks, changes });
     let (by_changes, name) = (since.is_some(), spec.name.clone());
-    let mut scanned = negotiation::blocking(move || scan(&shared, &spec, &disks, since)).await?;
+    let mut scanned = check::blocking(move || scan(&shared, &spec, &disks, since)).await?;
     scanned.looked.period = period;
     tracing::info!(
         vm = %name, last, by_changes, read_bytes = scanned.looked.read_bytes(),
@@ -83,7 +83,7 @@ pub async fn look(
 fn stands_still(disks: &DiskPaths) -> Result<(), Denial> {
     let begun = Instant::now();
     for path in [&disks.root, &disks.user_data] {
-        while disk::is_in_use(path).map_err(|e| Denial::new(DenialCode::Content, problem::chain(&e)))? {
+        while disk::is_in_use(path).map_err(|e| Denial::new(DenialCode::Content, chain(&e)))? {
             if begun.elapsed() > DISKS_FREE_WITHIN {
                 let why = format!("{} is in use by another process", path.display());
                 return Err(Denial::new(DenialCode::Busy, why)
@@ -120,7 +120,7 @@ async fn next_period(
             (period, changes)
         }
         Err(error) => {
-            tracing::warn!(%vm, error = problem::chain(&error), "what changes on its disks is not known; they are read whole");
+            tracing::warn!(%vm, error = chain(&error), "what changes on its disks is not known; they are read whole");
             (None, None)
         }
     }
@@ -133,7 +133,7 @@ pub fn scan(
     disks: &DiskPaths,
     since: Option<Since>,
 ) -> Result<Scanned, Denial> {
-    let content = |e: &dyn std::error::Error| Denial::new(DenialCode::Content, problem::chain(e));
+    let content = |e: &dyn std::error::Error| Denial::new(DenialCode::Content, chain(e));
     let mut nodes = HashSet::new();
     let mut found = Vec::new();
     let mut keep = |map: &ChunkMap| {
@@ -171,23 +171,10 @@ pub fn scan(
     Ok(Scanned { seed: Seed { root_delta, user_data }, nodes, looked, packs })
 }
 
-impl Broker {
-    /// A move that ended asks no more where the VM writes. If another one of the same VM has begun,
-    /// that one will.
-    pub(super) fn end_tracking(&self, vm: VmId) {
-        let moves_again =
-            self.vms.get(&vm).is_some_and(|entry| matches!(entry.busy, Some(Busy::Migration(_))));
-        if moves_again || !self.shared.driver.features().abilities.contains(&Ability::TrackChanges) {
-            return;
-        }
-        let shared = self.shared.clone();
-        tokio::spawn(async move {
-            match shared.driver.end_tracking(vm, None).await {
-                Ok(_) | Err(DriverError::UnknownVm { .. }) => {}
-                Err(e) => {
-                    tracing::warn!(%vm, error = problem::chain(&e), "cannot end tracking the VM's changes")
-                }
-            }
-        });
+/// A VM's changes are of no interest any more.
+pub async fn end_tracking(shared: &Shared, vm: VmId) {
+    match shared.driver.end_tracking(vm, None).await {
+        Ok(_) | Err(DriverError::UnknownVm { .. }) => {}
+        Err(e) => tracing::warn!(%vm, error = chain(&e), "cannot end tracking the VM's changes"),
     }
 }

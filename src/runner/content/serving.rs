@@ -140,7 +140,7 @@ pub struct Store {
 impl ObjectSource for Store {
     fn open(&self, ticket: &Ticket, key: &ObjectKey) -> Result<ObjectBody, Refusal> {
         let refuse = |error: &dyn std::error::Error| {
-            tracing::warn!(object = %key, error = crate::interface::problem::chain(error), "cannot serve");
+            tracing::warn!(object = %key, error = crate::interface::chain(error), "cannot serve");
             Refusal::Failed
         };
         match key {
@@ -175,7 +175,7 @@ impl ObjectSource for Store {
     fn open_pack(&self, _ticket: &Ticket, pack: &PackId, wish: &PackWish) -> Result<ObjectBody, Refusal> {
         let form = self.repository.pack_form(pack, &wish.bases, wish.begun.map(|(tag, _)| tag));
         let form = form.map_err(|error| {
-            tracing::warn!(%pack, error = crate::interface::problem::chain(&error), "cannot serve");
+            tracing::warn!(%pack, error = crate::interface::chain(&error), "cannot serve");
             Refusal::Failed
         })?;
         let begun = wish.begun.filter(|(tag, bytes)| *tag == form.tag && *bytes <= form.size_bytes);

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 
 use crate::disk;
 use crate::hypervisor::{DiskFormat, Machine};
-use crate::interface::problem::chain;
+use crate::interface::chain;
 use crate::migration::{Denial, DenialCode};
+use crate::runner::Shared;
 use crate::types::VmId;
 use crate::vm::VmSpec;
 
-use super::Shared;
-use super::vms::DiskPaths;
+use super::machine::DiskPaths;
 
 /// Below the data directory; each VM's scratch has its id as a name.
 const DIR: &str = "rehearsals";
@@ -50,7 +50,7 @@ pub async fn rehearse(shared: &Shared, spec: &VmSpec) -> Result<(), Denial> {
     let machine = machine(shared, spec);
     let (dir, made) = (dir_of(shared, spec.id), machine.clone());
     let scratch = dir.clone();
-    let made = super::negotiation::blocking(move || {
+    let made = crate::runner::check::blocking(move || {
         make_disks(&scratch, &made).map_err(|e| Denial::new(DenialCode::Storage, chain(&e)))
     });
     let tried = match made.await {

@@ -2,19 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
-use crate::interface::problem::{Problem, ProblemKind, chain};
-use crate::interface::{Event, Reply, ReportLine};
+use crate::broker::Peer;
+use crate::interface::{Event, Problem, ProblemKind, ReportLine};
 use crate::repository::{CheckReport, ObjectId, Repository};
+use crate::runner::Shared;
 use crate::types::MemberJid;
 
-use super::Broker;
 use super::borrowing::borrow;
-use super::content::{check_lines, check_repository, line, repository_problem};
-use super::shared::{Peer, Shared};
+use super::catalogue::{check_lines, check_repository, line, repository_problem};
 
 /// Lines about objects that stay damaged or missing.
 const NOT_HEALED: &str = "not healed";
@@ -26,36 +24,8 @@ pub fn unhealed(lines: &[ReportLine]) -> u64 {
     lines.iter().filter(counts).map(|l| l.value).sum()
 }
 
-/// Between tries to open a failed index anew.
-const INDEX_PAUSE: Duration = Duration::from_secs(10);
-
-impl Broker {
-    /// Opens the repository's index anew if its storage failed, as when the disk was full, until it works.
-    pub(super) fn heal_index(&mut self) {
-        let now = self.shared.now();
-        if !self.shared.repository.index_has_failed() || now < self.index_retry {
-            return;
-        }
-        self.index_retry = now.plus(INDEX_PAUSE);
-        let repository = self.shared.repository.clone();
-        tokio::task::spawn_blocking(move || match repository.heal_index() {
-            Ok(_) => tracing::info!("the repository's index works again"),
-            Err(e) => tracing::error!(error = chain(&e), "the repository's index failed; it is tried again"),
-        });
-    }
-
-    /// Checks the repository and heals what can be healed, off this task.
-    pub(super) fn heal(&self, events: mpsc::Sender<Event>, reply: oneshot::Sender<Result<Reply, Problem>>) {
-        let shared = self.shared.clone();
-        // Without members it is a check that says why nothing was healed.
-        let peers: Vec<Peer> = self.peers(None).unwrap_or_default().into_iter().map(|p| p.0).collect();
-        tokio::spawn(async move {
-            let _ = reply.send(heal(&shared, &peers, &events).await.map(Reply::Report));
-        });
-    }
-}
-
-async fn heal(
+/// Checks the repository and heals what can be healed.
+pub async fn heal(
     shared: &Arc<Shared>,
     peers: &[Peer],
     events: &mpsc::Sender<Event>,

@@ -5,33 +5,23 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
+use futures::future::join_all;
+
+use crate::broker::effect::{Checked, DisksOf};
+use crate::broker::planning::{reason, unasked};
+use crate::broker::{Matter, Peer};
 use crate::component::{Manifest, Recipe};
-use crate::interface::{Candidate, Reason, Verdict};
+use crate::interface::{Candidate, Problem, Verdict};
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Seed};
+use crate::migration::records::VmRecord;
 use crate::migration::{AnswerBody, Denial, DenialCode, RequestBody};
 use crate::repository::Repository;
-use crate::types::{CloudName, ComponentId, MemberJid, PackId};
+use crate::types::{CloudName, ComponentId, MigrationId, PackId};
 use crate::vm::{Block, ChunkMap, MapRef, VmSpec};
 
-use super::shared::{Matter, Peer, Shared};
-
-/// What a member answered to a check, with what follows from it.
-#[derive(Clone, Debug, Default)]
-pub struct Checked {
-    pub differences: Vec<Denial>,
-    pub components_needed: u32,
-    pub components_held: u32,
-    pub packs_needed: u32,
-    pub packs_missing: u32,
-    /// Exact stored bytes of the packs and manifests the member lacks.
-    pub component_bytes: u64,
-    /// What of them need not travel, because deltas from what the member holds are ready.
-    pub delta_saves_bytes: u64,
-    /// Deltas will be made that nobody knows the size of yet: less will travel.
-    pub deltas_unknown: bool,
-    pub seed: Option<Seed>,
-    pub answer_ms: f64,
-}
+use super::Shared;
+use super::content::catalogue;
+use super::host::{machine, scan};
 
 /// Asks `peer` about `spec`. A blocker comes back as the first denial of its list.
 pub async fn check(
@@ -145,7 +135,7 @@ async fn ask(
         Ok(_) => {
             Err(Denial::new(DenialCode::Other, format!("{} gave an answer that fits no check", peer.jid)))
         }
-        Err(e) => Err(Denial::new(DenialCode::Other, crate::interface::problem::chain(&e))
+        Err(e) => Err(Denial::new(DenialCode::Other, crate::interface::chain(&e))
             .next(format!("see 'cicada members' for whether {} is online and trusted", peer.jid))),
     }
 }
@@ -199,25 +189,6 @@ pub fn bytes_missing(repository: &Repository, map: &MapRef, seed: Option<&MapRef
     Ok(missing.len() as u64 * u64::from(map.block_size_bytes))
 }
 
-/// The row of `plan` for a member that told nothing.
-pub fn unasked(jid: MemberJid, cloud: Option<CloudName>, verdict: Verdict) -> Candidate {
-    Candidate {
-        cloud,
-        jid,
-        verdict,
-        component_bytes_missing: 0,
-        deltas_unknown: false,
-        components_needed: 0,
-        components_held: 0,
-        packs_missing: 0,
-        root_delta_bytes_missing: 0,
-        user_data_bytes_missing: 0,
-        seconds_low: None,
-        seconds_high: None,
-        answer_ms: 0.0,
-    }
-}
-
 /// The row of `plan` for one member that is asked.
 pub async fn candidate(
     shared: &Arc<Shared>,
@@ -262,23 +233,40 @@ pub async fn candidate(
     row
 }
 
-pub fn reason(d: &Denial) -> Reason {
-    Reason { code: d.code.as_str(), text: d.text.clone(), next_step: d.next_step.clone() }
-}
-
 fn content(e: &dyn std::error::Error) -> Denial {
-    Denial::new(DenialCode::Content, crate::interface::problem::chain(e))
+    Denial::new(DenialCode::Content, crate::interface::chain(e))
 }
 
-pub(super) async fn blocking<T: Send + 'static>(
+pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Denial> + Send + 'static,
 ) -> Result<T, Denial> {
     joined(tokio::task::spawn_blocking(work)).await
 }
 
-pub(super) async fn joined<T>(work: tokio::task::JoinHandle<Result<T, Denial>>) -> Result<T, Denial> {
+pub async fn joined<T>(work: tokio::task::JoinHandle<Result<T, Denial>>) -> Result<T, Denial> {
     match work.await {
         Ok(result) => result,
         Err(e) => Err(Denial::new(DenialCode::Other, format!("a worker ended early: {e}"))),
     }
+}
+
+/// The rows of a plan: the disks are scanned, and all of `peers` are asked at once.
+pub async fn candidates(
+    shared: &Arc<Shared>,
+    record: &VmRecord,
+    peers: Vec<(Peer, Option<CloudName>)>,
+) -> Result<Vec<Candidate>, Problem> {
+    let spec = &record.spec;
+    let disks = machine::paths_of(shared, &DisksOf::record(record));
+    let (for_scan, scan_spec) = (shared.clone(), spec.clone());
+    let scanned = blocking(move || scan::scan(&for_scan, &scan_spec, &disks, None).map(|s| s.seed));
+    let seed = scanned.await.ok();
+    let recipe = shared.repository.recipe(&spec.recipe).map_err(|e| catalogue::repository_problem(&e))?;
+    let recipe = Arc::new(recipe);
+    let ask = peers.iter().map(|(peer, cloud)| {
+        let matter = Matter { migration: MigrationId::random(), vm: spec.id, epoch: record.epoch };
+        let recipe = &recipe;
+        async move { candidate(shared, peer, cloud.clone(), matter, spec, recipe, seed).await }
+    });
+    Ok(join_all(ask).await)
 }

@@ -1,22 +1,14 @@
 //! `component optimize`: what is kept is compressed strongly, and deltas between the versions that
 //! are here are made ahead of time.
 
-use std::collections::{BTreeSet, HashSet};
-use std::time::Duration;
+use std::collections::HashSet;
 
-use tokio_util::sync::CancellationToken;
-
-use crate::clock::UnixMillis;
 use crate::interface::problem::{Problem, ProblemKind};
 use crate::interface::{Event, ReportLine};
 use crate::repository::{ObjectId, Repository, RepositoryError};
 use crate::types::{ComponentId, PackId};
 
-use super::content::{line, repository_problem, resolve};
-use super::{Broker, Input};
-
-/// How often it is looked whether there is something new to optimise.
-const LOOK_EVERY: Duration = Duration::from_secs(30);
+use super::catalogue::{line, repository_problem, resolve};
 
 /// Optimises the components named, or all that are held. What was done stays done when `stop`
 /// says so.
@@ -90,7 +82,7 @@ pub fn optimize(
 
 /// Optimises all of `components` that is not yet, and prepares the deltas between their versions.
 /// Returns when there is nothing left to do, or `stop` says so.
-fn optimize_quietly(
+pub fn optimize_quietly(
     repository: &Repository,
     components: &[ComponentId],
     stop: &dyn Fn() -> bool,
@@ -118,81 +110,6 @@ fn optimize_quietly(
         repository.prepare_delta(&id, &base)?;
     }
     Ok(())
-}
-
-/// Optimising while nothing moves.
-pub(super) struct Idle {
-    /// When something moved last.
-    since: UnixMillis,
-    /// When it was last looked whether there is something new.
-    looked: UnixMillis,
-    /// Ends the work under way.
-    work: CancellationToken,
-    /// The components that were optimised last, or are just being.
-    done: BTreeSet<ComponentId>,
-}
-
-impl Idle {
-    pub fn new(now: UnixMillis) -> Self {
-        Self { since: now, looked: now, work: CancellationToken::new(), done: BTreeSet::new() }
-    }
-
-    /// Ends the work under way; what is optimised already stays so.
-    pub fn stop(&self) {
-        self.work.cancel();
-    }
-}
-
-impl Broker {
-    /// Begins to optimise when nothing has moved for a while and there is something new, and stops
-    /// when something moves.
-    pub(super) fn optimize_when_idle(&mut self) {
-        let now = self.shared.now();
-        let after = self.shared.config.repository.optimize_after;
-        if self.is_moving() {
-            self.idle.since = now;
-            self.idle.stop();
-            // What was fetched is new, too.
-            self.idle.done.clear();
-            return;
-        }
-        if after.is_zero() || now.since(self.idle.since) < after || now.since(self.idle.looked) < LOOK_EVERY {
-            return;
-        }
-        self.idle.looked = now;
-        let shared = self.shared.clone();
-        // Listing many components takes a second.
-        tokio::task::spawn_blocking(move || {
-            let Ok(all) = shared.repository.components() else { return };
-            let held = all.into_iter().map(|(id, _)| id).collect();
-            shared.post(Input::apply(move |broker| broker.optimize_anew(held)));
-        });
-    }
-
-    fn is_moving(&self) -> bool {
-        !self.outgoing.is_empty() || self.incoming.values().any(|run| run.is_unfinished())
-    }
-
-    /// Optimises the components held, unless that was done already, or just is.
-    fn optimize_anew(&mut self, held: BTreeSet<ComponentId>) {
-        // Something may have begun to move during the look.
-        if self.is_moving() || self.idle.done == held {
-            return;
-        }
-        self.idle.stop();
-        self.idle.work = CancellationToken::new();
-        let (token, shared) = (self.idle.work.clone(), self.shared.clone());
-        let components: Vec<_> = held.iter().copied().collect();
-        self.idle.done = held;
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = optimize_quietly(&shared.repository, &components, &|| token.is_cancelled()) {
-                tracing::warn!(
-                    error = crate::interface::problem::chain(&error),
-                    "not all could be optimised"
-                );
-            }
-        });
-    }
 }
 
 /// Packs that differ between versions of the components, each with the packs a delta may lean on.

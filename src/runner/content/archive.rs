@@ -1,4 +1,4 @@
-//! Exporting and importing archives, as operators see it. Blocking, like [`super::content`].
+//! Exporting and importing archives, as operators see it. Blocking, like [`super::catalogue`].
 
 use std::path::Path;
 
@@ -7,10 +7,10 @@ use crate::interface::{Event, ReportLine};
 use crate::repository::{ArchiveError, ImportReport, Repository};
 use crate::types::ByteSize;
 
-use super::content::{bind, line, repository_problem, resolve, resolve_recipe};
+use super::catalogue::{bind, line, repository_problem, resolve, resolve_recipe};
 
 /// Writes components and recipes to an archive, until `stop` says so; that can be gone on with.
-pub(super) fn export(
+pub fn export(
     repository: &Repository,
     output: &str,
     components: &[String],
@@ -39,7 +39,7 @@ pub(super) fn export(
 }
 
 /// Takes in an archive, until `stop` says so; that can be gone on with.
-pub(super) fn import(
+pub fn import(
     repository: &Repository,
     input: &str,
     bind_names: bool,

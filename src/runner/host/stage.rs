@@ -13,23 +13,24 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::broker::Peer;
 use crate::component::Recipe;
 use crate::disk::{self, BlockIndex, DiskFile, StagedDisk};
 use crate::fault;
 use crate::migration::message::{Initialization, Progress, StageAccount};
 use crate::migration::{Denial, DenialCode};
 use crate::repository::{ObjectId, Repository, RepositoryError};
+use crate::runner::Shared;
+use crate::runner::check::{blocking, joined};
+use crate::runner::content::borrowing;
+use crate::runner::content::receiving::{self, Packs, Sink, TakeBlock};
 use crate::transfer::{
     Connection, ObjectKey, ObjectSink, Progress as Counter, Refusal, SinkError, Ticket, TransferError,
 };
 use crate::types::{BlockHash, Hash, PackId, PeerText, VmId};
 use crate::vm::{ChunkMap, MapRef, VmSpec};
 
-use super::borrowing;
-use super::negotiation::{blocking, joined};
-use super::receiving::{self, Packs, Sink, TakeBlock};
-use super::shared::{Peer, Shared};
-use super::vms::DiskPaths;
+use super::machine::DiskPaths;
 
 /// Unpacked firmware variables.
 const FIRMWARE_BYTES_MAX: usize = 4 << 20;
@@ -265,7 +266,7 @@ impl Stage {
             let floor = self.job.shared.config.hypervisor.storage_floor.0;
             let needed = packs.values().fold(floor, |sum, size| sum.saturating_add(*size));
             repository.require_space(needed).map_err(|e| {
-                Denial::new(DenialCode::Storage, crate::interface::problem::chain(&e))
+                Denial::new(DenialCode::Storage, crate::interface::chain(&e))
                     .next("let the target's operator run 'cicada repo gc', or free storage there")
             })?;
             self.packs = Arc::new(Packs { sizes: packs, bases });
@@ -493,7 +494,7 @@ impl Stage {
                 return Err(content(&failure).next(next));
             }
             tracing::info!(
-                reason = crate::interface::problem::chain(&failure),
+                reason = crate::interface::chain(&failure),
                 attempt,
                 missing = keys.len(),
                 "transfer goes on after a pause"
@@ -543,7 +544,7 @@ fn open_disk(disk: &DiskFile, shape: &MapRef) -> Result<StagedDisk, disk::DiskEr
         match StagedDisk::open_or_create(disk.clone(), shape) {
             Err(e) if disk.path().exists() => {
                 tracing::info!(
-                    error = crate::interface::problem::chain(&e),
+                    error = crate::interface::chain(&e),
                     "a disk staged before cannot be gone on with"
                 );
                 if begun.elapsed() > OPEN_PATIENCE {
@@ -652,13 +653,13 @@ fn content(e: &(dyn std::error::Error + 'static)) -> Denial {
         if full {
             return Denial::new(
                 DenialCode::Storage,
-                format!("the disk is full: {}", crate::interface::problem::chain(e)),
+                format!("the disk is full: {}", crate::interface::chain(e)),
             )
             .next("free space at the target, then move again");
         }
         cause = c.source();
     }
-    Denial::new(DenialCode::Content, crate::interface::problem::chain(e))
+    Denial::new(DenialCode::Content, crate::interface::chain(e))
 }
 
 /// What a target has to fetch of a recipe's components.
@@ -700,12 +701,12 @@ fn missing_packs(
     }
     // How the repository learns: what it did not have to fetch.
     if first_pass && let Err(e) = repository.record_lookup(held_bytes, missing.values().sum()) {
-        tracing::warn!(error = crate::interface::problem::chain(&e), "lookup not counted");
+        tracing::warn!(error = crate::interface::chain(&e), "lookup not counted");
     }
     // Without bases more travels, that is all.
     let bases = repository.likely_bases(components, &missing.keys().copied().collect());
     let bases = bases.unwrap_or_else(|e| {
-        tracing::warn!(error = crate::interface::problem::chain(&e), "no bases for deltas");
+        tracing::warn!(error = crate::interface::chain(&e), "no bases for deltas");
         HashMap::new()
     });
     Ok(Lacking { packs: missing, needed: seen.len() as u32, names: incomplete, bases })
@@ -723,17 +724,16 @@ impl StagedDir {
     }
 
     /// Removes what an abandoned migration staged, and the VM's directory if nothing else is in it.
-    pub fn remove(self, shared: Arc<Shared>, vm: VmId, no_record: bool) {
-        tokio::spawn(async move {
-            self.settled().await;
-            tokio::task::spawn_blocking(move || {
-                scrub_dir(&self.path);
-                if no_record {
-                    // Fails, as it should, when something else is in it.
-                    let _ = fs::remove_dir(shared.records.vm_dir(vm));
-                }
-            });
+    pub async fn remove(self, shared: Arc<Shared>, vm: VmId, no_record: bool) {
+        self.settled().await;
+        let removed = tokio::task::spawn_blocking(move || {
+            scrub_dir(&self.path);
+            if no_record {
+                // Fails, as it should, when something else is in it.
+                let _ = fs::remove_dir(shared.records.vm_dir(vm));
+            }
         });
+        let _ = removed.await;
     }
 
     /// Gives what was staged to another migration of the VM, if it came to anything.
@@ -759,7 +759,7 @@ pub fn scrub_dir(dir: &Path) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     for path in entries.flatten().map(|e| e.path()) {
         if let Err(e) = disk::scrub(&path) {
-            tracing::warn!(path = %path.display(), error = crate::interface::problem::chain(&e), "cannot scrub");
+            tracing::warn!(path = %path.display(), error = crate::interface::chain(&e), "cannot scrub");
         }
     }
     if let Err(e) = fs::remove_dir_all(dir) {
@@ -767,27 +767,23 @@ pub fn scrub_dir(dir: &Path) {
     }
 }
 
-/// Directories of VMs, each with the disk directories in it that are not among `used`.
-pub fn leftovers(shared: &Shared, used: &HashSet<PathBuf>) -> BTreeMap<VmId, Vec<PathBuf>> {
+/// Directories of disks by VM, the one that was changed last at the end.
+pub fn disk_dirs(shared: &Shared) -> BTreeMap<VmId, Vec<String>> {
     let mut found = BTreeMap::new();
     let Ok(vms) = fs::read_dir(shared.records.vms_dir()) else { return found };
     for vm in vms.flatten() {
         let Some(id) = vm.file_name().to_str().and_then(|n| n.parse::<VmId>().ok()) else { continue };
         let Ok(entries) = fs::read_dir(vm.path()) else { continue };
-        let disks = entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with("disks-"));
-        found.insert(id, disks.map(|e| e.path()).filter(|dir| !used.contains(dir)).collect());
+        let changed = |entry: &fs::DirEntry| entry.metadata().and_then(|m| m.modified()).ok();
+        let mut dirs: Vec<_> = entries
+            .flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name().to_str()?.to_owned();
+                name.starts_with("disks-").then(|| (changed(&entry), name))
+            })
+            .collect();
+        dirs.sort();
+        found.insert(id, dirs.into_iter().map(|(_, name)| name).collect());
     }
     found
-}
-
-/// Removes disk directories, and those of VMs of which nothing else is left.
-pub fn remove_leftovers(shared: &Shared, leftovers: &BTreeMap<VmId, Vec<PathBuf>>) {
-    for (vm, dirs) in leftovers {
-        for dir in dirs {
-            tracing::info!(path = %dir.display(), "removing a leftover of an unfinished migration");
-            scrub_dir(dir);
-        }
-        // Fails, as it should, when something else is in it.
-        let _ = fs::remove_dir(shared.records.vm_dir(*vm));
-    }
 }

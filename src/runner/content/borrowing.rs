@@ -8,15 +8,16 @@ use std::time::Duration;
 
 use futures::future::join_all;
 
-use crate::interface::problem::chain;
+use crate::broker::{Matter, Peer};
+use crate::interface::chain;
 use crate::migration::message::{CONTENT_IDS_MAX, ContentAnswer};
 use crate::migration::{AnswerBody, RequestBody};
 use crate::repository::{ObjectId, Repository};
+use crate::runner::Shared;
 use crate::transfer::{ObjectKey, ObjectSink, Progress, Refusal, Ticket, TransferError, Violation};
 use crate::types::{Hash, MemberJid, MigrationId, PackId, VmId};
 
 use super::receiving::{self, Packs, Sink};
-use super::shared::{Matter, Peer, Shared};
 
 /// Attempts to go on with one member after the data link broke.
 const RECONNECTS_MAX: u32 = 3;
