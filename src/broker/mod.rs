@@ -20,6 +20,7 @@ pub mod ids;
 mod incoming;
 mod lending;
 mod lineages;
+pub mod memory_book;
 mod outgoing;
 pub mod owners;
 mod pending;

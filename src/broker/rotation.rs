@@ -92,10 +92,10 @@ impl Broker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::runner::{RecordBook, Records};
     use crate::clock::UnixMillis;
     use crate::migration::message::Seed;
     use crate::migration::records::{GivenUp, Ownership, VmRecord};
+    use crate::runner::{RecordBook, Records};
     use crate::types::{ByteSize, IdentityKey, MigrationId, RecipeId, VmId};
     use crate::vm::chunk_map::MapRef;
     use crate::vm::{Firmware, VmSpec};
@@ -145,6 +145,8 @@ mod tests {
         records.save_vm(&record).unwrap();
         open_business(&RecordBook::at_rest(records.clone())).unwrap_err();
         std::fs::write(records.vm_dir(record.spec.id).join("record.json"), b"{").unwrap();
-        assert!(open_business(&RecordBook::at_rest(records.clone())).unwrap_err().reason.contains("set aside"));
+        assert!(
+            open_business(&RecordBook::at_rest(records.clone())).unwrap_err().reason.contains("set aside")
+        );
     }
 }

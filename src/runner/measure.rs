@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::broker::effect::DisksOf;
 use crate::broker::{Broker, Measured};
 use crate::clock::UnixMillis;
 
@@ -20,11 +21,16 @@ impl Measuring {
     /// A new measurement, if the last one is too old.
     pub fn due(&mut self, shared: &Shared, broker: &Broker) -> Option<Measured> {
         let now = shared.now();
-        if self.at.is_some_and(|at| now.since(at) < MEASURED_FOR && now >= at) {
-            return None;
-        }
+        let is_new = self.at.is_some_and(|at| now.since(at) < MEASURED_FOR && now >= at);
+        (!is_new).then(|| self.anew(shared, broker, None))
+    }
+
+    /// A new measurement, with disks that the core does not know yet.
+    pub fn anew(&mut self, shared: &Shared, broker: &Broker, more: Option<DisksOf>) -> Measured {
+        let now = shared.now();
         self.at = Some(now);
-        let disks = broker.to_measure();
+        let mut disks = broker.to_measure();
+        disks.extend(more);
         let composed =
             disks.iter().map(|d| d.recipe).filter(|recipe| shared.composer.is_composed(recipe)).collect();
         let (total_bytes, free_bytes) = match rustix::fs::statvfs(shared.records.dir()) {
@@ -35,14 +41,7 @@ impl Measuring {
             }
         };
         let disks = disks.iter().map(|d| (d.vm, machine::allocated(shared, d))).collect();
-        Some(Measured {
-            at: Some(now),
-            total_bytes,
-            free_bytes,
-            disks,
-            composed,
-            resident_bytes: resident_bytes(),
-        })
+        Measured { at: Some(now), total_bytes, free_bytes, disks, composed, resident_bytes: resident_bytes() }
     }
 }
 

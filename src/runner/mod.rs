@@ -21,10 +21,12 @@ use std::sync::Arc;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::broker::book::RecordError;
+use crate::broker::effect::DisksOf;
 use crate::broker::{self, AskId, Beginning, Broker, CallId, Done, Effect, RoomInput, Token};
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
 use crate::interface::{Event, Problem, Reply, Request, chain};
+use crate::migration::records::VmRecord;
 use crate::stanza::Cloud;
 use crate::types::{MemberJid, Successions, VmId};
 
@@ -183,6 +185,9 @@ impl Runner {
             let ends = match input {
                 Input::Call { request, events, reply } => {
                     self.look_around()?;
+                    if shows_disks(&request) {
+                        self.measure_anew(None);
+                    }
                     let call = CallId(self.hands.id());
                     self.hands.calls.insert(call, Caller { events, reply });
                     self.step(broker::Input::Call(call, request))?
@@ -196,7 +201,11 @@ impl Runner {
                 Input::Room(input) => self.step(broker::Input::Room(input))?,
                 Input::Core(input) => self.step(*input)?,
                 Input::Done(token, done, keep) => {
-                    self.measure();
+                    match &*done {
+                        Done::Made(Ok(record)) => self.measure_anew(Some(record)),
+                        Done::Adopted(Ok(adopted)) => self.measure_anew(adopted.1.as_ref()),
+                        _ => self.measure(),
+                    }
                     self.tell_sent()?;
                     let ends = self.step(broker::Input::Done(token, *done))?;
                     drop(keep);
@@ -258,11 +267,27 @@ impl Runner {
     fn measure(&mut self) {
         let hands = &mut self.hands;
         if let Some(measured) = hands.measuring.due(&hands.shared, &self.broker) {
-            // It wants nothing done.
-            let effects = self.broker.step(hands.shared.now(), broker::Input::Measured(Box::new(measured)));
-            effects.into_iter().for_each(|effect| hands.perform(effect));
+            self.take_measured(measured);
         }
     }
+
+    /// As it is at this moment, with the disks of a VM that the core does not know yet.
+    fn measure_anew(&mut self, more: Option<&VmRecord>) {
+        let hands = &mut self.hands;
+        let measured = hands.measuring.anew(&hands.shared, &self.broker, more.map(DisksOf::record));
+        self.take_measured(measured);
+    }
+
+    fn take_measured(&mut self, measured: broker::Measured) {
+        let hands = &mut self.hands;
+        let effects = self.broker.step(hands.shared.now(), broker::Input::Measured(Box::new(measured)));
+        effects.into_iter().for_each(|effect| hands.perform(effect));
+    }
+}
+
+/// Whether an operator sees what disks take up.
+fn shows_disks(request: &Request) -> bool {
+    matches!(request, Request::VmList | Request::VmShow { .. } | Request::VmDelete { .. })
 }
 
 impl Hands {

@@ -335,7 +335,7 @@ async fn what_happened_to_vms_while_events_were_lost_is_made_up_for() {
     // Nobody here carries the hypervisor's events to the broker: these are lost.
     home.driver.guest_switches_off(ids[0]);
     home.driver.crash(ids[1]);
-    let all = cicada::broker::Input::Machines(home.driver.list());
+    let all = cicada::broker::Input::Machines(cicada::hypervisor::Driver::list(&*home.driver));
     home.inbox.send(Input::Core(Box::new(all))).unwrap();
     let begun = Instant::now();
     while home.vm("crashed").await.power != PowerState::Running {
