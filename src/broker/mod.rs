@@ -31,6 +31,7 @@ mod resolution_words;
 pub mod resolving;
 pub mod rotation;
 mod steering;
+pub mod talks;
 mod unfinished;
 mod vms;
 mod waiting;

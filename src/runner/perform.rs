@@ -48,7 +48,7 @@ impl Hands {
             Effect::Reserve { token, to, about, spec, lineage } => {
                 let shared = self.shared.clone();
                 self.async_job(token, async move {
-                    let answer = conversations::reserve(&shared, &to, about, *spec, &lineage).await;
+                    let answer = conversations::reserve(&shared, &to, about, *spec, *lineage).await;
                     Done::Answered(answer.map_err(|e| unanswered(&e)))
                 });
             }
