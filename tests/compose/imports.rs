@@ -761,3 +761,15 @@ fn headers_about_nothing_and_paths_that_lead_out_say_what_to_do() {
     }
     import_os(&world, Tar(long_name("opt/f").file("x", b"").0));
 }
+
+#[test]
+fn many_small_files_take_the_disk_that_their_number_needs() {
+    let world = World::new();
+    let archive = (0..70_000).fold(Tar::default(), |tar, n| tar.file(&format!("opt/{n}"), b""));
+    let os = import_os(&world, archive);
+    let set = [format().store(&world.repository), kernel().store(&world.repository), os];
+    let size = |bytes: u64| world.composer.make_recipe(&set, false, cicada::types::ByteSize(bytes), "");
+    let error = size(100 << 20).unwrap_err();
+    let cicada::compose::ComposeError::TooSmall { need, .. } = error else { panic!("{error}") };
+    size(need.0).unwrap();
+}
