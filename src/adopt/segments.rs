@@ -104,9 +104,7 @@ impl Segments {
     /// Writes all of it to `output`, a new file of its owner's only, with holes for zeros; on failure
     /// nothing is left there.
     pub fn write_raw(&self, output: &Path, phase: &'static str, job: Job<'_>) -> Result<(), AdoptError> {
-        let mut part = output.as_os_str().to_owned();
-        part.push(".part");
-        let part = PathBuf::from(part);
+        let part = crate::compose::part_of(output);
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part);
         let file = file.map_err(io_error("create", &part))?;
         let written = self.copy_to(&file, &part, phase, job).and_then(|()| {

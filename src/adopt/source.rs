@@ -265,6 +265,9 @@ fn unpack(
 fn unreadable(path: &Path, reason: String) -> AdoptError {
     const DAMAGE: [&str; 3] = ["truncated", "after end of file", "error while reading"];
     let path = path.to_owned();
+    if reason.ends_with("No space left on device") {
+        return AdoptError::Io { what: "unpack", path, source: rustix::io::Errno::NOSPC.into() };
+    }
     match DAMAGE.iter().any(|words| reason.contains(words)) {
         true => AdoptError::Damaged { path, reason },
         false => AdoptError::Convert { path, reason },

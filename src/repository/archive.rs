@@ -35,6 +35,9 @@ pub enum ArchiveError {
     #[error("{} cannot take an archive: {reason}", path.display())]
     Target { path: PathBuf, reason: String },
 
+    #[error("{} is there already, and is not written over: name another file", path.display())]
+    Occupied { path: PathBuf },
+
     #[error("{object} was stored anew while it was exported: export again")]
     Changed { object: ObjectId },
 

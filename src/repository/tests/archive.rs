@@ -129,6 +129,26 @@ fn damage_is_found_before_it_is_exported_and_leaves_no_file() {
 }
 
 #[test]
+fn what_is_there_is_not_written_over() {
+    let cloud = cloud();
+    let out = tempfile::tempdir().unwrap();
+    let (file, to_file, nowhere) =
+        (out.path().join("file"), out.path().join("link"), out.path().join("dead"));
+    fs::write(&file, b"precious").unwrap();
+    std::os::unix::fs::symlink(&file, &to_file).unwrap();
+    std::os::unix::fs::symlink(out.path().join("nowhere"), &nowhere).unwrap();
+    let export = cloud.repository.export(&[], &[]).unwrap();
+    for path in [&file, &to_file, &nowhere] {
+        let e = export.write(path, &mut |_, _| true).unwrap_err();
+        assert!(matches!(e, ArchiveError::Occupied { .. }), "{e}");
+    }
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+    assert_eq!(files_in(out.path()), 3);
+    // A device without blocks is written to, as a tape is.
+    export.write(Path::new("/dev/null"), &mut |_, _| true).unwrap();
+}
+
+#[test]
 fn a_tampered_object_is_refused_by_name_and_the_rest_taken() {
     let cloud = cloud();
     let out = tempfile::tempdir().unwrap();
