@@ -1,6 +1,7 @@
 //! Existing disks become VMs, and VMs' disks become files: what operators ask for, run off the
 //! broker's own task, which only makes the record.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -46,12 +47,7 @@ impl Broker {
         if let Some(problem) = self.create_problem(&adopt.name, &adopt.networks) {
             return drop(reply.send(Err(problem)));
         }
-        let known = &self.shared.driver.features().cpu_models;
-        if let Some(model) = adopt.hardware.cpu_model.as_ref().filter(|m| !known.contains(*m)) {
-            let known: Vec<&str> = known.iter().map(String::as_str).collect();
-            let reason = format!("this cloud has no CPU model '{}'", model.escape_debug());
-            let problem = Problem::new(ProblemKind::BadRequest, format!("VM {}", adopt.name), reason)
-                .next(format!("it has: {}", known.join(", ")));
+        if let Some(problem) = self.not_offered(&adopt) {
             return drop(reply.send(Err(problem)));
         }
         self.names_in_use.insert(adopt.name.clone());
@@ -72,6 +68,22 @@ impl Broker {
                 }
             }));
         });
+    }
+
+    /// What no VM of this cloud can have, found before hours of reading.
+    fn not_offered(&self, adopt: &VmAdopt) -> Option<Problem> {
+        let features = self.shared.driver.features();
+        let lacks = |what: &str, asked: &str, offered: &BTreeSet<String>| {
+            let offered: Vec<&str> = offered.iter().map(String::as_str).collect();
+            let reason = format!("this cloud has no {what} '{}'", asked.escape_debug());
+            let problem = Problem::new(ProblemKind::BadRequest, format!("VM {}", adopt.name), reason);
+            Some(problem.next(format!("it has: {}", offered.join(", "))))
+        };
+        if !features.architectures.contains(&adopt.architecture) {
+            return lacks("architecture", &adopt.architecture, &features.architectures);
+        }
+        let model = adopt.hardware.cpu_model.as_ref().filter(|model| !features.cpu_models.contains(*model));
+        model.and_then(|model| lacks("CPU model", model, &features.cpu_models))
     }
 
     fn adopted(&mut self, mut view: AdoptedView, adopted: Option<Adopted>, start: bool, reply: Answer) {

@@ -34,7 +34,7 @@ mod power;
 pub mod problem;
 pub mod receiving;
 pub mod records;
-mod rehearsal;
+pub mod rehearsal;
 mod resolution_words;
 pub mod resolving;
 pub mod rotation;
