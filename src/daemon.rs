@@ -20,13 +20,14 @@ use crate::compose::Composer;
 use crate::config::{self, Config};
 use crate::federation::{Keyring, Members};
 use crate::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, VmUids};
-use crate::hypervisor::{Driver, QemuConfig, QemuDriver};
+use crate::hypervisor::{self, Driver, QemuConfig, QemuDriver};
 use crate::interface::ObjectKind;
 use crate::interface::{Event, Problem, ProblemKind, Reply, Request};
 use crate::repository::Repository;
 use crate::runner::Records;
 use crate::runner::content::catalogue;
 use crate::runner::content::serving::{Store, Tickets};
+use crate::runner::host::rehearsal;
 use crate::runner::{Inbox, Input, Link, LinkError, Runner, Shared};
 use crate::transfer::{Endpoint, Limiter};
 use crate::types::{Hash, MemberJid};
@@ -56,6 +57,9 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
     let identity = config::load_identity(&config.cloud.data_dir).map_err(|e| Problem::from_config(&e))?;
     let (key, successions) = (identity.key, identity.successions);
     let driver: Arc<dyn Driver> = Arc::new(open_driver(&config).await?);
+    for missing in hypervisor::qemu::missing(&qemu_config(&config)) {
+        tracing::warn!("{missing}: VMs that need it do not start");
+    }
 
     let tickets = Arc::new(Tickets::default());
     let store = Arc::new(Store { repository: repository.clone(), tickets: tickets.clone() });
@@ -137,11 +141,14 @@ pub fn qemu_config(config: &Config) -> QemuConfig {
     qemu
 }
 
-async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
-    QemuDriver::open(qemu_config(config)).await.map_err(|e| {
+/// The driver, after it has started a VM as the configuration makes them.
+pub async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
+    let driver = QemuDriver::open(qemu_config(config)).await.map_err(|e| {
         Problem::from_error(ProblemKind::Missing, "hypervisor", &e)
             .next("deploy/install installs what is needed")
-    })
+    })?;
+    rehearsal::rehearse_configured(&driver, config).await?;
+    Ok(driver)
 }
 
 fn accelerator(choice: config::Accelerator) -> AcceleratorChoice {

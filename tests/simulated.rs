@@ -111,9 +111,13 @@ fn run(seed: u64) -> Result<(usize, usize, u64), String> {
             }
             5 => {
                 let request = Request::VmStop { vm, force: true, timeout_s: None, for_host: false };
-                drop(world.call(at, request));
+                {
+                    let _ = world.call(at, request);
+                }
             }
-            6 | 7 => drop(world.call(at, Request::VmStart { vm, unconfirmed: false, by_uid: None })),
+            6 | 7 => {
+                let _ = world.call(at, Request::VmStart { vm, unconfirmed: false, by_uid: None });
+            }
             8 if trouble > 0 => {
                 let down = Duration::from_millis(100 + world.random.below(30_000) as u64);
                 world.crash(at, down);
@@ -133,7 +137,9 @@ fn run(seed: u64) -> Result<(usize, usize, u64), String> {
                     };
                     if let Some(open) = open {
                         let id = open.progress.id.to_string();
-                        drop(world.call(at, Request::MigrationCancel { id }));
+                        {
+                            let _ = world.call(at, Request::MigrationCancel { id });
+                        }
                     }
                 }
             }

@@ -123,7 +123,7 @@ fn archive_problem(path: &str, e: &ArchiveError) -> Problem {
         ArchiveError::Repository(e) => return repository_problem(e),
         ArchiveError::Nothing => ProblemKind::NotFound,
         ArchiveError::Target { .. } | ArchiveError::NotAnArchive { .. } => ProblemKind::BadRequest,
-        ArchiveError::Changed { .. } => ProblemKind::Conflict,
+        ArchiveError::Changed { .. } | ArchiveError::Occupied { .. } => ProblemKind::Conflict,
         ArchiveError::Unexpected { .. } | ArchiveError::Ended { .. } => ProblemKind::Damaged,
         ArchiveError::Io { source, .. } => Problem::from_path(path, source).kind,
         ArchiveError::Stopped => ProblemKind::Cancelled,

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use tokio::sync::mpsc;
 
-use crate::adopt::{self, AdoptError, Base, Findings, Job, VmDisk};
+use crate::adopt::{self, AdoptError, Base, Disk, Findings, Job, VmDisk};
 use crate::broker::effect::{DisksOf, Export};
 use crate::compose::ImageFormat;
 use crate::disk;
@@ -22,6 +22,9 @@ use crate::vm::{Firmware, Mac, VmSpec};
 
 use super::machine::{DiskPaths, paths_of};
 use super::stage;
+
+/// What the firmware of the guests here starts when nothing else is noted.
+const LOADER: &str = "EFI/BOOT/BOOTX64.EFI";
 
 /// An adoption whose VM has disks and lacks its record.
 pub struct Adopted {
@@ -205,25 +208,7 @@ fn read_nvram(shared: &Shared, path: &Path, firmware: Firmware) -> Result<Vec<u8
 
 /// Where the disk differs from what was asked for, and what does not come along.
 fn notes(adopt: &VmAdopt, found: &Findings, user_data: Option<&adopt::Source>) -> Vec<String> {
-    let mut notes = Vec::new();
-    let disk = &found.disk;
-    let fits = match adopt.firmware {
-        Firmware::Uefi => disk.boots_uefi,
-        Firmware::Bios => disk.boots_bios,
-    };
-    if !fits {
-        let (asked, other) = match adopt.firmware {
-            Firmware::Uefi => ("UEFI", disk.boots_bios.then_some("bios")),
-            Firmware::Bios => ("BIOS", disk.boots_uefi.then_some("uefi")),
-        };
-        let next = other.map_or(String::new(), |other| format!(": give --firmware {other}"));
-        notes.push(format!("it shall start by {asked}, but on the disk: {}{next}", disk.boots()));
-    }
-    if disk.what.contains("sectors of 4096") {
-        notes.push(
-            "its table counts sectors of 4096 bytes, a VM's disk has sectors of 512: it is not found".into(),
-        );
-    }
+    let mut notes = boot_notes(&found.disk, adopt.firmware, adopt.hardware.nvram.is_some());
     for (what, snapshots) in
         [("disk", &found.snapshots[..]), ("user data", user_data.map_or(&[][..], |s| s.snapshots()))]
     {
@@ -243,6 +228,31 @@ fn notes(adopt: &VmAdopt, found: &Findings, user_data: Option<&adopt::Source>) -
         lost.push("CPU model (--cpu-model)");
     }
     notes.push(format!("of the old machine do not come along: {}", lost.join(", ")));
+    notes
+}
+
+/// Why a VM of this firmware may not start from the disk.
+fn boot_notes(disk: &Disk, firmware: Firmware, has_nvram: bool) -> Vec<String> {
+    let mut notes = Vec::new();
+    let (fits, asked, other) = match firmware {
+        Firmware::Uefi => (disk.boots_uefi, "UEFI", disk.boots_bios.then_some("bios")),
+        Firmware::Bios => (disk.boots_bios, "BIOS", disk.boots_uefi.then_some("uefi")),
+    };
+    if !fits {
+        let next = other.map_or(String::new(), |other| format!(": give --firmware {other}"));
+        notes.push(format!("it shall start by {asked}, but on the disk: {}{next}", disk.boots()));
+    } else if firmware == Firmware::Uefi && disk.loader.as_deref() != Some(LOADER) && !has_nvram {
+        let found = disk.loader.as_deref().unwrap_or("none that firmware finds by itself");
+        notes.push(format!(
+            "it shall start by UEFI, which looks for the loader {LOADER}, but on the disk: {found}; the old \
+             machine's --nvram may name another"
+        ));
+    }
+    if disk.what.contains("sectors of 4096") {
+        notes.push(
+            "its table counts sectors of 4096 bytes, a VM's disk has sectors of 512: it is not found".into(),
+        );
+    }
     notes
 }
 
@@ -277,7 +287,11 @@ fn view(name: &VmName, f: &Findings) -> AdoptedView {
         known_from: from.collect(),
         elapsed_ms: 0,
         what: f.disk.what.clone(),
-        boots: if f.disk.is_known() { f.disk.boots().to_owned() } else { "unknown".into() },
+        boots: if f.disk.is_known() || f.disk.boots_bios {
+            f.disk.boots().to_owned()
+        } else {
+            "unknown".into()
+        },
         notes: Vec::new(),
         component: None,
         vm: None,
@@ -303,7 +317,9 @@ fn adopt_problem(name: &VmName, e: &AdoptError) -> Problem {
         | AdoptError::Convert { .. }
         | AdoptError::Scattered => ProblemKind::Refused,
         AdoptError::Damaged { .. } => ProblemKind::Damaged,
-        AdoptError::Changed { .. } | AdoptError::Occupied { .. } => ProblemKind::Conflict,
+        AdoptError::Changed { .. } | AdoptError::InUse { .. } | AdoptError::Occupied { .. } => {
+            ProblemKind::Conflict
+        }
         AdoptError::NoQemuImg => ProblemKind::Missing,
         AdoptError::Cancelled => ProblemKind::Cancelled,
         AdoptError::Disk(_) | AdoptError::Io { .. } => ProblemKind::Failed,
@@ -347,5 +363,36 @@ impl<'a> Reporter<'a> {
         let unit = "bytes".into();
         // A reader that is slow misses a step.
         let _ = self.events.try_send(Event::Progress { phase: phase.into(), done, total, unit });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_does_not_start_as_asked_is_told() {
+        let disk = |boots_bios, boots_uefi, loader: Option<&str>| Disk {
+            what: "GPT, sectors of 512 bytes".into(),
+            boots_bios,
+            boots_uefi,
+            loader: loader.map(str::to_owned),
+            end_bytes: 0,
+        };
+        for (disk, firmware, has_nvram, expected) in [
+            (disk(false, true, Some(LOADER)), Firmware::Uefi, false, None),
+            (disk(true, false, None), Firmware::Bios, false, None),
+            (disk(true, false, None), Firmware::Uefi, false, Some("--firmware bios")),
+            (disk(false, true, None), Firmware::Bios, false, Some("--firmware uefi")),
+            (disk(false, false, None), Firmware::Uefi, false, Some("nothing was found")),
+            // As virtual machines that were installed by hand have it, and disks of other processors.
+            (disk(true, true, None), Firmware::Uefi, false, Some("none that firmware finds")),
+            (disk(false, true, Some("EFI/BOOT/BOOTAA64.EFI")), Firmware::Uefi, false, Some("BOOTAA64")),
+            (disk(false, true, None), Firmware::Uefi, true, None),
+        ] {
+            let notes = boot_notes(&disk, firmware, has_nvram);
+            assert_eq!(notes.len(), usize::from(expected.is_some()), "{notes:?}");
+            assert!(expected.is_none_or(|words| notes[0].contains(words)), "{notes:?}");
+        }
     }
 }

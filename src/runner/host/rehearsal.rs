@@ -5,13 +5,14 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::config::Config;
 use crate::disk;
-use crate::hypervisor::{DiskFormat, Machine};
-use crate::interface::chain;
+use crate::hypervisor::{DiskFormat, Driver, DriverError, Machine};
+use crate::interface::{Problem, ProblemKind, chain};
 use crate::migration::{Denial, DenialCode};
 use crate::runner::Shared;
-use crate::types::VmId;
-use crate::vm::VmSpec;
+use crate::types::{ByteSize, RecipeId, VmId, VmName};
+use crate::vm::{Firmware, VmSpec};
 
 use super::machine::DiskPaths;
 
@@ -22,17 +23,29 @@ fn dir_of(shared: &Shared, vm: VmId) -> PathBuf {
     shared.config.cloud.data_dir.join(DIR).join(vm.to_string())
 }
 
+/// Why a machine that was tried out did not start.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("its disks cannot be made in {}", dir.display())]
+    Disks { dir: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Start(#[from] DriverError),
+}
+
 /// The machine that `spec` would be here, with nothing on its disks.
 pub fn machine(shared: &Shared, spec: &VmSpec) -> Machine {
-    let dir = dir_of(shared, spec.id);
-    let disks = DiskPaths::in_dir(&dir, dir.join("base.raw"));
+    machine_in(&dir_of(shared, spec.id), spec)
+}
+
+fn machine_in(dir: &Path, spec: &VmSpec) -> Machine {
+    let disks = DiskPaths::in_dir(dir, dir.join("base.raw"));
     Machine {
         spec: spec.clone(),
         root_format: DiskFormat::Qcow2,
         root_disk: disks.root,
         base: Some(disks.base),
         user_data_disk: (spec.user_data_size.0 > 0).then_some(disks.user_data),
-        firmware_vars: DiskPaths::firmware_in(&dir),
+        firmware_vars: DiskPaths::firmware_in(dir),
         state_dir: dir.join("run"),
     }
 }
@@ -47,15 +60,57 @@ pub fn refusal(shared: &Shared, spec: &VmSpec) -> Option<Denial> {
 /// # Errors
 /// Why the hypervisor does not start it.
 pub async fn rehearse(shared: &Shared, spec: &VmSpec) -> Result<(), Denial> {
-    let machine = machine(shared, spec);
-    let (dir, made) = (dir_of(shared, spec.id), machine.clone());
-    let scratch = dir.clone();
-    let made = crate::runner::check::blocking(move || {
-        make_disks(&scratch, &made).map_err(|e| Denial::new(DenialCode::Storage, chain(&e)))
-    });
-    let tried = match made.await {
-        Ok(()) => shared.driver.rehearse(&machine).await.map_err(|e| denial(&e)),
-        Err(denial) => Err(denial),
+    rehearse_in(&*shared.driver, dir_of(shared, spec.id), spec).await.map_err(|e| match e {
+        Failure::Disks { .. } => Denial::new(DenialCode::Storage, chain(&e)),
+        Failure::Start(e) => denial(&e),
+    })
+}
+
+/// Starts and ends a small VM such as the configuration makes: what it names and this host does not run
+/// is known before a VM needs it.
+///
+/// # Errors
+/// Why no VM would start.
+pub async fn rehearse_configured(driver: &dyn Driver, config: &Config) -> Result<(), Problem> {
+    let id = VmId::random();
+    let spec = VmSpec {
+        id,
+        name: VmName::unknown(id),
+        cpus: 1,
+        memory: ByteSize::mib(64),
+        recipe: RecipeId::of(b""),
+        root_size: ByteSize::mib(1),
+        user_data_size: ByteSize(0),
+        nics: Vec::new(),
+        architecture: "amd64".into(),
+        cpu_model: config.hypervisor.cpu_model.clone(),
+        firmware: Firmware::Uefi,
+    };
+    // Where a broker that starts ends what was left; before its first start that is not there.
+    let data_dir = &config.cloud.data_dir;
+    let elsewhere = match data_dir.is_dir() {
+        true => None,
+        false => Some(
+            tempfile::tempdir().map_err(|e| Problem::from_error(ProblemKind::Failed, "hypervisor", &e))?,
+        ),
+    };
+    let dir = elsewhere.as_ref().map_or(data_dir.join(DIR), |dir| dir.path().to_owned());
+    rehearse_in(driver, dir.join(id.to_string()), &spec).await.map_err(|e| {
+        let reason = format!("a VM as it is configured does not start: {}", chain(&e));
+        Problem::new(ProblemKind::Missing, "hypervisor", reason)
+            .next("correct cpu_model, machine_type and firmware in [hypervisor], or leave them out")
+    })
+}
+
+async fn rehearse_in(driver: &dyn Driver, dir: PathBuf, spec: &VmSpec) -> Result<(), Failure> {
+    let machine = machine_in(&dir, spec);
+    // Before anything is made for it.
+    driver.check(&machine)?;
+    let (scratch, made) = (dir.clone(), machine.clone());
+    let made = tokio::task::spawn_blocking(move || make_disks(&scratch, &made)).await;
+    let tried = match made.unwrap_or_else(|e| Err(io::Error::other(e))) {
+        Ok(()) => driver.rehearse(&machine).await.map_err(Failure::Start),
+        Err(source) => Err(Failure::Disks { dir: dir.clone(), source }),
     };
     let removed = tokio::task::spawn_blocking(move || fs::remove_dir_all(dir)).await;
     if let Ok(Err(error)) = removed {
