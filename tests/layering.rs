@@ -33,6 +33,7 @@ const ROOMS: &[(&str, u8, &[&str])] = &[
     ("build", 3, &["compose"]),
     ("adopt", 3, &["compose"]),
     ("runner", 3, &["adopt", "compose"]),
+    ("sim", 3, &[]),
     ("client", 4, &["api"]),
     ("api", 4, &[]),
     ("daemon", 5, &[]),

@@ -255,6 +255,16 @@ impl Broker {
         self.vms.values().map(|vm| &vm.record).filter(|record| record.is_here())
     }
 
+    /// Whether nothing is under way that time could change within seconds.
+    pub fn is_quiet(&self) -> bool {
+        self.outgoing.is_empty()
+            && self.incoming.is_empty()
+            && self.unfinished.is_empty()
+            && self.errands.is_empty()
+            && self.confirming.is_none()
+            && self.disputes.is_empty()
+    }
+
     /// Takes in one thing that happened at `now`, and says what is to be done. The first input is
     /// [`Input::Machines`]: what runs already.
     pub fn step(&mut self, now: UnixMillis, input: Input) -> Vec<Effect> {

@@ -42,6 +42,8 @@ pub struct Cloud {
     pub packs: BTreeSet<PackId>,
     pub stored_bytes: u64,
     pub composed: BTreeSet<RecipeId>,
+    /// The broker was not told yet what is composed.
+    pub composed_anew: bool,
     pub components: BTreeSet<crate::types::ComponentId>,
     pub announced: Option<Presence>,
     pub versions: BTreeMap<MemberJid, u32>,
@@ -86,6 +88,7 @@ impl Cloud {
             packs: BTreeSet::new(),
             stored_bytes: 0,
             composed: BTreeSet::new(),
+            composed_anew: true,
             components: BTreeSet::new(),
             announced: None,
             versions: BTreeMap::new(),
@@ -121,6 +124,7 @@ impl Cloud {
         after_restore: bool,
     ) -> Result<(), String> {
         self.life += 1;
+        self.composed_anew = true;
         let text = format!(
             "[cloud]\nname = \"{}\"\ndata_dir = \"/sim/{0}\"\n[xmpp]\njid = \"{}\"\npassword_file = \"/p\"\n\
              room = \"fed@rooms.sim.example\"\n[hypervisor]\ncpus = {}\nmemory = \"{}\"\n{}",
@@ -192,7 +196,7 @@ impl Cloud {
         }
         self.stored_bytes += bytes;
         self.components.extend(made.components.iter().map(|at| catalogue.components[*at].id));
-        self.composed.insert(made.id);
+        self.composed_anew |= self.composed.insert(made.id);
         bytes
     }
 

@@ -3,8 +3,10 @@
 
 pub mod cloud;
 pub mod model;
+pub mod scenario;
 pub mod world;
 
 pub use cloud::{Cloud, Shape};
 pub use model::{Catalogue, Component};
+pub use scenario::{Outcome, Row, Scenario, ScenarioError};
 pub use world::{Counts, Links, Random, World};

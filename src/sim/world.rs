@@ -10,7 +10,7 @@ use crate::broker::effect::{
 };
 use crate::broker::planning::{reason, unasked};
 use crate::broker::talks::{AskingOwners, Next, Reserving};
-use crate::broker::{AskId, CallId, Token, owners};
+use crate::broker::{AskId, Broker, CallId, Token, owners};
 use crate::clock::UnixMillis;
 use crate::federation::Presence;
 use crate::interface::{Candidate, Problem, ProblemKind, Reply, Request, Verdict};
@@ -25,6 +25,8 @@ use crate::vm::{MapRef, PowerState, VmSpec};
 use super::cloud::{Answered, Cloud, Job};
 use super::model::Catalogue;
 
+/// How often a broker that has nothing under way looks at its clock; one that has does every second.
+const QUIET_TICK_MS: u64 = 20_000;
 /// How long an unanswered request is waited for.
 const ASK_TIMEOUT_MS: u64 = 10_000;
 
@@ -189,12 +191,28 @@ pub struct World {
     /// What a move carried, for whoever asks.
     pub carried: BTreeMap<MigrationId, (u64, u64)>,
     announcing: Vec<bool>,
+    /// In how many clouds each VM runs.
+    running: BTreeMap<VmId, u32>,
 }
 
 impl World {
     /// # Errors
     /// If a cloud's settings are none.
     pub fn new(seed: u64, clouds: Vec<Cloud>, catalogue: Catalogue, links: Links) -> Result<Self, String> {
+        Self::placed(seed, clouds, catalogue, links, |_| Ok(()))
+    }
+
+    /// With VMs that `prepare` puts into clouds before their brokers begin.
+    ///
+    /// # Errors
+    /// If a cloud's settings are none.
+    pub fn placed(
+        seed: u64,
+        clouds: Vec<Cloud>,
+        catalogue: Catalogue,
+        links: Links,
+        prepare: impl FnOnce(&mut Self) -> Result<(), String>,
+    ) -> Result<Self, String> {
         let by_jid = clouds.iter().enumerate().map(|(at, c)| (c.jid.clone(), at)).collect();
         let keys = clouds.iter().map(|c| (c.jid.clone(), c.key.public())).collect();
         let count = clouds.len();
@@ -216,11 +234,18 @@ impl World {
             next_talk: 0,
             carried: BTreeMap::new(),
             announcing: vec![false; count],
+            running: BTreeMap::new(),
         };
+        prepare(&mut world)?;
         for at in 0..count {
             world.start(at, false)?;
         }
         Ok(world)
+    }
+
+    /// Whether a VM runs in more than one cloud.
+    pub fn is_crowded(&self, vm: VmId) -> bool {
+        self.running.get(&vm).is_some_and(|clouds| *clouds > 1)
     }
 
     /// A cloud's broker begins, or begins again, with what its book says.
@@ -293,7 +318,9 @@ impl World {
                 if self.clouds[at].life == life {
                     self.measure(at);
                     self.step(at, Input::Tick);
-                    self.later(1000, Event::Tick(at, life));
+                    // A broker with nothing under way only looks whether something is over.
+                    let quiet = self.clouds[at].broker.as_ref().is_some_and(Broker::is_quiet);
+                    self.later(if quiet { QUIET_TICK_MS } else { 1000 }, Event::Tick(at, life));
                 }
                 at
             }
@@ -370,12 +397,16 @@ impl World {
             self.catalogue = catalogue;
         }
         let power = if record.run { PowerState::Running } else { PowerState::Stopped };
-        self.clouds[at].power.insert(vm, power);
+        self.set_power(at, vm, Some(power));
         self.own_bytes.insert(vm, own_bytes);
         self.clouds[at].book.save_vm(&record).map_err(|e| e.to_string())
     }
 
     fn measure(&mut self, at: usize) {
+        // The disks of the model never fill: only what was composed since changes anything.
+        if !std::mem::take(&mut self.clouds[at].composed_anew) {
+            return;
+        }
         let free = 1 << 50;
         let composed = self.clouds[at].composed.clone();
         let measured = Measured {
@@ -403,8 +434,18 @@ impl World {
 
     fn power(&mut self, at: usize, vm: VmId, power: PowerState, after_ms: u64) {
         let life = self.clouds[at].life;
-        self.clouds[at].power.insert(vm, power);
+        self.set_power(at, vm, Some(power));
         self.later(after_ms, Event::Input(at, life, Box::new(Input::Power(vm, power))));
+    }
+
+    fn set_power(&mut self, at: usize, vm: VmId, power: Option<PowerState>) {
+        let before = match power {
+            Some(power) => self.clouds[at].power.insert(vm, power),
+            None => self.clouds[at].power.remove(&vm),
+        };
+        let counts = |power: Option<PowerState>| u32::from(power == Some(PowerState::Running));
+        let running = self.running.entry(vm).or_default();
+        *running = *running + counts(power) - counts(before);
     }
 
     fn perform(&mut self, at: usize, effect: Effect) {
@@ -495,7 +536,7 @@ impl World {
             Effect::WatchBoot { token, .. } => self.done(at, token, 3000, Done::Booted(Some(3000))),
             Effect::Remove { token, record } => {
                 let vm = record.spec.id;
-                self.clouds[at].power.remove(&vm);
+                self.set_power(at, vm, None);
                 self.clouds[at].book.remove_vm(vm);
                 self.done(at, token, 5, Done::Removed(Ok(())));
             }
