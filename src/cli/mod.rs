@@ -28,6 +28,7 @@ mod receipt;
 mod recipe;
 mod repo;
 mod resolve;
+mod room_check;
 mod table;
 mod target;
 mod vm;
