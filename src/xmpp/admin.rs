@@ -15,7 +15,7 @@ use super::handle::{Handle, IqReply, RequestError, Settings, XmppEvent};
 use super::needs::{self, Lacks, Need};
 use super::probe::{self, RoomMaking};
 use super::room::Refusal;
-use super::server::Server;
+use super::server::{Server, Software};
 use super::session::connect;
 use super::visit::VisitReply;
 
@@ -218,7 +218,7 @@ impl Admin {
         made: bool,
         owners: &Owners,
     ) -> Result<Created, AdminError> {
-        let began_open = made && self.look().await.is_ok_and(|lacks| lacks.fault().is_some());
+        let began_open = made && self.began_open().await;
         // First, so that nothing is changed in a room that is others'.
         let form = match self.ask_as_owner("read the room's options", false, OwnerQuery { form: None }).await {
             Err(e) if e.is_denied() => return Err(AdminError::NotOwner(self.account.clone())),
@@ -238,6 +238,13 @@ impl Admin {
         let now = read(self.ask("read the room's options", false, OwnerQuery { form: None }).await?);
         let not_taken = now.map(|now| needs::not_taken(&set, &now)).unwrap_or_default();
         Ok(Created { made, began_open, flaws: lacks.flaws().collect(), not_taken })
+    }
+
+    /// Whether the new room let anybody in before it was configured. Prosody looks the same, but keeps a new room
+    /// closed until then, unless muc_room_locking is off.
+    async fn began_open(&self) -> bool {
+        self.look().await.is_ok_and(|lacks| lacks.fault().is_some())
+            && !matches!(self.server().await.software, Software::Prosody | Software::Prosody13)
     }
 
     /// Sees that the room's owners are those that shall be. That of this account is written down: a right that it

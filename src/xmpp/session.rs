@@ -46,8 +46,10 @@ use super::visit::Visits;
 
 mod asked;
 
-/// How long to wait before a room that did not let us in, or may not be used, is asked again.
-const REJOIN_AFTER: Duration = Duration::from_secs(15);
+/// How long to wait before a room that did not let us in, or may not be used, is asked again: first, and
+/// twice as long each time up to the most. ejabberd says for a moment after its start that no room exists.
+const REJOIN_AFTER: Duration = Duration::from_secs(1);
+const REJOIN_AFTER_MAX: Duration = Duration::from_secs(15);
 /// XEP-0410: whether the room still knows us.
 const SELF_PING_EVERY: Duration = Duration::from_secs(60);
 /// Presence is sent at most this often; up to half as long again at random, so that members whose
@@ -115,6 +117,7 @@ pub fn connect(settings: Settings) -> std::io::Result<(Handle, mpsc::Receiver<Xm
         answering: Answering::default(),
         strangers: Strangers::new(Instant::now()),
         damper: Damper::default(),
+        barred: 0,
         reason_told: String::new(),
         flaws_told: String::new(),
     };
@@ -167,6 +170,8 @@ struct Session {
     strangers: Strangers,
     /// Members whose presence changes too often.
     damper: Damper,
+    /// How often in a row the room was asked anew in vain.
+    barred: u32,
     /// The last reason logged, so that attempts do not repeat it.
     reason_told: String,
     /// What the room lacked when that was logged last.
@@ -250,6 +255,7 @@ impl Session {
 
     async fn online(&mut self) {
         self.reason_told.clear();
+        self.barred = 0;
         match self.occupant {
             Some(_) => self.check_room(),
             None => {
@@ -375,10 +381,13 @@ impl Session {
             }
         }
         match self.place {
-            Place::Entering { since } if since.elapsed() > REJOIN_AFTER => {
+            Place::Entering { since } if since.elapsed() > REJOIN_AFTER_MAX => {
                 self.barred("the room does not let us in, nor tells why".into(), OWNER_MENDS).await;
             }
-            Place::Barred { since } if since.elapsed() > REJOIN_AFTER => self.check_room(),
+            Place::Barred { since } if since.elapsed() > self.rejoin_after() => {
+                self.barred = self.barred.saturating_add(1);
+                self.check_room();
+            }
             Place::Inside => {
                 self.announce();
                 if self.pinged.elapsed() > SELF_PING_EVERY {
@@ -461,6 +470,10 @@ impl Session {
         self.place = Place::Barred { since: Instant::now() };
     }
 
+    fn rejoin_after(&self) -> Duration {
+        REJOIN_AFTER.saturating_mul(1 << self.barred.min(16)).min(REJOIN_AFTER_MAX)
+    }
+
     fn leave(&mut self) {
         if let Some(occupant) = self.occupant.clone() {
             self.send(room::leave(occupant));
@@ -501,6 +514,7 @@ impl Session {
         match (room::read(stanza, &self.me), self.place) {
             (RoomPresence::Entered, Place::Entering { .. }) => {
                 self.place = Place::Inside;
+                self.barred = 0;
                 self.pinged = Instant::now();
                 self.emit(XmppEvent::Joined).await;
                 let seen: Vec<_> = self.occupants.values().flat_map(|s| s.values().cloned()).collect();
