@@ -190,7 +190,7 @@ impl Admin {
         let nick = format!("owner-{}", uuid::Uuid::new_v4().simple());
         let entered = match self.enter(&nick).await {
             // Who does not own it is let in when it does.
-            Err(refusal) if !absent && refusal != Refusal::Silent && self.claim().await => {
+            Err(Refusal::NotMember | Refusal::Banned) if !absent && self.claim().await => {
                 self.enter(&nick).await
             }
             entered => entered,

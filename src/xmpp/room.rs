@@ -177,6 +177,10 @@ pub fn read(stanza: &Stanza, me: &Jid) -> RoomPresence {
     if !available && stanza.type_ != Type::Unavailable {
         return RoomPresence::Irrelevant;
     }
+    // Every occupant is told so of itself, and ejabberd does not say that it is of itself.
+    if !available && user.children().any(|c| c.is("destroy", ns::MUC_USER)) {
+        return RoomPresence::Removed("the room was destroyed".into());
+    }
     let myself = statuses(user).any(|code| code == "110");
     match (myself, available) {
         (true, true) if statuses(user).any(|code| code == "201") => RoomPresence::Made,
@@ -300,6 +304,11 @@ mod tests {
             "<item affiliation='member' role='participant' jid='me@example.org/cicada'/><status code='110'/>";
         assert_eq!(of_room(item, ""), RoomPresence::Entered);
         assert_eq!(of_room(&format!("{item}<status code='201'/>"), ""), RoomPresence::Made);
+        let destroyed = "<destroy/><item affiliation='none' role='none'/>";
+        assert_eq!(
+            of_room(destroyed, "type='unavailable'"),
+            RoomPresence::Removed("the room was destroyed".into())
+        );
         let removed = of_room(&format!("{item}<status code='321'/>"), "type='unavailable'");
         assert_eq!(removed, RoomPresence::Removed("this account is no member of the room any more".into()));
     }

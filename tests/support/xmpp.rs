@@ -169,7 +169,12 @@ impl Server {
         assert!(status.success(), "server {verb}");
     }
 
+    /// As a crash of the server. What it confirmed is there afterwards: ejabberd writes rooms and members down up
+    /// to two seconds later.
     pub fn kill(&self) {
+        if self.kind.software == Software::Ejabberd {
+            std::thread::sleep(Duration::from_secs(3));
+        }
         let pid = std::fs::read_to_string(self.dir.join("server.pid")).unwrap();
         assert!(Command::new("kill").args(["-9", pid.trim()]).status().unwrap().success());
     }
