@@ -38,8 +38,7 @@ struct Site {
 impl Site {
     fn start(kind: Kind, accounts: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let server =
-            support::Server::start(kind, dir.path().join("xmpp"), accounts, Duration::from_secs(2));
+        let server = support::Server::start(kind, dir.path().join("xmpp"), accounts, Duration::from_secs(2));
         let site = Self { server, dir };
         for account in [accounts, &["admin"]].concat() {
             let file = site.path(&format!("{account}.password"));
@@ -139,10 +138,14 @@ async fn each_fault_of_a_room_is_found_with_what_helps(kind: Kind) {
     owner.create_room("lobby", &Owners::default()).await.unwrap();
     let (class, reason, next) = wrong(&check(&config).await, "membership");
     assert_eq!(class, "forbidden");
-    assert!(reason.contains("not a member") && next.contains("cicada federation add alpine@federation.test"), "{next}");
+    assert!(
+        reason.contains("not a member") && next.contains("cicada federation add alpine@federation.test"),
+        "{next}"
+    );
 
     let root = client(&site, "admin").await;
-    let banned = AdminItem { affiliation: Affiliation::Outcast, jid: BareJid::new(jid("alpine").as_str()).ok() };
+    let banned =
+        AdminItem { affiliation: Affiliation::Outcast, jid: BareJid::new(jid("alpine").as_str()).ok() };
     root.iq(Jid::new(ROOM).unwrap(), true, AdminQuery { items: vec![banned] }).await.unwrap();
     let (class, reason, next) = wrong(&check(&config).await, "membership");
     assert!(class == "forbidden" && reason.contains("banned"), "{reason}");
@@ -156,10 +159,14 @@ async fn each_fault_of_a_room_is_found_with_what_helps(kind: Kind) {
     assert_eq!(detail("room's owners"), "admin@federation.test");
     assert_eq!(detail("nick"), "alpine is free; no broker of this cloud is in the room");
 
-    let boreal = Broker::start(Settings { nick: "alpine".parse().unwrap(), ..site.server.settings("boreal") });
+    let boreal =
+        Broker::start(Settings { nick: "alpine".parse().unwrap(), ..site.server.settings("boreal") });
     boreal.sees(|s| s.joined == 1).await;
     let (class, reason, next) = wrong(&check(&config).await, "nick");
-    assert_eq!((class.as_str(), reason.as_str()), ("conflict", "the nick is in use by boreal@federation.test"));
+    assert_eq!(
+        (class.as_str(), reason.as_str()),
+        ("conflict", "the nick is in use by boreal@federation.test")
+    );
     assert!(next.contains("cloud.name"), "{next}");
     boreal.handle.close().await;
 
@@ -177,7 +184,10 @@ async fn each_fault_of_a_room_is_found_with_what_helps(kind: Kind) {
         (with("whois", "moderators"), "the room is anonymous"),
         (with("persistentroom", "0"), "the room is temporary"),
         (with("publicroom", "1"), "the room is listed"),
-        ([with("passwordprotectedroom", "1"), vec![("roomsecret", "sesame")]].concat(), "the room is closed by a password"),
+        (
+            [with("passwordprotectedroom", "1"), vec![("roomsecret", "sesame")]].concat(),
+            "the room is closed by a password",
+        ),
     ] {
         set_options(&root, &options).await;
         let (class, reason, next) = wrong(&check(&config).await, "room");
@@ -236,7 +246,11 @@ async fn a_federation_is_made_and_what_is_weak_is_told(kind: Kind) {
     let as_admin = ["--owner-jid", "admin@federation.test", "--owner-password-file", &file];
     let federation = async |arguments: &[&str]| {
         let output = cicada(&config, &[&["federation"], arguments].concat()).await;
-        (output.status.code(), String::from_utf8(output.stderr).unwrap(), String::from_utf8(output.stdout).unwrap())
+        (
+            output.status.code(),
+            String::from_utf8(output.stderr).unwrap(),
+            String::from_utf8(output.stdout).unwrap(),
+        )
     };
 
     // An account that may make no rooms is told who may.
@@ -248,12 +262,17 @@ async fn a_federation_is_made_and_what_is_weak_is_told(kind: Kind) {
 
     let (code, err, _) = federation(&[&["create"], &as_admin[..]].concat()).await;
     assert_eq!(code, Some(0), "{err}");
-    assert!(err.contains("is made; alpine@federation.test may be in it") && !err.contains("warning"), "{err}");
+    assert!(
+        err.contains("is made; alpine@federation.test may be in it") && !err.contains("warning"),
+        "{err}"
+    );
     let (code, err, _) = federation(&[&["add", "boreal@federation.test"], &as_admin[..]].concat()).await;
     assert!(code == Some(0) && !err.contains("warning"), "{err}");
     let (code, _, out) = federation(&[&["list"], &as_admin[..]].concat()).await;
     assert_eq!(code, Some(0));
-    for line in ["admin@federation.test   owner", "alpine@federation.test  member", "boreal@federation.test  member"] {
+    for line in
+        ["admin@federation.test   owner", "alpine@federation.test  member", "boreal@federation.test  member"]
+    {
         assert!(out.contains(line), "{out}");
     }
     // Who does not own it is told how to come to.
@@ -263,13 +282,17 @@ async fn a_federation_is_made_and_what_is_weak_is_told(kind: Kind) {
 
     // A server that lets everybody make rooms is told of, by every way to see it.
     site.server.let_everybody_make_rooms();
-    let restrict = if kind.software == Software::Prosody { "restrict_room_creation = true" } else { "access_create" };
+    let restrict =
+        if kind.software == Software::Prosody { "restrict_room_creation = true" } else { "access_create" };
     let (code, err, _) = federation(&[&["create"], &as_admin[..]].concat()).await;
     assert_eq!(code, Some(0), "{err}");
     assert!(err.contains("warning: service rooms.federation.test") && err.contains(restrict), "{err}");
     let checks = check(&config).await;
     let (class, reason, next) = wrong(&checks, "making rooms");
-    assert!(class == "refused" && reason.contains("may make rooms") && next.contains(restrict), "{reason}: {next}");
+    assert!(
+        class == "refused" && reason.contains("may make rooms") && next.contains(restrict),
+        "{reason}: {next}"
+    );
     assert!(checks.iter().all(|(name, _, wrong)| name == "making rooms" || wrong.is_none()), "{checks:#?}");
 
     // There Eve can be first.

@@ -74,7 +74,8 @@ async fn affiliate(client: &Handle, account: &str, affiliation: Affiliation) {
 async fn owners_of(admin: &Admin) -> Vec<String> {
     let list = admin.list_members().await.unwrap();
     let owners = list.into_iter().filter(|(_, affiliation)| affiliation == "owner");
-    let mut owners: Vec<_> = owners.map(|(jid, _)| jid.as_str().split('@').next().unwrap().to_owned()).collect();
+    let mut owners: Vec<_> =
+        owners.map(|(jid, _)| jid.as_str().split('@').next().unwrap().to_owned()).collect();
     owners.sort();
     owners
 }
@@ -108,7 +109,11 @@ async fn a_room_is_made_mended_and_verified(kind: Kind) {
 
     // What was changed is seen by everybody, and mended.
     let root = client(&server, "admin").await;
-    set_options(&root, &[("membersonly", "1"), ("whois", "anyone"), ("persistentroom", "0"), ("publicroom", "1")]).await;
+    set_options(
+        &root,
+        &[("membersonly", "1"), ("whois", "anyone"), ("persistentroom", "0"), ("publicroom", "1")],
+    )
+    .await;
     let flaws: Vec<_> = member.look().await.unwrap().flaws().collect();
     assert_eq!(flaws, [Need::Persistent, Need::Hidden]);
     set_options(&root, &[("membersonly", "0"), ("whois", "moderators"), ("persistentroom", "1")]).await;
@@ -133,7 +138,8 @@ async fn rooms(server: &support::Server) -> Vec<String> {
     let root = client(server, "admin").await;
     let service = Jid::new(SERVICE).unwrap();
     if server.kind.software == Software::Ejabberd {
-        let items = root.iq(service, false, DiscoItemsQuery { node: None, rsm: None }).await.unwrap().unwrap();
+        let items =
+            root.iq(service, false, DiscoItemsQuery { node: None, rsm: None }).await.unwrap().unwrap();
         let items = DiscoItemsResult::try_from(items).unwrap().items;
         return items.into_iter().map(|item| item.jid.to_string()).collect();
     }
@@ -260,7 +266,8 @@ async fn why_a_room_lets_nobody_in_is_told(kind: Kind) {
     assert_eq!(alpine.enter("boreal").await, Err(Refusal::NickTaken));
     let visit = alpine.enter("visitor").await.unwrap();
     assert_eq!((visit.made, visit.affiliation), (false, Affiliation::Member));
-    let seen: Vec<_> = visit.others.iter().map(|o| (o.nick.as_str(), o.jid.as_ref().map(Jid::as_str))).collect();
+    let seen: Vec<_> =
+        visit.others.iter().map(|o| (o.nick.as_str(), o.jid.as_ref().map(Jid::as_str))).collect();
     assert_eq!(seen, [("boreal", Some("boreal@federation.test/cicada"))]);
     // A nick is changed as one enters, and one in use is not had.
     assert_eq!(alpine.enter("boreal").await, Err(Refusal::NickTaken));

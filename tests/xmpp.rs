@@ -46,7 +46,10 @@ impl Deref for Server {
 impl Server {
     fn start(kind: Kind, accounts: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        Self { server: support::Server::start(kind, dir.path().join("xmpp"), accounts, HIBERNATION), _dir: dir }
+        Self {
+            server: support::Server::start(kind, dir.path().join("xmpp"), accounts, HIBERNATION),
+            _dir: dir,
+        }
     }
 
     /// From now on it binds logins as Prosody 13 does.
@@ -55,7 +58,9 @@ impl Server {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(module);
         std::fs::copy(source, self.dir.join("data").join(module)).unwrap();
         let paths = format!("plugin_paths = {{ \"{}\" }}\n", self.dir.join("data").display());
-        self.reconfigure(|text| paths.clone() + &text.replace("\"saslauth\"", "\"saslauth\", \"tls_exporter\""));
+        self.reconfigure(|text| {
+            paths.clone() + &text.replace("\"saslauth\"", "\"saslauth\", \"tls_exporter\"")
+        });
     }
 
     async fn room_of(&self, members: &[&str]) {

@@ -224,10 +224,11 @@ impl Session {
     async fn step<T>(&self, work: impl Future<Output = Result<T, AdminError>>) -> Result<T, Problem> {
         match tokio::time::timeout(STEP_TIMEOUT, work).await {
             Ok(Err(e)) => {
-                let advice = match e.is_denied() || matches!(e, AdminError::MayNotMake(_) | AdminError::NotOwner(_)) {
-                    true => Some(self.admin.server().await),
-                    false => None,
-                };
+                let advice =
+                    match e.is_denied() || matches!(e, AdminError::MayNotMake(_) | AdminError::NotOwner(_)) {
+                        true => Some(self.admin.server().await),
+                        false => None,
+                    };
                 Err(admin_problem(&self.room, &self.owner, &e, advice.as_ref()))
             }
             Ok(done) => done.map_err(|e| admin_problem(&self.room, &self.owner, &e, None)),
@@ -246,10 +247,7 @@ fn shortcomings(created: &Created, server: &Server, service: &str) -> Vec<String
         ));
     }
     for flaw in &created.flaws {
-        told.push(format!(
-            "warning: the room stays {}: {server} did not take what was set",
-            flaw.lacking()
-        ));
+        told.push(format!("warning: the room stays {}: {server} did not take what was set", flaw.lacking()));
     }
     if !created.not_taken.is_empty() {
         told.push(format!(
@@ -270,11 +268,14 @@ pub fn room_making_problem(making: &RoomMaking, service: &str, server: &Server) 
     let reason = match making {
         RoomMaking::Restricted | RoomMaking::Administrator => return None,
         RoomMaking::Anybody => {
-            "every account may make rooms there: a stranger could take the name of a federation's first".to_owned()
+            "every account may make rooms there: a stranger could take the name of a federation's first"
+                .to_owned()
         }
-        RoomMaking::ThisAccount => "this account may make rooms there: unless it was chosen to, every account may, \
+        RoomMaking::ThisAccount => {
+            "this account may make rooms there: unless it was chosen to, every account may, \
              and a stranger could take the name of a federation's first"
-            .to_owned(),
+                .to_owned()
+        }
         RoomMaking::Unclear(refusal) => format!("who may make rooms there was not seen: {refusal}"),
     };
     let object = format!("service {service} ({server})");
@@ -315,7 +316,9 @@ fn silent_server(room: &str, owner: &MemberJid) -> Problem {
 /// The class of what a room, or its service, answers.
 pub fn kind_of(refusal: &Refusal) -> ProblemKind {
     match refusal {
-        Refusal::NotMember | Refusal::Banned | Refusal::MayNotMake | Refusal::Password => ProblemKind::Forbidden,
+        Refusal::NotMember | Refusal::Banned | Refusal::MayNotMake | Refusal::Password => {
+            ProblemKind::Forbidden
+        }
         Refusal::NoRoom | Refusal::Destroyed | Refusal::Made => ProblemKind::NotFound,
         Refusal::NickTaken => ProblemKind::Conflict,
         Refusal::Full | Refusal::Other(_) => ProblemKind::Refused,

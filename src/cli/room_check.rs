@@ -21,7 +21,8 @@ pub async fn run(config: &Config, admin: &Admin, server: &Server, broker_runs: b
     let mut checks = Vec::new();
     let room = Room { config, admin, server, broker_runs };
     if tokio::time::timeout(ROOM_TIMEOUT, room.look_and_enter(&mut checks)).await.is_err() {
-        let problem = Problem::new(ProblemKind::Unavailable, room.object(), "the service for rooms does not answer");
+        let problem =
+            Problem::new(ProblemKind::Unavailable, room.object(), "the service for rooms does not answer");
         checks.push(check("room", Err(problem.next("see the XMPP server's log"))));
     }
     checks
@@ -66,7 +67,10 @@ impl Room<'_> {
         };
         let mend = "let the room's owner run: cicada federation create";
         if let Some(fault) = lacks.fault() {
-            checks.push(check("room", Err(Problem::new(ProblemKind::Refused, self.object(), fault).next(mend))));
+            checks.push(check(
+                "room",
+                Err(Problem::new(ProblemKind::Refused, self.object(), fault).next(mend)),
+            ));
             return;
         }
         checks.push(check("room", Ok(format!("{} is there, for members only", self.config.xmpp.room))));
@@ -92,7 +96,9 @@ impl Room<'_> {
         let mut last = nick.as_str();
         match entered {
             // It went away since, or was never one to stay.
-            Ok(Visit { made: true, .. }) => checks.push(check("membership", Err(self.refused(&Refusal::Made)))),
+            Ok(Visit { made: true, .. }) => {
+                checks.push(check("membership", Err(self.refused(&Refusal::Made))))
+            }
             Ok(visit) => {
                 checks.push(check("membership", Ok(format!("{} may enter the room", self.config.xmpp.jid))));
                 let holders = visit.others.iter().filter(|o| o.nick == own_nick);
@@ -102,7 +108,10 @@ impl Room<'_> {
                     None => match self.admin.enter(own_nick).await {
                         Ok(_) => {
                             last = own_nick;
-                            check("nick", Ok(format!("{own_nick} is free; no broker of this cloud is in the room")))
+                            check(
+                                "nick",
+                                Ok(format!("{own_nick} is free; no broker of this cloud is in the room")),
+                            )
                         }
                         Err(refusal) => check("nick", Err(self.refused(&refusal))),
                     },
@@ -123,10 +132,16 @@ impl Room<'_> {
             let holder = other.jid.as_ref().map_or("somebody".to_owned(), |jid| jid.to_bare().to_string());
             let reason = format!("the nick is in use by {holder}");
             let problem = Problem::new(ProblemKind::Conflict, format!("nick {name}"), reason);
-            return Some(check("nick", Err(problem.next(Refusal::NickTaken.next_step(&self.config.xmpp.jid)))));
+            return Some(check(
+                "nick",
+                Err(problem.next(Refusal::NickTaken.next_step(&self.config.xmpp.jid))),
+            ));
         }
         let is_broker = |o: &&Occupant| {
-            o.jid.as_ref().and_then(|jid| jid.resource()).is_some_and(|resource| resource.as_str() == RESOURCE)
+            o.jid
+                .as_ref()
+                .and_then(|jid| jid.resource())
+                .is_some_and(|resource| resource.as_str() == RESOURCE)
         };
         holders.first()?;
         if holders.iter().any(is_broker) && !self.broker_runs {

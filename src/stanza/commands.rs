@@ -81,8 +81,13 @@ mod tests {
         );
         let filled = Element::from(begun.complete(DataForm::new(DataFormType::Submit, "f", Vec::new())));
         assert_eq!((filled.attr("sessionid"), filled.attr("action")), (Some("7"), Some("complete")));
-        assert!(answer("<command node='n' status='completed'><note type='info'>ok</note></command>").succeeded());
-        assert!(!answer("<command node='n' status='completed'><note type='error'>no</note></command>").succeeded());
+        assert!(
+            answer("<command node='n' status='completed'><note type='info'>ok</note></command>").succeeded()
+        );
+        assert!(
+            !answer("<command node='n' status='completed'><note type='error'>no</note></command>")
+                .succeeded()
+        );
         assert!(!answer("<command node='n' status='canceled'/>").succeeded());
     }
 }

@@ -212,15 +212,11 @@ impl Admin {
         done
     }
 
-    async fn make_federations(
-        &self,
-        name: &str,
-        made: bool,
-        owners: &Owners,
-    ) -> Result<Created, AdminError> {
+    async fn make_federations(&self, name: &str, made: bool, owners: &Owners) -> Result<Created, AdminError> {
         let began_open = made && self.began_open().await;
         // First, so that nothing is changed in a room that is others'.
-        let form = match self.ask_as_owner("read the room's options", false, OwnerQuery { form: None }).await {
+        let form = match self.ask_as_owner("read the room's options", false, OwnerQuery { form: None }).await
+        {
             Err(e) if e.is_denied() => return Err(AdminError::NotOwner(self.account.clone())),
             form => form?,
         };
@@ -253,7 +249,8 @@ impl Admin {
         let found = self.list(Affiliation::Owner).await?;
         let administrators = self.list(Affiliation::Admin).await?;
         let is_named = |jid: &MemberJid| *jid == self.account || owners.others.contains(jid);
-        let strangers: Vec<_> = found.iter().chain(&administrators).filter(|jid| !is_named(jid)).cloned().collect();
+        let strangers: Vec<_> =
+            found.iter().chain(&administrators).filter(|jid| !is_named(jid)).cloned().collect();
         if !strangers.is_empty() && !owners.evict {
             return Err(AdminError::OtherOwners(strangers));
         }

@@ -30,8 +30,8 @@ pub use needs::{Lacks, Need};
 pub use room::{RESOURCE, Refusal};
 pub use scram::BindingRule;
 pub use server::{Server, Software};
-pub use visit::{Occupant, Visit, VisitReply};
 pub use session::connect;
+pub use visit::{Occupant, Visit, VisitReply};
 
 /// What `fuzz/` reaches into.
 #[cfg(fuzzing)]

@@ -66,7 +66,8 @@ impl Lacks {
         });
         let mut lacks: Vec<_> = shown.map(|(need, ..)| need).collect();
         let told = room.extensions.iter().flat_map(|form| &form.fields);
-        if told.filter(|field| is_yes(field)).any(|f| f.var.as_deref().is_some_and(|v| INVITES.contains(&v))) {
+        if told.filter(|field| is_yes(field)).any(|f| f.var.as_deref().is_some_and(|v| INVITES.contains(&v)))
+        {
             lacks.push(Need::NoInvites);
         }
         lacks.sort();
@@ -148,11 +149,15 @@ pub fn settings(name: &str, offered: &DataForm) -> Vec<Field> {
 /// Options that did not become what they were set to, by what the room says afterwards.
 pub fn not_taken(set: &[Field], now: &DataForm) -> Vec<String> {
     let plain = |values: &[String]| {
-        let mut values: Vec<_> = values.iter().map(|v| match v.as_str() {
-            "true" => "1",
-            "false" => "0",
-            other => other,
-        }).filter(|v| !v.is_empty()).collect();
+        let mut values: Vec<_> = values
+            .iter()
+            .map(|v| match v.as_str() {
+                "true" => "1",
+                "false" => "0",
+                other => other,
+            })
+            .filter(|v| !v.is_empty())
+            .collect();
         values.sort_unstable();
         values.into_iter().map(str::to_owned).collect::<Vec<_>>()
     };
@@ -239,7 +244,8 @@ mod tests {
 
     #[test]
     fn what_the_room_did_not_take_is_found() {
-        let offered = form("<field var='muc#roomconfig_allowinvites'/><field var='muc#roomconfig_presencebroadcast'/>");
+        let offered =
+            form("<field var='muc#roomconfig_allowinvites'/><field var='muc#roomconfig_presencebroadcast'/>");
         let set = settings("lobby", &offered);
         let now = |invites: &str, shown: &str| {
             form(&format!(

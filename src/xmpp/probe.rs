@@ -54,7 +54,8 @@ pub async fn look(handle: &Handle, room: &Jid) -> Result<Lacks, Refusal> {
 /// Which software keeps the rooms of this service.
 pub async fn server(handle: &Handle, service: &str) -> Server {
     let above = service.split_once('.').map(|(_, above)| above).filter(|above| above.contains('.'));
-    let places: Vec<_> = [Some(service), above].into_iter().flatten().filter_map(|p| Jid::new(p).ok()).collect();
+    let places: Vec<_> =
+        [Some(service), above].into_iter().flatten().filter_map(|p| Jid::new(p).ok()).collect();
     for place in &places {
         if let Ok(Some(answer)) = handle.iq(place.clone(), false, VersionQuery).await
             && let Some(server) = Server::by_version(&answer)

@@ -137,16 +137,20 @@ impl Refusal {
             Self::NoRoom | Self::MayNotMake | Self::Made => {
                 "let its owner make it with: cicada federation create; or correct [xmpp] room".into()
             }
-            Self::Destroyed => "set another [xmpp] room, or let an administrator of the server make this one anew with: \
+            Self::Destroyed => {
+                "set another [xmpp] room, or let an administrator of the server make this one anew with: \
                  cicada federation create"
-                .into(),
+                    .into()
+            }
             Self::NickTaken => "set another cloud.name, or let the other cloud do so".into(),
             Self::Password => {
                 "let the room's owner run: cicada federation create, which takes the password away".into()
             }
-            Self::Full => "let the room's owner run: cicada federation create, which lets in as many as the server \
+            Self::Full => {
+                "let the room's owner run: cicada federation create, which lets in as many as the server \
                  allows"
-                .into(),
+                    .into()
+            }
             Self::Unreachable | Self::NoService(_) => {
                 "correct [xmpp] room: its domain is the server's service for rooms".into()
             }
@@ -342,7 +346,10 @@ mod tests {
         assert_eq!(Refusal::to_look("forbidden"), Refusal::NoService("forbidden".into()));
         let me: MemberJid = "me@example.org".parse().unwrap();
         let add = "let the room's owner run: cicada federation add me@example.org";
-        assert_eq!((Refusal::of("forbidden").next_step(&me).as_str(), Refusal::NotMember.next_step(&me).as_str()), (add, add));
+        assert_eq!(
+            (Refusal::of("forbidden").next_step(&me).as_str(), Refusal::NotMember.next_step(&me).as_str()),
+            (add, add)
+        );
     }
 
     #[test]

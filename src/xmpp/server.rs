@@ -66,9 +66,11 @@ impl Server {
                 "set restrict_room_creation = true in the Component \"{service}\" of prosody.cfg.lua: 13 does not know \
                  0.12's \"admin\", and takes it for everybody"
             ),
-            Software::Ejabberd => "in ejabberd.yml, give mod_muc an access_create that only administrators have \
+            Software::Ejabberd => {
+                "in ejabberd.yml, give mod_muc an access_create that only administrators have \
                                    (deploy/xmpp/ejabberd.yml.in shows one)"
-                .into(),
+                    .into()
+            }
             Software::Other => {
                 format!("let the server's administrator allow the making of rooms at {service} to few")
             }
@@ -95,17 +97,17 @@ impl Server {
     pub fn become_owner(&self, room: &str, account: &str) -> String {
         let (node, service) = room.split_once('@').unwrap_or((room, ""));
         match self.software {
-            Software::Prosody | Software::Prosody13 => "name an owner of the room, or one of the server's admins (they \
+            Software::Prosody | Software::Prosody13 => {
+                "name an owner of the room, or one of the server's admins (they \
                  make themselves owners), with --owner-jid and --owner-password-file"
-                .into(),
+                    .into()
+            }
             Software::Ejabberd => format!(
                 "name an owner of the room, or an account that mod_muc's access_admin allows, with --owner-jid and \
                  --owner-password-file; or let an administrator run: ejabberdctl set_room_affiliation {node} {service} \
                  {account} owner"
             ),
-            Software::Other => {
-                "name an owner of the room with --owner-jid and --owner-password-file".into()
-            }
+            Software::Other => "name an owner of the room with --owner-jid and --owner-password-file".into(),
         }
     }
 
@@ -156,7 +158,8 @@ mod tests {
 
     #[test]
     fn every_software_has_its_own_advice() {
-        let all = [told("Prosody", "0.12.3"), told("Prosody", "13.0.1"), told("ejabberd", "1"), told("x", "1")];
+        let all =
+            [told("Prosody", "0.12.3"), told("Prosody", "13.0.1"), told("ejabberd", "1"), told("x", "1")];
         let advice: Vec<_> = all.iter().map(|s| s.restrict_room_making("rooms.x")).collect();
         assert!(advice.iter().enumerate().all(|(n, a)| !advice[..n].contains(a)), "{advice:?}");
         assert!(all[2].become_owner("lobby@rooms.x", "a@x").contains("lobby rooms.x a@x owner"));

@@ -121,7 +121,10 @@ impl UnderWay {
             let all = Affiliation::ALL.into_iter();
             return Some(Visit {
                 made: statuses(user).any(|code| code == "201"),
-                affiliation: all.clone().find(|a| Some(a.as_str()) == affiliation).unwrap_or(Affiliation::None),
+                affiliation: all
+                    .clone()
+                    .find(|a| Some(a.as_str()) == affiliation)
+                    .unwrap_or(Affiliation::None),
                 others: std::mem::take(&mut self.others),
             });
         }
@@ -142,7 +145,8 @@ mod tests {
     use xmpp_parsers::minidom::Element;
 
     fn stanza(from: &str, kind: &str, payload: &str) -> Stanza {
-        let text = format!("<presence xmlns='jabber:client' from='lobby@rooms.x{from}' {kind}>{payload}</presence>");
+        let text =
+            format!("<presence xmlns='jabber:client' from='lobby@rooms.x{from}' {kind}>{payload}</presence>");
         Stanza::try_from(text.parse::<Element>().unwrap()).unwrap()
     }
 
@@ -178,7 +182,8 @@ mod tests {
 
     #[test]
     fn a_refusal_ends_a_visit_and_so_does_silence() {
-        let error = "<error type='auth'><registration-required xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></error>";
+        let error =
+            "<error type='auth'><registration-required xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></error>";
         for from in ["/visitor", ""] {
             let (mut visits, mut answer) = begun();
             assert!(visits.presence(&stanza("/somebody", "type='error'", error)));
@@ -187,9 +192,12 @@ mod tests {
             assert_eq!(answer.try_recv().unwrap(), Err(Refusal::NotMember));
         }
         let (mut visits, mut answer) = begun();
-        assert_eq!(visits.late(Instant::now()), []);
+        assert!(visits.late(Instant::now()).is_empty());
         assert!(answer.try_recv().is_err());
-        assert_eq!(visits.late(Instant::now() + Duration::from_secs(10)), [Jid::new("lobby@rooms.x/visitor").unwrap()]);
+        assert_eq!(
+            visits.late(Instant::now() + Duration::from_secs(10)),
+            [Jid::new("lobby@rooms.x/visitor").unwrap()]
+        );
         assert_eq!(answer.try_recv().unwrap(), Err(Refusal::Silent));
     }
 
@@ -206,7 +214,8 @@ mod tests {
         let open = answers.iter_mut().filter_map(|a| a.try_recv().err()).count();
         assert_eq!(open, VISITS_MAX);
         visits.abandon();
-        let abandoned = answers.iter_mut().filter(|a| a.try_recv() == Ok(Err(Refusal::Silent))).count();
+        let ends = answers.iter_mut().map(oneshot::Receiver::try_recv);
+        let abandoned = ends.filter(|end| *end == Ok(Err(Refusal::Silent))).count();
         assert_eq!(abandoned, VISITS_MAX);
     }
 }

@@ -49,10 +49,8 @@ pub fn lacks(tools: &[&str]) -> bool {
     let missing: Vec<_> = tools.iter().filter(|t| !found(t)).copied().collect();
     if !missing.is_empty() {
         let missing = missing.join(", ");
-        let _ = writeln!(
-            std::io::stderr(),
-            "SKIPPED: not installed: {missing} (deploy/install installs them)"
-        );
+        let _ =
+            writeln!(std::io::stderr(), "SKIPPED: not installed: {missing} (deploy/install installs them)");
     }
     !missing.is_empty()
 }

@@ -34,8 +34,7 @@ impl Kind {
     pub const EJABBERD: Self = Self { software: Software::Ejabberd, debian_13: false };
     pub const DEBIAN_13_PROSODY: Self = Self { software: Software::Prosody, debian_13: true };
     pub const DEBIAN_13_EJABBERD: Self = Self { software: Software::Ejabberd, debian_13: true };
-    const ALL: [Self; 4] =
-        [Self::PROSODY, Self::EJABBERD, Self::DEBIAN_13_PROSODY, Self::DEBIAN_13_EJABBERD];
+    const ALL: [Self; 4] = [Self::PROSODY, Self::EJABBERD, Self::DEBIAN_13_PROSODY, Self::DEBIAN_13_EJABBERD];
 
     pub fn name(self) -> String {
         let software = self.software_name();
@@ -72,9 +71,8 @@ impl Kind {
         };
         if !self.debian_13 {
             let missing = !has_program(program);
-            return missing.then(|| {
-                format!("{} is not installed (deploy/install installs it)", self.software_name())
-            });
+            return missing
+                .then(|| format!("{} is not installed (deploy/install installs it)", self.software_name()));
         }
         let tree = tree_of_debian_13();
         if !["bin", "sbin"].iter().any(|dir| tree.join("usr").join(dir).join(program).exists()) {
@@ -217,7 +215,8 @@ impl Server {
     pub fn let_everybody_make_rooms(&self) {
         self.reconfigure(|text| match self.kind.software {
             Software::Prosody => {
-                let keep = |line: &&str| !line.contains("muc_room_default") && !line.contains("muc_room_locking");
+                let keep =
+                    |line: &&str| !line.contains("muc_room_default") && !line.contains("muc_room_locking");
                 let lines: Vec<_> = text.lines().filter(keep).collect();
                 // What 0.12 knows as a restriction is none from 13 on, so it is left out.
                 lines.join("\n").replace("restrict_room_creation = true", "restrict_room_creation = false")
