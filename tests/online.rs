@@ -27,6 +27,7 @@ on_every_server!(
     each_fault_of_a_room_is_found_with_what_helps,
     a_broker_that_runs_is_left_alone,
     a_federation_is_made_and_what_is_weak_is_told,
+    a_broker_tells_what_is_weak_where_it_is,
 );
 
 /// A server and the configuration of a cloud on it.
@@ -315,6 +316,59 @@ async fn a_federation_is_made_and_what_is_weak_is_told(kind: Kind) {
     // Nobody is made an owner without a word: the first try did that, where it was needed.
     let (code, err) = create(&["--co-owner", "boreal@federation.test"]).await;
     assert!(code == Some(0) && !err.contains("was made an owner"), "{err}");
+}
+
+/// A broker that runs, ended with the test.
+struct Daemon(std::process::Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+async fn a_broker_tells_what_is_weak_where_it_is(kind: Kind) {
+    let qemu = Command::new("qemu-system-x86_64").arg("--version").output();
+    if !qemu.is_ok_and(|q| q.status.success()) {
+        let line = b"SKIPPED: a broker's warnings: QEMU is not installed (deploy/install installs it)\n";
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), line);
+        return;
+    }
+    let site = Site::start(kind, &["alpine"]);
+    site.server.let_everybody_make_rooms();
+    let owner = site.admin().await;
+    owner.create_room("lobby", &Owners::default()).await.unwrap();
+    owner.add_member(&jid("alpine")).await.unwrap();
+    let root = client(&site, "admin").await;
+    let weak = [("membersonly", "1"), ("whois", "anyone"), ("persistentroom", "1"), ("publicroom", "1")];
+    set_options(&root, &weak).await;
+    let log = std::fs::File::create(site.path("log")).unwrap();
+    let mut broker = Command::new(env!("CARGO_BIN_EXE_cicada"));
+    broker.arg("--config").arg(site.config("alpine", "alpine", ROOM)).arg("broker");
+    let broker = Daemon(broker.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap());
+    let restrict =
+        if kind.software == Software::Prosody { "restrict_room_creation = true" } else { "access_create" };
+    let (begun, mut seen) = (std::time::Instant::now(), String::new());
+    let told = |text: &str| {
+        text.contains("may make rooms at rooms.federation.test")
+            && text.contains(restrict)
+            && text.contains("the federation's room is listed for everybody to see")
+    };
+    while !told(&seen) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{seen}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        seen = std::fs::read_to_string(site.path("log")).unwrap();
+    }
+    // It is in the room nevertheless.
+    let visit = owner.enter("looker").await.unwrap();
+    assert!(visit.others.iter().any(|o| o.nick == "alpine"), "{visit:?}");
+    // The check sees the same, and that this very broker runs.
+    let checks = check(&site.config("alpine", "alpine", ROOM)).await;
+    let nick = checks.iter().find(|(name, ..)| name == "nick").unwrap();
+    assert_eq!(nick.1, "alpine@federation.test is in the room as alpine and was left alone");
+    assert!(wrong(&checks, "room").1.contains("listed"), "{checks:#?}");
+    drop(broker);
 }
 
 fn persistent() -> DataForm {
