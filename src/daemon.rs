@@ -110,6 +110,7 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
     let service: Arc<dyn Service> = Arc::new(BrokerService { inbox: inbox.clone(), repository });
     let api = tokio::spawn(crate::api::serve(listener, service, api_stopped));
     tokio::spawn(pump_room(room_events, inbox.clone()));
+    tokio::spawn(xmpp::probe::warn_of_room_making(session.clone(), shared.config.xmpp.room.clone()));
     tokio::spawn(pump_time(inbox.clone()));
     tokio::spawn(pump_signals(inbox.clone()));
     tracing::info!(cloud = %shared.config.cloud.name, socket = %socket.display(), "broker runs");

@@ -375,11 +375,11 @@ fn brokers_survive_bad_surroundings() {
     assert_eq!(again.account.packs_fetched, 1, "{:?}", again.account);
 
     // The XMPP server dies and comes back.
-    world.server(&["stop"]);
+    world.xmpp.stop();
     world.wait("the loss is noticed", 30, |w| w.status(0).link != "online");
     let offline = world.call(0, &Request::Plan { vm: "one".into(), to: None }).unwrap_err();
     assert_eq!(offline.kind, ProblemKind::Conflict, "given up VMs are not planned: {offline}");
-    world.server(&["restart"]);
+    world.xmpp.restart();
     world.wait("both are back", 60, |w| {
         w.status(0).link == "online"
             && w.members(0).iter().any(|m| m.state == "online" && m.trust == "trusted")

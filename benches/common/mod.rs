@@ -97,7 +97,7 @@ pub fn cpu_ticks(pid: u32) -> Result<u64> {
 /// Ends the clouds of a bench that started no guests.
 pub fn end(mut world: world::World) -> Result<()> {
     (0..world.clouds.len()).for_each(|cloud| world.stop_broker(cloud, false));
-    world.server(&["stop"]);
+    world.xmpp.stop();
     remove(world.dir.path())?;
     // Its own end looks for guests.
     std::mem::forget(world);

@@ -16,8 +16,8 @@ use super::{online, whose};
 pub enum Command {
     /// Check the configuration and the files it names (works without a broker)
     Check {
-        /// Also try what a broker will need: the server, its certificate and the login, the room, the transfer
-        /// port and addresses, QEMU and the bridges
+        /// Also try what a broker will need: the server, its certificate and the login, the room and entering it,
+        /// the transfer port and addresses, QEMU and the bridges. A broker that runs is left alone
         #[arg(long)]
         online: bool,
     },
@@ -43,12 +43,19 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
             }
             let mut table = Table::new(["CHECK", "RESULT", "WHAT"]);
             for check in &checks {
-                let result = if check.problem.is_some() { "fault" } else { "good" };
+                let result = match (&check.problem, &check.warning) {
+                    (Some(_), _) => "fault",
+                    (None, Some(_)) => "warning",
+                    (None, None) => "good",
+                };
                 table.row([check.check.into(), result.into(), check.detail.clone()]);
             }
             table.print(&ctx.printer)?;
             for warning in &warnings {
                 ctx.printer.note(format!("warning: {warning}"));
+            }
+            for warning in checks.iter().filter_map(|c| c.warning.as_ref()) {
+                ctx.printer.note(format!("warning: {warning}; {}", warning.next_step));
             }
             checks.iter().filter_map(|c| c.problem.as_ref()).for_each(|problem| ctx.printer.problem(problem));
             match failed {

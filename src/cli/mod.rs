@@ -28,6 +28,7 @@ mod receipt;
 mod recipe;
 mod repo;
 mod resolve;
+mod room_check;
 mod sim;
 mod table;
 mod target;

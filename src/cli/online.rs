@@ -1,5 +1,6 @@
-//! `cicada config check --online`: what a broker will need beyond the file, tried one after the other. Nothing is
-//! changed, and a broker that runs is not disturbed.
+//! `cicada config check --online`: what a broker will need beyond the file, tried one after the other. A broker that
+//! runs is not disturbed, and nothing is changed but for a moment: the account is in the room, and a room of a
+//! random name is there, where the server lets the account make one.
 
 use std::fs;
 use std::net::UdpSocket;
@@ -12,10 +13,10 @@ use crate::config::{Config, HostPort, NetworkKind};
 use crate::daemon;
 use crate::hypervisor::Driver;
 use crate::interface::problem::{Problem, ProblemKind, chain};
-use crate::xmpp::RequestError;
 use crate::xmpp::admin::{Admin, AdminError};
 
 use super::context::Context;
+use super::room_check;
 
 const SERVER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Which bridges QEMU's helper may use.
@@ -28,13 +29,22 @@ pub struct Check {
     /// What was found.
     pub detail: String,
     pub problem: Option<Problem>,
+    /// What a broker can do with, but should not have to.
+    pub warning: Option<Problem>,
 }
 
-fn check(name: &'static str, result: Result<String, Problem>) -> Check {
-    match result {
-        Ok(detail) => Check { check: name, detail, problem: None },
-        Err(problem) => Check { check: name, detail: problem.reason.clone(), problem: Some(problem) },
+impl Check {
+    pub fn warning(check: &'static str, warning: Problem) -> Self {
+        Self { check, detail: warning.reason.clone(), problem: None, warning: Some(warning) }
     }
+}
+
+pub fn check(name: &'static str, result: Result<String, Problem>) -> Check {
+    let (detail, problem) = match result {
+        Ok(detail) => (detail, None),
+        Err(problem) => (problem.reason.clone(), Some(problem)),
+    };
+    Check { check: name, detail, problem, warning: None }
 }
 
 pub async fn run(ctx: &Context, config: &Config) -> Vec<Check> {
@@ -43,8 +53,10 @@ pub async fn run(ctx: &Context, config: &Config) -> Vec<Check> {
     checks.push(check("broker", Ok(if runs { "runs" } else { "does not run" }.into())));
     match login(config).await {
         Ok(admin) => {
-            checks.push(check("XMPP server", Ok(format!("{} is logged in", config.xmpp.jid))));
-            checks.push(check("room", room(config, &admin).await));
+            let server = admin.server().await;
+            let detail = format!("{} is logged in; rooms are kept by {server}", config.xmpp.jid);
+            checks.push(check("XMPP server", Ok(detail)));
+            checks.extend(room_check::run(config, &admin, &server, runs).await);
             admin.close().await;
         }
         Err(problem) => checks.push(check("XMPP server", Err(problem))),
@@ -76,30 +88,6 @@ async fn login(config: &Config) -> Result<Admin, Problem> {
         Err(_) => {
             let reason = format!("the server did not answer within {} s", SERVER_TIMEOUT.as_secs());
             Err(Problem::new(ProblemKind::Unavailable, object, reason).next(next))
-        }
-    }
-}
-
-async fn room(config: &Config, admin: &Admin) -> Result<String, Problem> {
-    let object = format!("room {}", config.xmpp.room);
-    let create = "its owner makes it with: cicada federation create";
-    match tokio::time::timeout(SERVER_TIMEOUT, admin.room_fault()).await {
-        Ok(Ok(None)) => Ok(format!(
-            "{} is there, for members only; whether this cloud is one shows when the broker \
-                                    enters it",
-            config.xmpp.room
-        )),
-        Ok(Ok(Some(fault))) => Err(Problem::new(ProblemKind::Refused, object, fault).next(create)),
-        Ok(Err(AdminError::Request { source: RequestError::Refused { condition, .. }, .. }))
-            if condition == "item-not-found" =>
-        {
-            Err(Problem::new(ProblemKind::NotFound, object, "there is no such room").next(create))
-        }
-        Ok(Err(e)) => Err(Problem::from_error(ProblemKind::Unavailable, object, &e)
-            .next("check [xmpp] room: its domain is the server's service for rooms")),
-        Err(_) => {
-            Err(Problem::new(ProblemKind::Unavailable, object, "the service for rooms does not answer")
-                .next("check [xmpp] room: its domain is the server's service for rooms"))
         }
     }
 }

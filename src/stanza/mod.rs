@@ -2,6 +2,7 @@
 #![doc = include_str!("PROTOCOL.md")]
 
 pub mod cloud;
+pub mod commands;
 pub mod error;
 pub mod muc;
 pub mod negotiation;

@@ -22,6 +22,18 @@ impl IqGetPayload for OwnerQuery {}
 impl IqSetPayload for OwnerQuery {}
 impl IqResultPayload for OwnerQuery {}
 
+/// An owner's wish that the room be no more (section 10.9).
+#[derive(AsXml, Debug, Clone, PartialEq, Default)]
+#[xml(namespace = ns::MUC_OWNER, name = "query")]
+pub struct DestroyQuery {
+    #[xml(child)]
+    destroy: Destroy,
+}
+
+#[derive(AsXml, Debug, Clone, PartialEq, Default)]
+#[xml(namespace = ns::MUC_OWNER, name = "destroy")]
+struct Destroy;
+
 /// Affiliations (section 9.5).
 #[derive(FromXml, AsXml, Debug, Clone, PartialEq)]
 #[xml(namespace = ns::MUC_ADMIN, name = "query")]
@@ -99,6 +111,12 @@ mod tests {
             let item = element.children().next().unwrap();
             assert_eq!(item.attr("affiliation"), Some(affiliation.as_str()));
         }
+    }
+
+    #[test]
+    fn a_room_is_destroyed_in_its_owners_words() {
+        let element = Element::from(DestroyQuery::default());
+        assert!(element.is("query", ns::MUC_OWNER) && element.has_child("destroy", ns::MUC_OWNER));
     }
 
     #[test]

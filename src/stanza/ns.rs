@@ -13,6 +13,8 @@ pub const MUC_ADMIN: &str = "http://jabber.org/protocol/muc#admin";
 pub const MUC_ROOM_CONFIG: &str = "http://jabber.org/protocol/muc#roomconfig";
 /// XEP-0030: service discovery.
 pub const DISCO_INFO: &str = "http://jabber.org/protocol/disco#info";
+/// XEP-0050: ad-hoc commands.
+pub const COMMANDS: &str = "http://jabber.org/protocol/commands";
 /// XEP-0092: software version.
 pub const VERSION: &str = "jabber:iq:version";
 /// XEP-0115: entity capabilities; the node that names this software.

@@ -241,9 +241,8 @@ impl Connector {
             Security::Plain => (Box::new(tcp), None),
             Security::DirectTls => self.tls(tcp, domain).await?,
             Security::Starttls => {
-                let stream =
-                    initiate_stream(buffered(tcp), ns::JABBER_CLIENT, header(domain), timeouts).await?;
-                let (features, stream) = stream.recv_features().await?;
+                let stream = initiate_stream(buffered(tcp), ns::JABBER_CLIENT, header(domain), timeouts);
+                let (features, stream) = stream.await.map_err(no_xmpp)?.recv_features().await?;
                 self.starttls(features, stream, domain).await?
             }
         };
@@ -271,7 +270,9 @@ impl Connector {
                             port of direct TLS (5223) in xmpp.server",
                 }
             }
-            Error::Io(ref e) if self.security != Security::DirectTls && is_cut(e) => self.silent(),
+            Error::Io(ref e) if self.security != Security::DirectTls && (is_cut(e) || is_no_xmpp(e)) => {
+                self.silent()
+            }
             Error::Disconnected if self.security != Security::DirectTls => self.silent(),
             Error::Auth(AuthError::Fail(Condition::NotAuthorized | Condition::MalformedRequest))
                 if failed.bound && !self.may_go_unbound() =>
@@ -304,7 +305,7 @@ impl Connector {
     fn silent(&self) -> LoginError {
         LoginError::OtherPort {
             address: self.address.clone(),
-            reason: "ended the connection before it said anything",
+            reason: "ended the connection before it said anything, or said what is no XMPP",
             next_step: "at a port of direct TLS (5223) it wants TLS from the beginning: set xmpp.security = \
                         \"direct-tls\", or name the port of StartTLS (5222) in xmpp.server",
         }
@@ -385,6 +386,19 @@ fn certificate_fault(error: &io::Error) -> Option<(String, String)> {
 fn is_no_tls(error: &io::Error) -> bool {
     let inner = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
     matches!(inner, Some(rustls::Error::InvalidMessage(_)))
+}
+
+/// What came first is no stream header: a TLS alert, or nothing.
+#[derive(Debug, thiserror::Error)]
+#[error("no XMPP: {0}")]
+struct NoXmpp(io::Error);
+
+fn no_xmpp(error: io::Error) -> Error {
+    Error::Io(io::Error::new(error.kind(), NoXmpp(error)))
+}
+
+fn is_no_xmpp(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|e| e.is::<NoXmpp>())
 }
 
 fn is_cut(error: &io::Error) -> bool {

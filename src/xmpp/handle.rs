@@ -17,6 +17,8 @@ use crate::stanza::Cloud;
 use crate::types::{CloudName, MemberJid, PeerText};
 
 use super::connector::{LoginRules, Security};
+use super::room::{self, Refusal};
+use super::visit::VisitReply;
 
 /// How long an IQ that is no member's request may take.
 pub(super) const IQ_TIMEOUT: Duration = Duration::from_secs(10);
@@ -92,6 +94,10 @@ pub(super) enum Command {
         payload: Element,
         reply: oneshot::Sender<IqReply>,
     },
+    Visit {
+        occupant: Jid,
+        reply: oneshot::Sender<VisitReply>,
+    },
     Send(Box<Stanza>),
     Close(oneshot::Sender<()>),
 }
@@ -140,9 +146,28 @@ impl Handle {
         self.iq(to, false, Ping).await.map(drop)
     }
 
+    /// Enters a room other than the session's own under a nick, or changes the nick there, and tells what was seen.
+    /// [`Handle::leave`] ends the visit.
+    pub async fn visit(&self, occupant: Jid) -> VisitReply {
+        let (reply, answer) = oneshot::channel();
+        if self.commands.send(Command::Visit { occupant, reply }).await.is_err() {
+            return Err(Refusal::Silent);
+        }
+        answer.await.unwrap_or(Err(Refusal::Silent))
+    }
+
+    /// Ends a visit.
+    pub async fn leave(&self, occupant: Jid) {
+        self.send(room::leave(occupant)).await;
+    }
+
     /// Any stanza that needs no answer.
     pub async fn send(&self, stanza: impl Into<Stanza>) {
         let _ = self.commands.send(Command::Send(Box::new(stanza.into()))).await;
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.commands.is_closed()
     }
 
     /// Leaves the room and ends the session.

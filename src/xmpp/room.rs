@@ -16,10 +16,6 @@ use crate::stanza::error::condition_in;
 use crate::stanza::{Cloud, ns};
 use crate::types::{MemberJid, PeerText};
 
-/// Features a room must have; without them outsiders could listen, or members hide.
-const REQUIRED: [(&str, &str); 2] =
-    [("muc_membersonly", "not members-only"), ("muc_nonanonymous", "anonymous")];
-
 /// The resource a broker's session has. One per account: a broker that crashed and came back takes
 /// the place of its former session at once, instead of standing beside it until that times out.
 pub const RESOURCE: &str = "cicada";
@@ -29,11 +25,13 @@ pub const RESOURCE: &str = "cicada";
 pub enum RoomPresence {
     /// Our own, reflected: the join is complete.
     Entered,
+    /// As that, of a room that came to be by our entering it.
+    Made,
     /// We are out of the room; why.
     Removed(String),
     Member(Presence),
     /// The room does not let us in, or does not know us any more.
-    Refused(String),
+    Refused(Refusal),
     Irrelevant,
 }
 
@@ -73,23 +71,91 @@ pub fn leave(occupant: Jid) -> Stanza {
     Stanza::unavailable().with_to(occupant)
 }
 
-/// Why a room of these features must not be used; `None` if it may.
-pub fn fault(features: &DiscoInfoResult) -> Option<String> {
-    let lacking = REQUIRED.iter().filter(|(feature, _)| !features.features.contains(*feature));
-    let words: Vec<_> = lacking.map(|(_, word)| *word).collect();
-    (!words.is_empty()).then(|| format!("the room is {}", words.join(" and ")))
+/// Why a room lets nobody in, or cannot be looked at.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    #[error("this account is not a member of the room")]
+    NotMember,
+    #[error("this account is banned from the room")]
+    Banned,
+    #[error("there is no such room")]
+    NoRoom,
+    /// Some services keep its name closed for weeks.
+    #[error("the room was destroyed")]
+    Destroyed,
+    #[error("there is no such room, and this account may not make it")]
+    MayNotMake,
+    #[error("there was no such room, and this account may make one: any other might have")]
+    Made,
+    #[error("the nick is in use by another account")]
+    NickTaken,
+    #[error("the room asks for a password")]
+    Password,
+    #[error("the room is full")]
+    Full,
+    #[error("the room's service is not reachable")]
+    Unreachable,
+    #[error("what the room's address names is no service for rooms: it answers {0}")]
+    NoService(PeerText),
+    #[error("the room does not answer")]
+    Silent,
+    #[error("the room answers {0}")]
+    Other(PeerText),
 }
 
-/// What a room's refusal means, by its error condition.
-pub fn refusal_in_words(condition: &str) -> String {
-    match condition {
-        "registration-required" => "this account is not a member of the room".into(),
-        "forbidden" => "this account is banned from the room".into(),
-        "item-not-found" | "gone" => "there is no such room".into(),
-        "not-allowed" => "there is no such room, and this account may not make it".into(),
-        "conflict" => "the nick is in use by another account".into(),
-        "remote-server-not-found" | "remote-server-timeout" => "the room's service is not reachable".into(),
-        other => format!("the room answers {}", PeerText::from(other)),
+impl Refusal {
+    /// By the condition of the error that answers the wish to enter (XEP-0045, section 7.2).
+    pub fn of(condition: &str) -> Self {
+        match condition {
+            "registration-required" => Self::NotMember,
+            "forbidden" => Self::Banned,
+            "item-not-found" => Self::NoRoom,
+            "gone" => Self::Destroyed,
+            "not-allowed" => Self::MayNotMake,
+            "conflict" => Self::NickTaken,
+            "not-authorized" => Self::Password,
+            "service-unavailable" => Self::Full,
+            "remote-server-not-found" | "remote-server-timeout" => Self::Unreachable,
+            other => Self::Other(other.into()),
+        }
+    }
+
+    /// By the condition of the error that answers the question what the room is (XEP-0045, section 6.4).
+    pub fn to_look(condition: &str) -> Self {
+        match Self::of(condition) {
+            known @ (Self::NoRoom | Self::Destroyed | Self::Unreachable) => known,
+            _ => Self::NoService(condition.into()),
+        }
+    }
+
+    /// What helps the account `me`.
+    pub fn next_step(&self, me: &MemberJid) -> String {
+        match self {
+            Self::NotMember | Self::Banned => {
+                format!("let the room's owner run: cicada federation add {me}")
+            }
+            Self::NoRoom | Self::MayNotMake | Self::Made => {
+                "let its owner make it with: cicada federation create; or correct [xmpp] room".into()
+            }
+            Self::Destroyed => {
+                "set another [xmpp] room, or let an administrator of the server make this one anew with: \
+                 cicada federation create"
+                    .into()
+            }
+            Self::NickTaken => "set another cloud.name, or let the other cloud do so".into(),
+            Self::Password => {
+                "let the room's owner run: cicada federation create, which takes the password away".into()
+            }
+            Self::Full => {
+                "let the room's owner run: cicada federation create, which lets in as many as the server \
+                 allows"
+                    .into()
+            }
+            Self::Unreachable | Self::NoService(_) => {
+                "correct [xmpp] room: its domain is the server's service for rooms".into()
+            }
+            Self::Silent | Self::Other(_) => "see the XMPP server's log".into(),
+        }
     }
 }
 
@@ -106,7 +172,7 @@ pub fn read(stanza: &Stanza, me: &Jid) -> RoomPresence {
     if stanza.type_ == Type::Error {
         let error = stanza.payloads.iter().find(|p| p.name() == "error");
         let condition = error.and_then(condition_in).unwrap_or("an error");
-        return RoomPresence::Refused(refusal_in_words(condition));
+        return RoomPresence::Refused(Refusal::of(condition));
     }
     let Some(user) = stanza.payloads.iter().find(|p| p.is("x", ns::MUC_USER)) else {
         return RoomPresence::Irrelevant;
@@ -115,8 +181,13 @@ pub fn read(stanza: &Stanza, me: &Jid) -> RoomPresence {
     if !available && stanza.type_ != Type::Unavailable {
         return RoomPresence::Irrelevant;
     }
+    // Every occupant is told so of itself, and ejabberd does not say that it is of itself.
+    if !available && user.children().any(|c| c.is("destroy", ns::MUC_USER)) {
+        return RoomPresence::Removed("the room was destroyed".into());
+    }
     let myself = statuses(user).any(|code| code == "110");
     match (myself, available) {
+        (true, true) if statuses(user).any(|code| code == "201") => RoomPresence::Made,
         (true, true) => RoomPresence::Entered,
         (true, false) => RoomPresence::Removed(removal_in_words(user)),
         (false, _) => match occupant(user, available) {
@@ -142,7 +213,7 @@ fn cloud_in(stanza: &Stanza) -> Option<Box<Cloud>> {
     Cloud::try_from(payload.clone()).ok().map(Box::new)
 }
 
-fn statuses(user: &Element) -> impl Iterator<Item = &str> {
+pub(super) fn statuses(user: &Element) -> impl Iterator<Item = &str> {
     user.children().filter(|c| c.name() == "status").filter_map(|c| c.attr("code"))
 }
 
@@ -236,6 +307,12 @@ mod tests {
         let item =
             "<item affiliation='member' role='participant' jid='me@example.org/cicada'/><status code='110'/>";
         assert_eq!(of_room(item, ""), RoomPresence::Entered);
+        assert_eq!(of_room(&format!("{item}<status code='201'/>"), ""), RoomPresence::Made);
+        let destroyed = "<destroy/><item affiliation='none' role='none'/>";
+        assert_eq!(
+            of_room(destroyed, "type='unavailable'"),
+            RoomPresence::Removed("the room was destroyed".into())
+        );
         let removed = of_room(&format!("{item}<status code='321'/>"), "type='unavailable'");
         assert_eq!(removed, RoomPresence::Removed("this account is no member of the room any more".into()));
     }
@@ -262,13 +339,17 @@ mod tests {
             "type='error'",
         );
         let me = Jid::new("me@example.org/cicada").unwrap();
-        assert_eq!(read(&p, &me), RoomPresence::Refused("this account is not a member of the room".into()));
-        let mut room = disco(None);
-        assert_eq!(fault(&room).unwrap(), "the room is not members-only and anonymous");
-        room.features.insert("muc_membersonly".into());
-        assert_eq!(fault(&room).unwrap(), "the room is anonymous");
-        room.features.insert("muc_nonanonymous".into());
-        assert_eq!(fault(&room), None);
+        assert_eq!(read(&p, &me), RoomPresence::Refused(Refusal::NotMember));
+        assert_eq!(Refusal::NotMember.to_string(), "this account is not a member of the room");
+        // Asked what it is, a service that knows rooms says so or that there is none; all else is no service.
+        assert_eq!(Refusal::to_look("item-not-found"), Refusal::NoRoom);
+        assert_eq!(Refusal::to_look("forbidden"), Refusal::NoService("forbidden".into()));
+        let me: MemberJid = "me@example.org".parse().unwrap();
+        let add = "let the room's owner run: cicada federation add me@example.org";
+        assert_eq!(
+            (Refusal::of("forbidden").next_step(&me).as_str(), Refusal::NotMember.next_step(&me).as_str()),
+            (add, add)
+        );
     }
 
     #[test]

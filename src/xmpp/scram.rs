@@ -13,7 +13,7 @@ use tokio::io::{AsyncBufRead, AsyncWrite};
 use tokio_xmpp::Error;
 use tokio_xmpp::error::AuthError;
 use tokio_xmpp::xmlstream::{InitiatingStream, ReadError, XmppStream, XmppStreamElement};
-use xmpp_parsers::sasl::{Abort, Auth, Mechanism as Name, Nonza, Response};
+use xmpp_parsers::sasl::{Abort, Auth, Failure, Mechanism as Name, Nonza, Response};
 use xmpp_parsers::sasl_cb::Type;
 use xmpp_parsers::stream_features::StreamFeatures;
 
@@ -256,10 +256,18 @@ pub async fn authenticate<S: AsyncBufRead + AsyncWrite + Unpin>(
                 exchange.end(&success.data).map_err(ScramError::Fault)?;
                 return Ok(stream.initiate_reset());
             }
+            Nonza::Failure(failure) if choice.saw_no_offer() && blames_binding(&failure) => {
+                return Err(ScramError::Fault(Fault::Stripped));
+            }
             Nonza::Failure(failure) => return Err(AuthError::Fail(failure.defined_condition).into()),
             _ => return Err(ScramError::Fault(Fault::Malformed("a message that only clients send"))),
         }
     }
+}
+
+/// ejabberd has one condition for all that is wrong with a login, and tells this in words only.
+fn blames_binding(failure: &Failure) -> bool {
+    failure.texts.values().any(|text| text.to_ascii_lowercase().contains("channel binding"))
 }
 
 async fn receive<S: AsyncBufRead + AsyncWrite + Unpin>(

@@ -37,15 +37,19 @@ use super::answering::Answering;
 use super::connector::Connector;
 use super::handle::{Command, Handle, IQ_TIMEOUT, IqReply, RequestError, Settings, XmppEvent};
 use super::link::{self, Trouble};
+use super::needs::Lacks;
 use super::outbox::Outbox;
 use super::pending::{Pending, Waiting};
 use super::refusals::Strangers;
-use super::room::{self, RoomPresence};
+use super::room::{self, Refusal, RoomPresence};
+use super::visit::Visits;
 
 mod asked;
 
-/// How long to wait before a room that did not let us in, or may not be used, is asked again.
-const REJOIN_AFTER: Duration = Duration::from_secs(15);
+/// How long to wait before a room that did not let us in, or may not be used, is asked again: first, and
+/// twice as long each time up to the most. ejabberd says for a moment after its start that no room exists.
+const REJOIN_AFTER: Duration = Duration::from_secs(1);
+const REJOIN_AFTER_MAX: Duration = Duration::from_secs(15);
 /// XEP-0410: whether the room still knows us.
 const SELF_PING_EVERY: Duration = Duration::from_secs(60);
 /// Presence is sent at most this often; up to half as long again at random, so that members whose
@@ -59,6 +63,8 @@ const COMMANDS_DEPTH: usize = 256;
 const EVENTS_DEPTH: usize = 1024;
 const TICK: Duration = Duration::from_millis(500);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// What helps against a room that is not as it should be.
+const OWNER_MENDS: &str = "let the room's owner run: cicada federation create";
 
 /// Starts the session's task. It lives until [`Handle::close`], or until every handle is gone. The
 /// events must be read: the session waits for its reader.
@@ -93,12 +99,14 @@ pub fn connect(settings: Settings) -> std::io::Result<(Handle, mpsc::Receiver<Xm
     let refused = Arc::new(AtomicBool::new(false));
     let session = Session {
         refused: refused.clone(),
+        account: settings.jid,
         me,
         occupant,
         commands: commands.downgrade(),
         events,
         outbox: Outbox::default(),
         pending: Pending::new(),
+        visits: Visits::default(),
         place: Place::Offline,
         announcer: Announcer::default(),
         started: Instant::now(),
@@ -109,7 +117,9 @@ pub fn connect(settings: Settings) -> std::io::Result<(Handle, mpsc::Receiver<Xm
         answering: Answering::default(),
         strangers: Strangers::new(Instant::now()),
         damper: Damper::default(),
+        barred: 0,
         reason_told: String::new(),
+        flaws_told: String::new(),
     };
     tokio::spawn(session.run(stream, inbox, wanted, told));
     Ok((Handle { commands, presence: Arc::new(presence), refused }, outbox))
@@ -134,6 +144,7 @@ enum Place {
 struct Session {
     /// Whether the server said no to who we are, at the last try.
     refused: Arc<AtomicBool>,
+    account: MemberJid,
     /// Our full JID.
     me: Jid,
     /// Our place in the room.
@@ -142,6 +153,8 @@ struct Session {
     events: mpsc::Sender<XmppEvent>,
     outbox: Outbox,
     pending: Pending,
+    /// To rooms other than ours.
+    visits: Visits,
     place: Place,
     announcer: Announcer<Cloud>,
     /// Where the announcer's time begins.
@@ -157,8 +170,12 @@ struct Session {
     strangers: Strangers,
     /// Members whose presence changes too often.
     damper: Damper,
+    /// How often in a row the room was asked anew in vain.
+    barred: u32,
     /// The last reason logged, so that attempts do not repeat it.
     reason_told: String,
+    /// What the room lacked when that was logged last.
+    flaws_told: String,
 }
 
 impl Session {
@@ -200,6 +217,7 @@ impl Session {
             self.outbox.pump(&stream).await;
         }
         self.pending.abandon();
+        self.visits.abandon();
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, stream.close()).await;
         if let Some(done) = closer {
             let _ = done.send(());
@@ -215,6 +233,7 @@ impl Session {
                 // Before the first session nothing was under way: it is sent now.
                 if std::mem::replace(&mut self.bound, true) {
                     self.pending.abandon();
+                    self.visits.abandon();
                     self.outbox.clear();
                 }
                 if !matches!(self.place, Place::Offline) {
@@ -236,6 +255,7 @@ impl Session {
 
     async fn online(&mut self) {
         self.reason_told.clear();
+        self.barred = 0;
         match self.occupant {
             Some(_) => self.check_room(),
             None => {
@@ -300,6 +320,15 @@ impl Session {
             Command::Iq { to, set, payload, reply } => {
                 self.ask(to, set, payload, Waiting::Iq(reply), IQ_TIMEOUT);
             }
+            // What waited for a session would make a room when nobody looks any more.
+            Command::Visit { reply, .. } if matches!(self.place, Place::Offline) => {
+                drop(reply.send(Err(Refusal::Silent)));
+            }
+            Command::Visit { occupant, reply } => {
+                if let Some(presence) = self.visits.begin(occupant, IQ_TIMEOUT, reply) {
+                    self.send(presence);
+                }
+            }
             Command::Send(stanza) => self.send(*stanza),
             // Taken before it gets here.
             Command::Close(_) => {}
@@ -337,10 +366,13 @@ impl Session {
         for (waiting, error) in self.pending.late(now) {
             match waiting {
                 Waiting::RoomFeatures if matches!(self.place, Place::Checking) => {
-                    self.barred("the room does not answer".into()).await;
+                    self.refused(Refusal::Silent).await;
                 }
                 waiting => waiting.end(Err(error)),
             }
+        }
+        for occupant in self.visits.late(now) {
+            self.send(room::leave(occupant));
         }
         self.tell_refusals();
         if matches!(self.place, Place::Inside) {
@@ -349,10 +381,13 @@ impl Session {
             }
         }
         match self.place {
-            Place::Entering { since } if since.elapsed() > REJOIN_AFTER => {
-                self.barred("the room does not let us in, nor tells why".into()).await;
+            Place::Entering { since } if since.elapsed() > REJOIN_AFTER_MAX => {
+                self.barred("the room does not let us in, nor tells why".into(), OWNER_MENDS).await;
             }
-            Place::Barred { since } if since.elapsed() > REJOIN_AFTER => self.check_room(),
+            Place::Barred { since } if since.elapsed() > self.rejoin_after() => {
+                self.barred = self.barred.saturating_add(1);
+                self.check_room();
+            }
             Place::Inside => {
                 self.announce();
                 if self.pinged.elapsed() > SELF_PING_EVERY {
@@ -379,38 +414,64 @@ impl Session {
     }
 
     async fn room_checked(&mut self, result: IqReply) {
-        let fault = match result {
+        let lacks = match result {
             Ok(payload) => match payload.and_then(|e| DiscoInfoResult::try_from(e).ok()) {
-                Some(features) => room::fault(&features),
-                None => Some("the room does not tell its configuration".into()),
+                Some(features) => Ok(Lacks::of(&features)),
+                None => Err(("the room does not tell its configuration".into(), OWNER_MENDS.to_owned())),
             },
-            Err(RequestError::Refused { condition, .. }) => Some(room::refusal_in_words(&condition)),
-            Err(e) => Some(e.to_string()),
+            Err(RequestError::Refused { condition, .. }) => {
+                let refusal = Refusal::to_look(&condition);
+                Err((refusal.to_string(), refusal.next_step(&self.account)))
+            }
+            Err(e) => Err((e.to_string(), OWNER_MENDS.to_owned())),
+        };
+        let fault = match lacks {
+            Ok(lacks) => {
+                self.tell_flaws(&lacks);
+                lacks.fault().map(|fault| (fault, OWNER_MENDS.to_owned()))
+            }
+            Err(fault) => Some(fault),
         };
         match (fault, self.place) {
             (None, Place::Checking) => {
                 self.place = Place::Admitted;
                 self.announce();
             }
-            (Some(reason), Place::Checking | Place::Inside) => self.barred(reason).await,
+            (Some((reason, next)), Place::Checking | Place::Inside) => self.barred(reason, &next).await,
             _ => {}
         }
     }
 
+    /// Says once what the room lacks that may be borne.
+    fn tell_flaws(&mut self, lacks: &Lacks) {
+        let flaws: Vec<_> = lacks.flaws().map(|flaw| flaw.lacking()).collect();
+        let flaws = flaws.join(", and ");
+        if flaws != self.flaws_told && !flaws.is_empty() {
+            tracing::warn!(next_step = OWNER_MENDS, "the federation's room is {flaws}");
+        }
+        self.flaws_told = flaws;
+    }
+
+    async fn refused(&mut self, refusal: Refusal) {
+        let next = refusal.next_step(&self.account);
+        self.barred(refusal.to_string(), &next).await;
+    }
+
     /// Not a room to be in, or one that does not let us in.
-    async fn barred(&mut self, reason: String) {
+    async fn barred(&mut self, reason: String, next_step: &str) {
         if matches!(self.place, Place::Entering { .. } | Place::Inside) {
             self.leave();
         }
         if reason != self.reason_told {
-            tracing::error!(
-                reason,
-                "not in the federation's room; let its owner run 'cicada federation' to mend it"
-            );
+            tracing::error!(reason, next_step, "not in the federation's room");
             self.reason_told.clone_from(&reason);
         }
         self.offline(reason).await;
         self.place = Place::Barred { since: Instant::now() };
+    }
+
+    fn rejoin_after(&self) -> Duration {
+        REJOIN_AFTER.saturating_mul(1 << self.barred.min(16)).min(REJOIN_AFTER_MAX)
     }
 
     fn leave(&mut self) {
@@ -453,6 +514,7 @@ impl Session {
         match (room::read(stanza, &self.me), self.place) {
             (RoomPresence::Entered, Place::Entering { .. }) => {
                 self.place = Place::Inside;
+                self.barred = 0;
                 self.pinged = Instant::now();
                 self.emit(XmppEvent::Joined).await;
                 let seen: Vec<_> = self.occupants.values().flat_map(|s| s.values().cloned()).collect();
@@ -461,8 +523,10 @@ impl Session {
                 }
             }
             (RoomPresence::Removed(reason), Place::Inside) => self.lost_room(reason).await,
-            (RoomPresence::Refused(reason), Place::Entering { .. }) => self.barred(reason).await,
-            (RoomPresence::Refused(reason), Place::Inside) => self.lost_room(reason).await,
+            // It was there a moment ago. To stay would be to own a room that nobody configured.
+            (RoomPresence::Made, Place::Entering { .. }) => self.refused(Refusal::Made).await,
+            (RoomPresence::Refused(refusal), Place::Entering { .. }) => self.refused(refusal).await,
+            (RoomPresence::Refused(refusal), Place::Inside) => self.lost_room(refusal.to_string()).await,
             (RoomPresence::Member(presence), Place::Entering { .. } | Place::Inside) => {
                 let removed = room::is_removal(stanza).then(|| presence.jid.clone());
                 self.member(presence).await;
@@ -515,7 +579,8 @@ impl Session {
             Stanza::Message(m) if of_room(&m.from) && room::configuration_changed(&m) => self.ask_features(),
             Stanza::Iq(iq @ (Iq::Get { .. } | Iq::Set { .. })) => self.asked(iq),
             Stanza::Iq(iq) => self.answered(iq).await,
-            Stanza::Presence(_) | Stanza::Message(_) => {}
+            Stanza::Presence(p) => drop(self.visits.presence(&p)),
+            Stanza::Message(_) => {}
         }
     }
 

@@ -42,7 +42,7 @@ pub fn run(pair: &mut Pair, source: usize, point: &str, fault: Fault) -> Result<
         _ => std::thread::sleep(CUT),
     }
     if fault == Fault::Server {
-        pair.world.server(&["restart"]);
+        pair.world.xmpp.restart();
     }
     pair.xmpp.iter().chain(&pair.data).for_each(|wire| wire.mend());
     pair.storage.iter().for_each(|storage| storage.free());

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use cicada::broker::READY_LINE;
@@ -19,25 +18,12 @@ use cicada::vm::{Firmware, PowerState};
 use crate::guest;
 use crate::links::Wire;
 use crate::storage::Storage;
-use crate::world::World;
+use crate::world::support::Kind;
+use crate::world::{self, World};
 
 /// Says loudly why there can be no clouds here.
 pub fn missing_tool() -> bool {
-    let found = |tool: &&str| {
-        let mut look = Command::new("sh");
-        look.args(["-c", &format!("command -v {tool}")]).stdout(Stdio::null());
-        look.status().is_ok_and(|s| s.success())
-    };
-    let missing: Vec<_> =
-        ["prosody", "qemu-system-x86_64", "qemu-img", "openssl"].into_iter().filter(|t| !found(t)).collect();
-    if !missing.is_empty() {
-        let _ = writeln!(
-            std::io::stderr(),
-            "SKIPPED: not installed: {} (deploy/install installs them)",
-            missing.join(", ")
-        );
-    }
-    !missing.is_empty()
+    !Kind::usual().is_there("faults") || world::lacks(&["qemu-system-x86_64", "qemu-img"])
 }
 
 pub const VM: &str = "web";
@@ -172,8 +158,7 @@ impl Pair {
     }
 
     pub fn kill_server(&self) {
-        let pid = fs::read_to_string(self.world.dir.path().join("xmpp/prosody.pid")).unwrap();
-        kill(pid.trim().parse().unwrap());
+        self.world.xmpp.kill();
     }
 
     /// QEMU processes of a cloud.

@@ -1,4 +1,4 @@
-//! Real clouds for tests: Prosody, broker processes, QEMU guests and components built from the
+//! Real clouds for tests: an XMPP server, broker processes, QEMU guests and components built from the
 //! distribution's packages, all below one directory that goes away with the test.
 
 use std::io::{Read, Write};
@@ -17,37 +17,40 @@ use cicada::interface::{Problem, Reply, Request};
 use cicada::repository::Repository;
 use cicada::types::{ByteSize, ComponentId};
 use cicada::vm::Firmware;
-use cicada::xmpp::Security;
-use cicada::xmpp::admin::Admin;
+use cicada::xmpp::admin::{Admin, Owners};
 use futures::StreamExt;
 
-const ROOM: &str = "lobby@rooms.federation.test";
+#[path = "../support/xmpp.rs"]
+pub mod support;
+
+use support::{Kind, ROOM, Server};
 
 /// Says loudly why a test cannot run here.
 pub fn missing_tool() -> bool {
-    let tools = ["prosody", "qemu-system-x86_64", "qemu-img", "mmdebstrap", "openssl"];
+    if !Kind::usual().is_there("the test") {
+        return true;
+    }
+    if !rustix::process::geteuid().is_root() {
+        let _ = writeln!(std::io::stderr(), "SKIPPED: building components needs root");
+        return true;
+    }
+    lacks(&["qemu-system-x86_64", "qemu-img", "mmdebstrap"])
+}
+
+/// Whether a program is missing, which is said loudly.
+pub fn lacks(tools: &[&str]) -> bool {
     let found = |tool: &&str| {
-        Command::new("sh")
-            .args(["-c", &format!("command -v {tool}")])
-            .stdout(Stdio::null())
-            .status()
-            .is_ok_and(|s| s.success())
+        let mut look = Command::new("sh");
+        look.args(["-c", &format!("command -v {tool}")]).stdout(Stdio::null());
+        look.status().is_ok_and(|s| s.success())
     };
     let missing: Vec<_> = tools.iter().filter(|t| !found(t)).copied().collect();
-    let root = rustix::process::geteuid().is_root();
-    if missing.is_empty() && root {
-        return false;
+    if !missing.is_empty() {
+        let missing = missing.join(", ");
+        let _ =
+            writeln!(std::io::stderr(), "SKIPPED: not installed: {missing} (deploy/install installs them)");
     }
-    if !root {
-        let _ = writeln!(std::io::stderr(), "SKIPPED: building components needs root");
-    } else {
-        let _ = writeln!(
-            std::io::stderr(),
-            "SKIPPED: not installed: {} (deploy/install installs them)",
-            missing.join(", ")
-        );
-    }
-    true
+    !missing.is_empty()
 }
 
 /// Configuration of a broker that sends this slowly.
@@ -99,8 +102,9 @@ impl Built {
 
 /// Everything of one test: a directory, an XMPP server and some clouds.
 pub struct World {
+    /// Stopped before its directory goes.
+    pub xmpp: Server,
     pub dir: tempfile::TempDir,
-    port: u16,
     pub clouds: Vec<Cloud>,
     runtime: tokio::runtime::Runtime,
 }
@@ -136,21 +140,14 @@ impl World {
     /// The server and the room for brokers that are to be configured and started.
     pub fn prepare(names: &[&str], played: &[&str], hibernation_s: u32) -> Self {
         let dir = tempfile::Builder::new().prefix("cicada-").tempdir().unwrap();
-        let port = free_port();
-        let mut world =
-            Self { port, clouds: Vec::new(), runtime: tokio::runtime::Runtime::new().unwrap(), dir };
-        world.server(&[
-            "start",
-            "--accounts",
-            &format!("{},outsider", [names, played].concat().join(",")),
-            "--port",
-            &port.to_string(),
-            "--hibernation",
-            &hibernation_s.to_string(),
-        ]);
+        let accounts = [names, played, &["outsider"]].concat();
+        let hibernation = Duration::from_secs(hibernation_s.into());
+        let xmpp = Server::start(Kind::usual(), dir.path().join("xmpp"), &accounts, hibernation);
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let mut world = Self { xmpp, clouds: Vec::new(), runtime, dir };
         world.runtime.block_on(async {
             let admin = Admin::open(world.account("admin")).await.unwrap();
-            admin.create_room("lobby").await.unwrap();
+            admin.create_room("lobby", &Owners::default()).await.unwrap();
             for name in names.iter().chain(played) {
                 admin.add_member(&format!("{name}@federation.test").parse().unwrap()).await.unwrap();
             }
@@ -164,7 +161,7 @@ impl World {
                 name: (*name).into(),
                 dir,
                 broker: None,
-                xmpp_port: port,
+                xmpp_port: world.xmpp.port,
                 environment,
             });
         }
@@ -172,46 +169,27 @@ impl World {
     }
 
     pub fn account(&self, name: &str) -> cicada::xmpp::Settings {
-        let dir = self.dir.path().join("xmpp");
-        let password = std::fs::read_to_string(dir.join(format!("accounts/{name}.password"))).unwrap();
-        cicada::xmpp::Settings {
-            jid: format!("{name}@federation.test").parse().unwrap(),
-            password: password.trim().into(),
-            server: Some(format!("127.0.0.1:{}", self.port)),
-            security: Security::DirectTls,
-            ca_file: Some(dir.join("ca.crt")),
-            rules: Default::default(),
-            room: Some(ROOM.into()),
-            nick: name.parse().unwrap(),
-        }
-    }
-
-    /// `deploy/xmpp/server VERB DIR …`
-    pub fn server(&self, arguments: &[&str]) {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/xmpp/server");
-        let (verb, rest) = arguments.split_first().unwrap();
-        let status =
-            Command::new(script).arg(verb).arg(self.dir.path().join("xmpp")).args(rest).status().unwrap();
-        assert!(status.success(), "server {arguments:?}");
+        self.xmpp.settings(name)
     }
 
     /// Writes a cloud's configuration, with `extra` appended.
     pub fn configure(&self, cloud: usize, extra: &str) {
         let c = &self.clouds[cloud];
-        let (name, xmpp, port) = (&c.name, self.dir.path().join("xmpp"), c.xmpp_port);
+        let (name, port) = (&c.name, c.xmpp_port);
         // The server's directory is its user's, who could put something else in a file's place.
         let password = c.dir.join("password");
-        if let Ok(text) = std::fs::read(xmpp.join(format!("accounts/{name}.password"))) {
+        if let Ok(text) = std::fs::read(self.xmpp.password_file(name)) {
             use std::os::unix::fs::PermissionsExt;
             std::fs::write(&password, text).unwrap();
             std::fs::set_permissions(&password, std::fs::Permissions::from_mode(0o600)).unwrap();
         }
         let password = password.display();
-        let (data, xmpp) = (c.dir.join("data").display().to_string(), xmpp.display());
+        let (data, ca) = (c.dir.join("data").display().to_string(), self.xmpp.ca_file());
+        let ca = ca.display();
         let text = format!(
             "[cloud]\nname = \"{name}\"\ndata_dir = \"{data}\"\n\
              [xmpp]\njid = \"{name}@federation.test\"\npassword_file = \"{password}\"\n\
-             server = \"127.0.0.1:{port}\"\nca_file = \"{xmpp}/ca.crt\"\nroom = \"{ROOM}\"\n\
+             server = \"127.0.0.1:{port}\"\nca_file = \"{ca}\"\nroom = \"{ROOM}\"\n\
              [hypervisor]\ncpus = 4\ncpu_overcommit = 1\nmemory = \"2G\"\nstorage_overcommit = 4\nstorage_floor = \"16M\"\n[members]\nshare = 1\n[[network]]\nname = \"lan\"\nkind = \"user\"\n\
              [trust]\ntrust_on_first_use = true\n{extra}\n"
         );
@@ -558,14 +536,7 @@ impl Drop for World {
             }
             self.stop_broker(cloud, false);
         }
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/xmpp/server");
-        let _ = Command::new(script).arg("stop").arg(self.dir.path().join("xmpp")).status();
         // Guests of a test that failed half-way.
         let _ = Command::new("pkill").args(["-9", "-f", &self.dir.path().display().to_string()]).status();
     }
-}
-
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }

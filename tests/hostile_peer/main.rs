@@ -17,9 +17,7 @@ mod table;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::io::Write as _;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,6 +27,7 @@ use cicada::interface::{StatusView, VmView};
 use peer::Peer;
 use table::Table;
 use world::World;
+use world::support::Kind;
 
 /// The lease that ends what a silent source began. Short, so that the test is.
 const SETTINGS: &str = "[migration]\nlease_s = 3\nconcurrency = 4\n[transfer]\nlisten = \"127.0.0.1:0\"\npeer_networks = [\"127.0.0.0/8\"]\n";
@@ -49,21 +48,7 @@ pub struct Bench {
 }
 
 fn missing_tool() -> bool {
-    let tools = ["prosody", "qemu-system-x86_64", "qemu-img", "openssl", "setpriv"];
-    let found = |tool: &&str| {
-        let mut look = Command::new("sh");
-        look.args(["-c", &format!("command -v {tool}")]).stdout(Stdio::null());
-        look.status().is_ok_and(|s| s.success())
-    };
-    let missing: Vec<_> = tools.into_iter().filter(|t| !found(t)).collect();
-    if !missing.is_empty() {
-        let _ = writeln!(
-            std::io::stderr(),
-            "SKIPPED: not installed: {} (deploy/install installs them)",
-            missing.join(", ")
-        );
-    }
-    !missing.is_empty()
+    !Kind::usual().is_there("hostile_peer") || world::lacks(&["qemu-system-x86_64", "qemu-img"])
 }
 
 #[test]

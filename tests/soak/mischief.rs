@@ -90,8 +90,7 @@ impl Mischief {
                 random.between(200, 15_000)
             }
             Fault::ServerKilled => {
-                let pid = std::fs::read_to_string(world.dir.path().join("xmpp/prosody.pid")).unwrap();
-                kill(pid.trim().parse().unwrap());
+                world.xmpp.kill();
                 self.counted("XMPP servers killed");
                 random.between(1, 4000)
             }
@@ -104,7 +103,7 @@ impl Mischief {
         match fault {
             Fault::BrokerKilled(cloud) => world.start_broker(cloud),
             Fault::BrokerFrozen(cloud) => world.signal_broker(cloud, Signal::CONT),
-            Fault::ServerKilled => world.server(&["restart"]),
+            Fault::ServerKilled => world.xmpp.restart(),
         }
     }
 
