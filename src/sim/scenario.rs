@@ -350,7 +350,7 @@ impl<'a> Run<'a> {
 
     fn advance(&mut self, world: &mut World, by: Duration) -> Result<(), ScenarioError> {
         let until = world.now.plus(by);
-        let result = world.run_until(until, |world, at| sound(world, at));
+        let result = world.run_until(until, sound);
         let after_s = world.now.since(self.begun).as_secs();
         result.map_err(|what| self.scenario.violated(after_s, self.outcome.moves, what))?;
         self.collect(world);

@@ -35,7 +35,7 @@ const ASK_TIMEOUT_MS: u64 = 10_000;
 pub struct Random(pub u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -45,16 +45,16 @@ impl Random {
 
     /// Below `n`; zero if there is nothing below it.
     pub fn below(&mut self, n: usize) -> usize {
-        if n == 0 { 0 } else { (self.next() % n as u64) as usize }
+        if n == 0 { 0 } else { (self.number() % n as u64) as usize }
     }
 
     pub fn chance(&mut self, probability: f64) -> bool {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64 <= probability && probability > 0.0
+        (self.number() >> 11) as f64 / (1u64 << 53) as f64 <= probability && probability > 0.0
     }
 
     /// Between 0 and 1.
     pub fn fraction(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+        (self.number() >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 
@@ -862,7 +862,7 @@ impl World {
         self.plans.insert(plan, Planning { cloud: at, job, rows: Vec::new(), awaited });
         for (peer, _) in peers {
             let about = Matter {
-                migration: MigrationId(uuid::Uuid::from_u128(u128::from(self.random.next()))),
+                migration: MigrationId(uuid::Uuid::from_u128(u128::from(self.random.number()))),
                 vm: record.spec.id,
                 epoch: record.epoch,
             };
