@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-use cicada::broker::{Reply, Request};
+use cicada::interface::{Reply, Request};
 use cicada::migration::envelope::{VERSION, VERSION_BEFORE};
 use cicada::migration::{AnswerBody, DenialCode, Lineage, RequestBody};
 use cicada::types::{MigrationId, VmId};

@@ -8,14 +8,14 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::{Verdict, VmCreate};
-use cicada::broker::negotiation::holdings;
-use cicada::broker::{Reply, Request};
 use cicada::clock::{Clock, SystemClock};
+use cicada::interface::{Reply, Request};
+use cicada::interface::{Verdict, VmCreate};
 use cicada::migration::envelope::{LIFETIME, VERSION};
 use cicada::migration::message::CheckAnswer;
 use cicada::migration::{AnswerBody, Envelope, ReplayGuard, RequestBody};
 use cicada::repository::Repository;
+use cicada::runner::check::holdings;
 use cicada::types::{ByteSize, ComponentId, IdentityKey, MemberJid, MigrationId, PackId, RecipeId, VmId};
 use cicada::vm::spec::Nic;
 use cicada::vm::{Mac, VmSpec};

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use cicada::broker::Request;
+use cicada::interface::Request;
 use cicada::repository::Repository;
 use cicada::types::PackId;
 use common::world::{World, missing_tool};

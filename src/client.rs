@@ -15,9 +15,9 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::api::{HELD_IDS_MAX, HeldAnswer, HeldRequest, PutAnswer};
-use crate::broker::handle::ObjectKind;
-use crate::broker::interface::{Event, Message, Reply, Request};
-use crate::broker::problem::{Problem, ProblemKind};
+use crate::interface::ObjectKind;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Event, Message, Reply, Request};
 use crate::types::Hash;
 
 /// A line of an answer may not be longer; the longest are lists of a component's entries.

@@ -13,24 +13,24 @@ use futures::stream::BoxStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::broker::handle::{ObjectKind, Service};
-use crate::broker::records::Records;
-use crate::broker::serving::{Store, Tickets};
-use crate::broker::{
-    Broker, Event, Inbox, Input, Link, LinkError, Problem, ProblemKind, Reply, Request, RoomInput, Shared,
-    content,
-};
+use crate::api::Service;
+use crate::broker::RoomInput;
 use crate::clock::SystemClock;
 use crate::compose::Composer;
 use crate::config::{self, Config};
 use crate::federation::{Keyring, Members};
 use crate::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, VmUids};
-use crate::hypervisor::{Driver, QemuConfig, QemuDriver};
+use crate::hypervisor::{self, Driver, QemuConfig, QemuDriver};
+use crate::interface::ObjectKind;
+use crate::interface::{Event, Problem, ProblemKind, Reply, Request};
 use crate::repository::Repository;
-use crate::stanza::Cloud;
-use crate::stanza::cloud::Capacity;
+use crate::runner::Records;
+use crate::runner::content::catalogue;
+use crate::runner::content::serving::{Store, Tickets};
+use crate::runner::host::rehearsal;
+use crate::runner::{Inbox, Input, Link, LinkError, Runner, Shared};
 use crate::transfer::{Endpoint, Limiter};
-use crate::types::{Hash, MemberJid, PeerText};
+use crate::types::{Hash, MemberJid};
 use crate::xmpp::{self, RequestError, XmppEvent};
 
 /// How long shutdown waits for what is under way.
@@ -49,14 +49,17 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
     let password = config.xmpp.password().map_err(|e| Problem::from_config(&e))?;
     let records = Records::open(&config.cloud.data_dir).map_err(|e| failed("records", &e))?;
     let repository =
-        Repository::open_or_create(&config.repository.dir).map_err(|e| content::repository_problem(&e))?;
+        Repository::open_or_create(&config.repository.dir).map_err(|e| catalogue::repository_problem(&e))?;
     repository
         .set_hot_limit(config.repository.hot_cache_size.0)
-        .map_err(|e| content::repository_problem(&e))?;
+        .map_err(|e| catalogue::repository_problem(&e))?;
     // Read under the repository's lock: while it is held, no rotation changes it.
     let identity = config::load_identity(&config.cloud.data_dir).map_err(|e| Problem::from_config(&e))?;
     let (key, successions) = (identity.key, identity.successions);
     let driver: Arc<dyn Driver> = Arc::new(open_driver(&config).await?);
+    for missing in hypervisor::qemu::missing(&qemu_config(&config)) {
+        tracing::warn!("{missing}: VMs that need it do not start");
+    }
 
     let tickets = Arc::new(Tickets::default());
     let store = Arc::new(Store { repository: repository.clone(), tickets: tickets.clone() });
@@ -68,7 +71,7 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
 
     let (session, room_events) = xmpp::connect(xmpp_settings(&config, password.expose().to_owned()))
         .map_err(|e| failed("XMPP", &e).next("see the section [xmpp] of federation.toml"))?;
-    let (inbox, inputs) = crate::broker::inbox();
+    let (inbox, inputs) = crate::runner::inbox();
     let configured: BTreeMap<_, _> = config.trust.pinned.iter().map(|p| (p.jid.clone(), p.key)).collect();
     let confirmed = records.trust().map_err(|e| failed("records", &e))?;
     let revoked = records.revoked().map_err(|e| failed("records", &e))?;
@@ -89,13 +92,12 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
         records,
         inbox: inbox.clone(),
         versions: Default::default(),
-        clocks: Default::default(),
         config,
     });
     let announcer = session.clone();
-    let announce = move |broker: &Broker| announcer.set_presence(presence(broker));
+    let announce = move |cloud| announcer.set_presence(cloud);
     let broker =
-        Broker::open(shared.clone(), members, Box::new(announce)).map_err(|e| failed("records", &e))?;
+        Runner::open(shared.clone(), members, Box::new(announce)).map_err(|e| failed("records", &e))?;
     let broker = broker.with_successions(successions);
 
     let broker = match after_restore {
@@ -109,18 +111,17 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
     let api = tokio::spawn(crate::api::serve(listener, service, api_stopped));
     tokio::spawn(pump_room(room_events, inbox.clone()));
     tokio::spawn(xmpp::probe::warn_of_room_making(session.clone(), shared.config.xmpp.room.clone()));
-    tokio::spawn(pump_driver(driver.events(), inbox.clone()));
     tokio::spawn(pump_time(inbox.clone()));
     tokio::spawn(pump_signals(inbox.clone()));
     tracing::info!(cloud = %shared.config.cloud.name, socket = %socket.display(), "broker runs");
 
-    broker.run(inputs).await;
+    let ended = broker.run(inputs).await;
 
     let _ = stop_api.send(true);
     session.close().await;
     let _ = tokio::time::timeout(EXIT_DEADLINE, api).await;
     let _ = tokio::time::timeout(EXIT_DEADLINE, shared.endpoint.close()).await;
-    Ok(())
+    ended.map_err(|e| failed("records", &e).next("start the broker again: it goes by what it finds recorded"))
 }
 
 /// The driver's part of a configuration.
@@ -141,11 +142,14 @@ pub fn qemu_config(config: &Config) -> QemuConfig {
     qemu
 }
 
-async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
-    QemuDriver::open(qemu_config(config)).await.map_err(|e| {
+/// The driver, after it has started a VM as the configuration makes them.
+pub async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
+    let driver = QemuDriver::open(qemu_config(config)).await.map_err(|e| {
         Problem::from_error(ProblemKind::Missing, "hypervisor", &e)
             .next("deploy/install installs what is needed")
-    })
+    })?;
+    rehearsal::rehearse_configured(&driver, config).await?;
+    Ok(driver)
 }
 
 fn accelerator(choice: config::Accelerator) -> AcceleratorChoice {
@@ -203,41 +207,6 @@ pub fn xmpp_settings(config: &Config, password: String) -> xmpp::Settings {
     }
 }
 
-/// This cloud's presence payload. Quantities are rounded so that small changes do not go round the
-/// whole room.
-fn presence(broker: &Broker) -> Cloud {
-    let s = broker.own_status();
-    let config = broker.config();
-    let coarse = |bytes: u64| bytes & !((64 << 20) - 1);
-    let load = 100 - (s.cpus.free * 100).checked_div(s.cpus.total).unwrap_or(100).min(100);
-    let mut features = vec![format!("driver:{}", s.driver)];
-    features.extend(broker.hardware());
-    features.extend(config.networks.iter().map(|n| format!("network:{}", n.name)));
-    Cloud {
-        name: s.cloud.to_string().into(),
-        key: s.key.to_string().into(),
-        versions: crate::migration::envelope::VERSIONS.map(|v| v.to_string()).join(",").into(),
-        software: Some(format!("cicada {}", s.version).into()),
-        region: Some(PeerText::from(&config.cloud.region)).filter(|r| !r.is_empty()),
-        power: "on".into(),
-        load: Some(load as u32),
-        carbon: config.cloud.carbon_g_per_kwh,
-        price: config.cloud.price_per_hour,
-        capacity: Some(Capacity {
-            cpus: s.cpus.total,
-            cpus_free: s.cpus.free,
-            memory: s.memory_bytes.total,
-            memory_free: s.memory_bytes.free,
-            storage: coarse(s.storage_bytes.total),
-            // What a VM could have, not what happens to be unwritten.
-            storage_free: s.storage_promised_bytes.free & !((1 << 30) - 1),
-        }),
-        features: features.into_iter().map(Into::into).collect(),
-        successions: Vec::new(),
-    }
-    .with_successions(broker.successions().iter().cloned())
-}
-
 /// The XMPP session as the broker's way to others.
 struct Session(xmpp::Handle);
 
@@ -274,28 +243,6 @@ async fn pump_room(mut events: mpsc::Receiver<XmppEvent>, inbox: Inbox) {
         };
         if inbox.send(input).is_err() {
             return;
-        }
-    }
-}
-
-async fn pump_driver(
-    mut events: tokio::sync::broadcast::Receiver<crate::hypervisor::DriverEvent>,
-    inbox: Inbox,
-) {
-    use tokio::sync::broadcast::error::RecvError;
-    loop {
-        match events.recv().await {
-            Ok(event) => {
-                if inbox.send(Input::Driver(event)).is_err() {
-                    return;
-                }
-            }
-            Err(RecvError::Lagged(_)) => {
-                if inbox.send(Input::PowerUnknown).is_err() {
-                    return;
-                }
-            }
-            Err(RecvError::Closed) => return,
         }
     }
 }
@@ -368,7 +315,7 @@ impl Service for BrokerService {
         let repository = self.repository.clone();
         async move {
             let held = tokio::task::spawn_blocking(move || {
-                ids.into_iter().map(|id| content::holds(&repository, kind, id)).collect()
+                ids.into_iter().map(|id| catalogue::holds(&repository, kind, id)).collect()
             });
             held.await.map_err(|e| Problem::new(ProblemKind::Failed, "repository", e.to_string()))
         }
@@ -384,14 +331,14 @@ async fn put_object(
     size_bytes: u64,
     mut body: BoxStream<'static, std::io::Result<bytes::Bytes>>,
 ) -> Result<bool, Problem> {
-    if content::holds(&repository, kind, id) {
+    if catalogue::holds(&repository, kind, id) {
         // A client that is still writing would see a broken pipe instead of the answer.
         while body.next().await.is_some_and(|piece| piece.is_ok()) {}
         return Ok(false);
     }
     let (pieces, mut received) = mpsc::channel::<bytes::Bytes>(8);
     let work = tokio::task::spawn_blocking(move || {
-        content::put_object(&repository, kind, id, size_bytes, &mut || received.blocking_recv())
+        catalogue::put_object(&repository, kind, id, size_bytes, &mut || received.blocking_recv())
     });
     let broken = |e: &std::io::Error| Problem::from_error(ProblemKind::BadRequest, "object", e);
     let mut failure = None;

@@ -11,6 +11,7 @@ pub mod unix_socket;
 // Level 1: pure
 pub mod component;
 pub mod federation;
+pub mod interface;
 pub mod migration;
 pub mod placement;
 pub mod stanza;
@@ -30,6 +31,8 @@ pub mod adopt;
 pub mod broker;
 pub mod build;
 pub mod compose;
+pub mod runner;
+pub mod sim;
 // Level 4 to 6
 pub mod api;
 pub mod cli;

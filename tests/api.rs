@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use cicada::api;
-use cicada::broker::handle::{ObjectKind, Service};
-use cicada::broker::interface::{Event, Reply, ReportLine, Request};
-use cicada::broker::{Problem, ProblemKind};
+use cicada::api::Service;
 use cicada::client::Client;
+use cicada::interface::ObjectKind;
+use cicada::interface::{Event, Reply, ReportLine, Request};
+use cicada::interface::{Problem, ProblemKind};
 use cicada::types::Hash;
 use futures::future::BoxFuture;
 use futures::stream::{self, BoxStream, StreamExt};

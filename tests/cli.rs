@@ -10,13 +10,15 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use cicada::broker::handle::{ObjectKind, Service};
-use cicada::broker::interface::{Event, Reply, Request};
-use cicada::broker::{Problem, ProblemKind, content};
+use cicada::api::Service;
 use cicada::compose::Composer;
+use cicada::interface::ObjectKind;
+use cicada::interface::{Event, Reply, Request};
+use cicada::interface::{Problem, ProblemKind};
 use cicada::migration::Evidence;
 use cicada::migration::handover::HandOver;
 use cicada::repository::Repository;
+use cicada::runner::content::catalogue;
 use cicada::types::{Hash, IdentityKey};
 use clap::CommandFactory;
 use futures::StreamExt;
@@ -953,7 +955,7 @@ impl Service for TestService {
                     let composer = Composer::new(repository.clone());
                     let mut tell = |event| drop(events.try_send(event));
                     let stop = || events.is_closed();
-                    content::call(&repository, &composer, Duration::ZERO, &[], &other, &stop, &mut tell)
+                    catalogue::call(&repository, &composer, Duration::ZERO, &[], &other, &stop, &mut tell)
                         .unwrap()
                 })
                 .await
@@ -978,7 +980,7 @@ impl Service for TestService {
         Box::pin(async move {
             let pieces: Vec<_> = body.collect().await;
             let mut pieces = pieces.into_iter().map(Result::unwrap);
-            content::put_object(&repository, kind, id, size_bytes, &mut || pieces.next()).map(|()| true)
+            catalogue::put_object(&repository, kind, id, size_bytes, &mut || pieces.next()).map(|()| true)
         })
     }
 
@@ -988,6 +990,8 @@ impl Service for TestService {
         ids: Vec<Hash>,
     ) -> BoxFuture<'static, Result<Vec<bool>, Problem>> {
         let repository = self.repository.clone();
-        Box::pin(async move { Ok(ids.into_iter().map(|id| content::holds(&repository, kind, id)).collect()) })
+        Box::pin(
+            async move { Ok(ids.into_iter().map(|id| catalogue::holds(&repository, kind, id)).collect()) },
+        )
     }
 }

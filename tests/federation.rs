@@ -6,9 +6,9 @@ mod world;
 
 use std::io::Write as _;
 
-use cicada::broker::interface::{Event, Verdict, VmAdopt, VmCreate};
-use cicada::broker::{ProblemKind, Reply, Request};
 use cicada::component::{Kind, Manifest, PackRef};
+use cicada::interface::{Event, Verdict, VmAdopt, VmCreate};
+use cicada::interface::{ProblemKind, Reply, Request};
 use cicada::types::ByteSize;
 use cicada::vm::Firmware;
 use world::{World, capped, components, missing_tool, turn};
@@ -195,7 +195,7 @@ fn only_what_is_missing_travels() {
             other => panic!("{other:?}\n{}", world.log(0)),
         }
     };
-    let fill = |vm: &cicada::broker::interface::VmView, seed: u8| {
+    let fill = |vm: &cicada::interface::VmView, seed: u8| {
         // User data as a guest would leave it, of incompressible bytes.
         let dir = world.clouds[0].dir.join("data/vms").join(vm.id.to_string()).join("disks-1/user-data.raw");
         let file = std::fs::OpenOptions::new().write(true).open(dir).unwrap();

@@ -9,19 +9,21 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::{MemberView, StatusView};
-use cicada::broker::records::Records;
-use cicada::broker::serving::{Store, Tickets};
-use cicada::broker::{Broker, Inbox, Input, Link, LinkError, Reply, Request, RoomInput, Shared};
+use cicada::broker::RoomInput;
 use cicada::clock::{Clock, ManualClock, UnixMillis};
 use cicada::compose::Composer;
 use cicada::config::Config;
 use cicada::federation::{Members, Presence, Refused};
 use cicada::hypervisor::FakeDriver;
+use cicada::interface::{MemberView, StatusView};
+use cicada::interface::{Reply, Request};
 use cicada::migration::envelope::{LIFETIME, SKEW, VERSION};
 use cicada::migration::message::{CheckAnswer, ContentAnswer};
 use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, HandOver, RequestBody};
 use cicada::repository::Repository;
+use cicada::runner::Records;
+use cicada::runner::content::serving::{Store, Tickets};
+use cicada::runner::{Inbox, Input, Link, LinkError, Runner, Shared};
 use cicada::stanza::Cloud;
 use cicada::transfer::{
     Authority, Connection, Endpoint, FetchReport, Limiter, ObjectBody, ObjectKey, ObjectSink, ObjectSource,
@@ -98,7 +100,7 @@ impl Home {
                 .unwrap();
         let heard = Silence::default();
         let driver = Arc::new(FakeDriver::new(Arc::new(clock.clone())));
-        let (inbox, inputs) = cicada::broker::inbox();
+        let (inbox, inputs) = cicada::runner::inbox();
         let shared = Arc::new(Shared {
             me: jid("home"),
             key: identity,
@@ -112,12 +114,11 @@ impl Home {
             records: Records::open(&config.cloud.data_dir).unwrap(),
             inbox: inbox.clone(),
             versions: Default::default(),
-            clocks: Default::default(),
             config,
         });
         let confirmed = BTreeMap::from(["a", "b"].map(|name| (jid(name), key(name).public())));
         let members = Members::new(BTreeMap::new(), confirmed, false);
-        let broker = Broker::open(shared.clone(), members, Box::new(|_| ())).unwrap();
+        let broker = Runner::open(shared.clone(), members, Box::new(|_| ())).unwrap();
         tokio::spawn(broker.run(inputs));
         let home = Self { _dir: dir, shared, inbox, clock, heard, driver };
         for name in ["a", "b", "stranger"] {
@@ -156,7 +157,7 @@ impl Home {
         }));
     }
 
-    async fn call(&self, request: Request) -> Result<Reply, cicada::broker::Problem> {
+    async fn call(&self, request: Request) -> Result<Reply, cicada::interface::Problem> {
         let (events, _seen) = mpsc::channel(64);
         let (reply, answer) = oneshot::channel();
         self.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));

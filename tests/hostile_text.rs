@@ -8,20 +8,23 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use cicada::broker::handle::{ObjectKind, Service};
-use cicada::broker::interface::{Event, VmAdopt};
-use cicada::broker::records::Records;
-use cicada::broker::serving::{Store, Tickets};
-use cicada::broker::{Broker, Inbox, Input, Link, LinkError, Problem, Reply, Request, RoomInput, Shared};
+use cicada::api::Service;
+use cicada::broker::RoomInput;
 use cicada::clock::{Clock, ManualClock, UnixMillis};
 use cicada::compose::Composer;
 use cicada::config::Config;
 use cicada::federation::{Members, Presence};
 use cicada::hypervisor::FakeDriver;
+use cicada::interface::ObjectKind;
+use cicada::interface::{Event, VmAdopt};
+use cicada::interface::{Problem, Reply, Request};
 use cicada::migration::envelope::VERSION;
 use cicada::migration::message::{CheckAnswer, ContentAnswer, Initialization, Progress, StageAccount};
 use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, HandOver, Pass, RequestBody};
 use cicada::repository::Repository;
+use cicada::runner::Records;
+use cicada::runner::content::serving::{Store, Tickets};
+use cicada::runner::{Inbox, Input, Link, LinkError, Runner, Shared};
 use cicada::stanza::Cloud;
 use cicada::transfer::{Endpoint, Limiter};
 use cicada::types::text::{TEXT_CHARS_MAX, is_plain};
@@ -430,7 +433,7 @@ fn keep_old_record(records: &Records) -> MigrationId {
             "phase": HOSTILE, "detail": HOSTILE, "bytes_done": 0, "bytes_total": 0, "rate_bytes_per_s": 0,
             "eta_s": null, "fraction": 1.0, "started": 1, "updated": 2, "ended": true
         },
-        "account": cicada::broker::interface::Account {
+        "account": cicada::interface::Account {
             phase_ms: BTreeMap::from([(HOSTILE.to_owned(), 1)]), ..Default::default()
         },
         "problem": { "kind": "refused", "object": HOSTILE, "reason": HOSTILE, "next_step": HOSTILE },
@@ -469,7 +472,7 @@ async fn start() -> World {
             .unwrap();
     let records = Records::open(&config.cloud.data_dir).unwrap();
     let old = keep_old_record(&records);
-    let (inbox, inputs) = cicada::broker::inbox();
+    let (inbox, inputs) = cicada::runner::inbox();
     let mood = Arc::new(Mutex::new(Mood::Denies));
     let liar = Liar { clock: clock.clone(), mood, worked: Arc::default() };
     let socket = config.api.socket.clone();
@@ -486,11 +489,10 @@ async fn start() -> World {
         records,
         inbox: inbox.clone(),
         versions: Default::default(),
-        clocks: Default::default(),
         config,
     });
     let confirmed = BTreeMap::from([(jid("b"), key("b").public())]);
-    let broker = Broker::open(shared, Members::new(BTreeMap::new(), confirmed, false), Box::new(|_| ()));
+    let broker = Runner::open(shared, Members::new(BTreeMap::new(), confirmed, false), Box::new(|_| ()));
     tokio::spawn(broker.unwrap().run(inputs));
     let listener = cicada::api::bind(&socket).await.unwrap();
     let (stop, stopped) = watch::channel(false);

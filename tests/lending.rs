@@ -7,12 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use cicada::broker::healing::unhealed;
-use cicada::broker::interface::ReportLine;
-use cicada::broker::records::Records;
-use cicada::broker::serving::{Store, Tickets};
-use cicada::broker::shared::{AskError, Matter, Peer};
-use cicada::broker::{Broker, Inbox, Input, Link, LinkError, Reply, Request, RoomInput, Shared};
+use cicada::broker::RoomInput;
+use cicada::broker::{Matter, Peer};
 use cicada::clock::ManualClock;
 use cicada::clock::UnixMillis;
 use cicada::component::manifest::{Entry, EntryKind, Kind, Manifest, Meta, PackRef};
@@ -20,9 +16,16 @@ use cicada::compose::Composer;
 use cicada::config::Config;
 use cicada::federation::{Members, Presence};
 use cicada::hypervisor::FakeDriver;
+use cicada::interface::ReportLine;
+use cicada::interface::{Reply, Request};
 use cicada::migration::message::ContentAnswer;
 use cicada::migration::{AnswerBody, DenialCode, RequestBody};
 use cicada::repository::Repository;
+use cicada::runner::AskError;
+use cicada::runner::Records;
+use cicada::runner::content::healing::unhealed;
+use cicada::runner::content::serving::{Store, Tickets};
+use cicada::runner::{Inbox, Input, Link, LinkError, Runner, Shared};
 use cicada::stanza::Cloud;
 use cicada::transfer::{
     Endpoint, Limiter, ObjectKey, ObjectSink, PackRange, PackWriter, Progress, Refusal, SinkError, Ticket,
@@ -134,7 +137,7 @@ fn start(
     let endpoint =
         Endpoint::bind(config.transfer.listen, &identity, tickets.clone(), store, Limiter::new(None))
             .unwrap();
-    let (inbox, inputs) = cicada::broker::inbox();
+    let (inbox, inputs) = cicada::runner::inbox();
     inboxes.lock().unwrap().insert(jid(name), inbox.clone());
     let shared = Arc::new(Shared {
         me: jid(name),
@@ -149,20 +152,19 @@ fn start(
         records: Records::open(&config.cloud.data_dir).unwrap(),
         inbox: inbox.clone(),
         versions: Default::default(),
-        clocks: Default::default(),
         config,
     });
     let trusted = members.iter().filter(|(other, _)| *other != "stranger");
     let trusted: BTreeMap<_, _> = trusted.map(|(other, _)| (jid(other), key(other).public())).collect();
     let broker =
-        Broker::open(shared.clone(), Members::new(trusted, BTreeMap::new(), false), Box::new(|_| ()))
+        Runner::open(shared.clone(), Members::new(trusted, BTreeMap::new(), false), Box::new(|_| ()))
             .unwrap();
     tokio::spawn(broker.run(inputs));
     Member { _dir: dir, jid: jid(name), key: key(name).public(), shared, inbox }
 }
 
 impl Member {
-    async fn call(&self, request: Request) -> Result<Reply, cicada::broker::Problem> {
+    async fn call(&self, request: Request) -> Result<Reply, cicada::interface::Problem> {
         let (events, mut seen) = mpsc::channel(64);
         let (reply, answer) = oneshot::channel();
         self.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));

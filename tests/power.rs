@@ -6,8 +6,8 @@ mod world;
 
 use std::time::Duration;
 
-use cicada::broker::Request;
-use cicada::broker::interface::VmView;
+use cicada::interface::Request;
+use cicada::interface::VmView;
 use cicada::vm::PowerState;
 use rustix::process::Signal;
 use world::World;

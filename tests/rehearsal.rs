@@ -6,8 +6,8 @@ mod world;
 
 use std::path::Path;
 
-use cicada::broker::interface::{Verdict, VmView};
-use cicada::broker::{Reply, Request};
+use cicada::interface::{Reply, Request};
+use cicada::interface::{Verdict, VmView};
 use cicada::vm::{Firmware, PowerState};
 use world::World;
 
@@ -19,7 +19,7 @@ fn adopt(world: &World, name: &str, firmware: Firmware, networks: &[&str], start
     })
 }
 
-fn moves(world: &World, vm: &str) -> Result<Reply, cicada::broker::Problem> {
+fn moves(world: &World, vm: &str) -> Result<Reply, cicada::interface::Problem> {
     let to = Some("boreal".to_owned());
     world.call(0, &Request::Move { vm: vm.into(), to, dry_run: false, force_stop: true })
 }
@@ -92,6 +92,12 @@ fn a_cloud_that_cannot_start_a_vm_does_not_take_it_over() {
     let Verdict::No { reasons } = &plan.candidates[0].verdict else { panic!("{plan:?}") };
     assert!(reasons[0].text.contains("firmware.fd was not found"), "{reasons:?}");
 
+    // What no machine here has is refused before the disk is read.
+    let refused = world.try_noise_vm(0, "arm", 300_000, |adopt| adopt.architecture = "arm64".into());
+    assert!(refused.unwrap_err().reason.contains("no architecture 'arm64'"));
+    let refused = world.try_noise_vm(0, "odd", 300_000, |a| a.hardware.cpu_model = Some("none-such".into()));
+    assert!(refused.unwrap_err().reason.contains("no CPU model 'none-such'"));
+
     // All is well again.
     std::fs::copy("/usr/share/OVMF/OVMF_CODE_4M.fd", &firmware).unwrap();
     let Ok(Reply::Migration(moved)) = moves(&world, "web") else { panic!("{}", world.log(0)) };
@@ -119,4 +125,45 @@ fn vms_run_below_a_directory_of_any_depth() {
     let stop = Request::VmStop { vm: "web".into(), force: true, timeout_s: Some(5), for_host: false };
     world.call(0, &stop).unwrap();
     assert_eq!(world.vm(0, "web").power, PowerState::Stopped);
+}
+
+/// What a configuration names and QEMU does not run is known before a VM needs it.
+#[test]
+fn a_cloud_that_could_start_no_vm_does_not_begin_and_says_why() {
+    if world::missing_tool() {
+        return;
+    }
+    let _turn = world::turn();
+    let world = World::prepare(&["alpine"], &[], 30);
+    world.configure(0, "");
+    let firmware = world.dir.path().join("firmware.fd");
+    std::fs::write(&firmware, b"no firmware").unwrap();
+    let offered =
+        std::process::Command::new("qemu-system-x86_64").args(["-machine", "help"]).output().unwrap();
+    let offered = String::from_utf8(offered.stdout).unwrap();
+    let mut names = offered.lines().filter_map(|line| line.split(' ').next());
+    let other_family = names.find(|name| name.starts_with("pc-i440fx-")).unwrap();
+    let run = |set: &str, command: &[&str]| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_cicada"))
+            .arg("--config")
+            .arg(world.clouds[0].dir.join("federation.toml"))
+            .args(["--set", set])
+            .args(command)
+            .output()
+            .unwrap();
+        (output.status.code(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+    };
+    for (set, words) in [
+        ("hypervisor.cpu_model=none-such", "the CPU model 'none-such' is not offered"),
+        // A machine of another family, whose buses have other names.
+        (&format!("hypervisor.machine_type={other_family}"), "does not start"),
+        (&format!("hypervisor.firmware_vars={}", firmware.display()), "does not start"),
+    ] {
+        let (code, said) = run(set, &["broker"]);
+        assert!(code == Some(10) && said.contains(words), "{set}: {code:?} {said}");
+        let (code, said) = run(set, &["config", "check", "--online"]);
+        assert!(code != Some(0) && said.contains(words), "{set}: {code:?} {said}");
+    }
+    let (_, said) = run("hypervisor.accelerator=tcg", &["config", "check", "--online"]);
+    assert!(said.contains("starts a VM as it is configured"), "{said}");
 }

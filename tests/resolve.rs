@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::{MigrationView, VmView};
-use cicada::broker::{ProblemKind, Reply, Request};
+use cicada::interface::{MigrationView, VmView};
+use cicada::interface::{ProblemKind, Reply, Request};
 use serde_json::Value;
 use world::{World, missing_tool, turn};
 
@@ -94,7 +94,7 @@ fn forget_arrival(world: &World, vm: &VmView, id: &str) {
 /// Waits until each of the two clouds can send VMs to the other.
 fn wait_online(world: &World) {
     let sees = |w: &World, cloud: usize, other: &str| {
-        let there = |m: &cicada::broker::interface::MemberView| m.state == "online" && m.trust == "trusted";
+        let there = |m: &cicada::interface::MemberView| m.state == "online" && m.trust == "trusted";
         w.members(cloud).iter().any(|m| m.jid.as_str().starts_with(other) && there(m))
     };
     world.wait("the clouds see each other", 90, |w| sees(w, A, "boreal") && sees(w, B, "alpine"));

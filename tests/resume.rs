@@ -7,8 +7,8 @@ mod world;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::MigrationView;
-use cicada::broker::{Reply, Request};
+use cicada::interface::MigrationView;
+use cicada::interface::{Reply, Request};
 use world::{World, capped, components, missing_tool, turn};
 
 const TINY: [&str; 3] = ["format-uefi-gpt", "kernel-tiny", "os-tiny"];

@@ -7,8 +7,8 @@ mod world;
 
 use std::process::{Command, Output};
 
-use cicada::broker::Request;
-use cicada::broker::interface::MemberView;
+use cicada::interface::MemberView;
+use cicada::interface::Request;
 use world::{World, components, missing_tool, turn};
 
 const TINY: [&str; 3] = ["format-uefi-gpt", "kernel-tiny", "os-tiny"];

@@ -6,9 +6,9 @@ mod world;
 
 use std::thread::JoinHandle;
 
-use cicada::broker::interface::{Event, MigrationView};
-use cicada::broker::{Problem, ProblemKind, Reply, Request};
 use cicada::client::Client;
+use cicada::interface::{Event, MigrationView};
+use cicada::interface::{Problem, ProblemKind, Reply, Request};
 use cicada::vm::PowerState;
 use world::{World, components, missing_tool, turn};
 

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use cicada::broker::Request;
+use cicada::interface::Request;
 use cicada::types::ByteSize;
 use cicada::vm::PowerState;
 use world::World;

@@ -1,6 +1,7 @@
 //! What commands say when they are given what they cannot use: which object, why, what next, and the exit code
-//! that goes with it. No broker runs.
+//! that goes with it. No broker runs, but one that reaches nobody.
 
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -282,6 +283,34 @@ fn what_a_broker_needs_is_tried_and_each_fault_named() {
     assert_eq!((code, value["good"].as_bool()), (7, Some(false)));
     let faults = value["checks"].as_array().unwrap().iter().filter(|c| !c["problem"].is_null()).count();
     assert!(faults >= 3, "{out}");
+}
+
+/// Nobody is seen by a broker whose own link is down, and that is not the others' fault.
+#[test]
+fn a_broker_without_its_server_says_that_the_link_is_its_own() {
+    let dir = cloud();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cicada"));
+    command.current_dir(dir.path()).env("CICADA_CONFIG", "federation.toml");
+    command.args(["--set", "xmpp.server=127.0.0.1:1", "--set", "transfer.listen=127.0.0.1:0", "broker"]);
+    let mut broker =
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let begun = std::time::Instant::now();
+    while run(dir.path(), &["status"]).0 != 0 {
+        if broker.try_wait().unwrap().is_some() {
+            let said = std::io::read_to_string(broker.stderr.take().unwrap()).unwrap();
+            assert!(said.contains("error: hypervisor"), "{said}");
+            drop(writeln!(std::io::stderr(), "SKIPPED: no broker without QEMU (qemu-system-x86)"));
+            return;
+        }
+        assert!(begun.elapsed().as_secs() < 60);
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    let said = [&["members"][..], &["identity", "list"]].map(|args| run(dir.path(), args).2);
+    broker.kill().unwrap();
+    broker.wait().unwrap();
+    for err in said {
+        assert!(err.contains("this broker is not in the room itself"), "{err}");
+    }
 }
 
 /// Every command that a hint, an error or a help text names is one: a hint that leads nowhere is worse than none.

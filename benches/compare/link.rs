@@ -10,11 +10,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use cicada::broker::receiving::{Packs, Sink, TakeBlock};
-use cicada::broker::serving::{Served, Store, Tickets};
 use cicada::compose::Composer;
 use cicada::disk::{BlockIndex, DiskFile, StagedDisk};
 use cicada::repository::Repository;
+use cicada::runner::content::receiving::{Packs, Sink, TakeBlock};
+use cicada::runner::content::serving::{Served, Store, Tickets};
 use cicada::transfer::{Connection, Endpoint, Limiter, ObjectKey, Progress, Ticket};
 use cicada::types::{ComponentId, IdentityKey, PackId, RecipeId};
 use cicada::vm::MapRef;

@@ -81,7 +81,7 @@ fn image(scratch: &Path, definitions: &str, out: &Path) -> Result<()> {
     // What a broker does when it is idle; OPTIMIZE=0 measures packs as they were made.
     if std::env::var_os("OPTIMIZE").is_none_or(|v| v != "0") {
         let names: Vec<String> = components.iter().map(ToString::to_string).collect();
-        cicada::broker::optimize::optimize(&repository, &names, true, &|| false, &mut |_| ())
+        cicada::runner::content::optimize::optimize(&repository, &names, true, &|| false, &mut |_| ())
             .map_err(|p| p.to_string())?;
     }
     let composer = Composer::new(repository);

@@ -6,8 +6,9 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use cicada::broker::Request;
-use cicada::broker::records::{Arrival, GivenUp, Ownership, ReturnRecord, VmRecord};
+use cicada::interface::Request;
+use cicada::broker::book::ReturnRecord;
+use cicada::migration::records::{Arrival, GivenUp, Ownership, VmRecord};
 use cicada::clock::UnixMillis;
 use cicada::component::manifest::Meta;
 use cicada::component::{

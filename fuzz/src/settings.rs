@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use cicada::api::HeldRequest;
-use cicada::broker::Request;
-use cicada::broker::interface::Message;
-use cicada::broker::records::{MigrationRecord, ReturnRecord, VmRecord};
+use cicada::interface::Request;
+use cicada::interface::Message;
+use cicada::broker::book::{MigrationRecord, ReturnRecord};
+use cicada::migration::records::VmRecord;
 use cicada::component::Definition;
 use cicada::component::definition::matches;
 use cicada::config::Config;

@@ -8,9 +8,10 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
+use crate::compose::ImageFormat;
+
 use super::error::io_error;
 use super::{AdoptError, Job};
-use crate::compose::ImageFormat;
 
 /// Of `qemu-img check`: clusters that nothing uses, which cost room alone.
 const LEAKS_ONLY: i32 = 3;
@@ -19,12 +20,17 @@ const NOT_SUPPORTED: i32 = 63;
 const LINE_BYTES_MAX: u64 = 4096;
 /// The most that a first-level table may have, as in QEMU.
 const L1_BYTES_MAX: u64 = 32 << 20;
+const MIB: u64 = 1 << 20;
 const L2_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// Refuses a file that lacks what its own tables say it has. It names no other file any more.
 pub fn check(path: &Path, format: ImageFormat, len: u64, job: Job<'_>) -> Result<(), AdoptError> {
     if format == ImageFormat::Qcow2 {
         check_tables(path, len)?;
+    }
+    // QEMU takes one that lacks the last byte of its last block; blocks are counted in whole MiB.
+    if format == ImageFormat::Vhdx && len % MIB == MIB - 1 {
+        return Err(damaged(path, "it was cut short: it lacks the last byte".into()));
     }
     check_map(path, format, len, job)?;
     job.check()?;

@@ -38,6 +38,8 @@ pub enum AdoptError {
     TooLarge { path: PathBuf, size: ByteSize, limit: ByteSize },
     #[error("{} changed while it was read: stop whatever writes to it and try again", path.display())]
     Changed { path: PathBuf },
+    #[error("{} is in use: stop the machine that writes to it and try again", path.display())]
+    InUse { path: PathBuf },
     #[error("{} {reason}", path.display())]
     Occupied { path: PathBuf, reason: &'static str },
     #[error("qemu-img is not there: install the package qemu-utils")]

@@ -8,12 +8,15 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{AdoptError, VmDisk};
 use crate::compose::ImageFormat;
+
+use super::{AdoptError, VmDisk};
 
 const HEAD_BYTES: usize = 512;
 /// Bits of qcow2's incompatible features: the data lie in another file.
 const QCOW2_EXTERNAL_DATA: u64 = 1 << 2;
+/// Its counts of clusters are not up to date, as of a machine that crashed.
+const QCOW2_DIRTY: u64 = 1;
 /// Something went wrong in it, and whoever noticed wrote so.
 const QCOW2_CORRUPT: u64 = 1 << 1;
 /// Disk types of a VHD's footer.
@@ -46,7 +49,8 @@ impl Head {
     pub fn bears(&self, format: ImageFormat) -> bool {
         match format {
             ImageFormat::Raw => true,
-            ImageFormat::Qcow2 => self.first.starts_with(b"QFI\xfb"),
+            // The first version is another format, which QEMU calls qcow.
+            ImageFormat::Qcow2 => self.first.starts_with(b"QFI\xfb") && self.be_u64(0) as u32 != 1,
             ImageFormat::Vmdk => self.first.starts_with(b"KDMV") || self.is_vmdk_descriptor(),
             ImageFormat::Vhdx => self.first.starts_with(b"vhdxfile"),
             ImageFormat::Vpc => self.first.starts_with(b"conectix") || self.last.starts_with(b"conectix"),
@@ -80,6 +84,11 @@ impl Head {
     /// Whether the file itself says that it is damaged.
     pub fn is_marked_corrupt(&self, format: ImageFormat) -> bool {
         format == ImageFormat::Qcow2 && self.be_u64(0) as u32 >= 3 && self.be_u64(72) & QCOW2_CORRUPT != 0
+    }
+
+    /// Whether it was not closed by whoever wrote it and is to be repaired before it is read.
+    pub fn is_open(&self, format: ImageFormat) -> bool {
+        format == ImageFormat::Qcow2 && self.be_u64(0) as u32 >= 3 && self.be_u64(72) & QCOW2_DIRTY != 0
     }
 
     fn is_vmdk_descriptor(&self) -> bool {

@@ -13,10 +13,12 @@ mod error;
 mod fat;
 mod formats;
 mod matching;
+mod reader;
 mod recognise;
 mod residue;
 mod segments;
 mod source;
+mod whole;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};

@@ -3,10 +3,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::compose::ImageFormat;
+
+use super::reader::Reader;
+use super::whole;
 
 /// Sizes of sectors a GPT may count in.
 const SECTORS: [u64; 2] = [512, 4096];
@@ -18,6 +20,8 @@ const ESP: [u8; 16] =
 /// Type of GRUB's partition for starting a GPT disk by BIOS.
 const BIOS_BOOT: [u8; 16] =
     [0x48, 0x61, 0x68, 0x21, 0x49, 0x64, 0x6f, 0x6e, 0x74, 0x4e, 0x65, 0x65, 0x64, 0x45, 0x46, 0x49];
+/// Attribute of a GPT's partition that syslinux and its like start by BIOS.
+const LEGACY_BOOTABLE: u64 = 1 << 2;
 const MBR_ESP: u8 = 0xef;
 const MBR_PROTECTIVE: u8 = 0xee;
 
@@ -32,7 +36,17 @@ const FOREIGN: &[(u64, &[u8], &str, &str)] = &[
     (0, b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it and adopt the disk in it"),
     (0, b"Rar!", "a RAR archive", "unpack it and adopt the disk in it"),
     (257, b"ustar", "a tar archive, as .ova files are", "unpack it with 'tar -xf' and adopt the disk in it"),
-    (0, b"070701", "a cpio archive", "unpack it and adopt the disk in it"),
+    (0, b"07070", "a cpio archive", "unpack it and adopt the disk in it"),
+    (0, b"!<arch>\n", "a package or library", "name the disk itself"),
+    (0, b"\xed\xab\xee\xdb", "a package", "name the disk itself"),
+    (0, b"VMA\0", "a backup of Proxmox", "unpack it with 'vma extract' and adopt the disk in it"),
+    (0, b"\x3a\xff\x26\xed", "a sparse image of Android", "unpack it with 'simg2img' first"),
+    (
+        0,
+        b"QFI\xfb\0\0\0\x01",
+        "a disk of the format qcow",
+        "convert it with 'qemu-img convert -f qcow -O qcow2'",
+    ),
     (0, b"MSWIM\0\0\0", "a Windows image (WIM)", "install it into a VM and adopt that one's disk"),
     (0, b"QED\0", "a disk of the format qed", "convert it with 'qemu-img convert -f qed -O qcow2'"),
     (
@@ -54,24 +68,6 @@ const FOREIGN: &[(u64, &[u8], &str, &str)] = &[
     (0x8001, b"CD001", "a CD image (ISO 9660)", "install from it and adopt the disk that makes"),
 ];
 
-/// File systems and the like that take up a whole disk: where their magic is, and what they are.
-const WHOLE: &[(u64, &[u8], &str)] = &[
-    (1080, &[0x53, 0xef], "ext file system"),
-    (0, b"XFSB", "XFS file system"),
-    (0x10040, b"_BHRfS_M", "btrfs file system"),
-    (512, b"LABELONE", "LVM physical volume"),
-    (0, b"LUKS\xba\xbe", "LUKS encrypted disk"),
-    (4086, b"SWAPSPACE2", "swap space"),
-    (0, b"hsqs", "squashfs file system"),
-    (3, b"NTFS    ", "NTFS file system"),
-    (3, b"EXFAT   ", "exFAT file system"),
-    (54, b"FAT", "FAT file system"),
-    (82, b"FAT32", "FAT file system"),
-    (4096, &[0xfc, 0x4e, 0x2b, 0xa9], "member of a Linux RAID"),
-    (1024, &[0x10, 0x20, 0xf5, 0xf2], "F2FS file system"),
-    (65600, b"ReIsEr", "ReiserFS file system"),
-];
-
 /// Extensions that promise a format, or something that is no disk.
 const PROMISES: &[&str] = &[
     "qcow2", "qcow", "vmdk", "vhdx", "vhd", "vdi", "ova", "ovf", "qed", "xz", "gz", "bz2", "zst", "zip",
@@ -81,7 +77,7 @@ const PROMISES: &[&str] = &[
 /// What a disk was found to be.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Disk {
-    /// For people: table, sectors, partitions, or the one file system; empty if nothing was found.
+    /// For people: table, sectors, partitions, or the one file system; empty if there is none of these.
     pub what: String,
     pub boots_bios: bool,
     pub boots_uefi: bool,
@@ -97,6 +93,13 @@ impl Disk {
         !self.what.is_empty()
     }
 
+    /// Notes the loader in the EFI system partition that begins at `start`.
+    fn take_loader(&mut self, reader: &Reader<'_>, start: u64) -> io::Result<()> {
+        let fill = |at: u64, buffer: &mut [u8]| reader.fill(start.saturating_add(at), buffer);
+        self.loader = self.loader.take().or(super::fat::loader(&fill)?);
+        Ok(())
+    }
+
     /// How firmware starts it, in words.
     pub fn boots(&self) -> &'static str {
         match (self.boots_bios, self.boots_uefi) {
@@ -105,25 +108,6 @@ impl Disk {
             (false, true) => "UEFI",
             (false, false) => "nothing was found that firmware starts",
         }
-    }
-}
-
-/// Reads at an offset; what lies beyond the end is zero.
-struct Reader<'a> {
-    file: &'a File,
-    len: u64,
-}
-
-impl Reader<'_> {
-    fn at<const N: usize>(&self, offset: u64) -> io::Result<[u8; N]> {
-        let mut bytes = [0; N];
-        let there = self.len.saturating_sub(offset).min(N as u64) as usize;
-        self.file.read_exact_at(&mut bytes[..there], offset)?;
-        Ok(bytes)
-    }
-
-    fn has(&self, offset: u64, magic: &[u8]) -> io::Result<bool> {
-        Ok(self.at::<32>(offset)?.starts_with(magic))
     }
 }
 
@@ -171,54 +155,58 @@ pub fn disk(file: &File, len: u64) -> io::Result<Disk> {
     let has_boot_code = is_marked && sector[..440].iter().any(|b| *b != 0);
     for size in SECTORS {
         if reader.has(size, b"EFI PART")? {
-            return gpt(&reader, size, has_boot_code);
+            return gpt(&reader, size, size, has_boot_code);
         }
     }
     let table = &sector[446..510];
-    let has_table = is_marked
-        && table.chunks_exact(16).all(|e| matches!(e[0], 0 | 0x80))
-        && table.chunks_exact(16).any(|e| e[4] != 0);
-    if has_table {
+    let is_table = is_marked && table.chunks_exact(16).all(|e| matches!(e[0], 0 | 0x80));
+    let types: Vec<u8> = table.chunks_exact(16).map(|e| e[4]).filter(|t| is_table && *t != 0).collect();
+    if types.iter().any(|t| *t != MBR_PROTECTIVE) {
         return mbr(&reader, table, has_boot_code);
     }
-    for (offset, magic, what) in WHOLE {
-        if reader.has(*offset, magic)? {
-            let end_bytes = file_system_end(&reader, what)?;
-            return Ok(Disk { what: format!("{what}, no partition table"), end_bytes, ..Disk::default() });
+    if !types.is_empty() {
+        // The table stands for a GPT, of which the copy at the end may be left; firmware takes that.
+        for size in SECTORS {
+            let last = (len / size).saturating_sub(1) * size;
+            if reader.has(last, b"EFI PART")? {
+                return gpt(&reader, size, last, has_boot_code);
+            }
         }
+        return Ok(Disk::default());
     }
-    let what = if has_boot_code { "a boot sector, no partition table" } else { "" };
-    Ok(Disk { what: what.into(), boots_bios: has_boot_code, ..Disk::default() })
+    if let Some((what, end_bytes)) = whole::find(&reader)? {
+        return Ok(Disk { what: format!("{what}, no partition table"), end_bytes, ..Disk::default() });
+    }
+    Ok(Disk { boots_bios: has_boot_code, ..Disk::default() })
 }
 
-fn gpt(reader: &Reader<'_>, sector_bytes: u64, has_boot_code: bool) -> io::Result<Disk> {
-    let header = reader.at::<512>(sector_bytes)?;
-    let u64_at =
-        |bytes: &[u8], at: usize| bytes[at..at + 8].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
-    let u32_at = |bytes: &[u8], at: usize| u64_at(&[&bytes[at..at + 4], &[0; 4]].concat(), 0);
-    let (table, count, size) = (u64_at(&header, 72), u32_at(&header, 80), u32_at(&header, 84));
-    let end_of = |last: u64| last.saturating_add(1).saturating_mul(sector_bytes);
+/// A GPT whose header is at `at`.
+fn gpt(reader: &Reader<'_>, sector_bytes: u64, at: u64, has_boot_code: bool) -> io::Result<Disk> {
+    let (table, count) = (reader.le::<8>(at + 72)?, reader.le::<4>(at + 80)?);
+    let size = reader.le::<4>(at + 84)?;
+    let bytes = |sector: u64| sector.saturating_mul(sector_bytes);
     // The copy of the header is the last that belongs to the disk.
-    let mut disk = Disk { end_bytes: end_of(u64_at(&header, 32)), ..Disk::default() };
+    let last = reader.le::<8>(at + 24)?.max(reader.le::<8>(at + 32)?);
+    let mut disk = Disk { end_bytes: bytes(last.saturating_add(1)), ..Disk::default() };
     let mut partitions = 0;
-    let (mut has_esp, mut has_bios_boot) = (false, false);
+    let (mut has_esp, mut is_bios_bootable) = (false, false);
     for number in 0..count.min(ENTRIES_MAX) {
-        let at = table.saturating_mul(sector_bytes).saturating_add(number.saturating_mul(size));
-        let entry = reader.at::<128>(at)?;
-        if entry[..16] == [0; 16] {
+        let entry = bytes(table).saturating_add(number.saturating_mul(size));
+        let kind = reader.at::<16>(entry)?;
+        if kind == [0; 16] {
             continue;
         }
         partitions += 1;
-        disk.end_bytes = disk.end_bytes.max(end_of(u64_at(&entry, 40)));
-        has_bios_boot |= entry[..16] == BIOS_BOOT;
-        if entry[..16] == ESP {
+        let number_at = |at: u64| reader.le::<8>(entry.saturating_add(at));
+        disk.end_bytes = disk.end_bytes.max(bytes(number_at(40)?.saturating_add(1)));
+        is_bios_bootable |= kind == BIOS_BOOT || number_at(48)? & LEGACY_BOOTABLE != 0;
+        if kind == ESP {
             has_esp = true;
-            let start = u64_at(&entry, 32).saturating_mul(sector_bytes);
-            disk.loader = disk.loader.or(super::fat::loader(&|at, buffer| read(reader, start, at, buffer))?);
+            disk.take_loader(reader, bytes(number_at(32)?))?;
         }
     }
     disk.boots_uefi = has_esp;
-    disk.boots_bios = has_bios_boot && has_boot_code;
+    disk.boots_bios = is_bios_bootable && has_boot_code;
     disk.what =
         format!("GPT, sectors of {sector_bytes} bytes, {partitions} partitions{}", esp_text(has_esp, &disk));
     Ok(disk)
@@ -235,7 +223,7 @@ fn mbr(reader: &Reader<'_>, table: &[u8], has_boot_code: bool) -> io::Result<Dis
         disk.end_bytes = disk.end_bytes.max(start + u32_at(entry, 12) * 512);
         if entry[4] == MBR_ESP {
             has_esp = true;
-            disk.loader = disk.loader.or(super::fat::loader(&|at, buffer| read(reader, start, at, buffer))?);
+            disk.take_loader(reader, start)?;
         }
     }
     disk.boots_uefi = has_esp;
@@ -249,32 +237,4 @@ fn esp_text(has_esp: bool, disk: &Disk) -> String {
         (true, Some(loader)) => format!(", EFI system partition with {loader}"),
         (true, None) => ", EFI system partition without a loader that firmware finds by itself".into(),
     }
-}
-
-fn read(reader: &Reader<'_>, start: u64, at: u64, buffer: &mut [u8]) -> io::Result<()> {
-    let offset = start.saturating_add(at);
-    let there = reader.len.saturating_sub(offset).min(buffer.len() as u64) as usize;
-    buffer[there..].fill(0);
-    reader.file.read_exact_at(&mut buffer[..there], offset)
-}
-
-/// Where ext and XFS say that they end; 0 for others.
-fn file_system_end(reader: &Reader<'_>, what: &str) -> io::Result<u64> {
-    if what.starts_with("ext") {
-        let block = reader.at::<1024>(1024)?;
-        let le = |at: usize| {
-            u64::from(u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]))
-        };
-        // Only with the feature of 64 bits do the upper halves count.
-        let high = if le(96) & 0x80 != 0 { le(0x150) } else { 0 };
-        let count = high << 32 | le(4);
-        return Ok(if le(24) <= 6 { count.saturating_mul(1024 << le(24)) } else { 0 });
-    }
-    if what.starts_with("XFS") {
-        let block = reader.at::<16>(0)?;
-        let size = u64::from(u32::from_be_bytes([block[4], block[5], block[6], block[7]]));
-        let count = block[8..16].iter().fold(0u64, |n, b| n << 8 | u64::from(*b));
-        return Ok(count.saturating_mul(size));
-    }
-    Ok(0)
 }

@@ -10,13 +10,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rayon::prelude::*;
 use rustix::fs::SeekFrom;
 
-use super::error::io_error;
-use super::{AdoptError, Job, SIZE_UNIT_BYTES};
 use crate::component::extents::BLOCK_BYTES;
 use crate::compose::{Digest, SEGMENT_BYTES, zero_segment};
 use crate::disk::{DiskImage, Qcow2};
 use crate::durable;
 use crate::repository::block_digest;
+
+use super::error::io_error;
+use super::{AdoptError, Job, SIZE_UNIT_BYTES};
 
 /// Zeros in aligned runs of this size become holes.
 const HOLE_BYTES: usize = 64 << 10;
@@ -104,9 +105,7 @@ impl Segments {
     /// Writes all of it to `output`, a new file of its owner's only, with holes for zeros; on failure
     /// nothing is left there.
     pub fn write_raw(&self, output: &Path, phase: &'static str, job: Job<'_>) -> Result<(), AdoptError> {
-        let mut part = output.as_os_str().to_owned();
-        part.push(".part");
-        let part = PathBuf::from(part);
+        let part = crate::compose::part_of(output);
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part);
         let file = file.map_err(io_error("create", &part))?;
         let written = self.copy_to(&file, &part, phase, job).and_then(|()| {

@@ -12,13 +12,14 @@ use std::time::{Duration, SystemTime};
 use serde_json::Value;
 use tempfile::TempPath;
 
+use crate::compose::ImageFormat;
+use crate::types::ByteSize;
+use crate::vm::spec::limit::DISK_BYTES;
+
 use super::error::io_error;
 use super::formats::Head;
 use super::recognise::{self, Disk};
 use super::{AdoptError, Job, SIZE_UNIT_BYTES, Segments, damage};
-use crate::compose::ImageFormat;
-use crate::types::ByteSize;
-use crate::vm::spec::limit::DISK_BYTES;
 
 /// Unpacking ends before less than this is free: others write to the repository too.
 const FREE_BYTES_MIN: u64 = 256 << 20;
@@ -86,6 +87,10 @@ impl Source {
         let damaged = |reason: String| AdoptError::Damaged { path: path.to_owned(), reason };
         if head.is_marked_corrupt(format) {
             return Err(damaged("it is marked as corrupt; 'qemu-img check -r all' may repair a copy".into()));
+        }
+        if head.is_open(format) {
+            let reason = "it was not closed: 'qemu-img check -r all' makes its counts right again";
+            return Err(damaged(reason.into()));
         }
         let (disk_bytes, unpacked, snapshots) = match format {
             ImageFormat::Raw => (len, None, Vec::new()),
@@ -177,12 +182,19 @@ fn check_size(path: &Path, disk_bytes: u64) -> Result<(), AdoptError> {
 /// Asks `qemu-img` for the virtual size and the snapshots inside, refusing everything that names other
 /// files.
 fn inspect(path: &Path, format: ImageFormat) -> Result<(u64, Vec<String>), AdoptError> {
-    let mut command = Command::new("qemu-img");
-    command.args(["info", "--output=json", "-f", &format.to_string()]).arg(path);
-    let output = command.stdin(Stdio::null()).output().map_err(|e| not_run(path, &e))?;
+    let info = |sharing: &[&str]| {
+        let mut command = Command::new("qemu-img");
+        command.args(["info", "--output=json", "-f", &format.to_string()]).args(sharing).arg(path);
+        command.stdin(Stdio::null()).output().map_err(|e| not_run(path, &e))
+    };
+    let output = info(&[])?;
     let failed = |reason: String| AdoptError::Convert { path: path.to_owned(), reason };
     if !output.status.success() {
-        return Err(failed(said(&output)));
+        // What can be read only beside a writer has one.
+        if info(&["--force-share"])?.status.success() {
+            return Err(AdoptError::InUse { path: path.to_owned() });
+        }
+        return Err(unreadable(path, said(&output)));
     }
     let info: Value = serde_json::from_slice(&output.stdout).map_err(|e| failed(e.to_string()))?;
     let data = &info["format-specific"]["data"];
@@ -247,8 +259,20 @@ fn unpack(
     if let Some(pipe) = child.0.stderr.take() {
         let _ = pipe.take(4096).read_to_end(&mut stderr);
     }
-    let reason = said(&Output { status, stdout: Vec::new(), stderr });
-    Err(AdoptError::Convert { path: path.to_owned(), reason })
+    Err(unreadable(path, said(&Output { status, stdout: Vec::new(), stderr })))
+}
+
+/// What `qemu-img` says of a file that lacks something, and of one it does not know to read.
+fn unreadable(path: &Path, reason: String) -> AdoptError {
+    const DAMAGE: [&str; 3] = ["truncated", "after end of file", "error while reading"];
+    let path = path.to_owned();
+    if reason.ends_with("No space left on device") {
+        return AdoptError::Io { what: "unpack", path, source: rustix::io::Errno::NOSPC.into() };
+    }
+    match DAMAGE.iter().any(|words| reason.contains(words)) {
+        true => AdoptError::Damaged { path, reason },
+        false => AdoptError::Convert { path, reason },
+    }
 }
 
 /// A child that does not outlive our interest in it.

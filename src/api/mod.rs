@@ -10,15 +10,17 @@
 //! status 200, and its last line says how it ended.
 
 mod routes;
+mod service;
 mod socket;
 
 use serde::{Deserialize, Serialize};
 
-use crate::broker::ProblemKind;
-use crate::broker::handle::ObjectKind;
+use crate::interface::ObjectKind;
+use crate::interface::ProblemKind;
 use crate::types::Hash;
 
 pub use routes::serve;
+pub use service::Service;
 pub use socket::bind;
 
 /// JSON bodies may not be larger.

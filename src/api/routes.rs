@@ -20,11 +20,12 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 
-use crate::broker::handle::{ObjectKind, Service};
-use crate::broker::interface::Message;
-use crate::broker::{Problem, ProblemKind, Request};
+use crate::interface::Message;
+use crate::interface::ObjectKind;
+use crate::interface::{Problem, ProblemKind, Request};
 use crate::types::Hash;
 
+use super::Service;
 use super::{HELD_IDS_MAX, HeldAnswer, HeldRequest, JSON_BYTES_MAX, PutAnswer, status_of};
 
 /// Events that wait for a reader; a service leaves out progress beyond it.

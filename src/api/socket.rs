@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::net::UnixListener;
 
-use crate::broker::{Problem, ProblemKind};
+use crate::interface::{Problem, ProblemKind};
 
 /// Listens at `path` with mode 0600. A socket nobody answers at is a leftover and is replaced;
 /// missing parent directories are made, for the owner only.

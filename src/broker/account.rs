@@ -1,22 +1,10 @@
 //! What a move costs: views, progress and the comparison with a monolithic move.
 
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::path::Path;
-use std::sync::Arc;
-
 use crate::clock::UnixMillis;
-use crate::disk::Scan;
+use crate::interface::{Account, MigrationProgress, MigrationView};
 use crate::migration::message::{Progress, StageAccount};
-use crate::repository::RefKind;
-use crate::types::{CloudName, MemberJid, MigrationId, RecipeId};
-use crate::vm::{Block, VmSpec};
-
-use super::Shared;
-use super::interface::{Account, MigrationProgress, MigrationView};
-
-/// zstd level a monolithic tool would use.
-const MONOLITHIC_LEVEL: i32 = 3;
+use crate::types::{CloudName, MemberJid, MigrationId};
+use crate::vm::VmSpec;
 
 pub fn new_view(
     id: MigrationId,
@@ -107,64 +95,6 @@ pub fn stage(account: &mut Account, s: &StageAccount) {
     let payload = s.component_bytes.saturating_add(s.root_delta_bytes).saturating_add(s.user_data_bytes);
     account.control_bytes = s.map_bytes.max(s.wire_bytes.saturating_sub(payload));
     account.phase_ms.insert("compose".into(), s.compose_ms);
-}
-
-/// What a tool that copies whole disks would send, compressed and raw. Blocking, and slow the
-/// first time for a recipe: the composition's part is remembered.
-pub fn monolithic(shared: &Shared, recipe: &RecipeId, disks: &[Arc<Scan>]) -> io::Result<(u64, u64)> {
-    let name = recipe.to_string();
-    let known = shared.repository.get_ref(RefKind::Composition, &name).map_err(io::Error::other)?;
-    let known = known.and_then(|v| serde_json::from_slice::<(u64, u64)>(&v).ok());
-    let (mut zstd, mut raw) = match known {
-        Some(sizes) => sizes,
-        None => {
-            let composition = shared.composer.composition(recipe).map_err(io::Error::other)?;
-            let sizes = compressed_size(&composition.path)?;
-            let value = serde_json::to_vec(&sizes).map_err(io::Error::other)?;
-            shared.repository.set_ref(RefKind::Composition, &name, &value).map_err(io::Error::other)?;
-            sizes
-        }
-    };
-    for disk in disks {
-        let mut encoder = zstd::Encoder::new(Counter(0), MONOLITHIC_LEVEL)?;
-        for (_, block) in &disk.map.blocks {
-            if let Block::Data(hash) = block {
-                let bytes = disk.index.read_block(hash).map_err(io::Error::other)?;
-                raw += bytes.len() as u64;
-                encoder.write_all(&bytes)?;
-            }
-        }
-        zstd += encoder.finish()?.0;
-    }
-    Ok((zstd, raw))
-}
-
-/// Size of a file's data, compressed as one stream and raw; holes cost nothing.
-fn compressed_size(path: &Path) -> io::Result<(u64, u64)> {
-    let mut file = File::open(path)?;
-    let len = file.metadata()?.len();
-    let mut encoder = zstd::Encoder::new(Counter(0), MONOLITHIC_LEVEL)?;
-    let (mut raw, mut at) = (0, 0);
-    while at < len {
-        let Ok(data) = rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(at)) else { break };
-        let hole = rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(data)).unwrap_or(len);
-        file.seek(SeekFrom::Start(data))?;
-        raw += io::copy(&mut (&mut file).take(hole - data), &mut encoder)?;
-        at = hole;
-    }
-    Ok((encoder.finish()?.0, raw))
-}
-
-struct Counter(u64);
-
-impl Write for Counter {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0 += bytes.len() as u64;
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -1,452 +1,113 @@
-//! Existing disks become VMs, and VMs' disks become files: what operators ask for, run off the
-//! broker's own task, which only makes the record.
+//! Existing disks become VMs, and VMs' disks become files: what operators ask for.
 
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::collections::BTreeSet;
 
-use tokio::sync::{mpsc, oneshot};
+use crate::clock::UnixMillis;
+use crate::interface::{AdoptedView, ExportedView, Problem, ProblemKind, Reply, VmAdopt};
+use crate::migration::records::VmRecord;
+use crate::types::{VmId, VmName};
+use crate::vm::PowerState;
 
-use crate::adopt::{self, AdoptError, Base, Findings, Job, VmDisk};
-use crate::compose::ImageFormat;
-use crate::disk;
-use crate::durable;
-use crate::hypervisor::QemuConfig;
-use crate::types::{ByteSize, RecipeId, VmId, VmName};
-use crate::vm::spec::Nic;
-use crate::vm::{Firmware, Mac, PowerState, VmSpec};
-
-use super::interface::{AdoptedView, Event, ExportedView, KnownFromView, Reply, VmAdopt};
-use super::problem::{Problem, ProblemKind};
-use super::records::VmRecord;
-use super::vms::{Answer, Busy, DiskPaths};
-use super::{Broker, Input, Shared, content, staging};
-
-/// A disk of a VM to be written out.
-pub(super) struct Export {
-    vm: VmId,
-    name: VmName,
-    disk: VmDisk,
-    recipe: RecipeId,
-    output: PathBuf,
-    format: ImageFormat,
-}
-
-/// An adoption whose VM has disks and lacks its record.
-struct Adopted {
-    record: VmRecord,
-    base: Base,
-}
+use super::Broker;
+use super::effect::{CallId, Effect, Export};
+use super::pending::{Pending, Whom};
+use super::vms::Busy;
 
 impl Broker {
-    pub(super) fn adopt_vm(&mut self, adopt: VmAdopt, events: mpsc::Sender<Event>, reply: Answer) {
+    pub(super) fn adopt_vm(&mut self, adopt: VmAdopt, call: CallId) {
         if let Some(problem) = self.create_problem(&adopt.name, &adopt.networks) {
-            return drop(reply.send(Err(problem)));
+            return self.reply(call, Err(problem));
         }
-        let known = &self.shared.driver.features().cpu_models;
-        if let Some(model) = adopt.hardware.cpu_model.as_ref().filter(|m| !known.contains(*m)) {
-            let known: Vec<&str> = known.iter().map(String::as_str).collect();
-            let reason = format!("this cloud has no CPU model '{}'", model.escape_debug());
-            let problem = Problem::new(ProblemKind::BadRequest, format!("VM {}", adopt.name), reason)
-                .next(format!("it has: {}", known.join(", ")));
-            return drop(reply.send(Err(problem)));
+        if let Some(problem) = self.not_offered(&adopt) {
+            return self.reply(call, Err(problem));
         }
         self.names_in_use.insert(adopt.name.clone());
-        let shared = self.shared.clone();
-        tokio::task::spawn_blocking(move || {
-            let (name, start, begun) = (adopt.name.clone(), adopt.start, Instant::now());
-            let reporter = Reporter::new(&events);
-            let result = reporter.run(|job| make(&shared, &adopt, job));
-            let result = result.map_err(|e| adopt_problem(&name, &e));
-            shared.post(Input::apply(move |b| {
-                b.names_in_use.remove(&name);
-                match result {
-                    Ok((mut view, adopted)) => {
-                        view.elapsed_ms = begun.elapsed().as_millis() as u64;
-                        b.adopted(view, adopted, start, reply);
-                    }
-                    Err(problem) => drop(reply.send(Err(problem))),
-                }
-            }));
-        });
+        let (name, start, begun) = (adopt.name.clone(), adopt.start, self.now);
+        let (token, id) = (self.expect(Pending::Adopted { call, name, start, begun }), self.ids.vm());
+        self.emit(Effect::Adopt { token, call, id, adopt: Box::new(adopt) });
     }
 
-    fn adopted(&mut self, mut view: AdoptedView, adopted: Option<Adopted>, start: bool, reply: Answer) {
-        let Some(Adopted { record, base }) = adopted else {
-            return drop(reply.send(Ok(Reply::Adopted(Box::new(view)))));
+    /// What no VM of this cloud can have, found before hours of reading.
+    fn not_offered(&self, adopt: &VmAdopt) -> Option<Problem> {
+        let features = &self.features;
+        let lacks = |what: &str, asked: &str, offered: &BTreeSet<String>| {
+            let offered: Vec<&str> = offered.iter().map(String::as_str).collect();
+            let reason = format!("this cloud has no {what} '{}'", asked.escape_debug());
+            let problem = Problem::new(ProblemKind::BadRequest, format!("VM {}", adopt.name), reason);
+            Some(problem.next(format!("it has: {}", offered.join(", "))))
         };
-        if reply.is_closed() {
-            // Its operator left while the last bytes were written.
-            let shared = self.shared.clone();
-            tokio::task::spawn_blocking(move || undo(&shared, record.spec.id, Some(&base)));
-            return;
+        if !features.architectures.contains(&adopt.architecture) {
+            return lacks("architecture", &adopt.architecture, &features.architectures);
         }
-        let (made, answer) = oneshot::channel();
-        self.vm_made(record, start, made);
-        // From here on the VM's recipe keeps everything.
-        drop(base.kept);
-        tokio::spawn(async move {
-            let result = match answer.await {
-                Ok(Ok(Reply::Vm(vm))) => {
-                    view.vm = Some(vm);
-                    Ok(Reply::Adopted(Box::new(view)))
-                }
-                // The disk was read at length: what came of that stays.
-                Ok(Err(p)) => {
-                    let reason = format!("{}; the VM is there all the same, and stopped", p.reason);
-                    Err(Problem { reason, ..p })
-                }
-                Ok(other) => other,
-                Err(_) => Err(Problem::new(ProblemKind::Unavailable, "broker", "is shutting down")),
-            };
-            let _ = reply.send(result);
-        });
+        let model = adopt.hardware.cpu_model.as_ref().filter(|model| !features.cpu_models.contains(*model));
+        model.and_then(|model| lacks("CPU model", model, &features.cpu_models))
     }
 
-    /// The disk an operator wants written out, if that can be done now.
-    pub(super) fn exported_disk(
-        &self,
-        name: &str,
-        output: &str,
-        format: &str,
-        user_data: bool,
-    ) -> Result<Export, Problem> {
-        let id = self.free_vm(name)?;
-        let object = format!("VM {name}");
-        let bad = |reason: String| Problem::new(ProblemKind::BadRequest, object.clone(), reason);
-        let format: ImageFormat = format.parse().map_err(bad)?;
-        let output = PathBuf::from(output);
-        if !output.is_absolute() {
-            return Err(bad("the path of the file to write must be absolute".into()));
-        }
-        let Some(vm) = self.vms.get(&id) else { return Err(bad("it is gone".into())) };
-        match self.shared.driver.state(id) {
-            Ok(PowerState::Stopped | PowerState::Crashed) | Err(_) => {}
-            Ok(state) => {
-                return Err(Problem::new(
-                    ProblemKind::Conflict,
-                    object,
-                    format!("is {state}: its disk changes while it is read"),
-                )
-                .next(format!("cicada vm stop {name}")));
-            }
-        }
-        let spec = &vm.record.spec;
-        let paths = self.disk_paths(&vm.record);
-        let disk = match user_data {
-            true if spec.user_data_size.0 == 0 => return Err(bad("it has no user-data disk".into())),
-            true => VmDisk::UserData(paths.user_data),
-            false => VmDisk::Root { overlay: paths.root, base: paths.base },
+    pub(super) fn adopted(
+        &mut self,
+        call: CallId,
+        name: &VmName,
+        start: bool,
+        begun: UnixMillis,
+        result: Result<Box<(AdoptedView, Option<VmRecord>)>, Problem>,
+    ) {
+        self.names_in_use.remove(name);
+        let (mut view, record) = match result {
+            Ok(adopted) => *adopted,
+            Err(problem) => return self.reply(call, Err(problem)),
         };
-        Ok(Export { vm: id, name: spec.name.clone(), disk, recipe: spec.recipe, output, format })
+        view.elapsed_ms = self.now.since(begun).as_millis() as u64;
+        match record {
+            Some(record) => self.vm_made(record, start, Whom::Adopter(call, Box::new(view))),
+            None => self.reply(call, Ok(Reply::Adopted(Box::new(view)))),
+        }
     }
 
     /// Writes a disk out; the VM cannot be started meanwhile.
-    pub(super) fn export_vm(&mut self, export: Export, events: mpsc::Sender<Event>, reply: Answer) {
-        let id = export.vm;
+    pub(super) fn export_vm(
+        &mut self,
+        name: &str,
+        output: String,
+        format: String,
+        user_data: bool,
+        call: CallId,
+    ) {
+        let id = match self.exportable(name, &output, user_data) {
+            Ok(id) => id,
+            Err(problem) => return self.reply(call, Err(problem)),
+        };
         let Some(vm) = self.vms.get_mut(&id) else { return };
         vm.busy = Some(Busy::Verb("being exported"));
-        let shared = self.shared.clone();
-        tokio::task::spawn_blocking(move || {
-            let begun = Instant::now();
-            let reporter = Reporter::new(&events);
-            let result = reporter.run(|job| write_out(&shared, &export, job));
-            let answer = result
-                .map(|size_bytes| {
-                    Reply::Exported(ExportedView {
-                        output: export.output.display().to_string(),
-                        format: export.format.to_string(),
-                        size_bytes,
-                        elapsed_ms: begun.elapsed().as_millis() as u64,
-                    })
-                })
-                .map_err(|e| adopt_problem(&export.name, &e));
-            shared.post(Input::apply(move |b| {
-                if let Some(vm) = b.vms.get_mut(&id) {
-                    vm.busy = None;
-                }
-                let _ = reply.send(answer);
-                b.presence_changed();
-            }));
-        });
+        let record = vm.record.clone();
+        let token = self.expect(Pending::Exported { call, vm: id });
+        self.emit(Effect::Export(Box::new(Export { token, call, record, user_data, output, format })));
     }
-}
 
-fn write_out(shared: &Shared, export: &Export, job: Job<'_>) -> Result<u64, AdoptError> {
-    if let VmDisk::Root { .. } = export.disk {
-        shared.composer.composition(&export.recipe)?;
-    }
-    adopt::export(&export.disk, &export.output, export.format, job)
-}
-
-/// Reads the disk, makes its base and its root delta. Blocking; on failure nothing is left.
-fn make(
-    shared: &Shared,
-    adopt: &VmAdopt,
-    job: Job<'_>,
-) -> Result<(AdoptedView, Option<Adopted>), AdoptError> {
-    let disk_path = PathBuf::from(&adopt.disk);
-    let invalid = |reason: String| AdoptError::NotADisk { path: disk_path.clone(), reason };
-    let format = match adopt.format.as_str() {
-        "auto" => None,
-        name => Some(name.parse::<ImageFormat>().map_err(invalid)?),
-    };
-    let id = VmId::random();
-    let hardware = &adopt.hardware;
-    if hardware.macs.len() > adopt.networks.len() {
-        return Err(invalid(
-            "there are more MAC addresses than networks: give each --mac its --network".into(),
-        ));
-    }
-    let mac = |i: u8| hardware.macs.get(usize::from(i)).copied().unwrap_or_else(|| Mac::derived(id, i));
-    let nics = (0u8..).zip(&adopt.networks).map(|(i, n)| Nic { network: n.clone(), mac: mac(i) }).collect();
-    let mut spec = VmSpec {
-        id,
-        name: adopt.name.clone(),
-        cpus: adopt.cpus,
-        memory: adopt.memory,
-        recipe: RecipeId::of(b""),
-        root_size: ByteSize(0),
-        user_data_size: ByteSize(0),
-        nics,
-        architecture: adopt.architecture.clone(),
-        cpu_model: hardware.cpu_model.clone().unwrap_or_else(|| shared.config.hypervisor.cpu_model.clone()),
-        firmware: adopt.firmware,
-    };
-    // Before hours of reading.
-    spec.check().map_err(invalid)?;
-    let nvram = hardware.nvram.as_ref().map(|path| read_nvram(shared, Path::new(path), adopt.firmware));
-    let nvram = nvram.transpose()?;
-    let open = |path: &Path| {
-        let source = adopt::Source::open(path, format, shared.repository.temporary_dir(), job)?;
-        if format.is_none() {
-            source.check_plausible()?;
+    /// Whether a VM's disk can be written out now.
+    fn exportable(&self, name: &str, output: &str, user_data: bool) -> Result<VmId, Problem> {
+        let id = self.free_vm(name)?;
+        let object = format!("VM {name}");
+        let bad = |reason: &str| Problem::new(ProblemKind::BadRequest, object.clone(), reason);
+        if !output.starts_with('/') {
+            return Err(bad("the path of the file to write must be absolute"));
         }
-        Ok::<_, AdoptError>(source)
-    };
-    let user_data = adopt.user_data.as_ref().map(|path| open(Path::new(path))).transpose()?;
-    let found = adopt::examine_source(&shared.repository, open(&disk_path)?, job)?;
-    let findings = found.findings();
-    let mut view = view(&adopt.name, &findings);
-    view.notes = notes(adopt, &findings, user_data.as_ref());
-    if adopt.dry_run {
-        return Ok((view, None));
-    }
-    let base =
-        found.make_base(&shared.repository, &shared.composer, &adopt.architecture, adopt.share, job)?;
-    (spec.recipe, spec.root_size) = (base.recipe, ByteSize(findings.size_bytes));
-    let disks = || {
-        let record = VmRecord::new(spec, vec![base.label.clone()], "disks-1", shared.now());
-        let dir = shared.records.vm_dir(id).join(&record.disks);
-        std::fs::create_dir_all(&dir).map_err(|source| AdoptError::Io {
-            what: "create",
-            path: dir.clone(),
-            source,
-        })?;
-        let residue_bytes = if adopt.share { 0 } else { findings.residue_bytes };
-        disk::require_space(&dir, residue_bytes)?;
-        let paths = DiskPaths::in_dir(&dir, shared.composer.path_of(&base.recipe));
-        found.write_root(&paths.root, &paths.base, job)?;
-        if let Some(nvram) = &nvram {
-            let path = DiskPaths::firmware_in(&dir);
-            let failed = |source| AdoptError::Io { what: "write", path: path.clone(), source };
-            durable::write_secret(&path, nvram).map_err(failed)?;
+        match self.power_of(id) {
+            PowerState::Stopped | PowerState::Crashed => {}
+            state => {
+                let reason = format!("is {state}: its disk changes while it is read");
+                return Err(Problem::new(ProblemKind::Conflict, object, reason)
+                    .next(format!("cicada vm stop {name}")));
+            }
         }
-        take_user_data(user_data.as_ref(), &paths, record, job)
-    };
-    match disks() {
-        Ok(record) => {
-            view.component = Some(base.label.clone());
-            Ok((view, Some(Adopted { record, base })))
+        let has_none = self.vms.get(&id).is_some_and(|vm| vm.record.spec.user_data_size.0 == 0);
+        if user_data && has_none { Err(bad("it has no user-data disk")) } else { Ok(id) }
+    }
+
+    pub(super) fn exported(&mut self, call: CallId, id: VmId, result: Result<ExportedView, Problem>) {
+        if let Some(vm) = self.vms.get_mut(&id) {
+            vm.busy = None;
         }
-        Err(e) => {
-            undo(shared, id, Some(&base));
-            Err(e)
-        }
-    }
-}
-
-fn take_user_data(
-    disk: Option<&adopt::Source>,
-    paths: &DiskPaths,
-    mut record: VmRecord,
-    job: Job<'_>,
-) -> Result<VmRecord, AdoptError> {
-    if let Some(disk) = disk {
-        record.spec.user_data_size = ByteSize(adopt::take_user_data_of(disk, &paths.user_data, job)?);
-    }
-    Ok(record)
-}
-
-/// The firmware's variables of the old machine; another firmware's do not fit this one.
-fn read_nvram(shared: &Shared, path: &Path, firmware: Firmware) -> Result<Vec<u8>, AdoptError> {
-    let refused = |reason: String| AdoptError::NotADisk { path: path.to_owned(), reason };
-    if firmware != Firmware::Uefi {
-        return Err(refused("BIOS has no NVRAM: give --nvram with --firmware uefi alone".into()));
-    }
-    let failed = |source| AdoptError::Io { what: "read", path: path.to_owned(), source };
-    let template = shared.config.hypervisor.firmware_vars.clone();
-    let template = template.unwrap_or_else(|| QemuConfig::default().firmware_vars);
-    let expected = std::fs::metadata(&template).map_err(|source| AdoptError::Io {
-        what: "read",
-        path: template.clone(),
-        source,
-    })?;
-    let found = std::fs::metadata(path).map_err(failed)?;
-    if !found.is_file() || found.len() != expected.len() {
-        return Err(refused(format!(
-            "it has {} bytes where this cloud's firmware keeps {} in {}: it is another firmware's",
-            found.len(),
-            expected.len(),
-            template.display()
-        )));
-    }
-    std::fs::read(path).map_err(failed)
-}
-
-/// Where the disk differs from what was asked for, and what does not come along.
-fn notes(adopt: &VmAdopt, found: &Findings, user_data: Option<&adopt::Source>) -> Vec<String> {
-    let mut notes = Vec::new();
-    let disk = &found.disk;
-    let fits = match adopt.firmware {
-        Firmware::Uefi => disk.boots_uefi,
-        Firmware::Bios => disk.boots_bios,
-    };
-    if !fits {
-        let (asked, other) = match adopt.firmware {
-            Firmware::Uefi => ("UEFI", disk.boots_bios.then_some("bios")),
-            Firmware::Bios => ("BIOS", disk.boots_uefi.then_some("uefi")),
-        };
-        let next = other.map_or(String::new(), |other| format!(": give --firmware {other}"));
-        notes.push(format!("it shall start by {asked}, but on the disk: {}{next}", disk.boots()));
-    }
-    if disk.what.contains("sectors of 4096") {
-        notes.push(
-            "its table counts sectors of 4096 bytes, a VM's disk has sectors of 512: it is not found".into(),
-        );
-    }
-    for (what, snapshots) in
-        [("disk", &found.snapshots[..]), ("user data", user_data.map_or(&[][..], |s| s.snapshots()))]
-    {
-        if !snapshots.is_empty() {
-            notes.push(format!("snapshots in the {what} file stay behind: {}", snapshots.join(", ")));
-        }
-    }
-    let hardware = &adopt.hardware;
-    let mut lost = vec!["UUID", "the disk's bus (it becomes virtio)"];
-    if hardware.macs.len() < adopt.networks.len() || adopt.networks.is_empty() {
-        lost.push("MAC addresses (--mac)");
-    }
-    if hardware.nvram.is_none() && adopt.firmware == Firmware::Uefi {
-        lost.push("the firmware's variables (--nvram)");
-    }
-    if hardware.cpu_model.is_none() {
-        lost.push("CPU model (--cpu-model)");
-    }
-    notes.push(format!("of the old machine do not come along: {}", lost.join(", ")));
-    notes
-}
-
-/// Removes what an adoption made that did not become a VM.
-fn undo(shared: &Shared, id: VmId, base: Option<&Base>) {
-    let dir = shared.records.vm_dir(id);
-    staging::scrub_dir(&dir.join("disks-1"));
-    let _ = std::fs::remove_dir(&dir);
-    if let Some(base) = base.filter(|b| b.is_new) {
-        adopt::abandon(&shared.composer, &base.recipe);
-    }
-}
-
-fn view(name: &VmName, f: &Findings) -> AdoptedView {
-    let from = f.known_from.iter().map(|k| KnownFromView {
-        component: k.component.clone(),
-        packs: k.packs,
-        bytes: k.bytes,
-    });
-    AdoptedView {
-        name: name.clone(),
-        format: f.format.to_string(),
-        disk_bytes: f.disk_bytes,
-        size_bytes: f.size_bytes,
-        digest: f.digest,
-        known_bytes: f.known_bytes,
-        residue_bytes: f.residue_bytes,
-        zero_bytes: f.zero_bytes,
-        extents: f.extents,
-        packs: f.known_from.iter().map(|k| k.packs).sum(),
-        packs_left_out: f.packs_left_out as u64,
-        known_from: from.collect(),
-        elapsed_ms: 0,
-        what: f.disk.what.clone(),
-        boots: if f.disk.is_known() { f.disk.boots().to_owned() } else { "unknown".into() },
-        notes: Vec::new(),
-        component: None,
-        vm: None,
-    }
-}
-
-fn adopt_problem(name: &VmName, e: &AdoptError) -> Problem {
-    let kind = match e {
-        AdoptError::Repository(e) => return content::repository_problem(e),
-        AdoptError::Compose(e) => return content::compose_problem(e),
-        AdoptError::Disk(disk::DiskError::NoSpace { .. }) | AdoptError::NoSpace { .. } => {
-            ProblemKind::NoSpace
-        }
-        AdoptError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-            ProblemKind::NotFound
-        }
-        AdoptError::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
-            ProblemKind::Forbidden
-        }
-        AdoptError::NotADisk { .. } => ProblemKind::BadRequest,
-        AdoptError::RefersElsewhere { .. }
-        | AdoptError::TooLarge { .. }
-        | AdoptError::Convert { .. }
-        | AdoptError::Scattered => ProblemKind::Refused,
-        AdoptError::Damaged { .. } => ProblemKind::Damaged,
-        AdoptError::Changed { .. } | AdoptError::Occupied { .. } => ProblemKind::Conflict,
-        AdoptError::NoQemuImg => ProblemKind::Missing,
-        AdoptError::Cancelled => ProblemKind::Cancelled,
-        AdoptError::Disk(_) | AdoptError::Io { .. } => ProblemKind::Failed,
-    };
-    let problem = Problem::from_error(kind, format!("VM {name}"), e);
-    match kind {
-        ProblemKind::Forbidden => problem.next("let the broker's user read the disk, or write the output"),
-        ProblemKind::NotFound => problem.next("name a file on the broker's machine"),
-        _ => problem,
-    }
-}
-
-/// Turns progress from many threads into events that never run backwards, and an operator who left
-/// into a cancellation.
-struct Reporter<'a> {
-    events: &'a mpsc::Sender<Event>,
-    last: Mutex<(&'static str, u64)>,
-}
-
-impl<'a> Reporter<'a> {
-    /// Steps of one phase that are told.
-    const STEPS: u64 = 200;
-
-    fn new(events: &'a mpsc::Sender<Event>) -> Self {
-        Self { events, last: Mutex::new(("", 0)) }
-    }
-
-    fn run<T>(&self, work: impl FnOnce(Job<'_>) -> T) -> T {
-        let progress = |phase, done, total| self.tell(phase, done, total);
-        let cancelled = || self.events.is_closed();
-        work(Job { progress: &progress, cancelled: &cancelled })
-    }
-
-    fn tell(&self, phase: &'static str, done: u64, total: u64) {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_new = last.0 != phase;
-        if !is_new && (done <= last.1 || (done < total && done - last.1 < total / Self::STEPS)) {
-            return;
-        }
-        *last = (phase, done);
-        let unit = "bytes".into();
-        // A reader that is slow misses a step.
-        let _ = self.events.try_send(Event::Progress { phase: phase.into(), done, total, unit });
+        self.reply(call, result.map(Reply::Exported));
+        self.presence_changed();
     }
 }

@@ -2,13 +2,14 @@
 //! arrives over them, and their disks stay as they are.
 
 use crate::clock::UnixMillis;
+use crate::interface::VmView;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::migration::records::Autostart;
 use crate::types::{ByteSize, RecipeId, VmId, VmName};
 use crate::vm::{Firmware, PowerState, VmSpec};
 
 use super::Broker;
-use super::interface::VmView;
-use super::problem::{Problem, ProblemKind};
-use super::records::{Autostart, Damaged};
+use super::book::Damaged;
 
 /// What an operator is told of it.
 pub fn problem(d: &Damaged) -> Problem {
@@ -40,7 +41,7 @@ impl Broker {
 
     pub(super) fn put_aside(&mut self, vm: VmId, reason: String) {
         self.vms.remove(&vm);
-        let path = self.shared.records.vm_dir(vm).join("record.json");
+        let path = self.book.record_path(vm);
         self.aside.insert(vm, Damaged { vm, path, reason });
     }
 

@@ -1,27 +1,21 @@
 //! Operators' requests.
 
-use std::sync::Arc;
-
-use tokio::sync::{mpsc, oneshot};
-
 use crate::federation::{Member, Trust};
+use crate::interface::{
+    Candidate, MemberView, MigrationView, ONLINE, PlanView, Predecessor, Problem, ProblemKind, Reply,
+    Request, Resource, StatusView, Verdict,
+};
 use crate::migration::{RequestBody, envelope};
 use crate::types::{CloudName, MemberJid, VmId};
+use crate::vm::PowerState;
 
-use super::interface::{
-    Candidate, Event, MemberView, MigrationView, ONLINE, Predecessor, Reply, Request, Resource, StatusView,
-    Verdict,
-};
+use super::effect::{CallId, Effect, Peer, ReceiptWanted};
 use super::outgoing::Course;
-use super::problem::{Problem, ProblemKind};
-use super::shared::Peer;
-use super::{Broker, Input, aside, content};
-
-pub(super) type Answer = oneshot::Sender<Result<Reply, Problem>>;
+use super::pending::{PlanFor, Whom};
+use super::{Broker, aside};
 
 impl Broker {
-    pub(super) fn call(&mut self, request: Request, events: mpsc::Sender<Event>, reply: Answer) {
-        self.gather_refusals();
+    pub(super) fn call(&mut self, request: Request, call: CallId) {
         let result = match request {
             Request::Status => Ok(Reply::Status(self.status())),
             Request::Members => Ok(Reply::Members(self.member_views())),
@@ -30,13 +24,10 @@ impl Broker {
                 let key = self.members.get(&member).and_then(|m| m.key);
                 self.trust(|b| b.members.revoke(&member)).inspect(|_| self.part_with(&member, key))
             }
-            Request::VmCreate(create) => return self.create_vm(create, reply),
-            Request::VmAdopt(adopt) => return self.adopt_vm(adopt, events, reply),
+            Request::VmCreate(create) => return self.create_vm(create, call),
+            Request::VmAdopt(adopt) => return self.adopt_vm(adopt, call),
             Request::VmExport { vm, output, format, user_data } => {
-                match self.exported_disk(&vm, &output, &format, user_data) {
-                    Ok(export) => return self.export_vm(export, events, reply),
-                    Err(p) => Err(p),
-                }
+                return self.export_vm(&vm, output, format, user_data, call);
             }
             Request::VmList => {
                 let vms = self.vms.values().map(|vm| self.vm_view(vm));
@@ -47,37 +38,37 @@ impl Broker {
             Request::VmShow { vm } => self.find_vm(&vm).map(|id| self.shown(id)),
             Request::VmStart { vm, unconfirmed, by_uid } => match self.startable_vm(&vm, unconfirmed, by_uid)
             {
-                Ok(id) => return self.start_vm(id, reply),
+                Ok(id) => return self.start_vm(id, Whom::Caller(call)),
                 Err(p) => Err(p),
             },
             Request::VmStop { vm, force, timeout_s, for_host } => {
-                return self.stop_named(&vm, force, timeout_s, for_host, reply);
+                return self.stop_named(&vm, force, timeout_s, for_host, call);
             }
             Request::VmReboot { vm, force, timeout_s } => match self.movable_vm(&vm) {
-                Ok(id) => return self.reboot_vm(id, force, timeout_s, reply),
+                Ok(id) => return self.reboot_vm(id, force, timeout_s, call),
                 Err(p) => Err(p),
             },
             Request::VmSet(set) => self.set_vm(&set).map(|id| self.shown(id)),
             Request::VmResize { vm, root_size, user_data_size } => {
-                return self.resize_vm(&vm, root_size, user_data_size, reply);
+                return self.resize_vm(&vm, root_size, user_data_size, call);
             }
-            Request::VmDelete { vm, taken_for } => return self.delete_vm(&vm, taken_for, reply),
-            Request::Plan { vm, to } => return self.plan(&vm, to.as_deref(), reply),
-            Request::Move { vm, to, dry_run: true, .. } => return self.plan(&vm, to.as_deref(), reply),
+            Request::VmDelete { vm, taken_for } => return self.delete_vm(&vm, taken_for, call),
+            Request::Plan { vm, to } => return self.plan(&vm, to.as_deref(), call),
+            Request::Move { vm, to, dry_run: true, .. } => return self.plan(&vm, to.as_deref(), call),
             Request::Move { vm, to, dry_run: false, force_stop } => {
-                return self.move_vm(&vm, to.as_deref(), force_stop, events, reply);
+                return self.move_vm(&vm, to.as_deref(), force_stop, call);
             }
             Request::MigrationList => Ok(Reply::Migrations(self.migrations())),
             Request::MigrationShow { id } => {
                 self.migration(&id).map(|v| Reply::Migration(Box::new(self.remarked(v))))
             }
-            Request::MigrationReceipt { id } => return self.receipt(id, reply),
+            Request::MigrationReceipt { id } => return self.receipt(id, call),
             Request::MigrationResolve { id, owner, confirmed, by_uid } => {
                 self.resolve(&id, owner, confirmed, by_uid)
             }
             Request::MigrationWatch { id } => match self.migration(&id) {
                 Ok(v) if self.outgoing.contains_key(&v.progress.id) => {
-                    return self.watch_outgoing(v.progress.id, events, reply);
+                    return self.watch_outgoing(v.progress.id, call);
                 }
                 Ok(v) => Ok(Reply::Migration(Box::new(v))),
                 Err(p) => Err(p),
@@ -89,56 +80,62 @@ impl Broker {
                 self.migration(&id).and_then(|v| self.limit(&v, bytes_per_s)).map(|()| Reply::Done)
             }
             Request::MigrationSwitchOver { id } => match self.migration(&id) {
-                Ok(v) => return self.steer(&v, RequestBody::Stop, reply),
+                Ok(v) => return self.steer(v, RequestBody::Stop, call),
                 Err(p) => Err(p),
             },
             Request::MigrationHold { id } => match self.migration(&id) {
-                Ok(v) => return self.steer(&v, RequestBody::Suspend, reply),
+                Ok(v) => return self.steer(v, RequestBody::Suspend, call),
                 Err(p) => Err(p),
             },
-            Request::RepoHeal => return self.heal(events, reply),
+            Request::RepoHeal => return self.heal(call),
             Request::Shutdown => {
-                self.shared.post(Input::Shutdown);
-                Ok(Reply::Done)
+                self.reply(call, Ok(Reply::Done));
+                self.emit(Effect::StopOptimizing);
+                return self.emit(Effect::Shutdown);
             }
-            other => return self.content_call(other, events, reply),
+            other => return self.content_call(other, call),
         };
-        let _ = reply.send(result);
+        self.reply(call, result);
     }
 
-    /// Requests about components, recipes and the repository run off this task.
-    fn content_call(&self, request: Request, events: mpsc::Sender<Event>, reply: Answer) {
+    /// Requests about components, recipes and the repository.
+    fn content_call(&mut self, request: Request, call: CallId) {
         if let (Request::RepoGc { .. }, Some(damaged)) = (&request, self.aside.values().next()) {
-            let _ = reply.send(Err(aside::gc_problem(damaged)));
-            return;
+            let problem = aside::gc_problem(damaged);
+            return self.reply(call, Err(problem));
         }
-        let shared = self.shared.clone();
         // What VMs and their kept copies are made of must stay.
         let recipes = self.vms.values().map(|vm| vm.record.spec.recipe);
-        let recipes: Vec<_> = recipes.chain(self.incoming.values().map(|run| run.spec().recipe)).collect();
-        tokio::task::spawn_blocking(move || {
-            let grace = shared.config.repository.gc_grace;
-            let (repository, composer) = (&shared.repository, &shared.composer);
-            let stop = || events.is_closed();
-            let mut tell = |event| drop(events.try_send(event));
-            let result = content::call(repository, composer, grace, &recipes, &request, &stop, &mut tell);
-            let unknown = || Err(Problem::new(ProblemKind::BadRequest, "request", "is not known here"));
-            let _ = reply.send(result.unwrap_or_else(unknown));
-        });
+        let recipes = recipes.chain(self.incoming.values().map(|run| run.spec().recipe)).collect();
+        self.emit(Effect::Content { call, request: Box::new(request), recipes });
     }
 
-    fn status(&self) -> StatusView {
+    /// Checks the repository, and fetches what is damaged or missing.
+    fn heal(&mut self, call: CallId) {
+        // Without members it is a check that says why nothing was healed.
+        let peers = self.peers(None).unwrap_or_default().into_iter().map(|p| p.0).collect();
+        self.emit(Effect::Heal { call, peers });
+    }
+
+    /// Answers with the record of one migration, remembered or not.
+    fn receipt(&mut self, text: String, call: CallId) {
+        let known = self.migration(&text).map(|view| view.progress);
+        let remarks = self.resolution_remarks();
+        self.emit(Effect::Receipt(Box::new(ReceiptWanted { call, text, known, remarks })));
+    }
+
+    pub(super) fn status(&self) -> StatusView {
         let (cpus, memory_bytes) = self.resources(None);
-        let features = self.shared.driver.features();
+        let features = &self.features;
         let storage = self.storage(None);
-        let key = self.shared.key.public();
+        let key = self.key.public();
         StatusView {
-            cloud: self.shared.config.cloud.name.clone(),
+            cloud: self.config.cloud.name.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
-            jid: self.shared.me.clone(),
+            jid: self.me.clone(),
             key,
             fingerprint: key.fingerprint(),
-            room: self.shared.config.xmpp.room.clone(),
+            room: self.config.xmpp.room.clone(),
             link: self.link.clone(),
             driver: features.driver.clone(),
             accelerator: features.accelerator.to_string().into(),
@@ -150,27 +147,18 @@ impl Broker {
                 total: storage.promisable_bytes(),
                 free: storage.unpromised_bytes().min(storage.at_hand_bytes()),
             }),
-            transfer_addresses: self.transfer_addresses(),
+            transfer_addresses: self.transfer_addresses.clone(),
             vms_running: self.vms_running(),
             migrations_running: (self.outgoing.len()
                 + self.incoming.values().filter(|r| r.is_unfinished()).count())
                 as u32,
-            resident_bytes: resident_bytes(),
+            resident_bytes: self.measured.resident_bytes,
             refusals: Box::new(self.guard.view()),
         }
     }
 
     fn vms_running(&self) -> u32 {
-        self.shared.driver.list().iter().filter(|(_, s)| *s == crate::vm::PowerState::Running).count() as u32
-    }
-
-    pub fn config(&self) -> &crate::config::Config {
-        &self.shared.config
-    }
-
-    /// This cloud's presence, for [`super::Broker::open`]'s announcer.
-    pub fn own_status(&self) -> StatusView {
-        self.status()
+        self.vms.values().filter(|vm| vm.record.is_here() && vm.power == PowerState::Running).count() as u32
     }
 
     fn member_views(&self) -> Vec<MemberView> {
@@ -202,7 +190,7 @@ impl Broker {
             }
             .into(),
             key: m.key,
-            clock_ahead_ms: self.shared.clocks.ahead_ms(&m.jid),
+            clock_ahead_ms: self.clocks.ahead_ms(&m.jid),
             pinned_fingerprint: match self.members.trust_of(&m.jid) {
                 Trust::Changed { pinned } | Trust::Forked { pinned } => pinned.fingerprint(),
                 Trust::Superseded { by } => by.fingerprint(),
@@ -236,10 +224,9 @@ impl Broker {
     fn trust(&mut self, change: impl FnOnce(&mut Self) -> Result<(), String>) -> Result<Reply, Problem> {
         change(self).map_err(|reason| Problem::new(ProblemKind::BadRequest, "identity", reason))?;
         let keys = self.members.keys();
-        let records = &self.shared.records;
-        records
+        self.book
             .save_revoked(keys.revoked())
-            .and_then(|()| records.save_trust(keys.kept()))
+            .and_then(|()| self.book.save_trust(keys.kept()))
             .map_err(|e| Problem::from_error(ProblemKind::Failed, "identity", &e))?;
         self.admit_members();
         Ok(Reply::Done)
@@ -315,7 +302,7 @@ impl Broker {
 
     /// Trusted members that are online.
     pub(super) fn trusted_online(&self) -> impl Iterator<Item = Peer> {
-        let online = self.members.online().filter(|jid| **jid != self.shared.me);
+        let online = self.members.online().filter(|jid| **jid != self.me);
         online.filter_map(|jid| Some(Peer { jid: jid.clone(), key: self.members.trusted_key(jid).ok()? }))
     }
 
@@ -332,7 +319,7 @@ impl Broker {
 
     /// Members that are online and are not negotiated with; why.
     pub(super) fn unaskable(&self) -> Vec<(MemberJid, Problem)> {
-        let online = self.members.online().filter(|jid| **jid != self.shared.me);
+        let online = self.members.online().filter(|jid| **jid != self.me);
         online.filter_map(|jid| Some((jid.clone(), self.peer(jid).err()?))).collect()
     }
 
@@ -351,8 +338,7 @@ impl Broker {
     }
 
     fn is_this_cloud(&self, name: &str) -> bool {
-        name == self.shared.config.cloud.name.as_str()
-            || name.parse::<MemberJid>().is_ok_and(|jid| jid == self.shared.me)
+        name == self.config.cloud.name.as_str() || name.parse::<MemberJid>().is_ok_and(|jid| jid == self.me)
     }
 
     fn peers_seen(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
@@ -381,7 +367,7 @@ impl Broker {
                 Ok(vec![self.peer(&jid)?])
             }
             None => {
-                let online = self.members.online().filter(|jid| **jid != self.shared.me);
+                let online = self.members.online().filter(|jid| **jid != self.me);
                 let (peers, refused): (Vec<_>, Vec<_>) =
                     online.map(|jid| self.peer(jid)).partition(Result::is_ok);
                 let peers: Vec<_> = peers.into_iter().flatten().collect();
@@ -403,58 +389,51 @@ impl Broker {
         }
     }
 
-    fn move_vm(
-        &mut self,
-        vm: &str,
-        to: Option<&str>,
-        force_stop: bool,
-        events: mpsc::Sender<Event>,
-        reply: Answer,
-    ) {
+    fn move_vm(&mut self, vm: &str, to: Option<&str>, force_stop: bool, call: CallId) {
         let prepared = self.movable_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
         let (id, mut peers) = match prepared {
             Ok(p) => p,
-            Err(problem) => return drop(reply.send(Err(problem))),
+            Err(problem) => return self.reply(call, Err(problem)),
         };
         // A named target is checked by the migration itself; otherwise all are asked and ranked.
         if to.is_some() {
             if let Some((peer, cloud)) = peers.pop() {
-                self.move_to(id, (peer, cloud), force_stop, events, reply);
+                self.move_to(id, (peer, cloud), force_stop, call);
             }
             return;
         }
-        let known = peers.clone();
-        self.candidates(id, peers, to, move |broker, result| {
-            let chosen = result.and_then(|plan| {
-                let best = plan.candidates.into_iter().next();
-                match best {
-                    Some(Candidate {
-                        verdict: Verdict::No { reasons } | Verdict::NotAsked { reasons },
-                        jid,
-                        ..
-                    }) => {
-                        let why: Vec<_> = reasons.iter().map(|r| r.text.as_str()).collect();
-                        Err(Problem::new(
-                            ProblemKind::Refused,
-                            format!("move of {}", plan.vm),
-                            format!("no member can take it; {jid}: {}", why.join("; ")),
-                        )
-                        .next("see 'cicada plan' for every member's reasons"))
-                    }
-                    Some(c) => Ok(known.into_iter().find(|(p, _)| p.jid == c.jid)),
-                    None => Ok(None),
-                }
-            });
-            match chosen {
-                Ok(Some((peer, cloud))) => broker.move_to(id, (peer, cloud), force_stop, events, reply),
-                Ok(None) => drop(reply.send(Err(Problem::new(
-                    ProblemKind::Unavailable,
-                    "federation",
-                    "no member answered",
-                )))),
-                Err(problem) => drop(reply.send(Err(problem))),
+        self.candidates(id, peers.clone(), to, PlanFor::Move { call, peers, force_stop });
+    }
+
+    /// A plan was asked for to choose the target.
+    pub(super) fn move_planned(
+        &mut self,
+        id: VmId,
+        plan: Result<PlanView, Problem>,
+        peers: Vec<(Peer, Option<CloudName>)>,
+        force_stop: bool,
+        call: CallId,
+    ) {
+        let chosen = plan.and_then(|plan| match plan.candidates.into_iter().next() {
+            Some(Candidate {
+                verdict: Verdict::No { reasons } | Verdict::NotAsked { reasons }, jid, ..
+            }) => {
+                let why: Vec<_> = reasons.iter().map(|r| r.text.as_str()).collect();
+                let reason = format!("no member can take it; {jid}: {}", why.join("; "));
+                Err(Problem::new(ProblemKind::Refused, format!("move of {}", plan.vm), reason)
+                    .next("see 'cicada plan' for every member's reasons"))
             }
+            Some(c) => Ok(peers.into_iter().find(|(p, _)| p.jid == c.jid)),
+            None => Ok(None),
         });
+        match chosen {
+            Ok(Some((peer, cloud))) => self.move_to(id, (peer, cloud), force_stop, call),
+            Ok(None) => {
+                let nobody = Problem::new(ProblemKind::Unavailable, "federation", "no member answered");
+                self.reply(call, Err(nobody));
+            }
+            Err(problem) => self.reply(call, Err(problem)),
+        }
     }
 
     fn move_to(
@@ -462,32 +441,15 @@ impl Broker {
         id: VmId,
         (peer, cloud): (Peer, Option<CloudName>),
         force_stop: bool,
-        events: mpsc::Sender<Event>,
-        reply: Answer,
+        call: CallId,
     ) {
-        let still_free = self.vms.get(&id).filter(|vm| vm.busy.is_none() && vm.record.is_here());
-        let Some(vm) = still_free else {
+        if !self.vms.get(&id).is_some_and(|vm| vm.busy.is_none() && vm.record.is_here()) {
             let problem =
                 Problem::new(ProblemKind::Conflict, "VM", "is held by another command").next("try again");
-            return drop(reply.send(Err(problem)));
-        };
-        match self.shared.repository.recipe(&vm.record.spec.recipe) {
-            Ok(recipe) => {
-                let course = Course { peer, cloud, recipe: Arc::new(recipe), attempt: 0, force_stop };
-                self.begin_move(id, course, events, reply);
-            }
-            Err(e) => drop(reply.send(Err(content::repository_problem(&e)))),
+            return self.reply(call, Err(problem));
         }
+        self.begin_move(id, Course { peer, cloud, attempt: 0, force_stop }, Some(call));
     }
-}
-
-/// Resident memory of this process, from `/proc`; zero where that is not known.
-fn resident_bytes() -> u64 {
-    let pages = std::fs::read_to_string("/proc/self/statm")
-        .ok()
-        .and_then(|text| text.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()))
-        .unwrap_or(0);
-    pages * 4096
 }
 
 /// Whether a member speaks a version of the negotiation protocol that is spoken here.

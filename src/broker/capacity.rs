@@ -1,36 +1,15 @@
 //! What this cloud has, what of it is taken or promised, and so what it could take.
 
-use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
-use std::sync::PoisonError;
-use std::time::Duration;
-
-use crate::clock::UnixMillis;
 use crate::federation::{MemberPolicy, Used};
+use crate::interface::Resource;
 use crate::placement::storage::promised;
 use crate::placement::{Needed, NetworkOffer, Room, Storage};
 use crate::types::{MemberJid, VmId, VmName};
 use crate::vm::PowerState;
 
 use super::Broker;
+use super::effect::DisksOf;
 use super::incoming::Incoming;
-use super::interface::Resource;
-use super::vms::DiskPaths;
-
-/// How old a measurement may be that is used. Guests write, and others use the same disk, at any time.
-const MEASURED_FOR: Duration = Duration::from_secs(1);
-
-/// The disk as it was found a moment ago: asking anew for every request would make the members that ask
-/// most slow down the others.
-#[derive(Default)]
-pub struct Measured {
-    at: Option<UnixMillis>,
-    total_bytes: u64,
-    free_bytes: u64,
-    /// What the disks of each VM take up.
-    allocated_bytes: BTreeMap<VmId, u64>,
-}
 
 impl Broker {
     /// What this cloud could take now. `except` leaves out a VM's own share, and the reservation
@@ -39,9 +18,9 @@ impl Broker {
         let counts =
             |r: &&Incoming| r.is_unfinished() && !except.is_some_and(|vm| r.gives_way_to(vm, source));
         let (cpus, memory) = self.resources(except);
-        let features = self.shared.driver.features();
+        let features = &self.features;
         let from_source = |r: &&Incoming| counts(r) && r.comes_from(source);
-        let migration = &self.shared.config.migration;
+        let migration = &self.config.migration;
         Room {
             cpus_free: cpus.free as u32,
             cpus: cpus.total as u32,
@@ -70,11 +49,9 @@ impl Broker {
 
     /// Virtual CPUs and bytes of memory that VMs may have here, with what is free.
     pub(super) fn resources(&self, except: Option<VmId>) -> (Resource, Resource) {
-        let config = &self.shared.config.hypervisor;
+        let config = &self.config.hypervisor;
         let running = self.vms.iter().filter(|(id, vm)| {
-            Some(**id) != except
-                && vm.record.is_here()
-                && (vm.record.run || self.shared.driver.state(**id).is_ok_and(|s| s == PowerState::Running))
+            Some(**id) != except && vm.record.is_here() && (vm.record.run || vm.power == PowerState::Running)
         });
         let used = running.map(|(_, vm)| {
             let takes = vm.record.takes();
@@ -90,8 +67,7 @@ impl Broker {
     }
 
     pub(super) fn networks(&self) -> Vec<NetworkOffer> {
-        self.shared
-            .config
+        self.config
             .networks
             .iter()
             .map(|n| NetworkOffer { name: n.name.clone(), kind: n.kind.to_string() })
@@ -101,48 +77,47 @@ impl Broker {
     /// Networks a VM of `source` may be plugged into: another cloud's guests reach services of this
     /// host only where the operator lets them.
     fn networks_for(&self, source: &MemberJid) -> Vec<NetworkOffer> {
-        let exposing = &self.shared.driver.features().exposing_networks;
+        let exposing = &self.features.exposing_networks;
         let may = |name: &String| {
-            *source == self.shared.me
+            *source == self.me
                 || !exposing.contains(name)
-                || self.shared.config.networks.iter().any(|n| n.name == *name && n.foreign)
+                || self.config.networks.iter().any(|n| n.name == *name && n.foreign)
         };
         self.networks().into_iter().filter(|n| may(&n.name)).collect()
     }
 
     /// The storage for VMs, with what is promised. `except` leaves out a VM's own share.
     pub(super) fn storage(&self, except: Option<VmId>) -> Storage {
-        let h = &self.shared.config.hypervisor;
+        let h = &self.config.hypervisor;
         let mut storage = Storage {
             floor_bytes: h.storage_floor.0,
             overcommit: h.storage_overcommit,
             ..Storage::default()
         };
-        self.measure(|measured| {
-            storage.free_bytes = measured.free_bytes;
-            let allocated = |vm: &VmId| measured.allocated_bytes.get(vm).copied().unwrap_or(0);
-            let here = self.vms.values().filter(|vm| vm.record.is_here()).map(|vm| &vm.record.spec);
-            for spec in here.filter(|spec| Some(spec.id) != except) {
-                storage.allocated_bytes = storage.allocated_bytes.saturating_add(allocated(&spec.id));
-                storage.promised_bytes = storage.promised_bytes.saturating_add(promised(spec));
-            }
-            for run in self.arriving().filter(|run| Some(run.spec().id) != except) {
-                let (spec, there) = (run.spec(), allocated(&run.spec().id));
-                let composed = self.shared.composer.is_composed(&spec.recipe);
-                let to_come = Needed::by(spec, composed).at_once_bytes.saturating_sub(there);
-                storage.allocated_bytes = storage.allocated_bytes.saturating_add(there);
-                storage.promised_bytes = storage.promised_bytes.saturating_add(promised(spec));
-                storage.arriving_bytes = storage.arriving_bytes.saturating_add(to_come);
-            }
-        });
+        storage.free_bytes = self.measured.free_bytes;
+        let taken = |vm: &VmId| {
+            let disks = self.measured.disks.get(vm).copied().unwrap_or_default();
+            disks.root_bytes.saturating_add(disks.user_data_bytes)
+        };
+        let here = self.vms.values().filter(|vm| vm.record.is_here()).map(|vm| &vm.record.spec);
+        for spec in here.filter(|spec| Some(spec.id) != except) {
+            storage.allocated_bytes = storage.allocated_bytes.saturating_add(taken(&spec.id));
+            storage.promised_bytes = storage.promised_bytes.saturating_add(promised(spec));
+        }
+        for run in self.arriving().filter(|run| Some(run.spec().id) != except) {
+            let (spec, there) = (run.spec(), taken(&run.spec().id));
+            let composed = self.measured.composed.contains(&spec.recipe);
+            let to_come = Needed::by(spec, composed).at_once_bytes.saturating_sub(there);
+            storage.allocated_bytes = storage.allocated_bytes.saturating_add(there);
+            storage.promised_bytes = storage.promised_bytes.saturating_add(promised(spec));
+            storage.arriving_bytes = storage.arriving_bytes.saturating_add(to_come);
+        }
         storage
     }
 
     /// Bytes of the file system that VMs' disks lie on, and what is free of them.
     pub(super) fn file_system(&self) -> Resource {
-        let mut found = Resource::default();
-        self.measure(|measured| found = Resource { total: measured.total_bytes, free: measured.free_bytes });
-        found
+        Resource { total: self.measured.total_bytes, free: self.measured.free_bytes }
     }
 
     /// What `member` may do here, with what its share of this cloud comes to.
@@ -159,37 +134,9 @@ impl Broker {
         self.incoming.values().filter(move |run| run.is_unfinished() && !is_here(&run.spec().id))
     }
 
-    /// Hands the newest measurement to `look`.
-    fn measure(&self, look: impl FnOnce(&Measured)) {
-        let now = self.shared.now();
-        let mut measured = self.measured.lock().unwrap_or_else(PoisonError::into_inner);
-        if measured.at.is_none_or(|at| now.since(at) >= MEASURED_FOR || now < at) {
-            *measured = self.measured_now(now);
-        }
-        look(&measured);
+    /// Disks whose size matters: of VMs that are here, or whose copy is, and of those that arrive.
+    pub fn to_measure(&self) -> Vec<DisksOf> {
+        let known = self.vms.values().map(|vm| DisksOf::record(&vm.record));
+        known.chain(self.arriving().map(Incoming::disks_of)).collect()
     }
-
-    fn measured_now(&self, now: UnixMillis) -> Measured {
-        let records = &self.shared.records;
-        let here = self.vms.values().filter(|vm| vm.record.is_here());
-        let here = here.map(|vm| (vm.record.spec.id, vm.record.disks.as_str()));
-        let disks = here.chain(self.arriving().map(|run| (run.spec().id, run.dir_name())));
-        let taken = disks.map(|(vm, disks)| (vm, allocated_in(&records.vm_dir(vm).join(disks))));
-        let allocated_bytes = taken.collect();
-        let (total_bytes, free_bytes) = match rustix::fs::statvfs(records.dir()) {
-            Ok(s) => (s.f_blocks.saturating_mul(s.f_frsize), s.f_bavail.saturating_mul(s.f_frsize)),
-            Err(error) => {
-                tracing::warn!(%error, "the free storage cannot be asked for: nothing is promised");
-                (0, 0)
-            }
-        };
-        Measured { at: Some(now), total_bytes, free_bytes, allocated_bytes }
-    }
-}
-
-/// What the disks in a VM's directory take up, holes left out (`stat(2)`: blocks of 512 bytes).
-fn allocated_in(dir: &Path) -> u64 {
-    let paths = DiskPaths::in_dir(dir, Default::default());
-    let blocks = |path: &Path| std::fs::metadata(path).map_or(0, |m| m.blocks());
-    (blocks(&paths.root).saturating_add(blocks(&paths.user_data))).saturating_mul(512)
 }

@@ -1,15 +1,16 @@
 //! Changes of a VM that is there: its shape, its name, what its operator wants of it, the sizes of its disks.
 
-use crate::disk;
+use crate::interface::VmSet;
+use crate::interface::problem::{Problem, ProblemKind, chain};
 use crate::migration::records::{Autostart, Shape};
 use crate::types::{ByteSize, VmId};
 use crate::vm::PowerState;
 
-use super::interface::VmSet;
-use super::power::{Stop, is_off};
-use super::problem::{Problem, ProblemKind, chain};
-use super::vms::{Answer, Busy};
-use super::{Broker, Input};
+use super::Broker;
+use super::effect::{CallId, Effect};
+use super::pending::Pending;
+use super::power::Stop;
+use super::vms::Busy;
 
 const DESCRIPTION_BYTES_MAX: usize = 200;
 /// A day: who needs more wants it switched off.
@@ -35,7 +36,7 @@ impl Broker {
         record.spec.check().map_err(|reason| bad(reason).next("see 'cicada vm set --help'"))?;
         if Shape::of(&record.spec) != before {
             self.fits_this_host(&object, &record.spec)?;
-            if !is_off(&self.shared, id) {
+            if !self.is_off(id) {
                 record.runs_as = record.runs_as.or(Some(before));
                 // Set back to what it runs with.
                 record.runs_as = record.runs_as.filter(|runs| *runs != Shape::of(&record.spec));
@@ -59,10 +60,7 @@ impl Broker {
             record.settings.stop_timeout_s = (s > 0).then_some(s);
         }
         if record != vm.record {
-            self.shared
-                .records
-                .save_vm(&record)
-                .map_err(|e| Problem::from_error(ProblemKind::Failed, object, &e))?;
+            self.book.save_vm(&record).map_err(|e| Problem::from_error(ProblemKind::Failed, object, &e))?;
             tracing::info!(vm = %record.spec.name, id = %id, "changed");
             if let Some(vm) = self.vms.get_mut(&id) {
                 vm.record = record;
@@ -90,16 +88,16 @@ impl Broker {
     }
 
     /// Stops a VM that runs, and starts it again.
-    pub(super) fn reboot_vm(&mut self, id: VmId, force: bool, timeout_s: Option<u64>, reply: Answer) {
+    pub(super) fn reboot_vm(&mut self, id: VmId, force: bool, timeout_s: Option<u64>, call: CallId) {
         let Some(vm) = self.vms.get(&id) else { return };
-        if is_off(&self.shared, id) {
+        if self.is_off(id) {
             let name = &vm.record.spec.name;
             let problem = Problem::new(ProblemKind::Conflict, format!("VM {name}"), "does not run")
                 .next(format!("cicada vm start {name}"));
-            return drop(reply.send(Err(problem)));
+            return self.reply(call, Err(problem));
         }
         let mode = self.stop_mode(id, force, timeout_s, false);
-        self.stop_vm(id, Stop { mode, for_host: false, again: true }, reply);
+        self.stop_vm(id, Stop { mode, for_host: false, again: true }, call);
     }
 
     /// Makes disks larger. The file is larger before the record says so: what a crash leaves in between is
@@ -109,11 +107,11 @@ impl Broker {
         name: &str,
         root_size: Option<ByteSize>,
         user_data_size: Option<ByteSize>,
-        reply: Answer,
+        call: CallId,
     ) {
         match self.resizable(name, root_size, user_data_size) {
-            Ok(id) => self.grow_disks(id, root_size, user_data_size, reply),
-            Err(problem) => drop(reply.send(Err(problem))),
+            Ok(id) => self.grow_disks(id, root_size, user_data_size, call),
+            Err(problem) => self.reply(call, Err(problem)),
         }
     }
 
@@ -127,9 +125,9 @@ impl Broker {
         let object = format!("VM {name}");
         let Some(vm) = self.vms.get(&id) else { return Ok(id) };
         let spec = &vm.record.spec;
-        match self.shared.driver.state(id) {
-            Ok(PowerState::Stopped | PowerState::Crashed) | Err(_) => {}
-            Ok(state) => {
+        match self.power_of(id) {
+            PowerState::Stopped | PowerState::Crashed => {}
+            state => {
                 let reason = format!("is {state}: its disks can be made larger while it is stopped");
                 return Err(Problem::new(ProblemKind::Conflict, object, reason)
                     .next(format!("cicada vm stop {name}")));
@@ -165,56 +163,41 @@ impl Broker {
         Ok(id)
     }
 
-    fn grow_disks(
-        &mut self,
-        id: VmId,
-        root_size: Option<ByteSize>,
-        user_data_size: Option<ByteSize>,
-        reply: Answer,
-    ) {
+    fn grow_disks(&mut self, id: VmId, root: Option<ByteSize>, user_data: Option<ByteSize>, call: CallId) {
         let Some(vm) = self.vms.get_mut(&id) else { return };
         vm.busy = Some(Busy::Verb("being resized"));
-        let (object, has_user_data) =
-            (format!("VM {}", vm.record.spec.name), vm.record.spec.user_data_size.0 > 0);
-        let Some(paths) = self.vms.get(&id).map(|vm| self.disk_paths(&vm.record)) else { return };
-        let shared = self.shared.clone();
-        tokio::task::spawn_blocking(move || {
-            let root = root_size.map_or(Ok(()), |size| disk::grow_overlay(&paths.root, size.0));
-            let grown = root.and_then(|()| match user_data_size {
-                None => Ok(()),
-                Some(size) if has_user_data => disk::grow_user_data(&paths.user_data, size.0),
-                Some(size) if size.0 > 0 => match disk::create_user_data(&paths.user_data, size.0) {
-                    // An earlier try was cut short before the record said so.
-                    Err(disk::DiskError::Exists { .. }) => disk::grow_user_data(&paths.user_data, size.0),
-                    made => made,
-                },
-                Some(_) => Ok(()),
-            });
-            let grown = grown.map_err(|e| Problem::from_error(ProblemKind::Failed, object.clone(), &e));
-            shared.post(Input::apply(move |b| {
-                let result = grown.and_then(|()| {
-                    let Some(vm) = b.vms.get_mut(&id) else { return Ok(()) };
-                    let mut record = vm.record.clone();
-                    record.spec.root_size = root_size.unwrap_or(record.spec.root_size);
-                    record.spec.user_data_size = user_data_size.unwrap_or(record.spec.user_data_size);
-                    b.shared
-                        .records
-                        .save_vm(&record)
-                        .map_err(|e| Problem::from_error(ProblemKind::Failed, object, &e))?;
-                    vm.record = record;
-                    Ok(())
-                });
-                b.verb_done(id, result, reply);
-            }));
+        let record = Box::new(vm.record.clone());
+        let token = self.expect(Pending::Grown { call, vm: id, root, user_data });
+        self.emit(Effect::Grow { token, record, root, user_data });
+    }
+
+    pub(super) fn grown(
+        &mut self,
+        call: CallId,
+        id: VmId,
+        (root, user_data): (Option<ByteSize>, Option<ByteSize>),
+        grown: Result<(), Problem>,
+    ) {
+        let result = grown.and_then(|()| {
+            let Some(vm) = self.vms.get_mut(&id) else { return Ok(()) };
+            let mut record = vm.record.clone();
+            record.spec.root_size = root.unwrap_or(record.spec.root_size);
+            record.spec.user_data_size = user_data.unwrap_or(record.spec.user_data_size);
+            let object = format!("VM {}", record.spec.name);
+            let failed = |e| Problem::from_error(ProblemKind::Failed, object, &e);
+            self.book.save_vm(&record).map_err(failed)?;
+            vm.record = record;
+            Ok(())
         });
+        self.verb_done(id, result, call);
     }
 
     /// After a boot of the machine: which VMs are to run is decided by their operators' wishes.
     pub(super) fn apply_autostart(&mut self) {
-        if !self.continuity.is_other_boot() {
+        if !self.marks.is_other_boot() {
             return;
         }
-        let off: Vec<_> = self.vms.keys().copied().filter(|id| is_off(&self.shared, *id)).collect();
+        let off: Vec<_> = self.vms.keys().copied().filter(|id| self.is_off(*id)).collect();
         for id in off {
             let Some(vm) = self.vms.get_mut(&id).filter(|vm| vm.record.is_here()) else { continue };
             let run = match vm.record.settings.autostart {
@@ -227,7 +210,7 @@ impl Broker {
             }
             vm.record.run = run;
             tracing::info!(vm = %vm.record.spec.name, run, "decided by its autostart after a boot");
-            if let Err(e) = self.shared.records.save_vm(&vm.record) {
+            if let Err(e) = self.book.save_vm(&vm.record) {
                 tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "what its autostart decided is not recorded");
             }
         }

@@ -8,9 +8,9 @@ use crate::clock::UnixMillis;
 use crate::migration::{AnswerBody, RequestBody};
 use crate::types::{MemberJid, MigrationId};
 
-use super::problem::chain;
-use super::shared::{AskError, Matter, Peer};
-use super::{Broker, Input};
+use super::Broker;
+use super::effect::{Effect, Matter, Peer, Unanswered};
+use super::pending::Pending;
 
 const PAUSE_FIRST: Duration = Duration::from_secs(2);
 const PAUSE_MAX: Duration = Duration::from_secs(300);
@@ -31,7 +31,7 @@ impl Broker {
     /// Begins to tell `peer`, at once and until it answered. The errand takes the place of an
     /// earlier one of the same migration.
     pub(super) fn run_errand(&mut self, peer: Peer, matter: Matter, body: RequestBody) {
-        let due = self.shared.now();
+        let due = self.now;
         let last = "it has not answered yet".to_owned();
         let errand = Errand { peer, matter, body, due, tries: 0, asking: false, last };
         self.errands.insert(matter.migration, errand);
@@ -39,7 +39,7 @@ impl Broker {
     }
 
     pub(super) fn hurry_errands(&mut self, member: &MemberJid) {
-        let now = self.shared.now();
+        let now = self.now;
         for errand in self.errands.values_mut().filter(|e| e.peer.jid == *member) {
             (errand.due, errand.tries) = (now, 0);
         }
@@ -47,7 +47,7 @@ impl Broker {
     }
 
     pub(super) fn run_due_errands(&mut self) {
-        let now = self.shared.now();
+        let now = self.now;
         let keys = self.errands.values().map(|e| (e.peer.clone(), self.by_its_key_now(&e.peer)));
         let moved: Vec<_> = keys.filter(|(then, now)| then != now).collect();
         for errand in self.errands.values_mut() {
@@ -55,25 +55,25 @@ impl Broker {
                 errand.peer = now.clone();
             }
         }
+        let mut asks = Vec::new();
         for (id, errand) in self.errands.iter_mut().filter(|(_, e)| e.due <= now && !e.asking) {
             errand.due = now.plus(pause(errand.tries));
             errand.tries += 1;
             errand.asking = true;
-            let (id, shared) = (*id, self.shared.clone());
-            let (peer, matter, body) = (errand.peer.clone(), errand.matter, errand.body.clone());
-            tokio::spawn(async move {
-                let answer = shared.ask(&peer, matter, body).await;
-                shared.post(Input::apply(move |b| b.errand_answered(id, answer)));
-            });
+            asks.push((*id, errand.peer.clone(), errand.matter, Box::new(errand.body.clone())));
+        }
+        for (id, to, about, body) in asks {
+            let token = self.expect(Pending::Errand(id));
+            self.emit(Effect::Ask { token, to, about, body });
         }
     }
 
-    fn errand_answered(&mut self, id: MigrationId, answer: Result<AnswerBody, AskError>) {
+    pub(super) fn errand_answered(&mut self, id: MigrationId, answer: Result<AnswerBody, Unanswered>) {
         let Some(errand) = self.errands.get_mut(&id) else { return };
         errand.asking = false;
         let answer = match answer {
             Ok(answer) => answer,
-            Err(e) => return errand.last = chain(&e),
+            Err(Unanswered(why)) => return errand.last = why,
         };
         let (body, peer, vm) = (errand.body.clone(), errand.peer.clone(), errand.matter.vm);
         let done = match body {

@@ -3,14 +3,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;
-use std::sync::Arc;
 use std::time::Duration;
-
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::clock::UnixMillis;
 use crate::federation::rate::{Allowance, Buckets};
+use crate::federation::refusals::Tally;
 use crate::federation::{MemberPolicy, Refusals, Refused, Used};
+use crate::interface::{RefusalsView, SenderView};
 use crate::migration::target::Event as TargetEvent;
 use crate::migration::{AnswerBody, Denial, DenialCode, EnvelopeError};
 use crate::placement::policy;
@@ -18,7 +17,7 @@ use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
 use crate::vm::VmSpec;
 
 use super::Broker;
-use super::interface::{RefusalsView, SenderView};
+use super::effect::Effect;
 
 /// Members whose requests are counted apart; as many as a room may have.
 const MEMBERS_MAX: usize = 10_000;
@@ -46,16 +45,38 @@ pub enum Pace {
     Never,
 }
 
-/// One expensive request being worked on; dropped when it is answered.
-pub type Work = (OwnedSemaphorePermit, OwnedSemaphorePermit);
+/// How far members' clocks are ahead of ours, by what they signed last; the way it took is in it.
+#[derive(Default)]
+pub struct Clocks(BTreeMap<MemberJid, ClockSeen>);
+
+#[derive(Clone, Copy)]
+struct ClockSeen {
+    issued: UnixMillis,
+    ahead_ms: i64,
+}
+
+impl Clocks {
+    pub fn ahead_ms(&self, member: &MemberJid) -> Option<i64> {
+        self.0.get(member).map(|seen| seen.ahead_ms)
+    }
+
+    /// Takes note of a message whose signature is a trusted member's. One that is not `fresh` counts only if
+    /// it is the latest: whoever carries messages may bring old ones again.
+    pub fn note(&mut self, member: &MemberJid, issued: UnixMillis, now: UnixMillis, fresh: bool) {
+        let ahead_ms = issued.0.cast_signed().saturating_sub(now.0.cast_signed());
+        if fresh || self.0.get(member).is_none_or(|seen| seen.issued < issued) {
+            self.0.insert(member.clone(), ClockSeen { issued, ahead_ms });
+        }
+    }
+}
 
 pub struct Guard {
     requests: Buckets<MemberJid>,
     warnings: Buckets<MemberJid>,
     promises: Buckets<MemberJid>,
     attempts: Buckets<MemberJid>,
-    work: HashMap<MemberJid, Arc<Semaphore>>,
-    all_work: Arc<Semaphore>,
+    /// Expensive requests being worked on, of each member.
+    work: HashMap<MemberJid, usize>,
     pub refusals: Refusals,
 }
 
@@ -67,7 +88,6 @@ impl Default for Guard {
             promises: Buckets::new(MEMBERS_MAX),
             attempts: Buckets::new(MEMBERS_MAX),
             work: HashMap::new(),
-            all_work: Arc::new(Semaphore::new(WORK_MAX)),
             refusals: Refusals::default(),
         }
     }
@@ -99,14 +119,23 @@ impl Guard {
     }
 
     /// Begins an expensive request, unless as many are under way as may be.
-    pub fn begin_work(&mut self, from: &MemberJid) -> Option<Work> {
-        if self.work.len() >= WORK_MAX {
-            self.work.retain(|_, own| own.available_permits() < WORK_OF_MEMBER_MAX);
+    pub fn begin_work(&mut self, from: &MemberJid) -> bool {
+        let of_member = self.work.get(from).copied().unwrap_or(0);
+        if of_member >= WORK_OF_MEMBER_MAX || self.work.values().sum::<usize>() >= WORK_MAX {
+            return false;
         }
-        let own =
-            self.work.entry(from.clone()).or_insert_with(|| Arc::new(Semaphore::new(WORK_OF_MEMBER_MAX)));
-        let own = own.clone().try_acquire_owned().ok()?;
-        Some((own, self.all_work.clone().try_acquire_owned().ok()?))
+        self.work.insert(from.clone(), of_member + 1);
+        true
+    }
+
+    /// It was answered.
+    pub fn end_work(&mut self, from: &MemberJid) {
+        if let Some(n) = self.work.get_mut(from) {
+            *n -= 1;
+            if *n == 0 {
+                self.work.remove(from);
+            }
+        }
     }
 
     pub fn view(&self) -> RefusalsView {
@@ -155,7 +184,7 @@ pub fn kind_of(error: &EnvelopeError) -> Refused {
 impl Broker {
     /// Counts a refusal, and logs it if it is news.
     pub(super) fn refuse(&mut self, from: &MemberJid, refused: Refused, reason: &dyn Display) {
-        let now = self.shared.now();
+        let now = self.now;
         if let Some(suppressed) = self.guard.refusals.refuse(from.as_str(), refused, now) {
             tracing::warn!(member = %from, kind = %refused, %reason, suppressed, "request refused");
         }
@@ -172,15 +201,19 @@ impl Broker {
     }
 
     /// Takes in what the data link refused, under the names of members where they have one.
-    pub(super) fn gather_refusals(&mut self) {
-        for (peer, mut tally) in self.shared.tickets.take_refused() {
+    pub(super) fn link_refused(&mut self, refused: Vec<(Option<PublicKey>, Tally)>) {
+        for (peer, mut tally) in refused {
             let member = self.members.all().find(|m| m.key.is_some() && m.key == peer);
             if let Some(member) = member {
                 tally.sender = member.jid.to_string();
             }
             self.guard.refusals.add(&tally);
         }
-        for mut tally in self.shared.inbox.take_refused() {
+    }
+
+    /// Takes in what was refused because it came faster than it is worked off.
+    pub(super) fn overrun(&mut self, refused: Vec<Tally>) {
+        for mut tally in refused {
             if let Ok(from) = tally.sender.parse::<MemberJid>() {
                 self.refuse(&from, tally.refused, &"it sends more requests than are worked off");
                 tally.count -= 1;
@@ -190,7 +223,7 @@ impl Broker {
     }
 
     pub(super) fn policy_of(&self, member: &MemberJid) -> MemberPolicy {
-        self.shared.config.policy_of(member)
+        self.config.policy_of(member)
     }
 
     /// What VMs from `member` take here. `except` is a VM that would take its own earlier
@@ -221,8 +254,8 @@ impl Broker {
         let trusted: Vec<_> = self.members.trusted().map(|(jid, key)| (jid.clone(), key)).collect();
         let cap = |jid: &MemberJid| self.policy_of(jid).bandwidth_bytes_per_s;
         let caps = trusted.iter().filter_map(|(jid, key)| Some((*key, cap(jid)?))).collect();
-        self.shared.tickets.set_members(trusted.iter().map(|(_, key)| *key).collect());
-        self.shared.tickets.set_caps(caps);
+        let keys = trusted.iter().map(|(_, key)| *key).collect();
+        self.emit(Effect::Admit { keys, caps });
     }
 
     /// Ends all dealings with a member that is none any more, or is not trusted any more: tickets,
@@ -231,8 +264,7 @@ impl Broker {
         self.admit_members();
         if let Some(key) = key {
             self.lent.forget(&key);
-            self.shared.tickets.withdraw_all_of(&key);
-            self.shared.endpoint.cut(&key);
+            self.emit(Effect::Part(key));
         }
         let leaving: Vec<MigrationId> = self
             .outgoing
@@ -278,20 +310,22 @@ mod tests {
     #[test]
     fn expensive_work_is_bounded_for_each_and_for_all() {
         let mut guard = Guard::default();
-        let of = |guard: &mut Guard, name: &str| -> Vec<Work> {
-            std::iter::from_fn(|| guard.begin_work(&jid(name))).take(100).collect()
-        };
-        let first = of(&mut guard, "a@x");
-        assert_eq!(first.len(), WORK_OF_MEMBER_MAX);
-        let rest: Vec<_> = ["b@x", "c@x", "d@x", "e@x"].map(|name| of(&mut guard, name).len()).into();
-        assert_eq!(rest, [8, 8, 8, 8], "what was dropped at once is free again");
-        let held: Vec<_> = (0..5).map(|n| of(&mut guard, &format!("m{n}@x"))).collect();
-        assert_eq!(held.iter().map(Vec::len).collect::<Vec<_>>(), [8, 8, 8, 0, 0]);
-        drop(first);
-        assert_eq!(of(&mut guard, "m4@x").len(), 8);
-        for n in 0..1000 {
-            drop(guard.begin_work(&jid(&format!("{n}@x"))));
+        let of = |guard: &mut Guard, name: &str| (0..100).filter(|_| guard.begin_work(&jid(name))).count();
+        assert_eq!(of(&mut guard, "a@x"), WORK_OF_MEMBER_MAX);
+        let rest = ["b@x", "c@x", "d@x", "e@x"].map(|name| of(&mut guard, name));
+        assert_eq!(rest, [8, 8, 8, 0], "all together have as many as there are");
+        guard.end_work(&jid("a@x"));
+        assert_eq!(of(&mut guard, "e@x"), 1);
+        assert_eq!(of(&mut guard, "a@x"), 0);
+        for name in ["b@x", "c@x", "d@x"] {
+            (0..8).for_each(|_| guard.end_work(&jid(name)));
         }
-        assert!(guard.work.len() <= WORK_MAX + 1, "{}", guard.work.len());
+        assert_eq!(of(&mut guard, "f@x"), 8);
+        for n in 0..1000 {
+            if guard.begin_work(&jid(&format!("{n}@x"))) {
+                guard.end_work(&jid(&format!("{n}@x")));
+            }
+        }
+        assert_eq!(guard.work.len(), 3, "who waits for nothing is not remembered");
     }
 }

@@ -5,9 +5,8 @@
 use std::collections::BTreeMap;
 
 use crate::clock::UnixMillis;
+use crate::interface::MigrationView;
 use crate::types::{MemberJid, MigrationId};
-
-use super::interface::MigrationView;
 
 /// Migrations with a hand-over that are remembered, the newest.
 const HAND_OVERS_MAX: usize = 1000;

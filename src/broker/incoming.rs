@@ -3,36 +3,28 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
-
 use crate::clock::UnixMillis;
 use crate::fault;
 use crate::federation::Refused;
-use crate::migration::envelope::VERSION_BEFORE;
+use crate::interface::{MigrationView, Problem, ProblemKind, chain};
+use crate::migration::envelope::{LIFETIME, VERSION, VERSION_BEFORE, VERSIONS};
 use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, Return, SignedHandOver};
-use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, StageAccount};
+use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, Progress, StageAccount};
 use crate::migration::ownership::{Became, Given, Guest};
-use crate::migration::target::{Agreement, Effect, Event as TargetEvent, Phase, Target};
+use crate::migration::target::{Agreement, Effect as ArrivalEffect, Event as TargetEvent, Phase, Target};
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, Lineage, RequestBody};
 use crate::placement;
-use crate::types::{MemberJid, MigrationId, PeerText, PublicKey, ReservationId, VmId};
-use crate::vm::VmSpec;
+use crate::types::{MemberJid, MigrationId, PeerText, PublicKey, VmId};
+use crate::vm::{PowerState, VmSpec};
 
+use super::Broker;
 use super::account::{self, new_view};
-use super::evidence;
-use super::guard::{self, Pace, Work};
-use super::interface::MigrationView;
+use super::book::ReturnRecord;
+use super::effect::{AskId, DisksOf, Effect, Holdings, Matter, Peer, StageOrder};
+use super::guard::{self, Pace};
 use super::lineages::{LAW, Offer, denial};
-use super::negotiation;
-use super::problem::{Problem, ProblemKind};
-use super::records::ReturnRecord;
-use super::rehearsal;
-use super::shared::{Matter, Peer, Shared};
-use super::staging::{self, StageJob, Staged, StagedDir};
+use super::pending::{Pending, Working};
 use super::vms::{Busy, Vm};
-use super::{Broker, Input};
 
 /// How long an arrival that is over still answers its source.
 const KEPT_AFTER_END: Duration = Duration::from_secs(120);
@@ -40,8 +32,6 @@ const KEPT_AFTER_END: Duration = Duration::from_secs(120);
 const LENDERS_MAX: usize = 4;
 /// Hand-overs remembered that wait for an operator because a record is damaged.
 const UNANSWERED_MAX: usize = 1000;
-/// How long a guest is watched for its ready line before its boot counts as unobserved.
-const BOOT_WATCH: Duration = Duration::from_secs(600);
 
 /// One migration this broker is the target of.
 pub struct Incoming {
@@ -52,12 +42,10 @@ pub struct Incoming {
     pub view: MigrationView,
     lease_until: UnixMillis,
     component_names: Vec<PeerText>,
-    /// The staged disks between passes; taken by the pass that works on them.
-    staged: Option<Staged>,
-    cancel: CancellationToken,
-    dir_name: String,
-    /// What is at work in that directory.
-    tasks: TaskTracker,
+    /// Its disks, below the VM's directory.
+    disks: String,
+    /// A pass has begun here.
+    staged: bool,
     /// Another migration of the same VM took its place: what it staged is kept for that.
     superseded: bool,
     /// Why it ended without a hand-over, if not by the machine's own reason.
@@ -89,13 +77,8 @@ impl Incoming {
         &self.spec
     }
     /// Where its disks are staged, and stay once the VM is ours.
-    fn dir(&self, shared: &Shared) -> StagedDir {
-        let path = shared.records.vm_dir(self.matter.vm).join(&self.dir_name);
-        StagedDir { path, tasks: self.tasks.clone() }
-    }
-    /// Below the directory of its VM.
-    pub fn dir_name(&self) -> &str {
-        &self.dir_name
+    pub fn disks_of(&self) -> DisksOf {
+        DisksOf { vm: self.matter.vm, disks: self.disks.clone(), recipe: self.spec.recipe }
     }
     pub fn is_of(&self, peer: &Peer, vm: VmId) -> bool {
         self.peer == *peer && self.matter.vm == vm
@@ -120,13 +103,13 @@ impl Incoming {
 
 impl Broker {
     /// Answers a sealed request; `None` means the sender is not trusted and learns nothing.
-    pub(super) fn asked(&mut self, from: MemberJid, payload: &[u8], reply: oneshot::Sender<Option<Vec<u8>>>) {
-        let now = self.shared.now();
+    pub(super) fn asked(&mut self, ask: AskId, from: MemberJid, payload: &[u8]) {
+        let now = self.now;
         let key = match self.members.trusted_key(&from) {
             Ok(key) => key,
             Err(reason) => {
                 self.refuse(&from, reason.refused(), &reason);
-                return drop(reply.send(None));
+                return self.emit(Effect::Answer(ask, None));
             }
         };
         let pace = self.guard.pace(&from, self.policy_of(&from).requests_per_minute, now);
@@ -134,26 +117,29 @@ impl Broker {
             self.refuse(&from, Refused::RateLimit, &"it asks more often than it may");
         }
         if pace == Pace::Never {
-            return drop(reply.send(None));
+            return self.emit(Effect::Answer(ask, None));
         }
-        let opened = self
-            .shared
-            .opened(&from, Envelope::<RequestBody>::open(payload, &key, &from, &self.shared.me, now))
-            .and_then(|e| self.replay.admit(&e, now).map(|()| e));
+        let opened = Envelope::<RequestBody>::open(payload, &key, &from, &self.me, now);
+        match &opened {
+            Ok(e) => self.clocks.note(&from, e.issued, now, true),
+            Err(EnvelopeError::Expired { issued, now }) => self.clocks.note(&from, *issued, *now, false),
+            Err(_) => {}
+        }
+        let opened = opened.and_then(|e| self.replay.admit(&e, now).map(|()| e));
         let request = match opened {
             Ok(request) => request,
             Err(e) => {
-                self.refuse(&from, guard::kind_of(&e), &super::problem::chain(&e));
+                self.refuse(&from, guard::kind_of(&e), &chain(&e));
                 let told = match &e {
                     EnvelopeError::Version(_) => self.other_version(&from, &key, payload, &e.to_string()),
                     EnvelopeError::Expired { .. } => self.other_clock(&from, &key, payload, &e.to_string()),
                     _ => None,
                 };
-                return drop(reply.send(told));
+                return self.emit(Effect::Answer(ask, told));
             }
         };
         if let Pace::Later(wait) = pace {
-            return drop(reply.send(self.shared.answer(&request, guard::too_often(wait)).ok()));
+            return self.answer(ask, &request, guard::too_often(wait));
         }
         let peer = Peer { jid: from, key };
         let is_work = |body: &RequestBody| {
@@ -161,24 +147,67 @@ impl Broker {
             matches!(body, Configuration { .. } | Content { .. } | Lineage { .. } | Owners { .. })
         };
         if is_work(&request.body) {
-            let Some(work) = self.guard.begin_work(&peer.jid) else {
+            if !self.guard.begin_work(&peer.jid) {
                 self.refuse(&peer.jid, Refused::RateLimit, &"it asks more at once than it may");
-                return drop(reply.send(self.shared.answer(&request, guard::too_much()).ok()));
+                return self.answer(ask, &request, guard::too_much());
+            }
+            let work = Working { ask, from: peer, request: Box::new(request) };
+            let answered = match &work.request.body {
+                RequestBody::Content { .. } => self.answer_content(&work),
+                RequestBody::Lineage { .. } => self.answer_lineage(&work),
+                RequestBody::Owners { .. } => self.answer_owners(&work),
+                _ => self.answer_check(&work),
             };
-            return match request.body {
-                RequestBody::Content { .. } => self.answer_content(&peer, request, work, reply),
-                RequestBody::Lineage { .. } => self.answer_lineage(&peer, request, work, reply),
-                RequestBody::Owners { .. } => self.answer_owners(&peer, request, work, reply),
-                _ => self.answer_check(&peer, request, work, reply),
-            };
+            if let Some(answer) = answered {
+                self.answer_work(&work, answer);
+            }
+            return;
         }
-        match self.answer_request(&peer, &request) {
+        match self.answer_request(&peer, &request, ask) {
             Answered::Now(answer) => {
                 self.note_denial(&peer.jid, &answer);
-                let _ = reply.send(self.shared.answer(&request, answer).ok());
+                self.answer(ask, &request, answer);
             }
-            Answered::Promised(promise, back) => self.promise_then(&peer, request, promise, back, reply),
+            Answered::Later => {}
+            Answered::Promised(promise, back) => {
+                // It binds from here on, whatever becomes of the write.
+                self.promising.insert((promise.vm, peer.key));
+                let (to, kept) = (peer.key, Box::new(promise.clone()));
+                let work = Working { ask, from: peer, request: Box::new(request) };
+                let pending = Pending::PromiseKept { work, promise: Box::new(promise), back, to };
+                let token = self.expect(pending);
+                self.emit(Effect::KeepPromise { token, promise: kept, to });
+            }
         }
+    }
+
+    /// Seals the answer to a request, and sends it.
+    pub(super) fn answer(&mut self, ask: AskId, request: &Envelope<RequestBody>, body: AnswerBody) {
+        let sealed = self.sealed(request, body);
+        self.emit(Effect::Answer(ask, sealed));
+    }
+
+    /// As [`Broker::answer`], of a request that was counted as work.
+    pub(super) fn answer_work(&mut self, work: &Working, body: AnswerBody) {
+        self.guard.end_work(&work.from.jid);
+        self.answer(work.ask, &work.request, body);
+    }
+
+    fn sealed<T>(&self, request: &Envelope<T>, body: AnswerBody) -> Option<Vec<u8>> {
+        let envelope = Envelope {
+            // In the version it came in; who speaks none of ours is told so in our newest.
+            version: if VERSIONS.contains(&request.version) { request.version } else { VERSION },
+            from: self.me.clone(),
+            to: request.from.clone(),
+            migration: request.migration,
+            vm: request.vm,
+            epoch: request.epoch,
+            nonce: request.nonce.clone(),
+            issued: self.now,
+            expires: self.now.plus(LIFETIME),
+            body,
+        };
+        envelope.seal(&self.key).ok()
     }
 
     /// A trusted member that speaks another version is told so, in ours.
@@ -189,65 +218,65 @@ impl Broker {
         payload: &[u8],
         text: &str,
     ) -> Option<Vec<u8>> {
-        let now = self.shared.now();
-        let request = Envelope::<RequestBody>::open_foreign(payload, key, from, &self.shared.me, now).ok()?;
+        let now = self.now;
+        let request = Envelope::<RequestBody>::open_foreign(payload, key, from, &self.me, now).ok()?;
         self.replay.admit(&request, now).ok()?;
         let denial =
             Denial::new(DenialCode::Version, text).next("bring the older of the two brokers up to date");
-        self.shared.answer(&request, AnswerBody::Denied(denial)).ok()
+        self.sealed(&request, AnswerBody::Denied(denial))
     }
 
     /// A trusted member whose clock is not ours is told both times. What it asks is not done.
     fn other_clock(&self, from: &MemberJid, key: &PublicKey, payload: &[u8], text: &str) -> Option<Vec<u8>> {
-        let now = self.shared.now();
-        let request = Envelope::<RequestBody>::open_stale(payload, key, from, &self.shared.me, now).ok()?;
+        let now = self.now;
+        let request = Envelope::<RequestBody>::open_stale(payload, key, from, &self.me, now).ok()?;
         let denial = Denial::new(DenialCode::Clock, text).next(
             "set the clocks of both hosts by NTP; 'cicada members --verbose' shows how far they differ",
         );
-        self.shared.answer(&request, AnswerBody::Denied(denial)).ok()
+        self.sealed(&request, AnswerBody::Denied(denial))
     }
 
-    fn answer_check(
-        &mut self,
-        peer: &Peer,
-        request: Envelope<RequestBody>,
-        work: Work,
-        reply: oneshot::Sender<Option<Vec<u8>>>,
-    ) {
-        let RequestBody::Configuration { spec, components, packs } = &request.body else { return };
+    fn answer_check(&mut self, work: &Working) -> Option<AnswerBody> {
+        let RequestBody::Configuration { spec, components, packs } = &work.request.body else {
+            return Some(deny(DenialCode::Other, "is no check"));
+        };
         if components.len() + packs.len() > CHECK_IDS_MAX {
             let text = format!("at most {CHECK_IDS_MAX} ids may be asked about at once");
-            let _ = reply.send(self.shared.answer(&request, deny(DenialCode::Other, &text)).ok());
-            return;
+            return Some(deny(DenialCode::Other, &text));
         }
-        let room = self.room(&peer.jid, Some(spec.id));
-        let seed = self.vms.get(&spec.id).and_then(|vm| vm.record.given_up()).and_then(|g| g.seed);
-        let bad = spec.check().err().map(|text| Denial::new(DenialCode::Other, text));
-        let rules = self.policy_blockers(&peer.jid, spec);
-        let (shared, spec) = (self.shared.clone(), spec.clone());
-        let (components, packs, source) = (components.clone(), packs.clone(), peer.jid.clone());
-        tokio::task::spawn_blocking(move || {
-            let _under_way = work;
-            let composed = shared.composer.is_composed(&spec.recipe);
-            let needed = placement::Needed::by(&spec, composed);
-            let (mut blockers, differences) = placement::assess(&room, &spec, &source, &needed);
-            blockers.extend(rules.into_iter().chain(bad));
-            // What is said of it in the terms of the agreement says more.
-            if blockers.is_empty() {
-                blockers.extend(rehearsal::refusal(&shared, &spec));
-            }
-            // Whose VMs are never taken need not know what is held.
-            let (components_lacking, packs_lacking) = match room.accepts_source {
-                true => negotiation::holdings(&shared.repository, &components, &packs),
-                false => ((0..components.len() as u32).collect(), (0..packs.len() as u32).collect()),
-            };
-            let seed = seed.filter(|_| room.accepts_source);
-            let answer = CheckAnswer { differences, blockers, components_lacking, packs_lacking, seed };
-            let _ = reply.send(shared.answer(&request, AnswerBody::Configuration(answer)).ok());
-        });
+        // Whose VMs are never taken need not know what is held.
+        let tells = self.policy_of(&work.from.jid).accept_vms;
+        let (components, packs) =
+            if tells { (components.clone(), packs.clone()) } else { (Vec::new(), Vec::new()) };
+        let spec = Box::new(spec.clone());
+        let token = self.expect(Pending::CheckLooked(work.clone()));
+        self.emit(Effect::LookUp { token, spec, components, packs });
+        None
     }
 
-    fn answer_request(&mut self, peer: &Peer, request: &Envelope<RequestBody>) -> Answered {
+    pub(super) fn check_looked(&mut self, work: &Working, held: Holdings) {
+        let RequestBody::Configuration { spec, components, packs } = &work.request.body else { return };
+        let from = &work.from.jid;
+        let room = self.room(from, Some(spec.id));
+        let needed = placement::Needed::by(spec, held.composed);
+        let (mut blockers, differences) = placement::assess(&room, spec, from, &needed);
+        blockers.extend(self.policy_blockers(from, spec));
+        blockers.extend(spec.check().err().map(|text| Denial::new(DenialCode::Other, text)));
+        // What is said of it in the terms of the agreement says more.
+        if blockers.is_empty() {
+            blockers.extend(held.refusal);
+        }
+        let (components_lacking, packs_lacking) = match room.accepts_source {
+            true => (held.components_lacking, held.packs_lacking),
+            false => ((0..components.len() as u32).collect(), (0..packs.len() as u32).collect()),
+        };
+        let seed = self.vms.get(&spec.id).and_then(|vm| vm.record.given_up()).and_then(|g| g.seed);
+        let seed = seed.filter(|_| room.accepts_source);
+        let answer = CheckAnswer { differences, blockers, components_lacking, packs_lacking, seed };
+        self.answer_work(work, AnswerBody::Configuration(answer));
+    }
+
+    fn answer_request(&mut self, peer: &Peer, request: &Envelope<RequestBody>, ask: AskId) -> Answered {
         let id = request.migration;
         let known = self.incoming.get(&id).map(|run| run.is_of(peer, request.vm));
         let answer = match (&request.body, known) {
@@ -261,23 +290,40 @@ impl Broker {
             (RequestBody::Delete { boot_ms }, _) => self.answer_delete(peer, request, *boot_ms),
             (RequestBody::Suspend | RequestBody::Stop, _) => self.answer_steering(peer, request),
             (body, Some(true)) => self.incoming_event(id, TargetEvent::Asked(Box::new(body.clone()))),
-            (RequestBody::Reservation { spec }, None) => self.reserve(peer, request, spec),
+            (RequestBody::Reservation { spec }, None) => match self.cannot_reserve(peer, request, spec) {
+                Some(denied) => denied,
+                None => {
+                    let work = Working { ask, from: peer.clone(), request: Box::new(request.clone()) };
+                    let spec = Box::new(spec.clone());
+                    let token = self.expect(Pending::ReserveLooked(work));
+                    self.emit(Effect::LookUp { token, spec, components: Vec::new(), packs: Vec::new() });
+                    return Answered::Later;
+                }
+            },
             (RequestBody::Cancel { .. }, None) => AnswerBody::Cancelled,
             _ => deny(DenialCode::UnknownMigration, "no such migration here; the reservation may have ended"),
         };
         Answered::Now(answer)
     }
 
-    fn reserve(&mut self, peer: &Peer, request: &Envelope<RequestBody>, spec: &VmSpec) -> AnswerBody {
+    /// Why no reservation can be made, whatever room there is.
+    fn cannot_reserve(
+        &self,
+        peer: &Peer,
+        request: &Envelope<RequestBody>,
+        spec: &VmSpec,
+    ) -> Option<AnswerBody> {
         if spec.id != request.vm {
-            return deny(DenialCode::NotYours, "the reservation is for another VM than the message");
+            return Some(deny(DenialCode::NotYours, "the reservation is for another VM than the message"));
         }
         if let Err(text) = spec.check() {
-            return deny(DenialCode::Other, &text);
+            return Some(deny(DenialCode::Other, &text));
         }
         if self.confirming.is_some() {
             let text = "this cloud asks the others first what became of its VMs while it was away";
-            return AnswerBody::Denied(Denial::new(DenialCode::Busy, text).next("try again in a minute"));
+            return Some(AnswerBody::Denied(
+                Denial::new(DenialCode::Busy, text).next("try again in a minute"),
+            ));
         }
         // Else a member could take the place of a migration that is remembered, or of ours.
         let id = request.migration;
@@ -293,11 +339,30 @@ impl Broker {
             || self.unfinished.iter().any(|cut| cut.view().progress.id == id)
             || self.history.get(&id).is_some_and(|view| !is_its_own_attempt(view));
         if is_taken {
-            return deny(DenialCode::NotYours, "another migration has this id, or it is over");
+            return Some(deny(DenialCode::NotYours, "another migration has this id, or it is over"));
+        }
+        None
+    }
+
+    pub(super) fn reserve_looked(&mut self, work: &Working, held: &Holdings) {
+        let answer = self.reserve(&work.from, &work.request, held.composed);
+        self.note_denial(&work.from.jid, &answer);
+        self.answer(work.ask, &work.request, answer);
+    }
+
+    fn reserve(&mut self, peer: &Peer, request: &Envelope<RequestBody>, composed: bool) -> AnswerBody {
+        let RequestBody::Reservation { spec } = &request.body else {
+            return deny(DenialCode::Other, "is no reservation");
+        };
+        // Another message may have come first, while it was looked up what is composed.
+        if self.incoming.contains_key(&request.migration) {
+            return deny(DenialCode::OutOfOrder, "this reservation is being made");
+        }
+        if let Some(denied) = self.cannot_reserve(peer, request, spec) {
+            return denied;
         }
         fault::point("target-reserving");
         self.supersede(peer, spec.id);
-        let composed = self.shared.composer.is_composed(&spec.recipe);
         let room = self.room(&peer.jid, None);
         let needed = placement::Needed::by(spec, composed);
         let (blockers, _) = placement::assess(&room, spec, &peer.jid, &needed);
@@ -311,7 +376,7 @@ impl Broker {
         let known = match self.known(spec.id) {
             Ok(known) => known,
             Err(e) => {
-                tracing::error!(vm = %spec.id, error = super::problem::chain(&e), "a VM cannot come: what is known of it is damaged");
+                tracing::error!(vm = %spec.id, error = chain(&e), "a VM cannot come: what is known of it is damaged");
                 return deny(DenialCode::Other, "what is known of the VM here is damaged");
             }
         };
@@ -327,23 +392,23 @@ impl Broker {
         if let Err(refusal) = allowed {
             return AnswerBody::Denied(denial(&refusal));
         }
-        let now = self.shared.now();
+        let now = self.now;
         if let Err(wait) = self.guard.begin_attempt(&peer.jid, now) {
             let text = "more reservations that nothing came of than this cloud takes in that time";
             self.refuse(&peer.jid, Refused::RateLimit, &text);
             return AnswerBody::Denied(Denial::new(DenialCode::RateLimited, text).retry_after(wait));
         }
-        let lease = self.shared.config.migration.lease;
+        let lease = self.config.migration.lease;
         let agreement = Agreement {
             source: peer.jid.clone(),
             source_key: peer.key,
-            target: self.shared.me.clone(),
-            target_key: self.shared.key.public(),
+            target: self.me.clone(),
+            target_key: self.key.public(),
             migration: request.migration,
             vm: spec.id,
             epoch: request.epoch,
             recipe: spec.recipe,
-            reservation: ReservationId::random(),
+            reservation: self.ids.reservation(),
             known: known.tip().map(|tip| tip.id),
         };
         let machine = Target::new(agreement, lease.as_secs());
@@ -357,11 +422,9 @@ impl Broker {
             spec: spec.clone(),
             lease_until: now.plus(lease),
             component_names: Vec::new(),
-            staged: None,
-            cancel: CancellationToken::new(),
             // Of its own: the copy of an earlier try may still be on its way out.
-            dir_name: format!("disks-{}", uuid::Uuid::new_v4().simple()),
-            tasks: TaskTracker::new(),
+            disks: format!("disks-{}", self.ids.uuid().simple()),
+            staged: false,
             superseded: false,
             ended_because: None,
             offer: Offer::default(),
@@ -407,9 +470,8 @@ impl Broker {
 
     /// Our receipt if we took the VM over, else our word that we never will by this hand-over.
     pub(super) fn what_became_of(&mut self, peer: &Peer, h: &HandOver, signed: &SignedHandOver) -> Answered {
-        let records = &self.shared.records;
-        let broken =
-            |e: &dyn std::error::Error| Answered::Now(deny(DenialCode::Other, &super::problem::chain(e)));
+        let records = &self.book;
+        let broken = |e: &dyn std::error::Error| Answered::Now(deny(DenialCode::Other, &chain(e)));
         let receipt = match records.receipt(h.migration) {
             Ok(receipt) => receipt,
             Err(e) => return broken(&e),
@@ -429,8 +491,7 @@ impl Broker {
                 Answered::Now(deny(DenialCode::Other, text))
             }
             Became::Taken(receipt) => {
-                let state = self.shared.driver.state(h.vm);
-                let running = state.is_ok_and(|s| s == crate::vm::PowerState::Running);
+                let running = self.power_of(h.vm) == PowerState::Running;
                 Answered::Now(AnswerBody::Started {
                     receipt,
                     running,
@@ -449,18 +510,18 @@ impl Broker {
             }
             Became::Void => {
                 fault::point("target-returning");
-                let back = signed.clone().give_back(&self.shared.key);
+                let back = signed.clone().give_back(&self.key);
                 fault::point("target-returned");
                 Answered::Now(returned(back))
             }
             Became::ToBePromised => {
                 let promise = ReturnRecord { vm: h.vm, epoch: h.epoch, hand_over: Some(signed.clone()) };
-                let back = signed.clone().give_back(&self.shared.key);
+                let back = signed.clone().give_back(&self.key);
                 if promised {
                     return Answered::Now(returned(back));
                 }
                 let is_new = !records.has_promised(h.vm, &peer.key);
-                if is_new && !self.guard.may_promise(&peer.jid, self.shared.now()) {
+                if is_new && !self.guard.may_promise(&peer.jid, self.now) {
                     let text = "as many hand-overs of VMs unknown here were returned as may be in one day";
                     let wait = Duration::from_secs(3600);
                     let denial = Denial::new(DenialCode::RateLimited, text).retry_after(wait);
@@ -480,32 +541,24 @@ impl Broker {
         }
     }
 
-    /// Records a promise, away from the owner task, and only then gives it.
-    fn promise_then(
+    /// A promise is given only once it is durable.
+    pub(super) fn promise_kept(
         &mut self,
-        peer: &Peer,
-        request: Envelope<RequestBody>,
-        promise: ReturnRecord,
-        back: Box<Return>,
-        reply: oneshot::Sender<Option<Vec<u8>>>,
+        work: &Working,
+        promise: &ReturnRecord,
+        back: Return,
+        to: PublicKey,
+        kept: Result<(), String>,
     ) {
-        // It binds from here on, whatever becomes of the write.
-        self.promising.insert((promise.vm, peer.key));
-        let (shared, key) = (self.shared.clone(), peer.key);
-        tokio::task::spawn_blocking(move || {
-            let answer = match shared.records.save_return(&promise, Some(&key)) {
-                Ok(()) => {
-                    tracing::info!(vm = %promise.vm, epoch = promise.epoch, "hand-over returned: it is never run here under this epoch");
-                    returned(*back)
-                }
-                Err(e) => deny(DenialCode::Other, &super::problem::chain(&e)),
-            };
-            let vm = promise.vm;
-            let _ = reply.send(shared.answer(&request, answer).ok());
-            shared.post(Input::apply(move |b| {
-                b.promising.remove(&(vm, key));
-            }));
-        });
+        self.promising.remove(&(promise.vm, to));
+        let answer = match kept {
+            Ok(()) => {
+                tracing::info!(vm = %promise.vm, epoch = promise.epoch, "hand-over returned: it is never run here under this epoch");
+                returned(back)
+            }
+            Err(why) => deny(DenialCode::Other, &why),
+        };
+        self.answer(work.ask, &work.request, answer);
     }
 
     fn answer_delete(
@@ -523,9 +576,7 @@ impl Broker {
         let given = self.vms.get(&request.vm).and_then(|vm| vm.record.given_up());
         match given {
             Some(g) if g.migration == request.migration && g.to == peer.jid => {
-                let grace = g
-                    .scrub_after
-                    .map_or(self.shared.config.migration.grace_period, |t| t.since(self.shared.now()));
+                let grace = g.scrub_after.map_or(self.config.migration.grace_period, |t| t.since(self.now));
                 self.amend_history(request.migration, |a| {
                     a.boot_ms = boot_ms;
                     if let Some(ms) = boot_ms {
@@ -542,12 +593,12 @@ impl Broker {
 
     /// One step of a target machine; the answer if the event was a request.
     pub(super) fn incoming_event(&mut self, id: MigrationId, event: TargetEvent) -> AnswerBody {
-        let now = self.shared.now();
+        let now = self.now;
         let none = || deny(DenialCode::UnknownMigration, "no such migration here");
         let Some(run) = self.incoming.get_mut(&id) else { return none() };
         match &event {
             TargetEvent::Asked(request) => {
-                run.lease_until = now.plus(self.shared.config.migration.lease);
+                run.lease_until = now.plus(self.config.migration.lease);
                 if let (RequestBody::Cancel { reason }, true) = (&**request, run.is_leased()) {
                     run.end_because(format!("{} called it off: {reason}", run.peer.jid));
                 }
@@ -580,7 +631,7 @@ impl Broker {
         let mut answer = none();
         for effect in effects {
             match effect {
-                Effect::Answer(a) => answer = *a,
+                ArrivalEffect::Answer(a) => answer = *a,
                 other => self.incoming_effect(id, other),
             }
         }
@@ -594,22 +645,24 @@ impl Broker {
         answer
     }
 
-    fn incoming_effect(&mut self, id: MigrationId, effect: Effect) {
-        let shared = self.shared.clone();
+    fn incoming_effect(&mut self, id: MigrationId, effect: ArrivalEffect) {
         let Some(run) = self.incoming.get_mut(&id) else { return };
         let (peer, matter, vm) = (run.peer.clone(), run.matter, run.matter.vm);
         match effect {
-            Effect::Answer(_) => {}
-            Effect::Stage(init) => self.stage(id, *init),
-            Effect::TakeOver(signed) => {
+            ArrivalEffect::Answer(_) => {}
+            ArrivalEffect::Stage(init) => self.stage(id, *init),
+            ArrivalEffect::TakeOver(signed) => {
                 let result = self.take_over(id, signed);
-                self.shared.post(Input::Incoming(id, TargetEvent::TookOver(result)));
+                self.incoming_event(id, TargetEvent::TookOver(result));
             }
-            Effect::Start => {
+            ArrivalEffect::Start => {
                 fault::point("target-starting");
-                drop(self.start_machine(vm, Some(id)));
+                if !self.start_machine(vm, Some(id)) {
+                    let why = "its record does not let it run here".to_owned();
+                    self.arrival_started(id, Err(why));
+                }
             }
-            Effect::AskDelete { boot_ms } => {
+            ArrivalEffect::AskDelete { boot_ms } => {
                 fault::point("target-telling");
                 run.view.account.boot_ms = boot_ms;
                 if let Some(ms) = boot_ms {
@@ -619,16 +672,16 @@ impl Broker {
                 self.remember(view);
                 self.run_errand(peer, matter, RequestBody::Delete { boot_ms });
             }
-            Effect::CleanUp => {
-                run.cancel.cancel();
-                run.staged = None;
-                let dir = run.dir(&shared);
+            ArrivalEffect::CleanUp => {
+                let (disks, keep) = (run.disks.clone(), run.superseded || run.view.account.wire_bytes > 0);
+                self.emit(Effect::EndStaging(id));
                 // Whatever ended the move, the next one need not carry again what one pass brought.
-                if run.superseded || run.view.account.wire_bytes > 0 {
-                    return self.keep_interrupted(vm, dir);
+                if keep {
+                    return self.keep_interrupted(vm, disks);
                 }
                 tracing::info!(migration = %id, "removing what was staged");
-                dir.remove(shared, vm, !self.vms.contains_key(&vm));
+                let no_record = !self.vms.contains_key(&vm);
+                self.emit(Effect::RemoveStaged { vm, disks, no_record });
             }
         }
     }
@@ -637,79 +690,62 @@ impl Broker {
         fault::point("target-staging");
         let Some(run) = self.incoming.get_mut(&id) else { return };
         run.component_names = init.component_names.clone();
+        let is_first = !std::mem::replace(&mut run.staged, true);
         // Found after a restart, it is known how it ended. What only reserved is not worth a note.
-        self.notes.later(&run.view);
-        let (progress, mut reports) = tokio::sync::watch::channel(Default::default());
-        let mut job = StageJob {
-            shared: self.shared.clone(),
-            peer: run.peer.clone(),
-            spec: run.spec.clone(),
-            init,
-            dir: run.dir(&self.shared),
-            goes_on_with: None,
-            seeds: None,
-            neighbours: Vec::new(),
-            lenders: Vec::new(),
-            staged: run.staged.take(),
-            account: run.machine.account().clone(),
-            progress,
-            cancel: run.cancel.clone(),
-        };
-        let (own, source) = (job.spec.id, &job.peer.jid);
-        let left = self.vms.get(&own).filter(|vm| !vm.record.is_here());
-        job.seeds = left.map(|vm| self.disk_paths(&vm.record));
+        self.book.note_later(&run.view);
+        let (from, spec, disks) = (run.peer.clone(), run.spec.clone(), run.disks.clone());
+        let account = run.machine.account().clone();
+        let (own, source) = (spec.id, &from.jid);
         // Only what that member once had itself: from what is not asked for it learns nothing.
         let came_from_it = |vm: &&Vm| {
             vm.record.spec.id != own && vm.record.arrival.as_ref().is_some_and(|a| a.from == *source)
         };
-        job.neighbours =
-            self.vms.values().filter(came_from_it).map(|vm| self.disk_paths(&vm.record)).collect();
-        job.lenders = self.trusted_online().filter(|p| p.jid != *source).take(LENDERS_MAX).collect();
-        if job.staged.is_none() {
-            job.goes_on_with = self.take_interrupted(own);
-        }
-        let shared = self.shared.clone();
-        tokio::spawn(async move {
-            let tasks = job.dir.tasks.clone();
-            let work = tasks.spawn(staging::run(job));
-            while reports.changed().await.is_ok() {
-                let p: crate::migration::message::Progress = reports.borrow_and_update().clone();
-                shared.post(Input::Incoming(id, TargetEvent::StageProgress(p)));
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-            let result = match work.await {
-                Ok(result) => result,
-                Err(e) => Err(Denial::new(DenialCode::Other, format!("staging ended early: {e}"))),
-            };
-            shared.post(Input::apply(move |b| b.stage_finished(id, result)));
+        let neighbours =
+            self.vms.values().filter(came_from_it).map(|vm| DisksOf::record(&vm.record)).collect();
+        let left = self.vms.get(&own).filter(|vm| !vm.record.is_here());
+        let seeds = left.map(|vm| DisksOf::record(&vm.record));
+        let lenders = self.trusted_online().filter(|p| p.jid != *source).take(LENDERS_MAX).collect();
+        let goes_on_with = if is_first { self.take_interrupted(own) } else { None };
+        let order = Box::new(StageOrder {
+            migration: id,
+            from,
+            spec,
+            init,
+            disks,
+            goes_on_with,
+            seeds,
+            lenders,
+            neighbours,
+            account,
         });
+        let token = self.expect(Pending::Staged(id));
+        self.emit(Effect::Stage { token, order });
     }
 
-    fn stage_finished(&mut self, id: MigrationId, result: Result<(Staged, StageAccount), Denial>) {
+    pub(super) fn staging(&mut self, id: MigrationId, progress: Progress) {
+        self.incoming_event(id, TargetEvent::StageProgress(progress));
+    }
+
+    pub(super) fn stage_finished(&mut self, id: MigrationId, result: Result<StageAccount, Denial>) {
         let Some(run) = self.incoming.get_mut(&id) else { return };
         let is_last = matches!(run.machine.phase(), Phase::Staging(pass) if pass.last);
         fault::point(if is_last { "target-staged-last" } else { "target-staged" });
-        let event = match result {
-            Ok((staged, account)) => {
-                account::stage(&mut run.view.account, &account);
-                run.staged = Some(staged);
-                Ok(account)
-            }
+        match &result {
+            Ok(account) => account::stage(&mut run.view.account, account),
             Err(denial) => {
                 tracing::warn!(migration = %id, reason = denial.text.as_str(), "staging failed");
-                Err(denial)
             }
-        };
-        self.incoming_event(id, TargetEvent::StageFinished(event));
+        }
+        self.incoming_event(id, TargetEvent::StageFinished(result));
     }
 
     /// From the moment the record is saved, the VM is ours.
     fn take_over(&mut self, id: MigrationId, signed: SignedHandOver) -> Result<Receipt, Denial> {
         let fail = |text: &str| Denial::new(DenialCode::HandOver, text);
-        let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, super::problem::chain(e));
+        let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, chain(e));
         let run = self.incoming.get(&id).ok_or_else(|| fail("unknown migration"))?;
         let h = signed.verify().map_err(|e| fail(&e.to_string()))?;
-        let records = &self.shared.records;
+        let records = &self.book;
         let known = self.known(h.vm).map_err(|e| broken(&e))?;
         let kept = records.receipt(id).map_err(|e| broken(&e))?;
         let promised = records.has_returned(h.vm, h.epoch, Some(&run.peer.key))
@@ -717,12 +753,12 @@ impl Broker {
         let guest = Guest {
             spec: run.spec.clone(),
             components: run.component_names.iter().map(ToString::to_string).collect(),
-            disks: run.dir_name.clone(),
+            disks: run.disks.clone(),
             // Should this process end here, the next one starts the VM.
             run: run.machine.run(),
             reservation: run.machine.agreement().reservation,
-            now: self.shared.now(),
-            grace: self.shared.config.migration.grace_period,
+            now: self.now,
+            grace: self.config.migration.grace_period,
         };
         let given = Given { promised, receipt: kept.as_ref() };
         let taken = LAW.take_over(
@@ -730,20 +766,20 @@ impl Broker {
             given,
             run.offer.lineage.as_ref(),
             signed,
-            &self.shared.key,
+            &self.key,
             guest,
         );
         let (mut record, lineage) = taken.map_err(|refusal| {
             if refusal.is_false_claim() {
                 let peer = run.peer.jid.clone();
-                tracing::warn!(migration = %id, vm = %h.vm, from = %peer, reason = super::problem::chain(&refusal), "not taken over");
+                tracing::warn!(migration = %id, vm = %h.vm, from = %peer, reason = chain(&refusal), "not taken over");
             }
             denial(&refusal)
         })?;
         // The record to come forgets how the VM arrived before.
         if let Some(previous) = self.vms.get(&h.vm) {
             record.settings = previous.record.settings.clone();
-            evidence::keep_receipts(records, &previous.record).map_err(|e| broken(&e))?;
+            records.keep_receipts(&previous.record).map_err(|e| broken(&e))?;
         }
         self.keep_lineage(&lineage).map_err(|e| broken(&e))?;
         let Some(receipt) = record.arrival.as_ref().map(|a| a.receipt.clone()) else {
@@ -754,17 +790,17 @@ impl Broker {
         fault::point("target-taken-over");
         // Not before: a receipt that is kept is given to whoever asks.
         if let Err(e) = records.save_receipt(id, &receipt) {
-            tracing::warn!(migration = %id, error = super::problem::chain(&e), "the receipt lies in the VM's record alone");
+            tracing::warn!(migration = %id, error = chain(&e), "the receipt lies in the VM's record alone");
         }
         if let Err(e) = self.keep_lineage(&LAW.known(lineage, Some(&record))) {
-            tracing::warn!(migration = %id, error = super::problem::chain(&e), "the last link of its history lies in the VM's record alone");
+            tracing::warn!(migration = %id, error = chain(&e), "the last link of its history lies in the VM's record alone");
         }
         tracing::info!(migration = %id, vm = %record.spec.name, epoch = h.epoch, "taken over");
         // Nothing else may begin before it was started.
         let busy = record.run.then_some(Busy::Verb("starting"));
         self.vms.insert(h.vm, Vm { busy, ..Vm::new(record) });
+        self.effects.push(Effect::KeepStaged(id));
         if let Some(run) = self.incoming.get_mut(&id) {
-            run.staged = None;
             run.view.progress.handed_over = true;
             self.guard.end_well(&run.peer.jid);
         }
@@ -780,27 +816,22 @@ impl Broker {
             entry.busy = None;
         }
         if result.is_ok() {
-            let (shared, begun) = (self.shared.clone(), std::time::Instant::now());
-            tokio::spawn(async move {
-                let log = shared.driver.console_log(vm).ok();
-                let boot_ms = match log {
-                    Some(log) => super::vms::watch_boot(&log, BOOT_WATCH)
-                        .await
-                        .then(|| begun.elapsed().as_millis() as u64),
-                    None => None,
-                };
-                shared.post(Input::Incoming(id, TargetEvent::Booted { boot_ms }));
-            });
+            let token = self.expect(Pending::Booted(id));
+            self.emit(Effect::WatchBoot { token, vm });
         }
         self.incoming_event(id, TargetEvent::Started(result));
+    }
+
+    pub(super) fn booted(&mut self, id: MigrationId, boot_ms: Option<u64>) {
+        self.incoming_event(id, TargetEvent::Booted { boot_ms });
     }
 
     pub(super) fn acknowledged(&mut self, id: MigrationId, vm: VmId) {
         let Some(entry) = self.vms.get_mut(&vm) else { return };
         if let Some(record) = LAW.acknowledge(&entry.record, id) {
             entry.record = record;
-            if let Err(e) = self.shared.records.save_vm(&entry.record) {
-                tracing::warn!(vm = %vm, error = super::problem::chain(&e), "acknowledgement not recorded");
+            if let Err(e) = self.book.save_vm(&entry.record) {
+                tracing::warn!(vm = %vm, error = chain(&e), "acknowledgement not recorded");
             }
         }
         // The source may still be asking how the start went: the run is dropped a little later.
@@ -836,7 +867,7 @@ impl Broker {
 
     /// Ends reservations nobody redeemed, and forgets arrivals long over.
     pub(super) fn expire_leases(&mut self) {
-        let now = self.shared.now();
+        let now = self.now;
         let acknowledged: HashSet<_> = self
             .vms
             .values()
@@ -884,6 +915,8 @@ impl Broker {
 /// How a request is answered.
 pub(super) enum Answered {
     Now(AnswerBody),
+    /// Something is looked up first.
+    Later,
     /// With the return, once this promise is durable.
     Promised(ReturnRecord, Box<Return>),
 }

@@ -4,19 +4,14 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
-
 use crate::clock::UnixMillis;
 use crate::migration::message::{CONTENT_IDS_MAX, ContentAnswer, TICKETS_BACK_MAX};
-use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
-use crate::transfer::Ticket;
+use crate::migration::{AnswerBody, Denial, DenialCode, RequestBody};
 use crate::types::{Hash, PublicKey};
 
-use super::guard::Work;
-use super::problem::chain;
-use super::serving::Served;
-use super::shared::{Peer, Shared};
-use super::{Broker, Input};
+use super::Broker;
+use super::effect::{Effect, Peer};
+use super::pending::{Pending, Working};
 
 /// Content tickets one member may have at once.
 const OPEN_MAX: usize = 4;
@@ -26,12 +21,12 @@ const LIFETIME: Duration = Duration::from_secs(600);
 /// Content tickets that are open, by member.
 #[derive(Debug, Default)]
 pub struct Lent {
-    open: HashMap<PublicKey, Vec<(Ticket, UnixMillis)>>,
+    open: HashMap<PublicKey, Vec<(Hash, UnixMillis)>>,
 }
 
 impl Lent {
     /// Opens a ticket, unless the member has as many as it may.
-    fn open(&mut self, peer: PublicKey, ticket: Ticket, now: UnixMillis) -> Result<(), Denial> {
+    fn open(&mut self, peer: PublicKey, ticket: Hash, now: UnixMillis) -> Result<(), Denial> {
         let open = self.open.entry(peer).or_default();
         if open.len() >= OPEN_MAX {
             let text = format!("{OPEN_MAX} content tickets are open already");
@@ -43,7 +38,7 @@ impl Lent {
     }
 
     /// Closes a ticket if it is this member's.
-    fn close(&mut self, peer: &PublicKey, ticket: &Ticket) -> bool {
+    fn close(&mut self, peer: &PublicKey, ticket: &Hash) -> bool {
         let Some(open) = self.open.get_mut(peer) else { return false };
         let before = open.len();
         open.retain(|(t, _)| t != ticket);
@@ -60,7 +55,7 @@ impl Lent {
     }
 
     /// Closes the tickets that have expired, and says which.
-    fn expire(&mut self, now: UnixMillis) -> Vec<Ticket> {
+    fn expire(&mut self, now: UnixMillis) -> Vec<Hash> {
         let mut expired = Vec::new();
         self.open.retain(|_, open| {
             open.retain(|(ticket, until)| {
@@ -77,43 +72,50 @@ impl Lent {
 }
 
 impl Broker {
-    pub(super) fn answer_content(
-        &mut self,
-        peer: &Peer,
-        request: Envelope<RequestBody>,
-        work: Work,
-        reply: oneshot::Sender<Option<Vec<u8>>>,
-    ) {
-        let opened = self.open_content_ticket(peer, &request.body);
-        let (addresses, shared, peer) = (self.transfer_addresses(), self.shared.clone(), peer.clone());
-        let ticket = match opened {
+    pub(super) fn answer_content(&mut self, work: &Working) -> Option<AnswerBody> {
+        let ticket = match self.open_content_ticket(&work.from, &work.request.body) {
             Ok(ticket) => ticket,
-            Err(denial) => {
-                let _ = reply.send(shared.answer(&request, AnswerBody::Denied(denial)).ok());
-                return;
-            }
+            Err(denial) => return Some(AnswerBody::Denied(denial)),
         };
-        tokio::task::spawn_blocking(move || {
-            let _under_way = work;
-            let answer = lend(&shared, &peer, &request.body, ticket, addresses);
-            let lent = matches!(&answer, AnswerBody::Content(a) if a.ticket.is_some());
-            if let Some(unused) = ticket.filter(|_| !lent) {
-                shared.post(Input::apply(move |broker| {
-                    broker.lent.close(&peer.key, &unused);
-                }));
-            }
-            let _ = reply.send(shared.answer(&request, answer).ok());
-        });
+        let RequestBody::Content { components, packs, .. } = &work.request.body else { return None };
+        let (to, components, packs) = (work.from.clone(), components.clone(), packs.clone());
+        let token = self.expect(Pending::Lent { work: work.clone(), ticket });
+        self.emit(Effect::Lend { token, to, ticket, components, packs });
+        None
+    }
+
+    /// It is known what of it has a name here, and that is served already.
+    pub(super) fn lent_out(
+        &mut self,
+        work: &Working,
+        ticket: Option<Hash>,
+        held: Result<(Vec<u32>, Vec<u32>), Denial>,
+    ) {
+        let lends = matches!(&held, Ok((components, packs)) if !components.is_empty() || !packs.is_empty());
+        if let Some(unused) = ticket.filter(|_| !lends) {
+            self.lent.close(&work.from.key, &unused);
+        }
+        let answer = match held {
+            Ok((components_held, packs_held)) => AnswerBody::Content(ContentAnswer {
+                components_held,
+                packs_held,
+                ticket: ticket.filter(|_| lends).map(|ticket| ticket.to_string()),
+                expires_in_s: LIFETIME.as_secs(),
+                addresses: self.transfer_addresses.iter().map(Into::into).collect(),
+            }),
+            Err(denial) => AnswerBody::Denied(denial),
+        };
+        self.answer_work(work, answer);
     }
 
     /// Takes back what the member returns, and opens a ticket if it asks for something.
-    fn open_content_ticket(&mut self, peer: &Peer, body: &RequestBody) -> Result<Option<Ticket>, Denial> {
+    fn open_content_ticket(&mut self, peer: &Peer, body: &RequestBody) -> Result<Option<Hash>, Denial> {
         let RequestBody::Content { components, packs, done } = body else { return Ok(None) };
         for text in done.iter().take(TICKETS_BACK_MAX) {
-            if let Ok(ticket) = text.parse::<Hash>().map(|h| Ticket::from_bytes(*h.as_bytes()))
+            if let Ok(ticket) = text.parse::<Hash>()
                 && self.lent.close(&peer.key, &ticket)
             {
-                self.shared.tickets.withdraw(&ticket);
+                self.emit(Effect::Withdraw(ticket));
             }
         }
         let asked = components.len() + packs.len();
@@ -133,53 +135,16 @@ impl Broker {
                 Denial::new(DenialCode::Policy, "components are not shared with this cloud").next(next)
             );
         }
-        let ticket = Ticket::random().map_err(|e| Denial::new(DenialCode::Other, e.to_string()))?;
-        self.lent.open(peer.key, ticket, self.shared.now())?;
+        let ticket = self.ids.ticket();
+        self.lent.open(peer.key, ticket, self.now)?;
         Ok(Some(ticket))
     }
 
     pub(super) fn expire_lent(&mut self) {
-        for ticket in self.lent.expire(self.shared.now()) {
-            self.shared.tickets.withdraw(&ticket);
+        for ticket in self.lent.expire(self.now) {
+            self.emit(Effect::Withdraw(ticket));
         }
     }
-}
-
-/// Looks up what of the request has a name here, and serves it under `ticket`. Blocking.
-fn lend(
-    shared: &Shared,
-    peer: &Peer,
-    body: &RequestBody,
-    ticket: Option<Ticket>,
-    addresses: Vec<String>,
-) -> AnswerBody {
-    let mut answer = ContentAnswer {
-        components_held: Vec::new(),
-        packs_held: Vec::new(),
-        ticket: None,
-        expires_in_s: LIFETIME.as_secs(),
-        addresses: addresses.into_iter().map(Into::into).collect(),
-    };
-    let (Some(ticket), RequestBody::Content { components, packs, .. }) = (ticket, body) else {
-        return AnswerBody::Content(answer);
-    };
-    match shared.repository.held_by_name(components, packs) {
-        Ok((c, p)) => (answer.components_held, answer.packs_held) = (c, p),
-        Err(e) => return AnswerBody::Denied(Denial::new(DenialCode::Content, chain(&e))),
-    }
-    if answer.components_held.is_empty() && answer.packs_held.is_empty() {
-        return AnswerBody::Content(answer);
-    }
-    let content = Served {
-        peer: Some(peer.key),
-        components: answer.components_held.iter().map(|i| components[*i as usize]).collect(),
-        packs: answer.packs_held.iter().map(|i| packs[*i as usize]).collect(),
-        ..Served::default()
-    };
-    tracing::info!(member = %peer.jid, components = content.components.len(), packs = content.packs.len(), "lends components");
-    shared.tickets.serve(ticket, content);
-    answer.ticket = Some(Hash::from_bytes(*ticket.as_bytes()).to_string());
-    AnswerBody::Content(answer)
 }
 
 #[cfg(test)]
@@ -190,7 +155,7 @@ mod tests {
     #[test]
     fn a_member_has_few_tickets_and_they_end() {
         let key = |n| IdentityKey::from_secret_bytes(&[n; 32]).public();
-        let ticket = |n| Ticket::from_bytes([n; 32]);
+        let ticket = |n| Hash::from_bytes([n; 32]);
         let (mut lent, start) = (Lent::default(), UnixMillis(1000));
         for n in 0..OPEN_MAX as u8 {
             lent.open(key(1), ticket(n), start).unwrap();

@@ -1,151 +1,122 @@
-//! Level 3: the broker. One task owns all state; operators, other brokers, the hypervisor and the
-//! clock put inputs into its queue, and it answers, steps machines and starts effects. Effects run
-//! elsewhere and come back as inputs.
+//! Level 2: the broker's core. It decides and does nothing else: [`Broker::step`] takes what happened and the
+//! time at which it did, and says what is to be done. What does it is `runner/`; in a simulation, models.
 
 pub mod account;
 mod adopting;
-pub mod archive;
 pub mod aside;
-mod borrowing;
+pub mod book;
 mod calls;
 mod capacity;
 mod changing;
-pub mod content;
 pub mod continuity;
+pub mod effect;
 mod errands;
-mod evidence;
 mod forecast;
 mod guard;
-pub mod handle;
-pub mod healing;
 mod history;
-pub mod inbox;
+
+mod idle;
+pub mod ids;
 mod incoming;
-pub mod interface;
 mod lending;
 mod lineages;
-pub mod negotiation;
-mod notes;
-pub mod optimize;
+pub mod memory_book;
 mod outgoing;
-mod owners;
-mod planning;
+pub mod owners;
+mod pending;
+pub mod planning;
 mod power;
-pub mod problem;
-pub mod receiving;
-pub mod records;
-mod rehearsal;
+mod presence;
 mod resolution_words;
 pub mod resolving;
 pub mod rotation;
-mod scanning;
-pub mod serving;
-pub mod shared;
-mod staging;
 mod steering;
+pub mod talks;
 mod unfinished;
 mod vms;
 mod waiting;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::sync::Arc;
-
-use tokio::sync::{mpsc, oneshot};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::path::PathBuf;
 
 use crate::clock::UnixMillis;
+use crate::config::Config;
 use crate::federation::Members;
-use crate::hypervisor::DriverEvent;
+use crate::interface::{Account, MigrationView, ONLINE, Problem, Reply};
 use crate::migration::ReplayGuard;
 use crate::migration::envelope::common_version;
 use crate::migration::handover::SignedHandOver;
-use crate::migration::source::Event as SourceEvent;
-use crate::migration::target::Event as TargetEvent;
-use crate::types::{MemberJid, MigrationId, PublicKey, Successions, VmId, VmName};
+use crate::migration::records::VmRecord;
+use crate::types::{IdentityKey, MemberJid, MigrationId, PublicKey, Successions, VmId, VmName};
+use crate::vm::PowerState;
+use crate::vm::hypervisor::Features;
 
-pub use inbox::{Inbox, Inputs, inbox};
-pub use interface::{Event, Reply, Request};
-pub use problem::{Problem, ProblemKind};
-pub use shared::{Link, LinkError, Shared};
-pub use vms::READY_LINE;
+pub use effect::{AskId, CallId, Done, Effect, Input, Matter, Measured, Peer, RoomInput, Token, Unanswered};
+pub use lineages::LAW;
+pub use vms::{CONSOLE_FILE, CONSOLE_LOG_FILE, READY_LINE, RUN_DIR};
 
-use capacity::Measured;
-use continuity::Continuity;
+use book::{Book, Damaged, Ledger, RecordError};
+use continuity::Marks;
 use forecast::Forecasts;
 use guard::Guard;
 use history::History;
+use idle::Idle;
+use ids::Ids;
 use incoming::Incoming;
-use interface::{Account, MigrationView};
 use lending::Lent;
-use notes::Notes;
-use optimize::Idle;
 use outgoing::Outgoing;
-use records::{Damaged, RecordError};
+use pending::Pending;
 use resolving::Resolution;
-use shared::Peer;
 use vms::Vm;
 
-/// What the owner task reacts to.
-pub enum Input {
-    /// An operator's request.
-    Call {
-        request: Request,
-        events: mpsc::Sender<Event>,
-        reply: oneshot::Sender<Result<Reply, Problem>>,
-    },
-    /// Another broker's sealed request; `None` in reply refuses it without a word.
-    Asked {
-        from: MemberJid,
-        payload: Vec<u8>,
-        reply: oneshot::Sender<Option<Vec<u8>>>,
-    },
-    /// The room as the XMPP session sees it.
-    Room(RoomInput),
-    Driver(DriverEvent),
-    /// Events of the hypervisor were lost.
-    PowerUnknown,
-    Outgoing(MigrationId, SourceEvent),
-    Incoming(MigrationId, TargetEvent),
-    /// The result of an effect, to be taken into the state.
-    Apply(Box<dyn FnOnce(&mut Broker) + Send>),
-    /// Once a second.
-    Tick,
-    Shutdown,
-}
-
-/// What happens in the room and to the session.
-pub enum RoomInput {
-    Presence(crate::federation::Presence),
-    /// The room's owner removed a member.
-    Removed(MemberJid),
-    /// What the session refused by itself.
-    Refused(crate::federation::refusals::Tally),
-    /// The session is up and the room was joined.
-    Joined,
-    /// The session is down, or the room refused us; why.
-    Down(String),
-}
-
-impl Input {
-    pub fn apply(change: impl FnOnce(&mut Broker) + Send + 'static) -> Self {
-        Input::Apply(Box::new(change))
-    }
+/// What the runner found before the core begins.
+pub struct Beginning {
+    pub config: Config,
+    pub key: IdentityKey,
+    pub features: Features,
+    /// Where this broker can be dialled for transfers.
+    pub transfer_addresses: Vec<String>,
+    /// Where VMs' directories lie, for what is shown of them.
+    pub vms_dir: PathBuf,
+    /// Directories of disks by VM, the one that was changed last at the end.
+    pub disk_dirs: BTreeMap<VmId, Vec<String>>,
+    pub marks: Marks,
+    /// Random; secret.
+    pub seed: [u8; 32],
+    pub now: UnixMillis,
 }
 
 pub struct Broker {
-    shared: Arc<Shared>,
+    now: UnixMillis,
+    config: Config,
+    me: MemberJid,
+    key: IdentityKey,
+    features: Features,
+    transfer_addresses: Vec<String>,
+    vms_dir: PathBuf,
+    book: Ledger,
+    ids: Ids,
+    /// What this step wants done so far.
+    effects: Vec<Effect>,
+    pending: BTreeMap<Token, Pending>,
+    next_token: u64,
     members: Members,
+    /// Negotiation versions spoken with members, from their presence.
+    versions: BTreeMap<MemberJid, u32>,
+    clocks: guard::Clocks,
     link: String,
-    /// When a failed index is opened anew at the earliest.
-    index_retry: UnixMillis,
     replay: ReplayGuard,
     vms: BTreeMap<VmId, Vm>,
     /// Names of VMs that are being made.
     names_in_use: BTreeSet<VmName>,
+    /// VMs to be started, one after the other.
+    start_order: VecDeque<VmId>,
+    /// The one of them that is being started.
+    starting_now: Option<VmId>,
     outgoing: BTreeMap<MigrationId, Outgoing>,
     incoming: BTreeMap<MigrationId, Incoming>,
     /// Ended migrations.
     history: History,
-    notes: Notes,
     /// Moves from here that a restart cut short.
     unfinished: Vec<unfinished::Unfinished>,
     /// Disks staged here for migrations that are gone.
@@ -167,70 +138,79 @@ pub struct Broker {
     met_at: UnixMillis,
     /// Set until those that may know more than the records here were asked.
     confirming: Option<owners::Confirming>,
-    continuity: Continuity,
-    /// Changes of records that its mark knows of.
+    marks: Marks,
+    /// Changes of records that the mark knows of.
     noted: u64,
     /// Records of before this time came from a backup.
     restored: Option<UnixMillis>,
     after_restore: bool,
     /// What disks take up, as it was measured last.
-    measured: std::sync::Mutex<Measured>,
+    measured: Measured,
     idle: Idle,
     forecasts: Forecasts,
     lent: Lent,
     /// What others may ask, and what they were refused.
     guard: Guard,
-    /// How this cloud's earlier keys gave way to the one it has.
     successions: Successions,
-    /// Called with the new state whenever what others see of this cloud may have changed.
-    announce: Box<dyn Fn(&Broker) + Send>,
     announce_wanted: bool,
+    /// What is still to be done at the first step.
+    beginning: Option<BTreeMap<VmId, Vec<String>>>,
 }
 
 impl Broker {
-    /// Reads the durable records. `announce` publishes this cloud's presence.
-    pub fn open(
-        shared: Arc<Shared>,
-        members: Members,
-        announce: Box<dyn Fn(&Broker) + Send>,
-    ) -> Result<Self, RecordError> {
-        let (vms, damaged) = shared.records.vms()?;
+    /// Reads the durable records.
+    ///
+    /// # Errors
+    /// If they cannot be read as a whole; a record that is damaged is set aside.
+    pub fn open(book: Box<dyn Book>, members: Members, b: Beginning) -> Result<Self, RecordError> {
+        let book = Ledger::new(book);
+        let (now, me) = (b.now, b.config.xmpp.jid.clone());
+        let (mut vms, damaged) = book.vms()?;
         for d in &damaged {
             tracing::error!(vm = %d.vm, reason = d.reason, "set aside: it is not run, and its disks are not touched");
         }
-        let mut vms = vms;
         for record in &mut vms {
-            if let Err(e) = lineages::complete(&shared, record) {
-                tracing::error!(vm = %record.spec.name, error = problem::chain(&e), "it cannot move: its history is damaged");
+            if let Err(e) = lineages::complete(&book, &me, &b.key, record) {
+                tracing::error!(vm = %record.spec.name, error = crate::interface::chain(&e), "it cannot move: its history is damaged");
             }
         }
         for record in &vms {
-            if let Err(e) = evidence::keep_receipts(&shared.records, record) {
-                tracing::warn!(vm = %record.spec.name, error = problem::chain(&e), "a receipt lies in its record alone");
+            if let Err(e) = book.keep_receipts(record) {
+                tracing::warn!(vm = %record.spec.name, error = crate::interface::chain(&e), "a receipt lies in its record alone");
             }
         }
-        let resolutions = shared.records.resolutions()?;
+        let resolutions = book.resolutions()?;
         let vms: BTreeMap<_, _> = vms.into_iter().map(|record| (record.spec.id, Vm::new(record))).collect();
-        let notes = Notes::new(shared.records.clone());
-        let note = |view: &MigrationView| notes.later(view);
-        let (history, unfinished) = unfinished::split(shared.records.migrations()?, &vms, shared.now(), note);
+        let note = |view: &MigrationView| book.note_later(view);
+        let (history, unfinished) = unfinished::split(book.migrations()?, &vms, now, note);
         let (history, displaced) = History::of(history);
-        displaced.into_iter().for_each(|id| notes.forget(id));
-        let idle = Idle::new(shared.now());
-        let continuity = Continuity::of(shared.records.dir());
-        let restored = shared.records.restored()?;
+        displaced.into_iter().for_each(|id| book.forget_migration(id));
+        let restored = book.restored()?;
         Ok(Self {
-            shared,
+            now,
+            me,
+            config: b.config,
+            key: b.key,
+            features: b.features,
+            transfer_addresses: b.transfer_addresses,
+            vms_dir: b.vms_dir,
+            book,
+            ids: Ids::new(b.seed),
+            effects: Vec::new(),
+            pending: BTreeMap::new(),
+            next_token: 0,
             members,
+            versions: BTreeMap::new(),
+            clocks: guard::Clocks::default(),
             link: "connecting".into(),
-            index_retry: UnixMillis(0),
             replay: ReplayGuard::default(),
             vms,
             names_in_use: BTreeSet::new(),
+            start_order: VecDeque::new(),
+            starting_now: None,
             outgoing: BTreeMap::new(),
             incoming: BTreeMap::new(),
             history,
-            notes,
             unfinished,
             interrupted: BTreeMap::new(),
             aside: damaged.into_iter().map(|d| (d.vm, d)).collect(),
@@ -242,63 +222,142 @@ impl Broker {
             met: BTreeSet::new(),
             met_at: UnixMillis(0),
             confirming: None,
-            continuity,
+            marks: b.marks,
             noted: 0,
             restored,
             after_restore: false,
-            measured: std::sync::Mutex::default(),
-            idle,
+            measured: Measured::default(),
+            idle: Idle::new(now),
             forecasts: Forecasts::default(),
             lent: Lent::default(),
             guard: Guard::default(),
             successions: Successions::default(),
-            announce,
             announce_wanted: true,
+            beginning: Some(b.disk_dirs),
         })
+    }
+
+    /// With the successions by which this cloud's key came to be its.
+    pub fn with_successions(self, successions: Successions) -> Self {
+        Self { successions, ..self }
     }
 
     /// The records came from a backup, its operator says: everybody is asked before a VM is run, and
     /// hand-overs of before are not returned by themselves.
     pub fn after_restore(mut self) -> Result<Self, RecordError> {
-        let now = self.shared.now();
-        self.shared.records.save_restored(now)?;
-        (self.restored, self.after_restore) = (Some(now), true);
+        self.book.save_restored(self.now)?;
+        (self.restored, self.after_restore) = (Some(self.now), true);
         Ok(self)
     }
 
-    /// The owner task. Ends at [`Input::Shutdown`]; VMs keep running.
-    pub async fn run(mut self, mut inputs: Inputs) {
-        self.find_leftovers();
-        let shared = self.shared.clone();
-        rehearsal::end_left_over(&shared).await;
-        self.adopt_running().await;
+    /// The VMs that are this cloud's: what the runner makes known to the hypervisor before the first step.
+    pub fn records_here(&self) -> impl Iterator<Item = &VmRecord> {
+        self.vms.values().map(|vm| &vm.record).filter(|record| record.is_here())
+    }
+
+    /// Whether nothing is under way that time could change within seconds.
+    pub fn is_quiet(&self) -> bool {
+        self.outgoing.is_empty()
+            && self.incoming.is_empty()
+            && self.unfinished.is_empty()
+            && self.errands.is_empty()
+            && self.confirming.is_none()
+            && self.disputes.is_empty()
+    }
+
+    /// Takes in one thing that happened at `now`, and says what is to be done. The first input is
+    /// [`Input::Machines`]: what runs already.
+    pub fn step(&mut self, now: UnixMillis, input: Input) -> Vec<Effect> {
+        self.now = now;
+        let stops = matches!(input, Input::Shutdown);
+        match input {
+            Input::Call(call, request) => self.call(request, call),
+            Input::Asked(ask, from, payload) => self.asked(ask, from, &payload),
+            Input::Room(input) => self.room_input(input),
+            Input::Machine(event, power) => {
+                self.set_power(event.vm, power);
+                self.power_event(&event);
+            }
+            Input::Power(vm, power) => self.set_power(vm, power),
+            Input::Machines(listed) => self.machines(listed),
+            Input::Staging(id, progress) => self.staging(id, progress),
+            Input::Shown(by, vm, lineage) => self.learn_of(&by, vm, &lineage),
+            Input::Signed { by, issued, fresh } => self.clocks.note(&by, issued, now, fresh),
+            Input::Measured(measured) => self.measured = *measured,
+            Input::Sent(sent) => self.take_sent(&sent),
+            Input::CallerGone(call) => self.caller_gone(call),
+            Input::LinkRefused(refused) => self.link_refused(refused),
+            Input::Overrun(refused) => self.overrun(refused),
+            Input::Refused(from, refused, reason) => self.refuse(&from, refused, &reason),
+            Input::Done(token, done) => self.done(token, done),
+            Input::Tick => self.tick(),
+            Input::Shutdown => {
+                self.emit(Effect::StopOptimizing);
+                self.emit(Effect::Shutdown);
+                tracing::info!("the broker stops; VMs keep running");
+            }
+        }
+        if let Some(reason) = self.book.undecided() {
+            tracing::error!(
+                reason,
+                "who owns the VM cannot be recorded: the broker ends here, and asks when it is started again"
+            );
+            self.effects.clear();
+            return vec![Effect::End(reason)];
+        }
+        if !stops {
+            self.note_continuity();
+            if std::mem::take(&mut self.announce_wanted) {
+                let cloud = self.presence();
+                self.emit(Effect::Announce(Box::new(cloud)));
+            }
+        }
+        std::mem::take(&mut self.effects)
+    }
+
+    fn emit(&mut self, effect: Effect) {
+        self.effects.push(effect);
+    }
+
+    fn reply(&mut self, call: CallId, result: Result<Reply, Problem>) {
+        self.emit(Effect::Reply(call, Box::new(result)));
+    }
+
+    /// What is pending gets a token, under which its outcome comes back.
+    fn expect(&mut self, pending: Pending) -> Token {
+        self.next_token += 1;
+        let token = Token(self.next_token);
+        self.pending.insert(token, pending);
+        token
+    }
+
+    fn wake(&mut self, after: std::time::Duration, pending: Pending) {
+        let token = self.expect(pending);
+        let at = self.now.plus(after);
+        self.emit(Effect::Wake { token, at });
+    }
+
+    /// How the VMs are: at the start, and after events were lost.
+    fn machines(&mut self, listed: Vec<(VmId, PowerState)>) {
+        for (vm, power) in &listed {
+            self.set_power(*vm, *power);
+        }
+        match self.beginning.take() {
+            Some(disk_dirs) => self.begin(disk_dirs),
+            None => self.review_power(&listed),
+        }
+    }
+
+    fn begin(&mut self, disk_dirs: BTreeMap<VmId, Vec<String>>) {
+        self.find_leftovers(disk_dirs);
         self.resume_resolutions();
         self.resume_outgoing();
         self.resume_incoming();
         self.apply_autostart();
         self.begin_confirming();
-        self.start_in_order(self.vms.keys().copied());
+        let all: Vec<VmId> = self.vms.keys().copied().collect();
+        self.start_in_order(all);
         self.noted = u64::MAX;
-        while let Some(input) = inputs.next().await {
-            match input {
-                Input::Call { request, events, reply } => self.call(request, events, reply),
-                Input::Asked { from, payload, reply } => self.asked(from, &payload, reply),
-                Input::Room(input) => self.room_input(input),
-                Input::Driver(event) => self.power_event(&event),
-                Input::PowerUnknown => self.review_power(),
-                Input::Outgoing(id, event) => self.outgoing_event(id, event),
-                Input::Incoming(id, event) => drop(self.incoming_event(id, event)),
-                Input::Apply(change) => change(&mut self),
-                Input::Tick => self.tick(),
-                Input::Shutdown => break,
-            }
-            self.note_continuity();
-            if std::mem::take(&mut self.announce_wanted) {
-                (self.announce)(&self);
-            }
-        }
-        self.idle.stop();
-        tracing::info!("the broker stops; VMs keep running");
     }
 
     fn tick(&mut self) {
@@ -311,14 +370,12 @@ impl Broker {
         self.take_up_unfinished();
         self.run_due_errands();
         self.expire_lent();
-        self.gather_refusals();
         self.scrub_released();
         self.optimize_when_idle();
-        self.heal_index();
     }
 
     fn room_input(&mut self, input: RoomInput) {
-        let now = self.shared.now();
+        let now = self.now;
         match input {
             RoomInput::Presence(presence) => {
                 let (jid, was_online) = (presence.jid.clone(), self.members.is_online(&presence.jid));
@@ -327,7 +384,11 @@ impl Broker {
                 }
                 self.admit_members();
                 let spoken = common_version(self.members.versions_of(&jid));
-                self.shared.versions.note(&jid, spoken);
+                match spoken {
+                    Some(version) => self.versions.insert(jid.clone(), version),
+                    None => self.versions.remove(&jid),
+                };
+                self.emit(Effect::Speaks(jid.clone(), spoken));
                 if !was_online && self.members.is_online(&jid) {
                     self.hurry_errands(&jid);
                 }
@@ -340,7 +401,7 @@ impl Broker {
             }
             RoomInput::Refused(tally) => self.guard.refusals.add(&tally),
             RoomInput::Joined => {
-                self.link = interface::ONLINE.into();
+                self.link = ONLINE.into();
                 self.announce_wanted = true;
             }
             RoomInput::Down(reason) => {
@@ -350,34 +411,18 @@ impl Broker {
         }
     }
 
-    pub(crate) fn presence_changed(&mut self) {
+    fn presence_changed(&mut self) {
         self.announce_wanted = true;
-    }
-
-    /// Where this broker can be dialled for transfers.
-    fn transfer_addresses(&self) -> Vec<String> {
-        self.shared.config.transfer.addresses(self.shared.endpoint.local_addr().ok())
-    }
-
-    /// Takes over VMs that kept running while no broker was there.
-    async fn adopt_running(&mut self) {
-        let machines: Vec<_> =
-            self.vms.values().filter(|vm| vm.record.is_here()).map(|vm| self.machine(&vm.record)).collect();
-        for machine in machines {
-            if let Err(e) = self.shared.driver.define(&machine).await {
-                tracing::error!(vm = %machine.spec.name, error = problem::chain(&e), "cannot be defined");
-            }
-        }
     }
 
     /// Keeps an ended migration. What was begun here must not begin again after a restart.
     fn remember(&mut self, view: MigrationView) {
         match view.progress.role.as_str() {
-            "source" => self.notes.now(&view),
-            _ => self.notes.later(&view),
+            "source" => self.book.note_now(&view),
+            _ => self.book.note_later(&view),
         }
         let displaced = self.history.remember(view);
-        displaced.into_iter().for_each(|id| self.notes.forget(id));
+        displaced.into_iter().for_each(|id| self.book.forget_migration(id));
     }
 
     fn amend_history(&mut self, id: MigrationId, amend: impl FnOnce(&mut Account)) {
@@ -387,7 +432,7 @@ impl Broker {
             amend(&mut view.account);
             // Others may say the same again and again.
             if self.history.get(&id).is_some_and(|known| known.account != view.account) {
-                self.notes.later(&view);
+                self.book.note_later(&view);
                 self.history.remember(view);
             }
         }

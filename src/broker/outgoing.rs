@@ -1,40 +1,30 @@
 //! Migrations that leave this cloud: the source machine's effects.
 
-use std::collections::HashSet;
-use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::UnixMillis;
 use crate::component::Recipe;
 use crate::fault;
-use crate::hypervisor::StopMode;
+use crate::interface::{Event, MigrationView, Problem, ProblemKind, Reply, Side, chain};
 use crate::migration::handover::{Receipt, Return, SignedHandOver};
 use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::ownership::Gift;
-use crate::migration::source::{Effect, End, Event as SourceEvent, Phase, Source};
+use crate::migration::source::{Effect as MoveEffect, End, Event as SourceEvent, Phase, Source};
 use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
-use crate::transfer::{Limiter, Ticket};
-use crate::types::{CloudName, MigrationId, NodeHash, PeerText, ReservationId, VmId};
+use crate::types::{CloudName, Hash, MigrationId, PeerText, ReservationId, VmId};
+use crate::vm::hypervisor::{Ability, StopMode};
 
+use super::Broker;
 use super::account::{self, new_view};
-use super::evidence;
+use super::effect::{CallId, Checked, Effect, Matter, Peer, Scanned, Serving, Unanswered};
 use super::forecast::Took;
-use super::interface::{Event, MigrationView, Reply, Side};
 use super::lineages::{self, LAW};
-use super::negotiation::{self, Checked};
-use super::problem::{Problem, ProblemKind};
-use super::scanning::{self, Looked, Scanned};
-use super::serving::Served;
-use super::shared::{AskError, Matter, Peer};
+use super::pending::Pending;
 use super::vms::Busy;
-use super::{Broker, Input};
 
-/// Packed firmware variables that fit into a message beside everything else.
-const FIRMWARE_BYTES_MAX: usize = 48 << 10;
 /// How long a hand-over may be without a sign of the target before its owner is said to be in doubt.
 const IN_DOUBT_AFTER: Duration = Duration::from_secs(20);
 
@@ -42,6 +32,9 @@ const IN_DOUBT_AFTER: Duration = Duration::from_secs(20);
 /// composes, and fetches nothing, while the VM runs or is off anyway.
 const STALLED_AFTER: Duration = Duration::from_secs(300);
 const PASS_STALLED_AFTER: Duration = Duration::from_secs(1800);
+/// How often a target is told that a move was called off, and the pause between.
+const CANCEL_TRIES_MAX: u32 = 5;
+const CANCEL_PAUSE: Duration = Duration::from_secs(2);
 /// Fetching less than this is fetching nothing: a target that takes a byte a minute gets no VM.
 const ADVANCE_BYTES: u64 = 64 << 10;
 
@@ -50,17 +43,17 @@ pub struct Outgoing {
     pub(super) machine: Source,
     pub(super) peer: Peer,
     pub(super) matter: Matter,
-    /// Not there if the hand-over was found after a restart: nothing is staged any more.
-    recipe: Option<Arc<Recipe>>,
+    /// Not there before the check, nor if the hand-over was found after a restart: nothing is staged any more.
+    recipe: Option<Recipe>,
     component_names: Vec<PeerText>,
-    ticket: Ticket,
-    limiter: Limiter,
+    ticket: Hash,
+    /// What went to the target so far, as the data link counts it.
+    sent_bytes: u64,
     /// The target's reservation; none if it speaks the version before.
     reservation: Option<ReservationId>,
     checked: Option<Checked>,
-    nodes: HashSet<NodeHash>,
-    /// The last look at the disks.
-    looked: Looked,
+    /// Of the last scan, for the last pass.
+    firmware: Option<String>,
     pass: Option<Pass>,
     pub view: MigrationView,
     phase_since: UnixMillis,
@@ -76,16 +69,14 @@ pub struct Outgoing {
     force_stop: bool,
     /// Its guest was held still before.
     was_held: bool,
-    subscribers: Vec<mpsc::Sender<Event>>,
-    waiters: Vec<oneshot::Sender<Result<Reply, Problem>>>,
+    /// Who is told how it goes on, and how it ends.
+    watchers: Vec<CallId>,
 }
 
 /// Where a VM is to go.
 pub struct Course {
     pub peer: Peer,
     pub cloud: Option<CloudName>,
-    /// What its disk is composed of.
-    pub recipe: Arc<Recipe>,
     /// How many tries restarts cut short.
     pub attempt: u32,
     /// A guest that does not end in time is switched off.
@@ -93,6 +84,33 @@ pub struct Course {
 }
 
 impl Outgoing {
+    fn new(machine: Source, peer: Peer, matter: Matter, view: MigrationView, ticket: Hash) -> Self {
+        let since = view.progress.updated;
+        Self {
+            machine,
+            peer,
+            matter,
+            recipe: None,
+            component_names: Vec::new(),
+            ticket,
+            sent_bytes: 0,
+            reservation: None,
+            checked: None,
+            firmware: None,
+            pass: None,
+            view,
+            phase_since: since,
+            heard: since,
+            advanced: (since, 0),
+            last_word: String::new(),
+            stopped_at: None,
+            runs_there: false,
+            force_stop: false,
+            was_held: false,
+            watchers: Vec::new(),
+        }
+    }
+
     /// Whether its guest is held for the first time.
     pub fn first_held(&mut self) -> bool {
         !std::mem::replace(&mut self.was_held, true)
@@ -110,62 +128,39 @@ impl Broker {
         &mut self,
         vm: VmId,
         course: Course,
-        events: mpsc::Sender<Event>,
-        reply: oneshot::Sender<Result<Reply, Problem>>,
+        call: Option<CallId>,
     ) -> Option<MigrationId> {
-        let Course { peer, cloud, recipe, attempt, force_stop } = course;
-        let ticket = match Ticket::random() {
-            Ok(t) => t,
-            Err(e) => {
-                let _ = reply.send(Err(Problem::new(ProblemKind::Failed, "random source", e.to_string())));
-                return None;
+        let Course { peer, cloud, attempt, force_stop } = course;
+        let refused = match self.vms.get(&vm) {
+            None => Some(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile")),
+            Some(entry) => LAW.may_move(&entry.record, entry.hold(), entry.confirmed).err().map(|refusal| {
+                let object = format!("VM {}", entry.record.spec.name);
+                Problem::new(ProblemKind::Conflict, object, refusal.to_string())
+                    .next("see 'cicada vm show'; move it when nothing holds it")
+            }),
+        };
+        if let Some(problem) = refused {
+            if let Some(call) = call {
+                self.reply(call, Err(problem));
             }
-        };
-        let now = self.shared.now();
-        let Some(entry) = self.vms.get_mut(&vm) else {
-            let _ = reply.send(Err(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile")));
-            return None;
-        };
-        if let Err(refusal) = LAW.may_move(&entry.record, entry.hold(), entry.confirmed) {
-            let object = format!("VM {}", entry.record.spec.name);
-            let problem = Problem::new(ProblemKind::Conflict, object, refusal.to_string());
-            let _ = reply.send(Err(problem.next("see 'cicada vm show'; move it when nothing holds it")));
             return None;
         }
-        let id = MigrationId::random();
+        let (id, ticket, was_running) = (self.ids.migration(), self.ids.ticket(), !self.is_off(vm));
+        let entry = self.vms.get_mut(&vm)?;
         entry.busy = Some(Busy::Migration(id));
         let record = &entry.record;
-        let was_running = self.shared.driver.state(vm).is_ok_and(|s| s != crate::vm::PowerState::Stopped);
-        let mut view = new_view(id, &record.spec, "source", &peer.jid, cloud, now);
+        let mut view = new_view(id, &record.spec, "source", &peer.jid, cloud, self.now);
         (view.progress.epoch, view.progress.attempt) = (record.epoch, attempt);
+        let matter = Matter { migration: id, vm, epoch: record.epoch };
         let run = Outgoing {
-            machine: Source::new(was_running),
-            matter: Matter { migration: id, vm, epoch: record.epoch },
-            recipe: Some(recipe),
             component_names: record.components.iter().map(PeerText::from).collect(),
-            ticket,
-            limiter: Limiter::unlimited(),
-            reservation: None,
-            checked: None,
-            nodes: HashSet::new(),
-            looked: Looked::default(),
-            pass: None,
-            view,
-            peer,
-            phase_since: now,
-            heard: now,
-            advanced: (now, 0),
-            last_word: String::new(),
-            stopped_at: None,
-            runs_there: false,
             force_stop,
-            was_held: false,
-            subscribers: vec![events],
-            waiters: vec![reply],
+            watchers: call.into_iter().collect(),
+            ..Outgoing::new(Source::new(was_running), peer, matter, view, ticket)
         };
         tracing::info!(migration = %id, vm = %record.spec.name, to = %run.peer.jid, "move begins");
         // Found unfinished after a restart, it is begun again.
-        self.notes.now(&run.view);
+        self.book.note_now(&run.view);
         self.outgoing.insert(id, run);
         self.outgoing_event(id, SourceEvent::Begin);
         Some(id)
@@ -181,48 +176,29 @@ impl Broker {
             })
             .collect();
         for (record, given) in pending {
-            let (Ok(hand_over), Ok(ticket)) = (given.hand_over(), Ticket::random()) else {
+            let Ok(hand_over) = given.hand_over() else {
                 tracing::error!(vm = %record.spec.name, "the record of its hand-over is damaged; its owner is in doubt");
                 continue;
             };
-            let id = given.migration;
-            let now = self.shared.now();
+            let (id, ticket, now) = (given.migration, self.ids.ticket(), self.now);
             let peer = Peer { jid: given.to.clone(), key: given.to_key };
-            let (machine, effects) = Source::resume(given.was_running, hand_over.sign(&self.shared.key));
+            let (machine, effects) = Source::resume(given.was_running, hand_over.sign(&self.key));
             let mut view = self
                 .history
                 .take(&id)
                 .unwrap_or_else(|| new_view(id, &record.spec, "source", &peer.jid, None, now));
             (view.progress.ended, view.progress.handed_over, view.problem) = (false, true, None);
             tracing::info!(migration = %id, vm = %record.spec.name, to = %peer.jid, "asking again whether the hand-over arrived");
-            self.outgoing.insert(
-                id,
-                Outgoing {
-                    machine,
-                    peer,
-                    matter: Matter { migration: id, vm: record.spec.id, epoch: record.epoch },
-                    recipe: None,
-                    component_names: record.components.iter().map(PeerText::from).collect(),
-                    ticket,
-                    limiter: Limiter::unlimited(),
-                    reservation: None,
-                    checked: None,
-                    nodes: HashSet::new(),
-                    looked: Looked::default(),
-                    pass: None,
-                    view,
-                    phase_since: now,
-                    heard: given.since,
-                    advanced: (given.since, 0),
-                    last_word: "this broker restarted and asks anew".into(),
-                    stopped_at: None,
-                    runs_there: false,
-                    force_stop: false,
-                    was_held: false,
-                    subscribers: Vec::new(),
-                    waiters: Vec::new(),
-                },
-            );
+            let matter = Matter { migration: id, vm: record.spec.id, epoch: record.epoch };
+            let run = Outgoing {
+                component_names: record.components.iter().map(PeerText::from).collect(),
+                phase_since: now,
+                heard: given.since,
+                advanced: (given.since, 0),
+                last_word: "this broker restarted and asks anew".into(),
+                ..Outgoing::new(machine, peer, matter, view, ticket)
+            };
+            self.outgoing.insert(id, run);
             if let Some(vm) = self.vms.get_mut(&record.spec.id) {
                 vm.busy = Some(Busy::Migration(id));
             }
@@ -244,16 +220,15 @@ impl Broker {
         self.end_outgoing(id, phase);
     }
 
-    pub(super) fn watch_outgoing(
-        &mut self,
-        id: MigrationId,
-        events: mpsc::Sender<Event>,
-        reply: oneshot::Sender<Result<Reply, Problem>>,
-    ) {
+    pub(super) fn watch_outgoing(&mut self, id: MigrationId, call: CallId) {
         if let Some(run) = self.outgoing.get_mut(&id) {
-            run.subscribers.push(events);
-            run.waiters.push(reply);
+            run.watchers.push(call);
         }
+    }
+
+    /// Nobody listens there any more.
+    pub(super) fn caller_gone(&mut self, call: CallId) {
+        self.outgoing.values_mut().for_each(|run| run.watchers.retain(|watcher| *watcher != call));
     }
 
     /// Calls a migration off, if the hand-over has not begun.
@@ -275,9 +250,18 @@ impl Broker {
     }
 
     pub(super) fn limit_outgoing(&mut self, id: MigrationId, bytes_per_s: Option<u64>) {
-        if let Some(run) = self.outgoing.get(&id) {
+        if self.outgoing.contains_key(&id) {
             tracing::info!(migration = %id, ?bytes_per_s, "capped by the operator");
-            run.limiter.set_rate(bytes_per_s);
+            self.emit(Effect::Cap(id, bytes_per_s));
+        }
+    }
+
+    /// What the data link sent so far.
+    pub(super) fn take_sent(&mut self, sent: &[(MigrationId, u64)]) {
+        for (id, bytes) in sent {
+            if let Some(run) = self.outgoing.get_mut(id) {
+                run.sent_bytes = run.sent_bytes.max(*bytes);
+            }
         }
     }
 
@@ -293,11 +277,11 @@ impl Broker {
 
     /// Keeps the view true after a step.
     pub(super) fn outgoing_report(&mut self, id: MigrationId, before: Phase) {
-        let now = self.shared.now();
+        let now = self.now;
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let after = run.machine.phase();
         let ran = run.machine.was_running();
-        run.view.account.carried_bytes = run.view.account.carried_bytes.max(run.limiter.sent_bytes());
+        run.view.account.carried_bytes = run.view.account.carried_bytes.max(run.sent_bytes);
         let (old, new) = (phase_name(before, ran), phase_name(after, ran));
         if old != new {
             *run.view.account.phase_ms.entry(old.into()).or_default() +=
@@ -355,124 +339,140 @@ impl Broker {
     fn outgoing_publish(&mut self, id: MigrationId) {
         let Some(mut view) = self.outgoing.get(&id).map(|run| run.view.clone()) else { return };
         self.explain(&mut view);
-        if let Some(run) = self.outgoing.get_mut(&id) {
-            let event = Event::Migration(view.progress);
-            // A subscriber that is slow misses lines; one that is gone is forgotten.
-            run.subscribers
-                .retain(|s| !matches!(s.try_send(event.clone()), Err(mpsc::error::TrySendError::Closed(_))));
+        let watchers = self.outgoing.get(&id).map(|run| run.watchers.clone()).unwrap_or_default();
+        for call in watchers {
+            self.emit(Effect::Tell(call, Event::Migration(view.progress.clone())));
         }
     }
 
-    pub(super) fn outgoing_effect(&mut self, id: MigrationId, effect: Effect) {
-        let shared = self.shared.clone();
+    pub(super) fn outgoing_effect(&mut self, id: MigrationId, effect: MoveEffect) {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let (peer, matter) = (run.peer.clone(), run.matter);
         let vm = matter.vm;
         match effect {
-            Effect::Check => {
-                let (Some(entry), Some(recipe)) = (self.vms.get(&vm), run.recipe.clone()) else { return };
-                let spec = entry.record.spec.clone();
-                tokio::spawn(async move {
-                    let result = negotiation::check(&shared, &peer, matter, &spec, &recipe).await;
-                    shared.post(Input::apply(move |b| b.checked(id, result)));
-                });
+            MoveEffect::Check => {
+                let Some(spec) = self.spec_of(vm) else { return self.vm_is_gone(id) };
+                let token = self.expect(Pending::MoveChecked(id));
+                self.emit(Effect::Check { token, to: peer, about: matter, spec });
             }
-            Effect::AskReservation => {
-                let Some(entry) = self.vms.get(&vm) else { return };
-                let spec = entry.record.spec.clone();
+            MoveEffect::AskReservation => {
+                let Some(spec) = self.spec_of(vm) else { return self.vm_is_gone(id) };
                 match self.known(vm) {
                     Ok(lineage) => {
-                        tokio::spawn(async move {
-                            let answer = lineages::reserve(&shared, &peer, matter, spec, &lineage).await;
-                            shared.post(Input::apply(move |b| b.outgoing_answered(id, answer)));
-                        });
+                        let token = self.expect(Pending::MoveAnswered(id));
+                        let lineage = Box::new(lineage);
+                        self.emit(Effect::Reserve { token, to: peer, about: matter, spec, lineage });
                     }
                     Err(e) => {
-                        let denial = Denial::new(DenialCode::Other, super::problem::chain(&e))
+                        let denial = Denial::new(DenialCode::Other, chain(&e))
                             .next("restore the VM's file below lineages/ from a backup");
                         let denied = SourceEvent::Answered(Box::new(AnswerBody::Denied(denial)));
-                        shared.post(Input::Outgoing(id, denied));
+                        self.outgoing_event(id, denied);
                     }
                 }
             }
-            Effect::AskInitialization(pass) => {
+            MoveEffect::AskInitialization(pass) => {
                 run.pass = Some(pass);
-                if let Some(request) = self.initialization(id, pass) {
-                    self.ask_target(id, request);
+                match self.initialization(id, pass) {
+                    Some(request) => self.ask_target(id, request),
+                    None => self.vm_is_gone(id),
                 }
             }
-            Effect::AskStart(hand_over) => {
+            MoveEffect::AskStart(hand_over) => {
                 let run = run.machine.was_running();
                 self.ask_target(id, RequestBody::Start { hand_over, run });
             }
-            Effect::Scan { last, .. } => {
-                let before = run.looked.clone();
-                let Some(entry) = self.vms.get(&vm) else { return };
-                let (spec, disks) = (entry.record.spec.clone(), self.disk_paths(&entry.record));
-                tokio::spawn(async move {
-                    let result = scanning::look(shared.clone(), spec, disks, before, last).await;
-                    shared.post(Input::apply(move |b| b.scanned(id, vm, result)));
+            MoveEffect::Scan { last, .. } => {
+                let Some(recipe) = &run.recipe else { return self.vm_is_gone(id) };
+                let serving = Box::new(Serving {
+                    migration: id,
+                    to: peer.key,
+                    ticket: run.ticket,
+                    recipe: recipe.id(),
+                    components: recipe.components.clone(),
                 });
+                let Some(entry) = self.vms.get(&vm) else { return self.vm_is_gone(id) };
+                let record = Box::new(entry.record.clone());
+                let token = self.expect(Pending::MoveScanned(id, vm));
+                self.emit(Effect::Scan { token, record, serving, last });
             }
-            Effect::Stop => {
-                run.stopped_at = Some(shared.now());
+            MoveEffect::Stop => {
+                run.stopped_at = Some(self.now);
                 let escalate = run.force_stop;
-                let timeout = self.stop_timeout(vm);
-                let mode = StopMode::Graceful { timeout, escalate };
-                tokio::spawn(async move {
-                    let begun = std::time::Instant::now();
-                    let result = shared.driver.stop(vm, mode).await;
-                    let elapsed = begun.elapsed();
-                    shared.post(Input::apply(move |b| {
-                        b.note_stop(vm, elapsed < timeout);
-                        if let Some(run) = b.outgoing.get_mut(&id) {
-                            run.view.account.shutdown_ms = Some(elapsed.as_millis() as u64);
-                        }
-                    }));
-                    let result = result.map_err(|e| {
-                        Denial::new(
-                            DenialCode::Other,
-                            format!("the VM does not stop: {}", super::problem::chain(&e)),
-                        )
-                        .next("look at its console; 'cicada move --force-stop' switches it off when its time is over")
-                    });
-                    fault::point("source-stopped");
-                    shared.post(Input::Outgoing(id, SourceEvent::Stopped(result)));
-                });
+                let mode = StopMode::Graceful { timeout: self.stop_timeout(vm), escalate };
+                let name = self.vms.get(&vm).map(|vm| vm.record.spec.name.to_string()).unwrap_or_default();
+                let token = self.expect(Pending::MoveStopped(id, vm));
+                self.emit(Effect::Stop { token, vm, name, mode });
             }
-            Effect::Suspend => self.hold_guest(id, vm),
-            Effect::Resume => self.resume_guest(vm),
-            Effect::GiveUp(pass) => {
+            MoveEffect::Suspend => self.hold_guest(id, vm),
+            MoveEffect::Resume => self.resume_guest(vm),
+            MoveEffect::GiveUp(pass) => {
                 let result = self.give_up(id, pass);
-                self.shared.post(Input::Outgoing(id, SourceEvent::GaveUp(result)));
+                self.outgoing_event(id, SourceEvent::GaveUp(result));
             }
-            Effect::TakeBack(back) => {
+            MoveEffect::TakeBack(back) => {
                 let result = self.take_back(id, back);
-                self.shared.post(Input::Outgoing(id, SourceEvent::TookBack(result)));
+                self.outgoing_event(id, SourceEvent::TookBack(result));
             }
-            Effect::Wait { ms } => {
-                tokio::spawn(async move {
-                    tokio::time::sleep(Duration::from_millis(ms)).await;
-                    shared.post(Input::Outgoing(id, SourceEvent::Timer));
-                });
-            }
-            Effect::Restart => drop(self.start_machine(vm, None)),
-            Effect::TellCancel => {
-                tokio::spawn(async move {
-                    for _ in 0..5 {
-                        let reason = "the source called the move off".into();
-                        if shared.ask(&peer, matter, RequestBody::Cancel { reason }).await.is_ok() {
-                            return;
-                        }
-                        tokio::time::sleep(Duration::from_secs(2)).await;
-                    }
-                    tracing::warn!(migration = %id, target = %peer.jid, "could not tell the target; its lease will run out");
-                });
-            }
-            Effect::Release { receipt, running, problem, account } => {
+            MoveEffect::Wait { ms } => self.wake(Duration::from_millis(ms), Pending::MoveWait(id)),
+            MoveEffect::Restart => drop(self.start_machine(vm, None)),
+            MoveEffect::TellCancel => self.tell_cancel(id, peer, matter, 0),
+            MoveEffect::Release { receipt, running, problem, account } => {
                 self.release(id, receipt, running, problem, account)
             }
-            Effect::Abandon(end) => self.abandon(id, end),
+            MoveEffect::Abandon(end) => self.abandon(id, end),
+        }
+    }
+
+    fn spec_of(&self, vm: VmId) -> Option<Box<crate::vm::VmSpec>> {
+        self.vms.get(&vm).map(|vm| Box::new(vm.record.spec.clone()))
+    }
+
+    /// What is moved was removed, or set aside, in the middle of it.
+    fn vm_is_gone(&mut self, id: MigrationId) {
+        let gone = Denial::new(DenialCode::Other, "the VM's record is gone");
+        self.abandon(id, End::Denied(gone));
+    }
+
+    pub(super) fn waited(&mut self, id: MigrationId) {
+        self.outgoing_event(id, SourceEvent::Timer);
+    }
+
+    pub(super) fn move_stopped(
+        &mut self,
+        id: MigrationId,
+        vm: VmId,
+        result: Result<(), Problem>,
+        took: Duration,
+    ) {
+        self.note_stop(vm, took < self.stop_timeout(vm));
+        if let Some(run) = self.outgoing.get_mut(&id) {
+            run.view.account.shutdown_ms = Some(took.as_millis() as u64);
+        }
+        let result = result.map_err(|p| {
+            Denial::new(DenialCode::Other, format!("the VM does not stop: {}", p.reason))
+                .next("look at its console; 'cicada move --force-stop' switches it off when its time is over")
+        });
+        fault::point("source-stopped");
+        self.outgoing_event(id, SourceEvent::Stopped(result));
+    }
+
+    /// Tells a target, a few times, that the move was called off.
+    pub(super) fn tell_cancel(&mut self, id: MigrationId, to: Peer, about: Matter, tries: u32) {
+        let reason = "the source called the move off".into();
+        let token = self.expect(Pending::CancelTold { id, to: to.clone(), about, tries: tries + 1 });
+        self.emit(Effect::Ask { token, to, about, body: Box::new(RequestBody::Cancel { reason }) });
+    }
+
+    pub(super) fn cancel_told(&mut self, id: MigrationId, to: Peer, about: Matter, tries: u32, told: bool) {
+        match told {
+            true => {}
+            false if tries < CANCEL_TRIES_MAX => {
+                self.wake(CANCEL_PAUSE, Pending::CancelAgain { id, to, about, tries });
+            }
+            false => {
+                tracing::warn!(migration = %id, target = %to.jid, "could not tell the target; its lease will run out");
+            }
         }
     }
 
@@ -485,29 +485,18 @@ impl Broker {
             component_names: run.component_names.clone(),
             component_bytes: run.checked.as_ref().map_or(0, |c| c.component_bytes),
             pass,
-            addresses: self.transfer_addresses().iter().map(PeerText::from).collect(),
-            source_key: self.shared.key.public(),
-            ticket: crate::types::Hash::from_bytes(*run.ticket.as_bytes()).to_string(),
-            firmware: if pass.last { self.firmware_of(&entry.record) } else { None },
+            addresses: self.transfer_addresses.iter().map(PeerText::from).collect(),
+            source_key: self.key.public(),
+            ticket: run.ticket.to_string(),
+            firmware: run.firmware.clone().filter(|_| pass.last),
         })))
-    }
-
-    /// The firmware's variables, packed. A VM that never ran has none.
-    fn firmware_of(&self, record: &super::records::VmRecord) -> Option<String> {
-        let bytes = std::fs::read(self.machine(record).firmware_vars).ok()?;
-        let packed = zstd::bulk::compress(&bytes, 9).ok()?;
-        if packed.len() > FIRMWARE_BYTES_MAX {
-            tracing::warn!(vm = %record.spec.name, "its firmware variables are too large to travel; the target begins with fresh ones");
-            return None;
-        }
-        Some(BASE64.encode(packed))
     }
 
     /// A guest stands still for its last pass: a target that does not get on with it gets no VM.
     pub(super) fn end_stalled(&mut self) {
-        let now = self.shared.now();
+        let now = self.now;
         for run in self.outgoing.values_mut() {
-            let sent = run.limiter.sent_bytes();
+            let sent = run.sent_bytes;
             if sent >= run.advanced.1.saturating_add(ADVANCE_BYTES) {
                 run.advanced = (now, sent);
             }
@@ -524,14 +513,12 @@ impl Broker {
 
     fn ask_target(&mut self, id: MigrationId, request: RequestBody) {
         let Some(run) = self.outgoing.get(&id) else { return };
-        let (shared, peer, matter) = (self.shared.clone(), self.by_its_key_now(&run.peer), run.matter);
-        tokio::spawn(async move {
-            let answer = shared.ask(&peer, matter, request).await;
-            shared.post(Input::apply(move |b| b.outgoing_answered(id, answer)));
-        });
+        let (to, about) = (self.by_its_key_now(&run.peer), run.matter);
+        let token = self.expect(Pending::MoveAnswered(id));
+        self.emit(Effect::Ask { token, to, about, body: Box::new(request) });
     }
 
-    fn outgoing_answered(&mut self, id: MigrationId, answer: Result<AnswerBody, AskError>) {
+    pub(super) fn outgoing_answered(&mut self, id: MigrationId, answer: Result<AnswerBody, Unanswered>) {
         match &answer {
             Ok(AnswerBody::Reserved { .. }) => fault::point("source-reserved"),
             Ok(AnswerBody::Staged { .. }) => fault::point("source-staged"),
@@ -561,7 +548,7 @@ impl Broker {
                     run.last_word = format!("it denied: {}", d.text);
                 }
                 if let AnswerBody::Working(p) = &body {
-                    let now = self.shared.now();
+                    let now = self.now;
                     run.heard = now;
                     account::progress(&mut run.view.progress, p, now);
                 }
@@ -570,8 +557,7 @@ impl Broker {
                 }
                 SourceEvent::Answered(Box::new(body))
             }
-            Err(e) => {
-                let reason = super::problem::chain(&e);
+            Err(Unanswered(reason)) => {
                 // Asked every few seconds, perhaps for days.
                 if reason != run.last_word {
                     tracing::info!(migration = %id, peer = %run.peer.jid, reason, "no answer");
@@ -583,43 +569,44 @@ impl Broker {
         self.outgoing_event(id, event);
     }
 
-    fn checked(&mut self, id: MigrationId, result: Result<Checked, Denial>) {
+    pub(super) fn checked(&mut self, id: MigrationId, result: Result<Box<(Checked, Recipe)>, Denial>) {
         fault::point("source-checked");
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let event = result.map(|checked| {
+            let (checked, recipe) = *checked;
             let a = &mut run.view.account;
             a.components_needed = checked.components_needed;
             a.components_held = checked.components_held;
             a.packs_needed = checked.packs_needed;
             run.view.progress.bytes_total = checked.component_bytes;
-            run.checked = Some(checked);
+            (run.checked, run.recipe) = (Some(checked), Some(recipe));
         });
         self.outgoing_event(id, SourceEvent::Checked(event));
     }
 
-    fn scanned(&mut self, id: MigrationId, vm: VmId, result: Result<Scanned, Denial>) {
+    pub(super) fn scanned(&mut self, id: MigrationId, vm: VmId, result: Result<Scanned, Denial>) {
         fault::point("source-scanned");
-        // Called off meanwhile, perhaps before the look began to track changes.
-        let Some(run) = self.outgoing.get_mut(&id) else { return self.end_tracking(vm) };
+        // Called off meanwhile, perhaps before the scan began to track changes.
+        let Some(run) = self.outgoing.get_mut(&id) else {
+            self.end_tracking(vm);
+            return self.emit(Effect::EndServing(id));
+        };
         let event = result.map(|s| {
-            run.view.account.last_scan_bytes = Some(s.looked.read_bytes());
-            run.nodes.extend(s.nodes);
-            run.looked = s.looked;
-            self.shared.tickets.serve(
-                run.ticket,
-                Served {
-                    peer: Some(run.peer.key),
-                    recipe: run.recipe.as_ref().map(|r| r.id()),
-                    components: run.recipe.iter().flat_map(|r| r.components.iter().copied()).collect(),
-                    packs: s.packs,
-                    nodes: run.nodes.clone(),
-                    blocks: run.looked.disks.iter().map(|d| d.index.clone()).collect(),
-                    limiter: run.limiter.clone(),
-                },
-            );
+            run.view.account.last_scan_bytes = Some(s.read_bytes);
+            run.firmware = s.firmware;
             (s.seed.root_delta, s.seed.user_data)
         });
         self.outgoing_event(id, SourceEvent::Scanned(event));
+    }
+
+    /// A move that ended asks no more where the VM writes. If another one of the same VM has begun,
+    /// that one will.
+    fn end_tracking(&mut self, vm: VmId) {
+        let moves_again =
+            self.vms.get(&vm).is_some_and(|entry| matches!(entry.busy, Some(Busy::Migration(_))));
+        if !moves_again && self.features.abilities.contains(&Ability::TrackChanges) {
+            self.emit(Effect::EndTracking(vm));
+        }
     }
 
     /// The point of no return: first the durable record, then the signature.
@@ -629,49 +616,46 @@ impl Broker {
         let vm = run.matter.vm;
         let gift = Gift {
             migration: id,
-            source: self.shared.me.clone(),
-            source_key: self.shared.key.public(),
+            source: self.me.clone(),
+            source_key: self.key.public(),
             target: run.peer.jid.clone(),
             target_key: run.peer.key,
             reservation: run.reservation,
             seed: Seed { root_delta: pass.root_delta, user_data: pass.user_data },
             was_running: run.machine.was_running(),
-            now: self.shared.now(),
+            now: self.now,
         };
-        let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, super::problem::chain(e));
+        let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, chain(e));
         let known = self.known(vm).map_err(|e| broken(&e))?;
         let entry = self.vms.get_mut(&vm).ok_or_else(missing)?;
         let (record, hand_over) =
             LAW.give_up(&entry.record, &known, gift).map_err(|refusal| lineages::denial(&refusal))?;
         fault::point("source-giving-up");
-        self.shared
-            .records
-            .save_ownership(&record)
-            .map_err(|e| Denial::new(DenialCode::Other, super::problem::chain(&e)))?;
+        self.book.save_ownership(&record).map_err(|e| Denial::new(DenialCode::Other, chain(&e)))?;
         fault::point("source-given-up");
         entry.record = record;
         // Found again after a restart even if the answer never comes.
         let run = self.outgoing.get_mut(&id).ok_or_else(missing)?;
         run.view.progress.handed_over = true;
-        self.notes.now(&run.view);
+        self.book.note_now(&run.view);
         tracing::info!(migration = %id, to = %run.peer.jid, epoch = hand_over.epoch, "given up");
-        Ok(hand_over.sign(&self.shared.key))
+        Ok(hand_over.sign(&self.key))
     }
 
     fn take_back(&mut self, id: MigrationId, back: Return) -> Result<(), Denial> {
         let refuse = |text: String| Denial::new(DenialCode::HandOver, text);
         let run = self.outgoing.get(&id).ok_or_else(|| refuse("unknown".into()))?;
         let vm = run.matter.vm;
-        let known = self.known(vm).map_err(|e| refuse(super::problem::chain(&e)))?;
+        let known = self.known(vm).map_err(|e| refuse(chain(&e)))?;
         let entry = self.vms.get(&vm).ok_or_else(|| refuse("unknown VM".into()))?;
         let (record, known) =
             LAW.take_back(&entry.record, &known, &back).map_err(|refusal| lineages::denial(&refusal))?;
         // Only evidence: without it the target would be asked again, and give it again.
-        self.shared.records.save_returned(id, &back).map_err(|e| refuse(super::problem::chain(&e)))?;
+        self.book.save_returned(id, &back).map_err(|e| refuse(chain(&e)))?;
         // Then the history, which is ahead of the record for a moment: both are facts by now.
-        self.keep_lineage(&known).map_err(|e| refuse(super::problem::chain(&e)))?;
+        self.keep_lineage(&known).map_err(|e| refuse(chain(&e)))?;
         fault::point("source-taking-back");
-        self.shared.records.save_ownership(&record).map_err(|e| refuse(super::problem::chain(&e)))?;
+        self.book.save_ownership(&record).map_err(|e| refuse(chain(&e)))?;
         fault::point("source-taken-back");
         if let Some(entry) = self.vms.get_mut(&vm) {
             entry.record = record;
@@ -687,7 +671,7 @@ impl Broker {
         problem: Option<PeerText>,
         stage: StageAccount,
     ) {
-        let now = self.shared.now();
+        let now = self.now;
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         account::stage(&mut run.view.account, &stage);
         run.view.account.downtime_ms =
@@ -704,15 +688,15 @@ impl Broker {
         }
         let phase = if run.machine.was_running() && !running { "handed-over" } else { "completed" };
         let vm = run.matter.vm;
-        let grace = self.shared.config.migration.grace_period;
-        if let Err(e) = self.shared.records.save_receipt(id, &receipt) {
-            tracing::warn!(migration = %id, error = super::problem::chain(&e), "the receipt lies in the VM's record alone");
+        let grace = self.config.migration.grace_period;
+        if let Err(e) = self.book.save_receipt(id, &receipt) {
+            tracing::warn!(migration = %id, error = chain(&e), "the receipt lies in the VM's record alone");
         }
         if let Some(entry) = self.vms.get_mut(&vm) {
             match LAW.release(&entry.record, receipt, now.plus(grace)) {
                 Ok(record) => {
-                    if let Err(e) = evidence::keep_receipts(&self.shared.records, &record) {
-                        tracing::warn!(migration = %id, error = super::problem::chain(&e), "the last link of its history lies in the VM's record alone");
+                    if let Err(e) = self.book.keep_receipts(&record) {
+                        tracing::warn!(migration = %id, error = chain(&e), "the last link of its history lies in the VM's record alone");
                     }
                     entry.record = record;
                 }
@@ -722,17 +706,12 @@ impl Broker {
             }
             entry.busy = None;
             fault::point("source-releasing");
-            if let Err(e) = self.shared.records.save_vm(&entry.record) {
-                tracing::error!(vm = %entry.record.spec.name, error = super::problem::chain(&e), "receipt not recorded; it will be asked for again");
+            if let Err(e) = self.book.save_vm(&entry.record) {
+                tracing::error!(vm = %entry.record.spec.name, error = chain(&e), "receipt not recorded; it will be asked for again");
             }
             fault::point("source-released");
         }
-        let shared = self.shared.clone();
-        tokio::spawn(async move {
-            if let Err(e) = shared.driver.undefine(vm).await {
-                tracing::warn!(vm = %vm, error = super::problem::chain(&e), "cannot undefine");
-            }
-        });
+        self.effects.push(Effect::Undefine(vm));
         let seconds = |ms: u64| ms as f64 / 1000.0;
         let account = &run.view.account;
         let took = Took {
@@ -749,23 +728,14 @@ impl Broker {
         self.end_outgoing(id, phase);
     }
 
-    /// What a move of the whole disk would have sent, worked out in the background.
+    /// What a move of the whole disk would have sent.
     fn estimate_monolithic(&mut self, id: MigrationId) {
-        let Some(run) = self.outgoing.get_mut(&id) else { return };
-        // After a restart nothing was looked at.
-        let Some(recipe) = run.recipe.as_ref().map(|r| r.id()) else { return };
-        let (shared, disks) = (self.shared.clone(), std::mem::take(&mut run.looked.disks));
-        tokio::task::spawn_blocking(move || match account::monolithic(&shared, &recipe, &disks) {
-            Ok((zstd, raw)) => shared.post(Input::apply(move |b| {
-                b.amend_history(id, |a| {
-                    a.monolithic_zstd_bytes = Some(zstd);
-                    a.monolithic_raw_bytes = Some(raw);
-                });
-            })),
-            Err(e) => {
-                tracing::info!(migration = %id, error = super::problem::chain(&e), "no estimate of a monolithic move")
-            }
-        });
+        // After a restart nothing was scanned.
+        let recipe = self.outgoing.get(&id).and_then(|run| run.recipe.as_ref().map(Recipe::id));
+        if let Some(recipe) = recipe {
+            let token = self.expect(Pending::Monolithic(id));
+            self.emit(Effect::EstimateMonolithic { token, migration: id, recipe });
+        }
     }
 
     fn abandon(&mut self, id: MigrationId, end: End) {
@@ -796,7 +766,7 @@ impl Broker {
         run.view.progress.eta_s = None;
         self.outgoing_publish(id);
         let Some(mut run) = self.outgoing.remove(&id) else { return };
-        self.shared.tickets.withdraw(&run.ticket);
+        self.emit(Effect::EndServing(id));
         let outcome = match (&run.view.problem, phase) {
             (Some(p), "cancelled" | "failed" | "handed-over") => Err(p.clone()),
             _ => Ok(Reply::Migration(Box::new(run.view.clone()))),
@@ -808,7 +778,9 @@ impl Broker {
             }
             Err(p) => tracing::warn!(migration = %id, vm = %run.view.progress.vm, reason = %p, "not moved"),
         }
-        run.waiters.drain(..).for_each(|w| drop(w.send(outcome.clone())));
+        for call in std::mem::take(&mut run.watchers) {
+            self.reply(call, outcome.clone());
+        }
         self.remember(run.view);
         self.presence_changed();
     }

@@ -2,30 +2,25 @@
 //! saw asks them before it runs a VM, and every broker asks a member that comes online: a record
 //! restored from a backup, or a second copy, is found out within seconds of seeing each other.
 
-use std::collections::{BTreeMap, BTreeSet};
-
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
-
 use crate::clock::UnixMillis;
+use crate::interface::{Problem, ProblemKind, Side, chain};
 use crate::migration::envelope::VERSION;
 use crate::migration::lineage::PAGE_LINKS_MAX;
 use crate::migration::message::{CLAIMS_MAX, Claim, Known};
 use crate::migration::ownership::Learnt;
-use crate::migration::records::VmRecord;
-use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, Lineage, Link, Links, RequestBody};
-use crate::types::{LinkId, MemberJid, MigrationId, Successions, VmId};
-use crate::vm::PowerState;
+use crate::migration::records::{UnconfirmedStart, VmRecord};
+use crate::migration::{AnswerBody, Denial, DenialCode, Lineage, Link, Links, RequestBody};
+use crate::types::{LinkId, MemberJid, VmId};
 
-use super::continuity::Mark;
-use super::guard::Work;
-use super::interface::Side;
+use super::Broker;
+use super::book::RecordError;
+use super::continuity::{Mark, digest_of};
+use super::effect::{Effect, Peer, Unanswered};
 use super::lineages::LAW;
-use super::problem::{Problem, ProblemKind, chain};
-use super::records::{RecordError, UnconfirmedStart};
-use super::shared::{AskError, Matter, Peer, Shared};
-use super::{Broker, Input};
+use super::pending::{Pending, Working};
 
 /// How often members are asked that did not answer, or that run what is ours.
 const MEET_EVERY: Duration = Duration::from_secs(5);
@@ -62,8 +57,7 @@ impl Broker {
     }
 
     fn is_running(&self, vm: VmId) -> bool {
-        let off = |state: PowerState| matches!(state, PowerState::Stopped | PowerState::Crashed);
-        self.shared.driver.state(vm).is_ok_and(|state| !off(state))
+        !self.is_off(vm)
     }
 
     /// A member that comes online, or whose key is confirmed only now, is asked once for as long as it
@@ -79,7 +73,7 @@ impl Broker {
 
     /// Whom the last try did not reach, and, while VMs are held back or disputed, everybody again.
     pub(super) fn meet_members(&mut self) {
-        let now = self.shared.now();
+        let now = self.now;
         if now.since(self.met_at) < MEET_EVERY {
             return;
         }
@@ -98,79 +92,54 @@ impl Broker {
     /// Asks a member what it knows of the VMs here beyond what is known here.
     pub(super) fn ask_owners(&mut self, peer: Peer) {
         // One of the version before keeps no histories: it cannot say.
-        if self.shared.versions.with(&peer.jid) < VERSION {
+        if self.versions.get(&peer.jid).copied().unwrap_or(VERSION) < VERSION {
             return self.owners_answered(&peer.jid);
         }
         let claims = self.claims();
-        let shared = self.shared.clone();
-        tokio::spawn(async move {
-            // Nothing claimed is told as well: what was disputed is not any more.
-            let pages = if claims.is_empty() { vec![Vec::new()] } else { paged(claims) };
-            for page in pages {
-                if let Err(e) = ask_page(&shared, &peer, page).await {
-                    tracing::info!(member = %peer.jid, error = chain(&e), "does not say which VMs it owns");
-                    shared.post(Input::apply(move |b| {
-                        b.met.remove(&peer.jid);
-                    }));
-                    return;
-                }
+        let token = self.expect(Pending::Owners(peer.clone()));
+        self.emit(Effect::AskOwners { token, of: peer, claims });
+    }
+
+    pub(super) fn owners_said(&mut self, peer: &Peer, said: Result<(), Unanswered>) {
+        match said {
+            Ok(()) => self.owners_answered(&peer.jid),
+            Err(Unanswered(why)) => {
+                tracing::info!(member = %peer.jid, error = why, "does not say which VMs it owns");
+                self.met.remove(&peer.jid);
             }
-            shared.post(Input::apply(move |b| b.owners_answered(&peer.jid)));
-        });
+        }
     }
 
     /// What a member knows beyond another's claims.
-    pub(super) fn answer_owners(
-        &mut self,
-        peer: &Peer,
-        request: Envelope<RequestBody>,
-        work: Work,
-        reply: oneshot::Sender<Option<Vec<u8>>>,
-    ) {
-        let RequestBody::Owners { claims } = &request.body else { return };
+    pub(super) fn answer_owners(&mut self, work: &Working) -> Option<AnswerBody> {
+        let RequestBody::Owners { claims } = &work.request.body else { return None };
         if claims.len() > CLAIMS_MAX {
-            let denial = Denial::new(
-                DenialCode::Other,
-                format!("at most {CLAIMS_MAX} VMs may be asked about at once"),
-            );
-            return drop(reply.send(self.shared.answer(&request, AnswerBody::Denied(denial)).ok()));
+            let text = format!("at most {CLAIMS_MAX} VMs may be asked about at once");
+            return Some(AnswerBody::Denied(Denial::new(DenialCode::Other, text)));
         }
-        let look = |claim: &Claim| {
-            let record = self.vms.get(&claim.vm).map(|vm| vm.record.clone());
+        let looked = |claim: &Claim| {
+            let record = self.vms.get(&claim.vm).map(|vm| Box::new(vm.record.clone()));
             (*claim, record, self.is_running(claim.vm))
         };
-        let looks: Vec<_> = claims.iter().map(look).collect();
-        let (shared, peer) = (self.shared.clone(), peer.clone());
-        tokio::task::spawn_blocking(move || {
-            let _under_way = work;
-            let (mut known, mut disputed, mut budget) = (Vec::new(), BTreeSet::new(), PAGE_LINKS_MAX);
-            for (claim, record, running) in looks {
-                let Ok(kept) = shared.records.lineage(claim.vm) else { continue };
-                let lineage = LAW.known(kept, record.as_ref());
-                let here = record.as_ref().is_some_and(VmRecord::is_here);
-                let Some(more) = beyond(&lineage, &claim, here) else { continue };
-                // It once was the owner by this very history, and runs the VM still: not a stranger's claim.
-                if here && claim.running && was_owner(&lineage, &claim, &peer) {
-                    disputed.insert(claim.vm);
-                }
-                let links: Vec<Link> = more.iter().take(budget).cloned().collect();
-                budget -= links.len();
-                let more = links.len() < more.len();
-                let successions = lineage.successions().clone();
-                known.push(Known { vm: claim.vm, links: Links(links), successions, more, here, running });
-            }
-            let asked: BTreeSet<VmId> = match &request.body {
-                RequestBody::Owners { claims } => claims.iter().map(|c| c.vm).collect(),
-                _ => BTreeSet::new(),
-            };
-            let _ = reply.send(shared.answer(&request, AnswerBody::Owners { known }).ok());
-            shared.post(Input::apply(move |b| b.disputed_by(&peer.jid, &asked, &disputed)));
-        });
+        let claims = claims.iter().map(looked).collect();
+        let by = work.from.clone();
+        let token = self.expect(Pending::OwnersKnown(work.clone()));
+        self.emit(Effect::KnowOwners { token, by, claims });
+        None
+    }
+
+    pub(super) fn owners_known(&mut self, work: &Working, known: Vec<Known>, disputed: &BTreeSet<VmId>) {
+        let asked = match &work.request.body {
+            RequestBody::Owners { claims } => claims.iter().map(|c| c.vm).collect(),
+            _ => BTreeSet::new(),
+        };
+        self.answer_work(work, AnswerBody::Owners { known });
+        self.disputed_by(&work.from.jid, &asked, disputed);
     }
 
     /// Which of our VMs a member runs as well, by what it said last.
     fn disputed_by(&mut self, by: &MemberJid, asked: &BTreeSet<VmId>, disputed: &BTreeSet<VmId>) {
-        let now = self.shared.now();
+        let now = self.now;
         self.disputes
             .retain(|vm, d| d.by != *by || disputed.contains(vm) || !asked.contains(vm) && !asked.is_empty());
         for vm in disputed {
@@ -182,14 +151,14 @@ impl Broker {
     }
 
     /// A member showed a history beyond what is known here.
-    fn learn_of(&mut self, by: &Peer, vm: VmId, shown: &Lineage) {
-        let now = self.shared.now();
-        let scrub_after = now.plus(self.shared.config.migration.grace_period);
+    pub(super) fn learn_of(&mut self, by: &Peer, vm: VmId, shown: &Lineage) {
+        let now = self.now;
+        let scrub_after = now.plus(self.config.migration.grace_period);
         let known = match self.known(vm) {
             Ok(known) => known,
             Err(e) => return tracing::error!(%vm, error = chain(&e), "what is known of the VM is damaged"),
         };
-        let (me, running) = (self.shared.key.public(), self.is_running(vm));
+        let (me, running) = (self.key.public(), self.is_running(vm));
         let held = self.vms.get(&vm).is_some_and(|vm| vm.busy.is_some() || vm.starting);
         let learnt =
             LAW.learn(self.standing(vm, &known), shown, &me, running || held, &by.jid, (now, scrub_after));
@@ -212,7 +181,7 @@ impl Broker {
         };
         let kept = lineage.map_or(Ok(()), |lineage| self.keep_lineage(&lineage));
         let saved = kept.and_then(|()| match &record {
-            Some(record) => self.shared.records.save_ownership(record),
+            Some(record) => self.book.save_ownership(record),
             None => Ok(()),
         });
         if let Err(e) = saved {
@@ -251,7 +220,7 @@ impl Broker {
         let mut held = 0;
         // Those given up as well: what an old record waits for may bring them back.
         for vm in self.vms.values_mut() {
-            let mark = self.continuity.mark(&vm.record);
+            let mark = self.marks.mark(&vm.record);
             vm.confirmed = mark == Mark::Same && !self.after_restore;
             restored |= mark == Mark::Other;
             held += usize::from(vm.record.is_here() && !vm.confirmed);
@@ -267,7 +236,7 @@ impl Broker {
                 "the records here may be older than what others know: members are asked before a VM is started"
             );
         }
-        self.confirming = Some(Confirming { restored, since: self.shared.now(), awaited, warned: false });
+        self.confirming = Some(Confirming { restored, since: self.now, awaited, warned: false });
     }
 
     fn confirm_if_all_said(&mut self) {
@@ -300,7 +269,7 @@ impl Broker {
 
     /// Members to whom a VM may have gone.
     fn could_know(&self) -> BTreeSet<MemberJid> {
-        self.members.believed().filter(|jid| **jid != self.shared.me).cloned().collect()
+        self.members.believed().filter(|jid| **jid != self.me).cloned().collect()
     }
 
     /// Why a VM is not run yet, if those that may know more were not asked.
@@ -334,10 +303,10 @@ impl Broker {
         let silent =
             self.confirming.as_ref().map(|c| c.awaited.iter().cloned().collect()).unwrap_or_default();
         let mut record = entry.record.clone();
-        let start = UnconfirmedStart { at: self.shared.clock.now(), by_uid, silent };
+        let start = UnconfirmedStart { at: self.now, by_uid, silent };
         tracing::warn!(vm = %record.spec.name, ?by_uid, silent = ?start.silent, "an operator starts a VM without the word of those that may know more");
         record.unconfirmed_start = Some(start);
-        self.shared.records.save_vm(&record)?;
+        self.book.save_vm(&record)?;
         (entry.record, entry.confirmed) = (record, true);
         Ok(())
     }
@@ -354,13 +323,14 @@ impl Broker {
 
     /// Keeps the mark of what this machine did last, of all that is confirmed.
     pub(super) fn note_continuity(&mut self) {
-        let changes = self.shared.records.changes();
+        let changes = self.book.changes();
         if changes == self.noted {
             return;
         }
         self.noted = changes;
         let confirmed = self.vms.values().filter(|vm| vm.confirmed);
-        self.continuity.note(confirmed.map(|vm| &vm.record));
+        let marks = confirmed.map(|vm| (vm.record.spec.id, digest_of(&vm.record))).collect();
+        self.emit(Effect::Mark(marks));
     }
 
     /// A VM of ours that another member runs as well, in words.
@@ -394,8 +364,8 @@ impl Broker {
 
     /// Whether the time is over in which silent members are waited for without a word.
     pub(super) fn is_unconfirmed_for_long(&self) -> bool {
-        let patience = self.shared.config.migration.confirm_patience;
-        self.confirming.as_ref().is_some_and(|c| self.shared.now().since(c.since) >= patience)
+        let patience = self.config.migration.confirm_patience;
+        self.confirming.as_ref().is_some_and(|c| self.now.since(c.since) >= patience)
     }
 }
 
@@ -406,8 +376,30 @@ fn tip_of(origin: crate::migration::handover::Origin) -> Option<LinkId> {
     }
 }
 
-fn paged(claims: Vec<Claim>) -> Vec<Vec<Claim>> {
-    claims.chunks(CLAIMS_MAX).map(<[Claim]>::to_vec).collect()
+/// What is known of these VMs beyond what is claimed, within one answer's bound; and which of them the one who
+/// claims runs although it gave them up. `kept` is the history that is kept beside each record.
+pub fn known_beyond(
+    by: &Peer,
+    claims: impl Iterator<Item = (Claim, Option<Box<VmRecord>>, bool)>,
+    kept: impl Fn(VmId) -> Option<Lineage>,
+) -> (Vec<Known>, BTreeSet<VmId>) {
+    let (mut known, mut disputed, mut budget) = (Vec::new(), BTreeSet::new(), PAGE_LINKS_MAX);
+    for (claim, record, running) in claims {
+        let Some(kept) = kept(claim.vm) else { continue };
+        let lineage = LAW.known(kept, record.as_deref());
+        let here = record.as_deref().is_some_and(VmRecord::is_here);
+        let Some(more) = beyond(&lineage, &claim, here) else { continue };
+        // It once was the owner by this very history, and runs the VM still: not a stranger's claim.
+        if here && claim.running && was_owner(&lineage, &claim, by) {
+            disputed.insert(claim.vm);
+        }
+        let links: Vec<Link> = more.iter().take(budget).cloned().collect();
+        budget -= links.len();
+        let more = links.len() < more.len();
+        let successions = lineage.successions().clone();
+        known.push(Known { vm: claim.vm, links: Links(links), successions, more, here, running });
+    }
+    (known, disputed)
 }
 
 /// The links that `claim` does not know of; none if it may be the later one.
@@ -435,71 +427,4 @@ fn was_owner(lineage: &Lineage, claim: &Claim, peer: &Peer) -> bool {
         Some(_) => lineage.links().iter().any(gave),
         None => lineage.links().first().is_some_and(gave),
     }
-}
-
-/// Asks about one page of claims, and about each VM again of which one answer did not say all.
-async fn ask_page(shared: &std::sync::Arc<Shared>, peer: &Peer, page: Vec<Claim>) -> Result<(), AskError> {
-    let mut waiting = vec![page];
-    let mut so_far: BTreeMap<VmId, (Claim, Vec<Link>)> = BTreeMap::new();
-    let mut keys = Successions::default();
-    while let Some(claims) = waiting.pop() {
-        let asked: BTreeMap<VmId, Claim> = claims.iter().map(|c| (c.vm, *c)).collect();
-        let matter = Matter { migration: MigrationId::random(), vm: VmId(uuid::Uuid::nil()), epoch: 0 };
-        let answer = shared.ask(peer, matter, RequestBody::Owners { claims }).await?;
-        let AnswerBody::Owners { known } = answer else { return Ok(()) };
-        for k in known {
-            let Some(claim) = asked.get(&k.vm) else { continue };
-            for succession in k.successions.iter() {
-                let _ = keys.add(succession.clone());
-            }
-            let (first, links) = so_far.entry(k.vm).or_insert((*claim, Vec::new()));
-            let first = *first;
-            let news = !k.links.0.is_empty();
-            links.extend(k.links.0);
-            let too_many = links.len() > crate::migration::lineage::LINKS_MAX;
-            match (k.more && news && !too_many, links.last().map(Link::id)) {
-                (true, tip) => waiting.push(vec![Claim { tip, ..*claim }]),
-                // The budget of that answer was used up by others.
-                (false, _) if k.more && !news && asked.len() > 1 => waiting.push(vec![*claim]),
-                _ => {
-                    if let Some((_, links)) = so_far.remove(&k.vm) {
-                        judge(shared, peer, first, links, keys.clone()).await;
-                    }
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Verifies what was shown, away from the owner task.
-async fn judge(
-    shared: &std::sync::Arc<Shared>,
-    peer: &Peer,
-    claim: Claim,
-    links: Vec<Link>,
-    keys: Successions,
-) {
-    let (shared, peer) = (shared.clone(), peer.clone());
-    let work = tokio::task::spawn_blocking(move || {
-        let kept = match shared.records.lineage(claim.vm) {
-            Ok(kept) => kept,
-            Err(e) => {
-                return tracing::error!(vm = %claim.vm, error = chain(&e), "what is known of the VM is damaged");
-            }
-        };
-        let goes_on = kept.tip().map(|tip| tip.id) == claim.tip;
-        let whole = || Lineage::empty(claim.vm).with(&keys).continued(links.clone());
-        let verified = if goes_on { kept.with(&keys).continued(links.clone()) } else { whole() };
-        match verified.or_else(|_| whole()) {
-            Ok(lineage) => {
-                let (vm, by) = (claim.vm, peer);
-                shared.post(Input::apply(move |b| b.learn_of(&by, vm, &lineage)));
-            }
-            Err(e) => {
-                tracing::warn!(vm = %claim.vm, member = %peer.jid, error = chain(&e), "shows a history that is none")
-            }
-        }
-    });
-    let _ = work.await;
 }

@@ -1,79 +1,87 @@
 //! Plans: which members could take a VM, and what it would cost.
 
-use std::sync::Arc;
-
-use futures::future::join_all;
-
-use crate::migration::DenialCode;
+use crate::interface::{Candidate, PlanView, Problem, ProblemKind, Reason, Reply, Verdict};
+use crate::migration::{Denial, DenialCode};
 use crate::placement::{Offer, hardware, rank, shortlist};
-use crate::types::{CloudName, MemberJid, MigrationId, VmId};
+use crate::types::{CloudName, MemberJid, VmId};
 use crate::vm::{PowerState, VmSpec};
 
-use super::calls::Answer;
-use super::interface::{Candidate, PlanView, Reason, Reply, Verdict};
-use super::problem::Problem;
-use super::scanning::scan;
-use super::shared::{Matter, Peer};
+use super::Broker;
+use super::effect::{CallId, Effect, Peer};
+use super::pending::{Pending, PlanFor};
 use super::vms::Vm;
-use super::{Broker, Input, content, negotiation};
+
+/// The row of a plan for a member that told nothing.
+pub fn unasked(jid: MemberJid, cloud: Option<CloudName>, verdict: Verdict) -> Candidate {
+    Candidate {
+        cloud,
+        jid,
+        verdict,
+        component_bytes_missing: 0,
+        deltas_unknown: false,
+        components_needed: 0,
+        components_held: 0,
+        packs_missing: 0,
+        root_delta_bytes_missing: 0,
+        user_data_bytes_missing: 0,
+        seconds_low: None,
+        seconds_high: None,
+        answer_ms: 0.0,
+    }
+}
+
+pub fn reason(d: &Denial) -> Reason {
+    Reason { code: d.code.as_str(), text: d.text.clone(), next_step: d.next_step.clone() }
+}
 
 impl Broker {
-    pub(super) fn plan(&mut self, vm: &str, to: Option<&str>, reply: Answer) {
+    pub(super) fn plan(&mut self, vm: &str, to: Option<&str>, call: CallId) {
         let prepared = self.movable_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
-        let (id, peers) = match prepared {
-            Ok(p) => p,
-            Err(problem) => return drop(reply.send(Err(problem))),
-        };
-        self.candidates(id, peers, to, move |_, result| {
-            let _ = reply.send(result.map(Reply::Plan));
-        });
+        match prepared {
+            Ok((id, peers)) => self.candidates(id, peers, to, PlanFor::Caller(call)),
+            Err(problem) => self.reply(call, Err(problem)),
+        }
     }
 
-    /// Asks those of `peers` about a VM that may be able to take it, all at once, then calls `done` on this
-    /// task with the ranked plan. Who is named by the operator is asked in any case.
+    /// Asks those of `peers` about a VM that may be able to take it, all at once. Who is named by the
+    /// operator is asked in any case.
     pub(super) fn candidates(
-        &self,
+        &mut self,
         id: VmId,
         peers: Vec<(Peer, Option<CloudName>)>,
         named: Option<&str>,
-        done: impl FnOnce(&mut Broker, Result<PlanView, Problem>) + Send + 'static,
+        purpose: PlanFor,
     ) {
         let Some(vm) = self.vms.get(&id) else { return };
-        let (peers, left_out) = match named {
+        let (peers, rows_left_out) = match named {
             Some(_) => (peers, Vec::new()),
             None => self.shortlisted(&vm.record.spec, peers),
         };
-        let (spec, epoch, disks) = (vm.record.spec.clone(), vm.record.epoch, self.disk_paths(&vm.record));
-        let notes: Vec<_> = self.running_notes(vm);
-        let (shared, about) = (self.shared.clone(), spec.clone());
-        tokio::spawn(async move {
-            let (for_scan, scan_spec) = (shared.clone(), spec.clone());
-            let scanned =
-                negotiation::blocking(move || scan(&for_scan, &scan_spec, &disks, None).map(|s| s.seed));
-            let seed = scanned.await.ok();
-            let recipe = shared.repository.recipe(&spec.recipe);
-            let result = match recipe {
-                Err(e) => Err(content::repository_problem(&e)),
-                Ok(recipe) => {
-                    let recipe = Arc::new(recipe);
-                    let ask = peers.iter().map(|(peer, cloud)| {
-                        let matter = Matter { migration: MigrationId::random(), vm: spec.id, epoch };
-                        let (shared, spec, recipe): (_, _, &Arc<_>) = (&shared, &spec, &recipe);
-                        async move {
-                            negotiation::candidate(shared, peer, cloud.clone(), matter, spec, recipe, seed)
-                                .await
-                        }
-                    });
-                    let mut rows = join_all(ask).await;
-                    rows.extend(left_out);
-                    Ok(rows)
-                }
-            };
-            shared.post(Input::apply(move |broker| {
-                let plan = result.map(|rows| PlanView { notes, ..broker.ranked(&about, rows) });
-                done(broker, plan);
-            }));
+        let record = Box::new(vm.record.clone());
+        let token = self.expect(Pending::Planned { vm: id, rows_left_out, purpose });
+        self.emit(Effect::Plan { token, record, peers });
+    }
+
+    pub(super) fn planned(
+        &mut self,
+        id: VmId,
+        left_out: Vec<Candidate>,
+        purpose: PlanFor,
+        rows: Result<Vec<Candidate>, Problem>,
+    ) {
+        let (PlanFor::Caller(call) | PlanFor::Move { call, .. }) = purpose;
+        let Some(vm) = self.vms.get(&id) else {
+            let gone = Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile");
+            return self.reply(call, Err(gone));
+        };
+        let plan = rows.map(|mut rows| {
+            rows.extend(left_out);
+            PlanView { notes: self.running_notes(vm), ..self.ranked(&vm.record.spec, rows) }
         });
+        match purpose {
+            PlanFor::Caller(call) => self.reply(call, plan.map(Reply::Plan)),
+            PlanFor::Move { call, peers, force_stop } => self.move_planned(id, plan, peers, force_stop, call),
+        }
     }
 
     /// Those of `peers` that are asked, and rows for everybody else who is online.
@@ -84,7 +92,7 @@ impl Broker {
     ) -> (Vec<(Peer, Option<CloudName>)>, Vec<Candidate>) {
         let row = |jid: &MemberJid, reason: Reason| {
             let verdict = Verdict::NotAsked { reasons: vec![reason] };
-            negotiation::unasked(jid.clone(), self.members.cloud_of(jid), verdict)
+            unasked(jid.clone(), self.members.cloud_of(jid), verdict)
         };
         let mut rows = Vec::new();
         for (jid, problem) in self.unaskable() {
@@ -96,7 +104,7 @@ impl Broker {
         for (peer, left_out) in peers.into_iter().zip(shortlist(spec, &shown)) {
             match left_out {
                 None => asked.push(peer),
-                Some(denial) => rows.push(row(&peer.0.jid, negotiation::reason(&denial))),
+                Some(denial) => rows.push(row(&peer.0.jid, reason(&denial))),
             }
         }
         (asked, rows)
@@ -105,7 +113,7 @@ impl Broker {
     /// What a guest that runs adds to a move that nobody can foretell.
     fn running_notes(&self, vm: &Vm) -> Vec<String> {
         let id = vm.record.spec.id;
-        if self.shared.driver.state(id).is_ok_and(|s| s == PowerState::Stopped) {
+        if vm.power == PowerState::Stopped {
             return Vec::new();
         }
         let mut notes = vec!["the guest runs: what it writes from now on travels as well".to_owned()];
@@ -128,7 +136,7 @@ impl Broker {
     fn compare_hardware(&self, spec: &VmSpec, row: &mut Candidate) {
         let Some(cloud) = self.members.get(&row.jid).and_then(|m| m.cloud.as_ref()) else { return };
         let found = hardware::differences(spec, &self.hardware(), &cloud.features);
-        let found = found.iter().map(negotiation::reason);
+        let found = found.iter().map(reason);
         match &mut row.verdict {
             Verdict::WithDifferences { differences } => differences.extend(found),
             Verdict::Yes => {
@@ -143,7 +151,7 @@ impl Broker {
 
     /// What decides which hardware guests see here, as presence says it.
     pub fn hardware(&self) -> Vec<String> {
-        let f = self.shared.driver.features();
+        let f = &self.features;
         let value = |t: hardware::Trait| match t {
             hardware::Trait::Accelerator => f.accelerator.to_string(),
             hardware::Trait::Machine => f.machine_type.clone(),
@@ -154,7 +162,7 @@ impl Broker {
 
     fn ranked(&self, spec: &VmSpec, mut rows: Vec<Candidate>) -> PlanView {
         rows.iter_mut().for_each(|row| self.compare_hardware(spec, row));
-        let runs = self.shared.driver.state(spec.id).is_ok_and(|s| s != PowerState::Stopped);
+        let runs = self.power_of(spec.id) != PowerState::Stopped;
         for row in &mut rows {
             let bytes =
                 row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;

@@ -2,18 +2,17 @@
 
 use std::time::Duration;
 
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
-
-use crate::hypervisor::{DriverEvent, EventKind, Machine, StopMode, StopReason};
+use crate::interface::{Problem, ProblemKind, chain};
 use crate::migration::ownership::Hold;
 use crate::types::{ByteSize, MigrationId, VmId};
 use crate::vm::PowerState;
+use crate::vm::hypervisor::{DriverEvent, EventKind, StopMode, StopReason};
 
+use super::Broker;
+use super::effect::{CallId, Effect};
 use super::lineages::LAW;
-use super::problem::{Problem, ProblemKind, chain};
-use super::vms::{Answer, Busy, Vm};
-use super::{Broker, Input, Shared};
+use super::pending::{Pending, Whom};
+use super::vms::{Busy, Vm};
 
 /// Pause before a VM that crashed or did not start is started again; each failure within
 /// [`FAILURE_WINDOW`] makes it four times as long.
@@ -34,19 +33,16 @@ pub struct Stop {
 }
 
 impl Broker {
-    pub(super) fn start_vm(&mut self, id: VmId, reply: Answer) {
-        let off = is_off(&self.shared, id);
-        let (room, Some(vm)) = (self.room(&self.shared.me, Some(id)), self.vms.get_mut(&id)) else {
-            return;
-        };
+    pub(super) fn start_vm(&mut self, id: VmId, whom: Whom) {
+        let me = self.me.clone();
+        let (off, room) = (self.is_off(id), self.room(&me, Some(id)));
+        let Some(vm) = self.vms.get_mut(&id) else { return };
         if off {
             vm.record.runs_as = None;
         }
         let spec = &vm.record.spec;
         let object = format!("VM {}", spec.name);
-        let running =
-            self.shared.driver.state(id).is_ok_and(|s| s != PowerState::Stopped && s != PowerState::Crashed);
-        if !running && (spec.cpus > room.cpus_free || spec.memory.0 > room.memory_bytes_free) {
+        if off && (spec.cpus > room.cpus_free || spec.memory.0 > room.memory_bytes_free) {
             let reason = format!(
                 "needs {} CPUs and {}; {} CPUs and {} are free",
                 spec.cpus,
@@ -54,69 +50,79 @@ impl Broker {
                 room.cpus_free,
                 ByteSize(room.memory_bytes_free)
             );
-            let _ = reply.send(Err(Problem::new(ProblemKind::Refused, object, reason).next(
+            let problem = Problem::new(ProblemKind::Refused, object, reason).next(
                 "stop or move another VM, or raise hypervisor.cpus and hypervisor.memory in federation.toml",
-            )));
-            return;
+            );
+            return self.tell_started(id, whom, Err(problem));
         }
         vm.record.run = true;
         (vm.power_note, vm.stopped_for_host) = (None, false);
-        if let Err(e) = self.shared.records.save_vm(&vm.record) {
-            let _ = reply.send(Err(Problem::from_error(ProblemKind::Failed, object, &e)));
-            return;
+        if let Err(e) = self.book.save_vm(&vm.record) {
+            let problem = Problem::from_error(ProblemKind::Failed, object, &e);
+            return self.tell_started(id, whom, Err(problem));
         }
         vm.busy = Some(Busy::Verb("starting"));
-        let (machine, shared) = (self.machine_of(id), self.shared.clone());
-        let Some(machine) = machine else { return };
-        tokio::spawn(async move {
-            let result = run_machine(&shared, &machine).await;
-            shared.post(Input::apply(move |b| b.verb_done(id, result, reply)));
-        });
+        let record = Box::new(vm.record.clone());
+        let token = self.expect(Pending::Started { vm: id, whom });
+        self.emit(Effect::Start { token, record });
     }
 
-    fn machine_of(&self, id: VmId) -> Option<Machine> {
-        self.vms.get(&id).map(|vm| self.machine(&vm.record))
+    /// An operator's start was tried.
+    pub(super) fn started(&mut self, id: VmId, whom: Whom, result: Result<(), Problem>) {
+        let Some(vm) = self.vms.get_mut(&id) else { return };
+        vm.busy = None;
+        self.tell_started(id, whom, result);
+        self.presence_changed();
     }
 
-    /// Starts a VM without an operator waiting: at boot, after an abandoned move, or on arrival. The task
-    /// ends when it was tried.
-    pub(super) fn start_machine(&mut self, id: VmId, arrival: Option<MigrationId>) -> Option<JoinHandle<()>> {
-        let vm = self.vms.get_mut(&id)?;
+    /// Starts a VM without an operator waiting: at boot, after an abandoned move, or on arrival. Whether it is
+    /// being started.
+    pub(super) fn start_machine(&mut self, id: VmId, arrival: Option<MigrationId>) -> bool {
+        let off = self.is_off(id);
+        let Some(vm) = self.vms.get_mut(&id) else { return false };
         if let Err(refusal) = LAW.may_run(&vm.record, vm.confirmed) {
             tracing::error!(vm = %vm.record.spec.name, reason = %refusal, "not started by itself");
-            return None;
+            return false;
         }
-        let outdated = vm.record.runs_as.is_some() && is_off(&self.shared, id);
+        let outdated = vm.record.runs_as.is_some() && off;
         if !vm.record.run || outdated {
             vm.record.run = true;
             if outdated {
                 vm.record.runs_as = None;
             }
-            if let Err(e) = self.shared.records.save_vm(&vm.record) {
+            if let Err(e) = self.book.save_vm(&vm.record) {
                 tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "cannot record that it should run");
             }
         }
         (vm.starting, vm.stopped_for_host) = (true, false);
-        let machine = self.machine_of(id)?;
-        let shared = self.shared.clone();
-        Some(tokio::spawn(async move {
-            let result = run_machine(&shared, &machine).await.map_err(|p| p.reason);
-            if let Err(reason) = &result {
-                tracing::error!(vm = %machine.spec.name, reason, "does not start");
-            }
-            shared.post(Input::apply(move |b| b.machine_started(id, arrival, result)));
-        }))
+        let record = Box::new(vm.record.clone());
+        let token = self.expect(Pending::StartedByItself { vm: id, arrival });
+        self.emit(Effect::Start { token, record });
+        true
     }
 
-    fn machine_started(&mut self, id: VmId, arrival: Option<MigrationId>, result: Result<(), String>) {
+    pub(super) fn machine_started(
+        &mut self,
+        id: VmId,
+        arrival: Option<MigrationId>,
+        result: Result<(), Problem>,
+    ) {
+        if self.starting_now == Some(id) {
+            self.starting_now = None;
+            self.start_next();
+        }
         let Some(vm) = self.vms.get_mut(&id) else { return };
         vm.starting = false;
+        if let Err(problem) = &result {
+            tracing::error!(vm = %vm.record.spec.name, reason = problem.reason, "does not start");
+        }
+        let result = result.map_err(|p| p.reason);
         let (stop, failed) = (vm.stop_next.take(), result.is_err());
         if let Some(migration) = arrival {
             self.arrival_started(migration, result);
         }
         match stop {
-            Some((stop, reply)) => self.stop_vm(id, stop, reply),
+            Some((stop, call)) => self.stop_vm(id, stop, call),
             None if failed => self.start_again(id),
             None => {}
         }
@@ -130,7 +136,7 @@ impl Broker {
         force: bool,
         timeout_s: Option<u64>,
         for_host: bool,
-        reply: Answer,
+        call: CallId,
     ) {
         let starting = |vm: &Vm| vm.record.is_here() && vm.busy.is_none() && vm.starting;
         let id = self.find_vm(name).and_then(|id| match self.vms.get(&id) {
@@ -140,9 +146,9 @@ impl Broker {
         match id {
             Ok(id) => {
                 let mode = self.stop_mode(id, force, timeout_s, for_host);
-                self.stop_vm(id, Stop { mode, for_host, again: false }, reply)
+                self.stop_vm(id, Stop { mode, for_host, again: false }, call)
             }
-            Err(problem) => drop(reply.send(Err(problem))),
+            Err(problem) => self.reply(call, Err(problem)),
         }
     }
 
@@ -160,71 +166,67 @@ impl Broker {
     /// How long a VM's guest may take to shut down.
     pub(super) fn stop_timeout(&self, id: VmId) -> Duration {
         let own = self.vms.get(&id).and_then(|vm| vm.record.settings.stop_timeout_s);
-        own.map_or(self.shared.config.migration.stop_timeout, |s| Duration::from_secs(s.into()))
+        own.map_or(self.config.migration.stop_timeout, |s| Duration::from_secs(s.into()))
     }
 
-    pub(super) fn stop_vm(&mut self, id: VmId, stop: Stop, reply: Answer) {
+    pub(super) fn stop_vm(&mut self, id: VmId, stop: Stop, call: CallId) {
         let Some(vm) = self.vms.get_mut(&id) else { return };
-        let name = vm.record.spec.name.clone();
-        let object = format!("VM {name}");
+        let name = vm.record.spec.name.to_string();
         let wanted = vm.record.run;
         // Recorded first: from now on nothing starts it by itself.
         if !stop.for_host && !stop.again && wanted {
             vm.record.run = false;
-            if let Err(e) = self.shared.records.save_vm(&vm.record) {
+            if let Err(e) = self.book.save_vm(&vm.record) {
                 vm.record.run = true;
-                return drop(reply.send(Err(Problem::from_error(ProblemKind::Failed, object, &e))));
+                let problem = Problem::from_error(ProblemKind::Failed, format!("VM {name}"), &e);
+                return self.reply(call, Err(problem));
             }
         }
         vm.stopped_for_host = stop.for_host;
         if vm.starting {
-            vm.stop_next = Some((stop, reply));
+            vm.stop_next = Some((stop, call));
             return;
         }
         vm.busy = Some(Busy::Verb("stopping"));
-        let shared = self.shared.clone();
-        tokio::spawn(async move {
-            let (begun, off) = (std::time::Instant::now(), is_off(&shared, id));
-            let result = match off {
-                true => Ok(()),
-                false => shared
-                    .driver
-                    .stop(id, stop.mode)
-                    .await
-                    .map_err(|e| Problem::from_driver(name.as_str(), &e)),
-            };
-            let elapsed = begun.elapsed();
-            shared.post(Input::apply(move |b| {
-                if let (StopMode::Graceful { timeout, .. }, false) = (stop.mode, off) {
-                    b.note_stop(id, elapsed < timeout);
-                }
-                if let (Err(_), Some(vm)) = (&result, b.vms.get_mut(&id)) {
-                    vm.stopped_for_host = false;
-                    vm.record.run = wanted;
-                    if let Err(e) = b.shared.records.save_vm(&vm.record) {
-                        tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "that it still runs is not recorded");
-                    }
-                }
-                if stop.again && result.is_ok() {
-                    if let Some(vm) = b.vms.get_mut(&id) {
-                        vm.busy = None;
-                    }
-                    return b.start_vm(id, reply);
-                }
-                b.verb_done(id, result, reply);
-            }));
-        });
+        let token = self.expect(Pending::Stopped { vm: id, stop, call, wanted });
+        self.emit(Effect::Stop { token, vm: id, name, mode: stop.mode });
+    }
+
+    pub(super) fn stopped(
+        &mut self,
+        (id, stop, call, wanted): (VmId, Stop, CallId, bool),
+        result: Result<(), Problem>,
+        took: Duration,
+        was_off: bool,
+    ) {
+        if let (StopMode::Graceful { timeout, .. }, false) = (stop.mode, was_off) {
+            self.note_stop(id, took < timeout);
+        }
+        if let (Err(_), Some(vm)) = (&result, self.vms.get_mut(&id)) {
+            vm.stopped_for_host = false;
+            vm.record.run = wanted;
+            if let Err(e) = self.book.save_vm(&vm.record) {
+                tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "that it still runs is not recorded");
+            }
+        }
+        if stop.again && result.is_ok() {
+            if let Some(vm) = self.vms.get_mut(&id) {
+                vm.busy = None;
+            }
+            return self.start_vm(id, Whom::Caller(call));
+        }
+        self.verb_done(id, result, call);
     }
 
     /// Takes note whether a guest that was asked to end did so in its time.
     pub(super) fn note_stop(&mut self, id: VmId, in_time: bool) {
-        let now = self.shared.now();
+        let now = self.now;
         let Some(vm) = self.vms.get_mut(&id).filter(|vm| vm.record.is_here()) else { return };
         if vm.record.ignored_stop.is_none() == in_time {
             return;
         }
         vm.record.ignored_stop = (!in_time).then_some(now);
-        if let Err(e) = self.shared.records.save_vm(&vm.record) {
+        if let Err(e) = self.book.save_vm(&vm.record) {
             tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "how its guest took a shutdown is not recorded");
         }
     }
@@ -237,7 +239,7 @@ impl Broker {
             EventKind::Stopped { reason: StopReason::Guest } if vm.busy.is_none() && !vm.stopped_for_host => {
                 tracing::info!(vm = %name, "the guest switched itself off");
                 vm.record.run = false;
-                if let Err(e) = self.shared.records.save_vm(&vm.record) {
+                if let Err(e) = self.book.save_vm(&vm.record) {
                     tracing::warn!(vm = %name, error = chain(&e), "stop not recorded");
                 }
             }
@@ -261,10 +263,10 @@ impl Broker {
     }
 
     /// Events of the hypervisor were lost: what they told is seen from how the VMs are now.
-    pub(super) fn review_power(&mut self) {
-        let (listed, now) = (self.shared.driver.list(), self.shared.now());
+    pub(super) fn review_power(&mut self, listed: &[(VmId, PowerState)]) {
+        let now = self.now;
         tracing::warn!(vms = listed.len(), "events of the hypervisor were lost; all VMs are looked at");
-        for (vm, state) in listed {
+        for (vm, state) in listed.iter().copied() {
             let Some(known) = self.vms.get(&vm).filter(|vm| vm.record.is_here() && vm.record.run) else {
                 continue;
             };
@@ -287,7 +289,7 @@ impl Broker {
     /// A VM that should run, and whose hypervisor process ended or could not be started, is started
     /// again after a pause, which grows while that goes on.
     fn start_again(&mut self, id: VmId) {
-        let now = self.shared.now();
+        let now = self.now;
         let Some(vm) = self.vms.get_mut(&id).filter(|vm| vm.record.is_here() && vm.record.run) else {
             return;
         };
@@ -298,69 +300,48 @@ impl Broker {
         self.start_after(id, pause);
     }
 
-    fn start_after(&self, id: VmId, pause: Duration) {
-        let shared = self.shared.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(pause).await;
-            shared.post(Input::apply(move |b| drop(b.start_wanted(id))));
-        });
+    fn start_after(&mut self, id: VmId, pause: Duration) {
+        self.wake(pause, Pending::StartAgain(id));
     }
 
-    /// Starts a VM that should run and does not, once nothing else holds it.
-    fn start_wanted(&mut self, id: VmId) -> Option<JoinHandle<()>> {
-        let vm = self.vms.get(&id).filter(|vm| vm.record.is_here() && vm.record.run)?;
+    /// Starts a VM that should run and does not, once nothing else holds it. Whether it is being started.
+    pub(super) fn start_wanted(&mut self, id: VmId) -> bool {
+        let Some(vm) = self.vms.get(&id).filter(|vm| vm.record.is_here() && vm.record.run) else {
+            return false;
+        };
         match vm.hold() {
-            Hold::Free if is_off(&self.shared, id) && !vm.stopped_for_host => self.start_machine(id, None),
-            Hold::Free => None,
+            Hold::Free if self.is_off(id) && !vm.stopped_for_host => self.start_machine(id, None),
+            Hold::Free => false,
             // A move that is under way, or an operator, decides first.
             Hold::Migration(_) | Hold::Verb(_) => {
                 self.start_after(id, HELD_PAUSE);
-                None
+                false
             }
         }
     }
 
     /// Starts those of these VMs that should run and do not, one after the other in the order in which they
     /// were made: after a restart of the host, or when all were asked who owns them.
-    pub(super) fn start_in_order(&self, vms: impl IntoIterator<Item = VmId>) {
+    pub(super) fn start_in_order(&mut self, mut order: Vec<VmId>) {
         let created = |id: &VmId| self.vms.get(id).map(|vm| vm.record.created);
-        let mut order: Vec<VmId> = vms.into_iter().collect();
         order.sort_by_key(|id| (created(id), *id));
-        let shared = self.shared.clone();
-        tokio::spawn(async move {
-            for id in order {
-                let (begun, starting) = oneshot::channel();
-                shared.post(Input::apply(move |b| drop(begun.send(b.start_wanted(id)))));
-                if let Ok(Some(starting)) = starting.await {
-                    let _ = starting.await;
-                }
-            }
-        });
-    }
-}
-
-/// Whether no guest of it runs; what the driver never heard of does not.
-pub(super) fn is_off(shared: &Shared, id: VmId) -> bool {
-    matches!(shared.driver.state(id), Err(_) | Ok(PowerState::Crashed | PowerState::Stopped))
-}
-
-/// Makes sure the composition is there and is the right one, then starts the VM.
-async fn run_machine(shared: &std::sync::Arc<Shared>, machine: &Machine) -> Result<(), Problem> {
-    let name = machine.spec.name.as_str();
-    let object = format!("VM {name}");
-    // What runs may have another name or shape than its next start will give it: it runs on as it is.
-    if shared.driver.state(machine.spec.id).is_ok_and(|s| s == PowerState::Running) {
-        return Ok(());
-    }
-    let (composer, recipe) = (shared.composer.clone(), machine.spec.recipe);
-    let composed = tokio::task::spawn_blocking(move || composer.composition(&recipe).map(drop)).await;
-    match composed {
-        Ok(Ok(())) => {}
-        Ok(Err(e)) => {
-            let problem = super::content::compose_problem(&e);
-            return Err(Problem { object, ..problem });
+        self.start_order.extend(order);
+        if self.starting_now.is_none() {
+            self.start_next();
         }
-        Err(e) => return Err(Problem::new(ProblemKind::Failed, object, e.to_string())),
     }
-    shared.driver.start(machine).await.map_err(|e| Problem::from_driver(name, &e))
+
+    fn start_next(&mut self) {
+        while let Some(id) = self.start_order.pop_front() {
+            if self.start_wanted(id) {
+                self.starting_now = Some(id);
+                return;
+            }
+        }
+    }
+
+    /// Whether no guest of it runs; what the hypervisor never heard of does not.
+    pub(super) fn is_off(&self, id: VmId) -> bool {
+        matches!(self.power_of(id), PowerState::Crashed | PowerState::Stopped)
+    }
 }

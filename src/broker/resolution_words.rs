@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use crate::clock::UnixMillis;
+use crate::interface::Side;
+use crate::interface::problem::{Problem, ProblemKind};
 use crate::migration::HandOver;
+use crate::migration::records::{Arrival, GivenUp, VmRecord};
 use crate::types::VmName;
 
-use super::interface::Side;
-use super::problem::{Problem, ProblemKind};
-use super::records::{Arrival, GivenUp, VmRecord};
+use super::effect::Peer;
 use super::resolving::{Outcome, Resolution, known_as};
-use super::shared::Peer;
 
 /// A statement of what is done and risked, and what to look at first.
 type Statement = (String, Vec<String>);

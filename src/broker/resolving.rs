@@ -5,19 +5,21 @@
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
+use crate::interface::{Problem, ProblemKind, chain};
+use crate::interface::{Reply, ResolutionView, Side};
 use crate::migration::handover::{HandOver, Receipt, Return, SignedHandOver};
+use crate::migration::records::{GivenUp, VERSION, VmRecord};
 use crate::migration::target::Event as TargetEvent;
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
 use crate::types::{MemberJid, MigrationId, PublicKey, VmId, VmName};
 use crate::vm::PowerState;
 
+use super::Broker;
+use super::book::{RecordError, ReturnRecord};
+use super::effect::{Effect, Matter, Peer};
 use super::incoming::Answered;
-use super::interface::{Reply, ResolutionView, Side};
 use super::lineages::LAW;
-use super::problem::{Problem, ProblemKind, chain};
-use super::records::{self, GivenUp, ReturnRecord};
-use super::shared::{Matter, Peer};
-use super::{Broker, resolution_words as words};
+use super::resolution_words as words;
 
 /// An operator's decision, kept for good.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -159,14 +161,14 @@ impl Broker {
         }
         let given = self.vms.values().find(|vm| vm.record.given_up().is_some_and(|g| g.migration == id));
         if let Some((vm, g)) = given.and_then(|vm| Some((vm, vm.record.given_up()?))) {
-            if self.outgoing.get(&id).is_some_and(|run| !run.in_doubt(self.shared.now())) {
+            if self.outgoing.get(&id).is_some_and(|run| !run.in_doubt(self.now)) {
                 return Err(conflict(id, "is being handed over right now")
                     .next("wait: it counts as in doubt once the target has not answered for a while"));
             }
             let (act, (statement, checks)) = match owner {
                 Side::Here => (Act::TakeBack, words::take_back(&vm.record, g)),
                 Side::There => {
-                    (Act::Accept, words::accept(&vm.record, g, self.shared.config.migration.grace_period))
+                    (Act::Accept, words::accept(&vm.record, g, self.config.migration.grace_period))
                 }
             };
             let peer = Peer { jid: g.to.clone(), key: g.to_key };
@@ -177,12 +179,7 @@ impl Broker {
     }
 
     /// A VM that this cloud gave up, as its own signature shows: it can only let go of it.
-    fn concession(
-        &self,
-        record: &records::VmRecord,
-        id: MigrationId,
-        owner: Side,
-    ) -> Result<Decision, Problem> {
+    fn concession(&self, record: &VmRecord, id: MigrationId, owner: Side) -> Result<Decision, Problem> {
         let (vm, name) = (record.spec.id, record.spec.name.clone());
         let h = record.disproved.as_ref().and_then(|d| d.hand_over());
         let h = h.ok_or_else(|| conflict(id, "what was shown of it is unreadable"))?;
@@ -194,19 +191,18 @@ impl Broker {
         }
         self.must_stand_still(vm, &name)?;
         let peer = Peer { jid: h.target.clone(), key: h.target_key };
-        let (statement, checks) = words::concede(&name, &h, self.shared.config.migration.grace_period);
+        let (statement, checks) = words::concede(&name, &h, self.config.migration.grace_period);
         Ok(Decision { act: Act::Concede, vm, name, peer, statement, checks })
     }
 
-    fn concede(&mut self, vm: VmId) -> Result<(), records::RecordError> {
-        let now = self.shared.now();
-        let scrub_after = now.plus(self.shared.config.migration.grace_period);
+    fn concede(&mut self, vm: VmId) -> Result<(), RecordError> {
+        let now = self.now;
+        let scrub_after = now.plus(self.config.migration.grace_period);
         let Some(entry) = self.vms.get_mut(&vm) else { return Ok(()) };
         let Ok(record) = LAW.concede(&entry.record, now, scrub_after) else { return Ok(()) };
-        self.shared.records.save_ownership(&record)?;
+        self.book.save_ownership(&record)?;
         entry.record = record;
-        let shared = self.shared.clone();
-        tokio::spawn(async move { drop(shared.driver.undefine(vm).await) });
+        self.emit(Effect::Undefine(vm));
         // What was shown in full is asked for again: the history goes on from there.
         self.forget_meetings();
         self.presence_changed();
@@ -222,7 +218,7 @@ impl Broker {
             }
             self.must_stand_still(r.vm, &r.name)?;
         }
-        let grace = self.shared.config.migration.grace_period;
+        let grace = self.config.migration.grace_period;
         let (statement, checks) = words::settle(r, owner, grace);
         let peer = Peer { jid: given.to.clone(), key: given.to_key };
         Ok(Decision { act: Act::Settle(owner), vm: r.vm, name: r.name.clone(), peer, statement, checks })
@@ -272,12 +268,10 @@ impl Broker {
     }
 
     fn must_stand_still(&self, vm: VmId, name: &VmName) -> Result<(), Problem> {
-        match self.shared.driver.state(vm) {
-            Ok(PowerState::Stopped | PowerState::Crashed) | Err(_) => Ok(()),
-            Ok(state) => {
-                Err(Problem::new(ProblemKind::Conflict, format!("VM {name}"), format!("is {state}"))
-                    .next(format!("cicada vm stop {name}")))
-            }
+        match self.power_of(vm) {
+            PowerState::Stopped | PowerState::Crashed => Ok(()),
+            state => Err(Problem::new(ProblemKind::Conflict, format!("VM {name}"), format!("is {state}"))
+                .next(format!("cicada vm stop {name}"))),
         }
     }
 
@@ -289,10 +283,10 @@ impl Broker {
         by_uid: Option<u32>,
         d: &Decision,
     ) -> Result<(), Problem> {
-        let now = self.shared.now();
+        let now = self.now;
         let given = self.vms.get(&d.vm).and_then(|vm| vm.record.given_up()).filter(|g| g.migration == id);
         let fresh = Resolution {
-            version: records::VERSION,
+            version: VERSION,
             migration: id,
             vm: d.vm,
             name: d.name.clone(),
@@ -329,14 +323,14 @@ impl Broker {
         }
     }
 
-    fn keep(&mut self, resolution: Resolution) -> Result<(), records::RecordError> {
-        self.shared.records.save_resolution(&resolution)?;
+    fn keep(&mut self, resolution: Resolution) -> Result<(), RecordError> {
+        self.book.save_resolution(&resolution)?;
         self.resolutions.insert(resolution.migration, resolution);
         Ok(())
     }
 
     /// Lets a decision of the source's operator happen, if it has not yet, and begins to ask.
-    fn apply(&mut self, id: MigrationId) -> Result<(), records::RecordError> {
+    fn apply(&mut self, id: MigrationId) -> Result<(), RecordError> {
         let Some(r) = self.resolutions.get(&id).cloned() else { return Ok(()) };
         let undecided = |g: &GivenUp| g.migration == id && g.in_doubt();
         let held = self.vms.get(&r.vm).filter(|vm| vm.record.given_up().is_some_and(undecided));
@@ -344,12 +338,12 @@ impl Broker {
             let record = entry.record.clone();
             let record = match r.owner {
                 Side::There => {
-                    let scrub_after = self.shared.now().plus(self.shared.config.migration.grace_period);
+                    let scrub_after = self.now.plus(self.config.migration.grace_period);
                     LAW.leave_to_target(&record, scrub_after).unwrap_or(record)
                 }
                 Side::Here => {
                     let known = self.known(r.vm)?;
-                    match LAW.take_back_by_word(&record, &known, &self.shared.key) {
+                    match LAW.take_back_by_word(&record, &known, &self.key) {
                         Ok((record, known)) => {
                             self.keep_lineage(&known)?;
                             record
@@ -361,7 +355,7 @@ impl Broker {
                     }
                 }
             };
-            self.shared.records.save_ownership(&record)?;
+            self.book.save_ownership(&record)?;
             if let Some(entry) = self.vms.get_mut(&r.vm) {
                 entry.record = record;
                 entry.busy = None;
@@ -378,7 +372,7 @@ impl Broker {
     pub(super) fn resume_resolutions(&mut self) {
         let open = self.resolutions.values().filter(|r| r.given.is_some()).filter(|r| match r.outcome {
             Outcome::Awaited => true,
-            Outcome::Contested { .. } => !matches!(self.shared.records.receipt(r.migration), Ok(Some(_))),
+            Outcome::Contested { .. } => !matches!(self.book.receipt(r.migration), Ok(Some(_))),
             // The decision was written, what follows from it perhaps not.
             Outcome::Settled { owner: Side::There, .. } => true,
             _ => false,
@@ -399,7 +393,7 @@ impl Broker {
     fn follow(&mut self, r: &Resolution) {
         let (Some(given), Some(h)) = (&r.given, r.hand_over()) else { return };
         let matter = Matter { migration: r.migration, vm: r.vm, epoch: h.epoch - 1 };
-        let hand_over = h.sign(&self.shared.key);
+        let hand_over = h.sign(&self.key);
         let body = match r.owner {
             // It must not take the VM over from here on, so it is not asked to start it again.
             Side::Here => RequestBody::Withdraw { hand_over },
@@ -427,8 +421,8 @@ impl Broker {
         kept.is_ok()
     }
 
-    fn taken_over_there(&mut self, r: &Resolution, receipt: &Receipt) -> Result<(), records::RecordError> {
-        self.shared.records.save_receipt(r.migration, receipt)?;
+    fn taken_over_there(&mut self, r: &Resolution, receipt: &Receipt) -> Result<(), RecordError> {
+        self.book.save_receipt(r.migration, receipt)?;
         if r.owner == Side::Here {
             return self.contest(r.migration);
         }
@@ -436,16 +430,16 @@ impl Broker {
             && let Some(end) = entry.record.given_up().and_then(|g| g.scrub_after)
             && let Ok(record) = LAW.release(&entry.record, receipt.clone(), end)
         {
-            self.shared.records.save_ownership(&record)?;
+            self.book.save_ownership(&record)?;
             entry.record = record;
         }
         tracing::info!(migration = %r.migration, vm = %r.name, "the target's receipt came: the operator was right");
-        self.keep(Resolution { outcome: Outcome::Agreed { at: self.shared.now() }, ..r.clone() })
+        self.keep(Resolution { outcome: Outcome::Agreed { at: self.now }, ..r.clone() })
     }
 
-    fn returned_late(&mut self, r: &Resolution, back: &Return) -> Result<(), records::RecordError> {
-        self.shared.records.save_returned(r.migration, back)?;
-        let at = self.shared.now();
+    fn returned_late(&mut self, r: &Resolution, back: &Return) -> Result<(), RecordError> {
+        self.book.save_returned(r.migration, back)?;
+        let at = self.now;
         if r.is_contested() {
             tracing::error!(migration = %r.migration, vm = %r.name, peer = %r.peer, "says both that it took the VM over and that it never did");
             return Ok(());
@@ -459,9 +453,9 @@ impl Broker {
         let record = self.vms.get(&r.vm).map(|vm| vm.record.clone());
         match record.and_then(|record| LAW.take_back(&record, &known, back).ok()) {
             Some((record, known)) => {
-                let record = records::VmRecord { run: false, ..record };
+                let record = VmRecord { run: false, ..record };
                 self.keep_lineage(&known)?;
-                self.shared.records.save_ownership(&record)?;
+                self.book.save_ownership(&record)?;
                 if let Some(entry) = self.vms.get_mut(&r.vm) {
                     entry.record = record;
                 }
@@ -475,12 +469,12 @@ impl Broker {
     }
 
     /// The target's return takes the place of our operator's word in the VM's history.
-    fn confirm_back(&mut self, r: &Resolution, back: &Return) -> Result<(), records::RecordError> {
+    fn confirm_back(&mut self, r: &Resolution, back: &Return) -> Result<(), RecordError> {
         let known = self.known(r.vm)?;
         let Some(entry) = self.vms.get(&r.vm) else { return Ok(()) };
         if let Ok(Some((record, known))) = LAW.confirm_back(&entry.record, &known, back) {
             self.keep_lineage(&known)?;
-            self.shared.records.save_ownership(&record)?;
+            self.book.save_ownership(&record)?;
             if let Some(entry) = self.vms.get_mut(&r.vm) {
                 entry.record = record;
             }
@@ -489,7 +483,7 @@ impl Broker {
     }
 
     /// The VM was taken back here, and the target had taken it over.
-    fn contest(&mut self, id: MigrationId) -> Result<(), records::RecordError> {
+    fn contest(&mut self, id: MigrationId) -> Result<(), RecordError> {
         let Some(r) = self.resolutions.get(&id).filter(|r| r.outcome == Outcome::Awaited) else {
             return Ok(());
         };
@@ -499,11 +493,11 @@ impl Broker {
             "TWO OWNERS: the operator took the VM back here, and {} had taken it over. It is not started or \
              moved by itself; see 'cicada vm show {}'", r.peer, r.name
         );
-        let since = self.shared.now();
+        let since = self.now;
         if let Some(entry) = self.vms.get_mut(&r.vm)
             && let Some(record) = LAW.contest(&entry.record, id, since)
         {
-            self.shared.records.save_ownership(&record)?;
+            self.book.save_ownership(&record)?;
             entry.record = record;
         }
         self.keep(Resolution { outcome: Outcome::Contested { since }, ..r })
@@ -548,7 +542,7 @@ impl Broker {
 
     /// At the target: the source's operator took a VM back that we had taken over.
     fn contested_by_source(&mut self, id: MigrationId, vm: VmId, words: &str) {
-        let now = self.shared.now();
+        let now = self.now;
         let Some(entry) = self.vms.get_mut(&vm) else { return };
         let Some(record) = LAW.withdrawn(&entry.record, id, now) else {
             tracing::warn!(migration = %id, vm = %entry.record.spec.name, words, "its source's withdrawal changes nothing: the hand-over is complete");
@@ -563,7 +557,7 @@ impl Broker {
             "TWO OWNERS: this cloud took the VM over, and the operator of its source took it back. It is not \
              started or moved by itself; see 'cicada vm show {}'", entry.record.spec.name
         );
-        if let Err(e) = self.shared.records.save_ownership(&entry.record) {
+        if let Err(e) = self.book.save_ownership(&entry.record) {
             tracing::error!(vm = %vm, error = chain(&e), "that the VM is contested is not recorded");
         }
         if !self.errands.contains_key(&id) {
@@ -588,24 +582,24 @@ impl Broker {
         answer
     }
 
-    fn uncontested(&mut self, vm: VmId) -> Result<(), records::RecordError> {
+    fn uncontested(&mut self, vm: VmId) -> Result<(), RecordError> {
         let Some(entry) = self.vms.get_mut(&vm) else { return Ok(()) };
         if let Some(record) = LAW.uncontested(&entry.record) {
-            self.shared.records.save_ownership(&record)?;
+            self.book.save_ownership(&record)?;
             entry.record = record;
         }
         Ok(())
     }
 
     /// Contested and settled: the target's copy counts, ours is kept for the grace period.
-    fn yield_to_target(&mut self, id: MigrationId) -> Result<(), records::RecordError> {
-        let receipt = self.shared.records.receipt(id)?;
+    fn yield_to_target(&mut self, id: MigrationId) -> Result<(), RecordError> {
+        let receipt = self.book.receipt(id)?;
         let Some(r) = self.resolutions.get(&id) else { return Ok(()) };
         let Some(given) = &r.given else { return Ok(()) };
         // Moved on, or come home since: that has nothing to do with it any more.
-        let taken_back = |record: &records::VmRecord| record.is_here() && record.taken_back == Some(id);
+        let taken_back = |record: &VmRecord| record.is_here() && record.taken_back == Some(id);
         let Some(entry) = self.vms.get(&r.vm).filter(|vm| taken_back(&vm.record)) else { return Ok(()) };
-        let scrub_after = self.shared.now().plus(self.shared.config.migration.grace_period);
+        let scrub_after = self.now.plus(self.config.migration.grace_period);
         let known = self.known(r.vm)?;
         let given = (**given).clone();
         let (record, known) = match LAW.yield_to_target(&entry.record, &known, given, receipt, scrub_after) {
@@ -617,12 +611,11 @@ impl Broker {
         };
         let vm = r.vm;
         self.keep_lineage(&known)?;
-        self.shared.records.save_ownership(&record)?;
+        self.book.save_ownership(&record)?;
         if let Some(entry) = self.vms.get_mut(&vm) {
             entry.record = record;
         }
-        let shared = self.shared.clone();
-        tokio::spawn(async move { drop(shared.driver.undefine(vm).await) });
+        self.emit(Effect::Undefine(vm));
         self.presence_changed();
         Ok(())
     }
@@ -634,13 +627,13 @@ impl Broker {
         d: &Decision,
         epoch: u64,
         hand_over: Option<&SignedHandOver>,
-    ) -> Result<(), records::RecordError> {
+    ) -> Result<(), RecordError> {
         let record = ReturnRecord { vm: d.vm, epoch, hand_over: hand_over.cloned() };
         let source = hand_over.and_then(|h| h.verify().ok()).map(|h| h.source_key);
-        self.shared.records.save_return(&record, source.as_ref())?;
+        self.book.save_return(&record, source.as_ref())?;
         // The VM may come again: its history goes on with the return.
         if let Some(signed) = hand_over {
-            let back = signed.clone().give_back(&self.shared.key);
+            let back = signed.clone().give_back(&self.key);
             let known = LAW.give_back(&self.known(d.vm)?, &back);
             self.keep_lineage(&known)?;
         }
@@ -706,7 +699,7 @@ impl Broker {
     pub(super) fn addressed(&self, peer: &Peer, signed: &SignedHandOver) -> Result<HandOver, Denial> {
         let refuse = |text: String| Denial::new(DenialCode::HandOver, text);
         let h = signed.verify().map_err(|e| refuse(e.to_string()))?;
-        if h.target != self.shared.me || !self.is_or_was_ours(&h.target_key) {
+        if h.target != self.me || !self.is_or_was_ours(&h.target_key) {
             return Err(refuse("the hand-over is for another target".into()));
         }
         if h.source != peer.jid || !self.members.keys().leads(&peer.jid, &h.source_key, &peer.key) {
@@ -720,7 +713,7 @@ fn conflict(id: MigrationId, reason: &str) -> Problem {
     Problem::new(ProblemKind::Conflict, format!("migration {id}"), reason)
 }
 
-fn failed(name: &VmName, e: records::RecordError) -> Problem {
+fn failed(name: &VmName, e: RecordError) -> Problem {
     Problem::from_error(ProblemKind::Failed, format!("VM {name}"), &e)
         .next("free room on the disk, then decide again: what was recorded is carried out at the next start")
 }

@@ -1,22 +1,22 @@
 //! When identity keys give way to others: this cloud's own, and those of members.
 
 use crate::federation::{KeyNews, Refused};
+use crate::interface::problem::{Problem, ProblemKind, chain};
 use crate::types::{MemberJid, PublicKey, Successions};
 
 use super::Broker;
-use super::problem::{Problem, ProblemKind, chain};
-use super::records::Records;
+use super::book::Book;
+use super::effect::Peer;
 use super::resolving::Outcome;
-use super::shared::Peer;
 
 /// Why this cloud's key must not change now: something that was begun under it is not over, and would be
 /// refused under another. For a cloud whose broker does not run.
-pub fn open_business(records: &Records) -> Result<(), Problem> {
-    let failed = |e: super::records::RecordError| Problem::from_error(ProblemKind::Failed, "records", &e);
+pub fn open_business(book: &dyn Book) -> Result<(), Problem> {
+    let failed = |e: super::book::RecordError| Problem::from_error(ProblemKind::Failed, "records", &e);
     let open = |object: String, reason: String, next: &str| {
         Err(Problem::new(ProblemKind::Conflict, object, reason).next(next))
     };
-    let (vms, damaged) = records.vms().map_err(failed)?;
+    let (vms, damaged) = book.vms().map_err(failed)?;
     if let Some(d) = damaged.first() {
         let reason = format!("is set aside, so that nobody knows what it waits for: {}", d.reason);
         return open(format!("VM {}", d.vm), reason, "restore or remove its record, then rotate");
@@ -33,13 +33,13 @@ pub fn open_business(records: &Records) -> Result<(), Problem> {
         );
         return open(format!("VM {}", record.spec.name), reason, &next);
     }
-    let resolutions = records.resolutions().map_err(failed)?;
+    let resolutions = book.resolutions().map_err(failed)?;
     let undecided = |o: &Outcome| matches!(o, Outcome::Awaited | Outcome::Contested { .. });
     if let Some(r) = resolutions.iter().find(|r| undecided(&r.outcome)) {
         let reason = format!("what was decided about {} is not confirmed by {} yet", r.name, r.peer);
         return open(format!("migration {}", r.migration), reason, "start the broker and wait for it");
     }
-    if let Some(view) = records.migrations().map_err(failed)?.iter().find(|v| !v.progress.ended) {
+    if let Some(view) = book.migrations().map_err(failed)?.iter().find(|v| !v.progress.ended) {
         let reason = format!("has not ended: {}", view.progress.phase);
         let next = "start the broker, and wait for its end or cancel it; then stop the broker and rotate";
         return open(format!("migration {}", view.progress.id), reason, next);
@@ -48,11 +48,6 @@ pub fn open_business(records: &Records) -> Result<(), Problem> {
 }
 
 impl Broker {
-    /// With the successions by which this cloud's key came to be its.
-    pub fn with_successions(self, successions: Successions) -> Self {
-        Self { successions, ..self }
-    }
-
     /// How earlier keys of this cloud gave way to the one it has, the newest last.
     pub fn successions(&self) -> &Successions {
         &self.successions
@@ -68,7 +63,7 @@ impl Broker {
             );
             return self.refuse(member, Refused::ChangedKey, &reason);
         }
-        if let Err(e) = self.shared.records.save_trust(self.members.keys().kept()) {
+        if let Err(e) = self.book.save_trust(self.members.keys().kept()) {
             tracing::error!(%member, error = chain(&e), "the member's key is believed, but that is not recorded");
         }
         if let KeyNews::Followed { from, to, configured } = news {
@@ -90,16 +85,17 @@ impl Broker {
 
     /// Whether `key` is this cloud's, or was.
     pub(super) fn is_or_was_ours(&self, key: &PublicKey) -> bool {
-        self.successions.leads(key, &self.shared.key.public())
+        self.successions.leads(key, &self.key.public())
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::records::{GivenUp, Ownership, VmRecord};
     use super::*;
     use crate::clock::UnixMillis;
     use crate::migration::message::Seed;
+    use crate::migration::records::{GivenUp, Ownership, VmRecord};
+    use crate::runner::{RecordBook, Records};
     use crate::types::{ByteSize, IdentityKey, MigrationId, RecipeId, VmId};
     use crate::vm::chunk_map::MapRef;
     use crate::vm::{Firmware, VmSpec};
@@ -108,7 +104,7 @@ mod tests {
     fn a_key_stays_while_something_it_signed_is_open() {
         let dir = tempfile::tempdir().unwrap();
         let records = Records::open(dir.path()).unwrap();
-        open_business(&records).unwrap();
+        open_business(&RecordBook::at_rest(records.clone())).unwrap();
         let spec = VmSpec {
             id: VmId::random(),
             name: "web".parse().unwrap(),
@@ -124,7 +120,7 @@ mod tests {
         };
         let mut record = VmRecord::new(spec, Vec::new(), "disks-1", UnixMillis(1));
         records.save_vm(&record).unwrap();
-        open_business(&records).unwrap();
+        open_business(&RecordBook::at_rest(records.clone())).unwrap();
         let migration = MigrationId::random();
         let empty = MapRef { block_size_bytes: 4096, disk_size_bytes: 1 << 20, root: None };
         let given = GivenUp {
@@ -140,15 +136,17 @@ mod tests {
         };
         record.ownership = Ownership::GivenUp(Box::new(given.clone()));
         records.save_vm(&record).unwrap();
-        let p = open_business(&records).unwrap_err();
+        let p = open_business(&RecordBook::at_rest(records.clone())).unwrap_err();
         assert_eq!((p.kind, p.object.as_str()), (ProblemKind::Conflict, "VM web"));
         assert!(p.reason.contains("b@x") && p.to_string().contains(&migration.to_string()), "{p}");
         // Left to the other by an operator, who has not heard from it: it is asked still.
         record.ownership =
             Ownership::GivenUp(Box::new(GivenUp { scrub_after: Some(UnixMillis(9)), ..given }));
         records.save_vm(&record).unwrap();
-        open_business(&records).unwrap_err();
+        open_business(&RecordBook::at_rest(records.clone())).unwrap_err();
         std::fs::write(records.vm_dir(record.spec.id).join("record.json"), b"{").unwrap();
-        assert!(open_business(&records).unwrap_err().reason.contains("set aside"));
+        assert!(
+            open_business(&RecordBook::at_rest(records.clone())).unwrap_err().reason.contains("set aside")
+        );
     }
 }

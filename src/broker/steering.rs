@@ -3,17 +3,15 @@
 
 use std::time::Duration;
 
-use tokio::sync::oneshot;
-
+use crate::interface::{MigrationView, Problem, ProblemKind, Reply};
 use crate::migration::source::Event as SourceEvent;
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
 use crate::types::{MigrationId, VmId};
 
-use super::interface::{MigrationView, Reply};
+use super::Broker;
+use super::effect::{CallId, Effect, Matter, Peer, Unanswered};
 use super::outgoing::Outgoing;
-use super::problem::{Problem, ProblemKind, chain};
-use super::shared::Peer;
-use super::{Broker, Input};
+use super::pending::Pending;
 
 /// How often, and how many times, a source is asked whether the guest stands still.
 const ASK_EVERY: Duration = Duration::from_millis(500);
@@ -29,7 +27,7 @@ impl Broker {
         if run.peer != *peer || run.matter.vm != request.vm {
             return deny(DenialCode::NotYours, "you are not the target of this migration");
         }
-        if !self.shared.config.migration.steered_by_target {
+        if !self.config.migration.steered_by_target {
             return deny(DenialCode::Policy, "this cloud alone decides when its guests stand still");
         }
         tracing::info!(migration = %request.migration, peer = %peer.jid, request = ?request.body, "asked by the target");
@@ -48,71 +46,75 @@ impl Broker {
     }
 
     /// An operator here asks: of our own machine, or of the source.
-    pub(super) fn steer(
-        &mut self,
-        view: &MigrationView,
-        request: RequestBody,
-        reply: oneshot::Sender<Result<Reply, Problem>>,
-    ) {
+    pub(super) fn steer(&mut self, view: MigrationView, body: RequestBody, call: CallId) {
         let id = view.progress.id;
         let object = format!("migration {id}");
         if self.outgoing.contains_key(&id) {
-            let answer = self.steer_source(id, &request);
-            let _ = reply.send(outcome(object, answer));
-            return;
+            let answer = self.steer_source(id, &body);
+            return self.reply(call, outcome(object, answer));
         }
         let Some(run) = self.incoming.get(&id).filter(|run| run.is_leased()) else {
             let reason = match view.progress.ended {
                 true => format!("has ended: {}", view.progress.phase),
                 false => "the VM is already being handed over".to_owned(),
             };
-            let _ = reply.send(Err(Problem::new(ProblemKind::Conflict, object, reason)));
-            return;
+            return self.reply(call, Err(Problem::new(ProblemKind::Conflict, object, reason)));
         };
-        let (matter, peer) = run.about();
-        let (shared, peer) = (self.shared.clone(), peer.clone());
-        tokio::spawn(async move {
-            let mut answer = Ok(AnswerBody::Suspending);
-            for _ in 0..ASKED_MAX {
-                answer = shared.ask(&peer, matter, request.clone()).await;
-                if !matches!(answer, Ok(AnswerBody::Suspending)) {
-                    break;
-                }
-                tokio::time::sleep(ASK_EVERY).await;
-            }
-            let _ = reply.send(match answer {
-                Ok(answer) => outcome(object, answer),
-                Err(e) => Err(Problem::new(ProblemKind::Unavailable, object, chain(&e))
-                    .next(format!("see 'cicada members' for whether {} is online and trusted", peer.jid))),
-            });
-        });
+        let (about, peer) = run.about();
+        let to = peer.clone();
+        self.ask_to_steer(call, id, to, about, body, 0);
+    }
+
+    pub(super) fn ask_to_steer(
+        &mut self,
+        call: CallId,
+        id: MigrationId,
+        to: Peer,
+        about: Matter,
+        body: RequestBody,
+        tries: u32,
+    ) {
+        let asked = Box::new(body.clone());
+        let pending = Pending::Steered { call, id, to: to.clone(), about, body, tries: tries + 1 };
+        let token = self.expect(pending);
+        self.emit(Effect::Ask { token, to, about, body: asked });
+    }
+
+    pub(super) fn steered(
+        &mut self,
+        (call, id, to, about, body, tries): (CallId, MigrationId, Peer, Matter, RequestBody, u32),
+        answer: Result<AnswerBody, Unanswered>,
+    ) {
+        if matches!(answer, Ok(AnswerBody::Suspending)) && tries < ASKED_MAX {
+            return self.wake(ASK_EVERY, Pending::SteerAgain { call, id, to, about, body, tries });
+        }
+        let object = format!("migration {id}");
+        let result = match answer {
+            Ok(answer) => outcome(object, answer),
+            Err(Unanswered(why)) => Err(Problem::new(ProblemKind::Unavailable, object, why)
+                .next(format!("see 'cicada members' for whether {} is online and trusted", to.jid))),
+        };
+        self.reply(call, result);
     }
 
     /// Pauses the guest; it goes on at the latest after the time of a lease.
-    pub(super) fn hold_guest(&self, id: MigrationId, vm: VmId) {
-        let shared = self.shared.clone();
-        tokio::spawn(async move {
-            let result = shared.driver.pause(vm).await.map_err(|e| {
-                let text = format!("the guest cannot be held still: {}", chain(&e));
-                Denial::new(DenialCode::Unsupported, text)
-            });
-            shared.post(Input::apply(move |b| b.guest_held(id, vm, result)));
-        });
+    pub(super) fn hold_guest(&mut self, id: MigrationId, vm: VmId) {
+        let token = self.expect(Pending::MoveHeld(id, vm));
+        self.emit(Effect::Pause { token, vm });
     }
 
-    fn guest_held(&mut self, id: MigrationId, vm: VmId, result: Result<(), Denial>) {
+    pub(super) fn guest_held(&mut self, id: MigrationId, vm: VmId, result: Result<(), String>) {
         // Ended meanwhile: nobody else would let it go on.
         if !self.outgoing.contains_key(&id) {
             return self.resume_guest(vm);
         }
+        let result = result.map_err(|why| {
+            Denial::new(DenialCode::Unsupported, format!("the guest cannot be held still: {why}"))
+        });
         match &result {
             // One time for the whole move, however often it is held and let go.
             Ok(()) if self.outgoing.get_mut(&id).is_some_and(Outgoing::first_held) => {
-                let (shared, longest) = (self.shared.clone(), self.shared.config.migration.lease);
-                tokio::spawn(async move {
-                    tokio::time::sleep(longest).await;
-                    shared.post(Input::Outgoing(id, SourceEvent::HoldOver));
-                });
+                self.wake(self.config.migration.lease, Pending::HoldOver(id));
                 tracing::info!(migration = %id, "the guest is held still");
             }
             Ok(()) => tracing::info!(migration = %id, "the guest is held still again"),
@@ -121,18 +123,15 @@ impl Broker {
         self.outgoing_event(id, SourceEvent::Held(result));
     }
 
-    pub(super) fn resume_guest(&self, vm: VmId) {
-        let shared = self.shared.clone();
+    pub(super) fn hold_over(&mut self, id: MigrationId) {
+        self.outgoing_event(id, SourceEvent::HoldOver);
+    }
+
+    pub(super) fn resume_guest(&mut self, vm: VmId) {
         // A VM that was given up or removed meanwhile is nobody's to wake.
-        if !self.vms.get(&vm).is_some_and(|entry| entry.record.is_here()) {
-            return;
+        if self.vms.get(&vm).is_some_and(|entry| entry.record.is_here()) {
+            self.emit(Effect::Resume(vm));
         }
-        tokio::spawn(async move {
-            match shared.driver.resume(vm).await {
-                Ok(()) => tracing::info!(vm = %vm, "the guest goes on"),
-                Err(e) => tracing::warn!(vm = %vm, error = chain(&e), "the guest does not go on"),
-            }
-        });
     }
 }
 

@@ -4,24 +4,17 @@
 //! is online. At the target what was staged waits for the length of a lease, so that it need not
 //! travel again: for the same migration, or for a new one of the same VM.
 
-use std::collections::{BTreeMap, HashSet};
-use std::fs;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
-
-use tokio::sync::{mpsc, oneshot};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use crate::clock::UnixMillis;
+use crate::interface::{MigrationView, Problem, ProblemKind};
+use crate::migration::records::VmRecord;
 use crate::types::{MigrationId, VmId};
 
 use super::Broker;
-use super::interface::MigrationView;
+use super::effect::{Effect, Peer};
 use super::outgoing::Course;
-use super::problem::{Problem, ProblemKind};
-use super::records::VmRecord;
-use super::shared::Peer;
-use super::staging::{self, StagedDir};
 use super::vms::Vm;
 
 /// How long a cut move waits for its target before it counts as failed.
@@ -37,7 +30,8 @@ pub struct Unfinished {
 
 /// Disks staged for a migration that is gone.
 pub struct Interrupted {
-    dir: StagedDir,
+    /// Below the VM's directory.
+    disks: String,
     until: UnixMillis,
 }
 
@@ -106,7 +100,7 @@ impl Broker {
 
     /// Begins cut moves again whose target is there, and gives up those that waited too long.
     pub(super) fn take_up_unfinished(&mut self) {
-        let now = self.shared.now();
+        let now = self.now;
         for cut in std::mem::take(&mut self.unfinished) {
             let p = &cut.view.progress;
             let is_ours = self.vms.get(&p.vm_id).is_some_and(|vm| vm.record.is_here())
@@ -119,20 +113,15 @@ impl Broker {
             }
             let online = self.members.all().any(|m| m.jid == p.peer && m.is_online());
             let key = self.members.trusted_key(&p.peer).ok().filter(|_| online && !is_busy);
-            let recipe =
-                self.vms.get(&p.vm_id).map(|vm| self.shared.repository.recipe(&vm.record.spec.recipe));
-            let (Some(key), Some(Ok(recipe))) = (key, recipe) else {
+            let Some(key) = key else {
                 self.unfinished.push(cut);
                 continue;
             };
             let peer = Peer { jid: p.peer.clone(), key };
             let (vm, cloud, attempt) = (p.vm_id, p.peer_cloud.clone(), p.attempt + 1);
-            // Nobody waits for it any more; 'migration watch' does.
-            let (events, _) = mpsc::channel(1);
-            let (reply, _) = oneshot::channel();
-            // Whoever allowed a guest to be switched off allowed that move, and is not there now.
-            let course = Course { peer, cloud, recipe: Arc::new(recipe), attempt, force_stop: false };
-            let id = self.begin_move(vm, course, events, reply);
+            // Nobody waits for it any more; 'migration watch' does. Whoever allowed a guest to be switched off
+            // allowed that move, and is not there now.
+            let id = self.begin_move(vm, Course { peer, cloud, attempt, force_stop: false }, None);
             let goes_on = id.map_or_else(String::new, |id| format!("; it goes on as migration {id}"));
             let reason = format!("was cut short by a restart of this broker{goes_on}");
             self.end_unfinished(cut.view, ProblemKind::Failed, reason);
@@ -150,21 +139,21 @@ impl Broker {
     }
 
     /// Keeps what was staged for a VM that may come again soon.
-    pub(super) fn keep_interrupted(&mut self, vm: VmId, dir: StagedDir) {
-        let until = self.shared.now().plus(self.shared.config.migration.lease);
-        if let Some(old) = self.interrupted.insert(vm, Interrupted { dir, until }) {
+    pub(super) fn keep_interrupted(&mut self, vm: VmId, disks: String) {
+        let until = self.now.plus(self.config.migration.lease);
+        if let Some(old) = self.interrupted.insert(vm, Interrupted { disks, until }) {
             self.remove_interrupted(vm, old);
         }
     }
 
     /// What an earlier migration staged of a VM, for the new one.
-    pub(super) fn take_interrupted(&mut self, vm: VmId) -> Option<StagedDir> {
-        self.interrupted.remove(&vm).map(|old| old.dir)
+    pub(super) fn take_interrupted(&mut self, vm: VmId) -> Option<String> {
+        self.interrupted.remove(&vm).map(|old| old.disks)
     }
 
     /// Removes what nobody came back for.
     pub(super) fn expire_interrupted(&mut self) {
-        let now = self.shared.now();
+        let now = self.now;
         let over: Vec<VmId> =
             self.interrupted.iter().filter(|(_, i)| i.until < now).map(|(vm, _)| *vm).collect();
         for vm in over {
@@ -174,37 +163,36 @@ impl Broker {
         }
     }
 
-    fn remove_interrupted(&self, vm: VmId, old: Interrupted) {
-        tracing::info!(vm = %vm, path = %old.dir.path.display(), "removing what was staged: nobody came back for it");
-        old.dir.remove(self.shared.clone(), vm, !self.vms.contains_key(&vm));
+    fn remove_interrupted(&mut self, vm: VmId, old: Interrupted) {
+        tracing::info!(vm = %vm, disks = old.disks, "removing what was staged: nobody came back for it");
+        let no_record = !self.vms.contains_key(&vm);
+        self.emit(Effect::RemoveStaged { vm, disks: old.disks, no_record });
     }
 
     /// Directories of staging that belong to no migration, after a crash: the newest of each VM
     /// that is not here waits for its source, the others go.
-    pub(super) fn find_leftovers(&mut self) {
-        let used: HashSet<PathBuf> = self
-            .vms
-            .values()
-            .flat_map(|vm| {
-                let dir = self.shared.records.vm_dir(vm.record.spec.id);
-                let kept = vm.record.kept.iter().map(|copy| &copy.disks);
-                kept.chain([&vm.record.disks]).map(|disks| dir.join(disks)).collect::<Vec<_>>()
-            })
-            .collect();
-        let mut leftovers = staging::leftovers(&self.shared, &used);
-        // Nothing is known of those set aside, so all they have stays.
-        leftovers.retain(|vm, _| !self.aside.contains_key(vm));
-        let changed =
-            |dir: &PathBuf| fs::metadata(dir).and_then(|m| m.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
-        for (vm, dirs) in &mut leftovers {
-            dirs.sort_by_cached_key(changed);
-            if !self.vms.get(vm).is_some_and(|vm| vm.record.is_here())
+    pub(super) fn find_leftovers(&mut self, disk_dirs: BTreeMap<VmId, Vec<String>>) {
+        for (vm, mut dirs) in disk_dirs {
+            // Nothing is known of those set aside, so all they have stays.
+            if self.aside.contains_key(&vm) {
+                continue;
+            }
+            let record = self.vms.get(&vm).map(|vm| &vm.record);
+            let used: BTreeSet<&String> = record
+                .iter()
+                .flat_map(|record| record.kept.iter().map(|copy| &copy.disks).chain([&record.disks]))
+                .collect();
+            dirs.retain(|dir| !used.contains(dir));
+            if !record.is_some_and(VmRecord::is_here)
                 && let Some(newest) = dirs.pop()
             {
-                self.keep_interrupted(*vm, StagedDir::new(newest));
+                self.keep_interrupted(vm, newest);
+            }
+            let no_record = !self.vms.contains_key(&vm);
+            for disks in dirs {
+                tracing::info!(%vm, disks, "removing a leftover of an unfinished migration");
+                self.emit(Effect::RemoveStaged { vm, disks, no_record });
             }
         }
-        let shared = self.shared.clone();
-        tokio::task::spawn_blocking(move || staging::remove_leftovers(&shared, &leftovers));
     }
 }

@@ -1,19 +1,19 @@
 //! What a migration waits for, in words: since when, for whom, and what an operator may do.
 
 use crate::clock::UnixMillis;
+use crate::interface::MigrationView;
 use crate::migration::target::Phase;
 use crate::types::{MemberJid, MigrationId};
 
 use super::Broker;
 use super::incoming::Incoming;
-use super::interface::MigrationView;
 use super::outgoing::Outgoing;
 
 impl Broker {
     /// Says in the view what is awaited at this moment.
     pub(super) fn explain(&self, view: &mut MigrationView) {
         let p = &mut view.progress;
-        let (id, now) = (p.id, self.shared.now());
+        let (id, now) = (p.id, self.now);
         if let Some(run) = self.outgoing.get(&id) {
             if run.in_doubt(now) {
                 p.phase = "in-doubt".into();

@@ -3,9 +3,13 @@
 //! another name of what lies at its target at that moment, whatever comes to lie there afterwards.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+
+use crate::component::manifest::{Meta, limit, show};
+use crate::component::recipe::EPOCH_S;
 
 use super::acl::{self, Acl, Names};
 use super::error::BuildError;
@@ -13,8 +17,6 @@ use super::layer::Contents;
 use super::materialise::RangeReader;
 use super::scan::{Attributes, LeftOut, Node, NodeKind, Tree, TreePath, kept_value};
 use super::tar_reader::{self, Member, Members, Place, Type};
-use crate::component::manifest::{Meta, limit, show};
-use crate::component::recipe::EPOCH_S;
 
 /// Where the content of a file lies, by its path in the tree.
 type Places = HashMap<Vec<u8>, Place>;
@@ -26,7 +28,9 @@ pub struct Archive {
     places: std::cell::RefCell<Places>,
 }
 
-const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+const ZSTD_MAGIC: u32 = 0xfd2f_b528;
+/// Of frames that hold no content; pzstd begins with one (RFC 8878, 3.1.2).
+const ZSTD_SKIPPABLE: std::ops::RangeInclusive<u32> = 0x184d_2a50..=0x184d_2a5f;
 /// The largest window a compressed archive may ask memory for: 128 MiB.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 /// Unpacking ends before less than this is free.
@@ -41,7 +45,7 @@ const FOREIGN: &[(&[u8], &str)] = &[
     (b"\x04\x22\x4d\x18", "it is compressed by lz4: unpack it with 'unlz4'"),
     (b"PK\x03\x04", "it is a zip archive: unpack it and import the directory"),
     (b"!<arch>\n", "it is a package or library: unpack it and import the directory"),
-    (b"070701", "it is a cpio archive: unpack it and import the directory"),
+    (b"07070", "it is a cpio archive: unpack it and import the directory"),
 ];
 
 /// What one or several names are the names of.
@@ -56,10 +60,17 @@ struct Inode {
 
 impl Archive {
     pub fn open(path: &Path, temporary: &Path) -> Result<Self, BuildError> {
+        let kind = fs::metadata(path).map_err(BuildError::read(path))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            // What is given through one can be read once, and opening one may wait for ever.
+            let hint =
+                if kind.is_fifo() { "; it is a pipe: write what comes through it to a file" } else { "" };
+            return Err(BuildError::UnknownSource { path: path.to_owned(), hint: hint.into() });
+        }
         let mut file = File::open(path).map_err(BuildError::read(path))?;
         let first = beginning(&file).map_err(BuildError::read(path))?;
         file.rewind().map_err(BuildError::read(path))?;
-        let file = if first.starts_with(&ZSTD_MAGIC) { unpacked(path, file, temporary)? } else { file };
+        let file = if is_zstd(&first) { unpacked(path, file, temporary)? } else { file };
         let archive = Self { path: path.to_owned(), file, places: Default::default() };
         let first = beginning(&archive.file).map_err(BuildError::read(path))?;
         if tar_reader::is_archive(&first) {
@@ -187,18 +198,22 @@ impl Archive {
 
     /// A path without `./`; one that is absolute or leads upwards is refused.
     fn plain_path(&self, raw: &[u8]) -> Result<Vec<u8>, BuildError> {
-        if raw.first() == Some(&b'/') || raw.contains(&0) {
-            return Err(self.refuse(raw, "an absolute path or one with NUL"));
+        let refuse = |reason: &str| Err(self.refuse(raw, reason));
+        if raw.first() == Some(&b'/') {
+            return refuse(
+                "its path is absolute: make the archive with relative ones, as tar does without -P",
+            );
+        }
+        if raw.contains(&0) {
+            return refuse("its path has a NUL: make the archive again");
         }
         let mut out = Vec::new();
         for part in raw.split(|b| *b == b'/').filter(|p| !p.is_empty() && *p != b".") {
-            if part == b".." || part.len() > limit::NAME_BYTES {
-                return Err(self.refuse(raw, "a path with '..' or an overlong part"));
+            if part == b".." {
+                return refuse("its path leads upwards by '..': make the archive from within the directory");
             }
-            if part.starts_with(b".wh.") {
-                let reason = "it removes what another layer of a container image has: import the image as a \
-                              whole, as 'docker export' or 'podman export' give it";
-                return Err(self.refuse(raw, reason));
+            if part.len() > limit::NAME_BYTES {
+                return refuse("a part of its path is longer than any file system holds: rename it");
             }
             if !out.is_empty() {
                 out.push(b'/');
@@ -206,7 +221,7 @@ impl Archive {
             out.extend_from_slice(part);
         }
         if out.len() as u64 > limit::PATH_BYTES {
-            return Err(self.refuse(raw, "the path is too long"));
+            return refuse("its path is longer than any system opens: rename or move it");
         }
         Ok(out)
     }
@@ -352,6 +367,11 @@ fn beginning(file: &File) -> io::Result<Vec<u8>> {
     Ok(first)
 }
 
+fn is_zstd(first: &[u8]) -> bool {
+    let magic = first.first_chunk().map(|magic| u32::from_le_bytes(*magic));
+    magic.is_some_and(|magic| magic == ZSTD_MAGIC || ZSTD_SKIPPABLE.contains(&magic))
+}
+
 /// The archive unpacked into a file that has no name.
 fn unpacked(path: &Path, file: File, temporary: &Path) -> Result<File, BuildError> {
     const STEP_BYTES: u64 = 64 << 20;
@@ -361,7 +381,13 @@ fn unpacked(path: &Path, file: File, temporary: &Path) -> Result<File, BuildErro
     let mut piece = vec![0; 1 << 20];
     let mut until_look = 0;
     loop {
-        let n = decoder.read(&mut piece).map_err(BuildError::read(path))?;
+        let n = decoder.read(&mut piece).map_err(|e| match e.to_string().contains("too much memory") {
+            true => BuildError::UnknownSource {
+                path: path.to_owned(),
+                hint: "; reading it takes more than 128 MiB: unpack it with 'unzstd --long=31'".into(),
+            },
+            false => BuildError::read(path)(e),
+        })?;
         if n == 0 {
             break;
         }

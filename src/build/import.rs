@@ -4,6 +4,14 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::component::manifest::show;
+use crate::component::tree::{self as united, Member};
+use crate::component::{Kind, Manifest};
+use crate::compose;
+use crate::repository::Repository;
+use crate::types::ComponentId;
+use crate::types::codec::CodecError;
+
 use super::acl::{self, Names};
 use super::archive::Archive;
 use super::error::BuildError;
@@ -12,11 +20,6 @@ use super::layer::{Contents, Identity, Layer, Secrets, Times};
 use super::onto::{self, Moved};
 use super::owner::Owners;
 use super::scan::{LeftOut, NodeKind, Root, Tree, TreePath};
-use crate::component::tree::{self as united, Member};
-use crate::component::{Kind, Manifest};
-use crate::compose;
-use crate::repository::Repository;
-use crate::types::ComponentId;
 
 /// Who the imported component shall be.
 #[derive(Clone, Debug)]
@@ -89,6 +92,33 @@ pub fn check_identity(identity: &ImportIdentity) -> Result<(), BuildError> {
         fragments: Vec::new(),
     };
     Manifest::decode(&empty.encode())?;
+    let architecture = &identity.architecture;
+    if architecture.is_empty() || !architecture.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+    {
+        let rule = format!("'{}' is no Debian architecture such as amd64", architecture.escape_debug());
+        return Err(CodecError::Invalid { what: "component architecture", rule }.into());
+    }
+    Ok(())
+}
+
+/// Refuses an image of a container as it is stored, in layers, and a layer of one: what would come of it
+/// is not what the image is.
+fn check_no_layers(tree: &Tree, source: &Path) -> Result<(), BuildError> {
+    const HINT: &str = "import the image as a whole, as 'docker export' or 'podman export' give it";
+    let refuse = |path: &[u8], what: &str| {
+        let reason = format!("{what}: {HINT}");
+        Err(BuildError::Archive { archive: source.to_owned(), path: show(path), reason })
+    };
+    for path in tree.keys() {
+        if path.0.rsplit(|b| *b == b'/').next().is_some_and(|name| name.starts_with(b".wh.")) {
+            return refuse(&path.0, "it removes what another layer of a container image has");
+        }
+    }
+    let has = |path: &[u8]| tree.contains_key(&TreePath(path.to_vec()));
+    let has_layers = || has(b"repositories") || tree.keys().any(|p| p.0.ends_with(b"/layer.tar"));
+    if has(b"oci-layout") && has(b"index.json") || has(b"manifest.json") && has_layers() {
+        return refuse(b"", "it is a container image in layers, as 'docker save' gives it");
+    }
     Ok(())
 }
 
@@ -157,6 +187,7 @@ fn store(
     options: ImportOptions,
     noted: &mut Vec<LeftOut>,
 ) -> Result<ComponentId, BuildError> {
+    check_no_layers(&tree, source)?;
     if identity.kind != Kind::Os {
         tree.remove(&TreePath(Vec::new()));
     }

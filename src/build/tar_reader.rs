@@ -6,8 +6,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use super::pax::{self, Extended};
 use crate::component::manifest::limit;
+
+use super::pax::{self, Extended};
 
 const BLOCK_BYTES: u64 = 512;
 type Block = [u8; BLOCK_BYTES as usize];
@@ -102,17 +103,25 @@ impl<'a> Members<'a> {
     fn read_next(&mut self) -> Result<Option<Member>, String> {
         let mut extended = self.global.clone();
         let (mut long_path, mut long_link) = (None, None);
+        // A header that is about the member behind it.
+        let mut is_announced = false;
         loop {
             let block = self.block().map_err(|_| {
                 "the archive has no end behind this: it was cut short, get it again as a whole".to_owned()
             })?;
             if is_zero(&block) {
+                if is_announced {
+                    return Err(
+                        "a header that is of a member stands at the end: make the archive again".into()
+                    );
+                }
                 return self.end().map(|()| None);
             }
             if !checksum_fits(&block) {
                 return Err("what follows is no header: the archive is damaged, make it again".into());
             }
             let size_bytes = unsigned(&block[124..136])?;
+            is_announced |= matches!(block[156], b'x' | b'L' | b'K');
             match block[156] {
                 b'x' => {
                     let bytes = self.content(size_bytes, pax::HEADER_BYTES_MAX)?;

@@ -1,6 +1,6 @@
 //! What a move cost, as tables.
 
-use crate::broker::interface::{Account, MigrationView};
+use crate::interface::{Account, MigrationView};
 
 use super::format::{bytes, millis};
 use super::printer::{Outcome, Printer};

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use crate::broker::interface::{AdoptHardware, AdoptedView, ExportedView, Reply, Request, VmAdopt};
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::compose::ImageFormat;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{AdoptHardware, AdoptedView, ExportedView, Reply, Request, VmAdopt};
 use crate::types::{ByteSize, VmName};
 use crate::vm::{Firmware, Mac};
 

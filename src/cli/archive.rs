@@ -7,9 +7,9 @@ use std::thread::{self, JoinHandle};
 
 use clap::Args;
 
-use crate::broker::archive::import_faults;
-use crate::broker::interface::{Reply, Request};
-use crate::broker::problem::{Problem, ProblemKind};
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Reply, Request};
+use crate::runner::content::archive::import_faults;
 
 use super::context::Context;
 use super::printer::{Failure, Outcome};
@@ -17,7 +17,7 @@ use super::repo::print_report;
 
 #[derive(Args)]
 pub struct Export {
-    /// A file to write, a directory, or - for standard output
+    /// A file to write, which must not be there yet, a directory, or - for standard output
     #[arg(value_name = "FILE|DIR")]
     output: PathBuf,
     /// A component to export, with what it requires: a name, name@version or the beginning of an id

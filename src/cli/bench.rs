@@ -10,9 +10,9 @@ use clap::Args;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::broker::content::repository_problem;
-use crate::broker::problem::{Problem, ProblemKind};
+use crate::interface::problem::{Problem, ProblemKind};
 use crate::repository::{RECORD_LEVEL, Repository, RepositoryError};
+use crate::runner::content::catalogue::repository_problem;
 use crate::types::{ByteSize, PackId};
 
 use super::context::Context;

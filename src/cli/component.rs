@@ -6,16 +6,14 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use crate::broker::content;
-use crate::broker::interface::{
-    ComponentDetail, ComponentDiff, ComponentView, Event, Message, Reply, Request,
-};
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::build::{
     self, BuildError, BuildEvent, BuildOptions, Built, ImportIdentity, ImportOptions, LeftOut,
 };
 use crate::component::Kind;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{ComponentDetail, ComponentDiff, ComponentView, Event, Message, Reply, Request};
 use crate::repository::Repository;
+use crate::runner::content::catalogue;
 use crate::types::ComponentId;
 
 use super::context::Context;
@@ -185,7 +183,7 @@ impl Place {
             Problem::from_error(ProblemKind::Failed, format!("directory {}", dir.display()), &e)
         })?;
         Repository::open_or_create(&dir).map_err(|e| {
-            let problem = content::repository_problem(&e);
+            let problem = catalogue::repository_problem(&e);
             Problem { object: format!("build repository {}", dir.display()), ..problem }
                 .next("wait for the other build, or name another --build-dir")
         })
@@ -244,7 +242,7 @@ fn event_text(event: BuildEvent) -> Option<String> {
 
 fn print_built(ctx: &Context, repository: &Repository, built: &[Built]) -> Outcome {
     if ctx.printer.json {
-        let all = content::components(repository)?;
+        let all = catalogue::components(repository)?;
         let views = built.iter().filter_map(|b| all.iter().find(|v| v.id == b.id).cloned()).collect();
         return ctx.printer.json_message(&Message::Reply(Box::new(Reply::Components(views))));
     }
@@ -275,7 +273,7 @@ async fn run_import(ctx: &Context, import: Import) -> Outcome {
     build::check_identity(&identity).map_err(|e| build_problem(&e))?;
     drop(ctx.target().await?);
     let repository = import.place.repository(ctx)?;
-    identity.requires = content::resolve(&repository, &import.requires)?;
+    identity.requires = catalogue::resolve(&repository, &import.requires)?;
     let options = ImportOptions { as_is: import.as_is };
     let (builder, source) = (repository.clone(), import.source);
     let (id, left_out) = target::blocking(move || {
@@ -290,7 +288,7 @@ async fn run_import(ctx: &Context, import: Import) -> Outcome {
     let text = format!("{}@{} {}", import.name, import.version, id_text(&ctx.printer, &id));
     match ctx.printer.json {
         true => {
-            let views = content::components(&repository)?.into_iter().filter(|v| v.id == id).collect();
+            let views = catalogue::components(&repository)?.into_iter().filter(|v| v.id == id).collect();
             ctx.printer.json_message(&Message::Reply(Box::new(Reply::Components(views))))
         }
         false => ctx.printer.line(text),
@@ -373,7 +371,7 @@ fn build_problem(e: &BuildError) -> Problem {
         | BuildError::LongPath { .. }
         | BuildError::TooMuch { .. } => (ProblemKind::Refused, ""),
         BuildError::Compose(_) => (ProblemKind::Refused, "change the source"),
-        BuildError::Repository(e) => return content::repository_problem(e),
+        BuildError::Repository(e) => return catalogue::repository_problem(e),
         BuildError::Step { .. } => (ProblemKind::Failed, "--keep-failed leaves the tree for inspection"),
         BuildError::Write { .. }
         | BuildError::VersionUnknown { .. }

@@ -2,10 +2,10 @@
 
 use clap::Subcommand;
 
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::config::{Config, NetworkKind};
 use crate::hypervisor::QemuConfig;
 use crate::hypervisor::qemu::{find_passt, is_confinable, missing as missing_on_host, why_shared};
+use crate::interface::problem::{Problem, ProblemKind};
 
 use super::context::Context;
 use super::printer::{Failure, Outcome};

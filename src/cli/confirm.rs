@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead, IsTerminal, Read, Write};
 
-use crate::broker::problem::{Problem, ProblemKind};
+use crate::interface::problem::{Problem, ProblemKind};
 
 /// No name that is asked for is longer.
 const ANSWER_BYTES_MAX: u64 = 256;

@@ -13,9 +13,9 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::Instant;
 
-use crate::broker::interface::{Reply, Request, VmView};
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::config::HumanDuration;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Reply, Request, VmView};
 
 use super::context::Context;
 use super::printer::{Outcome, Printer, unexpected};

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use crate::broker::interface::{Event, Message, Reply, Request};
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::client::Client;
 use crate::config::Config;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Event, Message, Reply, Request};
 
 use super::Globals;
 use super::printer::{Outcome, Printer};

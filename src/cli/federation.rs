@@ -7,10 +7,10 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use crate::broker::problem::{Problem, ProblemKind, chain};
 use crate::config::Config;
 use crate::config::secrets::read_password;
 use crate::daemon::xmpp_settings;
+use crate::interface::problem::{Problem, ProblemKind, chain};
 use crate::types::MemberJid;
 use crate::xmpp::admin::{Admin, AdminError, Created, Owners};
 use crate::xmpp::probe::RoomMaking;

@@ -1,7 +1,7 @@
 //! Sizes, times and rates for people.
 
-use crate::broker::interface::Resource;
 use crate::clock::{Clock, SystemClock, UnixMillis};
+use crate::interface::Resource;
 use crate::types::ByteSize;
 
 pub fn bytes(n: u64) -> String {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 
-use crate::broker::problem::Problem;
+use crate::interface::problem::Problem;
 
 use super::Cli;
 use super::context::Context;

@@ -5,15 +5,16 @@ use std::str::FromStr;
 use clap::Subcommand;
 use serde::Serialize;
 
-use crate::broker::interface::{MemberView, Predecessor, Reply, Request};
-use crate::broker::problem::{Problem, ProblemKind};
-use crate::broker::records::Records;
 use crate::broker::rotation;
 use crate::clock::{Clock, SystemClock, UnixMillis};
 use crate::config::{self, identity_path, load_identity, rotate_identity};
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{MemberView, Predecessor, Reply, Request};
+use crate::runner::{RecordBook, Records};
 use crate::types::{MemberJid, PublicKey};
 
 use super::context::Context;
+use super::members;
 use super::printer::{Outcome, Printer, unexpected};
 use super::table::{Table, card};
 use super::target::Target;
@@ -86,7 +87,10 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
     match command {
         Command::Show => show(ctx),
         Command::Rotate => rotate(ctx).await,
-        Command::List => ctx.read(&Request::Members, print_keys).await,
+        Command::List => {
+            let link = members::link_unless_json(ctx).await?;
+            ctx.read(&Request::Members, |printer, reply| print_keys(printer, reply, &link)).await
+        }
         Command::Trust { member, key } => {
             let (member, key) = named(ctx, &member, &key).await?;
             ctx.ask(&Request::IdentityTrust { member: member.clone(), key }).await?;
@@ -163,7 +167,7 @@ async fn named(ctx: &Context, member: &str, key: &KeyWord) -> Outcome<(MemberJid
     }
 }
 
-fn print_keys(printer: &Printer, reply: Reply) -> Outcome {
+fn print_keys(printer: &Printer, reply: Reply, link: &str) -> Outcome {
     let Reply::Members(members) = reply else { return Err(unexpected(&reply)) };
     let mut table = Table::new(["CLOUD", "MEMBER", "TRUST", "FINGERPRINT", "KEY"]);
     for m in &members {
@@ -178,6 +182,7 @@ fn print_keys(printer: &Printer, reply: Reply) -> Outcome {
     if table.is_empty() {
         printer.note("no other member has been seen");
     }
+    members::note_link(printer, link);
     table.print(printer)
 }
 
@@ -230,7 +235,7 @@ async fn rotate(ctx: &Context) -> Outcome {
     let failed =
         |e: &(dyn std::error::Error + 'static)| Problem::from_error(ProblemKind::Failed, "records", e);
     let records = Records::open(&config.cloud.data_dir).map_err(|e| failed(&e))?;
-    rotation::open_business(&records)?;
+    rotation::open_business(&RecordBook::at_rest(records))?;
     let succession =
         rotate_identity(&config.cloud.data_dir, SystemClock.now()).map_err(|e| Problem::from_config(&e))?;
     drop(lock);

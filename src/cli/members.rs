@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::broker::interface::{MemberView, Message, ONLINE, Predecessor, Reply, Request, StatusView};
 use crate::federation::MemberPolicy;
+use crate::interface::{MemberView, Message, ONLINE, Predecessor, Reply, Request, StatusView};
 use crate::migration::envelope::SKEW;
 use crate::types::PublicKey;
 
@@ -51,8 +51,15 @@ pub async fn run(ctx: &Context, args: Members) -> Outcome {
     }
 }
 
+/// Says whose link is down, where nobody may be seen for that reason.
+pub(super) fn note_link(printer: &Printer, link: &str) {
+    if link != ONLINE {
+        printer.note(format!("this broker is not in the room itself, so what it shows is old: {link}"));
+    }
+}
+
 /// This broker's own place in the room, for people; programs ask for the status.
-async fn link_unless_json(ctx: &Context) -> Outcome<String> {
+pub(super) async fn link_unless_json(ctx: &Context) -> Outcome<String> {
     if ctx.printer.json {
         return Ok(ONLINE.into());
     }
@@ -94,9 +101,7 @@ fn print_members(printer: &Printer, reply: Reply, link: &str) -> Outcome {
     if table.is_empty() {
         printer.note("no other member has been seen");
     }
-    if link != ONLINE {
-        printer.note(format!("this broker is not in the room itself, so what it shows is old: {link}"));
-    }
+    note_link(printer, link);
     for (m, ahead_ms) in members.iter().filter_map(|m| Some((m, m.clock_ahead_ms?))) {
         if ahead_ms.unsigned_abs() > CLOCK_WORTH_A_WORD.as_millis() as u64 {
             printer.note(format!(

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 
-use crate::broker::interface::{Message, MigrationView, Reply, Request};
-use crate::broker::problem::Problem;
 use crate::config::Rate;
+use crate::interface::problem::Problem;
+use crate::interface::{Message, MigrationView, Reply, Request};
 
 use super::account;
 use super::context::Context;

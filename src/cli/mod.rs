@@ -29,6 +29,7 @@ mod recipe;
 mod repo;
 mod resolve;
 mod room_check;
+mod sim;
 mod table;
 mod target;
 mod vm;
@@ -39,13 +40,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-
-use crate::broker::interface::Message;
-use crate::broker::problem::{Problem, ProblemKind};
-use crate::telemetry;
-
 use context::Context;
 use printer::{ColorChoice, Failure, Outcome, Printer};
+
+use crate::interface::Message;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::telemetry;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -164,6 +164,11 @@ enum Command {
     Receipt(receipt::Command),
     /// Measure what this machine makes of a repository's work (without a broker)
     Bench(bench::Bench),
+    /// Simulate a federation of these brokers for days, in minutes (without a broker)
+    ///
+    /// The brokers' decisions are made by the code that ships; network, time, hypervisors and repositories are
+    /// models that count bytes. The same scenario and seed give the same run.
+    Sim(sim::Sim),
     /// Print completions for a shell (without a broker)
     Completions(generate::Completions),
     /// Write the manual pages (without a broker)
@@ -206,7 +211,12 @@ fn not_understood(e: &clap::Error) -> ! {
 
 fn execute(globals: Globals, command: Command, printer: Printer) -> Outcome {
     let is_broker = matches!(command, Command::Broker { .. });
-    let default = if is_broker { telemetry::BROKER_FILTER } else { telemetry::COMMAND_FILTER };
+    let default = match command {
+        Command::Broker { .. } => telemetry::BROKER_FILTER,
+        // What simulated brokers log is theirs; a rule that is broken is told as the command's error.
+        Command::Sim(_) => "off",
+        _ => telemetry::COMMAND_FILTER,
+    };
     telemetry::start(globals.log.as_deref().unwrap_or(default), is_broker).map_err(|e| {
         Problem::from_error(ProblemKind::BadRequest, "--log", &e).next("write for example: --log info")
     })?;
@@ -242,6 +252,7 @@ async fn dispatch(ctx: Context, command: Command) -> Outcome {
         Command::Migration(c) => migration::run(&ctx, c).await,
         Command::Receipt(c) => receipt::run(&ctx, c),
         Command::Bench(b) => bench::run(&ctx, &b),
+        Command::Sim(s) => sim::run(&ctx, &s),
         Command::Completions(c) => generate::completions(&ctx, &c),
         Command::CompleteNames(c) => names::print(&ctx, c).await,
         Command::Man(c) => generate::man(&ctx, &c),

@@ -6,9 +6,9 @@ use futures::future::{BoxFuture, FutureExt, OptionFuture};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::broker::interface::{Event, Reply, Request};
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::client::Client;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Event, Reply, Request};
 use crate::types::MigrationId;
 
 use super::context::Context;

@@ -3,7 +3,7 @@
 use clap::{Args, CommandFactory, ValueEnum};
 use clap_complete::Shell;
 
-use crate::broker::interface::{Reply, Request};
+use crate::interface::{Reply, Request};
 
 use super::Cli;
 use super::context::Context;

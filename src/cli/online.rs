@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::broker::problem::{Problem, ProblemKind, chain};
 use crate::config::{Config, HostPort, NetworkKind};
 use crate::daemon;
-use crate::hypervisor::{Driver, QemuDriver};
+use crate::hypervisor::Driver;
+use crate::interface::problem::{Problem, ProblemKind, chain};
 use crate::xmpp::admin::{Admin, AdminError};
 
 use super::context::Context;
@@ -130,12 +130,12 @@ async fn addresses(config: &Config) -> Result<String, Problem> {
 }
 
 async fn hypervisor(config: &Config) -> Result<String, Problem> {
-    let driver = QemuDriver::open(daemon::qemu_config(config)).await.map_err(|e| {
-        Problem::from_error(ProblemKind::Missing, "hypervisor", &e)
-            .next("deploy/install installs what is needed")
-    })?;
+    let driver = daemon::open_driver(config).await?;
     let f = driver.features();
-    Ok(format!("QEMU {} with {}, machine type {}", f.version, f.accelerator, f.machine_type))
+    Ok(format!(
+        "QEMU {} with {}, machine type {}, starts a VM as it is configured",
+        f.version, f.accelerator, f.machine_type
+    ))
 }
 
 fn bridge_is_there(bridge: &str) -> Result<String, Problem> {

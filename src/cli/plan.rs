@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use crate::broker::interface::{Candidate, PlanView, Reason, Reply, Request, Verdict};
+use crate::interface::{Candidate, PlanView, Reason, Reply, Request, Verdict};
 
 use super::context::Context;
 use super::format::{bytes, seconds};

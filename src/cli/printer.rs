@@ -10,9 +10,9 @@ use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::broker::interface::{Message, Reply};
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::clock::UnixMillis;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Message, Reply};
 use crate::types::text::{escaped, escaped_json};
 
 /// How a command ends if not well.

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::broker::interface::{Event, Message, MigrationProgress};
+use crate::interface::{Event, Message, MigrationProgress};
 use crate::types::text::escaped;
 
 use super::format::{bytes, seconds};

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use futures::stream::{self, StreamExt, TryStreamExt};
 
-use crate::broker::content::repository_problem;
-use crate::broker::handle::ObjectKind;
-use crate::broker::interface::{Event, Request};
-use crate::broker::problem::Problem;
 use crate::component::Manifest;
+use crate::interface::ObjectKind;
+use crate::interface::problem::Problem;
+use crate::interface::{Event, Request};
 use crate::repository::Repository;
+use crate::runner::content::catalogue::repository_problem;
 use crate::types::{ComponentId, PackId};
 
 use super::context::Context;

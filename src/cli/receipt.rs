@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 use clap::Subcommand;
 use serde::Serialize;
 
-use crate::broker::interface::{Reply, Request};
-use crate::broker::problem::{Problem, ProblemKind, chain};
-use crate::broker::records::Records;
 use crate::clock::UnixMillis;
 use crate::config::{identity_path, load_identity};
 use crate::durable;
 use crate::federation::{Keyring, Revoked};
+use crate::interface::problem::{Problem, ProblemKind, chain};
+use crate::interface::{Reply, Request};
 use crate::migration::Lineage;
 use crate::migration::evidence::{Evidence, FILE_BYTES_MAX, Kind};
 use crate::migration::handover::{HandOver, HandOverError};
+use crate::runner::Records;
 use crate::types::{MapId, MemberJid, MigrationId, PublicKey, RecipeId, Successions, VmId};
 
 use super::context::Context;

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use crate::broker::interface::{RecipeView, Reply, Request};
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::compose::ImageFormat;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{RecipeView, Reply, Request};
 use crate::types::ByteSize;
 
 use super::context::Context;

@@ -2,9 +2,9 @@
 
 use clap::Subcommand;
 
-use crate::broker::healing::unhealed;
-use crate::broker::interface::{Reply, ReportLine, Request};
-use crate::broker::problem::{Problem, ProblemKind};
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Reply, ReportLine, Request};
+use crate::runner::content::healing::unhealed;
 
 use super::archive;
 use super::context::Context;

@@ -2,7 +2,7 @@
 
 use clap::{Args, ValueEnum};
 
-use crate::broker::interface::{Reply, Request, ResolutionView, Side};
+use crate::interface::{Reply, Request, ResolutionView, Side};
 
 use super::confirm;
 use super::context::Context;

@@ -4,8 +4,8 @@
 
 use std::time::Duration;
 
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::config::Config;
+use crate::interface::problem::{Problem, ProblemKind};
 use crate::xmpp::admin::Admin;
 use crate::xmpp::probe::RoomMaking;
 use crate::xmpp::{Occupant, RESOURCE, Refusal, Server, Software, Visit};

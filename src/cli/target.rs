@@ -11,15 +11,16 @@ use futures::stream::{self, StreamExt};
 use tokio::sync::mpsc;
 
 use crate::broker::aside;
-use crate::broker::content;
-use crate::broker::handle::ObjectKind;
-use crate::broker::interface::{Event, Reply, Request};
-use crate::broker::problem::{Problem, ProblemKind};
-use crate::broker::records::{Damaged, Records};
+use crate::broker::book::Damaged;
 use crate::client::Client;
 use crate::compose::Composer;
 use crate::config::Config;
+use crate::interface::ObjectKind;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Event, Reply, Request};
 use crate::repository::Repository;
+use crate::runner::Records;
+use crate::runner::content::catalogue;
 use crate::types::{Hash, RecipeId};
 
 use super::whose;
@@ -106,7 +107,7 @@ impl Target {
         whose::not_as_root(config)?;
         same_owner(&config.repository.dir)?;
         let repository = Repository::open_or_create(&config.repository.dir).map_err(|e| {
-            let problem = content::repository_problem(&e);
+            let problem = catalogue::repository_problem(&e);
             Problem { object: format!("repository {}", config.repository.dir.display()), ..problem }
                 .next("if its broker runs, name its socket with --socket")
         })?;
@@ -133,7 +134,9 @@ impl Target {
     pub async fn has_objects(&self, kind: ObjectKind, ids: &[Hash]) -> Result<Vec<bool>, Problem> {
         match self {
             Target::Broker(client) => client.has_objects(kind, ids).await,
-            Target::Offline(o) => Ok(ids.iter().map(|id| content::holds(&o.repository, kind, *id)).collect()),
+            Target::Offline(o) => {
+                Ok(ids.iter().map(|id| catalogue::holds(&o.repository, kind, *id)).collect())
+            }
         }
     }
 
@@ -170,7 +173,7 @@ impl Offline {
         let work = tokio::task::spawn_blocking(move || {
             let mut report = |event| drop(events.send(event));
             // Interrupting the command ends this process, and the work with it.
-            content::call(&repository, &composer, grace, &recipes, &request, &|| false, &mut report)
+            catalogue::call(&repository, &composer, grace, &recipes, &request, &|| false, &mut report)
         });
         while let Some(event) = seen.recv().await {
             on_event(event);
@@ -194,7 +197,7 @@ fn put_offline(repository: &Repository, kind: ObjectKind, id: Hash, object: Obje
         Object::Bytes(bytes) => {
             let size = bytes.len() as u64;
             let mut once = Some(Bytes::from(bytes));
-            content::put_object(repository, kind, id, size, &mut || once.take())
+            catalogue::put_object(repository, kind, id, size, &mut || once.take())
         }
         Object::File(mut file, size) => {
             let mut failure = None;
@@ -212,7 +215,7 @@ fn put_offline(repository: &Repository, kind: ObjectKind, id: Hash, object: Obje
                     }
                 }
             };
-            let result = content::put_object(repository, kind, id, size, &mut piece);
+            let result = catalogue::put_object(repository, kind, id, size, &mut piece);
             match failure {
                 Some(e) => Err(Problem::from_error(ProblemKind::Failed, format!("pack {}", id.short()), &e)),
                 None => result,

@@ -2,8 +2,8 @@
 
 use clap::{Args, Subcommand};
 
-use crate::broker::interface::{Deleted, Reply, Request, VmCreate, VmView};
 use crate::config::HumanDuration;
+use crate::interface::{Deleted, Reply, Request, VmCreate, VmView};
 use crate::types::{ByteSize, VmName};
 use crate::vm::PowerState;
 

@@ -8,9 +8,9 @@ use clap::Args;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 
 use crate::broker::READY_LINE;
-use crate::broker::interface::{Reply, Request, VmSet, VmView};
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::config::HumanDuration;
+use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{Reply, Request, VmSet, VmView};
 use crate::migration::records::{Autostart, Shape};
 use crate::types::{ByteSize, VmName};
 use crate::vm::PowerState;

@@ -4,8 +4,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use crate::broker::problem::{Problem, ProblemKind};
 use crate::config::{Config, identity_path};
+use crate::interface::problem::{Problem, ProblemKind};
 
 /// Refuses to do as root what is the broker's user's to do.
 pub fn not_as_root(config: &Config) -> Result<(), Problem> {

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
 
@@ -54,8 +54,25 @@ impl FromStr for ImageFormat {
     }
 }
 
-/// Why nothing can be written at `output`: what is there is never replaced.
+/// Why nothing can be written at `output`: what is there is never replaced, nor what is being written.
 pub fn occupied(output: &Path) -> Option<&'static str> {
+    let unfinished = || part_of(output).symlink_metadata().ok();
+    taken(output).or_else(|| {
+        unfinished().map(|_| {
+            "has a .part beside it, which is being written or was cut off: name another file, or remove that if \
+             nothing writes it"
+        })
+    })
+}
+
+/// What is written until it has its name.
+pub fn part_of(output: &Path) -> PathBuf {
+    let mut part = output.as_os_str().to_owned();
+    part.push(".part");
+    part.into()
+}
+
+fn taken(output: &Path) -> Option<&'static str> {
     let kind = output.metadata().or_else(|_| output.symlink_metadata()).ok()?.file_type();
     Some(if kind.is_block_device() || kind.is_char_device() {
         "is a device, and only files are written: write to a file, and copy that to the device with 'dd'"
@@ -71,7 +88,7 @@ pub fn place(part: &Path, output: &Path) -> std::io::Result<()> {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     match renameat_with(CWD, part, CWD, output, RenameFlags::NOREPLACE) {
         // A file system that cannot.
-        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) if occupied(output).is_none() => {
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) if taken(output).is_none() => {
             std::fs::rename(part, output)
         }
         placed => Ok(placed?),
@@ -81,9 +98,7 @@ pub fn place(part: &Path, output: &Path) -> std::io::Result<()> {
 /// Writes an image to `output` in `format`; `input` is how `qemu-img` is told of it, its format included,
 /// so that it need not guess. On failure nothing is left at `output`; what is there is not replaced.
 pub fn convert(input: &[&OsStr], output: &Path, format: ImageFormat) -> Result<(), ComposeError> {
-    let mut part = output.as_os_str().to_owned();
-    part.push(".part");
-    let part = Path::new(&part);
+    let part = &*part_of(output);
     if let Some(reason) = occupied(output) {
         return Err(ComposeError::Occupied { path: output.to_owned(), reason });
     }
@@ -100,9 +115,7 @@ pub fn convert(input: &[&OsStr], output: &Path, format: ImageFormat) -> Result<(
     let done = match result {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(ComposeError::NoQemuImg),
         Err(e) => Err(ComposeError::Convert(e.to_string())),
-        Ok(o) if !o.status.success() => {
-            Err(ComposeError::Convert(String::from_utf8_lossy(&o.stderr).trim().to_owned()))
-        }
+        Ok(o) if !o.status.success() => Err(failure(part, String::from_utf8_lossy(&o.stderr).trim())),
         Ok(_) => place(part, output).map_err(|source| ComposeError::Io {
             what: "create",
             path: output.to_owned(),
@@ -113,4 +126,13 @@ pub fn convert(input: &[&OsStr], output: &Path, format: ImageFormat) -> Result<(
         let _ = std::fs::remove_file(part);
     }
     done
+}
+
+/// What the tool says of a full disk is a full disk, as when we write ourselves.
+fn failure(path: &Path, said: &str) -> ComposeError {
+    let full = std::io::Error::from(rustix::io::Errno::NOSPC);
+    match said.ends_with("No space left on device") {
+        true => ComposeError::Io { what: "write", path: path.to_owned(), source: full },
+        false => ComposeError::Convert(said.to_owned()),
+    }
 }

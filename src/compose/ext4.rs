@@ -26,6 +26,9 @@ const XATTR_HEADER_BYTES: usize = 16;
 /// One inode for this many bytes, unless the tree needs more.
 const BYTES_PER_INODE: u64 = 16384;
 
+/// Those before the first of a file, lost+found among them.
+const RESERVED_INODES: u64 = 11;
+
 /// Lays out the file system; `None` when it does not fit into `size_bytes`.
 pub fn layout(
     nodes: &[&Node],
@@ -115,7 +118,10 @@ pub fn layout(
 /// A size that is enough, with some room to live: content, directories, tables, journal.
 pub fn size_estimate(nodes: &[&Node]) -> u64 {
     let used = content_bytes(nodes).saturating_add(nodes.len() as u64 * 2048);
-    used.saturating_add(used / 8).saturating_add(32 << 20)
+    let used = used.saturating_add(used / 8).saturating_add(32 << 20);
+    // Many small files: a group of blocks has a bitmap of one block for its inodes.
+    let groups = (nodes.len() as u64 + RESERVED_INODES).div_ceil(8 * BLOCK_BYTES);
+    used.max(groups * 8 * BLOCK_BYTES * BLOCK_BYTES)
 }
 
 /// Whole blocks of all files and directories.

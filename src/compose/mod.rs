@@ -26,7 +26,7 @@ use crate::types::{ByteSize, ComponentId, ImageDigest, RecipeId};
 
 pub use digest::{Digest, SEGMENT_BYTES, digest_of, zero_segment};
 pub use error::ComposeError;
-pub use export::{ImageFormat, convert, occupied, place};
+pub use export::{ImageFormat, convert, occupied, part_of, place};
 pub use image::{Progress, Timing};
 pub use plan::{Extent, Plan};
 

@@ -8,6 +8,7 @@ mod error;
 pub mod file;
 mod identity;
 mod members;
+mod problem;
 pub mod secrets;
 mod value;
 
@@ -180,6 +181,13 @@ impl Config {
         resolve(file, &base, path.clone()).map_err(|e| sources.with_origin(e, &path))
     }
 
+    /// As a file with this text would say, in a directory that need not be there.
+    pub fn of_text(text: &str, base: &Path) -> Result<Self, ConfigError> {
+        let path = base.join("federation.toml");
+        let sources = Sources { environment: BTreeMap::new(), overrides: &[] };
+        resolve(sources.parse(text, &path)?, base, path)
+    }
+
     /// Checks what the broker will need from this machine beyond the file itself.
     pub fn check_files(&self) -> Result<(), ConfigError> {
         self.check_owners()?;
@@ -298,15 +306,19 @@ impl Sources<'_> {
     fn read(&self, path: &Path) -> Result<File, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        self.parse(&text, path)
+    }
+
+    fn parse(&self, text: &str, path: &Path) -> Result<File, ConfigError> {
         let environment = self.environment.iter().map(|(k, (_, v))| (k.clone(), v.clone()));
         let merged = config::Config::builder()
-            .add_source(config::File::from_str(&text, config::FileFormat::Toml))
+            .add_source(config::File::from_str(text, config::FileFormat::Toml))
             .add_source(texts(environment.collect()))
             .add_source(texts(self.overrides.iter().cloned().collect()))
             .build();
         let file: File =
             merged.and_then(config::Config::try_deserialize).map_err(|e| self.explain(e, path))?;
-        members::check(&file.member, &text)?;
+        members::check(&file.member, text)?;
         Ok(file)
     }
 

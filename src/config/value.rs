@@ -1,7 +1,7 @@
 //! Durations, rates and choices as people write them.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -68,8 +68,13 @@ impl FromStr for HostPort {
                 None => (text, None),
             }
         };
-        if host.parse::<IpAddr>().is_err() && !is_host_name(host) {
-            return bad("is no address and no name of a host");
+        match host.parse::<IpAddr>() {
+            // What is listened at, or heard by many.
+            Ok(ip) if ip.is_unspecified() || ip.is_multicast() || ip == IpAddr::V4(Ipv4Addr::BROADCAST) => {
+                return bad("is not the address of one host");
+            }
+            Err(_) if !is_host_name(host) => return bad("is no address and no name of a host"),
+            _ => {}
         }
         Ok(Self { host: host.to_owned(), port })
     }
@@ -287,6 +292,11 @@ mod tests {
             "a..b",
             "a b",
             "[192.0.2.1]:1",
+            "0.0.0.0:7420",
+            "[::]:7420",
+            "224.0.0.1",
+            "255.255.255.255:1",
+            "ff02::1",
         ] {
             assert!(bad.parse::<HostPort>().is_err(), "{bad}");
         }

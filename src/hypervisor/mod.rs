@@ -8,6 +8,7 @@ pub mod conformance;
 pub mod driver;
 pub mod error;
 pub mod fake;
+mod problem;
 pub mod qemu;
 
 pub use driver::{

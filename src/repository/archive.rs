@@ -4,12 +4,13 @@
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 
+use crate::types::codec::{CodecError, Reader, Writer};
+use crate::types::{ComponentId, Hash};
+
 use super::error::{ObjectId, ObjectKind, RepositoryError};
 use super::frame::{self, PACK_BYTES_MAX};
 use super::layout::relative_path;
 use super::records::record_bytes_max;
-use crate::types::codec::{CodecError, Reader, Writer};
-use crate::types::{ComponentId, Hash};
 
 /// Magic and version of an archive's index.
 const MAGIC: &[u8; 8] = b"CICARC\0\x01";
@@ -34,6 +35,9 @@ pub enum ArchiveError {
 
     #[error("{} cannot take an archive: {reason}", path.display())]
     Target { path: PathBuf, reason: String },
+
+    #[error("{} is there already, and is not written over: name another file", path.display())]
+    Occupied { path: PathBuf },
 
     #[error("{object} was stored anew while it was exported: export again")]
     Changed { object: ObjectId },

@@ -4,15 +4,17 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
+
+use crate::durable::{self, PendingFile};
+use crate::types::{ComponentId, RecipeId};
 
 use super::archive::{
     ArchiveError, ArchiveIndex, INDEX_NAME, entry_name, write_end, write_header, write_padding,
 };
 use super::error::{IoContext, ObjectId, ObjectKind, RepositoryError};
 use super::{Pin, Repository};
-use crate::durable::{self, PendingFile};
-use crate::types::{ComponentId, RecipeId};
 
 const PIECE_BYTES: usize = 256 << 10;
 
@@ -103,15 +105,21 @@ impl Export {
     }
 
     /// Writes the archive to `path`: as a directory if there is one of that name or the path ends
-    /// in `/`, else as a tar file, which takes its name when it is complete; a pipe or device is
-    /// written to directly. Says how many bytes were there already.
+    /// in `/`, else as a tar file, which takes its name when it is complete; a pipe or a device of
+    /// characters, such as a tape, is written to directly. A file that is there and a disk are
+    /// refused. Says how many bytes were there already.
     pub fn write(&self, path: &Path, go_on: GoOn<'_>) -> Result<u64> {
         if path.is_dir() || path.as_os_str().as_encoded_bytes().ends_with(b"/") {
             return self.write_tree(path, go_on);
         }
         let failed = |source| io_error("write", path, source);
-        let direct = fs::metadata(path).is_ok_and(|meta| !meta.is_file());
-        if direct {
+        // Of a link that leads nowhere, itself.
+        let there = fs::metadata(path).or_else(|_| fs::symlink_metadata(path));
+        let kind = there.ok().map(|meta| meta.file_type());
+        if kind.is_some_and(|kind| kind.is_file() || kind.is_symlink() || kind.is_block_device()) {
+            return Err(ArchiveError::Occupied { path: path.to_owned() });
+        }
+        if kind.is_some() {
             let mut out = OpenOptions::new().write(true).open(path).map_err(failed)?;
             self.write_tar(&mut out, path, go_on)?;
         } else {

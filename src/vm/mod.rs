@@ -1,6 +1,7 @@
 //! Level 1: what a VM is, and the chunk maps that describe what it wrote. Pure.
 
 pub mod chunk_map;
+pub mod hypervisor;
 pub mod spec;
 
 pub use chunk_map::{Block, ChunkMap, MapRef};

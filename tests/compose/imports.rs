@@ -80,6 +80,11 @@ impl Tar {
     }
 }
 
+/// A record as the first header of a pair.
+fn long_name(name: &str) -> Tar {
+    Tar::default().member("././@LongLink", b'L', format!("{name}\0").as_bytes(), "")
+}
+
 fn identity(name: &str, kind: Kind, requires: &[ComponentId]) -> ImportIdentity {
     let requires = requires.to_vec();
     ImportIdentity { name: name.into(), version: "1".into(), kind, architecture: "amd64".into(), requires }
@@ -606,6 +611,10 @@ fn a_name_that_cannot_be_is_found_before_the_work() {
         let error = import(&world.repository, Path::new("/nowhere"), wrong).unwrap_err();
         assert!(matches!(error, BuildError::Manifest(_)), "{error}");
     }
+    for architecture in ["", "x y", "AMD64", "amd64\n"] {
+        let wrong = ImportIdentity { architecture: architecture.into(), ..identity("a", Kind::Program, &[]) };
+        assert!(matches!(check_identity(&wrong), Err(BuildError::Manifest(_))), "{architecture}");
+    }
 }
 
 #[test]
@@ -661,4 +670,106 @@ fn archives_with_wrong_bytes_are_refused_or_imported_and_never_worse() {
         fs::write(&path, &wrong).unwrap();
         let _ = import(&world.repository, &path, identity("os", Kind::Os, &[]));
     }
+}
+
+#[test]
+fn images_of_containers_in_layers_are_refused_from_archives_and_directories() {
+    let world = World::new();
+    let saved = |tar: Tar| {
+        tar.file("manifest.json", b"[{\"Layers\":[\"abc/layer.tar\"]}]").file("abc/layer.tar", &[0; 1024])
+    };
+    let oci = |tar: Tar| {
+        let tar = tar.file("oci-layout", b"{\"imageLayoutVersion\":\"1.0.0\"}");
+        tar.file("index.json", b"{}").file("blobs/sha256/abc", b"x")
+    };
+    for archive in [saved(Tar::default()), oci(Tar::default()), Tar::default().file("opt/.wh..wh..opq", b"")]
+    {
+        let error = refusal(&world, archive);
+        assert!(error.contains("docker export"), "{error}");
+    }
+    for (name, paths) in [
+        ("saved", &["manifest.json", "abc/layer.tar"][..]),
+        ("oci", &["oci-layout", "index.json", "blobs/sha256/abc"]),
+        ("layer", &["opt/.wh.gone"]),
+    ] {
+        let given = source(&world, name, |root| paths.iter().for_each(|path| put(root, path, b"x")));
+        let error = import(&world.repository, &given, identity("refused", Kind::Program, &[])).unwrap_err();
+        assert!(error.to_string().contains("docker export"), "{error}");
+    }
+    // A program may call its files so.
+    import_os(&world, Tar::default().file("manifest.json", b"{}").file("index.json", b"{}"));
+}
+
+#[test]
+fn compressed_archives_are_read_as_every_zstd_writes_them() {
+    let world = World::new();
+    let plain = fs::read(Tar::default().file("opt/f", &noise(1, 5000)).write(&world)).unwrap();
+    let packed = |bytes: &[u8]| zstd::encode_all(bytes, 3).unwrap();
+    let skippable = [&0x184d_2a50_u32.to_le_bytes()[..], &4u32.to_le_bytes(), b"size"].concat();
+    let given = world.dir.path().join("given.tar.zst");
+    let mut ids = Vec::new();
+    for bytes in [
+        packed(&plain),
+        // As pzstd does, and as 'cat' of two does.
+        [&skippable[..], &packed(&plain)].concat(),
+        [packed(&plain[..3000]), skippable.clone(), packed(&plain[3000..])].concat(),
+    ] {
+        fs::write(&given, bytes).unwrap();
+        ids.push(import(&world.repository, &given, identity("os", Kind::Os, &[])).unwrap());
+    }
+    assert!(ids.iter().all(|id| *id == ids[0]));
+    fs::write(&given, &packed(&plain)[..3000]).unwrap();
+    let error = import(&world.repository, &given, identity("cut", Kind::Os, &[])).unwrap_err();
+    assert!(matches!(error, BuildError::Read { .. }), "{error}");
+    // What takes more memory than is given says so, and is not damaged.
+    let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+    encoder.window_log(28).unwrap();
+    encoder.include_contentsize(false).unwrap();
+    std::io::Write::write_all(&mut encoder, &plain).unwrap();
+    fs::write(&given, encoder.finish().unwrap()).unwrap();
+    let error = import(&world.repository, &given, identity("long", Kind::Os, &[])).unwrap_err();
+    assert!(error.to_string().contains("--long=31"), "{error}");
+}
+
+#[test]
+fn a_source_that_can_be_read_once_is_refused_and_not_waited_for() {
+    let world = World::new();
+    let pipe = world.dir.path().join("pipe");
+    let kind = rustix::fs::FileType::Fifo;
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, kind, rustix::fs::Mode::RUSR, 0).unwrap();
+    for (path, hint) in [(pipe.as_path(), "it is a pipe"), (Path::new("/dev/null"), "neither")] {
+        let error = import(&world.repository, path, identity("os", Kind::Os, &[])).unwrap_err();
+        assert!(
+            matches!(error, BuildError::UnknownSource { .. }) && error.to_string().contains(hint),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn headers_about_nothing_and_paths_that_lead_out_say_what_to_do() {
+    let world = World::new();
+    for (archive, words) in [
+        (Tar::default().file("a", b"").pax(b'x', &[("path", b"opt/f")]), "at the end"),
+        (long_name("opt/f"), "at the end"),
+        (Tar::default().file("/etc/f", b""), "without -P"),
+        (Tar::default().file("opt/../../f", b""), "'..'"),
+        (Tar::default().pax(b'x', &[("path", b"a\0b")]).file("x", b""), "NUL"),
+    ] {
+        let error = refusal(&world, archive);
+        assert!(error.contains(words), "{error}");
+    }
+    import_os(&world, Tar(long_name("opt/f").file("x", b"").0));
+}
+
+#[test]
+fn many_small_files_take_the_disk_that_their_number_needs() {
+    let world = World::new();
+    let archive = (0..70_000).fold(Tar::default(), |tar, n| tar.file(&format!("opt/{n}"), b""));
+    let os = import_os(&world, archive);
+    let set = [format().store(&world.repository), kernel().store(&world.repository), os];
+    let size = |bytes: u64| world.composer.make_recipe(&set, false, cicada::types::ByteSize(bytes), "");
+    let error = size(100 << 20).unwrap_err();
+    let cicada::compose::ComposeError::TooSmall { need, .. } = error else { panic!("{error}") };
+    size(need.0).unwrap();
 }

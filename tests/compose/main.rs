@@ -512,6 +512,35 @@ fn a_full_disk_says_what_is_needed_and_leaves_nothing() {
 }
 
 #[test]
+fn a_disk_that_fills_while_a_tool_writes_is_full() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("small");
+    fs::create_dir(&at).unwrap();
+    let Some(mount) = Mount::tmpfs(&at, "64k").filter(|_| has_tool("qemu-img")) else {
+        skipped("no qemu-img (qemu-utils), or no right to mount a small file system");
+        return;
+    };
+    let input = dir.path().join("disk");
+    fs::write(&input, world::noise(1, 1 << 20)).unwrap();
+    for format in [ImageFormat::Raw, ImageFormat::Qcow2] {
+        let error = cicada::compose::convert(&[input.as_ref()], &at.join("out"), format).unwrap_err();
+        let ComposeError::Io { source, .. } = &error else { panic!("{format}: {error}") };
+        assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
+        assert_eq!(fs::read_dir(&at).unwrap().count(), 0, "nothing is left");
+    }
+    drop(mount);
+    // What is being written, or was when somebody ended it, is not mixed with.
+    let part = dir.path().join("out.part");
+    fs::write(&part, b"half").unwrap();
+    let error = cicada::compose::convert(&[input.as_ref()], &dir.path().join("out"), ImageFormat::Raw);
+    assert!(
+        matches!(&error, Err(ComposeError::Occupied { reason, .. }) if reason.contains(".part")),
+        "{error:?}"
+    );
+    assert_eq!(fs::read(&part).unwrap(), b"half");
+}
+
+#[test]
 fn shared_blocks_give_the_same_disk() {
     let dir = tempfile::tempdir().unwrap();
     let (image, mounted) = (dir.path().join("xfs"), dir.path().join("mounted"));

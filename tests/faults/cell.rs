@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use cicada::broker::{Reply, Request};
+use cicada::interface::{Reply, Request};
 use cicada::vm::PowerState;
 
 use crate::pair::{Pair, VM, comes};

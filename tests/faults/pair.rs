@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::{Event, VmAdopt, VmView};
-use cicada::broker::records::{MigrationRecord, VmRecord};
-use cicada::broker::{Problem, READY_LINE, Reply, Request};
+use cicada::broker::READY_LINE;
+use cicada::broker::book::MigrationRecord;
 use cicada::client::Client;
+use cicada::interface::{Event, VmAdopt, VmView};
+use cicada::interface::{Problem, Reply, Request};
+use cicada::migration::records::VmRecord;
 use cicada::types::ByteSize;
 use cicada::vm::{Firmware, PowerState};
 

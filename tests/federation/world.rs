@@ -9,13 +9,11 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use cicada::broker::handle::ObjectKind;
-use cicada::broker::interface::{
-    Event, MemberView, MigrationView, PlanView, StatusView, VmAdopt, VmCreate, VmView,
-};
-use cicada::broker::{Problem, Reply, Request};
 use cicada::build::{BuildOptions, build};
 use cicada::client::Client;
+use cicada::interface::ObjectKind;
+use cicada::interface::{Event, MemberView, MigrationView, PlanView, StatusView, VmAdopt, VmCreate, VmView};
+use cicada::interface::{Problem, Reply, Request};
 use cicada::repository::Repository;
 use cicada::types::{ByteSize, ComponentId};
 use cicada::vm::Firmware;
@@ -418,6 +416,20 @@ impl World {
         len: usize,
         change: impl FnOnce(&mut VmAdopt),
     ) -> VmView {
+        match self.try_noise_vm(cloud, name, len, change) {
+            Ok(Reply::Adopted(adopted)) => *adopted.vm.unwrap(),
+            other => panic!("{other:?}\n{}", self.log(cloud)),
+        }
+    }
+
+    /// As [`World::noise_vm`], with the answer.
+    pub fn try_noise_vm(
+        &self,
+        cloud: usize,
+        name: &str,
+        len: usize,
+        change: impl FnOnce(&mut VmAdopt),
+    ) -> Result<Reply, Problem> {
         let disk = self.clouds[cloud].dir.join(format!("{name}.raw"));
         let mut noise = vec![0; len];
         blake3::Hasher::new().update(name.as_bytes()).finalize_xof().fill(&mut noise);
@@ -438,10 +450,7 @@ impl World {
             hardware: Default::default(),
         };
         change(&mut adopt);
-        match self.call(cloud, &Request::VmAdopt(adopt)) {
-            Ok(Reply::Adopted(adopted)) => *adopted.vm.unwrap(),
-            other => panic!("{other:?}\n{}", self.log(cloud)),
-        }
+        self.call(cloud, &Request::VmAdopt(adopt))
     }
 
     pub fn wait_booted(&self, cloud: usize, vm: &str, seconds: u64) {

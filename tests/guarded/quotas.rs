@@ -1,8 +1,8 @@
 //! What a member may make this cloud do, promise and keep.
 
 use base64::Engine as _;
-use cicada::broker::interface::{MigrationView, Verdict, VmAdopt, VmView};
 use cicada::component::recipe::{DiskParameters, Recipe};
+use cicada::interface::{MigrationView, Verdict, VmAdopt, VmView};
 use cicada::migration::message::{Initialization, Pass};
 use cicada::stanza::cloud::Capacity;
 use cicada::types::ImageDigest;
@@ -335,7 +335,8 @@ async fn what_happened_to_vms_while_events_were_lost_is_made_up_for() {
     // Nobody here carries the hypervisor's events to the broker: these are lost.
     home.driver.guest_switches_off(ids[0]);
     home.driver.crash(ids[1]);
-    home.inbox.send(Input::PowerUnknown).unwrap();
+    let all = cicada::broker::Input::Machines(cicada::hypervisor::Driver::list(&*home.driver));
+    home.inbox.send(Input::Core(Box::new(all))).unwrap();
     let begun = Instant::now();
     while home.vm("crashed").await.power != PowerState::Running {
         assert!(begun.elapsed() < SOON, "it was not started again");

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cicada::broker::{Reply, Request};
+use cicada::interface::{Reply, Request};
 use cicada::migration::handover::{EPOCH_MAX, SignedHandOver};
 use cicada::migration::message::{CHECK_IDS_MAX, Initialization};
 use cicada::migration::{AnswerBody, DenialCode, HandOver, RequestBody};

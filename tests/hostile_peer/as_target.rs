@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::VmView;
-use cicada::broker::{Reply, Request};
+use cicada::interface::VmView;
+use cicada::interface::{Reply, Request};
 use cicada::migration::handover::SignedHandOver;
 use cicada::migration::message::{CheckAnswer, Initialization, Progress, Seed, StageAccount};
 use cicada::migration::{AnswerBody, Denial, DenialCode, Receipt, RequestBody};
@@ -71,7 +71,7 @@ pub fn until(bench: &Bench, verb: &str) -> Asked {
 }
 
 /// Answers honestly until the move has ended; how it ended.
-fn through(bench: &Bench, moving: Moving) -> Result<Reply, cicada::broker::Problem> {
+fn through(bench: &Bench, moving: Moving) -> Result<Reply, cicada::interface::Problem> {
     let begun = Instant::now();
     while !moving.ended() {
         assert!(begun.elapsed() < SOON * 2, "the move does not end\n{}", bench.world.log(0));

@@ -21,9 +21,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::{StatusView, VmView};
-use cicada::broker::{Problem, Reply, Request};
 use cicada::client::Client;
+use cicada::interface::{Problem, Reply, Request};
+use cicada::interface::{StatusView, VmView};
 use peer::Peer;
 use table::Table;
 use world::World;

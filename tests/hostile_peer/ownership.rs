@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use cicada::broker::Request;
+use cicada::interface::Request;
 use cicada::migration::envelope::VERSION_BEFORE;
 use cicada::migration::handover::Provenance;
 use cicada::migration::message::{Claim, Progress, StageAccount};

@@ -10,7 +10,6 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use cicada::adopt::{self, Job};
-use cicada::broker::serving::{Served, Store, Tickets};
 use cicada::clock::{Clock, SystemClock, UnixMillis};
 use cicada::component::Recipe;
 use cicada::compose::{Composer, ImageFormat};
@@ -20,6 +19,7 @@ use cicada::migration::handover::SignedHandOver;
 use cicada::migration::message::Initialization;
 use cicada::migration::{AnswerBody, Envelope, HandOver, Pass, RequestBody};
 use cicada::repository::Repository;
+use cicada::runner::content::serving::{Served, Store, Tickets};
 use cicada::stanza::{Cloud, Request as RequestStanza};
 use cicada::transfer::{
     Authority, Content, Encoding, Endpoint, Limiter, ObjectBody, ObjectKey, ObjectSource, PackWish, Refusal,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cicada::broker::{Reply, Request};
+use cicada::interface::{Reply, Request};
 use cicada::migration::{AnswerBody, RequestBody};
 use cicada::stanza::Request as RequestStanza;
 use cicada::stanza::cloud::Capacity;

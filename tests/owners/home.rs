@@ -5,15 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::VmView;
-use cicada::broker::records::Records;
-use cicada::broker::serving::{Store, Tickets};
-use cicada::broker::{Broker, Input, Link, LinkError, Problem, Reply, Request, RoomInput, Shared};
+use cicada::broker::RoomInput;
 use cicada::clock::{Clock, ManualClock, UnixMillis};
 use cicada::compose::Composer;
 use cicada::config::Config;
 use cicada::federation::{Members, Presence};
 use cicada::hypervisor::FakeDriver;
+use cicada::interface::VmView;
+use cicada::interface::{Problem, Reply, Request};
 use cicada::migration::envelope::{LIFETIME, VERSION_BEFORE};
 use cicada::migration::handover::{Origin, Provenance, SignedHandOver};
 use cicada::migration::message::{Known, Seed};
@@ -21,6 +20,9 @@ use cicada::migration::ownership::{Gift, Given, Guest, Standing};
 use cicada::migration::records::VmRecord;
 use cicada::migration::{AnswerBody, Envelope, HandOver, Law, Lineage, Link as OwnershipLink, RequestBody};
 use cicada::repository::Repository;
+use cicada::runner::Records;
+use cicada::runner::content::serving::{Store, Tickets};
+use cicada::runner::{Input, Link, LinkError, Runner, Shared};
 use cicada::stanza::Cloud;
 use cicada::transfer::{Endpoint, Limiter};
 use cicada::types::{
@@ -180,7 +182,7 @@ impl Link for Script {
 pub struct Home {
     pub dir: tempfile::TempDir,
     pub shared: Arc<Shared>,
-    inbox: cicada::broker::Inbox,
+    inbox: cicada::runner::Inbox,
     pub clock: ManualClock,
     pub script: Script,
 }
@@ -213,7 +215,7 @@ impl Home {
                 records.save_lineage(&way.history).unwrap();
             }
         }
-        let (inbox, inputs) = cicada::broker::inbox();
+        let (inbox, inputs) = cicada::runner::inbox();
         let script = Script { clock: clock.clone(), known: Arc::default() };
         let shared = Arc::new(Shared {
             me: jid("home"),
@@ -228,12 +230,11 @@ impl Home {
             records,
             inbox: inbox.clone(),
             versions: Default::default(),
-            clocks: Default::default(),
             config,
         });
         let confirmed = BTreeMap::from(["a", "b"].map(|name| (jid(name), key(name).public())));
         let members = Members::new(BTreeMap::new(), confirmed, false);
-        let broker = Broker::open(shared.clone(), members, Box::new(|_| ())).unwrap();
+        let broker = Runner::open(shared.clone(), members, Box::new(|_| ())).unwrap();
         let broker = if after_restore { broker.after_restore().unwrap() } else { broker };
         tokio::spawn(broker.run(inputs));
         Self { dir, shared, inbox, clock, script }

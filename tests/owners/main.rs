@@ -5,7 +5,7 @@ mod home;
 
 use std::time::{Duration, Instant};
 
-use cicada::broker::Request;
+use cicada::interface::Request;
 use cicada::migration::envelope::{VERSION, VERSION_BEFORE};
 use cicada::migration::message::{Claim, Known};
 use cicada::migration::{AnswerBody, DenialCode, Lineage, Links, RequestBody};

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use cicada::broker::interface::{MigrationView, VmAdopt, VmView};
-use cicada::broker::{Problem, ProblemKind, Reply, Request};
 use cicada::client::Client;
+use cicada::interface::{MigrationView, VmAdopt, VmView};
+use cicada::interface::{Problem, ProblemKind, Reply, Request};
 use cicada::types::ByteSize;
 use cicada::vm::{Firmware, PowerState};
 

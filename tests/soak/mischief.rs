@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use cicada::broker::{Reply, Request};
+use cicada::interface::{Reply, Request};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::fleet::Fleet;

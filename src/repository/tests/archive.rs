@@ -2,10 +2,11 @@
 
 use std::io::Write;
 
-use super::*;
 use crate::repository::archive::{
     ArchiveIndex, INDEX_NAME, entry_name, padding, write_end, write_header, write_padding,
 };
+
+use super::*;
 
 /// A cloud with two named components that share a requirement, a recipe, and one nobody named.
 struct Cloud {
@@ -126,6 +127,26 @@ fn damage_is_found_before_it_is_exported_and_leaves_no_file() {
     assert_eq!(files_in(out.path()), 0);
     let e = export.write(cloud.repository.dir(), &mut |_, _| true).unwrap_err();
     assert!(matches!(e, ArchiveError::Target { .. }), "{e}");
+}
+
+#[test]
+fn what_is_there_is_not_written_over() {
+    let cloud = cloud();
+    let out = tempfile::tempdir().unwrap();
+    let (file, to_file, nowhere) =
+        (out.path().join("file"), out.path().join("link"), out.path().join("dead"));
+    fs::write(&file, b"precious").unwrap();
+    std::os::unix::fs::symlink(&file, &to_file).unwrap();
+    std::os::unix::fs::symlink(out.path().join("nowhere"), &nowhere).unwrap();
+    let export = cloud.repository.export(&[], &[]).unwrap();
+    for path in [&file, &to_file, &nowhere] {
+        let e = export.write(path, &mut |_, _| true).unwrap_err();
+        assert!(matches!(e, ArchiveError::Occupied { .. }), "{e}");
+    }
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+    assert_eq!(files_in(out.path()), 3);
+    // A device without blocks is written to, as a tape is.
+    export.write(Path::new("/dev/null"), &mut |_, _| true).unwrap();
 }
 
 #[test]

@@ -1,0 +1,133 @@
+//! `cicada sim`: a simulated federation of brokers' cores.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::durable;
+use crate::interface::{Event, Problem, ProblemKind};
+use crate::sim::{Outcome as Simulated, Scenario, ScenarioError};
+use crate::types::ByteSize;
+
+use super::context::Context;
+use super::printer::Outcome;
+use super::progress::Progress;
+use super::table::Table;
+
+#[derive(Args)]
+pub struct Sim {
+    /// What is simulated: see fixtures/sim/ for examples
+    #[arg(value_name = "SCENARIO")]
+    scenario: PathBuf,
+    /// What components consist of: lines of component, pack and bytes, apart by tabs; fixtures/sim/packages.tsv
+    #[arg(long, value_name = "FILE")]
+    packages: PathBuf,
+    /// Another seed than the scenario's: another run
+    #[arg(long, value_name = "NUMBER")]
+    seed: Option<u64>,
+    /// Write the figures to this file, too
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+}
+
+pub fn run(ctx: &Context, args: &Sim) -> Outcome {
+    let read = |path: &PathBuf| {
+        std::fs::read_to_string(path).map_err(|e| Problem::from_path(path.display().to_string(), &e))
+    };
+    let object = format!("scenario {}", args.scenario.display());
+    let problem = |e: ScenarioError| match &e {
+        ScenarioError::Violated { seed, .. } => Problem::from_error(ProblemKind::Failed, &object, &e)
+            .next(format!("this is a fault of the broker: report it with the scenario and --seed {seed}")),
+        ScenarioError::Stopped => Problem::from_error(ProblemKind::Cancelled, &object, &e),
+        _ => Problem::from_error(ProblemKind::BadRequest, &object, &e),
+    };
+    let mut scenario = Scenario::parse(&read(&args.scenario)?).map_err(problem)?;
+    scenario.seed = args.seed.unwrap_or(scenario.seed);
+    let packages = read(&args.packages)?;
+    let mut progress = Progress::new(&ctx.printer);
+    let mut told = 0;
+    let outcome = scenario.run(&packages, |share| {
+        let done = (share * 1000.0) as u64;
+        if done > told {
+            told = done;
+            let (phase, unit) = ("simulate".to_owned(), "‰".to_owned());
+            progress.event(&Event::Progress { phase, done, total: 1000, unit });
+        }
+        true
+    });
+    progress.end();
+    let outcome = outcome.map_err(problem)?;
+    if let Some(path) = &args.csv {
+        durable::write(path, csv(&outcome).as_bytes())
+            .map_err(|e| Problem::from_path(path.display().to_string(), &e))?;
+    }
+    if ctx.printer.json {
+        return ctx.printer.json_value(&outcome);
+    }
+    print(ctx, &outcome)
+}
+
+fn print(ctx: &Context, outcome: &Simulated) -> Outcome {
+    let mut table = Table::new([
+        ">MOVES",
+        ">HOURS",
+        ">COMPONENTS",
+        ">OWN",
+        ">WHOLE DISK",
+        ">HELD",
+        ">TIME",
+        ">MESSAGES",
+        ">REPOSITORIES",
+    ]);
+    for row in &outcome.rows {
+        let bytes = |bytes: u64| ByteSize(bytes).to_string();
+        table.row([
+            row.moves.to_string(),
+            format!("{:.1}", row.simulated_hours),
+            bytes(row.component_bytes_per_move),
+            bytes(row.own_bytes_per_move),
+            bytes(row.monolithic_bytes_per_move),
+            format!("{:.0} %", row.hit_rate * 100.0),
+            format!("{:.1} s", row.seconds_per_move),
+            format!("{:.1}", row.messages_per_move),
+            bytes(row.repository_bytes),
+        ]);
+    }
+    table.print(&ctx.printer)?;
+    ctx.printer.note(format!(
+        "{} moves in {} clouds with {} VMs, {} not done; {} crashes, {} messages, {} presences, {} steps of cores; \
+         seed {}. Components, own and whole disk are bytes per move",
+        outcome.moves,
+        outcome.clouds,
+        outcome.vms,
+        outcome.moves_not_done,
+        outcome.crashes,
+        outcome.messages,
+        outcome.presences,
+        outcome.steps,
+        outcome.seed
+    ));
+    Ok(())
+}
+
+fn csv(outcome: &Simulated) -> String {
+    let mut text =
+        "moves,simulated_hours,component_bytes_per_move,own_bytes_per_move,monolithic_bytes_per_move,\
+                    hit_rate,seconds_per_move,messages_per_move,repository_bytes\n"
+            .to_owned();
+    for r in &outcome.rows {
+        text.push_str(&format!(
+            "{},{:.3},{},{},{},{:.4},{:.3},{:.2},{}\n",
+            r.moves,
+            r.simulated_hours,
+            r.component_bytes_per_move,
+            r.own_bytes_per_move,
+            r.monolithic_bytes_per_move,
+            r.hit_rate,
+            r.seconds_per_move,
+            r.messages_per_move,
+            r.repository_bytes
+        ));
+    }
+    text
+}

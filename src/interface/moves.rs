@@ -1,0 +1,190 @@
+//! What is asked about moves and told of them: plans, migrations, what they cost, and decisions about owners.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::UnixMillis;
+use crate::types::{CloudName, MemberJid, MigrationId, PeerText, VmId, VmName};
+
+use super::problem::Problem;
+
+/// Which cloud of a migration is to own the VM, as seen from the broker that is asked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Side {
+    Here,
+    There,
+}
+
+/// One answer to "can you take this VM".
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct PlanView {
+    pub vm: VmName,
+    /// Ranked, best first; members that cannot take it come last with the reasons.
+    pub candidates: Vec<Candidate>,
+    /// What stands in the way here, whoever takes it.
+    #[serde(default)]
+    pub notes: Vec<String>,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Candidate {
+    pub cloud: Option<CloudName>,
+    pub jid: MemberJid,
+    pub verdict: Verdict,
+    /// Bytes of components that will travel: stored form of packs and manifests, or the deltas that
+    /// are ready. Exact unless `deltas_unknown`.
+    pub component_bytes_missing: u64,
+    /// Deltas from what the member holds are still to be made: less will travel.
+    #[serde(default)]
+    pub deltas_unknown: bool,
+    pub components_needed: u32,
+    pub components_held: u32,
+    pub packs_missing: u32,
+    /// Plain bytes of root delta and user-data blocks it lacks, an upper bound of what they take on the wire.
+    pub root_delta_bytes_missing: u64,
+    pub user_data_bytes_missing: u64,
+    /// Predicted duration, seconds, by earlier moves to that member; `None` before the first.
+    pub seconds_low: Option<f64>,
+    pub seconds_high: Option<f64>,
+    pub answer_ms: f64,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(tag = "verdict", rename_all = "kebab-case")]
+pub enum Verdict {
+    Yes,
+    WithDifferences {
+        differences: Vec<Reason>,
+    },
+    No {
+        reasons: Vec<Reason>,
+    },
+    /// Why it was not asked.
+    NotAsked {
+        reasons: Vec<Reason>,
+    },
+}
+
+impl Verdict {
+    /// Whether the member said that it could take the VM.
+    pub fn is_yes(&self) -> bool {
+        matches!(self, Verdict::Yes | Verdict::WithDifferences { .. })
+    }
+}
+
+/// A machine-readable difference or blocker.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Reason {
+    /// Stable code such as `memory`, `network-missing`, `architecture`.
+    pub code: String,
+    pub text: PeerText,
+    #[serde(default)]
+    pub next_step: PeerText,
+}
+
+/// A migration as it is now, or was.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct MigrationView {
+    pub progress: MigrationProgress,
+    pub account: Account,
+    /// Why it ended without a hand-over.
+    pub problem: Option<Problem>,
+    /// What else is to be known of it, such as an operator's override; empty in lists.
+    #[serde(default)]
+    pub remarks: Vec<String>,
+}
+
+/// An operator's decision about a hand-over in doubt, before or after it was made.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ResolutionView {
+    pub migration: MigrationId,
+    pub vm: VmName,
+    pub vm_id: VmId,
+    pub owner: Side,
+    pub peer: MemberJid,
+    /// Of the other cloud's key.
+    pub fingerprint: String,
+    /// What is done and what it risks.
+    pub statement: String,
+    /// What to make sure of first.
+    pub checks: Vec<String>,
+    pub done: bool,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct MigrationProgress {
+    pub id: MigrationId,
+    pub vm: VmName,
+    pub vm_id: VmId,
+    /// `source` or `target`: this broker's part in it.
+    pub role: String,
+    pub peer: MemberJid,
+    pub peer_cloud: Option<CloudName>,
+    /// `negotiate`, `stage`, `compose`, `switch-over`, `start`, `release`, `completed`, `cancelled`, `failed`, `in-doubt`,
+    /// `waiting` (cut by a restart, begins again).
+    pub phase: String,
+    /// Words for a person about what is happening or awaited now.
+    pub detail: String,
+    /// Payload bytes delivered and expected so far; `total` may grow when a pass finds more.
+    pub bytes_done: u64,
+    pub bytes_total: u64,
+    pub rate_bytes_per_s: u64,
+    pub eta_s: Option<u64>,
+    /// Phase-weighted, 0 to 1, never falls.
+    pub fraction: f64,
+    pub started: UnixMillis,
+    pub updated: UnixMillis,
+    pub ended: bool,
+    /// The VM's epoch at the source when the move began; 0 at the target.
+    #[serde(default)]
+    pub epoch: u64,
+    /// The VM was handed over in it: given away, though it may have come back, or taken over.
+    #[serde(default)]
+    pub handed_over: bool,
+    /// Earlier tries of the same move that restarts cut short.
+    #[serde(default)]
+    pub attempt: u32,
+}
+
+/// What a move cost, and what it would have cost without components.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct Account {
+    pub components_needed: u32,
+    pub components_held: u32,
+    pub components_fetched: u32,
+    pub packs_needed: u32,
+    pub packs_fetched: u32,
+    /// Names of the components that travelled, wholly or in part.
+    pub fetched: Vec<PeerText>,
+    /// Payload bytes as they travelled, by kind.
+    pub component_bytes: u64,
+    pub root_delta_bytes: u64,
+    pub user_data_bytes: u64,
+    /// Negotiation, chunk maps and framing.
+    pub control_bytes: u64,
+    /// UDP payload of the data link, both directions.
+    pub wire_bytes: u64,
+    /// Time in which content was fetched.
+    #[serde(default)]
+    pub fetch_ms: u64,
+    /// How long the guest took to shut down.
+    #[serde(default)]
+    pub shutdown_ms: Option<u64>,
+    /// What came across so far, as it is known while a pass is under way and when one fails; what the
+    /// others say is of passes that were completed.
+    #[serde(default)]
+    pub carried_bytes: u64,
+    /// Whole disks through zstd level 3, and raw allocated bytes; `None` until estimated.
+    pub monolithic_zstd_bytes: Option<u64>,
+    pub monolithic_raw_bytes: Option<u64>,
+    /// Bytes of its disks the source read in its last look at them, while the VM stood still.
+    pub last_scan_bytes: Option<u64>,
+    /// Milliseconds per phase.
+    pub phase_ms: BTreeMap<String, u64>,
+    /// From the VM's stop at the source to its start at the target.
+    pub downtime_ms: Option<u64>,
+    /// From the start at the target to the guest's own ready line, where it prints one.
+    pub boot_ms: Option<u64>,
+}

@@ -1,0 +1,200 @@
+//! What is asked about VMs and told of them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::UnixMillis;
+use crate::migration::records::{Autostart, Shape};
+use crate::types::{ByteSize, ImageDigest, MemberJid, MigrationId, RecipeId, VmId, VmName};
+use crate::vm::spec::Nic;
+use crate::vm::{Firmware, Mac, PowerState, VmSpec};
+
+use super::problem::Problem;
+
+/// A new VM. With a user-data size of zero it has no second disk.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmCreate {
+    pub name: VmName,
+    pub components: Vec<String>,
+    pub ordered: bool,
+    pub root_size: ByteSize,
+    pub user_data_size: ByteSize,
+    pub memory: ByteSize,
+    pub cpus: u32,
+    pub networks: Vec<String>,
+    pub kernel_command_line: String,
+    pub start: bool,
+}
+
+/// What shall be another of a VM; what is not given stays.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSet {
+    pub vm: String,
+    #[serde(default)]
+    pub name: Option<VmName>,
+    /// CPUs and memory of a VM that runs are another from its next start on.
+    #[serde(default)]
+    pub cpus: Option<u32>,
+    #[serde(default)]
+    pub memory: Option<ByteSize>,
+    /// One line; empty for none.
+    #[serde(default)]
+    pub description: Option<String>,
+    #[serde(default)]
+    pub autostart: Option<Autostart>,
+    /// Zero for the cloud's own.
+    #[serde(default)]
+    pub stop_timeout_s: Option<u32>,
+}
+
+/// A VM to be made of disks on the broker's machine.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmAdopt {
+    pub name: VmName,
+    /// Absolute paths.
+    pub disk: String,
+    pub user_data: Option<String>,
+    /// Of both disks: `auto`, or a format that `compose` writes.
+    pub format: String,
+    /// Debian architecture name.
+    pub architecture: String,
+    pub firmware: Firmware,
+    pub memory: ByteSize,
+    pub cpus: u32,
+    pub networks: Vec<String>,
+    /// What is not known becomes part of a component that others can use, instead of the root delta.
+    pub share: bool,
+    /// Only tell what would be known.
+    pub dry_run: bool,
+    pub start: bool,
+    #[serde(default)]
+    pub hardware: AdoptHardware,
+}
+
+/// What the guest knew of its old machine, as far as an operator gives it: no disk has it.
+#[derive(Clone, PartialEq, Default, Debug, Serialize, Deserialize)]
+pub struct AdoptHardware {
+    /// Of the networks, in their order.
+    pub macs: Vec<Mac>,
+    pub cpu_model: Option<String>,
+    /// Absolute path of a file with the variables of the UEFI firmware.
+    pub nvram: Option<String>,
+}
+
+/// What of an existing disk was known.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct AdoptedView {
+    pub name: VmName,
+    pub format: String,
+    /// Size of the disk as it was given, and as it is a VM's: a multiple of 1 MiB.
+    pub disk_bytes: u64,
+    pub size_bytes: u64,
+    /// The image digest of the disk.
+    pub digest: ImageDigest,
+    /// Bytes found in packs, bytes that are nowhere, and zeros; in blocks of 4 KiB.
+    pub known_bytes: u64,
+    pub residue_bytes: u64,
+    pub zero_bytes: u64,
+    pub extents: u64,
+    pub packs: u64,
+    /// Packs held that were too many to be looked into.
+    pub packs_left_out: u64,
+    pub known_from: Vec<KnownFromView>,
+    pub elapsed_ms: u64,
+    /// What the disk is and how it boots, in words.
+    #[serde(default)]
+    pub what: String,
+    #[serde(default)]
+    pub boots: String,
+    /// Where that differs from what was asked for, and what stays behind.
+    #[serde(default)]
+    pub notes: Vec<String>,
+    /// Component of the base and the VM; not there after a dry run.
+    pub component: Option<String>,
+    pub vm: Option<Box<VmView>>,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct KnownFromView {
+    /// `name@version`.
+    pub component: String,
+    pub packs: u64,
+    pub bytes: u64,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ExportedView {
+    pub output: String,
+    pub format: String,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    pub elapsed_ms: u64,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct VmView {
+    pub id: VmId,
+    pub name: VmName,
+    pub power: PowerState,
+    /// `here`, `given-up` (now in another cloud, copy kept for the grace period), `in-doubt`,
+    /// `contested` (here, and in another cloud too; see `problem`), or `damaged` (its record cannot be used, only its id is known).
+    pub ownership: String,
+    /// Where it went, when it was given up.
+    pub owner: Option<MemberJid>,
+    pub epoch: u64,
+    /// When its record was made in this cloud.
+    #[serde(default)]
+    pub created: UnixMillis,
+    pub cpus: u32,
+    pub memory: ByteSize,
+    pub root_size: ByteSize,
+    pub user_data_size: ByteSize,
+    pub nics: Vec<Nic>,
+    pub recipe: RecipeId,
+    pub components: Vec<String>,
+    /// Bytes of the root delta and user data that are really allocated on disk.
+    pub root_delta_bytes: u64,
+    pub user_data_bytes: u64,
+    pub console_socket: String,
+    pub console_log: String,
+    /// The migration that holds it now.
+    pub migration: Option<MigrationId>,
+    /// What an operator must know before touching it: in doubt, contested, damaged.
+    #[serde(default)]
+    pub problem: Option<Problem>,
+    #[serde(default)]
+    pub description: String,
+    #[serde(default)]
+    pub autostart: Autostart,
+    /// Its own; the cloud's `migration.stop_timeout_s` holds without one.
+    #[serde(default)]
+    pub stop_timeout_s: Option<u32>,
+    /// The CPUs and memory it runs with, where others hold from its next start on.
+    #[serde(default)]
+    pub runs_as: Option<Shape>,
+    pub spec: VmSpec,
+}
+
+/// What `vm delete` destroys.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Deleted {
+    /// The VM itself: its disks are here and nowhere else.
+    Vm,
+    /// The copy that it left here when it was handed over.
+    KeptCopy,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct DeletedView {
+    pub id: VmId,
+    pub name: VmName,
+    pub what: Deleted,
+    /// Who has the VM, if only a copy was here.
+    pub owner: Option<MemberJid>,
+    /// Bytes that were allocated.
+    pub root_delta_bytes: u64,
+    pub user_data_bytes: u64,
+}

@@ -1,0 +1,525 @@
+//! A scenario: which clouds, which VMs, how often they move, what fails. And its run, with what came of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::broker::CallId;
+use crate::interface::{MigrationView, Reply, Request};
+use crate::migration::records::VmRecord;
+use crate::types::{ByteSize, MigrationId, VmId};
+use crate::vm::{Firmware, PowerState, VmSpec};
+
+use super::cloud::{Cloud, Shape};
+use super::model::{Catalogue, Component};
+use super::world::{Links, Random, World};
+
+/// Clouds of one room; what comes then is written in `SIMULATION.md`.
+const CLOUDS_MAX: u32 = 1000;
+const VMS_MAX: u32 = 100_000;
+const HOURS_MAX: f64 = 24.0 * 366.0;
+const ROOT_BYTES: u64 = 4 << 30;
+
+/// As a file says.
+#[derive(Clone, PartialEq, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenario {
+    pub seed: u64,
+    pub clouds: u32,
+    pub vms: u32,
+    pub hours: f64,
+    /// On average over the day.
+    pub moves_per_hour: f64,
+    /// How much more there is to do at the busiest hour than on average; 0 to 1.
+    #[serde(default)]
+    pub day_and_night: f64,
+    /// Programs of one VM.
+    #[serde(default = "one")]
+    pub programs_per_vm: u32,
+    /// How unevenly programs are liked: the k-th most liked with a weight of 1/k to this.
+    #[serde(default)]
+    pub zipf: f64,
+    /// What a VM has of its own.
+    pub own: ByteSize,
+    /// Whether targets are chosen by asking members, as 'cicada move' without --to does.
+    #[serde(default)]
+    pub choose_targets: bool,
+    #[serde(default)]
+    pub link: Link,
+    #[serde(default)]
+    pub faults: Faults,
+}
+
+fn one() -> u32 {
+    1
+}
+
+#[derive(Clone, PartialEq, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Link {
+    pub latency_ms: u64,
+    pub bytes_per_s: u64,
+    /// Of a message, each way; 0 to 1.
+    pub loss: f64,
+    pub presence_pause_s: u64,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        Self { latency_ms: 20, bytes_per_s: 12_500_000, loss: 0.0, presence_pause_s: 60 }
+    }
+}
+
+#[derive(Clone, PartialEq, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Faults {
+    /// Of brokers, all clouds together.
+    pub crashes_per_hour: f64,
+    pub down_s: u64,
+}
+
+/// Why there is nothing to simulate.
+#[derive(Debug, thiserror::Error)]
+pub enum ScenarioError {
+    #[error("{0}")]
+    Syntax(String),
+    #[error("{field}: {reason}")]
+    Field { field: &'static str, reason: String },
+    #[error("line {line} of the packages: {reason}")]
+    Packages { line: usize, reason: &'static str },
+    #[error("seed {seed}, after {after_s} simulated seconds and {moves} moves: {what}")]
+    Violated { seed: u64, after_s: u64, moves: u64, what: String },
+    #[error("was stopped")]
+    Stopped,
+}
+
+/// What a run came to, every so many moves.
+#[derive(Clone, PartialEq, Debug, Default, Serialize)]
+pub struct Row {
+    /// Moves done by then.
+    pub moves: u64,
+    pub simulated_hours: f64,
+    /// Of the moves since the row before: bytes of components, and of what was the VM's own.
+    pub component_bytes_per_move: u64,
+    pub own_bytes_per_move: u64,
+    /// What copying the whole disk, compressed, would have sent.
+    pub monolithic_bytes_per_move: u64,
+    /// Of the bytes of components that were needed, the share that was there already.
+    pub hit_rate: f64,
+    pub seconds_per_move: f64,
+    pub messages_per_move: f64,
+    /// Of all clouds together.
+    pub repository_bytes: u64,
+}
+
+/// How a run ended.
+#[derive(Clone, PartialEq, Debug, Default, Serialize)]
+pub struct Outcome {
+    pub seed: u64,
+    pub clouds: u32,
+    pub vms: u32,
+    pub moves: u64,
+    pub moves_not_done: u64,
+    pub simulated_hours: f64,
+    pub messages: u64,
+    pub presences: u64,
+    pub steps: u64,
+    pub crashes: u64,
+    pub rows: Vec<Row>,
+}
+
+impl Scenario {
+    /// # Errors
+    /// What is wrong with it, and where.
+    pub fn parse(text: &str) -> Result<Self, ScenarioError> {
+        let scenario: Self =
+            toml::from_str(text).map_err(|e| ScenarioError::Syntax(e.to_string().trim().to_owned()))?;
+        scenario.check()?;
+        Ok(scenario)
+    }
+
+    fn check(&self) -> Result<(), ScenarioError> {
+        let no = |field, reason: String| Err(ScenarioError::Field { field, reason });
+        if !(2..=CLOUDS_MAX).contains(&self.clouds) {
+            return no("clouds", format!("{}: 2 to {CLOUDS_MAX} are possible", self.clouds));
+        }
+        if !(1..=VMS_MAX).contains(&self.vms) {
+            return no("vms", format!("{}: 1 to {VMS_MAX} are possible", self.vms));
+        }
+        for (field, value, most) in [
+            ("hours", self.hours, HOURS_MAX),
+            ("moves_per_hour", self.moves_per_hour, 1e6),
+            ("day_and_night", self.day_and_night, 1.0),
+            ("zipf", self.zipf, 10.0),
+            ("link.loss", self.link.loss, 0.9),
+            ("faults.crashes_per_hour", self.faults.crashes_per_hour, 1e5),
+        ] {
+            if !value.is_finite() || value < 0.0 || value > most {
+                return no(field, format!("{value}: 0 to {most} is possible"));
+            }
+        }
+        if self.hours == 0.0 || self.moves_per_hour == 0.0 {
+            return no("hours", "nothing would move: hours and moves_per_hour must be more than 0".into());
+        }
+        if self.link.bytes_per_s == 0 {
+            return no("link.bytes_per_s", "nothing would ever arrive".into());
+        }
+        if self.faults.crashes_per_hour > 0.0 && self.faults.down_s == 0 {
+            return no("faults.down_s", "brokers that crash must be down for a second at least".into());
+        }
+        Ok(())
+    }
+
+    /// Runs it. `packages` says what components consist of (`fixtures/sim/packages.tsv`); `progress` is told the
+    /// share that is done, and says whether to go on.
+    ///
+    /// # Errors
+    /// A rule that was broken, with the seed and when.
+    pub fn run(
+        &self,
+        packages: &str,
+        mut progress: impl FnMut(f64) -> bool,
+    ) -> Result<Outcome, ScenarioError> {
+        let catalogue = Catalogue { components: components(packages)?, recipes: Vec::new() };
+        let programs: Vec<usize> = (0..catalogue.components.len())
+            .filter(|at| !matches!(catalogue.components[*at].name.as_str(), "os" | "kernel"))
+            .collect();
+        let base: Vec<usize> = (0..catalogue.components.len()).filter(|at| !programs.contains(at)).collect();
+        if programs.is_empty() || base.len() < 2 {
+            return Err(ScenarioError::Packages { line: 1, reason: "os, kernel and a program are needed" });
+        }
+        let mut random = Random(self.seed ^ 0x5eed);
+        let (mut catalogue, mut kinds) = (catalogue, BTreeMap::new());
+        let vms: Vec<usize> = (0..self.vms)
+            .map(|_| {
+                let mut parts: BTreeSet<usize> = BTreeSet::new();
+                for _ in 0..self.programs_per_vm.min(programs.len() as u32) {
+                    parts.insert(programs[zipf(&mut random, programs.len(), self.zipf)]);
+                }
+                let parts: Vec<usize> = base.iter().copied().chain(parts).collect();
+                *kinds.entry(parts.clone()).or_insert_with(|| catalogue.add_recipe(parts, ROOT_BYTES))
+            })
+            .collect();
+        let shape = Shape { cpus: 100_000, memory: ByteSize(1 << 44), settings: SETTINGS.into() };
+        let clouds = (0..self.clouds).map(|n| Cloud::new(&format!("c{n}"), shape.clone())).collect();
+        let links = Links {
+            latency_ms: self.link.latency_ms,
+            bytes_per_s: self.link.bytes_per_s,
+            loss: self.link.loss,
+            presence_pause_ms: self.link.presence_pause_s * 1000,
+        };
+        let mut world = World::placed(self.seed, clouds, catalogue, links, |world| {
+            for (n, kind) in vms.iter().enumerate() {
+                let record = record(n, *kind, &world.catalogue);
+                world.place(n % self.clouds as usize, record, self.own.0)?;
+            }
+            Ok(())
+        })
+        .map_err(|what| self.violated(0, 0, what))?;
+        let begun = world.now;
+        let mut run = Run::new(self, &world);
+        // Everybody sees everybody first.
+        run.advance(&mut world, Duration::from_secs(60))?;
+        let end = begun.plus(Duration::from_secs_f64(self.hours * 3600.0));
+        while world.now < end {
+            let hour = world.now.since(begun).as_secs_f64() / 3600.0;
+            let busy = 1.0 + self.day_and_night * (std::f64::consts::TAU * (hour / 24.0 - 0.25)).sin();
+            let rate = self.moves_per_hour * busy + self.faults.crashes_per_hour;
+            let pause = -(1.0 - world.random.fraction()).ln() / rate.max(1e-9) * 3600.0;
+            run.advance(&mut world, Duration::from_secs_f64(pause.min(3600.0)))?;
+            if pause >= 3600.0 {
+                continue;
+            }
+            let crash = self.faults.crashes_per_hour / rate;
+            if world.random.chance(crash) {
+                let at = world.random.below(world.clouds.len());
+                world.crash(at, Duration::from_secs(self.faults.down_s));
+            } else {
+                run.begin_move(&mut world);
+            }
+            if !progress((hour / self.hours).min(1.0)) {
+                return Err(ScenarioError::Stopped);
+            }
+        }
+        // What is under way ends.
+        run.advance(&mut world, Duration::from_secs(3600))?;
+        Ok(run.end(&world))
+    }
+
+    fn violated(&self, after_s: u64, moves: u64, what: String) -> ScenarioError {
+        ScenarioError::Violated { seed: self.seed, after_s, moves, what }
+    }
+}
+
+/// Leases and patience as they ship; no bounds that a federation of one room would not have.
+const SETTINGS: &str = "[migration]\nconcurrency = 1000\nrequests_per_minute = 600000\n[[member]]\njid = \"nobody@sim.example\"\n";
+
+fn components(packages: &str) -> Result<Vec<Component>, ScenarioError> {
+    let mut all: Vec<(String, Vec<(String, u64)>)> = Vec::new();
+    for (line, text) in (1..).zip(packages.lines()) {
+        let bad = |reason| ScenarioError::Packages { line, reason };
+        let mut fields = text.split('\t');
+        let (Some(component), Some(pack), Some(bytes), None) =
+            (fields.next(), fields.next(), fields.next(), fields.next())
+        else {
+            return Err(bad("three fields are expected, apart by tabs"));
+        };
+        let bytes: u64 = bytes.parse().map_err(|_| bad("the third field is no number of bytes"))?;
+        match all.iter_mut().find(|(name, _)| name == component) {
+            Some((_, packs)) => packs.push((pack.to_owned(), bytes)),
+            None => all.push((component.to_owned(), vec![(pack.to_owned(), bytes)])),
+        }
+    }
+    Ok(all.iter().map(|(name, packs)| Component::new(name, packs)).collect())
+}
+
+/// A place among `n`, the k-th with a weight of 1/k to the `power`.
+fn zipf(random: &mut Random, n: usize, power: f64) -> usize {
+    let weight = |k: usize| ((k + 1) as f64).powf(-power);
+    let mut left = random.fraction() * (0..n).map(weight).sum::<f64>();
+    for k in 0..n {
+        left -= weight(k);
+        if left <= 0.0 {
+            return k;
+        }
+    }
+    n - 1
+}
+
+fn id_of(n: usize) -> VmId {
+    VmId(uuid::Uuid::from_u128(n as u128 + 1))
+}
+
+fn record(n: usize, kind: usize, catalogue: &Catalogue) -> VmRecord {
+    let spec = VmSpec {
+        id: id_of(n),
+        name: match format!("vm{n}").parse() {
+            Ok(name) => name,
+            Err(_) => crate::types::VmName::unknown(id_of(n)),
+        },
+        cpus: 1,
+        memory: ByteSize(1 << 30),
+        recipe: catalogue.recipes[kind].id,
+        root_size: ByteSize(ROOT_BYTES),
+        user_data_size: ByteSize(1 << 30),
+        nics: Vec::new(),
+        architecture: "amd64".into(),
+        cpu_model: "qemu64".into(),
+        firmware: Firmware::Bios,
+    };
+    VmRecord { run: true, ..VmRecord::new(spec, Vec::new(), "disks-1", crate::clock::UnixMillis(1)) }
+}
+
+/// A run under way: the moves asked for, and what came of those that ended.
+struct Run<'a> {
+    scenario: &'a Scenario,
+    begun: crate::clock::UnixMillis,
+    open: Vec<(usize, CallId)>,
+    /// Where each VM was seen last.
+    owners: Vec<usize>,
+    row_moves: u64,
+    since: Row,
+    needed_bytes: u64,
+    messages: u64,
+    seconds: f64,
+    outcome: Outcome,
+}
+
+impl<'a> Run<'a> {
+    fn new(scenario: &'a Scenario, world: &World) -> Self {
+        let expected = scenario.hours * scenario.moves_per_hour;
+        Self {
+            scenario,
+            begun: world.now,
+            open: Vec::new(),
+            owners: (0..scenario.vms as usize).map(|n| n % scenario.clouds as usize).collect(),
+            row_moves: ((expected / 40.0) as u64).max(1),
+            since: Row::default(),
+            needed_bytes: 0,
+            messages: 0,
+            seconds: 0.0,
+            outcome: Outcome {
+                seed: scenario.seed,
+                clouds: scenario.clouds,
+                vms: scenario.vms,
+                ..Outcome::default()
+            },
+        }
+    }
+
+    fn advance(&mut self, world: &mut World, by: Duration) -> Result<(), ScenarioError> {
+        let until = world.now.plus(by);
+        let result = world.run_until(until, |world, at| sound(world, at));
+        let after_s = world.now.since(self.begun).as_secs();
+        result.map_err(|what| self.scenario.violated(after_s, self.outcome.moves, what))?;
+        self.collect(world);
+        Ok(())
+    }
+
+    fn begin_move(&mut self, world: &mut World) {
+        let n = world.random.below(self.owners.len());
+        let at = self.owner_of(world, n);
+        let other = (at + 1 + world.random.below(world.clouds.len() - 1)) % world.clouds.len();
+        let to = (!self.scenario.choose_targets).then(|| world.clouds[other].name().to_owned());
+        let request = Request::Move { vm: id_of(n).to_string(), to, dry_run: false, force_stop: true };
+        match world.call(at, request) {
+            Some(call) => self.open.push((at, call)),
+            None => self.outcome.moves_not_done += 1,
+        }
+    }
+
+    fn owner_of(&mut self, world: &World, n: usize) -> usize {
+        let here = |at: usize| world.clouds[at].book.vm(id_of(n)).is_some_and(|r| r.is_here());
+        if !here(self.owners[n])
+            && let Some(at) = (0..world.clouds.len()).find(|at| here(*at))
+        {
+            self.owners[n] = at;
+        }
+        self.owners[n]
+    }
+
+    /// Takes in the moves that have ended.
+    fn collect(&mut self, world: &mut World) {
+        let mut open = std::mem::take(&mut self.open);
+        open.retain(|(at, call)| match world.clouds[*at].replies.remove(call) {
+            None => {
+                world.clouds[*at].broker.is_some() || {
+                    // Its broker died; the move goes on or not without anybody who waits for it.
+                    self.outcome.moves_not_done += 1;
+                    false
+                }
+            }
+            Some(Ok(Reply::Migration(view))) => {
+                self.moved(world, &view);
+                false
+            }
+            Some(_) => {
+                self.outcome.moves_not_done += 1;
+                false
+            }
+        });
+        self.open = open;
+    }
+
+    fn moved(&mut self, world: &World, view: &MigrationView) {
+        let p = &view.progress;
+        let id: MigrationId = p.id;
+        let (component_bytes, own_bytes) = world.carried.get(&id).copied().unwrap_or_default();
+        let needed: u64 = world
+            .clouds
+            .iter()
+            .find_map(|c| c.book.vm(p.vm_id))
+            .and_then(|record| world.catalogue.made(&record.spec.recipe))
+            .map_or(0, |made| world.catalogue.packs_of(made).iter().map(|(_, bytes)| bytes).sum());
+        self.since.component_bytes_per_move += component_bytes;
+        self.since.own_bytes_per_move += own_bytes;
+        self.since.monolithic_bytes_per_move += needed + self.scenario.own.0;
+        self.since.moves += 1;
+        self.needed_bytes += needed;
+        self.seconds += p.updated.since(p.started).as_secs_f64();
+        self.outcome.moves += 1;
+        if self.since.moves >= self.row_moves {
+            self.end_row(world);
+        }
+    }
+
+    fn end_row(&mut self, world: &World) {
+        let mut row = std::mem::take(&mut self.since);
+        let n = row.moves.max(1);
+        let sent = row.component_bytes_per_move;
+        row.hit_rate = 1.0 - sent as f64 / self.needed_bytes.max(1) as f64;
+        row.component_bytes_per_move = sent / n;
+        row.own_bytes_per_move /= n;
+        row.monolithic_bytes_per_move /= n;
+        row.seconds_per_move = self.seconds / n as f64;
+        row.messages_per_move = (world.counts.messages - self.messages) as f64 / n as f64;
+        row.moves = self.outcome.moves;
+        row.simulated_hours = world.now.since(self.begun).as_secs_f64() / 3600.0;
+        row.repository_bytes = world.clouds.iter().map(|c| c.stored_bytes).sum();
+        (self.needed_bytes, self.seconds, self.messages) = (0, 0.0, world.counts.messages);
+        self.outcome.rows.push(row);
+    }
+
+    fn end(mut self, world: &World) -> Outcome {
+        if self.since.moves > 0 {
+            self.end_row(world);
+        }
+        self.outcome.moves_not_done += self.open.len() as u64;
+        let counts = &world.counts;
+        Outcome {
+            simulated_hours: world.now.since(self.begun).as_secs_f64() / 3600.0,
+            messages: counts.messages,
+            presences: counts.presences,
+            steps: counts.steps,
+            crashes: counts.crashes,
+            ..self.outcome
+        }
+    }
+}
+
+/// What must hold after every step: of the VMs of the cloud in which it was made.
+fn sound(world: &World, at: usize) -> Result<(), String> {
+    for (vm, power) in &world.clouds[at].power {
+        if *power != PowerState::Running {
+            continue;
+        }
+        if world.clouds[at].book.vm(*vm).is_some_and(|r| !r.is_here()) {
+            return Err(format!("{vm} runs in {}, which gave it up", world.clouds[at].jid));
+        }
+        if world.is_crowded(*vm) {
+            return Err(format!("{vm} runs in more than one cloud"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PACKAGES: &str = "os\tlibc_1\t1000\nos\tbash_1\t500\nkernel\tlinux_6\t3000\nweb\tnginx_1\t200\n\
+                            db\tpg_1\t900\ndb\tlibc_1\t1000";
+
+    fn text(more: &str) -> String {
+        format!(
+            "seed = 1\nclouds = 3\nvms = 6\nhours = 2\nmoves_per_hour = 30\nown = \"1M\"\nzipf = 1.0\n{more}"
+        )
+    }
+
+    #[test]
+    fn a_repository_learns_and_a_seed_makes_a_run() {
+        let scenario = Scenario::parse(&text("")).unwrap();
+        let outcome = scenario.run(PACKAGES, |_| true).unwrap();
+        assert!(outcome.moves > 30, "{outcome:?}");
+        let (first, last) = (&outcome.rows[0], &outcome.rows[outcome.rows.len() - 1]);
+        assert_eq!(last.component_bytes_per_move, 0, "all is everywhere by then: {outcome:?}");
+        assert!(first.hit_rate <= last.hit_rate && last.hit_rate == 1.0);
+        assert_eq!(scenario.run(PACKAGES, |_| true).unwrap(), outcome);
+        let crashing = text("[faults]\ncrashes_per_hour = 30\ndown_s = 5\n[link]\nloss = 0.05\n");
+        let outcome = Scenario::parse(&crashing).unwrap().run(PACKAGES, |_| true).unwrap();
+        assert!(outcome.crashes > 10 && outcome.moves > 0, "{outcome:?}");
+        assert!(matches!(scenario.run(PACKAGES, |_| false), Err(ScenarioError::Stopped)));
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_named() {
+        for (more, words) in [
+            ("colour = 1", "colour"),
+            ("day_and_night = 2", "day_and_night"),
+            ("[link]\nbytes_per_s = 0", "nothing would ever arrive"),
+            ("[faults]\ncrashes_per_hour = 1", "down_s"),
+            ("zipf = \"x\"", "duplicate key"),
+        ] {
+            let e = Scenario::parse(&text(more)).unwrap_err().to_string();
+            assert!(e.contains(words), "{e}");
+        }
+        let one = text("").replace("clouds = 3", "clouds = 1");
+        assert!(Scenario::parse(&one).unwrap_err().to_string().contains("2 to 1000"));
+        let scenario = Scenario::parse(&text("")).unwrap();
+        for (packages, words) in [("os\tx", "line 1"), ("os\tx\ty", "number"), ("os\tx\t1", "a program")] {
+            let e = scenario.run(packages, |_| true).unwrap_err().to_string();
+            assert!(e.contains(words), "{e}");
+        }
+    }
+}
