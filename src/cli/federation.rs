@@ -91,6 +91,7 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
     | Command::List { owner }) = &command;
     let session = Session::open(&config, owner).await?;
     let result = session.run(ctx, &config, command).await;
+    session.tell_claim(ctx);
     session.admin.close().await;
     result
 }
@@ -134,7 +135,6 @@ impl Session {
                 if *me != self.owner {
                     self.step(self.admin.add_member(me)).await?;
                 }
-                self.tell_claim(ctx);
                 let verb = if created.made { "is made" } else { "is ready" };
                 done(format!("{} {verb}; {me} may be in it", self.room));
                 let server = self.admin.server().await;
@@ -156,7 +156,6 @@ impl Session {
                     false => None,
                 };
                 self.step(self.admin.add_member(&member)).await?;
-                self.tell_claim(ctx);
                 done(format!("{member} may be in {}", self.room));
                 if let Some(reason) = silent {
                     ctx.printer.aloud().note(format!(
@@ -178,14 +177,13 @@ impl Session {
             }
             Command::List { .. } => {
                 let members = self.step(self.admin.list_members()).await?;
-                self.tell_claim(ctx);
                 return print_list(ctx, members);
             }
         }
         Ok(())
     }
 
-    /// Nobody is made an owner without a word.
+    /// Nobody is made an owner without a word, whatever came of the rest.
     fn tell_claim(&self, ctx: &Context) {
         if self.admin.has_claimed() {
             ctx.printer.aloud().note(format!(
