@@ -15,6 +15,7 @@ use crate::component::manifest::{
 };
 use crate::component::recipe::EPOCH_S;
 use crate::repository::Repository;
+use crate::sparse::{self, Content, SparseFile};
 use crate::types::{ComponentId, Hash, PackId};
 
 /// Who a component is.
@@ -32,12 +33,12 @@ pub struct Identity {
 
 /// Where the content of a scanned tree's files is read.
 pub trait Contents {
-    fn open(&self, path: &[u8]) -> Result<Box<dyn Read + '_>, BuildError>;
+    fn open(&self, path: &[u8]) -> Result<Box<dyn Content + '_>, BuildError>;
 }
 
 impl Contents for super::scan::Root {
-    fn open(&self, path: &[u8]) -> Result<Box<dyn Read + '_>, BuildError> {
-        Ok(Box::new(super::sparse::SparseFile::new(self.file(path)?)))
+    fn open(&self, path: &[u8]) -> Result<Box<dyn Content + '_>, BuildError> {
+        Ok(Box::new(SparseFile::new(self.file(path)?)))
     }
 }
 
@@ -375,9 +376,8 @@ impl Layer<'_> {
     }
 
     fn hash(&self, path: &[u8]) -> Result<Hash, BuildError> {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(self.contents.open(path)?).map_err(BuildError::read(show(path)))?;
-        Ok(hasher.finalize().into())
+        let mut content = self.contents.open(path)?;
+        sparse::hash_of(&mut content).map_err(BuildError::read(show(path)))
     }
 }
 
