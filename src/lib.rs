@@ -6,6 +6,7 @@
 pub mod clock;
 pub mod durable;
 pub mod fault;
+pub mod sparse;
 pub mod types;
 pub mod unix_socket;
 // Level 1: pure

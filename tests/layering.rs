@@ -11,6 +11,7 @@ const ROOMS: &[(&str, u8, &[&str])] = &[
     ("durable", 0, &["fault"]),
     ("fault", 0, &[]),
     ("unix_socket", 0, &[]),
+    ("sparse", 0, &["types"]),
     ("stanza", 1, &[]),
     ("vm", 1, &[]),
     ("component", 1, &[]),

@@ -38,8 +38,11 @@ fn put(repository: &Repository, content: &[u8]) -> PackId {
 fn plain(repository: &Repository, id: &PackId) -> Vec<u8> {
     let mut out = Vec::new();
     repository
-        .read_pack(id, &mut |_, bytes| {
-            out.extend_from_slice(bytes);
+        .read_pack(id, &mut |_, run| {
+            match run {
+                cicada::sparse::Run::Data(bytes) => out.extend_from_slice(bytes),
+                cicada::sparse::Run::Zeros(len) => out.resize(out.len() + len as usize, 0),
+            }
             Ok(())
         })
         .unwrap();

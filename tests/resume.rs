@@ -133,8 +133,11 @@ fn next_version(built: &world::Built, id: &cicada::types::ComponentId) -> cicada
     let mut plain = Vec::new();
     let old = manifest.packs[largest].id;
     repository
-        .read_pack(&old, &mut |_, bytes| {
-            plain.extend_from_slice(bytes);
+        .read_pack(&old, &mut |_, run| {
+            match run {
+                cicada::sparse::Run::Data(bytes) => plain.extend_from_slice(bytes),
+                cicada::sparse::Run::Zeros(len) => plain.resize(plain.len() + len as usize, 0),
+            }
             Ok(())
         })
         .unwrap();

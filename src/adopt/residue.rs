@@ -4,11 +4,13 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
-use super::segments::{Done, zero_hash};
-use super::{AdoptError, DiskBlocks, Job, Segments};
 use crate::component::extents::BLOCK_BYTES;
 use crate::compose::{Digest, SEGMENT_BYTES};
 use crate::disk::OverlayWriter;
+use crate::sparse::is_zero;
+
+use super::segments::{Done, zero_hash};
+use super::{AdoptError, DiskBlocks, Job, Segments};
 
 /// Segments that are compared at once; their differences wait in memory.
 const BATCH: usize = 16;
@@ -25,7 +27,7 @@ pub fn write(disk: &Segments, overlay: &Path, base: &Path, job: Job<'_>) -> Resu
         let differences: Vec<Vec<(u64, Vec<u8>)>> =
             batch.par_iter().map(|n| differences(disk, &below, *n)).collect::<Result<_, AdoptError>>()?;
         for (number, bytes) in differences.iter().flatten() {
-            if bytes.iter().all(|b| *b == 0) {
+            if is_zero(bytes) {
                 writer.write_zero(*number)?;
             } else {
                 writer.write_block(*number, bytes)?;

@@ -8,19 +8,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
-use rustix::fs::SeekFrom;
 
 use crate::component::extents::BLOCK_BYTES;
 use crate::compose::{Digest, SEGMENT_BYTES, zero_segment};
 use crate::disk::{DiskImage, Qcow2};
 use crate::durable;
 use crate::repository::block_digest;
+use crate::sparse;
 
 use super::error::io_error;
 use super::{AdoptError, Job, SIZE_UNIT_BYTES};
-
-/// Zeros in aligned runs of this size become holes.
-const HOLE_BYTES: usize = 64 << 10;
 
 /// A disk opened for reading.
 pub struct Segments {
@@ -126,7 +123,7 @@ impl Segments {
             || vec![0; SEGMENT_BYTES as usize],
             |buffer, number| {
                 let Some(bytes) = self.read(number, buffer)? else { return Ok(()) };
-                write_sparse(file, bytes, self.range(number).start).map_err(io_error("write", path))?;
+                sparse::write_at(file, bytes, self.range(number).start).map_err(io_error("write", path))?;
                 done.add(SEGMENT_BYTES)
             },
         )
@@ -233,19 +230,7 @@ fn mark(segments: &mut [bool], range: Range<u64>) {
 /// Marks the segments of a file that are not holes; where the file system keeps no account of holes,
 /// all of them.
 fn mark_data(file: &File, len: u64, segments: &mut [bool]) -> io::Result<()> {
-    let mut at = 0;
-    while at < len {
-        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-            Ok(data) => data,
-            Err(rustix::io::Errno::NXIO) => return Ok(()),
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => at,
-            Err(e) => return Err(e.into()),
-        };
-        let hole = rustix::fs::seek(file, SeekFrom::Hole(data)).unwrap_or(len);
-        mark(segments, data..hole);
-        at = hole.max(data + 1);
-    }
-    Ok(())
+    sparse::data_runs(file, 0..len).try_for_each(|data| data.map(|data| mark(segments, data)))
 }
 
 /// As `read_exact_at`, but what lies beyond the end of the file reads as zeros.
@@ -263,21 +248,6 @@ fn read_padded(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Resul
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }
-    }
-    Ok(())
-}
-
-/// Writes to a new file, where what is not written is zero.
-fn write_sparse(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
-    let is_zero = |run: &&[u8]| run.iter().all(|b| *b == 0);
-    let runs: Vec<&[u8]> = bytes.chunks(HOLE_BYTES).collect();
-    let mut at = 0;
-    for group in runs.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
-        let len: usize = group.iter().map(|run| run.len()).sum();
-        if !is_zero(&group[0]) {
-            file.write_all_at(&bytes[at..at + len], offset + at as u64)?;
-        }
-        at += len;
     }
     Ok(())
 }

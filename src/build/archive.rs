@@ -4,17 +4,17 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::FileTypeExt;
+use std::io::{self, Read, Seek};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use crate::component::manifest::{Meta, limit, show};
 use crate::component::recipe::EPOCH_S;
+use crate::sparse::{self, Content, Holes};
 
 use super::acl::{self, Acl, Names};
 use super::error::BuildError;
 use super::layer::Contents;
-use super::materialise::RangeReader;
 use super::scan::{Attributes, LeftOut, Node, NodeKind, Tree, TreePath, kept_value};
 use super::tar_reader::{self, Member, Members, Place, Type};
 
@@ -341,7 +341,7 @@ impl Archive {
     }
 
     fn reader(&self, place: &Place) -> PlaceReader<'_> {
-        PlaceReader { file: &self.file, place: place.clone(), at: 0, next: 0 }
+        PlaceReader::new(&self.file, place.clone())
     }
 }
 
@@ -358,7 +358,7 @@ fn beginning(file: &File) -> io::Result<Vec<u8>> {
     let mut first = vec![0; 512];
     let mut len = 0;
     while len < first.len() {
-        match std::os::unix::fs::FileExt::read_at(file, &mut first[len..], len as u64)? {
+        match file.read_at(&mut first[len..], len as u64)? {
             0 => break,
             n => len += n,
         }
@@ -375,11 +375,11 @@ fn is_zstd(first: &[u8]) -> bool {
 /// The archive unpacked into a file that has no name.
 fn unpacked(path: &Path, file: File, temporary: &Path) -> Result<File, BuildError> {
     const STEP_BYTES: u64 = 64 << 20;
-    let mut plain = tempfile::tempfile_in(temporary).map_err(BuildError::write(temporary))?;
+    let plain = tempfile::tempfile_in(temporary).map_err(BuildError::write(temporary))?;
     let mut decoder = zstd::Decoder::new(file).map_err(BuildError::read(path))?;
     decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(BuildError::read(path))?;
     let mut piece = vec![0; 1 << 20];
-    let mut until_look = 0;
+    let (mut until_look, mut len_bytes) = (0, 0);
     loop {
         let n = decoder.read(&mut piece).map_err(|e| match e.to_string().contains("too much memory") {
             true => BuildError::UnknownSource {
@@ -401,51 +401,74 @@ fn unpacked(path: &Path, file: File, temporary: &Path) -> Result<File, BuildErro
             until_look = STEP_BYTES;
         }
         until_look -= (n as u64).min(until_look);
-        plain.write_all(&piece[..n]).map_err(BuildError::write(temporary))?;
+        sparse::write_at(&plain, &piece[..n], len_bytes).map_err(BuildError::write(temporary))?;
+        len_bytes += n as u64;
     }
-    plain.rewind().map_err(BuildError::write(temporary))?;
+    plain.set_len(len_bytes).map_err(BuildError::write(temporary))?;
     Ok(plain)
 }
 
 impl Contents for Archive {
-    fn open(&self, path: &[u8]) -> Result<Box<dyn Read + '_>, BuildError> {
+    fn open(&self, path: &[u8]) -> Result<Box<dyn Content + '_>, BuildError> {
         let place = self.places.borrow().get(path).cloned();
         let place = place.ok_or_else(|| self.refuse(path, "is no file of the archive"))?;
-        Ok(Box::new(PlaceReader { file: &self.file, place, at: 0, next: 0 }))
+        Ok(Box::new(PlaceReader::new(&self.file, place)))
     }
 }
 
-/// Reads a file of the archive, holes as zeros.
+/// Reads a file of the archive: its holes, and those of the archive itself, without looking.
 struct PlaceReader<'a> {
     file: &'a File,
     place: Place,
     at: u64,
     /// The run that was not passed yet.
     next: usize,
+    holes: Holes,
+}
+
+impl<'a> PlaceReader<'a> {
+    fn new(file: &'a File, place: Place) -> Self {
+        Self { file, place, at: 0, next: 0, holes: Holes::default() }
+    }
+
+    /// Where in the archive the content lies that comes next, and how much of it there is; or how long the hole is.
+    fn here(&mut self) -> Result<(u64, u64), u64> {
+        let runs = &self.place.runs;
+        while runs.get(self.next).is_some_and(|(offset, len, _)| self.at >= offset + len) {
+            self.next += 1;
+        }
+        match runs.get(self.next) {
+            Some((offset, len, archive)) if self.at >= *offset => {
+                Ok((archive + (self.at - offset), offset + len - self.at))
+            }
+            Some((offset, _, _)) => Err(offset - self.at),
+            None => Err(self.place.size_bytes.saturating_sub(self.at)),
+        }
+    }
+}
+
+impl Content for PlaceReader<'_> {
+    fn skip_hole(&mut self, most_bytes: u64) -> io::Result<u64> {
+        let hole = match self.here() {
+            Ok((archive, left)) => self.holes.len_at(self.file, archive)?.min(left),
+            Err(hole) => hole,
+        };
+        let hole = hole.min(most_bytes);
+        self.at += hole;
+        Ok(hole)
+    }
 }
 
 impl Read for PlaceReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let place = &self.place;
-        while place.runs.get(self.next).is_some_and(|(offset, len, _)| self.at >= offset + len) {
-            self.next += 1;
+        let hole = self.skip_hole(buffer.len() as u64)?;
+        if hole > 0 {
+            buffer[..hole as usize].fill(0);
+            return Ok(hole as usize);
         }
-        let run = place.runs.get(self.next);
-        let hole_end = run.map_or(place.size_bytes, |(offset, _, _)| *offset);
-        let room = |until: u64| buffer.len().min(usize::try_from(until - self.at).unwrap_or(usize::MAX));
-        let n = match run {
-            Some((offset, len, archive)) if self.at >= *offset => {
-                let take = room(offset + len);
-                let mut reader =
-                    RangeReader { file: self.file, at: archive + (self.at - offset), left: take as u64 };
-                reader.read(&mut buffer[..take])?
-            }
-            _ => {
-                let take = room(hole_end.max(self.at));
-                buffer[..take].fill(0);
-                take
-            }
-        };
+        let Ok((archive, left)) = self.here() else { return Ok(0) };
+        let take = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let n = self.file.read_at(&mut buffer[..take], archive)?;
         self.at += n as u64;
         Ok(n)
     }

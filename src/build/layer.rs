@@ -4,18 +4,20 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::Read;
 
-use super::error::BuildError;
-use super::fragments;
-use super::owner::Owners;
-use super::scan::{Node, NodeKind, Tree, TreePath};
-use super::withhold;
 use crate::component::definition::matches;
 use crate::component::manifest::{
     Entry, EntryKind, Kind, Manifest, Meta, PackRef, limit, parent_of, path_order, show,
 };
 use crate::component::recipe::EPOCH_S;
 use crate::repository::Repository;
+use crate::sparse::{self, Content, SparseFile};
 use crate::types::{ComponentId, Hash, PackId};
+
+use super::error::BuildError;
+use super::fragments;
+use super::owner::Owners;
+use super::scan::{Node, NodeKind, Tree, TreePath};
+use super::withhold;
 
 /// Who a component is.
 #[derive(Clone, Debug)]
@@ -32,12 +34,12 @@ pub struct Identity {
 
 /// Where the content of a scanned tree's files is read.
 pub trait Contents {
-    fn open(&self, path: &[u8]) -> Result<Box<dyn Read + '_>, BuildError>;
+    fn open(&self, path: &[u8]) -> Result<Box<dyn Content + '_>, BuildError>;
 }
 
 impl Contents for super::scan::Root {
-    fn open(&self, path: &[u8]) -> Result<Box<dyn Read + '_>, BuildError> {
-        Ok(Box::new(super::sparse::SparseFile::new(self.file(path)?)))
+    fn open(&self, path: &[u8]) -> Result<Box<dyn Content + '_>, BuildError> {
+        Ok(Box::new(SparseFile::new(self.file(path)?)))
     }
 }
 
@@ -375,9 +377,8 @@ impl Layer<'_> {
     }
 
     fn hash(&self, path: &[u8]) -> Result<Hash, BuildError> {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(self.contents.open(path)?).map_err(BuildError::read(show(path)))?;
-        Ok(hasher.finalize().into())
+        let mut content = self.contents.open(path)?;
+        sparse::hash_of(&mut content).map_err(BuildError::read(show(path)))
     }
 }
 

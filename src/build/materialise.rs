@@ -2,20 +2,22 @@
 //! it, not as some machine's package tools made it today.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags};
 
+use crate::component::manifest::{Entry, EntryKind, Fragment, Manifest, Meta, parent_of, show};
+use crate::repository::Repository;
+use crate::sparse::{self, SparseFile, SparseHasher};
+use crate::types::{ComponentId, Hash};
+
 use super::acl;
 use super::error::BuildError;
 use super::fragments;
 use super::scan::{NodeKind, Root};
-use crate::component::manifest::{Entry, EntryKind, Fragment, Manifest, Meta, parent_of, show};
-use crate::repository::Repository;
-use crate::types::{ComponentId, Hash};
 
 /// The directory of a component's tree in the cache, made if it is not there yet. A tree of an
 /// earlier build is used only if it is still what was written then; any other is made anew.
@@ -53,17 +55,17 @@ fn remove(path: &Path) -> io::Result<()> {
 /// Changes with anything of a tree: paths, owners, modes, times, attributes, links and content.
 pub(super) fn digest(tree: &Path) -> Result<Hash, BuildError> {
     let root = Root::open(tree)?;
-    let mut hasher = blake3::Hasher::new();
+    let mut hasher = SparseHasher::new();
     for (path, node) in root.scan()? {
         let said = format!("{:?} {node:?}\n", path.0);
         hasher.update(&(said.len() as u64).to_le_bytes());
         hasher.update(said.as_bytes());
         if matches!(node.kind, NodeKind::File { .. }) {
             let file = root.file(&path.0)?;
-            hasher.update_reader(file).map_err(|e| root.at(&path.0, e))?;
+            hasher.update_content(&mut SparseFile::new(file)).map_err(|e| root.at(&path.0, e))?;
         }
     }
-    Ok(hasher.finalize().into())
+    Ok(hasher.finalize())
 }
 
 /// Writes a component's tree into the new directory `target`, and beneath it only: no link of the
@@ -178,20 +180,27 @@ fn write_entry(packs: &[File], entry: &Entry, tree: &Beneath) -> io::Result<()> 
     Ok(())
 }
 
+/// Holes stay holes.
 fn copy_range(pack: &File, offset_bytes: u64, size_bytes: u64, target: &mut File) -> io::Result<()> {
-    let mut reader = RangeReader { file: pack, at: offset_bytes, left: size_bytes };
-    if io::copy(&mut reader, target)? == size_bytes {
-        Ok(())
-    } else {
-        Err(io::ErrorKind::UnexpectedEof.into())
+    let end_bytes =
+        offset_bytes.checked_add(size_bytes).filter(|end| pack.metadata().is_ok_and(|m| *end <= m.len()));
+    let end_bytes = end_bytes.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
+    for run in sparse::data_runs(pack, offset_bytes..end_bytes) {
+        let run = run?;
+        target.seek(SeekFrom::Start(run.start - offset_bytes))?;
+        let len = run.end - run.start;
+        if io::copy(&mut RangeReader { file: pack, at: run.start, left: len }, target)? != len {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
     }
+    target.set_len(size_bytes)
 }
 
 /// Reads a part of a file without moving its position, so several can read it.
-pub(super) struct RangeReader<'a> {
-    pub file: &'a File,
-    pub at: u64,
-    pub left: u64,
+struct RangeReader<'a> {
+    file: &'a File,
+    at: u64,
+    left: u64,
 }
 
 impl io::Read for RangeReader<'_> {

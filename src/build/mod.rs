@@ -17,7 +17,6 @@ mod pax;
 mod sandbox;
 mod scan;
 mod source;
-mod sparse;
 mod steps;
 mod tar_reader;
 mod withhold;

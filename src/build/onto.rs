@@ -3,13 +3,14 @@
 //! directory that they have stays theirs. What would take away a directory of theirs is refused.
 
 use std::collections::HashMap;
-use std::io::Read;
+
+use crate::component::manifest::{parent_of, show};
+use crate::component::tree::{self as united, NodeKind as Base};
+use crate::sparse::Content;
 
 use super::error::BuildError;
 use super::layer::Contents;
 use super::scan::{NodeKind, Tree, TreePath};
-use crate::component::manifest::{parent_of, show};
-use crate::component::tree::{self as united, NodeKind as Base};
 
 /// As many as the kernel follows.
 const LINKS_MAX: usize = 40;
@@ -186,7 +187,7 @@ pub struct Moved<'a> {
 }
 
 impl Contents for Moved<'_> {
-    fn open(&self, path: &[u8]) -> Result<Box<dyn Read + '_>, BuildError> {
+    fn open(&self, path: &[u8]) -> Result<Box<dyn Content + '_>, BuildError> {
         self.contents.open(self.origins.get(path).map_or(path, Vec::as_slice))
     }
 }

@@ -9,8 +9,8 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use rayon::prelude::*;
-use rustix::fs::SeekFrom;
 
+use crate::sparse::data_runs;
 use crate::types::ImageDigest;
 
 /// Changing this value is a format break.
@@ -31,15 +31,9 @@ pub fn digest(file: &File) -> io::Result<Digest> {
     let len = file.metadata()?.len();
     let count = len.div_ceil(SEGMENT_BYTES);
     let mut has_data = vec![false; count as usize];
-    let mut at = 0;
-    while at < len {
-        // Beyond the last data there is none, which is an error code of its own.
-        let Ok(data) = rustix::fs::seek(file, SeekFrom::Data(at)) else { break };
-        let hole = rustix::fs::seek(file, SeekFrom::Hole(data)).unwrap_or(len).min(len);
-        for segment in data / SEGMENT_BYTES..hole.div_ceil(SEGMENT_BYTES) {
-            has_data[segment as usize] = true;
-        }
-        at = hole.max(data + 1);
+    for data in data_runs(file, 0..len) {
+        let data = data?;
+        has_data[(data.start / SEGMENT_BYTES) as usize..data.end.div_ceil(SEGMENT_BYTES) as usize].fill(true);
     }
     let segments: Vec<blake3::Hash> = has_data
         .par_iter()

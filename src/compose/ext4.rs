@@ -9,6 +9,7 @@ use mkext4::{FsBuilder, InodeCount, InodeHandle, Options, ROOT, RegionSink, Spec
 use crate::component::DiskParameters;
 use crate::component::manifest::{Meta, parent_of, show};
 use crate::component::tree::{Node, NodeKind};
+use crate::sparse::is_zero;
 
 use super::error::ComposeError;
 use super::plan::{Extent, Partition};
@@ -226,7 +227,7 @@ impl RegionSink for Collect<'_> {
         let (head, tail) = bytes.split_at(first.min(bytes.len()));
         let mut at = offset;
         for piece in std::iter::once(head).chain(tail.chunks(BLOCK_BYTES as usize)) {
-            if piece.iter().all(|b| *b == 0) {
+            if is_zero(piece) {
                 self.0.extend(run.take());
             } else {
                 run.get_or_insert_with(|| (at, Vec::new())).1.extend_from_slice(piece);

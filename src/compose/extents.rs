@@ -6,6 +6,7 @@ use std::io;
 use crate::component::extents::{BLOCK_BYTES, ENCODED_BYTES_MAX, ENTRY};
 use crate::component::{EntryKind, ExtentList, Manifest, Recipe};
 use crate::repository::Repository;
+use crate::sparse::Run;
 
 use super::error::ComposeError;
 use super::plan::{Extent, Plan};
@@ -47,12 +48,15 @@ fn read(
         return Err(invalid(format!("it is larger than {ENCODED_BYTES_MAX} bytes")));
     }
     let mut bytes = Vec::new();
-    repository.read_pack(&first.id, &mut |_, piece| {
+    repository.read_pack(&first.id, &mut |_, run| {
         // The pack may be larger than its manifest says.
-        if (bytes.len() + piece.len()) as u64 > first.size_bytes {
+        if bytes.len() as u64 + run.len_bytes() > first.size_bytes {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
-        bytes.extend_from_slice(piece);
+        match run {
+            Run::Data(piece) => bytes.extend_from_slice(piece),
+            Run::Zeros(len) => bytes.resize(bytes.len() + len as usize, 0),
+        }
         Ok(())
     })?;
     bytes.truncate(size_bytes as usize);

@@ -16,6 +16,7 @@ use rayon::prelude::*;
 
 use crate::durable::PendingFile;
 use crate::repository::{PlainPack, Repository};
+use crate::sparse::{self, Run, SparseFile};
 use crate::types::{ByteSize, PackId};
 
 use super::digest::{Digest, SEGMENT_BYTES, zero_segment};
@@ -23,8 +24,6 @@ use super::error::ComposeError;
 use super::plan::{Extent, Plan};
 use super::reflink;
 
-/// Zeros in runs of this size stay holes.
-const HOLE_BYTES: usize = 64 << 10;
 /// What is read, hashed and written at a time: few system calls, and it stays in a core's cache.
 const WINDOW_BYTES: u64 = 256 << 10;
 
@@ -69,7 +68,7 @@ pub fn write(
 ) -> Result<PendingImage, ComposeError> {
     let dir = repository.temporary_dir();
     let writer = Writer { repository, plan, copies, dir, progress, done_bytes: AtomicU64::new(0) };
-    let new_bytes = if copies.clones { plan.metadata_bytes() } else { plan.data_bytes() };
+    let new_bytes = if copies.clones { plan.metadata_bytes() } else { writer.data_bytes()? };
     writer.require_space(new_bytes)?;
     let target = dir.join("composition");
     let mut pending = PendingFile::create(&target).map_err(|e| writer.error("create", &target, e))?;
@@ -152,9 +151,9 @@ impl<'a> Writer<'a> {
             .map(|(id, extents)| match self.plain_copy(id)? {
                 Some((file, pack)) => {
                     check_reach(id, pack.size_bytes(), extents)?;
-                    Ok(self.pieces_of(&file, pack, extents, image))
+                    self.pieces_of(&file, pack, extents, image)
                 }
-                None => self.unpack(id, extents, image).map(|()| in_image(extents)),
+                None => self.unpack(id, extents, image),
             })
             .collect::<Result<_, ComposeError>>()?;
         Ok(pieces.into_iter().flatten().collect())
@@ -175,42 +174,60 @@ impl<'a> Writer<'a> {
         Ok(PlainPack::new(&file).ok().map(|pack| (file, pack)))
     }
 
-    /// Shares the blocks of what can be shared; the rest is left to be read from the pack.
-    fn pieces_of(&self, file: &File, pack: PlainPack, extents: &[Extent], image: &File) -> Vec<Piece<'a>> {
+    /// Shares the blocks of what can be shared; the rest is left to be read from the pack. Its holes are
+    /// the image's.
+    fn pieces_of(
+        &self,
+        file: &File,
+        pack: PlainPack,
+        extents: &[Extent],
+        image: &File,
+    ) -> Result<Vec<Piece<'a>>, ComposeError> {
         let pack = Arc::new(pack);
-        let piece = |e: &Extent| {
-            let (from, to) = (e.pack_offset_bytes, e.image_offset_bytes);
-            let is_shared =
-                self.copies.clones && reflink::clone_range(file, from, image, to, e.len_bytes).is_ok();
-            let source = if is_shared { Source::Image } else { Source::Pack(pack.clone(), from) };
-            Piece { image_offset_bytes: to, len_bytes: e.len_bytes, source }
-        };
-        extents.iter().map(piece).collect()
+        let mut pieces = Vec::with_capacity(extents.len());
+        for e in extents {
+            for data in sparse::data_runs(file, e.pack_offset_bytes..e.pack_offset_bytes + e.len_bytes) {
+                let data = data.map_err(|source| self.error("read", &self.dir.join("hot"), source))?;
+                let (from, len_bytes) = (data.start, data.end - data.start);
+                let image_offset_bytes = e.image_offset_bytes + (from - e.pack_offset_bytes);
+                let is_shared = self.copies.clones
+                    && reflink::clone_range(file, from, image, image_offset_bytes, len_bytes).is_ok();
+                let source = if is_shared { Source::Image } else { Source::Pack(pack.clone(), from) };
+                pieces.push(Piece { image_offset_bytes, len_bytes, source });
+            }
+        }
+        Ok(pieces)
     }
 
-    /// Unpacks a pack once, every run to all places it belongs to. The pack is verified on the way.
-    fn unpack(&self, id: &PackId, extents: &[Extent], image: &File) -> Result<(), ComposeError> {
+    /// Unpacks a pack once, every run to all places it belongs to, and tells where that is. The pack is
+    /// verified on the way.
+    fn unpack(&self, id: &PackId, extents: &[Extent], image: &File) -> Result<Vec<Piece<'a>>, ComposeError> {
         let mut coming = extents.to_vec();
         coming.sort_by_key(|e| u64::MAX - e.pack_offset_bytes);
         let mut current: Vec<Extent> = Vec::new();
+        let mut pieces = Vec::new();
         let mut failure = None;
         let mut size_bytes = 0;
-        let unpacked = self.repository.read_pack(id, &mut |offset, bytes| {
-            let end = offset + bytes.len() as u64;
+        let unpacked = self.repository.read_pack(id, &mut |offset, run| {
+            let end = offset + run.len_bytes();
             size_bytes = end;
             while coming.last().is_some_and(|e| e.pack_offset_bytes < end) {
                 current.extend(coming.pop());
             }
-            for e in &current {
-                let from = e.pack_offset_bytes.max(offset);
-                let to = (e.pack_offset_bytes + e.len_bytes).min(end);
-                let run = &bytes[(from - offset) as usize..(to - offset) as usize];
-                let written = write_sparse(image, run, e.image_offset_bytes + (from - e.pack_offset_bytes));
-                written.map_err(|error| {
-                    let kind = error.kind();
-                    failure = Some(error);
-                    io::Error::from(kind)
-                })?;
+            // The image is new: there are zeros already.
+            if let Run::Data(bytes) = run {
+                for e in &current {
+                    let from = e.pack_offset_bytes.max(offset);
+                    let to = (e.pack_offset_bytes + e.len_bytes).min(end);
+                    let run = &bytes[(from - offset) as usize..(to - offset) as usize];
+                    let image_offset_bytes = e.image_offset_bytes + (from - e.pack_offset_bytes);
+                    sparse::write_at(image, run, image_offset_bytes).map_err(|error| {
+                        let kind = error.kind();
+                        failure = Some(error);
+                        io::Error::from(kind)
+                    })?;
+                    pieces.push(Piece { image_offset_bytes, len_bytes: to - from, source: Source::Image });
+                }
             }
             current.retain(|e| e.pack_offset_bytes + e.len_bytes > end);
             Ok(())
@@ -219,7 +236,8 @@ impl<'a> Writer<'a> {
             (Err(_), Some(error)) => Err(self.error("write", &self.dir.join("composition"), error)),
             (unpacked, _) => {
                 unpacked?;
-                check_reach(id, size_bytes, extents)
+                check_reach(id, size_bytes, extents)?;
+                Ok(pieces)
             }
         }
     }
@@ -232,6 +250,7 @@ impl<'a> Writer<'a> {
         pieces: &[Piece<'_>],
     ) -> Result<Digest, ComposeError> {
         let size_bytes = self.plan.virtual_size_bytes;
+        let total_bytes = pieces.iter().map(|p| p.len_bytes).sum();
         let segments = (0..size_bytes.div_ceil(SEGMENT_BYTES))
             .into_par_iter()
             .map_init(
@@ -251,7 +270,7 @@ impl<'a> Writer<'a> {
                             .map_err(|e| self.error("write", path, e))?;
                         hasher.update(bytes);
                     }
-                    self.report(mine, start, end);
+                    self.report(mine, start, end, total_bytes);
                     Ok(hasher.finalize())
                 },
             )
@@ -259,11 +278,26 @@ impl<'a> Writer<'a> {
         Ok(Digest::of_segments(segments))
     }
 
-    fn report(&self, pieces: &[Piece<'_>], start: u64, end: u64) {
+    fn report(&self, pieces: &[Piece<'_>], start: u64, end: u64, total_bytes: u64) {
         let inside = |p: &Piece<'_>| p.end_bytes().min(end) - p.image_offset_bytes.max(start);
         let bytes: u64 = pieces.iter().map(inside).sum();
         let done = self.done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        (self.progress)(done, self.plan.data_bytes());
+        (self.progress)(done, total_bytes);
+    }
+
+    /// What the image will take on the disk, holes of packs not counted.
+    fn data_bytes(&self) -> Result<u64, ComposeError> {
+        let mut by_pack: HashMap<PackId, u64> = HashMap::new();
+        for e in &self.plan.extents {
+            *by_pack.entry(e.pack).or_default() += e.len_bytes;
+        }
+        let mut bytes = self.plan.metadata_bytes();
+        for (id, len_bytes) in by_pack {
+            let stored = self.repository.pack_stored(&id)?;
+            let holes = stored.plain_size_bytes.saturating_sub(self.repository.pack_data_bytes(&id)?);
+            bytes += len_bytes.saturating_sub(holes);
+        }
+        Ok(bytes)
     }
 
     fn require_space(&self, need_bytes: u64) -> Result<(), ComposeError> {
@@ -281,7 +315,8 @@ impl<'a> Writer<'a> {
 
     fn error(&self, what: &'static str, path: &Path, source: io::Error) -> ComposeError {
         if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
-            return self.no_space(self.plan.data_bytes(), self.repository.free_bytes().unwrap_or(0));
+            let need_bytes = self.data_bytes().unwrap_or_else(|_| self.plan.data_bytes());
+            return self.no_space(need_bytes, self.repository.free_bytes().unwrap_or(0));
         }
         ComposeError::Io { what, path: path.to_owned(), source }
     }
@@ -318,7 +353,7 @@ fn write_window<'b>(
         && end <= pieces[0].end_bytes()
     {
         let bytes = pack.bytes(offset + (start - image_offset_bytes), buffer.len())?;
-        write_sparse(image, bytes, start)?;
+        sparse::write_at(image, bytes, start)?;
         return Ok(bytes);
     }
     let mut cursor = 0;
@@ -337,7 +372,7 @@ fn write_window<'b>(
         }
         if !matches!(piece.source, Source::Image) {
             if written.end != range.start {
-                write_sparse(image, &buffer[written.clone()], start + written.start as u64)?;
+                sparse::write_at(image, &buffer[written.clone()], start + written.start as u64)?;
                 written.start = range.start;
             }
             written.end = range.end;
@@ -345,35 +380,11 @@ fn write_window<'b>(
         cursor = range.end;
     }
     buffer[cursor..].fill(0);
-    write_sparse(image, &buffer[written.clone()], start + written.start as u64)?;
+    sparse::write_at(image, &buffer[written.clone()], start + written.start as u64)?;
     Ok(buffer)
 }
 
-/// Writes `bytes` except for long runs of zeros. The image is new: what is not written is zero.
-fn write_sparse(image: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
-    let is_hole = |run: &[u8]| run.len() == HOLE_BYTES && run.iter().all(|b| *b == 0);
-    let mut at = 0;
-    let runs: Vec<&[u8]> = bytes.chunks(HOLE_BYTES).collect();
-    for group in runs.chunk_by(|a, b| is_hole(a) == is_hole(b)) {
-        let len = group.iter().map(|run| run.len()).sum::<usize>();
-        if !is_hole(group[0]) {
-            image.write_all_at(&bytes[at..at + len], offset + at as u64)?;
-        }
-        at += len;
-    }
-    Ok(())
-}
-
 fn is_pack(file: &File, id: &PackId) -> bool {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(file).is_ok_and(|h| PackId(h.finalize().into()) == *id)
-}
-
-fn in_image<'a>(extents: &[Extent]) -> Vec<Piece<'a>> {
-    let piece = |e: &Extent| Piece {
-        image_offset_bytes: e.image_offset_bytes,
-        len_bytes: e.len_bytes,
-        source: Source::Image,
-    };
-    extents.iter().map(piece).collect()
+    let found = file.try_clone().and_then(|file| sparse::hash_of(&mut SparseFile::new(file)));
+    found.is_ok_and(|found| found == id.0)
 }

@@ -9,6 +9,7 @@ use rayon::iter::{ParallelBridge, ParallelIterator};
 use super::error::io_error;
 use super::mapping::Mapping;
 use super::{BlockIndex, DiskError, DiskImage, ROOT_BLOCK_BYTES, USER_DATA_BLOCK_BYTES};
+use crate::sparse::is_zero;
 use crate::types::BlockHash;
 use crate::vm::{Block, ChunkMap};
 
@@ -221,11 +222,6 @@ impl Buffers {
         }
         Ok(())
     }
-}
-
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
-    const ZEROS: [u8; 4096] = [0; 4096];
-    bytes.chunks(ZEROS.len()).all(|chunk| chunk == &ZEROS[..chunk.len()])
 }
 
 /// Cuts ascending byte ranges into ranges of whole blocks, none twice, and gathers them into units of work.

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use super::{BlockIndex, DiskError, DiskImage, OverlayWriter, ROOT_BLOCK_BYTES, UserDataDisk};
 use super::{create_user_data, scan, staged_map};
+use crate::sparse::is_zero;
 use crate::types::BlockHash;
 use crate::vm::{Block, ChunkMap, MapRef};
 
@@ -299,7 +300,7 @@ impl StagedDisk {
             // A block may be listed though it equals what lies below, and then is not found by a scan.
             let right = match want {
                 None => false,
-                Some(Block::Zero) => scan::is_zero(&self.read(number)?),
+                Some(Block::Zero) => is_zero(&self.read(number)?),
                 Some(Block::Data(hash)) => BlockHash::of(&self.read(number)?) == hash,
             };
             if !right {

@@ -6,12 +6,12 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, SeekFrom};
-use rustix::io::Errno;
+use rustix::fs::FallocateFlags;
 
 use super::DiskError;
 use super::error::io_error;
 use crate::durable::{self, PendingFile};
+use crate::sparse::data_runs;
 
 /// Makes an empty user-data disk, durably and readable by its owner only; nothing is replaced.
 pub fn create_user_data(path: &Path, size_bytes: u64) -> Result<(), DiskError> {
@@ -134,33 +134,7 @@ pub(super) fn data_ranges<'a>(
     path: &'a Path,
     len_bytes: u64,
 ) -> impl Iterator<Item = Result<Range<u64>, DiskError>> + Send + 'a {
-    let mut next = Some(0);
-    std::iter::from_fn(move || {
-        let from = next.take().filter(|from| *from < len_bytes)?;
-        match data_range_from(file, from) {
-            Ok(None) => None,
-            Ok(Some(range)) if range.start >= len_bytes => None,
-            Ok(Some(range)) => {
-                next = Some(range.end);
-                Some(Ok(range.start..range.end.min(len_bytes)))
-            }
-            Err(e) => Some(Err(io_error("seek in", path)(e))),
-        }
-    })
-}
-
-fn data_range_from(file: &File, from: u64) -> io::Result<Option<Range<u64>>> {
-    let start = match rustix::fs::seek(file, SeekFrom::Data(from)) {
-        Ok(start) => start,
-        Err(Errno::NXIO) => return Ok(None),
-        Err(e) => return Err(e.into()),
-    };
-    match rustix::fs::seek(file, SeekFrom::Hole(start)) {
-        Ok(end) => Ok(Some(start..end)),
-        // The file was cut short in between.
-        Err(Errno::NXIO) => Ok(None),
-        Err(e) => Err(e.into()),
-    }
+    data_runs(file, 0..len_bytes).map(move |range| range.map_err(io_error("seek in", path)))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use super::error::{IoContext, ObjectId, ObjectKind, RepositoryError, Result};
 use super::{Pin, Repository, frame};
 use crate::component::manifest::ALIGNMENT_BYTES;
+use crate::sparse::Run;
 use crate::types::{ComponentId, Hash, PackId};
 
 /// Magic and version of a pack's block digests.
@@ -187,9 +188,12 @@ impl Repository {
             return Ok(digests);
         }
         let mut digests = Vec::new();
-        self.read_pack(id, &mut |_, bytes| {
+        self.read_pack(id, &mut |_, run| {
             // Frames are multiples of blocks.
-            digests.extend(bytes.chunks(BLOCK_BYTES).map(block_digest));
+            match run {
+                Run::Data(bytes) => digests.extend(bytes.chunks(BLOCK_BYTES).map(block_digest)),
+                Run::Zeros(len) => digests.resize(digests.len() + len as usize / BLOCK_BYTES, 0),
+            }
             Ok(())
         })?;
         if let Err(error) = self.keep_block_digests(id, &digests) {

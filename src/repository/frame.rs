@@ -3,8 +3,10 @@
 
 use std::cell::RefCell;
 use std::io;
+use std::sync::OnceLock;
 
 use crate::component::manifest::{ALIGNMENT_BYTES, limit};
+use crate::sparse::is_zero;
 
 /// Magic and version of the stored form.
 pub(super) const MAGIC: &[u8; 8] = b"CICPAK\0\x02";
@@ -25,6 +27,9 @@ pub(super) const PACK_BYTES_MAX: u64 = limit::FILE_BYTES;
 pub const LEVEL: i32 = 3;
 /// The strong level of optimised packs.
 pub(super) const STRONG_LEVEL: i32 = 19;
+
+/// No frame of zeros is stored in more.
+pub(super) const STORED_ZERO_BYTES_MAX: usize = 4096;
 
 /// What the stored form of a pack begins with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -119,6 +124,41 @@ pub(super) fn compress(plain: &[u8], out: &mut [u8]) -> io::Result<usize> {
 /// As [`compress`], at the strong level. The compressor takes about 100 MiB and is not kept.
 pub(super) fn compress_strong(plain: &[u8], out: &mut [u8]) -> io::Result<usize> {
     compress_with(&mut zstd::bulk::Compressor::new(STRONG_LEVEL)?, plain, out)
+}
+
+/// Length and stored bytes of a frame of zeros, as packs are made with.
+pub(super) fn zero_frame() -> io::Result<&'static [u8]> {
+    static STORED: OnceLock<Vec<u8>> = OnceLock::new();
+    if let Some(stored) = STORED.get() {
+        return Ok(stored);
+    }
+    let mut stored = vec![0; STORED_FRAME_BYTES_MAX];
+    let len = compress(&vec![0; FRAME_BYTES], &mut stored)?;
+    stored.truncate(len);
+    Ok(STORED.get_or_init(|| stored))
+}
+
+/// The last frame that turned out to be zeros: one that is stored in the same way is the same.
+#[derive(Default)]
+pub(super) struct ZeroFrame {
+    stored: Vec<u8>,
+    plain_len: usize,
+}
+
+impl ZeroFrame {
+    pub fn is(&self, stored: &[u8], plain_len: usize) -> bool {
+        plain_len == self.plain_len && stored == self.stored
+    }
+
+    /// Looks at a frame that was unpacked, and tells whether it is zeros.
+    pub fn look(&mut self, stored: &[u8], plain: &[u8]) -> bool {
+        // Others do not pay to be remembered.
+        let is_zero = stored.len() <= STORED_ZERO_BYTES_MAX && is_zero(plain);
+        if is_zero && !self.is(stored, plain.len()) {
+            *self = Self { stored: stored.to_vec(), plain_len: plain.len() };
+        }
+        is_zero
+    }
 }
 
 fn compress_with(

@@ -2,7 +2,8 @@
 //! at first use, the least recently used removed when the limit is passed.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
@@ -12,6 +13,7 @@ use rustix::fs::FlockOperation;
 use super::error::{IoContext, RepositoryError, Result};
 use super::{PlainPack, Repository};
 use crate::durable::PendingFile;
+use crate::sparse::{self, Run, SparseFile};
 use crate::types::{Hash, PackId};
 
 /// How much plain content is kept unless the operator says otherwise.
@@ -31,7 +33,8 @@ struct State {
 
 struct HotFile {
     path: PathBuf,
-    size_bytes: u64,
+    /// On the disk, holes not counted.
+    taken_bytes: u64,
     used: SystemTime,
 }
 
@@ -61,26 +64,28 @@ impl Repository {
             return Ok(file);
         }
         let size_bytes = self.pack_stored(id)?.plain_size_bytes;
-        self.require_space(size_bytes)?;
+        self.require_space(self.pack_data_bytes(id)?)?;
         let mut pending = self.layout().pending("hot")?;
         // Not synced: the cache is emptied when the machine went down without closing it.
-        self.read_pack(id, &mut |_, bytes| pending.file().write_all(bytes))?;
-        self.keep_hot(pending, &path, size_bytes)?;
+        self.read_pack(id, &mut |offset, run| write(pending.file(), offset, run))?;
+        pending.file().set_len(size_bytes).at("write", pending.temporary_path())?;
+        self.keep_hot(pending, &path)?;
         lease(&path)?
             .ok_or_else(|| RepositoryError::io("open", &path, 0, io::Error::from(io::ErrorKind::NotFound)))
     }
 
     /// Gives a verified plain copy its name, unless another thread was faster.
-    fn keep_hot(&self, pending: PendingFile, path: &Path, size_bytes: u64) -> Result<()> {
+    fn keep_hot(&self, pending: PendingFile, path: &Path) -> Result<()> {
+        let taken_bytes = fs::metadata(pending.temporary_path()).map_or(0, |meta| taken_bytes(&meta));
         let mut state = self.hot().state();
-        self.trim_hot(&mut state, size_bytes)?;
+        self.trim_hot(&mut state, taken_bytes)?;
         if path.exists() {
             return Ok(());
         }
         let dir = path.parent().unwrap_or(path);
         fs::create_dir_all(dir).at("create", dir)?;
         fs::rename(pending.temporary_path(), path).at("create", path)?;
-        state.used_bytes = state.used_bytes.map(|used| used + size_bytes);
+        state.used_bytes = state.used_bytes.map(|used| used + taken_bytes);
         Ok(())
     }
 
@@ -107,14 +112,10 @@ impl Repository {
     pub(super) fn check_hot(&self) -> Result<u64> {
         let mut removed = 0;
         for hot in self.hot_files()? {
-            let mut hasher = blake3::Hasher::new();
-            let mut file = match File::open(&hot.path) {
-                Ok(file) => file,
-                Err(_) => continue,
-            };
-            io::copy(&mut file, &mut hasher).at("read", &hot.path)?;
+            let Ok(file) = File::open(&hot.path) else { continue };
+            let found = sparse::hash_of(&mut SparseFile::new(file)).at("read", &hot.path)?;
             let name = hot.path.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse::<Hash>().ok());
-            if name != Some(hasher.finalize().into()) {
+            if name != Some(found) {
                 fs::remove_file(&hot.path).at("remove", &hot.path)?;
                 removed += 1;
             }
@@ -143,7 +144,7 @@ impl Repository {
             return Ok(());
         }
         let mut files = self.hot_files()?;
-        let mut used: u64 = files.iter().map(|f| f.size_bytes).sum();
+        let mut used: u64 = files.iter().map(|f| f.taken_bytes).sum();
         files.sort_by_key(|f| f.used);
         for hot in files {
             if used.saturating_add(coming_bytes) <= state.limit_bytes {
@@ -152,7 +153,7 @@ impl Repository {
             let Ok(file) = File::open(&hot.path) else { continue };
             if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
                 fs::remove_file(&hot.path).at("remove", &hot.path)?;
-                used -= hot.size_bytes;
+                used -= hot.taken_bytes;
             }
         }
         state.used_bytes = Some(used);
@@ -168,7 +169,7 @@ impl Repository {
                 let path = file.at("list", &fan)?.path();
                 if let Ok(meta) = fs::metadata(&path) {
                     let used = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-                    files.push(HotFile { path, size_bytes: meta.len(), used });
+                    files.push(HotFile { path, taken_bytes: taken_bytes(&meta), used });
                 }
             }
         }
@@ -184,16 +185,29 @@ pub(super) struct HotWriter {
 
 impl HotWriter {
     /// Whether it could be written.
-    pub fn write(&mut self, bytes: &[u8]) -> bool {
-        self.pending.file().write_all(bytes).is_ok()
+    pub fn write(&mut self, offset: u64, run: Run<'_>) -> bool {
+        write(self.pending.file(), offset, run).is_ok()
     }
 
     /// The pack was verified, so its plain copy is good.
-    pub fn keep(self, repository: &Repository, id: &PackId) {
-        if let Err(error) = repository.keep_hot(self.pending, &repository.hot_path(id), self.size_bytes) {
+    pub fn keep(mut self, repository: &Repository, id: &PackId) {
+        let kept = self.pending.file().set_len(self.size_bytes).at("write", &repository.hot_path(id));
+        if let Err(error) = kept.and_then(|()| repository.keep_hot(self.pending, &repository.hot_path(id))) {
             tracing::debug!(pack = %id, %error, "no plain copy kept");
         }
     }
+}
+
+/// Holes stay holes; the file gets its length at the end.
+fn write(file: &File, offset: u64, run: Run<'_>) -> io::Result<()> {
+    match run {
+        Run::Data(bytes) => sparse::write_at(file, bytes, offset),
+        Run::Zeros(_) => Ok(()),
+    }
+}
+
+fn taken_bytes(meta: &fs::Metadata) -> u64 {
+    meta.blocks() * 512
 }
 
 /// Opens a hot file under a shared lock, which ends when the file is closed, and marks it as used.

@@ -57,7 +57,7 @@ pub use hot::HOT_BYTES_DEFAULT;
 pub use import::ImportReport;
 pub use incoming::{IncomingForm, IncomingPack, PartialPack};
 pub use optimize::Optimized;
-pub use pack_reader::StoredPack;
+pub use pack_reader::{Sink, StoredPack};
 pub use pack_receiver::PackReceiver;
 pub use pack_writer::PackWriter;
 pub use pins::Pin;

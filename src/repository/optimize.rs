@@ -4,6 +4,7 @@ use super::error::{ObjectId, RepositoryError, Result};
 use super::frame::{self, Header, LENGTH_BYTES, STRONG_FRAME_BYTES};
 use super::parallel::InOrder;
 use super::{Entry, Repository};
+use crate::sparse::Run;
 use crate::types::PackId;
 
 use std::io::{self, Write};
@@ -40,29 +41,43 @@ impl Repository {
         pending.file().write_all(&header.encode()).map_err(write_error)?;
         let mut compressing: InOrder<io::Result<Vec<u8>>> = InOrder::in_background(16 * STRONG_FRAME_BYTES);
         let mut frame: Vec<u8> = Vec::new();
+        // A hole that the frame under way begins with; all of it, as long as nothing else came.
+        let mut zeros = 0;
+        let mut zero_frame: Option<Vec<u8>> = None;
         let mut write_oldest = |queue: &mut InOrder<io::Result<Vec<u8>>>| match queue.pop() {
             Some(stored) => stored.and_then(|s| s).and_then(|s| pending.file().write_all(&s)).map(|()| true),
             None => Ok(false),
         };
-        self.read_pack(id, &mut |offset, bytes| {
+        self.read_pack(id, &mut |offset, run| {
             if stop() {
                 return Err(io::ErrorKind::Interrupted.into());
             }
-            frame.extend_from_slice(bytes);
-            let end = offset + bytes.len() as u64;
-            if frame.len() < STRONG_FRAME_BYTES && end < header.plain_bytes {
+            match run {
+                Run::Zeros(len) if frame.is_empty() => zeros += len as usize,
+                Run::Zeros(len) => frame.resize(frame.len() + len as usize, 0),
+                Run::Data(bytes) => {
+                    frame.resize(frame.len() + std::mem::take(&mut zeros), 0);
+                    frame.extend_from_slice(bytes);
+                }
+            }
+            if zeros + frame.len() < STRONG_FRAME_BYTES && offset + run.len_bytes() < header.plain_bytes {
                 return Ok(());
             }
             if compressing.is_full() {
                 write_oldest(&mut compressing)?;
             }
+            if zeros == STRONG_FRAME_BYTES {
+                zeros = 0;
+                let stored = match &zero_frame {
+                    Some(stored) => stored.clone(),
+                    None => zero_frame.insert(compress(&vec![0; STRONG_FRAME_BYTES])?).clone(),
+                };
+                compressing.push(move || Ok(stored));
+                return Ok(());
+            }
+            frame.resize(frame.len() + std::mem::take(&mut zeros), 0);
             let plain = std::mem::take(&mut frame);
-            compressing.push(move || {
-                let mut stored = vec![0; LENGTH_BYTES + plain.len()];
-                let len = frame::compress_strong(&plain, &mut stored)?;
-                stored.truncate(len);
-                Ok(stored)
-            });
+            compressing.push(move || compress(&plain));
             Ok(())
         })?;
         while write_oldest(&mut compressing).map_err(write_error)? {}
@@ -82,4 +97,12 @@ impl Repository {
         self.index().insert(&object, &entry)?;
         Ok(Optimized { before_bytes: unchanged.before_bytes, after_bytes })
     }
+}
+
+/// Length and stored bytes of a frame.
+fn compress(plain: &[u8]) -> io::Result<Vec<u8>> {
+    let mut stored = vec![0; LENGTH_BYTES + plain.len()];
+    let len = frame::compress_strong(plain, &mut stored)?;
+    stored.truncate(len);
+    Ok(stored)
 }

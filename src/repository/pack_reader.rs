@@ -1,12 +1,13 @@
 //! Reading packs: verified plain bytes, or the stored form as it lies on disk.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, BufReader, Read};
 
 use super::error::{IoContext, ObjectId, RepositoryError, Result};
-use super::frame::{self, HEADER_BYTES, Header, LENGTH_BYTES};
+use super::frame::{self, HEADER_BYTES, Header, LENGTH_BYTES, STORED_ZERO_BYTES_MAX, ZeroFrame};
 use super::parallel::InOrder;
 use super::{Entry, Repository};
+use crate::sparse::{Run, SparseHasher};
 use crate::types::PackId;
 
 /// A pack opened to be sent as it is. The receiver verifies it; so does every reading of plain
@@ -20,6 +21,12 @@ pub struct StoredPack {
     /// Plain bytes of a frame.
     pub frame_bytes: usize,
 }
+
+/// A frame of zeros is stored in less than this share of its length.
+const STORED_SHARE_OF_ZEROS: usize = 4096;
+
+/// Takes a pack's plain bytes: their offset, and they.
+pub type Sink<'s> = &'s mut dyn FnMut(u64, Run<'_>) -> io::Result<()>;
 
 /// Why reading a pack ended early.
 enum Failure {
@@ -49,12 +56,20 @@ impl Repository {
         }
     }
 
-    /// Passes the plain bytes to `sink` with their offsets, in order. The hash is known only at the
-    /// end: whatever the sink made must not be used unless this returns `Ok`.
-    pub fn read_pack(&self, id: &PackId, sink: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>) -> Result<()> {
+    /// Passes the plain bytes to `sink` with their offsets, in order, frames of zeros as their length.
+    /// The hash is known only at the end: whatever the sink made must not be used unless this returns `Ok`.
+    pub fn read_pack(&self, id: &PackId, sink: Sink<'_>) -> Result<()> {
         let object = ObjectId::Pack(*id);
         let mut file = self.open_object(&object)?;
         read_frames(&mut file, id, sink).map_err(|failure| self.pack_failure(object, &file, failure))
+    }
+
+    /// How many plain bytes of a pack may be something else than zeros, as far as the sizes of its frames tell:
+    /// what unpacking it will take. Nothing is unpacked.
+    pub fn pack_data_bytes(&self, id: &PackId) -> Result<u64> {
+        let object = ObjectId::Pack(*id);
+        let mut file = self.open_object(&object)?;
+        data_bytes(&mut file).map_err(|failure| self.pack_failure(object, &file, failure))
     }
 
     fn pack_failure(&self, object: ObjectId, file: &File, failure: Failure) -> RepositoryError {
@@ -82,21 +97,29 @@ fn open_header(file: &mut File) -> Result<(Header, u64), Failure> {
     Ok((header, stored_bytes))
 }
 
-fn read_frames(
-    file: &mut File,
-    id: &PackId,
-    sink: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
-) -> Result<(), Failure> {
+fn data_bytes(file: &mut File) -> Result<u64, Failure> {
+    let (header, _) = open_header(file)?;
+    let mut file = BufReader::new(file);
+    let (mut begun_bytes, mut data_bytes) = (0, 0);
+    while begun_bytes < header.plain_bytes {
+        let plain_len = header.plain_len(begun_bytes);
+        let mut length = [0; LENGTH_BYTES];
+        read_exact(&mut file, &mut length)?;
+        let stored_len = frame::read_length(length, plain_len).map_err(Failure::Damaged)?;
+        // What is so small for its length is zeros, or as good as.
+        if stored_len > (plain_len / STORED_SHARE_OF_ZEROS).min(STORED_ZERO_BYTES_MAX) {
+            data_bytes += plain_len as u64;
+        }
+        file.seek_relative(stored_len as i64).map_err(Failure::Read)?;
+        begun_bytes += plain_len as u64;
+    }
+    Ok(data_bytes)
+}
+
+fn read_frames(file: &mut File, id: &PackId, sink: Sink<'_>) -> Result<(), Failure> {
     let (header, stored_bytes) = open_header(file)?;
-    let mut hasher = blake3::Hasher::new();
-    let mut passed_bytes = 0;
-    let mut pass = |result: io::Result<Result<Vec<u8>, String>>| {
-        let plain = result.map_err(Failure::Read)?.map_err(Failure::Damaged)?;
-        hasher.update(&plain);
-        sink(passed_bytes, &plain).map_err(Failure::Sink)?;
-        passed_bytes += plain.len() as u64;
-        Ok(plain)
-    };
+    let mut file = BufReader::new(file);
+    let mut plain = Plain { hasher: SparseHasher::new(), zero: ZeroFrame::default(), passed_bytes: 0, sink };
     let mut decompressing = InOrder::new(2 * header.frame_bytes);
     let mut spare: Vec<Vec<u8>> = Vec::new();
     let mut begun_bytes = 0;
@@ -105,34 +128,70 @@ fn read_frames(
         if decompressing.is_full()
             && let Some(result) = decompressing.pop()
         {
-            spare.push(pass(result)?);
+            spare.push(plain.pass(result)?);
         }
         let plain_len = header.plain_len(begun_bytes);
         let mut length = [0; LENGTH_BYTES];
-        read_exact(file, &mut length)?;
+        read_exact(&mut file, &mut length)?;
         let stored_len = frame::read_length(length, plain_len).map_err(Failure::Damaged)?;
         let mut stored = vec![0; stored_len];
-        read_exact(file, &mut stored)?;
-        let mut plain = spare.pop().unwrap_or_default();
-        decompressing.push(move || frame::decompress(&stored, plain_len, &mut plain).map(|()| plain));
+        read_exact(&mut file, &mut stored)?;
         begun_bytes += plain_len as u64;
         consumed_bytes += (LENGTH_BYTES + stored_len) as u64;
+        if plain.zero.is(&stored, plain_len) {
+            while let Some(result) = decompressing.pop() {
+                spare.push(plain.pass(result)?);
+            }
+            plain.give(Run::Zeros(plain_len as u64))?;
+            continue;
+        }
+        let mut bytes = spare.pop().unwrap_or_default();
+        decompressing
+            .push(move || frame::decompress(&stored, plain_len, &mut bytes).map(|()| (stored, bytes)));
     }
     while let Some(result) = decompressing.pop() {
-        pass(result)?;
+        plain.pass(result)?;
     }
     if consumed_bytes != stored_bytes {
         let over = stored_bytes.saturating_sub(consumed_bytes);
         return Err(Failure::Damaged(format!("{over} bytes follow its last frame")));
     }
-    if hasher.finalize() != *id.as_bytes() {
+    if plain.hasher.finalize() != id.0 {
         return Err(Failure::Damaged("the hash of its content is another".into()));
     }
     Ok(())
 }
 
+/// What comes out of a pack on its way to whoever wants it.
+struct Plain<'s> {
+    hasher: SparseHasher,
+    zero: ZeroFrame,
+    passed_bytes: u64,
+    sink: Sink<'s>,
+}
+
+/// A frame as it is stored, and unpacked.
+type Unpacked = (Vec<u8>, Vec<u8>);
+
+impl Plain<'_> {
+    /// Passes a frame on; its buffer can be used again.
+    fn pass(&mut self, result: io::Result<Result<Unpacked, String>>) -> Result<Vec<u8>, Failure> {
+        let (stored, bytes) = result.map_err(Failure::Read)?.map_err(Failure::Damaged)?;
+        let is_zero = self.zero.look(&stored, &bytes);
+        self.give(if is_zero { Run::Zeros(bytes.len() as u64) } else { Run::Data(&bytes) })?;
+        Ok(bytes)
+    }
+
+    fn give(&mut self, run: Run<'_>) -> Result<(), Failure> {
+        self.hasher.update_run(run);
+        (self.sink)(self.passed_bytes, run).map_err(Failure::Sink)?;
+        self.passed_bytes += run.len_bytes();
+        Ok(())
+    }
+}
+
 /// A file that ends early is damage; anything else that goes wrong is the system's.
-fn read_exact(file: &mut File, out: &mut [u8]) -> Result<(), Failure> {
+fn read_exact(file: &mut impl Read, out: &mut [u8]) -> Result<(), Failure> {
     file.read_exact(out).map_err(|e| match e.kind() {
         io::ErrorKind::UnexpectedEof => Failure::Damaged("its file is too short".into()),
         _ => Failure::Read(e),

@@ -3,10 +3,11 @@
 use std::io::{Read, Seek, Write};
 
 use super::error::{IoContext, ObjectId, RepositoryError, Result};
-use super::frame::{self, HEADER_BYTES, Header, LENGTH_BYTES, PACK_BYTES_MAX};
+use super::frame::{self, HEADER_BYTES, Header, LENGTH_BYTES, PACK_BYTES_MAX, ZeroFrame};
 use super::hot::HotWriter;
 use super::{Entry, Repository};
 use crate::durable::PendingFile;
+use crate::sparse::{Run, SparseHasher};
 use crate::types::{ByteSize, PackId};
 
 /// How much of an interrupted pack is read at a time when it is gone on with.
@@ -20,7 +21,8 @@ pub struct PackReceiver {
     id: PackId,
     /// `None` once it was refused.
     pending: Option<PendingFile>,
-    hasher: blake3::Hasher,
+    hasher: SparseHasher,
+    zero: ZeroFrame,
     stored_size_bytes: u64,
     /// What the manifest says, if the caller told.
     expected_plain_bytes: Option<u64>,
@@ -72,7 +74,8 @@ impl PackReceiver {
             repository,
             id,
             pending: Some(pending),
-            hasher: blake3::Hasher::new(),
+            hasher: SparseHasher::new(),
+            zero: ZeroFrame::default(),
             stored_size_bytes,
             expected_plain_bytes: None,
             received_bytes: 0,
@@ -148,7 +151,7 @@ impl PackReceiver {
             pending.discard();
             return Err(self.refused(reason));
         }
-        if self.hasher.finalize() != *self.id.as_bytes() {
+        if std::mem::take(&mut self.hasher).finalize() != self.id.0 {
             pending.discard();
             return Err(self.refused("the hash of what was sent is another".into()));
         }
@@ -221,9 +224,17 @@ impl PackReceiver {
     }
 
     fn read_frame(&mut self, plain_len: usize) -> Result<Part, String> {
-        frame::decompress(&self.part, plain_len, &mut self.plain)?;
-        self.hasher.update(&self.plain);
-        if self.hot.as_mut().is_some_and(|hot| !hot.write(&self.plain)) {
+        let run = if self.zero.is(&self.part, plain_len) {
+            Run::Zeros(plain_len as u64)
+        } else {
+            frame::decompress(&self.part, plain_len, &mut self.plain)?;
+            match self.zero.look(&self.part, &self.plain) {
+                true => Run::Zeros(plain_len as u64),
+                false => Run::Data(&self.plain),
+            }
+        };
+        self.hasher.update_run(run);
+        if self.hot.as_mut().is_some_and(|hot| !hot.write(self.plain_bytes, run)) {
             self.hot = None;
         }
         self.plain_bytes += plain_len as u64;

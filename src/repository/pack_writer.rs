@@ -1,6 +1,6 @@
 //! Making a pack: contents go in one after the other, hashed and compressed as they come.
 
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 
 use super::error::{ObjectId, RepositoryError, Result};
 use super::frame::{self, FRAME_BYTES, HEADER_BYTES, Header, PACK_BYTES_MAX, STORED_FRAME_BYTES_MAX};
@@ -8,13 +8,17 @@ use super::parallel::InOrder;
 use super::{Entry, Repository};
 use crate::component::manifest::ALIGNMENT_BYTES;
 use crate::durable::PendingFile;
+use crate::sparse::{Content, SparseHasher, is_zero};
 use crate::types::{Hash, PackId};
+
+/// Frames of a hole that are written in one go.
+const ZERO_FRAMES_AT_ONCE: u64 = 1024;
 
 /// Takes the contents of a pack's files. Dropped without [`PackWriter::finish`] it leaves nothing.
 pub struct PackWriter {
     repository: Repository,
     pending: PendingFile,
-    hasher: blake3::Hasher,
+    hasher: SparseHasher,
     plain_bytes: u64,
     stored_bytes: u64,
     /// The frame being filled.
@@ -52,7 +56,7 @@ impl Repository {
         Ok(PackWriter {
             repository: self.clone(),
             pending,
-            hasher: blake3::Hasher::new(),
+            hasher: SparseHasher::new(),
             plain_bytes: 0,
             stored_bytes: HEADER_BYTES as u64,
             frame: Frame::new(),
@@ -64,11 +68,12 @@ impl Repository {
 }
 
 impl PackWriter {
-    /// Appends exactly `size_bytes` of `reader`, padded with zeros to the alignment. Returns where
-    /// they begin and their hash. Nothing is appended for an empty content; its offset is 0.
+    /// Appends exactly `size_bytes` of `content`, padded with zeros to the alignment. Returns where
+    /// they begin and their hash. Nothing is appended for an empty content; its offset is 0. Holes are
+    /// not read.
     ///
     /// After an error the writer takes nothing more and cannot be finished.
-    pub fn append(&mut self, reader: &mut dyn Read, size_bytes: u64) -> Result<(u64, Hash)> {
+    pub fn append(&mut self, content: &mut dyn Content, size_bytes: u64) -> Result<(u64, Hash)> {
         self.check_usable()?;
         self.failed = true;
         if size_bytes > PACK_BYTES_MAX - self.plain_bytes {
@@ -76,26 +81,34 @@ impl PackWriter {
             return Err(RepositoryError::Invalid { what: "pack size", rule });
         }
         let offset_bytes = if size_bytes == 0 { 0 } else { self.plain_bytes };
-        let mut hasher = blake3::Hasher::new();
+        let mut hasher = SparseHasher::new();
         let mut left = size_bytes;
         while left > 0 {
+            let hole = content.skip_hole(left).map_err(|e| self.source_error(e, size_bytes))?;
+            if hole > 0 {
+                hasher.update_zeros(hole);
+                self.append_zeros(hole)?;
+                left -= hole;
+                continue;
+            }
             let begin = self.frame.plain_len;
             let take = left.min((FRAME_BYTES - begin) as u64) as usize;
             let room = &mut self.frame.plain[begin..begin + take];
-            if let Err(e) = reader.read_exact(room) {
+            if let Err(e) = content.read_exact(room) {
                 return Err(self.source_error(e, size_bytes));
             }
-            hasher.update(room);
+            if is_zero(room) {
+                hasher.update_zeros(take as u64)
+            } else {
+                hasher.update(room)
+            }
             left -= take as u64;
             self.advance(take)?;
         }
         let padding = (size_bytes.next_multiple_of(ALIGNMENT_BYTES) - size_bytes) as usize;
-        // The frame size is a multiple of the alignment, so padding never crosses into a new frame.
-        let begin = self.frame.plain_len;
-        self.frame.plain[begin..begin + padding].fill(0);
-        self.advance(padding)?;
+        self.append_zeros(padding as u64)?;
         self.failed = false;
-        Ok((offset_bytes, hasher.finalize().into()))
+        Ok((offset_bytes, hasher.finalize()))
     }
 
     /// Plain bytes so far.
@@ -114,7 +127,7 @@ impl PackWriter {
             self.seal_frame()?;
         }
         while self.write_oldest()? {}
-        let id = PackId(self.hasher.finalize().into());
+        let id = PackId(std::mem::take(&mut self.hasher).finalize());
         let header = Header { plain_bytes: self.plain_bytes, frame_bytes: FRAME_BYTES }.encode();
         let file = self.pending.file();
         let written = file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&header));
@@ -122,6 +135,39 @@ impl PackWriter {
         let entry = Entry { plain_bytes: self.plain_bytes, stored_bytes: self.stored_bytes, place: None };
         self.repository.store_file(ObjectId::Pack(id), self.pending, &entry)?;
         Ok(Some((id, self.plain_bytes)))
+    }
+
+    fn append_zeros(&mut self, mut len_bytes: u64) -> Result<()> {
+        while len_bytes > 0 {
+            if self.frame.plain_len == 0 && len_bytes >= FRAME_BYTES as u64 {
+                let frames = len_bytes / FRAME_BYTES as u64;
+                self.write_zero_frames(frames)?;
+                len_bytes -= frames * FRAME_BYTES as u64;
+                continue;
+            }
+            let begin = self.frame.plain_len;
+            let take = len_bytes.min((FRAME_BYTES - begin) as u64) as usize;
+            self.frame.plain[begin..begin + take].fill(0);
+            len_bytes -= take as u64;
+            self.advance(take)?;
+        }
+        Ok(())
+    }
+
+    /// Writes frames of a hole: they are all the same.
+    fn write_zero_frames(&mut self, mut frames: u64) -> Result<()> {
+        while self.write_oldest()? {}
+        let stored = frame::zero_frame().map_err(|e| self.write_error(e))?;
+        self.hasher.update_zeros(frames * FRAME_BYTES as u64);
+        self.plain_bytes += frames * FRAME_BYTES as u64;
+        self.stored_bytes += frames * stored.len() as u64;
+        while frames > 0 {
+            let now = frames.min(ZERO_FRAMES_AT_ONCE);
+            let written = self.pending.file().write_all(&stored.repeat(now as usize));
+            written.map_err(|e| self.write_error(e))?;
+            frames -= now;
+        }
+        Ok(())
     }
 
     fn advance(&mut self, added_bytes: usize) -> Result<()> {
@@ -137,9 +183,20 @@ impl PackWriter {
         }
         let next = self.spare.pop().unwrap_or_else(Frame::new);
         let mut full = std::mem::replace(&mut self.frame, next);
-        self.hasher.update(&full.plain[..full.plain_len]);
+        let zeros = is_zero(&full.plain[..full.plain_len]);
+        if zeros {
+            self.hasher.update_zeros(full.plain_len as u64);
+        } else {
+            self.hasher.update(&full.plain[..full.plain_len]);
+        }
         self.compressing.push(move || {
-            full.stored_len = frame::compress(&full.plain[..full.plain_len], &mut full.stored)?;
+            if zeros && full.plain_len == FRAME_BYTES {
+                let stored = frame::zero_frame()?;
+                full.stored[..stored.len()].copy_from_slice(stored);
+                full.stored_len = stored.len();
+            } else {
+                full.stored_len = frame::compress(&full.plain[..full.plain_len], &mut full.stored)?;
+            }
             Ok(full)
         });
         Ok(())

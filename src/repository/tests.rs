@@ -14,6 +14,7 @@ use crate::component::manifest::{
     ALIGNMENT_BYTES, Entry as FileEntry, EntryKind, Kind, Manifest, Meta, PackRef,
 };
 use crate::component::{DiskParameters, Recipe};
+use crate::sparse::Run;
 use crate::types::{BlockHash, ComponentId, Hash, ImageDigest, NodeHash, PackId, RecipeId};
 use crate::vm::{Block, ChunkMap};
 
@@ -43,9 +44,12 @@ fn put_pack(repository: &Repository, content: &[u8]) -> (PackId, u64) {
 
 fn plain(repository: &Repository, id: &PackId) -> Result<Vec<u8>> {
     let mut out = Vec::new();
-    repository.read_pack(id, &mut |offset, bytes| {
+    repository.read_pack(id, &mut |offset, run| {
         assert_eq!(offset, out.len() as u64);
-        out.extend_from_slice(bytes);
+        match run {
+            Run::Data(bytes) => out.extend_from_slice(bytes),
+            Run::Zeros(len) => out.resize(out.len() + len as usize, 0),
+        }
         Ok(())
     })?;
     Ok(out)

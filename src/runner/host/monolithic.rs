@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::disk::Scan;
 use crate::repository::RefKind;
 use crate::runner::Shared;
+use crate::sparse;
 use crate::types::RecipeId;
 use crate::vm::Block;
 
@@ -49,13 +50,11 @@ fn compressed_size(path: &Path) -> io::Result<(u64, u64)> {
     let mut file = File::open(path)?;
     let len = file.metadata()?.len();
     let mut encoder = zstd::Encoder::new(Counter(0), MONOLITHIC_LEVEL)?;
-    let (mut raw, mut at) = (0, 0);
-    while at < len {
-        let Ok(data) = rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(at)) else { break };
-        let hole = rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(data)).unwrap_or(len);
-        file.seek(SeekFrom::Start(data))?;
-        raw += io::copy(&mut (&mut file).take(hole - data), &mut encoder)?;
-        at = hole;
+    let mut raw = 0;
+    for data in sparse::data_runs(&file.try_clone()?, 0..len) {
+        let data = data?;
+        file.seek(SeekFrom::Start(data.start))?;
+        raw += io::copy(&mut (&mut file).take(data.end - data.start), &mut encoder)?;
     }
     Ok((encoder.finish()?.0, raw))
 }
