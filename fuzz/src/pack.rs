@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::fs;
 
 use cicada::repository::{ObjectId, Repository, RepositoryError};
+use cicada::sparse::Run;
 use cicada::types::PackId;
 
 use crate::{memory, split, work_dir};
@@ -50,9 +51,12 @@ fn receive(repository: &Repository, piece: u8, stored: &[u8]) -> bool {
     match (result, plain) {
         (Ok(()), Some(plain)) => {
             let mut back = Vec::new();
-            let read = repository.read_pack(&id, &mut |at, bytes| {
+            let read = repository.read_pack(&id, &mut |at, run| {
                 assert_eq!(at, back.len() as u64);
-                back.extend_from_slice(bytes);
+                match run {
+                    Run::Data(bytes) => back.extend_from_slice(bytes),
+                    Run::Zeros(len) => back.resize(back.len() + len as usize, 0),
+                }
                 Ok(())
             });
             read.expect("a pack that was kept can be read");
