@@ -266,7 +266,8 @@ fn progress_reaches_the_end() {
     };
     world.composer.make_recipe_reporting(&world.set(), false, SIZE, "", &report).unwrap();
     let (done, total) = *seen.lock().unwrap();
-    assert!(total > 10 << 20);
+    // The 5 MiB of the kernel and the 2 MiB of a file around its hole of 7 MiB, which is no work.
+    assert!(total > 7 << 20 && total < 9 << 20, "{total}");
     assert_eq!(done, total);
 }
 
@@ -498,7 +499,7 @@ impl Drop for Mount {
 #[test]
 fn a_full_disk_says_what_is_needed_and_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(mount) = Mount::tmpfs(dir.path(), "20m") else {
+    let Some(mount) = Mount::tmpfs(dir.path(), "12m") else {
         skipped("no right to mount a small file system");
         return;
     };
@@ -506,7 +507,7 @@ fn a_full_disk_says_what_is_needed_and_leaves_nothing() {
         World::with_repository(Repository::create(&mount.0.join("r")).unwrap(), tempfile::tempdir().unwrap());
     let error = world.composer.make_recipe(&world.set(), false, SIZE, "").unwrap_err();
     let ComposeError::NoSpace { need, have, .. } = &error else { panic!("{error:?}") };
-    assert!(need > have && *have < ByteSize::mib(24), "{error}");
+    assert!(need > have && *have < ByteSize::mib(12), "{error}");
     assert_eq!(world.leftovers(), Vec::<String>::new());
     drop(world);
 }
