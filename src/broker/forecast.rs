@@ -41,7 +41,7 @@ pub struct Interval {
     pub high_s: f64,
 }
 
-#[derive(Default, Debug)]
+#[derive(Clone, Default, Debug)]
 struct Course {
     /// Bytes, and the seconds in which they flowed, the older the less.
     flowed: (f64, f64),
@@ -77,7 +77,7 @@ impl Course {
 }
 
 /// What is known of moves to each member, and of each guest's shutdown.
-#[derive(Default, Debug)]
+#[derive(Clone, Default, Debug)]
 pub struct Forecasts {
     courses: BTreeMap<MemberJid, Course>,
     shutdowns_s: BTreeMap<VmId, f64>,

@@ -6,6 +6,7 @@ use uuid::Uuid;
 use crate::types::{Hash, MigrationId, ReservationId, VmId};
 
 /// A source of ids.
+#[derive(Clone)]
 pub struct Ids {
     key: [u8; 32],
     used: u64,

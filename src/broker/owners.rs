@@ -12,14 +12,13 @@ use crate::migration::lineage::PAGE_LINKS_MAX;
 use crate::migration::message::{CLAIMS_MAX, Claim, Known};
 use crate::migration::ownership::Learnt;
 use crate::migration::records::{UnconfirmedStart, VmRecord};
-use crate::migration::{AnswerBody, Denial, DenialCode, Lineage, Link, Links, RequestBody};
+use crate::migration::{AnswerBody, Denial, DenialCode, Law, Lineage, Link, Links, RequestBody};
 use crate::types::{LinkId, MemberJid, VmId};
 
 use super::Broker;
 use super::book::RecordError;
 use super::continuity::{Mark, digest_of};
 use super::effect::{Effect, Peer, Unanswered};
-use super::lineages::LAW;
 use super::pending::{Pending, Working};
 
 /// How often members are asked that did not answer, or that run what is ours.
@@ -161,7 +160,7 @@ impl Broker {
         let (me, running) = (self.key.public(), self.is_running(vm));
         let held = self.vms.get(&vm).is_some_and(|vm| vm.busy.is_some() || vm.starting);
         let learnt =
-            LAW.learn(self.standing(vm, &known), shown, &me, running || held, &by.jid, (now, scrub_after));
+            self.law.learn(self.standing(vm, &known), shown, &me, running || held, &by.jid, (now, scrub_after));
         let (record, lineage) = match learnt {
             Learnt::Nothing => return,
             Learnt::Contradicts => {
@@ -386,7 +385,7 @@ pub fn known_beyond(
     let (mut known, mut disputed, mut budget) = (Vec::new(), BTreeSet::new(), PAGE_LINKS_MAX);
     for (claim, record, running) in claims {
         let Some(kept) = kept(claim.vm) else { continue };
-        let lineage = LAW.known(kept, record.as_deref());
+        let lineage = Law::WHOLE.known(kept, record.as_deref());
         let here = record.as_deref().is_some_and(VmRecord::is_here);
         let Some(more) = beyond(&lineage, &claim, here) else { continue };
         // It once was the owner by this very history, and runs the VM still: not a stranger's claim.

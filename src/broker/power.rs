@@ -10,7 +10,6 @@ use crate::vm::hypervisor::{DriverEvent, EventKind, StopMode, StopReason};
 
 use super::Broker;
 use super::effect::{CallId, Effect};
-use super::lineages::LAW;
 use super::pending::{Pending, Whom};
 use super::vms::{Busy, Vm};
 
@@ -80,7 +79,7 @@ impl Broker {
     pub(super) fn start_machine(&mut self, id: VmId, arrival: Option<MigrationId>) -> bool {
         let off = self.is_off(id);
         let Some(vm) = self.vms.get_mut(&id) else { return false };
-        if let Err(refusal) = LAW.may_run(&vm.record, vm.confirmed) {
+        if let Err(refusal) = self.law.may_run(&vm.record, vm.confirmed) {
             tracing::error!(vm = %vm.record.spec.name, reason = %refusal, "not started by itself");
             return false;
         }

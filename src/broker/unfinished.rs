@@ -23,12 +23,14 @@ const PATIENCE: Duration = Duration::from_secs(600);
 const ATTEMPTS_MAX: u32 = 3;
 
 /// A move found unfinished at start.
+#[derive(Clone)]
 pub struct Unfinished {
     view: MigrationView,
     until: UnixMillis,
 }
 
 /// Disks staged for a migration that is gone.
+#[derive(Clone)]
 pub struct Interrupted {
     /// Below the VM's directory.
     disks: String,

@@ -26,6 +26,7 @@ use crate::broker::{self, AskId, Beginning, Broker, CallId, Done, Effect, RoomIn
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
 use crate::interface::{Event, Problem, Reply, Request, chain};
+use crate::migration::Law;
 use crate::migration::records::VmRecord;
 use crate::stanza::Cloud;
 use crate::types::{MemberJid, Successions, VmId};
@@ -127,6 +128,7 @@ impl Runner {
             marks: continuity.found(),
             seed: seed(),
             now: shared.now(),
+            law: Law::WHOLE,
         };
         let book = Box::new(RecordBook::new(shared.records.clone()));
         let broker = Broker::open(book, members, beginning)?;
