@@ -23,12 +23,17 @@ use super::pending::{Pending, Working};
 
 /// How often members are asked that did not answer, or that run what is ours.
 const MEET_EVERY: Duration = Duration::from_secs(5);
+/// A member that runs what is ours learns so, and asks about it every few seconds. If it is online and did not for
+/// so long, what it said was true once, and came late.
+const DISPUTE_LAPSES: Duration = Duration::from_secs(60);
 
 /// Another member runs a VM that is this cloud's.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Dispute {
     pub by: MemberJid,
     pub since: UnixMillis,
+    /// When it said so last.
+    pub said: UnixMillis,
 }
 
 /// Whom this broker still has to ask before it runs VMs by itself.
@@ -77,6 +82,8 @@ impl Broker {
             return;
         }
         self.met_at = now;
+        let members = &self.members;
+        self.disputes.retain(|_, d| !members.is_online(&d.by) || now.since(d.said) < DISPUTE_LAPSES);
         if !self.disputes.is_empty() || self.vms.values().any(|vm| vm.record.disproved.is_some()) {
             self.met.clear();
         }
@@ -142,10 +149,12 @@ impl Broker {
         self.disputes
             .retain(|vm, d| d.by != *by || disputed.contains(vm) || !asked.contains(vm) && !asked.is_empty());
         for vm in disputed {
-            if !self.disputes.contains_key(vm) {
+            let known = self.disputes.get(vm).map(|d| d.since);
+            if known.is_none() {
                 tracing::error!(%vm, member = %by, "CONTESTED: this cloud owns the VM by its history, and {by} runs a copy it gave up");
-                self.disputes.insert(*vm, Dispute { by: by.clone(), since: now });
             }
+            let since = known.unwrap_or(now);
+            self.disputes.insert(*vm, Dispute { by: by.clone(), since, said: now });
         }
     }
 

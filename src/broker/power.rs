@@ -309,7 +309,8 @@ impl Broker {
             return false;
         };
         match vm.hold() {
-            Hold::Free if self.is_off(id) && !vm.stopped_for_host => self.start_machine(id, None),
+            // One that stands still was held for a move, or about to run, when a broker ended.
+            Hold::Free if self.is_still(id) && !vm.stopped_for_host => self.start_machine(id, None),
             Hold::Free => false,
             // A move that is under way, or an operator, decides first.
             Hold::Migration(_) | Hold::Verb(_) => {
@@ -337,6 +338,11 @@ impl Broker {
                 return;
             }
         }
+    }
+
+    /// Whether its guest does not go on by itself.
+    fn is_still(&self, id: VmId) -> bool {
+        self.is_off(id) || self.power_of(id) == PowerState::Paused
     }
 
     /// Whether no guest of it runs; what the hypervisor never heard of does not.

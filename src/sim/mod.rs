@@ -12,6 +12,7 @@ pub mod scenario;
 pub mod world;
 
 pub use cloud::{Cloud, Shape};
+pub use host::seed_of;
 pub use model::{Catalogue, Component};
 pub use order::Death;
 pub use queue::{Kind, Pending, Said};
