@@ -144,7 +144,9 @@ pub fn rests(world: &mut World) -> Result<(), String> {
             break;
         }
         if world.now > until {
-            let busy = world.clouds.iter().filter(|c| !quiet(c)).map(|c| c.name()).collect::<Vec<_>>();
+            let busy: Vec<usize> = (0..world.clouds.len()).filter(|at| !quiet(&world.clouds[*at])).collect();
+            let busy: Vec<_> =
+                busy.into_iter().map(|at| (world.clouds[at].name().to_owned(), listed(world, at))).collect();
             let news = world.pending().into_iter().filter(travels).collect::<Vec<_>>();
             let held: Vec<_> = records(world).map(|(at, r)| (world.clouds[at].name().to_owned(), r)).collect();
             return Err(format!("it does not come to rest: busy {busy:?}, coming {news:?} at {:?}, records {held:#?}", world.now));

@@ -8,6 +8,7 @@ use cicada::broker::memory_book::{MemoryBook, Page};
 use cicada::interface::{Deleted, Reply, Request, Side};
 use cicada::migration::Law;
 use cicada::sim::{Death, Kind, Pending, World};
+use cicada::vm::PowerState;
 
 use crate::federation::{NAME, federation, in_doubt, open, owners, records, rests, sound, vm};
 use crate::liar;
@@ -351,9 +352,22 @@ impl Run {
     fn heal(&mut self) -> Outcome {
         self.set_clocks(OFF_HEALED_MS);
         self.settle()?;
+        self.stop_again();
         rests(&mut self.world)?;
         self.count();
         if self.one_in(3) { self.replay() } else { Ok(()) }
+    }
+
+    /// An operator whose broker died over a stop before it answered asks again.
+    fn stop_again(&mut self) {
+        for at in 0..MOVERS {
+            let record = self.world.clouds[at].book.vm(vm());
+            let runs = self.world.clouds[at].power.get(&vm()) == Some(&PowerState::Running);
+            if runs && record.is_some_and(|r| r.is_here() && !r.run) {
+                let vm = NAME.to_owned();
+                self.world.call(at, Request::VmStop { vm, force: true, timeout_s: None, for_host: false });
+            }
+        }
     }
 
     /// What is contested only operators can end: the one that took it over by a signed hand-over keeps it.
