@@ -876,9 +876,7 @@ impl Broker {
             .filter_map(|vm| vm.record.arrival.as_ref().filter(|a| !a.acknowledged).map(|a| a.migration))
             .collect();
         self.incoming.retain(|id, run| {
-            run.is_unfinished()
-                || open.contains(id)
-                || now.since(run.view.progress.updated) < KEPT_AFTER_END
+            run.is_unfinished() || open.contains(id) || now.since(run.view.progress.updated) < KEPT_AFTER_END
         });
         let over: Vec<_> = self
             .incoming

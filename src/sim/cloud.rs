@@ -16,8 +16,8 @@ use crate::interface::{Candidate, Problem, Reply};
 use crate::migration::Law;
 use crate::stanza::Cloud as Presence;
 use crate::types::{ByteSize, Hash, IdentityKey, MemberJid, MigrationId, PackId, PublicKey, RecipeId, VmId};
-use crate::vm::{PowerState, VmSpec};
 use crate::vm::hypervisor::{Ability, Accelerator, DiskFormat, Features};
+use crate::vm::{PowerState, VmSpec};
 
 use super::model::{Catalogue, Made};
 

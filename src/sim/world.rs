@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BinaryHeap};
 use std::rc::Rc;
 use std::time::Duration;
 
-use crate::broker::effect::{Done, Effect, Input, Measured, RoomInput};
 use crate::broker::book::Book;
+use crate::broker::effect::{Done, Effect, Input, Measured, RoomInput};
 use crate::broker::memory_book::MemoryBook;
 use crate::broker::talks::{AskingOwners, Reserving};
 use crate::broker::{Broker, CallId, Token, owners};
@@ -276,9 +276,8 @@ impl World {
         self.note(at, 0xbac + u64::from(same_machine));
         self.cloud(at).crash();
         let life = self.clouds[at].life;
-        self.queue.retain(|Reverse(s)| {
-            s.cloud != at || !matches!(s.event, Event::Host { .. } | Event::Restart)
-        });
+        self.queue
+            .retain(|Reverse(s)| s.cloud != at || !matches!(s.event, Event::Host { .. } | Event::Restart));
         let vms: Vec<VmId> = self.clouds[at].power.keys().copied().collect();
         vms.into_iter().for_each(|vm| self.set_power(at, vm, None));
         let of = self.cloud(at);

@@ -102,6 +102,8 @@ struct Run {
     starts: Vec<(usize, CallId)>,
     /// An operator stopped it, or decided what leaves it stopped, or it never ran.
     stopped: bool,
+    /// A member lies all the time.
+    lies: bool,
 }
 
 type Outcome = Result<(), String>;
@@ -113,7 +115,16 @@ pub fn run(beginnings: &Beginnings, seed: u64) -> Result<(Tally, u64), String> {
     world.random.0 = seed.wrapping_mul(0x2545_f491_4f6c_dd1d);
     world.log = Some(Vec::new());
     let moves_left = 2 + world.random.below(5);
-    let mut run = Run { world, tally: Tally::default(), backups: Vec::new(), before: which == 2, moves_left, starts: Vec::new(), stopped: which == 1 };
+    let mut run = Run {
+        world,
+        tally: Tally::default(),
+        backups: Vec::new(),
+        before: which == 2,
+        moves_left,
+        starts: Vec::new(),
+        stopped: which == 1,
+        lies: seed % 3 == 1,
+    };
     run.trouble()?;
     let happened = run.world.digest();
     run.heal()?;
@@ -142,6 +153,12 @@ impl Run {
                     true => self.resolve(),
                     // Who took it over passes it on, perhaps to where it is still in doubt.
                     false => drop(self.begin_move()),
+                }
+            }
+            if self.lies && self.one_in(12) {
+                match self.one_in(4) {
+                    true => self.tally.withdrawals += u64::from(liar::withdraw(&mut self.world)),
+                    false => self.tally.attacks += u64::from(liar::attack(&mut self.world)),
                 }
             }
             self.tally.events += 1;
@@ -268,7 +285,11 @@ impl Run {
             return;
         }
         let recent = self.one_in(2);
-        let at = if recent { said - 1 - self.world.random.below(said.min(4)) } else { self.world.random.below(said) };
+        let at = if recent {
+            said - 1 - self.world.random.below(said.min(4))
+        } else {
+            self.world.random.below(said)
+        };
         if let Some(said) = self.world.log.as_ref().map(|log| log[at].clone()) {
             self.tally.repeated += 1;
             self.world.repeat(said);
@@ -303,7 +324,8 @@ impl Run {
             self.tally.steered += 1;
             let id = id.to_string();
             let hold = self.one_in(2);
-            let request = if hold { Request::MigrationHold { id } } else { Request::MigrationSwitchOver { id } };
+            let request =
+                if hold { Request::MigrationHold { id } } else { Request::MigrationSwitchOver { id } };
             self.world.call(n, request);
         }
     }
