@@ -445,7 +445,7 @@ impl Run {
         self.world.in_time();
         (self.world.failures, self.world.links.loss) = (0.0, 0.0);
         self.world.partitions.clear();
-        for _ in 0..10 {
+        for _ in 0..40 {
             self.world.run_until(self.world.now.plus(Duration::from_secs(60)), |w, _| sound(w))?;
             let contested = records(&self.world).find_map(|(at, r)| match (&r.arrival, r.taken_back) {
                 _ if !r.is_here() => None,
@@ -453,7 +453,15 @@ impl Run {
                 (Some(a), _) if a.contested.is_some() => Some((at, a.migration, Side::Here)),
                 _ => r.disproved.as_ref().and_then(|d| d.hand_over()).map(|h| (at, h.migration, Side::There)),
             });
-            let Some((at, id, owner)) = contested else { return Ok(()) };
+            let Some((at, id, owner)) = contested else {
+                // What is still asked may turn out to be contested.
+                let quiet =
+                    |c: &std::rc::Rc<cicada::sim::Cloud>| c.broker.as_ref().is_some_and(|b| b.is_quiet());
+                if self.world.clouds.iter().all(quiet) {
+                    return Ok(());
+                }
+                continue;
+            };
             let force = Request::VmStop { vm: NAME.into(), force: true, timeout_s: None, for_host: false };
             if owner == Side::There {
                 self.world.call(at, force);
