@@ -118,7 +118,7 @@ impl Home {
         });
         let confirmed = BTreeMap::from(["a", "b"].map(|name| (jid(name), key(name).public())));
         let members = Members::new(BTreeMap::new(), confirmed, false);
-        let broker = Runner::open(shared.clone(), members, Box::new(|_| ())).unwrap();
+        let broker = Runner::open(shared.clone(), members, Box::new(|_| ()), None).unwrap();
         tokio::spawn(broker.run(inputs));
         let home = Self { _dir: dir, shared, inbox, clock, heard, driver };
         for name in ["a", "b", "stranger"] {

@@ -157,7 +157,7 @@ fn start(
     let trusted = members.iter().filter(|(other, _)| *other != "stranger");
     let trusted: BTreeMap<_, _> = trusted.map(|(other, _)| (jid(other), key(other).public())).collect();
     let broker =
-        Runner::open(shared.clone(), Members::new(trusted, BTreeMap::new(), false), Box::new(|_| ()))
+        Runner::open(shared.clone(), Members::new(trusted, BTreeMap::new(), false), Box::new(|_| ()), None)
             .unwrap();
     tokio::spawn(broker.run(inputs));
     Member { _dir: dir, jid: jid(name), key: key(name).public(), shared, inbox }

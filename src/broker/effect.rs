@@ -7,6 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::clock::UnixMillis;
 use crate::component::Recipe;
 use crate::federation::refusals::Tally;
@@ -28,19 +30,19 @@ use crate::vm::{PowerState, VmSpec};
 use super::book::ReturnRecord;
 
 /// An operator's request under way.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct CallId(pub u64);
 
 /// Another broker's request under way.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct AskId(pub u64);
 
 /// What ties the outcome of an effect to what wanted it.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct Token(pub u64);
 
 /// Another broker, with the key it is trusted by.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Peer {
     pub jid: MemberJid,
     pub key: PublicKey,
@@ -55,12 +57,13 @@ pub struct Matter {
 }
 
 /// What the core reacts to.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Input {
     /// An operator's request.
     Call(CallId, Request),
     /// Another broker's sealed request.
-    Asked(AskId, MemberJid, Vec<u8>),
+    Asked(AskId, MemberJid, #[serde(with = "base64_text")] Vec<u8>),
     /// The room as the XMPP session sees it.
     Room(RoomInput),
     /// What happened to a VM, and the state it is in since.
@@ -98,7 +101,8 @@ pub enum Input {
 }
 
 /// What happens in the room and to the session.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum RoomInput {
     Presence(Presence),
     /// The room's owner removed a member.
@@ -112,7 +116,8 @@ pub enum RoomInput {
 }
 
 /// What comes of effects.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Done {
     /// A wait is over.
     Due,
@@ -153,11 +158,11 @@ pub enum Done {
 }
 
 /// There is no answer to a request; why, in words.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Unanswered(pub String);
 
 /// What a member answered to a check, with what follows from it.
-#[derive(Clone, PartialEq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct Checked {
     pub differences: Vec<Denial>,
     pub components_needed: u32,
@@ -175,7 +180,7 @@ pub struct Checked {
 }
 
 /// What this cloud has of what a VM needs.
-#[derive(Clone, PartialEq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct Holdings {
     /// Whether its disk is composed already.
     pub composed: bool,
@@ -187,7 +192,7 @@ pub struct Holdings {
 }
 
 /// What a scan of a VM's disks found.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Scanned {
     pub seed: Seed,
     /// Bytes of the disks that were read.
@@ -197,7 +202,7 @@ pub struct Scanned {
 }
 
 /// The disk as it was found a moment ago.
-#[derive(Clone, PartialEq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct Measured {
     pub at: Option<UnixMillis>,
     pub total_bytes: u64,
@@ -210,7 +215,7 @@ pub struct Measured {
     pub resident_bytes: u64,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Allocated {
     pub root_bytes: u64,
     pub user_data_bytes: u64,
@@ -488,4 +493,19 @@ pub struct ReceiptWanted {
     pub text: String,
     pub known: Result<MigrationProgress, Problem>,
     pub remarks: Vec<(MigrationId, String)>,
+}
+
+/// Sealed bytes as base64 in what is kept of inputs.
+mod base64_text {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::STANDARD as BASE64;
+    use serde::{Deserialize, Deserializer, Serializer, de};
+
+    pub fn serialize<S: Serializer>(bytes: &[u8], s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&BASE64.encode(bytes))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u8>, D::Error> {
+        BASE64.decode(String::deserialize(d)?).map_err(de::Error::custom)
+    }
 }

@@ -207,7 +207,7 @@ impl Broker {
             expires: self.now.plus(LIFETIME),
             body,
         };
-        envelope.seal(&self.key).ok()
+        envelope.seal(&*self.key).ok()
     }
 
     /// A trusted member that speaks another version is told so, in ours.
@@ -510,13 +510,13 @@ impl Broker {
             }
             Became::Void => {
                 fault::point("target-returning");
-                let back = signed.clone().give_back(&self.key);
+                let back = signed.clone().give_back(&*self.key);
                 fault::point("target-returned");
                 Answered::Now(returned(back))
             }
             Became::ToBePromised => {
                 let promise = ReturnRecord { vm: h.vm, epoch: h.epoch, hand_over: Some(signed.clone()) };
-                let back = signed.clone().give_back(&self.key);
+                let back = signed.clone().give_back(&*self.key);
                 if promised {
                     return Answered::Now(returned(back));
                 }
@@ -766,7 +766,7 @@ impl Broker {
             given,
             run.offer.lineage.as_ref(),
             signed,
-            &self.key,
+            &*self.key,
             guest,
         );
         let (mut record, lineage) = taken.map_err(|refusal| {

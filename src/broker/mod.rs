@@ -38,6 +38,7 @@ mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::clock::UnixMillis;
 use crate::config::Config;
@@ -47,7 +48,7 @@ use crate::migration::ReplayGuard;
 use crate::migration::envelope::common_version;
 use crate::migration::handover::SignedHandOver;
 use crate::migration::records::VmRecord;
-use crate::types::{IdentityKey, MemberJid, MigrationId, PublicKey, Successions, VmId, VmName};
+use crate::types::{MemberJid, MigrationId, PublicKey, Signer, Successions, VmId, VmName};
 use crate::vm::PowerState;
 use crate::vm::hypervisor::Features;
 
@@ -72,7 +73,7 @@ use vms::Vm;
 /// What the runner found before the core begins.
 pub struct Beginning {
     pub config: Config,
-    pub key: IdentityKey,
+    pub key: Arc<dyn Signer>,
     pub features: Features,
     /// Where this broker can be dialled for transfers.
     pub transfer_addresses: Vec<String>,
@@ -81,8 +82,7 @@ pub struct Beginning {
     /// Directories of disks by VM, the one that was changed last at the end.
     pub disk_dirs: BTreeMap<VmId, Vec<String>>,
     pub marks: Marks,
-    /// Random; secret.
-    pub seed: [u8; 32],
+    pub ids: Ids,
     pub now: UnixMillis,
 }
 
@@ -90,7 +90,7 @@ pub struct Broker {
     now: UnixMillis,
     config: Config,
     me: MemberJid,
-    key: IdentityKey,
+    key: Arc<dyn Signer>,
     features: Features,
     transfer_addresses: Vec<String>,
     vms_dir: PathBuf,
@@ -170,7 +170,7 @@ impl Broker {
             tracing::error!(vm = %d.vm, reason = d.reason, "set aside: it is not run, and its disks are not touched");
         }
         for record in &mut vms {
-            if let Err(e) = lineages::complete(&book, &me, &b.key, record) {
+            if let Err(e) = lineages::complete(&book, &me, &*b.key, record) {
                 tracing::error!(vm = %record.spec.name, error = crate::interface::chain(&e), "it cannot move: its history is damaged");
             }
         }
@@ -195,7 +195,7 @@ impl Broker {
             transfer_addresses: b.transfer_addresses,
             vms_dir: b.vms_dir,
             book,
-            ids: Ids::new(b.seed),
+            ids: b.ids,
             effects: Vec::new(),
             pending: BTreeMap::new(),
             next_token: 0,

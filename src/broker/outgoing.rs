@@ -182,7 +182,7 @@ impl Broker {
             };
             let (id, ticket, now) = (given.migration, self.ids.ticket(), self.now);
             let peer = Peer { jid: given.to.clone(), key: given.to_key };
-            let (machine, effects) = Source::resume(given.was_running, hand_over.sign(&self.key));
+            let (machine, effects) = Source::resume(given.was_running, hand_over.sign(&*self.key));
             let mut view = self
                 .history
                 .take(&id)
@@ -639,7 +639,7 @@ impl Broker {
         run.view.progress.handed_over = true;
         self.book.note_now(&run.view);
         tracing::info!(migration = %id, to = %run.peer.jid, epoch = hand_over.epoch, "given up");
-        Ok(hand_over.sign(&self.key))
+        Ok(hand_over.sign(&*self.key))
     }
 
     fn take_back(&mut self, id: MigrationId, back: Return) -> Result<(), Denial> {

@@ -27,6 +27,7 @@ mod push;
 mod receipt;
 mod recipe;
 mod repo;
+mod replay;
 mod resolve;
 mod room_check;
 mod sim;
@@ -124,6 +125,8 @@ enum Command {
         /// Its state was restored from a backup: ask all members before any VM is run
         #[arg(long)]
         after_restore: bool,
+        #[command(flatten)]
+        recording: broker::Recording,
     },
     /// Check or show the configuration (without a broker)
     #[command(subcommand)]
@@ -169,6 +172,10 @@ enum Command {
     /// The brokers' decisions are made by the code that ships; network, time, hypervisors and repositories are
     /// models that count bytes. The same scenario and seed give the same run.
     Sim(sim::Sim),
+    /// Step a broker's core through what 'cicada broker --record' wrote, and show what it decides (without a broker)
+    ///
+    /// Nothing is done of what it decides. Exit code 4 if it decides otherwise than the recorded broker did.
+    Replay(replay::Replay),
     /// Print completions for a shell (without a broker)
     Completions(generate::Completions),
     /// Write the manual pages (without a broker)
@@ -214,7 +221,7 @@ fn execute(globals: Globals, command: Command, printer: Printer) -> Outcome {
     let default = match command {
         Command::Broker { .. } => telemetry::BROKER_FILTER,
         // What simulated brokers log is theirs; a rule that is broken is told as the command's error.
-        Command::Sim(_) => "off",
+        Command::Sim(_) | Command::Replay(_) => "off",
         _ => telemetry::COMMAND_FILTER,
     };
     telemetry::start(globals.log.as_deref().unwrap_or(default), is_broker).map_err(|e| {
@@ -236,7 +243,7 @@ fn execute(globals: Globals, command: Command, printer: Printer) -> Outcome {
 
 async fn dispatch(ctx: Context, command: Command) -> Outcome {
     match command {
-        Command::Broker { after_restore } => broker::run(&ctx, after_restore).await,
+        Command::Broker { after_restore, recording } => broker::run(&ctx, after_restore, recording).await,
         Command::Config(c) => config::run(&ctx, c).await,
         Command::Identity(c) => identity::run(&ctx, c).await,
         Command::Federation(c) => federation::run(&ctx, c).await,
@@ -253,6 +260,7 @@ async fn dispatch(ctx: Context, command: Command) -> Outcome {
         Command::Receipt(c) => receipt::run(&ctx, c),
         Command::Bench(b) => bench::run(&ctx, &b),
         Command::Sim(s) => sim::run(&ctx, &s),
+        Command::Replay(r) => replay::run(&ctx, &r),
         Command::Completions(c) => generate::completions(&ctx, &c),
         Command::CompleteNames(c) => names::print(&ctx, c).await,
         Command::Man(c) => generate::man(&ctx, &c),

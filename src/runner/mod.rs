@@ -20,13 +20,15 @@ use std::sync::Arc;
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use crate::broker::book::RecordError;
+use crate::broker::book::{Book, RecordError};
 use crate::broker::effect::DisksOf;
 use crate::broker::{self, AskId, Beginning, Broker, CallId, Done, Effect, RoomInput, Token};
+use crate::broker::ids::Ids;
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
 use crate::interface::{Event, Problem, Reply, Request, chain};
 use crate::migration::records::VmRecord;
+use crate::recording::{self, Recorder};
 use crate::stanza::Cloud;
 use crate::types::{MemberJid, Successions, VmId};
 
@@ -80,6 +82,7 @@ struct Caller {
 pub struct Runner {
     broker: Broker,
     hands: Hands,
+    recorder: Option<Recorder>,
 }
 
 /// What performs effects.
@@ -107,7 +110,8 @@ struct Outcome {
 }
 
 impl Runner {
-    /// Reads the durable records. `announce` publishes this cloud's presence.
+    /// Reads the durable records. `announce` publishes this cloud's presence; what the core takes in and decides
+    /// goes to `recorder` as well.
     ///
     /// # Errors
     /// If the records cannot be read as a whole, or there is no random source.
@@ -115,20 +119,25 @@ impl Runner {
         shared: Arc<Shared>,
         members: Members,
         announce: Box<dyn Fn(Cloud) + Send>,
+        mut recorder: Option<Recorder>,
     ) -> Result<Self, RecordError> {
         let continuity = Continuity::of(shared.records.dir());
         let beginning = Beginning {
             config: shared.config.clone(),
-            key: shared.key.clone(),
+            key: Arc::new(shared.key.clone()),
             features: shared.driver.features().clone(),
             transfer_addresses: shared.config.transfer.addresses(shared.endpoint.local_addr().ok()),
             vms_dir: shared.records.vms_dir(),
             disk_dirs: host::stage::disk_dirs(&shared),
             marks: continuity.found(),
-            seed: seed(),
+            ids: Ids::new(seed()),
             now: shared.now(),
         };
-        let book = Box::new(RecordBook::new(shared.records.clone()));
+        let book: Box<dyn Book> = Box::new(RecordBook::new(shared.records.clone()));
+        let (beginning, book) = match &mut recorder {
+            Some(recorder) => recorder.wrap(beginning, book, members.keyring().clone()),
+            None => (beginning, book),
+        };
         let broker = Broker::open(book, members, beginning)?;
         let (outcomes, outcomes_in) = mpsc::unbounded_channel();
         let hands = Hands {
@@ -145,17 +154,25 @@ impl Runner {
             outcomes,
             outcomes_in: Some(outcomes_in),
         };
-        Ok(Self { broker, hands })
+        Ok(Self { broker, hands, recorder })
     }
 
     /// See [`Broker::after_restore`].
     pub fn after_restore(self) -> Result<Self, RecordError> {
-        Ok(Self { broker: self.broker.after_restore()?, ..self })
+        let mut recorder = self.recorder;
+        if let Some(recorder) = &mut recorder {
+            recorder.set_after_restore();
+        }
+        Ok(Self { broker: self.broker.after_restore()?, hands: self.hands, recorder })
     }
 
     /// See [`Broker::with_successions`].
     pub fn with_successions(self, successions: Successions) -> Self {
-        Self { broker: self.broker.with_successions(successions), ..self }
+        let mut recorder = self.recorder;
+        if let Some(recorder) = &mut recorder {
+            recorder.set_successions(&successions);
+        }
+        Self { broker: self.broker.with_successions(successions), hands: self.hands, recorder }
     }
 
     /// Runs until [`Input::Shutdown`]; VMs keep running.
@@ -223,12 +240,15 @@ impl Runner {
                 break;
             }
         }
+        if let Some(recorder) = &mut self.recorder {
+            recorder.end(recording::End::Stopped);
+        }
         Ok(())
     }
 
     /// One step of the core, and the begin of all that it wants done. Whether the broker ends.
     fn step(&mut self, input: broker::Input) -> Result<bool, Ended> {
-        let effects = self.broker.step(self.hands.shared.now(), input);
+        let effects = self.decide(input);
         let mut ends = false;
         for effect in effects {
             match effect {
@@ -238,6 +258,16 @@ impl Runner {
             }
         }
         Ok(ends)
+    }
+
+    /// What the core decides, recorded if that is wanted.
+    fn decide(&mut self, input: broker::Input) -> Vec<Effect> {
+        let now = self.hands.shared.now();
+        let Some(recorder) = &mut self.recorder else { return self.broker.step(now, input) };
+        let recorded = recorder.before(&input);
+        let effects = self.broker.step(now, input);
+        recorder.after(now, recorded, &effects);
+        effects
     }
 
     /// Tells the core what it cannot see: what was refused, what was sent, what disks take up.
@@ -279,9 +309,8 @@ impl Runner {
     }
 
     fn take_measured(&mut self, measured: broker::Measured) {
-        let hands = &mut self.hands;
-        let effects = self.broker.step(hands.shared.now(), broker::Input::Measured(Box::new(measured)));
-        effects.into_iter().for_each(|effect| hands.perform(effect));
+        let effects = self.decide(broker::Input::Measured(Box::new(measured)));
+        effects.into_iter().for_each(|effect| self.hands.perform(effect));
     }
 }
 

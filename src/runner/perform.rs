@@ -109,7 +109,9 @@ impl Hands {
                 let shared = self.shared.clone();
                 tokio::task::spawn_blocking(move || {
                     let kept = shared.records.save_return(&promise, Some(&to));
-                    if let Err(e @ broker::book::RecordError::Undecided { .. }) = &kept {
+                    if let Err(e) = &kept
+                        && e.is_undecided()
+                    {
                         return shared.post(Input::Undecided(chain(e)));
                     }
                     let done = Done::PromiseKept(kept.map_err(|e| chain(&e)));

@@ -3,8 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::broker::effect::Holdings;
+use crate::broker::ids::Ids;
 use crate::broker::memory_book::MemoryBook;
 use crate::broker::{AskId, Beginning, Broker, CallId, Peer, Token};
 use crate::clock::UnixMillis;
@@ -138,13 +140,13 @@ impl Cloud {
         let seed = Hash::of(format!("{} {}", self.jid, self.life).as_bytes());
         let beginning = Beginning {
             config,
-            key: self.key.clone(),
+            key: Arc::new(self.key.clone()),
             features: features(),
             transfer_addresses: vec!["192.0.2.1:7420".into()],
             vms_dir: PathBuf::from("/sim"),
             disk_dirs: BTreeMap::new(),
             marks: Default::default(),
-            seed: *seed.as_bytes(),
+            ids: Ids::new(*seed.as_bytes()),
             now,
         };
         let others = trusted.iter().filter(|(jid, _)| **jid != self.jid);
@@ -212,7 +214,7 @@ pub struct Job {
     pub life: u32,
 }
 
-fn features() -> Features {
+pub fn features() -> Features {
     Features {
         driver: "simulated".into(),
         version: "1".into(),

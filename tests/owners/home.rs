@@ -234,7 +234,7 @@ impl Home {
         });
         let confirmed = BTreeMap::from(["a", "b"].map(|name| (jid(name), key(name).public())));
         let members = Members::new(BTreeMap::new(), confirmed, false);
-        let broker = Runner::open(shared.clone(), members, Box::new(|_| ())).unwrap();
+        let broker = Runner::open(shared.clone(), members, Box::new(|_| ()), None).unwrap();
         let broker = if after_restore { broker.after_restore().unwrap() } else { broker };
         tokio::spawn(broker.run(inputs));
         Self { dir, shared, inbox, clock, script }
