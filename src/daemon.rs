@@ -97,8 +97,7 @@ pub async fn run(config: Config, after_restore: bool, recorder: Option<Recorder>
     });
     let announcer = session.clone();
     let announce = move |cloud| announcer.set_presence(cloud);
-    let broker =
-        Runner::open(shared.clone(), members, Box::new(announce), recorder)
+    let broker = Runner::open(shared.clone(), members, Box::new(announce), recorder)
         .map_err(|e| failed("records", &e))?;
     let broker = broker.with_successions(successions);
 

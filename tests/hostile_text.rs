@@ -492,7 +492,8 @@ async fn start() -> World {
         config,
     });
     let confirmed = BTreeMap::from([(jid("b"), key("b").public())]);
-    let broker = Runner::open(shared, Members::new(BTreeMap::new(), confirmed, false), Box::new(|_| ()), None);
+    let broker =
+        Runner::open(shared, Members::new(BTreeMap::new(), confirmed, false), Box::new(|_| ()), None);
     tokio::spawn(broker.unwrap().run(inputs));
     let listener = cicada::api::bind(&socket).await.unwrap();
     let (stop, stopped) = watch::channel(false);

@@ -7,7 +7,7 @@ use crate::migration::ownership::Standing;
 use crate::migration::records::VmRecord;
 use crate::migration::target::Event as TargetEvent;
 use crate::migration::{AnswerBody, Denial, DenialCode, Law, Lineage, Link, Refusal, RequestBody};
-use crate::types::{Signer, LinkId, MemberJid, VmId};
+use crate::types::{LinkId, MemberJid, Signer, VmId};
 
 use super::Broker;
 use super::book::{Ledger, RecordError};

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::broker::Input;
 use crate::interface::{Problem, ProblemKind};
-use crate::recording::{Difference, Replay as Player, RecordingError, Step};
+use crate::recording::{Difference, RecordingError, Replay as Player, Step};
 
 use super::context::Context;
 use super::printer::{Failure, Outcome};
@@ -72,7 +72,8 @@ pub fn run(ctx: &Context, args: &Replay) -> Outcome {
     let mut player = Player::open(&args.recording).map_err(problem)?;
     let release = player.header.release.clone();
     if release != env!("CARGO_PKG_VERSION") {
-        ctx.printer.note(format!("it was recorded by release {release}: this one may spell effects otherwise"));
+        ctx.printer
+            .note(format!("it was recorded by release {release}: this one may spell effects otherwise"));
     }
     let mut summary =
         Summary { release, steps: 0, steps_that_differ: 0, first_difference: None, end: "cut".into() };
@@ -80,7 +81,11 @@ pub fn run(ctx: &Context, args: &Replay) -> Outcome {
         let step = match player.step() {
             Ok(Some(step)) => step,
             Ok(None) => break,
-            Err(e) => return Err(problem(e).next(format!("the first {} steps could be read", summary.steps)).into()),
+            Err(e) => {
+                return Err(problem(e)
+                    .next(format!("the first {} steps could be read", summary.steps))
+                    .into());
+            }
         };
         summary.steps = step.number;
         if !step.differences.is_empty() {
@@ -105,7 +110,10 @@ pub fn run(ctx: &Context, args: &Replay) -> Outcome {
     match summary.first_difference {
         None => Ok(()),
         Some(first) => {
-            let reason = format!("{} of {} steps differ, step {first} first", summary.steps_that_differ, summary.steps);
+            let reason = format!(
+                "{} of {} steps differ, step {first} first",
+                summary.steps_that_differ, summary.steps
+            );
             let problem = Problem::new(ProblemKind::Conflict, &object, reason)
                 .next(format!("see 'cicada replay {object} --from {first} --to {first} --full'"));
             Err(Failure::Problem(problem))

@@ -9,7 +9,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
-use crate::types::{Signer, MemberJid, MigrationId, PublicKey, Signature, VmId};
+use crate::types::{MemberJid, MigrationId, PublicKey, Signature, Signer, VmId};
 
 /// The newest protocol version this code speaks: hand-overs say how their giver became the owner, and
 /// the VM's history travels with them.

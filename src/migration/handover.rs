@@ -7,8 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::clock::UnixMillis;
 use crate::types::codec::{CodecError, Reader, Writer};
 use crate::types::{
-    Signer, LinkId, MapId, MemberJid, MigrationId, PublicKey, RecipeId, ReservationId, Signature, VmId,
-    hex,
+    LinkId, MapId, MemberJid, MigrationId, PublicKey, RecipeId, ReservationId, Signature, Signer, VmId, hex,
 };
 
 /// A record that says nothing of how its source became the owner.

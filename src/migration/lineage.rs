@@ -218,7 +218,11 @@ struct Parts {
 
 impl From<Lineage> for Parts {
     fn from(l: Lineage) -> Self {
-        Self { vm: l.vm, links: l.links.into_iter().map(|link| Links(vec![link])).collect(), successions: l.successions }
+        Self {
+            vm: l.vm,
+            links: l.links.into_iter().map(|link| Links(vec![link])).collect(),
+            successions: l.successions,
+        }
     }
 }
 
@@ -226,7 +230,9 @@ impl From<Lineage> for Parts {
 impl TryFrom<Parts> for Lineage {
     type Error = LineageError;
     fn try_from(parts: Parts) -> Result<Self, LineageError> {
-        Self::empty(parts.vm).with(&parts.successions).continued(parts.links.into_iter().flat_map(|l| l.0).collect())
+        Self::empty(parts.vm)
+            .with(&parts.successions)
+            .continued(parts.links.into_iter().flat_map(|l| l.0).collect())
     }
 }
 

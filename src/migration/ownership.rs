@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use crate::clock::UnixMillis;
-use crate::types::{Signer, MapId, MemberJid, MigrationId, PublicKey, ReservationId, hex};
+use crate::types::{MapId, MemberJid, MigrationId, PublicKey, ReservationId, Signer, hex};
 use crate::vm::VmSpec;
 
 use super::handover::{

@@ -4,9 +4,9 @@
 
 mod recorder;
 mod replay;
-mod told;
 #[cfg(test)]
 mod tests;
+mod told;
 
 use std::collections::BTreeMap;
 use std::io;

@@ -17,7 +17,9 @@ use crate::interface::chain;
 use crate::types::{ByteSize, Successions};
 
 use super::told::Stream;
-use super::{CHECK_DIGITS, Decided, End, FORMAT, Header, Line, RecordedBook, RecordedKey, RecordingError, digits};
+use super::{
+    CHECK_DIGITS, Decided, End, FORMAT, Header, Line, RecordedBook, RecordedKey, RecordingError, digits,
+};
 
 /// A recording being written. What goes wrong ends it with a line in the log, and never the broker.
 pub struct Recorder {
@@ -117,7 +119,10 @@ impl Recorder {
         let step = serde_json::json!({ "at_ms": at, "input": input, "told": told, "effects": effects });
         self.write(&step);
         if self.written_bytes >= self.limit_bytes && self.file.is_some() {
-            tracing::warn!(bytes = self.written_bytes, "the recording is as large as it may be: it ends here");
+            tracing::warn!(
+                bytes = self.written_bytes,
+                "the recording is as large as it may be: it ends here"
+            );
             self.end(End::Limit);
         }
     }

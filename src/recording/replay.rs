@@ -13,8 +13,8 @@ use crate::federation::Members;
 
 use super::told::Stream;
 use super::{
-    CHECK_DIGITS, Decided, End, FORMAT, Header, LINE_BYTES_MAX, Line, RecordedBook, RecordedKey, RecordingError,
-    digits,
+    CHECK_DIGITS, Decided, End, FORMAT, Header, LINE_BYTES_MAX, Line, RecordedBook, RecordedKey,
+    RecordingError, digits,
 };
 
 /// A recording and the core that is stepped through it.
@@ -67,8 +67,8 @@ impl Replay {
             Some(found) => return Err(RecordingError::Format { found }),
             None => return Err(RecordingError::Foreign),
         }
-        let header: Header = serde_json::from_value(value)
-            .map_err(|source| RecordingError::Malformed { line: 1, source })?;
+        let header: Header =
+            serde_json::from_value(value).map_err(|source| RecordingError::Malformed { line: 1, source })?;
         let stream = Stream::default();
         stream.put(header.told.clone());
         let broker = begin(&header, &stream)?;
@@ -85,7 +85,8 @@ impl Replay {
         }
         let Some(text) = self.lines.next()? else { return Ok(None) };
         let line = self.lines.line;
-        let parsed = serde_json::from_str(&text).map_err(|source| RecordingError::Malformed { line, source })?;
+        let parsed =
+            serde_json::from_str(&text).map_err(|source| RecordingError::Malformed { line, source })?;
         let (at, input, told, recorded) = match parsed {
             Line::Step { at_ms, input, told, effects } => (at_ms, *input, told, effects),
             Line::End { end } => {

@@ -119,7 +119,8 @@ fn what_was_cut_altered_or_is_of_another_format_is_named() {
     for foreign in ["", "hello\n", "{\"format\":1}\n", "\u{0}\u{1}"] {
         assert!(matches!(with(foreign.into()), Err(RecordingError::Foreign)), "{foreign:?}");
     }
-    let sealed = |json: &str| format!("{} {json}\n", digits(&["0".repeat(CHECK_DIGITS).as_bytes(), json.as_bytes()]));
+    let sealed =
+        |json: &str| format!("{} {json}\n", digits(&["0".repeat(CHECK_DIGITS).as_bytes(), json.as_bytes()]));
     assert!(matches!(with(sealed("{\"format\":7}")), Err(RecordingError::Format { found: 7 })));
     assert!(matches!(with(sealed("{\"format\":1}")), Err(RecordingError::Malformed { line: 1, .. })));
 }

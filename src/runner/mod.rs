@@ -22,8 +22,8 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::broker::book::{Book, RecordError};
 use crate::broker::effect::DisksOf;
-use crate::broker::{self, AskId, Beginning, Broker, CallId, Done, Effect, RoomInput, Token};
 use crate::broker::ids::Ids;
+use crate::broker::{self, AskId, Beginning, Broker, CallId, Done, Effect, RoomInput, Token};
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
 use crate::interface::{Event, Problem, Reply, Request, chain};

@@ -117,6 +117,8 @@ pub struct Cloud {
     pub xmpp_port: u16,
     /// What its broker has in its environment, beside ours.
     pub environment: Vec<(String, PathBuf)>,
+    /// More arguments of its broker.
+    pub arguments: Vec<String>,
 }
 
 impl World {
@@ -163,6 +165,7 @@ impl World {
                 broker: None,
                 xmpp_port: world.xmpp.port,
                 environment,
+                arguments: Vec::new(),
             });
         }
         world
@@ -206,6 +209,7 @@ impl World {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(c.dir.join("log")).unwrap();
         Command::new(env!("CARGO_BIN_EXE_cicada"))
             .args(["--config", &c.dir.join("federation.toml").display().to_string(), "broker"])
+            .args(&c.arguments)
             .envs(c.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())

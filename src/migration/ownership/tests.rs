@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::migration::message::Seed;
+use crate::types::IdentityKey;
 use crate::types::{ByteSize, RecipeId, VmId};
 use crate::vm::{Firmware, MapRef};
 
