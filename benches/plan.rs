@@ -204,7 +204,9 @@ fn between_brokers() -> Result<()> {
         let (mut answers, mut plans) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             let begun = Instant::now();
-            let Reply::Plan(plan) = world.call(0, &Request::Plan { vm: name.into(), to: None })? else {
+            let Reply::Plan(plan) =
+                world.call(0, &Request::Plan { vm: name.into(), to: None, all: false })?
+            else {
                 return Err("no plan".into());
             };
             plans.push(ms(begun.elapsed()));

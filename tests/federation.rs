@@ -377,7 +377,7 @@ fn brokers_survive_bad_surroundings() {
     // The XMPP server dies and comes back.
     world.xmpp.stop();
     world.wait("the loss is noticed", 30, |w| w.status(0).link != "online");
-    let offline = world.call(0, &Request::Plan { vm: "one".into(), to: None }).unwrap_err();
+    let offline = world.call(0, &Request::Plan { vm: "one".into(), to: None, all: false }).unwrap_err();
     assert_eq!(offline.kind, ProblemKind::Conflict, "given up VMs are not planned: {offline}");
     world.xmpp.restart();
     world.wait("both are back", 60, |w| {

@@ -12,6 +12,7 @@ use crate::vm::PowerState;
 use super::effect::{CallId, Effect, Peer, ReceiptWanted};
 use super::outgoing::Course;
 use super::pending::{PlanFor, Whom};
+use super::planning::Asked;
 use super::{Broker, aside};
 
 impl Broker {
@@ -53,8 +54,10 @@ impl Broker {
                 return self.resize_vm(&vm, root_size, user_data_size, call);
             }
             Request::VmDelete { vm, taken_for } => return self.delete_vm(&vm, taken_for, call),
-            Request::Plan { vm, to } => return self.plan(&vm, to.as_deref(), call),
-            Request::Move { vm, to, dry_run: true, .. } => return self.plan(&vm, to.as_deref(), call),
+            Request::Plan { vm, to, all } => return self.plan(&vm, to.as_deref(), all, call),
+            Request::Move { vm, to, dry_run: true, .. } => {
+                return self.plan(&vm, to.as_deref(), false, call);
+            }
             Request::Move { vm, to, dry_run: false, force_stop } => {
                 return self.move_vm(&vm, to.as_deref(), force_stop, call);
             }
@@ -402,7 +405,8 @@ impl Broker {
             }
             return;
         }
-        self.candidates(id, peers.clone(), to, PlanFor::Move { call, peers, force_stop });
+        let whom = if to.is_some() { Asked::Named } else { Asked::Some };
+        self.candidates(id, peers.clone(), whom, PlanFor::Move { call, peers, force_stop });
     }
 
     /// A plan was asked for to choose the target.

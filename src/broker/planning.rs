@@ -1,8 +1,11 @@
 //! Plans: which members could take a VM, and what it would cost.
 
+use std::time::Duration;
+
 use crate::interface::{Candidate, PlanView, Problem, ProblemKind, Reason, Reply, Verdict};
 use crate::migration::{Denial, DenialCode};
-use crate::placement::{Offer, hardware, rank, shortlist};
+use crate::placement::shortlist::{ASKED_MAX, Choice, Earlier, shortlist};
+use crate::placement::{Offer, hardware, rank};
 use crate::types::{CloudName, MemberJid, VmId};
 use crate::vm::{PowerState, VmSpec};
 
@@ -30,32 +33,61 @@ pub fn unasked(jid: MemberJid, cloud: Option<CloudName>, verdict: Verdict) -> Ca
     }
 }
 
+/// Which of the members that are online a plan asks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Asked {
+    /// The one that the operator named, in any case.
+    Named,
+    /// Every one that may be able to take the VM.
+    All,
+    /// A few of these.
+    Some,
+}
+
+/// How long an answer counts when the next plan chooses whom to ask.
+const ANSWERS_LAST: Duration = Duration::from_secs(3600);
+
+/// What a row of a plan says for the next one; nothing if the member was not heard.
+fn earlier(row: &Candidate) -> Option<Earlier> {
+    let bytes = row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;
+    match row.verdict {
+        Verdict::Yes | Verdict::WithDifferences { .. } => Some(Earlier::Lacks { bytes }),
+        Verdict::No { .. } => Some(Earlier::No),
+        Verdict::NotAsked { .. } => None,
+    }
+}
+
 pub fn reason(d: &Denial) -> Reason {
     Reason { code: d.code.as_str(), text: d.text.clone(), next_step: d.next_step.clone() }
 }
 
 impl Broker {
-    pub(super) fn plan(&mut self, vm: &str, to: Option<&str>, call: CallId) {
+    pub(super) fn plan(&mut self, vm: &str, to: Option<&str>, all: bool, call: CallId) {
         let prepared = self.movable_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
+        let whom = match (to, all) {
+            (Some(_), _) => Asked::Named,
+            (None, true) => Asked::All,
+            (None, false) => Asked::Some,
+        };
         match prepared {
-            Ok((id, peers)) => self.candidates(id, peers, to, PlanFor::Caller(call)),
+            Ok((id, peers)) => self.candidates(id, peers, whom, PlanFor::Caller(call)),
             Err(problem) => self.reply(call, Err(problem)),
         }
     }
 
-    /// Asks those of `peers` about a VM that may be able to take it, all at once. Who is named by the
-    /// operator is asked in any case.
+    /// Asks those of `peers` about a VM that may be able to take it, all at once.
     pub(super) fn candidates(
         &mut self,
         id: VmId,
         peers: Vec<(Peer, Option<CloudName>)>,
-        named: Option<&str>,
+        whom: Asked,
         purpose: PlanFor,
     ) {
         let Some(vm) = self.vms.get(&id) else { return };
-        let (peers, rows_left_out) = match named {
-            Some(_) => (peers, Vec::new()),
-            None => self.shortlisted(&vm.record.spec, peers),
+        let (peers, rows_left_out) = match whom {
+            Asked::Named => (peers, Vec::new()),
+            Asked::All => self.shortlisted(vm, peers, usize::MAX),
+            Asked::Some => self.shortlisted(vm, peers, ASKED_MAX),
         };
         let record = Box::new(vm.record.clone());
         let token = self.expect(Pending::Planned { vm: id, rows_left_out, purpose });
@@ -70,10 +102,18 @@ impl Broker {
         rows: Result<Vec<Candidate>, Problem>,
     ) {
         let (PlanFor::Caller(call) | PlanFor::Move { call, .. }) = purpose;
-        let Some(vm) = self.vms.get(&id) else {
+        if !self.vms.contains_key(&id) {
             let gone = Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile");
             return self.reply(call, Err(gone));
-        };
+        }
+        let now = self.now;
+        let answers = rows.iter().flatten().map(|row| (row.jid.clone(), earlier(row)));
+        let answers: Vec<_> = answers.filter_map(|(jid, earlier)| Some((jid, earlier?))).collect();
+        if let Some(vm) = self.vms.get_mut(&id) {
+            vm.answers.retain(|_, (at, _)| now.since(*at) < ANSWERS_LAST);
+            vm.answers.extend(answers.into_iter().map(|(jid, earlier)| (jid, (now, earlier))));
+        }
+        let Some(vm) = self.vms.get(&id) else { return };
         let plan = rows.map(|mut rows| {
             rows.extend(left_out);
             PlanView { notes: self.running_notes(vm), ..self.ranked(&vm.record.spec, rows) }
@@ -87,8 +127,9 @@ impl Broker {
     /// Those of `peers` that are asked, and rows for everybody else who is online.
     fn shortlisted(
         &self,
-        spec: &VmSpec,
+        vm: &Vm,
         peers: Vec<(Peer, Option<CloudName>)>,
+        most: usize,
     ) -> (Vec<(Peer, Option<CloudName>)>, Vec<Candidate>) {
         let row = |jid: &MemberJid, reason: Reason| {
             let verdict = Verdict::NotAsked { reasons: vec![reason] };
@@ -99,9 +140,16 @@ impl Broker {
             let (text, next_step) = (problem.reason.into(), problem.next_step.into());
             rows.push(row(&jid, Reason { code: DenialCode::Policy.as_str(), text, next_step }));
         }
-        let shown: Vec<_> = peers.iter().map(|(peer, _)| self.members.get(&peer.jid)).collect();
+        let recent =
+            |jid: &MemberJid| vm.answers.get(jid).filter(|(at, _)| self.now.since(*at) < ANSWERS_LAST);
+        let choice = |(peer, _): &(Peer, _)| Choice {
+            member: self.members.get(&peer.jid),
+            earlier: recent(&peer.jid).map(|(_, earlier)| *earlier),
+        };
+        let choices: Vec<_> = peers.iter().map(choice).collect();
+        let left_out = shortlist(&vm.record.spec, &choices, most);
         let mut asked = Vec::new();
-        for (peer, left_out) in peers.into_iter().zip(shortlist(spec, &shown)) {
+        for (peer, left_out) in peers.into_iter().zip(left_out) {
             match left_out {
                 None => asked.push(peer),
                 Some(denial) => rows.push(row(&peer.0.jid, reason(&denial))),

@@ -1,12 +1,14 @@
 //! The VMs of this cloud: create, start, stop, delete, and what is shown of them.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::clock::UnixMillis;
 use crate::interface::{Deleted, DeletedView, Problem, ProblemKind, Reply, VmCreate, VmView, chain};
 use crate::migration::ownership::Hold;
 use crate::migration::records::{GivenUp, VmRecord};
-use crate::types::{MigrationId, VmId, VmName};
+use crate::placement::shortlist::Earlier;
+use crate::types::{MemberJid, MigrationId, VmId, VmName};
 use crate::vm::PowerState;
 
 use super::effect::{CallId, Effect};
@@ -40,6 +42,8 @@ pub struct Vm {
     pub stopped_for_host: bool,
     /// Whether those that may know more of who owns it were asked, or an operator took the risk.
     pub confirmed: bool,
+    /// What members answered to plans, and when.
+    pub answers: BTreeMap<MemberJid, (UnixMillis, Earlier)>,
 }
 
 impl Vm {
@@ -54,6 +58,7 @@ impl Vm {
             stop_next: None,
             stopped_for_host: false,
             confirmed: true,
+            answers: BTreeMap::new(),
         }
     }
 }

@@ -3,11 +3,15 @@
 use clap::Args;
 
 use crate::interface::{Candidate, PlanView, Reason, Reply, Request, Verdict};
+use crate::types::MemberJid;
 
 use super::context::Context;
 use super::format::{bytes, seconds};
 use super::printer::{Outcome, Printer, unexpected};
 use super::table::Table;
+
+/// Members that were not asked for one reason are summed up beyond so many.
+const NOT_ASKED_SHOWN: usize = 3;
 
 #[derive(Args)]
 pub struct Plan {
@@ -16,10 +20,13 @@ pub struct Plan {
     /// Ask only this member: a cloud's name or an address
     #[arg(long, value_name = "CLOUD")]
     to: Option<String>,
+    /// Ask every member that may be able to take it; else of many only the 8 that seem fittest are asked
+    #[arg(long, conflicts_with = "to")]
+    all: bool,
 }
 
 pub async fn run(ctx: &Context, args: Plan) -> Outcome {
-    ctx.read(&Request::Plan { vm: args.vm, to: args.to }, print_reply).await
+    ctx.read(&Request::Plan { vm: args.vm, to: args.to, all: args.all }, print_reply).await
 }
 
 pub fn print_reply(printer: &Printer, reply: Reply) -> Outcome {
@@ -40,7 +47,8 @@ fn print_plan(printer: &Printer, plan: &PlanView) -> Outcome {
         ">TIME",
         ">ANSWERED IN",
     ]);
-    for c in &plan.candidates {
+    let summed = summed_up(plan);
+    for c in plan.candidates.iter().filter(|c| !summed.iter().any(|(_, all)| all.contains(&&c.jid))) {
         table.row([
             name(c),
             word(&c.verdict).into(),
@@ -53,16 +61,37 @@ fn print_plan(printer: &Printer, plan: &PlanView) -> Outcome {
         ]);
     }
     table.print(printer)?;
-    if table.is_empty() {
+    if table.is_empty() && summed.is_empty() {
         printer.note(format!("no other member is there to take {}", plan.vm));
     }
     plan.notes.iter().try_for_each(|note| printer.line(note))?;
     for c in &plan.candidates {
         for r in reasons(&c.verdict) {
-            printer.line(format!("{}: {}", name(c), reason_text(r)))?;
+            if !summed.iter().any(|(why, all)| *why == r && all.contains(&&c.jid)) {
+                printer.line(format!("{}: {}", name(c), reason_text(r)))?;
+            }
         }
     }
+    for (why, all) in summed {
+        printer.line(format!("{} more members were not asked: {}", all.len(), reason_text(why)))?;
+    }
     Ok(())
+}
+
+/// Members that were not asked for the same reason, where they are many: in a large federation they would hide
+/// the others.
+fn summed_up(plan: &PlanView) -> Vec<(&Reason, Vec<&MemberJid>)> {
+    let mut all: Vec<(&Reason, Vec<&MemberJid>)> = Vec::new();
+    for c in &plan.candidates {
+        let Verdict::NotAsked { reasons } = &c.verdict else { continue };
+        let [reason] = reasons.as_slice() else { continue };
+        match all.iter_mut().find(|(why, _)| *why == reason) {
+            Some((_, members)) => members.push(&c.jid),
+            None => all.push((reason, vec![&c.jid])),
+        }
+    }
+    all.retain(|(_, members)| members.len() > NOT_ASKED_SHOWN);
+    all
 }
 
 /// The plan in a line, where to, what travels, how long, and a line for each difference.

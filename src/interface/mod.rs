@@ -155,6 +155,9 @@ pub enum Request {
     Plan {
         vm: String,
         to: Option<String>,
+        /// Ask every member that may be able to take it, and not a few of many.
+        #[serde(default)]
+        all: bool,
     },
     Move {
         vm: String,

@@ -326,7 +326,7 @@ impl World {
     }
 
     pub fn plan(&self, cloud: usize, vm: &str) -> PlanView {
-        match self.call(cloud, &Request::Plan { vm: vm.into(), to: None }) {
+        match self.call(cloud, &Request::Plan { vm: vm.into(), to: None, all: false }) {
             Ok(Reply::Plan(p)) => p,
             other => panic!("{other:?}"),
         }

@@ -287,7 +287,7 @@ async fn a_plan_tells_nobody_more_of_a_vm_than_the_answer_needs() {
     home.presents_capacity("a", Capacity { memory_free: 0, ..room });
     home.presents_capacity("b", room);
     home.heard.0.lock().unwrap().clear();
-    let plan = match home.call(Request::Plan { vm: "payroll".into(), to: None }).await.unwrap() {
+    let plan = match home.call(Request::Plan { vm: "payroll".into(), to: None, all: false }).await.unwrap() {
         Reply::Plan(plan) => plan,
         other => panic!("{other:?}"),
     };
