@@ -8,6 +8,7 @@ use crate::vm::{PowerState, VmSpec};
 
 use super::Broker;
 use super::effect::{CallId, Effect, Peer};
+use super::forecast::Work;
 use super::pending::{Pending, PlanFor};
 use super::vms::Vm;
 
@@ -24,8 +25,12 @@ pub fn unasked(jid: MemberJid, cloud: Option<CloudName>, verdict: Verdict) -> Ca
         packs_missing: 0,
         root_delta_bytes_missing: 0,
         user_data_bytes_missing: 0,
+        kept_s: 0,
+        base_bytes: 0,
         seconds_low: None,
         seconds_high: None,
+        forecasts_held: 0,
+        forecasts_told: 0,
         answer_ms: 0.0,
     }
 }
@@ -124,8 +129,8 @@ impl Broker {
                  for it, and then is called off, or with --force-stop switches it off"
             )),
             (None, None) => notes.push(format!(
-                "how long the guest takes to shut down is not known yet, and not in the time foretold; it may \
-                 take {patience_s} s"
+                "how long the guest takes to shut down is not known yet: a time foretold goes by other guests; it \
+                 may take {patience_s} s"
             )),
             (None, Some(_)) => {}
         }
@@ -160,13 +165,22 @@ impl Broker {
         hardware::Trait::ALL.into_iter().map(|t| format!("{}{}", t.prefix(), value(t))).collect()
     }
 
+    /// What the disks of a VM take up.
+    pub(super) fn disk_bytes(&self, vm: VmId) -> u64 {
+        let disks = self.measured.disks.get(&vm).copied().unwrap_or_default();
+        disks.root_bytes.saturating_add(disks.user_data_bytes)
+    }
+
     fn ranked(&self, spec: &VmSpec, mut rows: Vec<Candidate>) -> PlanView {
         rows.iter_mut().for_each(|row| self.compare_hardware(spec, row));
         let runs = self.power_of(spec.id) != PowerState::Stopped;
         for row in &mut rows {
             let bytes =
                 row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;
-            let foretold = self.forecasts.foretell(&row.jid, spec.id, bytes, runs);
+            let base_bytes = row.base_bytes;
+            let work = Work { bytes, base_bytes, disk_bytes: self.disk_bytes(spec.id), runs };
+            let foretold = self.forecasts.foretell(&row.jid, spec.id, &work);
+            (row.forecasts_held, row.forecasts_told) = self.forecasts.held(&row.jid);
             (row.seconds_low, row.seconds_high) = (foretold.map(|i| i.low_s), foretold.map(|i| i.high_s));
         }
         let offers: Vec<_> = rows
