@@ -262,3 +262,173 @@ impl Work {
         Self { bytes, base_bytes, disk_bytes, runs }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vm(n: u128) -> VmId {
+        VmId(uuid::Uuid::from_u128(n))
+    }
+
+    fn member() -> MemberJid {
+        "b@x".parse().unwrap()
+    }
+
+    fn off(bytes: u64) -> Work {
+        Work { bytes, ..Work::default() }
+    }
+
+    fn running(bytes: u64) -> Work {
+        Work { bytes, runs: true, ..Work::default() }
+    }
+
+    #[test]
+    fn slow_guests_do_not_slow_the_link() {
+        // A few small moves of guests that take long to end, then one of a gigabyte: minutes, not hours.
+        let mut f = Forecasts::default();
+        for n in 0..4 {
+            let took = Took {
+                total_s: 31.0,
+                flowing_s: 0.1,
+                shutdown_s: Some(30.0),
+                bytes: 1 << 20,
+                starting_s: 0.4,
+                ..Took::default()
+            };
+            f.learn(&member(), vm(n), &running(1 << 20), &took);
+        }
+        let i = f.foretell(&member(), vm(9), &off(1 << 30)).unwrap();
+        assert!(i.low_s > 20.0 && i.high_s < 260.0, "{i:?}");
+        // The guest that is known to take 30 s, and one that was never seen to end.
+        for n in [1, 9] {
+            let i = f.foretell(&member(), vm(n), &running(1 << 20)).unwrap();
+            assert!(i.low_s > 14.0 && i.high_s > 31.0 && i.high_s < 90.0, "{i:?}");
+        }
+        assert_eq!(f.foretell(&"c@x".parse().unwrap(), vm(1), &off(5)), None);
+    }
+
+    #[test]
+    fn what_was_never_seen_is_not_foretold() {
+        let mut f = Forecasts::default();
+        let took = Took { total_s: 1.0, ..Took::default() };
+        f.learn(&member(), vm(1), &off(0), &took);
+        assert!(f.foretell(&member(), vm(1), &off(0)).is_some());
+        // Nothing flowed, nothing was composed, no guest was started.
+        assert_eq!(f.foretell(&member(), vm(1), &off(1 << 30)), None);
+        assert_eq!(f.foretell(&member(), vm(1), &Work { base_bytes: 1, ..off(0) }), None);
+        assert_eq!(f.foretell(&member(), vm(1), &running(0)), None);
+    }
+
+    #[test]
+    fn composing_is_foretold_where_it_is_to_be_done() {
+        let mut f = Forecasts::default();
+        for _ in 0..5 {
+            let took = Took {
+                total_s: 21.0,
+                flowing_s: 10.0,
+                bytes: 100 << 20,
+                composing_s: 10.0,
+                ..Took::default()
+            };
+            f.learn(&member(), vm(1), &Work { base_bytes: 500 << 20, ..off(100 << 20) }, &took);
+        }
+        let at = |base_bytes| f.foretell(&member(), vm(1), &Work { base_bytes, ..off(100 << 20) }).unwrap();
+        let (there, twice) = (at(0), at(1000 << 20));
+        assert!(there.low_s < 11.0 && there.high_s > 11.0 && there.high_s < 14.0, "{there:?}");
+        assert!(twice.low_s < 31.0 && twice.high_s > 31.0 && twice.low_s > 25.0, "{twice:?}");
+    }
+
+    fn view(total_ms: u64, foretold: Foretold) -> MigrationView {
+        let spec: crate::vm::VmSpec = serde_json::from_value(serde_json::json!({
+            "id": vm(1).0, "name": "web", "cpus": 1, "memory": 1 << 27, "recipe": "0".repeat(64),
+            "root_size": 0, "user_data_size": 0, "nics": [], "architecture": "amd64", "cpu_model": "qemu64",
+        }))
+        .unwrap();
+        let id = crate::types::MigrationId::random();
+        let start = crate::clock::UnixMillis(1000);
+        let mut view = crate::broker::account::new_view(id, &spec, "source", &member(), None, start);
+        view.progress.phase = "completed".into();
+        view.progress.updated = crate::clock::UnixMillis(1000 + total_ms);
+        view.account.foretold = Some(foretold);
+        view
+    }
+
+    #[test]
+    fn every_completed_move_scores_what_was_foretold_of_it() {
+        let foretold = Foretold { low_s: Some(2.0), high_s: Some(4.0), ..Foretold::default() };
+        let mut views: Vec<_> =
+            [1500, 3000, 9000].into_iter().map(|total_ms| view(total_ms, foretold.clone())).collect();
+        // One of which nothing was foretold, one that failed, and one that came here.
+        views.push(view(3000, Foretold::default()));
+        views.push(view(3000, foretold.clone()));
+        views[4].progress.phase = "failed".into();
+        views.push(view(3000, foretold.clone()));
+        views[5].progress.role = "target".into();
+        let f = Forecasts::of(views.iter());
+        assert_eq!(f.held(&member()), (1, 3));
+        assert_eq!(f.held(&"c@x".parse().unwrap()), (0, 0));
+        // One whose link was down counts as a miss, and teaches nothing.
+        let mut disturbed = view(3_600_000, Foretold { disturbed: true, ..foretold });
+        disturbed.account.phase_ms.insert("start".into(), 3_599_000);
+        let before = f.foretell(&member(), vm(1), &off(0));
+        let mut f = f;
+        f.learn_from(&disturbed);
+        assert_eq!((f.held(&member()), f.foretell(&member(), vm(1), &off(0))), ((1, 4), before));
+    }
+
+    /// Moves as the bench made them, each foretold by those before it.
+    #[test]
+    fn real_moves_fall_into_their_intervals() {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/forecast/runs");
+        let mut runs: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+        runs.retain(|path| path.extension().is_some_and(|e| e == "csv"));
+        assert!(!runs.is_empty(), "no real moves are kept");
+        let (mut told, mut inside, mut moves) = (0, 0, 0);
+        let (mut widths, mut errors) = (Vec::new(), Vec::new());
+        for run in runs {
+            let (mut sources, text) = (BTreeMap::<_, Forecasts>::new(), std::fs::read_to_string(&run).unwrap());
+            for line in text.lines().skip(1) {
+                let columns: Vec<_> = line.split(',').collect();
+                let number = |at: usize| columns[at].parse::<u64>().unwrap();
+                let seconds = |at: usize| columns[at].parse::<f64>().ok();
+                let of = vm(number(1).into());
+                let work = Work {
+                    runs: columns[2] == "true",
+                    bytes: number(3),
+                    base_bytes: number(4),
+                    disk_bytes: number(5),
+                };
+                let took = Took {
+                    total_s: seconds(6).unwrap(),
+                    flowing_s: seconds(7).unwrap(),
+                    bytes: number(8),
+                    composing_s: seconds(9).unwrap(),
+                    looking_s: seconds(10).unwrap(),
+                    shutdown_s: seconds(11),
+                    starting_s: seconds(12).unwrap(),
+                };
+                moves += 1;
+                let f = sources.entry(columns[0]).or_default();
+                if let Some(i) = f.foretell(&member(), of, &work) {
+                    told += 1;
+                    inside += u32::from((i.low_s..=i.high_s).contains(&took.total_s));
+                    widths.push(i.high_s - i.low_s);
+                    errors.push((took.total_s - (i.low_s + i.high_s) / 2.0).abs());
+                }
+                f.learn(&member(), of, &work, &took);
+            }
+        }
+        let median = |mut all: Vec<f64>| {
+            all.sort_by(f64::total_cmp);
+            all[all.len() / 2]
+        };
+        println!(
+            "{inside} of {told} foretold of {moves} moves inside; width {:.2} s, error {:.2} s, medians",
+            median(widths),
+            median(errors)
+        );
+        assert!(told >= 50 && told * 10 >= moves * 8, "only {told} of {moves} were foretold");
+        assert!(inside * 10 >= told * 9, "{inside} of {told}");
+    }
+}

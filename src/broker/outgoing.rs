@@ -784,7 +784,9 @@ impl Broker {
         let (phase, problem) = match end {
             End::Cancelled => {
                 let reason = "cancelled by the operator";
-                ("cancelled", Problem::new(ProblemKind::Cancelled, object, reason))
+                let problem = Problem::new(ProblemKind::Cancelled, object, reason);
+                let next = format!("'cicada migration show {id}' says how long the target keeps what was sent");
+                ("cancelled", if run.sent_bytes > 0 { problem.next(next) } else { problem })
             }
             End::Denied(d) => {
                 ("failed", Problem::new(ProblemKind::Refused, object, d.text).next(d.next_step))

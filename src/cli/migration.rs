@@ -19,7 +19,7 @@ use super::{receipt, resolve};
 pub enum Command {
     /// List the moves that run, then those that ended
     List,
-    /// Show a move and what it cost
+    /// Show a move: what it cost, how long it was foretold to take, what is kept of it if it failed
     Show {
         /// Its id, or the beginning of it
         id: String,

@@ -6,7 +6,7 @@
 //!      +-----------+------------+--- lease over, cancel --+   v
 //!                                                         |  TakingOver -> Starting -> Owned
 //!                                                         v
-//!                                                     Abandoned (all that was made is removed)
+//!                                                     Abandoned (what passes brought is kept for a lease)
 //! ```
 //!
 //! Every request gets exactly one answer at once; work that takes time is answered `working` and
