@@ -557,7 +557,11 @@ async fn who_asks_too_often_is_told_when_to_come_back() {
         }
         other => panic!("{other:?}"),
     }
-    assert_eq!(home.ask("b", vm, cancel.clone()).await, AnswerBody::Cancelled { kept_s: 0 }, "another is not slowed");
+    assert_eq!(
+        home.ask("b", vm, cancel.clone()).await,
+        AnswerBody::Cancelled { kept_s: 0 },
+        "another is not slowed"
+    );
     let mut answered = 0;
     for _ in 0..100 {
         let e = home.envelope("a", vm, cancel.clone());

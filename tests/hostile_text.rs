@@ -299,8 +299,8 @@ impl Liar {
                 components_lacking: Vec::new(),
                 packs_lacking: Vec::new(),
                 seed: None,
-            kept: None,
-            composed: false,
+                kept: None,
+                composed: false,
             })
         };
         match body {

@@ -102,7 +102,11 @@ fn a_move_says_how_far_it_is_and_what_became_of_what_was_sent() {
     world.noise_vm(0, "still", DISK_BYTES as usize, |_| ());
     let moving = follow(&world, "still", false);
     let id = moving.wait_carried(&world, DISK_BYTES / 2);
-    assert!(moving.seen().iter().all(|p| p.phase == "negotiate" || p.phase == "stage"), "{:?}", moving.seen());
+    assert!(
+        moving.seen().iter().all(|p| p.phase == "negotiate" || p.phase == "stage"),
+        "{:?}",
+        moving.seen()
+    );
     world.call(0, &Request::MigrationCancel { id: id.clone() }).unwrap();
     let seen = moving.seen();
     let problem = moving.failed();
@@ -110,7 +114,12 @@ fn a_move_says_how_far_it_is_and_what_became_of_what_was_sent() {
     assert!(seen.is_sorted_by(|a, b| a.fraction <= b.fraction && a.bytes_done <= b.bytes_done), "{seen:?}");
     for p in seen.iter().filter(|p| p.phase == "stage" && p.bytes_total > 0) {
         let carried = p.bytes_done as f64 / p.bytes_total as f64;
-        assert!((p.fraction - carried).abs() < 0.1, "{} of the bytes and {} of the move", carried, p.fraction);
+        assert!(
+            (p.fraction - carried).abs() < 0.1,
+            "{} of the bytes and {} of the move",
+            carried,
+            p.fraction
+        );
     }
 
     // Both sides say what came across, and that it is kept.

@@ -19,9 +19,9 @@ const NAMES: [&str; 2] = ["alpine", "boreal"];
 /// What one of the two sends at most; the other as much as it can.
 const SLOW: &str = "6M";
 /// How many VMs there are at most: the oldest of noise gives way to a new one.
-const VMS_MAX: usize = 8;
-const COLUMNS: &str = "source,vm,runs,bytes,base_bytes,disk_bytes,total_s,flowing_s,carried_bytes,composing_s,\
-                       looking_s,shutdown_s,starting_s,low_s,high_s";
+const VMS_MAX: usize = 6;
+const COLUMNS: &str = "source,vm,runs,bytes,base_bytes,disk_bytes,patience_s,ignores,total_s,flowing_s,\
+                       carried_bytes,composing_s,looking_s,shutdown_s,starting_s,low_s,high_s";
 
 /// SplitMix64.
 struct Random(u64);
@@ -70,8 +70,8 @@ fn main() {
     let mut seen = Vec::new();
     for n in 0..moves {
         if guests.len() < 3 || random.below(3) == 0 {
-            let noise = || guests.iter().position(|guest| guest.is_noise);
-            if let Some(oldest) = (guests.len() >= VMS_MAX).then(noise).flatten() {
+            let of_noise = || guests.iter().position(|guest| guest.is_noise);
+            if let Some(oldest) = (guests.len() >= VMS_MAX).then(of_noise).flatten() {
                 delete(&world, &guests.remove(oldest));
             }
             guests.push(noise(&world, &mut random, made));
@@ -80,6 +80,11 @@ fn main() {
         // The newest is new to the target; the others may be on their way home.
         let at = if random.below(2) == 0 { guests.len() - 1 } else { random.below(guests.len()) };
         let guest = &mut guests[at];
+        // One that was just moved boots, and hears nothing until it is up.
+        if !guest.is_noise {
+            world.wait_booted(guest.at, &guest.name, 300);
+            world.guest(guest.at, &guest.name, "true");
+        }
         let Some(view) = moved(&world, guest) else { continue };
         let line = line(guest, &view);
         println!("{n}: {line}");
@@ -113,22 +118,25 @@ fn noise(world: &World, random: &mut Random, number: usize) -> Guest {
     let start = random.below(3) == 0;
     let len = (1 << 20) << random.below(6);
     world.noise_vm(at, &name, len + random.below(len) / 4096 * 4096, |adopt| adopt.start = start);
-    let set: VmSet =
-        serde_json::from_value(serde_json::json!({ "vm": name, "stop_timeout_s": 2 })).expect("is a change");
-    world.call(at, &Request::VmSet(set)).expect("cannot be changed");
     Guest { name, at, is_noise: true, number }
 }
 
 fn delete(world: &World, guest: &Guest) {
     let vm = || guest.name.clone();
-    let _ = world
-        .call(guest.at, &Request::VmStop { vm: vm(), force: true, timeout_s: Some(5), for_host: false });
+    let _ =
+        world.call(guest.at, &Request::VmStop { vm: vm(), force: true, timeout_s: Some(5), for_host: false });
     for cloud in 0..NAMES.len() {
         let _ = world.call(cloud, &Request::VmDelete { vm: vm(), taken_for: None });
     }
 }
 
 fn moved(world: &World, guest: &Guest) -> Option<MigrationView> {
+    // Each cloud has its own; what boots nothing hears no power button.
+    let timeout_s = if guest.is_noise { 2 } else { 60 };
+    let set: VmSet =
+        serde_json::from_value(serde_json::json!({ "vm": guest.name, "stop_timeout_s": timeout_s }))
+            .expect("is a change");
+    world.call(guest.at, &Request::VmSet(set)).expect("cannot be changed");
     let to = Some(NAMES[1 - guest.at].into());
     let request = Request::Move { vm: guest.name.clone(), to, dry_run: false, force_stop: true };
     match world.call(guest.at, &request) {
@@ -153,6 +161,8 @@ fn line(guest: &Guest, view: &MigrationView) -> String {
         f.bytes.to_string(),
         f.base_bytes.to_string(),
         f.disk_bytes.to_string(),
+        f.patience_s.to_string(),
+        f.ignores.to_string(),
         seconds(p.updated.since(p.started).as_millis() as u64),
         seconds(a.fetch_ms),
         p.bytes_done.to_string(),

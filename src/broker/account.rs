@@ -168,7 +168,8 @@ mod tests {
     }
 
     fn progress() -> MigrationProgress {
-        new_view(MigrationId::random(), &spec(), "source", &"b@x".parse().unwrap(), None, UnixMillis(0)).progress
+        new_view(MigrationId::random(), &spec(), "source", &"b@x".parse().unwrap(), None, UnixMillis(0))
+            .progress
     }
 
     fn pass(number: u32, last: bool) -> Pass {

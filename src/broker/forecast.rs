@@ -12,7 +12,7 @@ use crate::types::{MemberJid, VmId};
 
 /// What weight earlier moves keep beside a new one.
 const KEPT: f64 = 0.8;
-/// Less than this says more of latency than of the link.
+/// Less than this says more of latency than of the link, of composing or of looking.
 const BYTES_MIN: u64 = 256 << 10;
 /// Moves whose misses are remembered, of each member: of so many the next one lies between the smallest and
 /// the largest in 19 of 20 cases.
@@ -27,8 +27,16 @@ const WIDENED_BY: f64 = 2.0;
 /// counted in these, so that those of short and of long moves say something of each other.
 const VARIES_S: f64 = 0.25;
 const VARIES_SHARE: f64 = 0.1;
-/// Guests whose shutdown says something of one that was never seen to end.
-const SHUTDOWNS: usize = 20;
+/// What is left of the interval where all earlier moves took the same.
+const VARIES_LEAST: f64 = 0.3;
+/// Shutdowns of a guest that say something of its next one, and those of whichever guests that say something of
+/// one that was never seen to end.
+const SHUTDOWNS: usize = 5;
+const SHUTDOWNS_OF_ALL: usize = 20;
+/// How much sooner, and how much later than it ever did, a guest may end.
+const SHUTDOWN_VARIES: (f64, f64) = (0.6, 1.6);
+const STRANGER_VARIES: (f64, f64) = (0.5, 2.0);
+const SHUTDOWN_VARIES_S: f64 = 0.2;
 
 /// What a move is to do.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
@@ -41,6 +49,10 @@ pub struct Work {
     pub disk_bytes: u64,
     /// Its guest is to be shut down, and started.
     pub runs: bool,
+    /// What time the guest is given to end.
+    pub patience_s: f64,
+    /// It let that time pass before: it will again.
+    pub ignores: bool,
 }
 
 /// What one move took, in seconds.
@@ -107,14 +119,15 @@ impl Course {
         let starting_s = if work.runs { self.starting.seconds_of(1.0)? } else { 0.0 };
         let set_up = &self.set_up[usize::from(work.runs)];
         // One that is off is set up sooner, but not by much.
-        let set_up_s = set_up.seconds_of(1.0).or_else(|| self.set_up[usize::from(!work.runs)].seconds_of(1.0))?;
-        Some(
-            set_up_s
-                + starting_s
-                + self.looking.seconds_of(work.disk_bytes as f64)?
-                + self.composing.seconds_of(work.base_bytes as f64)?
-                + self.flowing.seconds_of(work.bytes as f64)?,
-        )
+        let set_up_s =
+            set_up.seconds_of(1.0).or_else(|| self.set_up[usize::from(!work.runs)].seconds_of(1.0))?;
+        let by_bytes =
+            [(self.looking, work.disk_bytes), (self.composing, work.base_bytes), (self.flowing, work.bytes)];
+        // What is too little to be learned from takes as good as no time.
+        let by_bytes = by_bytes.into_iter().filter(|(_, bytes)| *bytes >= BYTES_MIN);
+        let by_bytes: Option<Vec<f64>> =
+            by_bytes.map(|(rate, bytes)| rate.seconds_of(bytes as f64)).collect();
+        Some(set_up_s + starting_s + by_bytes?.into_iter().sum::<f64>())
     }
 
     fn interval(&self, foretold_s: f64) -> Interval {
@@ -125,9 +138,9 @@ impl Course {
         }
         let low = self.misses.iter().copied().fold(f64::INFINITY, f64::min);
         let high = self.misses.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let margin = (high - low) * WIDENED_BY / found as f64 / 2.0;
+        let margin = (high - low) * WIDENED_BY / found as f64 / 2.0 + VARIES_LEAST;
         let at = |miss: f64| (foretold_s + miss * varies_s(foretold_s)).max(0.0);
-        Interval { low_s: at(low - margin), high_s: at(high + margin) }
+        Interval { low_s: at(low.min(0.0) - margin), high_s: at(high.max(0.0) + margin) }
     }
 }
 
@@ -142,13 +155,19 @@ fn push<T>(ring: &mut VecDeque<T>, value: T, max: usize) {
     }
 }
 
-/// What is known of moves to each member, and of each guest's shutdown.
+/// From the shortest to the longest of some shutdowns, and as much beyond as guests vary.
+fn around(shutdowns_s: &VecDeque<f64>, (low, high): (f64, f64)) -> Option<Interval> {
+    let shortest_s = shutdowns_s.iter().copied().reduce(f64::min)?;
+    let longest_s = shutdowns_s.iter().copied().reduce(f64::max)?;
+    Some(Interval { low_s: shortest_s * low, high_s: longest_s * high + SHUTDOWN_VARIES_S })
+}
+
+/// What is known of moves to each member, and of each guest's shutdown, the newest last.
 #[derive(Default, Debug)]
 pub struct Forecasts {
     courses: BTreeMap<MemberJid, Course>,
-    shutdowns_s: BTreeMap<VmId, f64>,
-    /// Of whichever guests, the newest last.
-    last_shutdowns_s: VecDeque<f64>,
+    shutdowns_s: BTreeMap<VmId, VecDeque<f64>>,
+    shutdowns_of_all_s: VecDeque<f64>,
 }
 
 impl Forecasts {
@@ -187,61 +206,63 @@ impl Forecasts {
     }
 
     fn learn(&mut self, member: &MemberJid, vm: VmId, work: &Work, took: &Took) {
-        let known_shutdown_s = self.shutdowns_s.get(&vm).copied();
         if let Some(shutdown_s) = took.shutdown_s {
-            self.shutdowns_s.insert(vm, shutdown_s);
-            push(&mut self.last_shutdowns_s, shutdown_s, SHUTDOWNS);
+            push(self.shutdowns_s.entry(vm).or_default(), shutdown_s, SHUTDOWNS);
+            push(&mut self.shutdowns_of_all_s, shutdown_s, SHUTDOWNS_OF_ALL);
         }
         let course = self.courses.entry(member.clone()).or_default();
-        // By what was known before it: the shutdown of a guest never seen to end was foretold by nobody.
+        // By what was known before it. How long a guest takes is its own matter.
         if let Some(foretold_s) = course.foretold_s(work) {
-            let (foretold_s, total_s) = match (took.shutdown_s, known_shutdown_s) {
-                (Some(_), Some(known_s)) => (foretold_s + known_s, took.total_s),
-                (Some(shutdown_s), None) => (foretold_s, took.total_s - shutdown_s),
-                (None, _) => (foretold_s, took.total_s),
-            };
-            push(&mut course.misses, (total_s - foretold_s) / varies_s(foretold_s), MISSES);
+            let missed_s = took.total_s - took.shutdown_s.unwrap_or(0.0) - foretold_s;
+            push(&mut course.misses, missed_s / varies_s(foretold_s), MISSES);
         }
         if took.bytes >= BYTES_MIN && took.flowing_s > 0.0 {
             course.flowing.learn(took.bytes as f64, took.flowing_s);
         }
-        if work.base_bytes > 0 {
+        if work.base_bytes >= BYTES_MIN {
             course.composing.learn(work.base_bytes as f64, took.composing_s);
         }
-        if work.disk_bytes > 0 {
+        if work.disk_bytes >= BYTES_MIN {
             course.looking.learn(work.disk_bytes as f64, took.looking_s);
         }
         let starting_s = if work.runs { took.starting_s } else { 0.0 };
         if work.runs {
             course.starting.learn(1.0, starting_s);
         }
-        let composing_s = if work.base_bytes > 0 { took.composing_s } else { 0.0 };
-        let told_apart_s = took.flowing_s + composing_s + took.looking_s + starting_s;
+        let composing_s = if work.base_bytes >= BYTES_MIN { took.composing_s } else { 0.0 };
+        let looking_s = if work.disk_bytes >= BYTES_MIN { took.looking_s } else { 0.0 };
+        let flowing_s = if took.bytes >= BYTES_MIN { took.flowing_s } else { 0.0 };
+        let told_apart_s = flowing_s + composing_s + looking_s + starting_s;
         let set_up_s = took.total_s - took.shutdown_s.unwrap_or(0.0) - told_apart_s;
         course.set_up[usize::from(work.runs)].learn(1.0, set_up_s);
     }
 
-    /// How long a guest took to end the last time.
-    pub fn shutdown_s(&self, vm: VmId) -> Option<f64> {
-        self.shutdowns_s.get(&vm).copied()
+    /// Whether a guest was seen to end.
+    pub fn knows_shutdown_of(&self, vm: VmId) -> bool {
+        self.shutdowns_s.contains_key(&vm)
+    }
+
+    /// How long a guest will take to end, if anything is known of guests.
+    fn shutdown(&self, vm: VmId, work: &Work) -> Option<Interval> {
+        let most_s = work.patience_s;
+        let found = match self.shutdowns_s.get(&vm) {
+            _ if work.ignores => Some(Interval { low_s: most_s, high_s: most_s }),
+            Some(shutdowns_s) => around(shutdowns_s, SHUTDOWN_VARIES),
+            None => around(&self.shutdowns_of_all_s, STRANGER_VARIES),
+        };
+        found.map(|i| Interval { low_s: i.low_s.min(most_s), high_s: i.high_s.min(most_s) })
     }
 
     /// How long a move takes; nothing is known before the first of its kind to `member`. What a guest that runs
     /// writes meanwhile is not in it.
     pub fn foretell(&self, member: &MemberJid, vm: VmId, work: &Work) -> Option<Interval> {
         let course = self.courses.get(member)?;
-        let foretold_s = course.foretold_s(work)?;
-        match self.shutdown_s(vm) {
-            _ if !work.runs => Some(course.interval(foretold_s)),
-            Some(shutdown_s) => Some(course.interval(foretold_s + shutdown_s)),
-            // As other guests did.
-            None => {
-                let shortest_s = self.last_shutdowns_s.iter().copied().reduce(f64::min)?;
-                let longest_s = self.last_shutdowns_s.iter().copied().reduce(f64::max)?;
-                let rest = course.interval(foretold_s);
-                Some(Interval { low_s: rest.low_s + shortest_s / 2.0, high_s: rest.high_s + longest_s * 2.0 })
-            }
+        let rest = course.interval(course.foretold_s(work)?);
+        if !work.runs {
+            return Some(rest);
         }
+        let shutdown = self.shutdown(vm, work)?;
+        Some(Interval { low_s: rest.low_s + shutdown.low_s, high_s: rest.high_s + shutdown.high_s })
     }
 
     /// How many of the last moves to a member took what was foretold of them, and of how many.
@@ -258,8 +279,8 @@ impl Forecasts {
 
 impl Work {
     fn of(foretold: &Foretold) -> Self {
-        let Foretold { bytes, base_bytes, disk_bytes, runs, .. } = *foretold;
-        Self { bytes, base_bytes, disk_bytes, runs }
+        let Foretold { bytes, base_bytes, disk_bytes, runs, patience_s, ignores, .. } = *foretold;
+        Self { bytes, base_bytes, disk_bytes, runs, patience_s, ignores }
     }
 }
 
@@ -280,7 +301,7 @@ mod tests {
     }
 
     fn running(bytes: u64) -> Work {
-        Work { bytes, runs: true, ..Work::default() }
+        Work { bytes, runs: true, patience_s: 90.0, ..Work::default() }
     }
 
     #[test]
@@ -300,10 +321,14 @@ mod tests {
         }
         let i = f.foretell(&member(), vm(9), &off(1 << 30)).unwrap();
         assert!(i.low_s > 20.0 && i.high_s < 260.0, "{i:?}");
+        // One that is known to ignore it takes what it is given.
+        let deaf = Work { ignores: true, patience_s: 5.0, ..running(1 << 20) };
+        let i = f.foretell(&member(), vm(1), &deaf).unwrap();
+        assert!(i.low_s > 2.0 && i.high_s > 5.0 && i.high_s < 20.0, "{i:?}");
         // The guest that is known to take 30 s, and one that was never seen to end.
         for n in [1, 9] {
             let i = f.foretell(&member(), vm(n), &running(1 << 20)).unwrap();
-            assert!(i.low_s > 14.0 && i.high_s > 31.0 && i.high_s < 90.0, "{i:?}");
+            assert!(i.low_s > 14.0 && i.high_s > 31.0 && i.high_s < 70.0, "{i:?}");
         }
         assert_eq!(f.foretell(&"c@x".parse().unwrap(), vm(1), &off(5)), None);
     }
@@ -316,7 +341,7 @@ mod tests {
         assert!(f.foretell(&member(), vm(1), &off(0)).is_some());
         // Nothing flowed, nothing was composed, no guest was started.
         assert_eq!(f.foretell(&member(), vm(1), &off(1 << 30)), None);
-        assert_eq!(f.foretell(&member(), vm(1), &Work { base_bytes: 1, ..off(0) }), None);
+        assert_eq!(f.foretell(&member(), vm(1), &Work { base_bytes: 1 << 30, ..off(0) }), None);
         assert_eq!(f.foretell(&member(), vm(1), &running(0)), None);
     }
 
@@ -387,7 +412,8 @@ mod tests {
         let (mut told, mut inside, mut moves) = (0, 0, 0);
         let (mut widths, mut errors) = (Vec::new(), Vec::new());
         for run in runs {
-            let (mut sources, text) = (BTreeMap::<_, Forecasts>::new(), std::fs::read_to_string(&run).unwrap());
+            let (mut sources, text) =
+                (BTreeMap::<_, Forecasts>::new(), std::fs::read_to_string(&run).unwrap());
             for line in text.lines().skip(1) {
                 let columns: Vec<_> = line.split(',').collect();
                 let number = |at: usize| columns[at].parse::<u64>().unwrap();
@@ -398,15 +424,17 @@ mod tests {
                     bytes: number(3),
                     base_bytes: number(4),
                     disk_bytes: number(5),
+                    patience_s: seconds(6).unwrap(),
+                    ignores: columns[7] == "true",
                 };
                 let took = Took {
-                    total_s: seconds(6).unwrap(),
-                    flowing_s: seconds(7).unwrap(),
-                    bytes: number(8),
-                    composing_s: seconds(9).unwrap(),
-                    looking_s: seconds(10).unwrap(),
-                    shutdown_s: seconds(11),
-                    starting_s: seconds(12).unwrap(),
+                    total_s: seconds(8).unwrap(),
+                    flowing_s: seconds(9).unwrap(),
+                    bytes: number(10),
+                    composing_s: seconds(11).unwrap(),
+                    looking_s: seconds(12).unwrap(),
+                    shutdown_s: seconds(13),
+                    starting_s: seconds(14).unwrap(),
                 };
                 moves += 1;
                 let f = sources.entry(columns[0]).or_default();

@@ -12,9 +12,7 @@ use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, Return, SignedHan
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, Seed, StageAccount};
 use crate::migration::ownership::{Became, Given, Guest};
 use crate::migration::target::{Agreement, Effect as ArrivalEffect, Event as TargetEvent, Phase, Target};
-use crate::migration::{
-    AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, Lineage, Pass, RequestBody,
-};
+use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, Lineage, Pass, RequestBody};
 use crate::placement;
 use crate::types::{MemberJid, MigrationId, PeerText, PublicKey, VmId};
 use crate::vm::{PowerState, VmSpec};

@@ -20,7 +20,6 @@ use crate::vm::hypervisor::{Ability, StopMode};
 use super::Broker;
 use super::account::{self, Advance, new_view};
 use super::effect::{CallId, Checked, Effect, Matter, Peer, Scanned, Serving, Unanswered};
-use super::forecast::Work;
 use super::lineages::{self, LAW};
 use super::pending::Pending;
 use super::vms::Busy;
@@ -630,18 +629,16 @@ impl Broker {
         let there = kept.root_delta_bytes.saturating_add(kept.user_data_bytes);
         let components = checked.component_bytes.saturating_sub(checked.delta_saves_bytes);
         let (vm, peer) = (run.matter.vm, &run.peer.jid);
-        let work = Work {
-            bytes: components.saturating_add(disk_bytes_missing.saturating_sub(there)),
-            base_bytes: checked.base_bytes,
-            disk_bytes: self.disk_bytes(vm),
-            runs: run.machine.was_running(),
-        };
+        let bytes = components.saturating_add(disk_bytes_missing.saturating_sub(there));
+        let work = self.work(vm, bytes, checked.base_bytes, run.machine.was_running());
         let interval = self.forecasts.foretell(peer, vm, &work);
         let foretold = Foretold {
             bytes: work.bytes,
             base_bytes: work.base_bytes,
             disk_bytes: work.disk_bytes,
             runs: work.runs,
+            patience_s: work.patience_s,
+            ignores: work.ignores,
             low_s: interval.map(|i| i.low_s),
             high_s: interval.map(|i| i.high_s),
             disturbed: false,
@@ -785,7 +782,8 @@ impl Broker {
             End::Cancelled => {
                 let reason = "cancelled by the operator";
                 let problem = Problem::new(ProblemKind::Cancelled, object, reason);
-                let next = format!("'cicada migration show {id}' says how long the target keeps what was sent");
+                let next =
+                    format!("'cicada migration show {id}' says how long the target keeps what was sent");
                 ("cancelled", if run.sent_bytes > 0 { problem.next(next) } else { problem })
             }
             End::Denied(d) => {

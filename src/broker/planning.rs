@@ -123,16 +123,16 @@ impl Broker {
         }
         let mut notes = vec!["the guest runs: what it writes from now on travels as well".to_owned()];
         let patience_s = self.stop_timeout(id).as_secs();
-        match (vm.record.ignored_stop, self.forecasts.shutdown_s(id)) {
+        match (vm.record.ignored_stop, self.forecasts.knows_shutdown_of(id)) {
             (Some(at), _) => notes.push(format!(
                 "the guest did not end by itself on {at}, within the time it was given: a move waits {patience_s} s \
                  for it, and then is called off, or with --force-stop switches it off"
             )),
-            (None, None) => notes.push(format!(
+            (None, false) => notes.push(format!(
                 "how long the guest takes to shut down is not known yet: a time foretold goes by other guests; it \
                  may take {patience_s} s"
             )),
-            (None, Some(_)) => {}
+            (None, true) => {}
         }
         notes
     }
@@ -165,10 +165,17 @@ impl Broker {
         hardware::Trait::ALL.into_iter().map(|t| format!("{}{}", t.prefix(), value(t))).collect()
     }
 
-    /// What the disks of a VM take up.
-    pub(super) fn disk_bytes(&self, vm: VmId) -> u64 {
+    /// What a move of a VM is to do, as its time is foretold by.
+    pub(super) fn work(&self, vm: VmId, bytes: u64, base_bytes: u64, runs: bool) -> Work {
         let disks = self.measured.disks.get(&vm).copied().unwrap_or_default();
-        disks.root_bytes.saturating_add(disks.user_data_bytes)
+        Work {
+            bytes,
+            base_bytes,
+            disk_bytes: disks.root_bytes.saturating_add(disks.user_data_bytes),
+            runs,
+            patience_s: self.stop_timeout(vm).as_secs_f64(),
+            ignores: self.vms.get(&vm).is_some_and(|vm| vm.record.ignored_stop.is_some()),
+        }
     }
 
     fn ranked(&self, spec: &VmSpec, mut rows: Vec<Candidate>) -> PlanView {
@@ -177,8 +184,7 @@ impl Broker {
         for row in &mut rows {
             let bytes =
                 row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;
-            let base_bytes = row.base_bytes;
-            let work = Work { bytes, base_bytes, disk_bytes: self.disk_bytes(spec.id), runs };
+            let work = self.work(spec.id, bytes, row.base_bytes, runs);
             let foretold = self.forecasts.foretell(&row.jid, spec.id, &work);
             (row.forecasts_held, row.forecasts_told) = self.forecasts.held(&row.jid);
             (row.seconds_low, row.seconds_high) = (foretold.map(|i| i.low_s), foretold.map(|i| i.high_s));

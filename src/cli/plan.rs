@@ -100,7 +100,10 @@ pub fn lines(plan: &PlanView, c: &Candidate) -> Vec<String> {
 /// What else is to be known of a candidate.
 fn about(c: &Candidate) -> Vec<String> {
     let kept = (c.kept_s > 0).then(|| {
-        format!("has kept what an earlier try brought, which counts as there; for {} more", seconds(c.kept_s as f64))
+        format!(
+            "has kept what an earlier try brought, which counts as there; for {} more",
+            seconds(c.kept_s as f64)
+        )
     });
     let held = (c.forecasts_told > 0 && c.seconds_low.is_some()).then(|| {
         format!("{} of the last {} moves there took the time foretold", c.forecasts_held, c.forecasts_told)

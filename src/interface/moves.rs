@@ -170,6 +170,9 @@ pub struct Foretold {
     /// What the VM's disks took up.
     pub disk_bytes: u64,
     pub runs: bool,
+    /// What time the guest was given to end, and whether it had let that pass before.
+    pub patience_s: f64,
+    pub ignores: bool,
     /// None as long as too little was known.
     pub low_s: Option<f64>,
     pub high_s: Option<f64>,

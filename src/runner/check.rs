@@ -205,11 +205,7 @@ fn bytes_missing(repository: &Repository, map: &MapRef, seed: Option<&MapRef>) -
 }
 
 /// As [`bytes_missing`], of the root delta and of the user data.
-pub fn disks_missing(
-    repository: &Repository,
-    now: &Seed,
-    held: Option<&Seed>,
-) -> Result<(u64, u64), Denial> {
+pub fn disks_missing(repository: &Repository, now: &Seed, held: Option<&Seed>) -> Result<(u64, u64), Denial> {
     Ok((
         bytes_missing(repository, &now.root_delta, held.map(|s| &s.root_delta))?,
         bytes_missing(repository, &now.user_data, held.map(|s| &s.user_data))?,

@@ -45,8 +45,8 @@ fn yes() -> CheckAnswer {
         components_lacking: Vec::new(),
         packs_lacking: Vec::new(),
         seed: None,
-            kept: None,
-            composed: false,
+        kept: None,
+        composed: false,
     }
 }
 
