@@ -116,6 +116,8 @@ fn exchange<'a>(
             components_lacking,
             packs_lacking,
             seed: None,
+            kept: None,
+            composed: false,
         });
         let (from, to) = (b.clone(), a.clone());
         let answer = Envelope {

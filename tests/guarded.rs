@@ -430,7 +430,7 @@ async fn every_attack_is_refused_and_counted_by_its_kind_and_sender() {
     let now = home.clock.now();
 
     let once = e();
-    assert_eq!(home.ask_as(once.clone(), &key("a")).await, Some(AnswerBody::Cancelled));
+    assert_eq!(home.ask_as(once.clone(), &key("a")).await, Some(AnswerBody::Cancelled { kept_s: 0 }));
     let long_ago = UnixMillis(now.0 - (LIFETIME + SKEW).as_millis() as u64 - 1000);
     let refused = [
         ("replay", once, "a"),
@@ -549,7 +549,7 @@ async fn who_asks_too_often_is_told_when_to_come_back() {
     let home = Home::start("[[member]]\njid = \"a@federation.test\"\nrequests_per_minute = 60\n").await;
     let (vm, cancel) = (VmId::random(), RequestBody::Cancel { reason: "x".into() });
     for _ in 0..10 {
-        assert_eq!(home.ask("a", vm, cancel.clone()).await, AnswerBody::Cancelled);
+        assert_eq!(home.ask("a", vm, cancel.clone()).await, AnswerBody::Cancelled { kept_s: 0 });
     }
     match home.ask("a", vm, cancel.clone()).await {
         AnswerBody::Denied(d) => {
@@ -557,7 +557,11 @@ async fn who_asks_too_often_is_told_when_to_come_back() {
         }
         other => panic!("{other:?}"),
     }
-    assert_eq!(home.ask("b", vm, cancel.clone()).await, AnswerBody::Cancelled, "another is not slowed");
+    assert_eq!(
+        home.ask("b", vm, cancel.clone()).await,
+        AnswerBody::Cancelled { kept_s: 0 },
+        "another is not slowed"
+    );
     let mut answered = 0;
     for _ in 0..100 {
         let e = home.envelope("a", vm, cancel.clone());
@@ -566,7 +570,7 @@ async fn who_asks_too_often_is_told_when_to_come_back() {
     assert_eq!(answered, 9, "a flood is not even told any more");
     assert_eq!(home.refused("rate-limit").await, 101);
     home.clock.advance(Duration::from_secs(1));
-    assert_eq!(home.ask("a", vm, cancel).await, AnswerBody::Cancelled);
+    assert_eq!(home.ask("a", vm, cancel).await, AnswerBody::Cancelled { kept_s: 0 });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

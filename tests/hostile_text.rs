@@ -168,6 +168,8 @@ fn answers() -> Vec<AnswerBody> {
             components_lacking: Vec::new(),
             packs_lacking: Vec::new(),
             seed: None,
+            kept: None,
+            composed: false,
         }),
         AnswerBody::Reserved { expires_in_s: 1, reservation: None, known: None },
         AnswerBody::Lineage { links: 0 },
@@ -181,7 +183,7 @@ fn answers() -> Vec<AnswerBody> {
             account: account(),
         },
         AnswerBody::Returned { back: signed.give_back(&key("b")), denial: denial() },
-        AnswerBody::Cancelled,
+        AnswerBody::Cancelled { kept_s: 0 },
         AnswerBody::Suspending,
         AnswerBody::Suspended,
         AnswerBody::Stopping,
@@ -204,7 +206,7 @@ fn answers() -> Vec<AnswerBody> {
             | AnswerBody::Staged { .. }
             | AnswerBody::Started { .. }
             | AnswerBody::Returned { .. }
-            | AnswerBody::Cancelled
+            | AnswerBody::Cancelled { .. }
             | AnswerBody::Suspending
             | AnswerBody::Suspended
             | AnswerBody::Stopping
@@ -297,6 +299,8 @@ impl Liar {
                 components_lacking: Vec::new(),
                 packs_lacking: Vec::new(),
                 seed: None,
+                kept: None,
+                composed: false,
             })
         };
         match body {
@@ -318,7 +322,7 @@ impl Liar {
                 problem: Some(MARK.into()),
                 account: account(),
             },
-            RequestBody::Cancel { .. } => AnswerBody::Cancelled,
+            RequestBody::Cancel { .. } => AnswerBody::Cancelled { kept_s: 0 },
             _ => AnswerBody::Denied(denial()),
         }
     }

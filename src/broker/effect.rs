@@ -16,7 +16,7 @@ use crate::federation::{Presence, Refused};
 use crate::interface::{AdoptedView, Candidate, Event, ExportedView, MigrationProgress, Problem, Reply};
 use crate::interface::{Request, VmAdopt, VmCreate};
 use crate::migration::lineage::LineageError;
-use crate::migration::message::{Claim, Initialization, Known, Progress, Seed, StageAccount};
+use crate::migration::message::{Claim, Initialization, Kept, Known, Progress, Seed, StageAccount};
 use crate::migration::records::VmRecord;
 use crate::migration::{AnswerBody, Denial, Lineage, Link, RequestBody};
 use crate::stanza::Cloud;
@@ -73,7 +73,7 @@ pub enum Input {
     /// Events of the hypervisor were lost: all VMs it knows, as they are now.
     Machines(Vec<(VmId, PowerState)>),
     /// A target's copy comes along.
-    Staging(MigrationId, Progress),
+    Staging(MigrationId, Box<StageReport>),
     /// A member shows a VM's history, verified.
     Shown(Peer, VmId, Box<Lineage>),
     /// A message that a member signed, and when it says it did.
@@ -176,6 +176,10 @@ pub struct Checked {
     /// Deltas will be made that nobody knows the size of yet: less will travel.
     pub deltas_unknown: bool,
     pub seed: Option<Seed>,
+    /// What an earlier try brought beyond the seed.
+    pub kept: Option<Kept>,
+    /// Plain bytes of components that are to be composed; none if that was done.
+    pub base_bytes: u64,
     pub answer_ms: f64,
 }
 
@@ -195,6 +199,8 @@ pub struct Holdings {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Scanned {
     pub seed: Seed,
+    /// Plain bytes of both disks that a target with that seed lacks; worked out in the first pass.
+    pub missing_bytes: u64,
     /// Bytes of the disks that were read.
     pub read_bytes: u64,
     /// The firmware's variables, packed, base64; none if it has none, or they are too large to travel.
@@ -229,6 +235,8 @@ pub struct Serving {
     pub ticket: Hash,
     pub recipe: RecipeId,
     pub components: Vec<ComponentId>,
+    /// The disks' state the target says it has.
+    pub seed: Option<Seed>,
 }
 
 /// One pass of bringing a VM's copy here to a state.
@@ -250,6 +258,17 @@ pub struct StageOrder {
     pub neighbours: Vec<DisksOf>,
     /// What earlier passes counted.
     pub account: StageAccount,
+}
+
+/// How far a pass has come.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct StageReport {
+    pub progress: Progress,
+    /// Of all passes, as far as it is known while one is under way.
+    pub account: StageAccount,
+    /// Plain bytes that this pass brought.
+    pub root_delta_bytes: u64,
+    pub user_data_bytes: u64,
 }
 
 /// Where the disks of a VM lie.
@@ -389,6 +408,7 @@ pub enum Effect {
         token: Token,
         record: Box<VmRecord>,
         serving: Box<Serving>,
+        pass: u32,
         last: bool,
     },
     /// What copying the whole disks of a move would have sent.

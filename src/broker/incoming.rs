@@ -9,21 +9,22 @@ use crate::federation::Refused;
 use crate::interface::{MigrationView, Problem, ProblemKind, chain};
 use crate::migration::envelope::{LIFETIME, VERSION, VERSION_BEFORE, VERSIONS};
 use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, Return, SignedHandOver};
-use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, Progress, StageAccount};
+use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, Seed, StageAccount};
 use crate::migration::ownership::{Became, Given, Guest};
 use crate::migration::target::{Agreement, Effect as ArrivalEffect, Event as TargetEvent, Phase, Target};
-use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, Lineage, RequestBody};
+use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, Lineage, Pass, RequestBody};
 use crate::placement;
 use crate::types::{MemberJid, MigrationId, PeerText, PublicKey, VmId};
 use crate::vm::{PowerState, VmSpec};
 
 use super::Broker;
-use super::account::{self, new_view};
+use super::account::{self, Advance, new_view};
 use super::book::ReturnRecord;
-use super::effect::{AskId, DisksOf, Effect, Holdings, Matter, Peer, StageOrder};
+use super::effect::{AskId, DisksOf, Effect, Holdings, Matter, Peer, StageOrder, StageReport};
 use super::guard::{self, Pace};
 use super::lineages::{LAW, Offer, denial};
 use super::pending::{Pending, Working};
+use super::unfinished::Holds;
 use super::vms::{Busy, Vm};
 
 /// How long an arrival that is over still answers its source.
@@ -46,8 +47,11 @@ pub struct Incoming {
     disks: String,
     /// A pass has begun here.
     staged: bool,
-    /// Another migration of the same VM took its place: what it staged is kept for that.
-    superseded: bool,
+    /// What is on its disks: now, and before the pass that is under way.
+    holds: Holds,
+    held: Holds,
+    advance: Advance,
+    phase_since: UnixMillis,
     /// Why it ended without a hand-over, if not by the machine's own reason.
     ended_because: Option<String>,
     /// What its source shows of the VM's history.
@@ -272,7 +276,17 @@ impl Broker {
         };
         let seed = self.vms.get(&spec.id).and_then(|vm| vm.record.given_up()).and_then(|g| g.seed);
         let seed = seed.filter(|_| room.accepts_source);
-        let answer = CheckAnswer { differences, blockers, components_lacking, packs_lacking, seed };
+        let kept = self.kept_of(spec.id, from).filter(|_| room.accepts_source);
+        let answer = CheckAnswer {
+            differences,
+            blockers,
+            components_lacking,
+            packs_lacking,
+            // The newer of both: an earlier try began with a copy that was kept here.
+            seed: kept.and_then(|(_, seed)| seed).or(seed),
+            kept: kept.map(|(kept, _)| kept),
+            composed: held.composed && room.accepts_source,
+        };
         self.answer_work(work, AnswerBody::Configuration(answer));
     }
 
@@ -300,7 +314,11 @@ impl Broker {
                     return Answered::Later;
                 }
             },
-            (RequestBody::Cancel { .. }, None) => AnswerBody::Cancelled,
+            // It may have been told before.
+            (RequestBody::Cancel { .. }, None) => {
+                let kept = self.kept_here_until(id).and_then(|_| self.kept_of(request.vm, &peer.jid));
+                AnswerBody::Cancelled { kept_s: kept.map_or(0, |(kept, _)| kept.for_s) }
+            }
             _ => deny(DenialCode::UnknownMigration, "no such migration here; the reservation may have ended"),
         };
         Answered::Now(answer)
@@ -425,7 +443,10 @@ impl Broker {
             // Of its own: the copy of an earlier try may still be on its way out.
             disks: format!("disks-{}", self.ids.uuid().simple()),
             staged: false,
-            superseded: false,
+            holds: Holds::default(),
+            held: Holds::default(),
+            advance: Advance::default(),
+            phase_since: now,
             ended_because: None,
             offer: Offer::default(),
         };
@@ -443,7 +464,6 @@ impl Broker {
         for id in ids {
             tracing::info!(migration = %id, "its source begins anew");
             if let Some(run) = self.incoming.get_mut(&id) {
-                run.superseded = true;
                 run.end_because(format!("{} began anew", peer.jid));
             }
             self.incoming_event(id, TargetEvent::LeaseExpired);
@@ -607,7 +627,7 @@ impl Broker {
             _ => {}
         }
         if let TargetEvent::StageProgress(report) = &event {
-            account::progress(&mut run.view.progress, report, now);
+            run.advance.report(&mut run.view.progress, report, now);
             let carried = &mut run.view.account.carried_bytes;
             *carried = (*carried).max(report.bytes_done);
         }
@@ -617,16 +637,21 @@ impl Broker {
         let (phase, fraction) = match run.machine.phase() {
             Phase::Reserved => ("negotiate", 0.01),
             Phase::Staging(pass) | Phase::Staged(pass) => {
-                let first = pass.number == 1;
-                let name = if pass.last && !first { "switch-over" } else { "stage" };
-                (name, account::fraction_of_pass(first, pass.last, p))
+                let ran = !(pass.last && pass.number == 1);
+                let name = if pass.last && ran { "switch-over" } else { "stage" };
+                (name, run.advance.in_pass(pass, ran, p))
             }
             Phase::TakingOver | Phase::Starting => ("start", 0.95),
             Phase::Owned if run.machine.problem().is_some() => ("handed-over", 1.0),
             Phase::Owned => ("completed", 1.0),
             Phase::Abandoned => ("cancelled", 1.0),
         };
-        p.phase = phase.into();
+        if p.phase != phase {
+            let before = std::mem::replace(&mut p.phase, phase.into());
+            *run.view.account.phase_ms.entry(before).or_default() +=
+                now.since(run.phase_since).as_millis() as u64;
+            run.phase_since = now;
+        }
         p.fraction = p.fraction.max(fraction);
         let mut answer = none();
         for effect in effects {
@@ -673,11 +698,11 @@ impl Broker {
                 self.run_errand(peer, matter, RequestBody::Delete { boot_ms });
             }
             ArrivalEffect::CleanUp => {
-                let (disks, keep) = (run.disks.clone(), run.superseded || run.view.account.wire_bytes > 0);
+                let (disks, staged, holds) = (run.disks.clone(), run.staged, run.holds);
                 self.emit(Effect::EndStaging(id));
-                // Whatever ended the move, the next one need not carry again what one pass brought.
-                if keep {
-                    return self.keep_interrupted(vm, disks);
+                // Whatever ended the move, the next one need not carry again what came.
+                if staged {
+                    return self.keep_interrupted(vm, disks, Some((id, peer.jid)), holds);
                 }
                 tracing::info!(migration = %id, "removing what was staged");
                 let no_record = !self.vms.contains_key(&vm);
@@ -690,6 +715,7 @@ impl Broker {
         fault::point("target-staging");
         let Some(run) = self.incoming.get_mut(&id) else { return };
         run.component_names = init.component_names.clone();
+        run.view.account.components_needed = init.component_names.len() as u32;
         let is_first = !std::mem::replace(&mut run.staged, true);
         // Found after a restart, it is known how it ended. What only reserved is not worth a note.
         self.book.note_later(&run.view);
@@ -705,7 +731,11 @@ impl Broker {
         let left = self.vms.get(&own).filter(|vm| !vm.record.is_here());
         let seeds = left.map(|vm| DisksOf::record(&vm.record));
         let lenders = self.trusted_online().filter(|p| p.jid != *source).take(LENDERS_MAX).collect();
-        let goes_on_with = if is_first { self.take_interrupted(own) } else { None };
+        let earlier = if is_first { self.take_interrupted(own) } else { None };
+        if let (Some((_, holds)), Some(run)) = (&earlier, self.incoming.get_mut(&id)) {
+            (run.holds, run.held) = (*holds, *holds);
+        }
+        let goes_on_with = earlier.map(|(disks, _)| disks);
         let order = Box::new(StageOrder {
             migration: id,
             from,
@@ -722,8 +752,13 @@ impl Broker {
         self.emit(Effect::Stage { token, order });
     }
 
-    pub(super) fn staging(&mut self, id: MigrationId, progress: Progress) {
-        self.incoming_event(id, TargetEvent::StageProgress(progress));
+    pub(super) fn staging(&mut self, id: MigrationId, report: StageReport) {
+        if let Some(run) = self.incoming.get_mut(&id) {
+            account::came(&mut run.view.account, &report.account);
+            run.holds.root_delta_bytes = run.held.root_delta_bytes.saturating_add(report.root_delta_bytes);
+            run.holds.user_data_bytes = run.held.user_data_bytes.saturating_add(report.user_data_bytes);
+        }
+        self.incoming_event(id, TargetEvent::StageProgress(report.progress));
     }
 
     pub(super) fn stage_finished(&mut self, id: MigrationId, result: Result<StageAccount, Denial>) {
@@ -731,7 +766,13 @@ impl Broker {
         let is_last = matches!(run.machine.phase(), Phase::Staging(pass) if pass.last);
         fault::point(if is_last { "target-staged-last" } else { "target-staged" });
         match &result {
-            Ok(account) => account::stage(&mut run.view.account, account),
+            Ok(account) => {
+                account::came(&mut run.view.account, account);
+                if let Phase::Staging(Pass { root_delta, user_data, .. }) = *run.machine.phase() {
+                    run.holds = Holds { seed: Some(Seed { root_delta, user_data }), ..Holds::default() };
+                    run.held = run.holds;
+                }
+            }
             Err(denial) => {
                 tracing::warn!(migration = %id, reason = denial.text.as_str(), "staging failed");
             }

@@ -121,6 +121,8 @@ pub struct Broker {
     unfinished: Vec<unfinished::Unfinished>,
     /// Disks staged here for migrations that are gone.
     interrupted: BTreeMap<VmId, unfinished::Interrupted>,
+    /// Until when targets keep what was sent in moves from here that ended without a hand-over.
+    kept_there: BTreeMap<MigrationId, UnixMillis>,
     /// VMs whose record cannot be used.
     aside: BTreeMap<VmId, Damaged>,
     /// What operators decided about hand-overs in doubt.
@@ -185,6 +187,7 @@ impl Broker {
         let (history, unfinished) = unfinished::split(book.migrations()?, &vms, now, note);
         let (history, displaced) = History::of(history);
         displaced.into_iter().for_each(|id| book.forget_migration(id));
+        let forecasts = Forecasts::of(history.views());
         let restored = book.restored()?;
         Ok(Self {
             now,
@@ -213,6 +216,7 @@ impl Broker {
             history,
             unfinished,
             interrupted: BTreeMap::new(),
+            kept_there: BTreeMap::new(),
             aside: damaged.into_iter().map(|d| (d.vm, d)).collect(),
             resolutions: resolutions.into_iter().map(|r| (r.migration, r)).collect(),
             errands: BTreeMap::new(),
@@ -228,7 +232,7 @@ impl Broker {
             after_restore: false,
             measured: Measured::default(),
             idle: Idle::new(now),
-            forecasts: Forecasts::default(),
+            forecasts,
             lent: Lent::default(),
             guard: Guard::default(),
             successions: Successions::default(),
@@ -280,7 +284,7 @@ impl Broker {
             }
             Input::Power(vm, power) => self.set_power(vm, power),
             Input::Machines(listed) => self.machines(listed),
-            Input::Staging(id, progress) => self.staging(id, progress),
+            Input::Staging(id, report) => self.staging(id, *report),
             Input::Shown(by, vm, lineage) => self.learn_of(&by, vm, &lineage),
             Input::Signed { by, issued, fresh } => self.clocks.note(&by, issued, now, fresh),
             Input::Measured(measured) => self.measured = *measured,

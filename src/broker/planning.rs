@@ -11,6 +11,7 @@ use crate::vm::{PowerState, VmSpec};
 
 use super::Broker;
 use super::effect::{CallId, Effect, Peer};
+use super::forecast::Work;
 use super::pending::{Pending, PlanFor};
 use super::vms::Vm;
 
@@ -27,8 +28,12 @@ pub fn unasked(jid: MemberJid, cloud: Option<CloudName>, verdict: Verdict) -> Ca
         packs_missing: 0,
         root_delta_bytes_missing: 0,
         user_data_bytes_missing: 0,
+        kept_s: 0,
+        base_bytes: 0,
         seconds_low: None,
         seconds_high: None,
+        forecasts_held: 0,
+        forecasts_told: 0,
         answer_ms: 0.0,
     }
 }
@@ -166,16 +171,16 @@ impl Broker {
         }
         let mut notes = vec!["the guest runs: what it writes from now on travels as well".to_owned()];
         let patience_s = self.stop_timeout(id).as_secs();
-        match (vm.record.ignored_stop, self.forecasts.shutdown_s(id)) {
+        match (vm.record.ignored_stop, self.forecasts.knows_shutdown_of(id)) {
             (Some(at), _) => notes.push(format!(
                 "the guest did not end by itself on {at}, within the time it was given: a move waits {patience_s} s \
                  for it, and then is called off, or with --force-stop switches it off"
             )),
-            (None, None) => notes.push(format!(
-                "how long the guest takes to shut down is not known yet, and not in the time foretold; it may \
-                 take {patience_s} s"
+            (None, false) => notes.push(format!(
+                "how long the guest takes to shut down is not known yet: a time foretold goes by other guests; it \
+                 may take {patience_s} s"
             )),
-            (None, Some(_)) => {}
+            (None, true) => {}
         }
         notes
     }
@@ -208,13 +213,28 @@ impl Broker {
         hardware::Trait::ALL.into_iter().map(|t| format!("{}{}", t.prefix(), value(t))).collect()
     }
 
+    /// What a move of a VM is to do, as its time is foretold by.
+    pub(super) fn work(&self, vm: VmId, bytes: u64, base_bytes: u64, runs: bool) -> Work {
+        let disks = self.measured.disks.get(&vm).copied().unwrap_or_default();
+        Work {
+            bytes,
+            base_bytes,
+            disk_bytes: disks.root_bytes.saturating_add(disks.user_data_bytes),
+            runs,
+            patience_s: self.stop_timeout(vm).as_secs_f64(),
+            ignores: self.vms.get(&vm).is_some_and(|vm| vm.record.ignored_stop.is_some()),
+        }
+    }
+
     fn ranked(&self, spec: &VmSpec, mut rows: Vec<Candidate>) -> PlanView {
         rows.iter_mut().for_each(|row| self.compare_hardware(spec, row));
         let runs = self.power_of(spec.id) != PowerState::Stopped;
         for row in &mut rows {
             let bytes =
                 row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;
-            let foretold = self.forecasts.foretell(&row.jid, spec.id, bytes, runs);
+            let work = self.work(spec.id, bytes, row.base_bytes, runs);
+            let foretold = self.forecasts.foretell(&row.jid, spec.id, &work);
+            (row.forecasts_held, row.forecasts_told) = self.forecasts.held(&row.jid);
             (row.seconds_low, row.seconds_high) = (foretold.map(|i| i.low_s), foretold.map(|i| i.high_s));
         }
         let offers: Vec<_> = rows

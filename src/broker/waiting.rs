@@ -45,6 +45,17 @@ impl Broker {
         if view.progress.ended && !view.progress.detail.is_empty() && self.errand_words(id).is_some() {
             view.remarks.push(format!("still to be said: {}", view.progress.detail));
         }
+        let peer = &view.progress.peer;
+        if let Some(until) = self.kept_here_until(id) {
+            view.remarks.push(format!(
+                "what came is kept until {until}: another move of the VM from {peer} goes on with it"
+            ));
+        }
+        if let Some(until) = self.kept_there.get(&id) {
+            view.remarks.push(format!(
+                "{peer} keeps what was sent until {until}: another move of the VM to it goes on with that"
+            ));
+        }
         view
     }
 

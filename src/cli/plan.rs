@@ -66,6 +66,7 @@ fn print_plan(printer: &Printer, plan: &PlanView) -> Outcome {
     }
     plan.notes.iter().try_for_each(|note| printer.line(note))?;
     for c in &plan.candidates {
+        about(c).iter().try_for_each(|line| printer.line(format!("{}: {line}", name(c))))?;
         for r in reasons(&c.verdict) {
             if !summed.iter().any(|(why, all)| *why == r && all.contains(&&c.jid)) {
                 printer.line(format!("{}: {}", name(c), reason_text(r)))?;
@@ -103,7 +104,11 @@ pub fn lines(plan: &PlanView, c: &Candidate) -> Vec<String> {
                 "{} of {} components are there, {} are missing",
                 c.components_held,
                 c.components_needed,
-                if c.deltas_unknown { format!("at most {}", bytes(n)) } else { bytes(n) }
+                if c.deltas_unknown {
+                    format!("about {}, less by differences that are still to be made", bytes(n))
+                } else {
+                    bytes(n)
+                }
             )
         }
     };
@@ -117,13 +122,28 @@ pub fn lines(plan: &PlanView, c: &Candidate) -> Vec<String> {
         bytes(c.user_data_bytes_missing),
     );
     let differences = reasons(&c.verdict).iter().map(|r| format!("  with a difference: {}", reason_text(r)));
-    let notes = plan.notes.iter().map(|note| format!("  note: {note}"));
+    let notes = plan.notes.iter().chain(&about(c)).map(|note| format!("  note: {note}")).collect::<Vec<_>>();
     [line].into_iter().chain(differences).chain(notes).collect()
 }
 
+/// What else is to be known of a candidate.
+fn about(c: &Candidate) -> Vec<String> {
+    let kept = (c.kept_s > 0).then(|| {
+        format!(
+            "has kept what an earlier try brought, which counts as there; for {} more",
+            seconds(c.kept_s as f64)
+        )
+    });
+    let held = (c.forecasts_told > 0 && c.seconds_low.is_some()).then(|| {
+        format!("{} of the last {} moves there took the time foretold", c.forecasts_held, c.forecasts_told)
+    });
+    kept.into_iter().chain(held).collect()
+}
+
 fn component_bytes(c: &Candidate) -> String {
-    let at_most = if c.deltas_unknown { "≤ " } else { "" };
-    format!("{at_most}{}", bytes(c.component_bytes_missing))
+    // No bound: a difference that is ready now may be gone by then.
+    let about = if c.deltas_unknown { "~ " } else { "" };
+    format!("{about}{}", bytes(c.component_bytes_missing))
 }
 
 fn name(c: &Candidate) -> String {

@@ -45,9 +45,20 @@ pub struct Candidate {
     /// Plain bytes of root delta and user-data blocks it lacks, an upper bound of what they take on the wire.
     pub root_delta_bytes_missing: u64,
     pub user_data_bytes_missing: u64,
+    /// What an earlier try brought counts as there; it is kept for so many seconds more.
+    #[serde(default)]
+    pub kept_s: u64,
+    /// Plain bytes of components that are to be composed; none if that was done.
+    #[serde(default)]
+    pub base_bytes: u64,
     /// Predicted duration, seconds, by earlier moves to that member; `None` before the first.
     pub seconds_low: Option<f64>,
     pub seconds_high: Option<f64>,
+    /// Of the last moves there, how many took the time that was foretold, and of how many.
+    #[serde(default)]
+    pub forecasts_held: u32,
+    #[serde(default)]
+    pub forecasts_told: u32,
     pub answer_ms: f64,
 }
 
@@ -148,6 +159,46 @@ pub struct MigrationProgress {
     pub attempt: u32,
 }
 
+/// What a move was to do, and how long that was foretold to take.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Foretold {
+    /// To be carried.
+    pub bytes: u64,
+    /// Plain bytes of components to be composed; none if the base was there.
+    pub base_bytes: u64,
+    /// What the VM's disks took up.
+    pub disk_bytes: u64,
+    pub runs: bool,
+    /// What time the guest was given to end, and whether it had let that pass before.
+    pub patience_s: f64,
+    pub ignores: bool,
+    /// None as long as too little was known.
+    pub low_s: Option<f64>,
+    pub high_s: Option<f64>,
+    /// The target did not answer for a while.
+    pub disturbed: bool,
+}
+
+/// What became of what was foretold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Score {
+    Held,
+    Sooner,
+    Later,
+}
+
+impl Foretold {
+    /// What a move that took so long makes of it; nothing if nothing was foretold.
+    pub fn score(&self, took_s: f64) -> Option<Score> {
+        Some(match (self.low_s?, self.high_s?) {
+            (low_s, _) if took_s < low_s => Score::Sooner,
+            (_, high_s) if took_s > high_s => Score::Later,
+            _ => Score::Held,
+        })
+    }
+}
+
 /// What a move cost, and what it would have cost without components.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct Account {
@@ -169,6 +220,12 @@ pub struct Account {
     /// Time in which content was fetched.
     #[serde(default)]
     pub fetch_ms: u64,
+    /// How long the source looked at the disks before anything travelled.
+    #[serde(default)]
+    pub looking_ms: u64,
+    /// What the move was to do, as it was known before.
+    #[serde(default)]
+    pub foretold: Option<Foretold>,
     /// How long the guest took to shut down.
     #[serde(default)]
     pub shutdown_ms: Option<u64>,

@@ -175,7 +175,9 @@ impl Hands {
                 let shared = self.shared.clone();
                 tokio::spawn(async move { scan::end_tracking(&shared, vm).await });
             }
-            Effect::Scan { token, record, serving, last } => self.scan(token, *record, *serving, last),
+            Effect::Scan { token, record, serving, pass, last } => {
+                self.scan(token, *record, *serving, pass, last)
+            }
             Effect::EstimateMonolithic { token, migration, recipe } => {
                 self.estimate(token, migration, recipe)
             }
@@ -328,10 +330,11 @@ impl Hands {
         self.moves.dir(vm, disks, path)
     }
 
-    fn scan(&self, token: Token, record: VmRecord, serving: Serving, last: bool) {
+    fn scan(&self, token: Token, record: VmRecord, serving: Serving, pass: u32, last: bool) {
         let (shared, moves) = (self.shared.clone(), self.moves.clone());
         let before = moves.looked(serving.migration);
         let disks = machine::paths_of(&shared, &broker::effect::DisksOf::record(&record));
+        let held = serving.seed;
         self.async_job(token, async move {
             let scanned = scan::look(shared.clone(), record.spec.clone(), disks, before, last).await;
             let scanned = match scanned {
@@ -360,7 +363,15 @@ impl Hands {
             }
             let machine = machine::machine_of(&shared, &record);
             let firmware = check::blocking(move || Ok(firmware_of(&machine))).await.ok().flatten();
-            Done::Scanned(Ok(Scanned { seed: scanned.seed, read_bytes, firmware }))
+            let (repository, now) = (shared.repository.clone(), scanned.seed);
+            let missing = check::blocking(move || match pass {
+                1 => check::disks_missing(&repository, &now, held.as_ref()),
+                _ => Ok((0, 0)),
+            });
+            // It is foretold by it, nothing else.
+            let (root, user_data) = missing.await.unwrap_or_default();
+            let missing_bytes = root.saturating_add(user_data);
+            Done::Scanned(Ok(Scanned { seed: scanned.seed, missing_bytes, read_bytes, firmware }))
         });
     }
 
@@ -401,7 +412,7 @@ impl Hands {
             let work = tasks.spawn(stage::run(job));
             while reports.changed().await.is_ok() {
                 let report = reports.borrow_and_update().clone();
-                shared.tell(broker::Input::Staging(id, report));
+                shared.tell(broker::Input::Staging(id, Box::new(report)));
                 tokio::time::sleep(PROGRESS_EVERY).await;
             }
             Done::Staged(match work.await {

@@ -515,17 +515,14 @@ impl World {
             }
             Effect::Resume(vm) if self.clouds[at].running(vm) => self.power(at, vm, PowerState::Running, 1),
             Effect::Undefine(vm) => self.power(at, vm, PowerState::Stopped, 0),
-            Effect::Scan { token, record, serving, last } => {
+            Effect::Scan { token, record, serving, last, .. } => {
                 self.clouds[at].serving.insert(serving.migration, serving.ticket);
                 let own = self.own_bytes.get(&record.spec.id).copied().unwrap_or(0);
                 let ms = if last { 50 } else { 50 + own / 1_000_000 };
                 let seed = seed_of(&record.spec);
-                self.done(
-                    at,
-                    token,
-                    ms,
-                    Done::Scanned(Ok(Scanned { seed, read_bytes: own, firmware: None })),
-                );
+                let missing_bytes = if serving.seed.is_some() { own / 20 } else { own };
+                let scanned = Scanned { seed, missing_bytes, read_bytes: own, firmware: None };
+                self.done(at, token, ms, Done::Scanned(Ok(scanned)));
             }
             Effect::EstimateMonolithic { token, .. } => self.done(at, token, 0, Done::Monolithic(None)),
             Effect::Stage { token, order } => {
@@ -780,6 +777,7 @@ impl World {
         let next = match checking.asks {
             Asks::Fit => {
                 checking.checked.seed = answer.seed;
+                checking.checked.kept = answer.kept;
                 checking.checked.components_needed = components.len() as u32;
                 checking.asks = Asks::Components;
                 Some(ask(components, Vec::new()))

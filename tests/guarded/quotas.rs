@@ -93,7 +93,7 @@ async fn who_begins_and_calls_off_all_the_time_erases_nothing_and_is_refused() {
         match home.ask_of("a", id, vm.id, reservation(&vm)).await {
             AnswerBody::Reserved { .. } => {
                 granted += 1;
-                assert_eq!(home.ask_of("a", id, vm.id, cancel()).await, AnswerBody::Cancelled);
+                assert_eq!(home.ask_of("a", id, vm.id, cancel()).await, AnswerBody::Cancelled { kept_s: 0 });
             }
             AnswerBody::Denied(d) => {
                 assert_eq!(d.code, DenialCode::RateLimited, "{}", d.text);

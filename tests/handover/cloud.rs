@@ -695,7 +695,7 @@ impl Cloud {
             (RequestBody::Start { hand_over, .. }, None) => {
                 Some(self.start_unknown(m.from, hand_over, random))
             }
-            (RequestBody::Cancel { .. }, None) => Some(AnswerBody::Cancelled),
+            (RequestBody::Cancel { .. }, None) => Some(AnswerBody::Cancelled { kept_s: 0 }),
             _ => Some(deny(DenialCode::UnknownMigration, "unknown")),
         };
         if let Some(body) = answer {

@@ -325,7 +325,7 @@ fn initialization_rows(bench: &mut Bench) {
             AnswerBody::Denied(_) => "the reservation is spent",
             other => panic!("{words}: {other:?}"),
         };
-        assert!(matches!(peer.ask(matter, cancel()), AnswerBody::Cancelled));
+        assert!(matches!(peer.ask(matter, cancel()), AnswerBody::Cancelled { .. }));
         bench.settled(words);
         bench.table.row(step, words, format!("{text}; {again}"));
     }

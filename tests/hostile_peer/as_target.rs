@@ -33,7 +33,7 @@ pub fn honest(peer: &Peer, request: &RequestBody) -> AnswerBody {
             AnswerBody::Staged { pass: init.pass.number, account: StageAccount::default() }
         }
         RequestBody::Start { hand_over, .. } => started(hand_over.clone().accept(&peer.key)),
-        RequestBody::Cancel { .. } => AnswerBody::Cancelled,
+        RequestBody::Cancel { .. } => AnswerBody::Cancelled { kept_s: 0 },
         _ => AnswerBody::Denied(no("not this")),
     }
 }
@@ -45,6 +45,8 @@ fn yes() -> CheckAnswer {
         components_lacking: Vec::new(),
         packs_lacking: Vec::new(),
         seed: None,
+        kept: None,
+        composed: false,
     }
 }
 
@@ -449,7 +451,7 @@ fn start_rows(bench: &mut Bench) {
     let account = StageAccount::default;
     let tricks: Vec<(&str, Trick)> = vec![
         ("denies", Box::new(|_, _| AnswerBody::Denied(no("never heard of it")))),
-        ("answers `cancelled`", Box::new(|_, _| AnswerBody::Cancelled)),
+        ("answers `cancelled`", Box::new(|_, _| AnswerBody::Cancelled { kept_s: 0 })),
         ("answers `staged`", Box::new(move |_, _| AnswerBody::Staged { pass: 1, account: account() })),
         (
             "a receipt signed by another key",

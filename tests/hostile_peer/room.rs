@@ -223,6 +223,8 @@ fn expelled(bench: &mut Bench) {
                     components_lacking: vec![],
                     packs_lacking: vec![],
                     seed: None,
+                    kept: None,
+                    composed: false,
                 };
                 bench.mallory.answer(asked, AnswerBody::Configuration(yes), Spoil::Nothing);
                 None
