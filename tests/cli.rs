@@ -955,8 +955,16 @@ impl Service for TestService {
                     let composer = Composer::new(repository.clone());
                     let mut tell = |event| drop(events.try_send(event));
                     let stop = || events.is_closed();
-                    catalogue::call(&repository, &composer, Duration::ZERO, &[], &other, &stop, &mut tell)
-                        .unwrap()
+                    catalogue::call(
+                        &repository,
+                        &composer,
+                        Duration::ZERO,
+                        &[],
+                        (&other, &Default::default()),
+                        &stop,
+                        &mut tell,
+                    )
+                    .unwrap()
                 })
                 .await
                 .unwrap(),

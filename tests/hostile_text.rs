@@ -365,7 +365,9 @@ impl Service for Door {
         events: mpsc::Sender<Event>,
     ) -> BoxFuture<'static, Result<Reply, Problem>> {
         let (reply, answer) = oneshot::channel();
-        self.0.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
+        self.0
+            .send(Input::Call { request, given: Default::default(), events, reply })
+            .unwrap_or_else(|_| panic!("stopped"));
         async move { answer.await.unwrap() }.boxed()
     }
 
@@ -571,7 +573,10 @@ async fn no_command_prints_a_members_words_raw() {
         start: false,
         hardware: Default::default(),
     });
-    world.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
+    world
+        .inbox
+        .send(Input::Call { request, given: Default::default(), events, reply })
+        .unwrap_or_else(|_| panic!("stopped"));
     adopted.await.unwrap().unwrap();
 
     let says = async |args: &[&str]| {
