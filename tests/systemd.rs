@@ -120,7 +120,7 @@ fn the_service_runs_as_setup_leaves_it_and_works_on_the_files_of_operators() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(Kind::PROSODY, dir.path().join("xmpp"), &["alpine"], Duration::from_secs(2));
 
-    machine.good(&["/run/cicada", "setup"]);
+    machine.good(&["/run/cicada-under-test", "setup"]);
     let again: Value = serde_json::from_str(&machine.good(&["cicada", "setup", "--json"])).unwrap();
     assert_eq!((&again["changes"], &again["kept"]), (&serde_json::json!([]), &serde_json::json!([])));
     // Nothing of root's gets in the broker's way.

@@ -23,8 +23,8 @@ mount -t sysfs -o ro sysfs sys
 mount -t tmpfs -o mode=755 tmpfs sys/fs/cgroup
 mount -t cgroup2 cgroup2 sys/fs/cgroup
 # The program under test, where it cannot be confused with what is installed.
-touch run/cicada
-mount --bind "$2" run/cicada
+touch run/cicada-under-test
+mount --bind "$2" run/cicada-under-test
 # Of this machine's own services none shall run there.
 rm -rf etc/systemd/system/* etc/cicada var/lib/cicada usr/local/bin/cicada
 printf '[Unit]\nDescription=Nothing but what is asked for\n' >etc/systemd/system/quiet.target
