@@ -158,11 +158,34 @@ fn the_service_runs_as_setup_leaves_it_and_works_on_the_files_of_operators() {
 
     operators_files(&machine);
 
-    machine.good(&["systemctl", "stop", "cicada-guests"]);
+    // A VM runs behind the unit's walls, and on when the broker is another; with the host it is shut down.
+    machine.good(&["cicada", "vm", "set", "two", "--stop-timeout", "1s"]);
+    machine.good(&["cicada", "vm", "start", "two"]);
     machine.good(&["systemctl", "restart", "cicada"]);
     machine.wait("the broker answers", |m| m.run(&["cicada", "status"]).status.success());
+    assert_eq!(power(&machine, "two"), "running", "{}", machine.log());
+    machine.good(&["systemctl", "stop", "cicada-guests"]);
+    assert_eq!(machine.property("cicada-guests", "Result"), "success");
+    assert_eq!(power(&machine, "two"), "stopped", "{}", machine.log());
+
+    // Each VM as a user of its own, as an operator adds it to the unit.
+    let added = machine.path("/etc/systemd/system/cicada.service.d");
+    std::fs::create_dir(&added).unwrap();
+    std::fs::write(added.join("vm-users.conf"), include_str!("../deploy/systemd/vm-users.conf")).unwrap();
+    machine.good(&["systemctl", "daemon-reload"]);
+    machine.good(&["systemctl", "restart", "cicada"]);
+    machine.wait("the broker answers", |m| m.run(&["cicada", "status"]).status.success());
+    machine.good(&["cicada", "vm", "start", "one"]);
+    let user = machine.good(&["ps", "-C", "qemu-system-x86", "-o", "uid="]);
+    assert!(user.trim().parse::<u32>().unwrap() >= 2_100_000_000, "{user}");
+    machine.good(&["cicada", "vm", "stop", "one", "--force"]);
     machine.good(&["systemctl", "stop", "cicada"]);
     assert_eq!(machine.property("cicada", "Result"), "success", "{}", machine.log());
+}
+
+fn power(machine: &Machine, vm: &str) -> String {
+    let shown: Value = serde_json::from_str(&machine.good(&["cicada", "vm", "show", vm, "--json"])).unwrap();
+    shown["power"].as_str().unwrap().to_owned()
 }
 
 /// What root keeps where the service sees nothing goes in and out.
@@ -200,7 +223,12 @@ fn operators_files(machine: &Machine) {
     machine.good(&["cicada", "repo", "export", "/root/all.tar"]);
     machine.good(&["cicada", "repo", "import", "/root/all.tar"]);
     // Standard output and input are root's as well.
-    let mut out = machine.command(&["cicada", "repo", "export", "-"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut out = machine
+        .command(&["cicada", "repo", "export", "-"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     let mut back = machine.command(&["cicada", "repo", "import", "-"]);
     let back = back.stdin(out.stdout.take().unwrap()).output().unwrap();
     assert!(back.status.success() && out.wait().unwrap().success(), "{back:?}");
