@@ -6,6 +6,7 @@ mod machine;
 #[path = "support/xmpp.rs"]
 mod support;
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -176,9 +177,13 @@ fn the_service_runs_as_setup_leaves_it_and_works_on_the_files_of_operators() {
     machine.good(&["systemctl", "restart", "cicada"]);
     machine.wait("the broker answers", |m| m.run(&["cicada", "status"]).status.success());
     machine.good(&["cicada", "vm", "start", "one"]);
-    let user = machine.good(&["ps", "-C", "qemu-system-x86", "-o", "uid="]);
-    assert!(user.trim().parse::<u32>().unwrap() >= 2_100_000_000, "{user}");
-    machine.good(&["cicada", "vm", "stop", "one", "--force"]);
+    // The one that went down with the host has come up with the broker.
+    machine.wait("two runs again", |m| power(m, "two") == "running");
+    let processes = machine.good(&["ps", "-e", "-o", "uid=,args="]);
+    let qemus = processes.lines().filter(|line| line.contains("qemu-system-x86_64"));
+    let users: BTreeSet<u32> = qemus.map(|l| l.split_whitespace().next().unwrap().parse().unwrap()).collect();
+    assert!(users.len() == 2 && users.iter().all(|uid| *uid >= 2_100_000_000), "{processes}");
+    machine.good(&["cicada", "vm", "stop", "--all", "--force"]);
     machine.good(&["systemctl", "stop", "cicada"]);
     assert_eq!(machine.property("cicada", "Result"), "success", "{}", machine.log());
 }
