@@ -291,7 +291,9 @@ impl Service for BrokerService {
         async move {
             let stopping = || Problem::new(ProblemKind::Unavailable, "broker", "is shutting down");
             let (reply, answer) = oneshot::channel();
-            inbox.send(Input::Call { request, given, events, reply }).map_err(|_| stopping())?;
+            inbox
+                .send(Input::Call { request, given: Arc::new(given), events, reply })
+                .map_err(|_| stopping())?;
             answer.await.map_err(|_| stopping())?
         }
         .boxed()

@@ -366,7 +366,9 @@ impl Service for Door {
         events: mpsc::Sender<Event>,
     ) -> BoxFuture<'static, Result<Reply, Problem>> {
         let (reply, answer) = oneshot::channel();
-        self.0.send(Input::Call { request, given, events, reply }).unwrap_or_else(|_| panic!("stopped"));
+        self.0
+            .send(Input::Call { request, given: given.into(), events, reply })
+            .unwrap_or_else(|_| panic!("stopped"));
         async move { answer.await.unwrap() }.boxed()
     }
 

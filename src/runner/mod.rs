@@ -45,7 +45,7 @@ pub enum Input {
     /// An operator's request.
     Call {
         request: Request,
-        given: Given,
+        given: Arc<Given>,
         events: mpsc::Sender<Event>,
         reply: oneshot::Sender<Result<Reply, Problem>>,
     },
@@ -193,7 +193,7 @@ impl Runner {
                         self.measure_anew(None);
                     }
                     let call = CallId(self.hands.id());
-                    self.hands.calls.insert(call, Caller { given: Arc::new(given), events, reply });
+                    self.hands.calls.insert(call, Caller { given, events, reply });
                     self.step(broker::Input::Call(call, request))?
                 }
                 Input::Asked { from, payload, reply } => {
