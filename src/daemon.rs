@@ -29,7 +29,7 @@ use crate::runner::Records;
 use crate::runner::content::catalogue;
 use crate::runner::content::serving::{Store, Tickets};
 use crate::runner::host::rehearsal;
-use crate::runner::{Inbox, Input, Link, LinkError, Runner, Shared};
+use crate::runner::{Given, Inbox, Input, Link, LinkError, Runner, Shared};
 use crate::transfer::{Endpoint, Limiter};
 use crate::types::{Hash, MemberJid};
 use crate::xmpp::{self, RequestError, XmppEvent};
@@ -285,13 +285,16 @@ impl Service for BrokerService {
     fn call(
         &self,
         request: Request,
+        given: Given,
         events: mpsc::Sender<Event>,
     ) -> BoxFuture<'static, Result<Reply, Problem>> {
         let inbox = self.inbox.clone();
         async move {
             let stopping = || Problem::new(ProblemKind::Unavailable, "broker", "is shutting down");
             let (reply, answer) = oneshot::channel();
-            inbox.send(Input::Call { request, events, reply }).map_err(|_| stopping())?;
+            inbox
+                .send(Input::Call { request, given: Arc::new(given), events, reply })
+                .map_err(|_| stopping())?;
             answer.await.map_err(|_| stopping())?
         }
         .boxed()

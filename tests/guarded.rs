@@ -160,7 +160,9 @@ impl Home {
     async fn call(&self, request: Request) -> Result<Reply, cicada::interface::Problem> {
         let (events, _seen) = mpsc::channel(64);
         let (reply, answer) = oneshot::channel();
-        self.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
+        self.inbox
+            .send(Input::Call { request, given: Default::default(), events, reply })
+            .unwrap_or_else(|_| panic!("stopped"));
         answer.await.unwrap()
     }
 

@@ -24,7 +24,7 @@ use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, HandOver, Pass
 use cicada::repository::Repository;
 use cicada::runner::Records;
 use cicada::runner::content::serving::{Store, Tickets};
-use cicada::runner::{Inbox, Input, Link, LinkError, Runner, Shared};
+use cicada::runner::{Given, Inbox, Input, Link, LinkError, Runner, Shared};
 use cicada::stanza::Cloud;
 use cicada::transfer::{Endpoint, Limiter};
 use cicada::types::text::{TEXT_CHARS_MAX, is_plain};
@@ -366,10 +366,13 @@ impl Service for Door {
     fn call(
         &self,
         request: Request,
+        given: Given,
         events: mpsc::Sender<Event>,
     ) -> BoxFuture<'static, Result<Reply, Problem>> {
         let (reply, answer) = oneshot::channel();
-        self.0.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
+        self.0
+            .send(Input::Call { request, given: given.into(), events, reply })
+            .unwrap_or_else(|_| panic!("stopped"));
         async move { answer.await.unwrap() }.boxed()
     }
 
@@ -576,7 +579,10 @@ async fn no_command_prints_a_members_words_raw() {
         start: false,
         hardware: Default::default(),
     });
-    world.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
+    world
+        .inbox
+        .send(Input::Call { request, given: Default::default(), events, reply })
+        .unwrap_or_else(|_| panic!("stopped"));
     adopted.await.unwrap().unwrap();
 
     let says = async |args: &[&str]| {

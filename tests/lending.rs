@@ -167,7 +167,9 @@ impl Member {
     async fn call(&self, request: Request) -> Result<Reply, cicada::interface::Problem> {
         let (events, mut seen) = mpsc::channel(64);
         let (reply, answer) = oneshot::channel();
-        self.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
+        self.inbox
+            .send(Input::Call { request, given: Default::default(), events, reply })
+            .unwrap_or_else(|_| panic!("stopped"));
         tokio::spawn(async move { while seen.recv().await.is_some() {} });
         answer.await.unwrap()
     }

@@ -241,6 +241,15 @@ fn root_does_not_work_for_another_users_cloud() {
     assert_eq!(std::fs::read_dir(&data).unwrap().count(), 0);
     chown(here.join("password"), Some(0), Some(0)).unwrap();
     chown(&data, Some(0), Some(0)).unwrap();
+    // A password that root wrote says nothing of whose cloud it is; whom the configuration is readable for does.
+    let daemons_group = Some(1);
+    chown(here.join("federation.toml"), Some(0), daemons_group).unwrap();
+    for args in commands {
+        let (code, _, err) = run(here, args);
+        assert_eq!((code, err.contains("runuser -u daemon -- cicada")), (6, true), "{args:?}: {err}");
+    }
+    assert_eq!(std::fs::read_dir(&data).unwrap().count(), 0);
+    chown(here.join("federation.toml"), Some(0), Some(0)).unwrap();
     assert_eq!(run(here, &["identity", "show"]).0, 0);
 }
 

@@ -12,6 +12,7 @@ mod confirm;
 mod console;
 mod context;
 mod federation;
+mod files;
 mod format;
 mod generate;
 mod identity;
@@ -30,6 +31,7 @@ mod replay;
 mod repo;
 mod resolve;
 mod room_check;
+mod setup;
 mod sim;
 mod table;
 mod target;
@@ -128,6 +130,13 @@ enum Command {
         #[command(flatten)]
         recording: broker::Recording,
     },
+    /// Make this machine ready to run the broker as a service (as root, without a broker)
+    ///
+    /// Makes the user 'cicada', the directories /etc/cicada and /var/lib/cicada, a configuration to be filled in
+    /// where there is none, and the units of systemd, all with the owners and modes that the broker asks for. What
+    /// it does is told line by line, and what is left to do. It may be run again at any time: it mends owners and
+    /// modes, brings its own files up to date, and never writes over a file that somebody else made or changed.
+    Setup(setup::Setup),
     /// Check or show the configuration (without a broker)
     #[command(subcommand)]
     Config(config::Command),
@@ -244,6 +253,7 @@ fn execute(globals: Globals, command: Command, printer: Printer) -> Outcome {
 async fn dispatch(ctx: Context, command: Command) -> Outcome {
     match command {
         Command::Broker { after_restore, recording } => broker::run(&ctx, after_restore, recording).await,
+        Command::Setup(s) => setup::run(&ctx, &s),
         Command::Config(c) => config::run(&ctx, c).await,
         Command::Identity(c) => identity::run(&ctx, c).await,
         Command::Federation(c) => federation::run(&ctx, c).await,

@@ -129,7 +129,7 @@ async fn addresses(config: &Config) -> Result<String, Problem> {
     Ok(format!("other clouds are told {}", addresses.join(", ")))
 }
 
-async fn hypervisor(config: &Config) -> Result<String, Problem> {
+pub async fn hypervisor(config: &Config) -> Result<String, Problem> {
     let driver = daemon::open_driver(config).await?;
     let f = driver.features();
     Ok(format!(

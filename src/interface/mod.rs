@@ -208,7 +208,29 @@ pub enum Request {
     Shutdown,
 }
 
+/// What is done with a file that a request names.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FileUse {
+    Read,
+    Write,
+}
+
 impl Request {
+    /// The files it names, in the order in which whoever asks may hand them over with it, opened.
+    pub fn files(&self) -> Vec<(&str, FileUse)> {
+        match self {
+            Request::Compose { output, .. }
+            | Request::VmExport { output, .. }
+            | Request::RepoExport { output, .. } => vec![(output, FileUse::Write)],
+            Request::RepoImport { input, .. } => vec![(input, FileUse::Read)],
+            Request::VmAdopt(adopt) => {
+                let more = [&adopt.user_data, &adopt.hardware.nvram].into_iter().flatten();
+                std::iter::once(&adopt.disk).chain(more).map(|path| (path.as_str(), FileUse::Read)).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// Notes who asks, where that is kept.
     pub fn asked_by(&mut self, uid: Option<u32>) {
         if let Request::MigrationResolve { by_uid, .. } | Request::VmStart { by_uid, .. } = self {

@@ -5,6 +5,7 @@ pub mod check;
 pub mod content;
 pub mod continuity;
 mod conversations;
+mod given;
 pub mod host;
 pub mod inbox;
 mod measure;
@@ -32,6 +33,7 @@ use crate::recording::{self, Recorder};
 use crate::stanza::Cloud;
 use crate::types::{MemberJid, Successions, VmId};
 
+pub use given::Given;
 pub use inbox::{Inbox, Inputs, inbox};
 pub use record_dir::{RecordBook, Records};
 pub use shared::{AskError, Link, LinkError, Shared};
@@ -45,6 +47,7 @@ pub enum Input {
     /// An operator's request.
     Call {
         request: Request,
+        given: Arc<Given>,
         events: mpsc::Sender<Event>,
         reply: oneshot::Sender<Result<Reply, Problem>>,
     },
@@ -74,6 +77,7 @@ pub struct Ended(pub String);
 
 /// An operator who waits.
 struct Caller {
+    given: Arc<Given>,
     events: mpsc::Sender<Event>,
     reply: oneshot::Sender<Result<Reply, Problem>>,
 }
@@ -200,13 +204,13 @@ impl Runner {
         }
         while let Some(input) = inputs.next().await {
             let ends = match input {
-                Input::Call { request, events, reply } => {
+                Input::Call { request, given, events, reply } => {
                     self.look_around()?;
                     if shows_disks(&request) {
                         self.measure_anew(None);
                     }
                     let call = CallId(self.hands.id());
-                    self.hands.calls.insert(call, Caller { events, reply });
+                    self.hands.calls.insert(call, Caller { given, events, reply });
                     self.step(broker::Input::Call(call, request))?
                 }
                 Input::Asked { from, payload, reply } => {
@@ -329,6 +333,11 @@ impl Hands {
         if let Some(caller) = self.calls.remove(&call) {
             let _ = caller.reply.send(result);
         }
+    }
+
+    /// What was handed over with a call.
+    fn given_with(&self, call: CallId) -> Arc<Given> {
+        self.calls.get(&call).map(|caller| caller.given.clone()).unwrap_or_default()
     }
 
     /// The events of a call; of one that nobody waits for, a channel that is closed.

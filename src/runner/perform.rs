@@ -429,10 +429,10 @@ impl Hands {
     // --- disks in and out ---
 
     fn adopt(&self, token: Token, call: CallId, id: VmId, adopt: VmAdopt) {
-        let (shared, events) = (self.shared.clone(), self.events_of(call));
+        let (shared, events, given) = (self.shared.clone(), self.events_of(call), self.given_with(call));
         tokio::task::spawn_blocking(move || {
             let mut keep: Option<Box<dyn Any + Send>> = None;
-            let result = adopt::take(&shared, id, &adopt, &events).map(|(mut view, adopted)| {
+            let result = adopt::take(&shared, id, &adopt, &given, &events).map(|(mut view, adopted)| {
                 let record = adopted.map(|adopted| {
                     view.component = Some(adopted.base.label.clone());
                     // From when its record is there the VM's recipe keeps everything.
@@ -446,9 +446,9 @@ impl Hands {
     }
 
     fn export(&self, export: Export) {
-        let events = self.events_of(export.call);
+        let (events, given) = (self.events_of(export.call), self.given_with(export.call));
         self.blocking_job(export.token, move |shared| {
-            Done::Exported(adopt::export(shared, &export, &events))
+            Done::Exported(adopt::export(shared, &export, &given, &events))
         });
     }
 
@@ -462,7 +462,8 @@ impl Hands {
             let (repository, composer) = (&shared.repository, &shared.composer);
             let stop = || caller.events.is_closed();
             let mut tell = |event| drop(caller.events.try_send(event));
-            let result = catalogue::call(repository, composer, grace, &recipes, &request, &stop, &mut tell);
+            let files = (&request, &*caller.given);
+            let result = catalogue::call(repository, composer, grace, &recipes, files, &stop, &mut tell);
             let unknown = || Err(Problem::new(ProblemKind::BadRequest, "request", "is not known here"));
             let _ = caller.reply.send(result.unwrap_or_else(unknown));
         });

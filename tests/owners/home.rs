@@ -257,7 +257,9 @@ impl Home {
     pub async fn call(&self, request: Request) -> Result<Reply, Problem> {
         let (events, _seen) = mpsc::channel(64);
         let (reply, answer) = oneshot::channel();
-        self.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
+        self.inbox
+            .send(Input::Call { request, given: Default::default(), events, reply })
+            .unwrap_or_else(|_| panic!("stopped"));
         answer.await.unwrap()
     }
 

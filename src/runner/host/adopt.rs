@@ -1,5 +1,7 @@
 //! Existing disks become VMs' disks, and VMs' disks become files. Blocking.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -14,8 +16,8 @@ use crate::durable;
 use crate::hypervisor::QemuConfig;
 use crate::interface::{AdoptedView, Event, ExportedView, KnownFromView, Problem, ProblemKind, VmAdopt};
 use crate::migration::records::VmRecord;
-use crate::runner::Shared;
 use crate::runner::content::catalogue;
+use crate::runner::{Given, Shared};
 use crate::types::{ByteSize, RecipeId, VmId, VmName};
 use crate::vm::spec::Nic;
 use crate::vm::{Firmware, Mac, VmSpec};
@@ -36,6 +38,7 @@ pub struct Adopted {
 pub fn export(
     shared: &Shared,
     export: &Export,
+    given: &Given,
     events: &mpsc::Sender<Event>,
 ) -> Result<ExportedView, Problem> {
     let begun = Instant::now();
@@ -47,16 +50,16 @@ pub fn export(
         true => VmDisk::UserData(paths.user_data),
         false => VmDisk::Root { overlay: paths.root, base: paths.base },
     };
-    let output = PathBuf::from(&export.output);
+    let output = given.output(&export.output);
     let write_out = |job: Job<'_>| {
         if let VmDisk::Root { .. } = disk {
             shared.composer.composition(&spec.recipe)?;
         }
-        adopt::export(&disk, &output, format, job)
+        adopt::export(&disk, output, format, job)
     };
     let size_bytes = Reporter::new(events).run(write_out).map_err(|e| adopt_problem(&spec.name, &e))?;
     Ok(ExportedView {
-        output: output.display().to_string(),
+        output: export.output.clone(),
         format: format.to_string(),
         size_bytes,
         elapsed_ms: begun.elapsed().as_millis() as u64,
@@ -68,11 +71,13 @@ pub fn take(
     shared: &Shared,
     id: VmId,
     adopt: &VmAdopt,
+    given: &Given,
     events: &mpsc::Sender<Event>,
 ) -> Result<(AdoptedView, Option<Adopted>), Problem> {
     let reporter = Reporter::new(events);
-    let (view, adopted) =
-        reporter.run(|job| make(shared, id, adopt, job)).map_err(|e| adopt_problem(&adopt.name, &e))?;
+    let (view, adopted) = reporter
+        .run(|job| make(shared, id, adopt, given, job))
+        .map_err(|e| adopt_problem(&adopt.name, &e))?;
     // Its operator left while the last bytes were written.
     if let Some(made) = adopted.as_ref().filter(|_| events.is_closed()) {
         undo(shared, id, Some(&made.base));
@@ -86,10 +91,10 @@ fn make(
     shared: &Shared,
     id: VmId,
     adopt: &VmAdopt,
+    given: &Given,
     job: Job<'_>,
 ) -> Result<(AdoptedView, Option<Adopted>), AdoptError> {
-    let disk_path = PathBuf::from(&adopt.disk);
-    let invalid = |reason: String| AdoptError::NotADisk { path: disk_path.clone(), reason };
+    let invalid = |reason: String| AdoptError::NotADisk { path: PathBuf::from(&adopt.disk), reason };
     let format = match adopt.format.as_str() {
         "auto" => None,
         name => Some(name.parse::<ImageFormat>().map_err(invalid)?),
@@ -117,17 +122,23 @@ fn make(
     };
     // Before hours of reading.
     spec.check().map_err(invalid)?;
-    let nvram = hardware.nvram.as_ref().map(|path| read_nvram(shared, Path::new(path), adopt.firmware));
+    let nvram =
+        hardware.nvram.as_ref().map(|path| read_nvram(shared, path, given.file(path), adopt.firmware));
     let nvram = nvram.transpose()?;
-    let open = |path: &Path| {
-        let source = adopt::Source::open(path, format, shared.repository.temporary_dir(), job)?;
+    let open = |path: &str| {
+        let (file, path) = (given.file(path), Path::new(path));
+        let temporary = shared.repository.temporary_dir();
+        let source = match file {
+            Some(file) => adopt::Source::opened(path, file, format, temporary, job)?,
+            None => adopt::Source::open(path, format, temporary, job)?,
+        };
         if format.is_none() {
             source.check_plausible()?;
         }
         Ok::<_, AdoptError>(source)
     };
-    let user_data = adopt.user_data.as_ref().map(|path| open(Path::new(path))).transpose()?;
-    let found = adopt::examine_source(&shared.repository, open(&disk_path)?, job)?;
+    let user_data = adopt.user_data.as_ref().map(|path| open(path)).transpose()?;
+    let found = adopt::examine_source(&shared.repository, open(&adopt.disk)?, job)?;
     let findings = found.findings();
     let mut view = view(&adopt.name, &findings);
     view.notes = notes(adopt, &findings, user_data.as_ref());
@@ -181,7 +192,13 @@ fn take_user_data(
 }
 
 /// The firmware's variables of the old machine; another firmware's do not fit this one.
-fn read_nvram(shared: &Shared, path: &Path, firmware: Firmware) -> Result<Vec<u8>, AdoptError> {
+fn read_nvram(
+    shared: &Shared,
+    path: &str,
+    given: Option<&File>,
+    firmware: Firmware,
+) -> Result<Vec<u8>, AdoptError> {
+    let path = Path::new(path);
     let refused = |reason: String| AdoptError::NotADisk { path: path.to_owned(), reason };
     if firmware != Firmware::Uefi {
         return Err(refused("BIOS has no NVRAM: give --nvram with --firmware uefi alone".into()));
@@ -194,7 +211,8 @@ fn read_nvram(shared: &Shared, path: &Path, firmware: Firmware) -> Result<Vec<u8
         path: template.clone(),
         source,
     })?;
-    let found = std::fs::metadata(path).map_err(failed)?;
+    // What may never end is not opened.
+    let found = given.map_or_else(|| std::fs::metadata(path), File::metadata).map_err(failed)?;
     if !found.is_file() || found.len() != expected.len() {
         return Err(refused(format!(
             "it has {} bytes where this cloud's firmware keeps {} in {}: it is another firmware's",
@@ -203,7 +221,10 @@ fn read_nvram(shared: &Shared, path: &Path, firmware: Firmware) -> Result<Vec<u8
             template.display()
         )));
     }
-    std::fs::read(path).map_err(failed)
+    let mut variables = vec![0; expected.len() as usize];
+    let opened = given.map_or_else(|| File::open(path), File::try_clone).map_err(failed)?;
+    opened.read_exact_at(&mut variables, 0).map_err(failed)?;
+    Ok(variables)
 }
 
 /// Where the disk differs from what was asked for, and what does not come along.
