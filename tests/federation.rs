@@ -189,6 +189,7 @@ fn only_what_is_missing_travels() {
             networks: vec![],
             kernel_command_line: "console=ttyS0".into(),
             start: false,
+            hardware: Default::default(),
         });
         match world.call(0, &request) {
             Ok(Reply::Vm(v)) => *v,
@@ -563,6 +564,7 @@ fn a_vm_written_out_is_adopted_again_and_boots_as_before() {
         dry_run: false,
         start: true,
         hardware: Default::default(),
+        nvram: None,
     };
     let reply = world.call(0, &Request::VmAdopt(adopt));
     let Ok(Reply::Adopted(adopted)) = reply else { panic!("{reply:?}\n{}", world.log(0)) };
@@ -659,6 +661,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
         dry_run: true,
         start: false,
         hardware: Default::default(),
+        nvram: None,
     };
 
     // A dry run tells and changes nothing.

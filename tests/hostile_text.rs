@@ -74,6 +74,8 @@ fn spec() -> VmSpec {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Bios,
+        disk_bus: Default::default(),
+        system_uuid: None,
     }
 }
 
@@ -168,6 +170,7 @@ fn answers() -> Vec<AnswerBody> {
             components_lacking: Vec::new(),
             packs_lacking: Vec::new(),
             seed: None,
+            reads_devices: true,
         }),
         AnswerBody::Reserved { expires_in_s: 1, reservation: None, known: None },
         AnswerBody::Lineage { links: 0 },
@@ -297,6 +300,7 @@ impl Liar {
                 components_lacking: Vec::new(),
                 packs_lacking: Vec::new(),
                 seed: None,
+                reads_devices: true,
             })
         };
         match body {
@@ -570,6 +574,7 @@ async fn no_command_prints_a_members_words_raw() {
         dry_run: false,
         start: false,
         hardware: Default::default(),
+        nvram: None,
     });
     world.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
     adopted.await.unwrap().unwrap();

@@ -64,6 +64,8 @@ fn view(d: &Damaged) -> VmView {
         architecture: String::new(),
         cpu_model: String::new(),
         firmware: Firmware::default(),
+        disk_bus: Default::default(),
+        system_uuid: None,
     };
     VmView {
         id: spec.id,

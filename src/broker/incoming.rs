@@ -272,7 +272,14 @@ impl Broker {
         };
         let seed = self.vms.get(&spec.id).and_then(|vm| vm.record.given_up()).and_then(|g| g.seed);
         let seed = seed.filter(|_| room.accepts_source);
-        let answer = CheckAnswer { differences, blockers, components_lacking, packs_lacking, seed };
+        let answer = CheckAnswer {
+            differences,
+            blockers,
+            components_lacking,
+            packs_lacking,
+            seed,
+            reads_devices: true,
+        };
         self.answer_work(work, AnswerBody::Configuration(answer));
     }
 

@@ -14,6 +14,7 @@ mod context;
 mod federation;
 mod format;
 mod generate;
+mod hardware;
 mod identity;
 mod members;
 mod migration;

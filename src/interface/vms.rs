@@ -6,7 +6,7 @@ use crate::clock::UnixMillis;
 use crate::migration::records::{Autostart, Shape};
 use crate::types::{ByteSize, ImageDigest, MemberJid, MigrationId, RecipeId, VmId, VmName};
 use crate::vm::spec::Nic;
-use crate::vm::{Firmware, Mac, PowerState, VmSpec};
+use crate::vm::{Firmware, Hardware, PowerState, VmSpec};
 
 use super::problem::Problem;
 
@@ -24,6 +24,8 @@ pub struct VmCreate {
     pub networks: Vec<String>,
     pub kernel_command_line: String,
     pub start: bool,
+    #[serde(default)]
+    pub hardware: Hardware,
 }
 
 /// What shall be another of a VM; what is not given stays.
@@ -69,17 +71,11 @@ pub struct VmAdopt {
     /// Only tell what would be known.
     pub dry_run: bool,
     pub start: bool,
+    /// What the guest knew of its old machine, as far as its operator says it: no disk has it.
     #[serde(default)]
-    pub hardware: AdoptHardware,
-}
-
-/// What the guest knew of its old machine, as far as an operator gives it: no disk has it.
-#[derive(Clone, PartialEq, Default, Debug, Serialize, Deserialize)]
-pub struct AdoptHardware {
-    /// Of the networks, in their order.
-    pub macs: Vec<Mac>,
-    pub cpu_model: Option<String>,
-    /// Absolute path of a file with the variables of the UEFI firmware.
+    pub hardware: Hardware,
+    /// Absolute path of a file with the variables of the old machine's UEFI firmware.
+    #[serde(default)]
     pub nvram: Option<String>,
 }
 

@@ -205,6 +205,10 @@ pub struct CheckAnswer {
     pub packs_lacking: Vec<u32>,
     /// The disks' state the member last held of this VM: what is equal need not travel.
     pub seed: Option<Seed>,
+    /// The member reads `disk_bus`, `system_uuid` and the cards' `model` of a spec; the release before does not, and
+    /// would give the guest other devices.
+    #[serde(default)]
+    pub reads_devices: bool,
 }
 
 /// What a member serves of a content request.
@@ -288,6 +292,9 @@ pub enum DenialCode {
     Storage,
     Architecture,
     CpuModel,
+    DiskBus,
+    /// The model of a network card.
+    CardModel,
     Network,
     NetworkKind,
     Hypervisor,

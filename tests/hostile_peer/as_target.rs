@@ -45,6 +45,7 @@ fn yes() -> CheckAnswer {
         components_lacking: Vec::new(),
         packs_lacking: Vec::new(),
         seed: None,
+        reads_devices: true,
     }
 }
 

@@ -223,6 +223,7 @@ fn expelled(bench: &mut Bench) {
                     components_lacking: vec![],
                     packs_lacking: vec![],
                     seed: None,
+                    reads_devices: true,
                 };
                 bench.mallory.answer(asked, AnswerBody::Configuration(yes), Spoil::Nothing);
                 None

@@ -518,6 +518,14 @@ impl Vm {
         })
     }
 
+    /// A VM that crashed and was then told to stop is stopped.
+    pub fn settle_crash(&self) {
+        let mut inner = self.inner();
+        if inner.state == PowerState::Crashed {
+            inner.state = PowerState::Stopped;
+        }
+    }
+
     pub async fn console(&self) -> Result<ConsoleStream, DriverError> {
         let (Some(machine), Some(_run)) = (self.machine(), self.run()) else {
             return Err(self.wrong_state("looked at through its console"));
