@@ -193,6 +193,33 @@ impl fmt::Display for PowerState {
 mod tests {
     use super::*;
 
+    /// As the first release wrote it: what every VM has is not named, or earlier brokers would read another spec.
+    #[test]
+    fn a_spec_names_devices_only_where_they_are_chosen() {
+        let id = VmId(uuid::Uuid::from_u128(1));
+        let first = serde_json::json!({
+            "id": id, "name": "web", "cpus": 1, "memory": 1 << 27, "recipe": "0".repeat(64), "root_size": 1 << 20,
+            "user_data_size": 0, "nics": [{"network": "lan", "mac": "52:54:00:00:00:01"}], "architecture": "amd64",
+            "cpu_model": "qemu64",
+        });
+        let spec: VmSpec = serde_json::from_value(first.clone()).unwrap();
+        assert_eq!((spec.has_chosen_devices(), spec.check()), (false, Ok(())));
+        assert_eq!(serde_json::to_value(&spec).unwrap(), first);
+        let uuid: SystemUuid = "4c4c4544-0044-4710-8035-b3c04f4d3532".parse().unwrap();
+        for chosen in [
+            VmSpec { disk_bus: DiskBus::Sata, ..spec.clone() },
+            VmSpec { system_uuid: Some(uuid), ..spec.clone() },
+            VmSpec { nics: vec![Nic { model: CardModel::E1000, ..spec.nics[0].clone() }], ..spec.clone() },
+        ] {
+            assert!(chosen.has_chosen_devices() && chosen.anonymous().has_chosen_devices());
+            let back: VmSpec = serde_json::from_value(serde_json::to_value(&chosen).unwrap()).unwrap();
+            assert_eq!(back, chosen);
+            assert!(chosen.anonymous().system_uuid != Some(uuid));
+        }
+        let twice = VmSpec { nics: vec![spec.nics[0].clone(), spec.nics[0].clone()], ..spec };
+        assert!(twice.check().unwrap_err().contains("52:54:00:00:00:01"));
+    }
+
     #[test]
     fn mac_addresses_are_unicast_text() {
         assert_eq!("52:54:00:0a:0b:0c".parse::<Mac>().unwrap().to_string(), "52:54:00:0a:0b:0c");

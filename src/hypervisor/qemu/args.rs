@@ -175,7 +175,7 @@ impl Args<'_> {
         self.arg("-boot", "strict=on");
         self.arg("-smbios", format!("type=11,value=cicada.name={}", spec.name));
         if let Some(uuid) = spec.system_uuid {
-            // Instead of that of `-uuid`, by which this process is known.
+            // Instead of that of `-uuid`, which stays a mark of this process.
             self.arg("-smbios", format!("type=1,uuid={uuid}"));
         }
         if host.sandbox {
@@ -469,6 +469,53 @@ mod tests {
         let new: Vec<_> = bios.iter().filter(|a| !uefi.contains(a)).collect();
         assert_eq!(new, ["pc-q35-7.2,smm=off,vmport=off,dump-guest-core=off,graphics=off"]);
         assert_eq!(uefi.len(), bios.len() + 8, "two open files and two pflash drives less");
+    }
+
+    #[test]
+    fn chosen_devices_are_in_the_places_of_the_others() {
+        let plain = unnumbered(&argv(&machine(), &host()).unwrap());
+        let new = |change: fn(&mut VmSpec)| {
+            let mut machine = machine();
+            change(&mut machine.spec);
+            let args = unnumbered(&argv(&machine, &host()).unwrap());
+            args.into_iter().filter(|arg| !plain.contains(arg)).collect::<Vec<_>>()
+        };
+        for (change, expected) in [
+            (
+                (|s| s.disk_bus = DiskBus::Nvme) as fn(&mut VmSpec),
+                &[
+                    r#"{"addr":"0x2","bootindex":1,"bus":"pcie.0","drive":"root","driver":"nvme","id":"root-disk","serial":"root"}"#,
+                    r#"{"addr":"0x3","bus":"pcie.0","drive":"user-data","driver":"nvme","id":"user-data-disk","serial":"user-data"}"#,
+                ][..],
+            ),
+            (
+                |s| s.disk_bus = DiskBus::Sata,
+                &[
+                    r#"{"bootindex":1,"bus":"ide.0","drive":"root","driver":"ide-hd","id":"root-disk","serial":"root"}"#,
+                    r#"{"bus":"ide.1","drive":"user-data","driver":"ide-hd","id":"user-data-disk","serial":"user-data"}"#,
+                ],
+            ),
+            (
+                |s| s.disk_bus = DiskBus::Scsi,
+                &[
+                    r#"{"addr":"0x6","bus":"pcie.0","driver":"virtio-scsi-pci","id":"scsi"}"#,
+                    r#"{"bootindex":1,"bus":"scsi.0","drive":"root","driver":"scsi-hd","id":"root-disk","scsi-id":0,"serial":"root"}"#,
+                    r#"{"bus":"scsi.0","drive":"user-data","driver":"scsi-hd","id":"user-data-disk","scsi-id":1,"serial":"user-data"}"#,
+                ],
+            ),
+            (
+                |s| s.nics[2].model = CardModel::E1000e,
+                &[
+                    r#"{"addr":"0xa","bus":"pcie.0","driver":"e1000e","id":"nic2","mac":"52:54:00:00:00:03","romfile":""}"#,
+                ],
+            ),
+            (
+                |s| s.system_uuid = Some(VmId(uuid::Uuid::from_u128(7)).into()),
+                &["type=1,uuid=00000000-0000-0000-0000-000000000007"],
+            ),
+        ] {
+            assert_eq!(new(change), expected);
+        }
     }
 
     #[test]

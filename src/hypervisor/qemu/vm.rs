@@ -22,6 +22,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use tokio::sync::{Semaphore, broadcast, watch};
 use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
 
 use super::args::file;
 use super::launch::Launch;
@@ -339,7 +340,7 @@ impl Vm {
         #[derive(Deserialize)]
         #[serde(rename_all = "UPPERCASE")]
         struct Identity {
-            uuid: VmId,
+            uuid: Uuid,
         }
         let failed = |source| DriverError::Qmp { vm: self.id, pid, source };
         let vm = Arc::downgrade(self);
@@ -350,8 +351,9 @@ impl Vm {
         };
         let qmp = Qmp::connect(path, on_event).await.map_err(failed)?;
         let identity: Identity = qmp.query("query-uuid").await.map_err(failed)?;
-        if identity.uuid != self.id {
-            let says = format!("VM {}", identity.uuid);
+        let shown = self.machine().and_then(|machine| machine.spec.system_uuid);
+        if identity.uuid != shown.map_or(self.id.0, Uuid::from) {
+            let says = format!("the machine {}", identity.uuid);
             return Err(DriverError::WrongIdentity { vm: self.id, pid, says });
         }
         Ok(qmp)
