@@ -199,7 +199,7 @@ impl Broker {
             memory: spec.memory,
             root_size: spec.root_size,
             user_data_size: spec.user_data_size,
-            nics: spec.nics.clone(),
+            nics: spec.nics.iter().map(Into::into).collect(),
             recipe: spec.recipe,
             components: record.components.clone(),
             root_delta_bytes: taken.root_bytes,
@@ -215,7 +215,11 @@ impl Broker {
             autostart: record.settings.autostart,
             stop_timeout_s: record.settings.stop_timeout_s,
             runs_as: record.runs_as,
-            spec: spec.clone(),
+            architecture: spec.architecture.clone(),
+            cpu_model: spec.cpu_model.clone(),
+            firmware: spec.firmware,
+            disk_bus: spec.disk_bus,
+            system_uuid: spec.system_uuid.unwrap_or(spec.id.into()),
         }
     }
 

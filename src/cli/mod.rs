@@ -11,6 +11,7 @@ mod config;
 mod confirm;
 mod console;
 mod context;
+mod examples;
 mod federation;
 mod format;
 mod generate;
@@ -40,7 +41,7 @@ mod whose;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use context::Context;
 use printer::{ColorChoice, Failure, Outcome, Printer};
 
@@ -171,6 +172,7 @@ enum Command {
     /// models that count bytes. The same scenario and seed give the same run.
     Sim(sim::Sim),
     /// Print completions for a shell (without a broker)
+    #[command(visible_alias = "completion")]
     Completions(generate::Completions),
     /// Write the manual pages (without a broker)
     Man(generate::Man),
@@ -186,7 +188,7 @@ enum Command {
 pub fn run() -> ExitCode {
     // Before anything is made: what a cloud keeps is nobody else's to read, whatever the shell set.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
-    let Cli { globals, command } = Cli::try_parse().unwrap_or_else(|e| not_understood(&e));
+    let Cli { globals, command } = parse().unwrap_or_else(|e| not_understood(&e));
     let printer = Printer::new(globals.color, globals.json, globals.quiet, globals.verbose);
     match execute(globals, command, printer.clone()) {
         Ok(()) | Err(Failure::BrokenPipe) => ExitCode::SUCCESS,
@@ -196,6 +198,10 @@ pub fn run() -> ExitCode {
             ExitCode::from(problem.kind.exit_code())
         }
     }
+}
+
+fn parse() -> Result<Cli, clap::Error> {
+    Cli::from_arg_matches(&examples::added(Cli::command()).try_get_matches()?)
 }
 
 /// A command line that is wrong, or asks for help only. Who asked for JSON gets that of an error as well.

@@ -365,7 +365,7 @@ impl<'a> Reporter<'a> {
         *last = (phase, done);
         let unit = "bytes".into();
         // A reader that is slow misses a step.
-        let _ = self.events.try_send(Event::Progress { phase: phase.into(), done, total, unit });
+        let _ = self.events.try_send(Event::Progress { phase: phase.replace(' ', "-"), done, total, unit });
     }
 }
 
