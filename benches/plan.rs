@@ -118,6 +118,7 @@ fn exchange<'a>(
             seed: None,
             kept: None,
             composed: false,
+            reads_devices: true,
         });
         let (from, to) = (b.clone(), a.clone());
         let answer = Envelope {
@@ -148,10 +149,12 @@ fn spec() -> VmSpec {
         recipe: RecipeId::of(b"recipe"),
         root_size: ByteSize::mib(512),
         user_data_size: ByteSize::mib(64),
-        nics: vec![Nic { network: "lan".into(), mac: Mac::derived(id, 0) }],
+        nics: vec![Nic { network: "lan".into(), mac: Mac::derived(id, 0), model: Default::default() }],
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: cicada::vm::Firmware::Uefi,
+        disk_bus: Default::default(),
+        system_uuid: None,
     }
 }
 
@@ -191,6 +194,7 @@ fn between_brokers() -> Result<()> {
         networks: vec!["lan".into()],
         kernel_command_line: "console=ttyS0 quiet".into(),
         start: false,
+        hardware: Default::default(),
     };
     let held: Vec<ComponentId> = tiny
         .ids

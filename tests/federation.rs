@@ -189,6 +189,7 @@ fn only_what_is_missing_travels() {
             networks: vec![],
             kernel_command_line: "console=ttyS0".into(),
             start: false,
+            hardware: Default::default(),
         });
         match world.call(0, &request) {
             Ok(Reply::Vm(v)) => *v,
@@ -563,6 +564,7 @@ fn a_vm_written_out_is_adopted_again_and_boots_as_before() {
         dry_run: false,
         start: true,
         hardware: Default::default(),
+        nvram: None,
     };
     let reply = world.call(0, &Request::VmAdopt(adopt));
     let Ok(Reply::Adopted(adopted)) = reply else { panic!("{reply:?}\n{}", world.log(0)) };
@@ -659,6 +661,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
         dry_run: true,
         start: false,
         hardware: Default::default(),
+        nvram: None,
     };
 
     // A dry run tells and changes nothing.
@@ -690,7 +693,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
         }
     });
     let Ok(Reply::Adopted(adopted)) = reply else { panic!("{reply:?}\n{}", world.log(0)) };
-    assert_eq!(phases, ["read", "index", "match", "compose", "write", "verify", "user data"]);
+    assert_eq!(phases, ["read", "index", "match", "compose", "write", "verify", "user-data"]);
     assert_eq!((adopted.known_bytes, adopted.residue_bytes), (tried.known_bytes, tried.residue_bytes));
     let taken = world.call(0, &Request::VmAdopt(adopt.clone())).unwrap_err();
     assert_eq!(taken.kind, ProblemKind::Conflict);
@@ -726,7 +729,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
 
     // It starts there as it would have at home.
     let view = world.vm(1, "old");
-    assert_eq!(view.spec.firmware, Firmware::Bios);
+    assert_eq!(view.firmware, Firmware::Bios);
     world.call(1, &Request::VmStart { vm: "old".into(), unconfirmed: false, by_uid: None }).unwrap();
     world.wait_booted(1, "old", 120);
     let running = Request::VmExport {

@@ -290,6 +290,8 @@ fn spec(name: &str) -> VmSpec {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Uefi,
+        disk_bus: Default::default(),
+        system_uuid: None,
     }
 }
 

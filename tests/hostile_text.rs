@@ -74,6 +74,8 @@ fn spec() -> VmSpec {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Bios,
+        disk_bus: Default::default(),
+        system_uuid: None,
     }
 }
 
@@ -170,6 +172,7 @@ fn answers() -> Vec<AnswerBody> {
             seed: None,
             kept: None,
             composed: false,
+            reads_devices: true,
         }),
         AnswerBody::Reserved { expires_in_s: 1, reservation: None, known: None },
         AnswerBody::Lineage { links: 0 },
@@ -301,6 +304,7 @@ impl Liar {
                 seed: None,
                 kept: None,
                 composed: false,
+                reads_devices: true,
             })
         };
         match body {
@@ -578,6 +582,7 @@ async fn no_command_prints_a_members_words_raw() {
         dry_run: false,
         start: false,
         hardware: Default::default(),
+        nvram: None,
     });
     world
         .inbox

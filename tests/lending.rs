@@ -299,7 +299,7 @@ async fn what_nobody_may_give_stays_missing_and_says_why() {
     }
     let lines = a.heal().await;
     assert_eq!(unhealed(&lines), 2, "{lines:#?}");
-    let left = details(&lines, "not healed");
+    let left = details(&lines, "not-healed");
     assert!(left.iter().all(|l| l.contains("b@federation.test does not offer it")), "{left:?}");
     assert!(left.iter().all(|l| l.contains("c@federation.test: components are not shared")), "{left:?}");
     assert!(left.iter().all(|l| !l.contains("stranger")), "{left:?}");

@@ -2,8 +2,8 @@
 
 use crate::federation::{Member, Trust};
 use crate::interface::{
-    Candidate, MemberView, MigrationView, ONLINE, PlanView, Predecessor, Problem, ProblemKind, Reply,
-    Request, Resource, StatusView, Verdict,
+    Candidate, MemberView, MigrationView, OFFLINE, ONLINE, PlanView, Predecessor, Problem, ProblemKind,
+    Reply, Request, Resource, StatusView, Verdict,
 };
 use crate::migration::{RequestBody, envelope};
 use crate::types::{CloudName, MemberJid, VmId};
@@ -139,7 +139,8 @@ impl Broker {
             key,
             fingerprint: key.fingerprint(),
             room: self.config.xmpp.room.clone(),
-            link: self.link.clone(),
+            link: if self.link == ONLINE { ONLINE } else { OFFLINE }.into(),
+            link_problem: if self.link == ONLINE { String::new() } else { self.link.clone() },
             driver: features.driver.clone(),
             accelerator: features.accelerator.to_string().into(),
             own_users: features.own_users,
@@ -189,7 +190,7 @@ impl Broker {
                 Trust::Superseded { .. } => "superseded",
                 Trust::Forked { .. } => "forked",
                 Trust::Revoked => "revoked",
-                Trust::NoKey => "no key",
+                Trust::NoKey => "no-key",
             }
             .into(),
             key: m.key,

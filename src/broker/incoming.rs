@@ -286,6 +286,7 @@ impl Broker {
             seed: kept.and_then(|(_, seed)| seed).or(seed),
             kept: kept.map(|(kept, _)| kept),
             composed: held.composed && room.accepts_source,
+            reads_devices: true,
         };
         self.answer_work(work, AnswerBody::Configuration(answer));
     }

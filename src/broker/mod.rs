@@ -20,6 +20,7 @@ pub mod ids;
 mod incoming;
 mod lending;
 mod lineages;
+mod making;
 pub mod memory_book;
 mod outgoing;
 pub mod owners;

@@ -75,9 +75,11 @@ const FINGERPRINT_GROUPS: usize = 5;
 
 #[derive(Serialize)]
 struct Identity {
+    #[serde(rename = "member")]
     jid: MemberJid,
     key: PublicKey,
     fingerprint: String,
+    #[serde(with = "crate::clock::rfc3339")]
     since: UnixMillis,
     /// The keys before it, the newest last.
     predecessors: Vec<Predecessor>,

@@ -64,7 +64,8 @@ pub(super) async fn link_unless_json(ctx: &Context) -> Outcome<String> {
         return Ok(ONLINE.into());
     }
     match ctx.ask(&Request::Status).await? {
-        Reply::Status(status) => Ok(status.link),
+        Reply::Status(status) if status.link == ONLINE => Ok(status.link),
+        Reply::Status(status) => Ok(status.link_problem),
         other => Err(unexpected(&other)),
     }
 }
@@ -245,7 +246,7 @@ pub async fn status(ctx: &Context) -> Outcome {
 
 fn print_status(printer: &Printer, s: &StatusView) -> Outcome {
     let free = |text: String| format!("{text} free");
-    let link = if s.link == ONLINE { printer.good(&s.link) } else { printer.bad(&s.link) };
+    let link = if s.link == ONLINE { printer.good(&s.link) } else { printer.bad(&s.link_problem) };
     card(
         printer,
         &[

@@ -11,10 +11,12 @@ mod config;
 mod confirm;
 mod console;
 mod context;
+mod examples;
 mod federation;
 mod files;
 mod format;
 mod generate;
+mod hardware;
 mod identity;
 mod members;
 mod migration;
@@ -42,7 +44,7 @@ mod whose;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use context::Context;
 use printer::{ColorChoice, Failure, Outcome, Printer};
 
@@ -186,6 +188,7 @@ enum Command {
     /// Nothing is done of what it decides. Exit code 4 if it decides otherwise than the recorded broker did.
     Replay(replay::Replay),
     /// Print completions for a shell (without a broker)
+    #[command(visible_alias = "completion")]
     Completions(generate::Completions),
     /// Write the manual pages (without a broker)
     Man(generate::Man),
@@ -201,7 +204,7 @@ enum Command {
 pub fn run() -> ExitCode {
     // Before anything is made: what a cloud keeps is nobody else's to read, whatever the shell set.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
-    let Cli { globals, command } = Cli::try_parse().unwrap_or_else(|e| not_understood(&e));
+    let Cli { globals, command } = parse().unwrap_or_else(|e| not_understood(&e));
     let printer = Printer::new(globals.color, globals.json, globals.quiet, globals.verbose);
     match execute(globals, command, printer.clone()) {
         Ok(()) | Err(Failure::BrokenPipe) => ExitCode::SUCCESS,
@@ -211,6 +214,10 @@ pub fn run() -> ExitCode {
             ExitCode::from(problem.kind.exit_code())
         }
     }
+}
+
+fn parse() -> Result<Cli, clap::Error> {
+    Cli::from_arg_matches(&examples::added(Cli::command()).try_get_matches()?)
 }
 
 /// A command line that is wrong, or asks for help only. Who asked for JSON gets that of an error as well.

@@ -10,17 +10,23 @@ use crate::types::{CloudName, MemberJid, PeerText, PublicKey, Succession};
 
 /// What [`StatusView::link`] says of a broker that is in the room.
 pub const ONLINE: &str = "online";
+/// What it says of one that is not.
+pub const OFFLINE: &str = "offline";
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct StatusView {
     pub cloud: CloudName,
     pub version: String,
+    #[serde(rename = "member", alias = "jid")]
     pub jid: MemberJid,
     pub key: PublicKey,
     pub fingerprint: String,
     pub room: String,
-    /// `online`, or why not.
+    /// `online` or `offline`.
     pub link: String,
+    /// Why it is offline; empty if it is not.
+    #[serde(default)]
+    pub link_problem: String,
     pub driver: String,
     pub accelerator: Box<str>,
     /// Whether each VM runs as a user of its own, not as the broker's.
@@ -70,6 +76,7 @@ pub struct Predecessor {
     pub key: PublicKey,
     pub fingerprint: String,
     /// By the clock of the cloud whose key it was.
+    #[serde(with = "crate::clock::rfc3339")]
     pub until: UnixMillis,
 }
 
@@ -81,13 +88,16 @@ impl Predecessor {
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct MemberView {
+    #[serde(rename = "member", alias = "jid")]
     pub jid: MemberJid,
     pub cloud: Option<CloudName>,
     /// `online`, `gone`, or `removed` by the room's owner.
     pub state: String,
+    #[serde(with = "crate::clock::rfc3339")]
     pub since: UnixMillis,
+    #[serde(with = "crate::clock::rfc3339")]
     pub last_seen: UnixMillis,
-    /// `trusted`, `unknown`, `changed`, `superseded`, `forked`, `revoked` or `no key`.
+    /// `trusted`, `unknown`, `changed`, `superseded`, `forked`, `revoked` or `no-key`.
     pub trust: String,
     pub key: Option<PublicKey>,
     pub fingerprint: String,

@@ -31,10 +31,12 @@ pub struct PlanView {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Candidate {
     pub cloud: Option<CloudName>,
+    #[serde(rename = "member", alias = "jid")]
     pub jid: MemberJid,
     pub verdict: Verdict,
     /// Bytes of components that will travel: stored form of packs and manifests, or the deltas that
     /// are ready. Exact unless `deltas_unknown`.
+    #[serde(rename = "component_missing_bytes", alias = "component_bytes_missing")]
     pub component_bytes_missing: u64,
     /// Deltas from what the member holds are still to be made: less will travel.
     #[serde(default)]
@@ -43,7 +45,9 @@ pub struct Candidate {
     pub components_held: u32,
     pub packs_missing: u32,
     /// Plain bytes of root delta and user-data blocks it lacks, an upper bound of what they take on the wire.
+    #[serde(rename = "root_delta_missing_bytes", alias = "root_delta_bytes_missing")]
     pub root_delta_bytes_missing: u64,
+    #[serde(rename = "user_data_missing_bytes", alias = "user_data_bytes_missing")]
     pub user_data_bytes_missing: u64,
     /// What an earlier try brought counts as there; it is kept for so many seconds more.
     #[serde(default)]
@@ -139,13 +143,17 @@ pub struct MigrationProgress {
     /// Words for a person about what is happening or awaited now.
     pub detail: String,
     /// Payload bytes delivered and expected so far; `total` may grow when a pass finds more.
+    #[serde(rename = "done_bytes", alias = "bytes_done")]
     pub bytes_done: u64,
+    #[serde(rename = "total_bytes", alias = "bytes_total")]
     pub bytes_total: u64,
     pub rate_bytes_per_s: u64,
     pub eta_s: Option<u64>,
     /// Phase-weighted, 0 to 1, never falls.
     pub fraction: f64,
+    #[serde(with = "crate::clock::rfc3339")]
     pub started: UnixMillis,
+    #[serde(with = "crate::clock::rfc3339")]
     pub updated: UnixMillis,
     pub ended: bool,
     /// The VM's epoch at the source when the move began; 0 at the target.

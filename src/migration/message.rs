@@ -215,6 +215,10 @@ pub struct CheckAnswer {
     /// The VM's disk is composed there already; not said by earlier releases.
     #[serde(default)]
     pub composed: bool,
+    /// The member reads `disk_bus`, `system_uuid` and the cards' `model` of a spec; the release before does not, and
+    /// would give the guest other devices.
+    #[serde(default)]
+    pub reads_devices: bool,
 }
 
 /// What is left of a move that ended without a hand-over.
@@ -308,6 +312,9 @@ pub enum DenialCode {
     Storage,
     Architecture,
     CpuModel,
+    DiskBus,
+    /// The model of a network card.
+    CardModel,
     Network,
     NetworkKind,
     Hypervisor,

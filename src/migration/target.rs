@@ -420,6 +420,8 @@ mod tests {
             architecture: "amd64".into(),
             cpu_model: "qemu64".into(),
             firmware: crate::vm::Firmware::Uefi,
+            disk_bus: Default::default(),
+            system_uuid: None,
         }
     }
 

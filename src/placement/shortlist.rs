@@ -120,10 +120,12 @@ mod tests {
             recipe: RecipeId::of(b"r"),
             root_size: ByteSize::gib(2),
             user_data_size: ByteSize::gib(4),
-            nics: vec![Nic { network: "lan".into(), mac: Mac::derived(id, 0) }],
+            nics: vec![Nic { network: "lan".into(), mac: Mac::derived(id, 0), model: Default::default() }],
             architecture: "amd64".into(),
             cpu_model: "qemu64".into(),
             firmware: Firmware::Uefi,
+            disk_bus: Default::default(),
+            system_uuid: None,
         }
     }
 

@@ -126,6 +126,10 @@ async fn ask(
     };
     match shared.ask(peer, matter, request).await {
         Ok(AnswerBody::Configuration(answer)) => match answer.blockers.first() {
+            None if spec.has_chosen_devices() && !answer.reads_devices => {
+                let text = "its release knows none of the VM's disk bus, network card and UUID: the guest would find others";
+                Err(Denial::new(DenialCode::Unsupported, text).next("let its operator upgrade cicada there"))
+            }
             None => {
                 pick(&components, &answer.components_lacking)?;
                 pick(&packs, &answer.packs_lacking)?;

@@ -140,9 +140,10 @@ impl Hands {
                     use crate::vm::PowerState::{Crashed, Stopped};
                     let begun = Instant::now();
                     let was_off = matches!(shared.driver.state(vm), Err(_) | Ok(Crashed | Stopped));
-                    let result = match was_off {
-                        true => Ok(()),
-                        false => shared.driver.stop(vm, mode).await,
+                    let result = match shared.driver.state(vm) {
+                        // What the hypervisor never heard of is off.
+                        Err(_) | Ok(Stopped) => Ok(()),
+                        Ok(_) => shared.driver.stop(vm, mode).await,
                     };
                     let result = result.map_err(|e| Problem::from_driver(&name, &e));
                     Done::Stopped { result, took: begun.elapsed(), was_off }

@@ -15,8 +15,8 @@ use crate::federation::Members;
 use crate::interface::{Problem, Reply};
 use crate::stanza::Cloud as Presence;
 use crate::types::{ByteSize, Hash, IdentityKey, MemberJid, MigrationId, PackId, PublicKey, RecipeId, VmId};
-use crate::vm::PowerState;
 use crate::vm::hypervisor::{Ability, Accelerator, DiskFormat, Features};
+use crate::vm::{CardModel, DiskBus, PowerState};
 
 use super::model::{Catalogue, Made};
 
@@ -223,6 +223,8 @@ pub fn features() -> Features {
         firmware: "0".into(),
         architectures: BTreeSet::from(["amd64".into()]),
         cpu_models: BTreeSet::from(["qemu64".into()]),
+        disk_buses: DiskBus::ALL.iter().copied().collect(),
+        card_models: CardModel::ALL.iter().copied().collect(),
         root_formats: BTreeSet::from([DiskFormat::Qcow2]),
         networks: BTreeSet::new(),
         exposing_networks: BTreeSet::new(),

@@ -109,6 +109,7 @@ impl Pair {
             dry_run: false,
             start: true,
             hardware: Default::default(),
+            nvram: None,
         };
         let adopted = pair.world.call(0, &Request::VmAdopt(adopt));
         assert!(matches!(adopted, Ok(Reply::Adopted(_))), "{adopted:?}");

@@ -403,6 +403,7 @@ impl World {
             networks: vec!["lan".into()],
             kernel_command_line: "console=ttyS0 quiet".into(),
             start,
+            hardware: Default::default(),
         });
         match self.call(cloud, &request) {
             Ok(Reply::Vm(v)) => *v,
@@ -452,6 +453,7 @@ impl World {
             dry_run: false,
             start: false,
             hardware: Default::default(),
+            nvram: None,
         };
         change(&mut adopt);
         self.call(cloud, &Request::VmAdopt(adopt))

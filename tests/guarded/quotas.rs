@@ -46,6 +46,7 @@ impl Home {
             dry_run: false,
             start,
             hardware: Default::default(),
+            nvram: None,
         };
         self.call(Request::VmAdopt(adopt)).await.unwrap();
     }

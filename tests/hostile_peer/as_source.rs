@@ -185,7 +185,8 @@ fn check_rows(bench: &mut Bench) {
 }
 
 fn absurd_specs(spec: VmSpec) -> Vec<(&'static str, VmSpec)> {
-    let nic = |i: u8| Nic { network: format!("net-{i}"), mac: Mac::derived(spec.id, i) };
+    let nic =
+        |i: u8| Nic { network: format!("net-{i}"), mac: Mac::derived(spec.id, i), model: Default::default() };
     vec![
         ("4,294,967,295 CPUs", VmSpec { cpus: u32::MAX, ..spec.clone() }),
         ("no CPU", VmSpec { cpus: 0, ..spec.clone() }),

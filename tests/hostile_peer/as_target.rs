@@ -47,6 +47,7 @@ fn yes() -> CheckAnswer {
         seed: None,
         kept: None,
         composed: false,
+        reads_devices: true,
     }
 }
 

@@ -163,7 +163,7 @@ fn key_rows(bench: &mut Bench) {
     let mut none = bench.mallory.cloud();
     none.key = "no key".into();
     bench.mallory.show(none);
-    bench.world.wait("the key is gone", 30, trust("no key"));
+    bench.world.wait("the key is gone", 30, trust("no-key"));
     let answer = bench.mallory.ask_spoiled(matter, bench.mallory.reservation(matter), Spoil::Nothing);
     assert!(matches!(&answer, Err(RequestError::Refused { .. })), "{answer:?}");
     bench.refused_for("untrusted-key");
@@ -225,6 +225,7 @@ fn expelled(bench: &mut Bench) {
                     seed: None,
                     kept: None,
                     composed: false,
+                    reads_devices: true,
                 };
                 bench.mallory.answer(asked, AnswerBody::Configuration(yes), Spoil::Nothing);
                 None

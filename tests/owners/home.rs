@@ -56,6 +56,8 @@ pub fn spec(n: u128) -> VmSpec {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Bios,
+        disk_bus: Default::default(),
+        system_uuid: None,
     }
 }
 

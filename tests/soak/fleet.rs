@@ -93,6 +93,7 @@ impl Fleet {
                 dry_run: false,
                 start: runs,
                 hardware: Default::default(),
+                nvram: None,
             };
             let home = random.below(CLOUDS.len());
             let Reply::Adopted(adopted) = ask(world, home, &Request::VmAdopt(adopt)) else { panic!() };

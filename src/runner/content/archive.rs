@@ -99,7 +99,7 @@ pub fn import(
 
 /// Lines that say an import is not whole.
 const REFUSED: &str = "refused";
-const UNBOUND: &str = "cannot be bound";
+const UNBOUND: &str = "cannot-be-bound";
 
 /// Objects that an import's report says were refused, and names that cannot be bound.
 pub fn import_faults(lines: &[ReportLine]) -> u64 {

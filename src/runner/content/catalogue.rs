@@ -362,8 +362,13 @@ fn compose(
     })
 }
 
+/// The words of a name as programs know them: `hit-rate`.
+fn identifier(words: &str) -> String {
+    words.replace(' ', "-")
+}
+
 pub(super) fn line(name: &str, value: u64, unit: &str, detail: impl Into<String>) -> ReportLine {
-    ReportLine { name: name.into(), value, unit: unit.into(), detail: detail.into() }
+    ReportLine { name: identifier(name), value, unit: unit.into(), detail: detail.into() }
 }
 
 fn stats(repository: &Repository) -> Result<Vec<ReportLine>, Problem> {

@@ -19,8 +19,7 @@ use crate::migration::records::VmRecord;
 use crate::runner::content::catalogue;
 use crate::runner::{Given, Shared};
 use crate::types::{ByteSize, RecipeId, VmId, VmName};
-use crate::vm::spec::Nic;
-use crate::vm::{Firmware, Mac, VmSpec};
+use crate::vm::{DiskBus, Firmware, VmSpec};
 
 use super::machine::{DiskPaths, paths_of};
 use super::stage;
@@ -100,13 +99,6 @@ fn make(
         name => Some(name.parse::<ImageFormat>().map_err(invalid)?),
     };
     let hardware = &adopt.hardware;
-    if hardware.macs.len() > adopt.networks.len() {
-        return Err(invalid(
-            "there are more MAC addresses than networks: give each --mac its --network".into(),
-        ));
-    }
-    let mac = |i: u8| hardware.macs.get(usize::from(i)).copied().unwrap_or_else(|| Mac::derived(id, i));
-    let nics = (0u8..).zip(&adopt.networks).map(|(i, n)| Nic { network: n.clone(), mac: mac(i) }).collect();
     let mut spec = VmSpec {
         id,
         name: adopt.name.clone(),
@@ -115,15 +107,17 @@ fn make(
         recipe: RecipeId::of(b""),
         root_size: ByteSize(0),
         user_data_size: ByteSize(0),
-        nics,
+        nics: hardware.nics(id, &adopt.networks),
         architecture: adopt.architecture.clone(),
         cpu_model: hardware.cpu_model.clone().unwrap_or_else(|| shared.config.hypervisor.cpu_model.clone()),
         firmware: adopt.firmware,
+        disk_bus: hardware.disk_bus,
+        system_uuid: hardware.system_uuid,
     };
     // Before hours of reading.
     spec.check().map_err(invalid)?;
-    let nvram =
-        hardware.nvram.as_ref().map(|path| read_nvram(shared, path, given.file(path), adopt.firmware));
+    let nvram = adopt.nvram.as_ref();
+    let nvram = nvram.map(|path| read_nvram(shared, path, given.file(path), adopt.firmware));
     let nvram = nvram.transpose()?;
     let open = |path: &str| {
         let (file, path) = (given.file(path), Path::new(path));
@@ -229,7 +223,7 @@ fn read_nvram(
 
 /// Where the disk differs from what was asked for, and what does not come along.
 fn notes(adopt: &VmAdopt, found: &Findings, user_data: Option<&adopt::Source>) -> Vec<String> {
-    let mut notes = boot_notes(&found.disk, adopt.firmware, adopt.hardware.nvram.is_some());
+    let mut notes = boot_notes(&found.disk, adopt.firmware, adopt.nvram.is_some());
     for (what, snapshots) in
         [("disk", &found.snapshots[..]), ("user data", user_data.map_or(&[][..], |s| s.snapshots()))]
     {
@@ -238,11 +232,20 @@ fn notes(adopt: &VmAdopt, found: &Findings, user_data: Option<&adopt::Source>) -
         }
     }
     let hardware = &adopt.hardware;
-    let mut lost = vec!["UUID", "the disk's bus (it becomes virtio)"];
+    let mut lost = vec!["graphics, sound and USB (a VM here has a serial console)"];
+    if hardware.system_uuid.is_none() {
+        lost.push("UUID (--uuid)");
+    }
+    if hardware.disk_bus == DiskBus::Virtio {
+        lost.push("the disk's bus (it is virtio; --disk-bus)");
+    }
     if hardware.macs.len() < adopt.networks.len() || adopt.networks.is_empty() {
         lost.push("MAC addresses (--mac)");
     }
-    if hardware.nvram.is_none() && adopt.firmware == Firmware::Uefi {
+    if hardware.card_models.is_empty() && !adopt.networks.is_empty() {
+        lost.push("the model of its network cards (they are virtio; --card-model)");
+    }
+    if adopt.nvram.is_none() && adopt.firmware == Firmware::Uefi {
         lost.push("the firmware's variables (--nvram)");
     }
     if hardware.cpu_model.is_none() {
@@ -383,7 +386,7 @@ impl<'a> Reporter<'a> {
         *last = (phase, done);
         let unit = "bytes".into();
         // A reader that is slow misses a step.
-        let _ = self.events.try_send(Event::Progress { phase: phase.into(), done, total, unit });
+        let _ = self.events.try_send(Event::Progress { phase: phase.replace(' ', "-"), done, total, unit });
     }
 }
 
