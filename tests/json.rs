@@ -27,15 +27,36 @@ const MAPS: [&str; 3] = ["by_kind", "phase_ms", "refused"];
 
 /// Values that programs compare.
 const IDENTIFIERS: [&str; 23] = [
-    "accelerator", "affiliation", "against", "autostart", "check", "code", "disk_bus", "driver", "event", "firmware",
-    "kind", "link", "model", "ownership", "phase", "power", "role", "security", "state", "trust",
-    "unit", "verdict", "vouched",
+    "accelerator",
+    "affiliation",
+    "against",
+    "autostart",
+    "check",
+    "code",
+    "disk_bus",
+    "driver",
+    "event",
+    "firmware",
+    "kind",
+    "link",
+    "model",
+    "ownership",
+    "phase",
+    "power",
+    "role",
+    "security",
+    "state",
+    "trust",
+    "unit",
+    "verdict",
+    "vouched",
 ];
 
 const MOMENTS: [&str; 8] = ["created", "issued", "last_seen", "since", "started", "until", "updated", "at"];
 
 /// Names that one thing had beside another.
-const OTHER_NAMES: [&str; 7] = ["jid", "memory", "root_size", "user_data_size", "bytes", "bytes_done", "bytes_missing"];
+const OTHER_NAMES: [&str; 7] =
+    ["jid", "memory", "root_size", "user_data_size", "bytes", "bytes_done", "bytes_missing"];
 
 struct Shape {
     field: Regex,
@@ -64,7 +85,8 @@ impl Shape {
                     let here = format!("{at}.{key}");
                     let form = if is_map { &self.identifier } else { &self.field };
                     let is_named = form.is_match(key);
-                    let is_amount = !key.contains("bytes") || key.ends_with("_bytes") || key.contains("bytes_per_");
+                    let is_amount =
+                        !key.contains("bytes") || key.ends_with("_bytes") || key.contains("bytes_per_");
                     if !is_named || (!is_map && (OTHER_NAMES.contains(&key.as_str()) || !is_amount)) {
                         self.wrong.push(format!("{here}: the key"));
                     }
@@ -75,7 +97,8 @@ impl Shape {
                 }
             }
             Value::Number(n) => {
-                let is_moment = n.as_u64().is_some_and(|n| (1_500_000_000_000..2_500_000_000_000).contains(&n));
+                let is_moment =
+                    n.as_u64().is_some_and(|n| (1_500_000_000_000..2_500_000_000_000).contains(&n));
                 if is_moment && !at.ends_with("bytes") {
                     self.wrong.push(format!("{at}: {n} looks like a moment"));
                 }
@@ -124,7 +147,8 @@ impl Walk {
             .stdin(Stdio::null())
             .output()
             .unwrap();
-        let (text, said) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr));
+        let (text, said) =
+            (String::from_utf8(output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr));
         let code = output.status.code().unwrap();
         let values: Vec<Value> = match serde_json::from_str(&text) {
             Ok(value) => vec![value],
@@ -135,7 +159,10 @@ impl Walk {
                 })
                 .collect(),
         };
-        let last = values.last().unwrap_or_else(|| panic!("{command} {arguments:?} printed nothing: {said}")).clone();
+        let last = values
+            .last()
+            .unwrap_or_else(|| panic!("{command} {arguments:?} printed nothing: {said}"))
+            .clone();
         let (end, before) = values.split_last().unwrap();
         for event in before {
             let known = ["note", "progress", "migration", "left-out"];

@@ -261,7 +261,7 @@ pub struct StageOrder {
 }
 
 /// How far a pass has come.
-#[derive(Clone, PartialEq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct StageReport {
     pub progress: Progress,
     /// Of all passes, as far as it is known while one is under way.

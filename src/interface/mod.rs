@@ -224,7 +224,7 @@ impl Request {
             | Request::RepoExport { output, .. } => vec![(output, FileUse::Write)],
             Request::RepoImport { input, .. } => vec![(input, FileUse::Read)],
             Request::VmAdopt(adopt) => {
-                let more = [&adopt.user_data, &adopt.hardware.nvram].into_iter().flatten();
+                let more = [&adopt.user_data, &adopt.nvram].into_iter().flatten();
                 std::iter::once(&adopt.disk).chain(more).map(|path| (path.as_str(), FileUse::Read)).collect()
             }
             _ => Vec::new(),
