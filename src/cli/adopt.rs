@@ -59,7 +59,7 @@ pub struct Adopt {
 pub struct Export {
     /// Its name or UUID; it must be stopped
     vm: String,
-    /// The file to write, by the broker's user; it must not be there yet
+    /// The file to write, with your own rights; it must not be there yet
     file: PathBuf,
     /// raw, qcow2, vmdk, vhdx, vpc or vdi
     #[arg(long, default_value = "raw", value_name = "FORMAT")]

@@ -155,7 +155,12 @@ pub fn qemu_img_with(file: &File) -> io::Result<Command> {
 
 /// Writes an image to `output` in `format`; `input` is how `qemu-img` is told of it, its format included,
 /// so that it need not guess. On failure nothing is left at a new `output`; what is there is not replaced.
-pub fn convert(input: &[&OsStr], output: Output<'_>, format: ImageFormat) -> Result<(), ComposeError> {
+pub fn convert<'a>(
+    input: &[&OsStr],
+    output: impl Into<Output<'a>>,
+    format: ImageFormat,
+) -> Result<(), ComposeError> {
+    let output = output.into();
     let path = output.path();
     let io = |what, path: &Path, source| ComposeError::Io { what, path: path.to_owned(), source };
     let output = match output {

@@ -231,7 +231,7 @@ impl Composer {
     ) -> Result<(), ComposeError> {
         let composition = self.composition(id)?;
         let input = ["-f".as_ref(), "raw".as_ref(), composition.path.as_os_str()];
-        export::convert(&input, output.into(), format)
+        export::convert(&input, output, format)
     }
 
     /// Removes a composition that nothing uses any more; tells whether there was one. The recipe stays,
