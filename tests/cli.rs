@@ -473,7 +473,7 @@ fn archives_carry_components_to_a_cloud_without_a_link() {
     let value = |name: &str, unit: &str| {
         lines.iter().find(|l| l["name"] == name && l["unit"] == unit).unwrap()["value"].clone()
     };
-    assert_eq!((value("stored", "objects"), value("held already", "objects")), (json!(0), json!(2)));
+    assert_eq!((value("stored", "objects"), value("held-already", "objects")), (json!(0), json!(2)));
     assert_eq!(value("bound", "names"), json!(1));
     assert!(run(to, &["component", "show", "tool@1"]).status.success());
     assert_eq!(run(to, &["component", "show", "tool@2"]).status.code(), Some(3));

@@ -68,7 +68,12 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
     // The same VM, there and only there.
     world.wait_booted(1, "web", 120);
     let there = world.vm(1, "web");
-    assert_eq!(there.spec, born.spec, "id, name, MAC, CPUs and memory are the same");
+    let same = |vm: &cicada::interface::VmView| {
+        let what =
+            (vm.id, vm.name.clone(), vm.cpus, vm.memory, vm.root_size, vm.user_data_size, vm.nics.clone());
+        (what, vm.recipe, vm.cpu_model.clone(), vm.firmware, vm.disk_bus, vm.system_uuid)
+    };
+    assert_eq!(same(&there), same(&born), "id, name, MAC, CPUs and memory are the same");
     assert_eq!((there.epoch, there.ownership.as_str()), (2, "here"));
     world.guest(1, "web", "sha256sum -c /root/sum");
     let here = world.vm(0, "web");

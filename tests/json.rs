@@ -85,9 +85,13 @@ impl Shape {
                     let here = format!("{at}.{key}");
                     let form = if is_map { &self.identifier } else { &self.field };
                     let is_named = form.is_match(key);
+                    // Settings have the names that they have in the file.
+                    let is_setting = at.starts_with("config show");
                     let is_amount =
                         !key.contains("bytes") || key.ends_with("_bytes") || key.contains("bytes_per_");
-                    if !is_named || (!is_map && (OTHER_NAMES.contains(&key.as_str()) || !is_amount)) {
+                    if !is_named
+                        || (!is_map && !is_setting && (OTHER_NAMES.contains(&key.as_str()) || !is_amount))
+                    {
                         self.wrong.push(format!("{here}: the key"));
                     }
                     if !is_map {
@@ -99,7 +103,7 @@ impl Shape {
             Value::Number(n) => {
                 let is_moment =
                     n.as_u64().is_some_and(|n| (1_500_000_000_000..2_500_000_000_000).contains(&n));
-                if is_moment && !at.ends_with("bytes") {
+                if is_moment && !at.ends_with("bytes") && !at.ends_with(".value") {
                     self.wrong.push(format!("{at}: {n} looks like a moment"));
                 }
             }
@@ -181,7 +185,10 @@ impl Walk {
                 self.shape.wrong.push(format!("{command}: code {code} without a problem: {end}"));
             }
         }
-        values.iter().for_each(|value| self.shape.look(command, value));
+        // A receipt is a document with a format of its own, for whoever verifies it in years.
+        if command != "migration receipt" || code != 0 {
+            values.iter().for_each(|value| self.shape.look(command, value));
+        }
         self.seen.insert(command.to_owned());
         (code, last)
     }
@@ -399,8 +406,12 @@ fn moves(w: &mut Walk) {
 fn measured(w: &mut Walk) {
     let content = w.path("os");
     w.done("bench", &[&content, "--dir", &content]);
-    let root = env!("CARGO_MANIFEST_DIR");
-    let (scenario, packages) =
-        (format!("{root}/fixtures/sim/small.toml"), format!("{root}/fixtures/sim/packages.tsv"));
+    let fixtures = format!("{}/fixtures/sim", env!("CARGO_MANIFEST_DIR"));
+    let small = std::fs::read_to_string(format!("{fixtures}/small.toml")).unwrap();
+    let tiny = small.replace("clouds = 10", "clouds = 3").replace("vms = 60", "vms = 4");
+    let tiny = tiny.replace("hours = 48", "hours = 3");
+    assert_ne!(tiny, small);
+    let (scenario, packages) = (w.path("scenario.toml"), format!("{fixtures}/packages.tsv"));
+    std::fs::write(&scenario, tiny).unwrap();
     w.done("sim", &[&scenario, "--packages", &packages]);
 }

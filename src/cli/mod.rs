@@ -206,12 +206,25 @@ pub fn run() -> ExitCode {
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let Cli { globals, command } = parse().unwrap_or_else(|e| not_understood(&e));
     let printer = Printer::new(globals.color, globals.json, globals.quiet, globals.verbose);
-    match execute(globals, command, printer.clone()) {
+    let has_value = command.has_value();
+    let ended = execute(globals, command, printer.clone());
+    match ended.and_then(|()| if has_value { printer.end_well() } else { Ok(()) }) {
         Ok(()) | Err(Failure::BrokenPipe) => ExitCode::SUCCESS,
         Err(Failure::Told(kind)) => ExitCode::from(kind.exit_code()),
         Err(Failure::Problem(problem)) => {
             printer.end_badly(&problem);
             ExitCode::from(problem.kind.exit_code())
+        }
+    }
+}
+
+impl Command {
+    /// Whether programs get a value of it, not bytes or nothing.
+    fn has_value(&self) -> bool {
+        match self {
+            Command::Broker { .. } | Command::CompleteNames(_) | Command::GuestLink { .. } => false,
+            Command::Vm(command) => !matches!(**command, vm::Command::Console(_)),
+            _ => true,
         }
     }
 }
@@ -299,6 +312,6 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        super::Cli::command().debug_assert();
+        super::examples::added(super::Cli::command()).debug_assert();
     }
 }

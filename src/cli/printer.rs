@@ -5,6 +5,8 @@
 
 use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::ValueEnum;
 use serde::Serialize;
@@ -50,6 +52,8 @@ pub struct Printer {
     color_err: bool,
     /// Whether progress can be drawn.
     pub draws: bool,
+    /// Whether anything went to stdout.
+    printed: Arc<AtomicBool>,
     /// Columns of the terminal that stdout is; none elsewhere, where nothing is shortened.
     pub columns: Option<usize>,
 }
@@ -69,6 +73,7 @@ impl Printer {
             verbose,
             color_out: wanted(out),
             color_err: wanted(err),
+            printed: Arc::default(),
             draws: err && !quiet && !json && !dumb,
             columns: if out { columns() } else { None },
         }
@@ -80,8 +85,18 @@ impl Printer {
         self.raw(&[text.as_bytes(), b"\n"].concat())
     }
 
+    /// For programs every command ends with a value: `null` where it had nothing to tell.
+    pub fn end_well(&self) -> Outcome {
+        if self.json && !self.printed.load(Ordering::Relaxed) {
+            self.json_value(&Value::Null)
+        } else {
+            Ok(())
+        }
+    }
+
     /// Bytes on stdout as they are. Nothing that quotes others is printed by this.
     pub fn raw(&self, bytes: &[u8]) -> Outcome {
+        self.printed.store(true, Ordering::Relaxed);
         let mut out = io::stdout().lock();
         out.write_all(bytes).and_then(|()| out.flush()).map_err(|e| match e.kind() {
             io::ErrorKind::BrokenPipe => Failure::BrokenPipe,
