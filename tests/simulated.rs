@@ -21,7 +21,7 @@ const VMS: usize = 4;
 fn catalogue() -> Catalogue {
     let part = |name: &str, mib: u64| Component::new(name, &[(format!("{name}-pack"), mib << 20)]);
     let components = vec![part("os", 80), part("kernel", 20), part("web", 5), part("db", 40)];
-    let mut catalogue = Catalogue { components, recipes: Vec::new() };
+    let mut catalogue = Catalogue::new(components);
     catalogue.add_recipe(vec![0, 1, 2], 1 << 30);
     catalogue.add_recipe(vec![0, 1, 3], 1 << 30);
     catalogue
@@ -58,7 +58,7 @@ fn world(seed: u64, loss: f64) -> World {
     let mut world = World::new(seed, clouds, catalogue.clone(), links).unwrap();
     for n in 0..VMS {
         let at = n % CLOUDS;
-        world.clouds[at].crash();
+        world.cloud(at).crash();
         world.place(at, record(n, &catalogue), 50 << 20).unwrap();
         world.start(at, false).unwrap();
     }
@@ -78,7 +78,7 @@ fn sound(world: &World) -> Result<(), String> {
         let owners = records.iter().filter(|r| r.is_here()).count();
         let doubted = records.iter().any(|r| r.given_up().is_some_and(|g| g.in_doubt()));
         let names =
-            |clouds: &[&Cloud]| clouds.iter().map(|c| c.jid.to_string()).collect::<Vec<_>>().join(", ");
+            |clouds: &[&std::rc::Rc<Cloud>]| clouds.iter().map(|c| c.jid.to_string()).collect::<Vec<_>>().join(", ");
         if runs.len() > 1 {
             return Err(format!("{vm} runs in {}", names(&runs)));
         }
@@ -219,7 +219,7 @@ fn an_outcome_that_nobody_waits_for_changes_nothing() {
     let mut world = world(1, 0.0);
     world.run_until(world.now.plus(Duration::from_secs(5)), |w, _| sound(w)).unwrap();
     let now = world.now;
-    let broker = world.clouds[0].broker.as_mut().unwrap();
+    let broker = world.cloud(0).broker.as_mut().unwrap();
     let done = cicada::broker::Done::Due;
     assert_eq!(broker.step(now, Input::Done(cicada::broker::Token(u64::MAX), done)), []);
 }

@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +16,7 @@ use crate::interface::MigrationView;
 use crate::migration::handover::SignedHandOver;
 use crate::migration::lineage::{Lineage, LineageError};
 use crate::migration::records::{VERSION, VmRecord};
-use crate::migration::{Receipt, Return};
+use crate::migration::{Law, Receipt, Return};
 use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
 
 use super::resolving::Resolution;
@@ -88,7 +89,7 @@ impl RecordError {
 }
 
 /// Keeps the book.
-pub trait Book: Send {
+pub trait Book: Send + Sync {
     /// All VMs, and those whose record is damaged: one must not keep the others down.
     fn vms(&self) -> Result<(Vec<VmRecord>, Vec<Damaged>), RecordError>;
     /// Makes `record` the truth about its VM.
@@ -134,14 +135,21 @@ pub trait Book: Send {
 }
 
 /// The book in the core's hands: it takes note when it becomes unknown what is written in it.
+#[derive(Clone)]
 pub struct Ledger {
-    book: Box<dyn Book>,
+    book: Arc<dyn Book>,
+    law: Law,
     undecided: RefCell<Option<String>>,
 }
 
 impl Ledger {
-    pub fn new(book: Box<dyn Book>) -> Self {
-        Self { book, undecided: RefCell::new(None) }
+    pub fn new(book: Box<dyn Book>, law: Law) -> Self {
+        Self { book: book.into(), law, undecided: RefCell::new(None) }
+    }
+
+    /// The rules that what is written follows.
+    pub fn law(&self) -> Law {
+        self.law
     }
 
     /// Why nothing may be done any more.
@@ -176,8 +184,7 @@ impl Ledger {
 
     /// Keeps the receipts that `record` holds beyond it: at start, and before it is replaced or removed.
     pub fn keep_receipts(&self, record: &VmRecord) -> Result<(), RecordError> {
-        use super::lineages::LAW;
-        for (migration, receipt) in LAW.outlive(record) {
+        for (migration, receipt) in self.law.outlive(record) {
             match self.book.receipt(migration) {
                 Ok(Some(_)) => {}
                 Ok(None) => self.book.save_receipt(migration, &receipt)?,
@@ -187,7 +194,7 @@ impl Ledger {
                 }
             }
         }
-        self.keep_lineage(&LAW.known(self.book.lineage(record.spec.id)?, Some(record)))
+        self.keep_lineage(&self.law.known(self.book.lineage(record.spec.id)?, Some(record)))
     }
 }
 

@@ -15,6 +15,7 @@ use super::pending::Pending;
 const PAUSE_FIRST: Duration = Duration::from_secs(2);
 const PAUSE_MAX: Duration = Duration::from_secs(300);
 
+#[derive(Clone)]
 pub struct Errand {
     peer: Peer,
     matter: Matter,

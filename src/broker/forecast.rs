@@ -100,7 +100,7 @@ impl Rate {
 }
 
 /// What moves to one member taught.
-#[derive(Default, Debug)]
+#[derive(Clone, Default, Debug)]
 struct Course {
     flowing: Rate,
     composing: Rate,
@@ -163,7 +163,7 @@ fn around(shutdowns_s: &VecDeque<f64>, (low, high): (f64, f64)) -> Option<Interv
 }
 
 /// What is known of moves to each member, and of each guest's shutdown, the newest last.
-#[derive(Default, Debug)]
+#[derive(Clone, Default, Debug)]
 pub struct Forecasts {
     courses: BTreeMap<MemberJid, Course>,
     shutdowns_s: BTreeMap<VmId, VecDeque<f64>>,

@@ -46,7 +46,7 @@ pub enum Pace {
 }
 
 /// How far members' clocks are ahead of ours, by what they signed last; the way it took is in it.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Clocks(BTreeMap<MemberJid, ClockSeen>);
 
 #[derive(Clone, Copy)]
@@ -70,6 +70,7 @@ impl Clocks {
     }
 }
 
+#[derive(Clone)]
 pub struct Guard {
     requests: Buckets<MemberJid>,
     warnings: Buckets<MemberJid>,

@@ -15,7 +15,7 @@ const ATTEMPTS_MAX: usize = 50;
 /// Members and directions whose attempts are remembered: those heard of last.
 const RINGS_MAX: usize = 200;
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct History {
     views: BTreeMap<MigrationId, MigrationView>,
 }

@@ -14,6 +14,7 @@ use super::pending::Pending;
 const LOOK_EVERY: Duration = Duration::from_secs(30);
 
 /// Optimising while nothing moves.
+#[derive(Clone)]
 pub struct Idle {
     /// When something moved last.
     since: UnixMillis,

@@ -22,7 +22,7 @@ use super::account::{self, Advance, new_view};
 use super::book::ReturnRecord;
 use super::effect::{AskId, DisksOf, Effect, Holdings, Matter, Peer, StageOrder, StageReport};
 use super::guard::{self, Pace};
-use super::lineages::{LAW, Offer, denial};
+use super::lineages::{Offer, denial};
 use super::pending::{Pending, Working};
 use super::unfinished::Holds;
 use super::vms::{Busy, Vm};
@@ -35,6 +35,7 @@ const LENDERS_MAX: usize = 4;
 const UNANSWERED_MAX: usize = 1000;
 
 /// One migration this broker is the target of.
+#[derive(Clone)]
 pub struct Incoming {
     machine: Target,
     peer: Peer,
@@ -405,8 +406,8 @@ impl Broker {
         // Its history comes with the next messages, if its source keeps one.
         let standing = self.standing(spec.id, &known);
         let allowed = match request.version {
-            VERSION_BEFORE => LAW.offer(standing, &peer.jid, &peer.key, None).map(drop),
-            _ => LAW.may_arrive(standing),
+            VERSION_BEFORE => self.law.offer(standing, &peer.jid, &peer.key, None).map(drop),
+            _ => self.law.may_arrive(standing),
         };
         if let Err(refusal) = allowed {
             return AnswerBody::Denied(denial(&refusal));
@@ -501,7 +502,7 @@ impl Broker {
         // What a history says does not matter here: only what this cloud itself recorded.
         let known = Lineage::empty(h.vm);
         let given = Given { promised, receipt: receipt.as_ref() };
-        let became = LAW.what_became_of(self.standing(h.vm, &known), given, h, signed);
+        let became = self.law.what_became_of(self.standing(h.vm, &known), given, h, signed);
         // What was taken over after the backup was made is not known any more.
         let lost = self.restored.is_some_and(|at| h.issued < at) && !promised;
         match became {
@@ -803,7 +804,7 @@ impl Broker {
             grace: self.config.migration.grace_period,
         };
         let given = Given { promised, receipt: kept.as_ref() };
-        let taken = LAW.take_over(
+        let taken = self.law.take_over(
             self.standing(h.vm, &known),
             given,
             run.offer.lineage.as_ref(),
@@ -834,7 +835,7 @@ impl Broker {
         if let Err(e) = records.save_receipt(id, &receipt) {
             tracing::warn!(migration = %id, error = chain(&e), "the receipt lies in the VM's record alone");
         }
-        if let Err(e) = self.keep_lineage(&LAW.known(lineage, Some(&record))) {
+        if let Err(e) = self.keep_lineage(&self.law.known(lineage, Some(&record))) {
             tracing::warn!(migration = %id, error = chain(&e), "the last link of its history lies in the VM's record alone");
         }
         tracing::info!(migration = %id, vm = %record.spec.name, epoch = h.epoch, "taken over");
@@ -870,7 +871,7 @@ impl Broker {
 
     pub(super) fn acknowledged(&mut self, id: MigrationId, vm: VmId) {
         let Some(entry) = self.vms.get_mut(&vm) else { return };
-        if let Some(record) = LAW.acknowledge(&entry.record, id) {
+        if let Some(record) = self.law.acknowledge(&entry.record, id) {
             entry.record = record;
             if let Err(e) = self.book.save_vm(&entry.record) {
                 tracing::warn!(vm = %vm, error = chain(&e), "acknowledgement not recorded");

@@ -19,7 +19,7 @@ const OPEN_MAX: usize = 4;
 const LIFETIME: Duration = Duration::from_secs(600);
 
 /// Content tickets that are open, by member.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Lent {
     open: HashMap<PublicKey, Vec<(Hash, UnixMillis)>>,
 }

@@ -6,7 +6,7 @@ use crate::migration::lineage::{LINKS_MAX, LineageError};
 use crate::migration::ownership::Standing;
 use crate::migration::records::VmRecord;
 use crate::migration::target::Event as TargetEvent;
-use crate::migration::{AnswerBody, Denial, DenialCode, Law, Lineage, Link, Refusal, RequestBody};
+use crate::migration::{AnswerBody, Denial, DenialCode, Lineage, Link, Refusal, RequestBody};
 use crate::types::{LinkId, MemberJid, Signer, VmId};
 
 use super::Broker;
@@ -14,11 +14,8 @@ use super::book::{Ledger, RecordError};
 use super::effect::Effect;
 use super::pending::{Pending, Working};
 
-/// The rules of ownership as they ship.
-pub const LAW: Law = Law::WHOLE;
-
 /// What a source shows of a VM's history while its reservation lasts.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Offer {
     /// The link before the first page, and the pages so far.
     after: Option<LinkId>,
@@ -37,7 +34,7 @@ impl Broker {
     pub(super) fn known(&self, vm: VmId) -> Result<Lineage, RecordError> {
         let kept = self.book.lineage(vm)?;
         let kept = kept.with(self.successions());
-        Ok(LAW.known(kept, self.vms.get(&vm).map(|vm| &vm.record)))
+        Ok(self.law.known(kept, self.vms.get(&vm).map(|vm| &vm.record)))
     }
 
     pub(super) fn standing<'a>(&'a self, vm: VmId, known: &'a Lineage) -> Standing<'a> {
@@ -111,7 +108,7 @@ impl Broker {
             let standing = self.standing(vm, &known);
             let run = self.incoming.get(&id).ok_or(Refusal::OtherReservation)?;
             let (_, peer) = run.about();
-            LAW.offer(standing, &peer.jid, &peer.key, Some(&offered))?;
+            self.law.offer(standing, &peer.jid, &peer.key, Some(&offered))?;
             Ok(*offered)
         });
         let answer = match judged {
@@ -144,12 +141,12 @@ pub(super) fn complete(
     key: &dyn Signer,
     record: &mut VmRecord,
 ) -> Result<(), RecordError> {
-    let vm = record.spec.id;
+    let (vm, law) = (record.spec.id, book.law());
     let (changed, known) = match record.origin {
-        None => LAW.begin_history(record, &book.returns_of(vm)?, me, key),
+        None => law.begin_history(record, &book.returns_of(vm)?, me, key),
         Some(_) => {
-            let known = LAW.known(book.lineage(vm)?, Some(record));
-            (LAW.mended(record, &known, &key.public()), known)
+            let known = law.known(book.lineage(vm)?, Some(record));
+            (law.mended(record, &known, &key.public()), known)
         }
     };
     book.keep_lineage(&known)?;

@@ -17,9 +17,23 @@ use super::resolving::Resolution;
 
 /// What was written. Clones are the same book.
 #[derive(Clone, Default)]
-pub struct MemoryBook(Arc<Mutex<Pages>>);
+pub struct MemoryBook(Arc<Mutex<Disk>>);
 
+/// What the pages lie on.
 #[derive(Default)]
+struct Disk {
+    pages: Arc<Pages>,
+    /// Kinds of pages whose writing fails from now on.
+    failing: BTreeSet<Page>,
+    /// Writes so far.
+    writes: u64,
+    /// Nothing is written after so many: whoever writes does not live to see it.
+    writes_max: Option<u64>,
+    /// Whether the next change of an owner is written, and nobody can tell.
+    undecided: Option<bool>,
+}
+
+#[derive(Clone, Default)]
 struct Pages {
     vms: BTreeMap<VmId, VmRecord>,
     migrations: BTreeMap<MigrationId, MigrationView>,
@@ -33,8 +47,6 @@ struct Pages {
     revoked: Revoked,
     restored: Option<UnixMillis>,
     changes: u64,
-    /// Writes that fail from now on.
-    failing: BTreeSet<Page>,
 }
 
 /// A kind of page whose writing can be made to fail.
@@ -47,24 +59,63 @@ pub enum Page {
 }
 
 impl MemoryBook {
-    fn pages(&self) -> MutexGuard<'_, Pages> {
+    fn disk(&self) -> MutexGuard<'_, Disk> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pages(&self) -> Arc<Pages> {
+        self.disk().pages.clone()
     }
 
     /// Makes writing these fail, and all others work.
     pub fn fail(&self, pages: impl IntoIterator<Item = Page>) {
-        self.pages().failing = pages.into_iter().collect();
+        self.disk().failing = pages.into_iter().collect();
     }
 
-    fn writing(&self, page: Page) -> Result<MutexGuard<'_, Pages>, RecordError> {
-        let pages = self.pages();
-        match pages.failing.contains(&page) {
-            false => Ok(pages),
-            true => Err(RecordError::Io {
+    /// After so many more writes nothing is written any more; `None` undoes it.
+    pub fn stop_after(&self, writes: Option<u64>) {
+        let mut disk = self.disk();
+        disk.writes_max = writes.map(|more| disk.writes + more);
+    }
+
+    /// The next change of who owns a VM is written or not, and the writer does not learn which.
+    pub fn leave_undecided(&self, written: Option<bool>) {
+        self.disk().undecided = written;
+    }
+
+    /// How often it was written.
+    pub fn writes(&self) -> u64 {
+        self.disk().writes
+    }
+
+    fn write(&self, page: Option<Page>, change: impl FnOnce(&mut Pages)) -> Result<(), RecordError> {
+        let mut disk = self.disk();
+        let full = disk.writes_max.is_some_and(|max| disk.writes >= max);
+        if full || page.is_some_and(|page| disk.failing.contains(&page)) {
+            return Err(RecordError::Io {
                 action: "write",
                 path: PathBuf::from(format!("{page:?}")),
                 source: std::io::Error::other("made to fail"),
-            }),
+            });
+        }
+        disk.writes += 1;
+        change(Arc::make_mut(&mut disk.pages));
+        Ok(())
+    }
+
+    fn write_owner(&self, page: Page, change: impl FnOnce(&mut Pages)) -> Result<(), RecordError> {
+        let undecided = self.disk().undecided.take();
+        match undecided {
+            None => self.write(Some(page), change),
+            Some(written) => {
+                if written {
+                    self.write(Some(page), change)?;
+                }
+                Err(RecordError::Undecided {
+                    path: PathBuf::from(format!("{page:?}")),
+                    source: std::io::Error::other("made to fail"),
+                })
+            }
         }
     }
 
@@ -73,30 +124,30 @@ impl MemoryBook {
         self.pages().vms.get(&vm).cloned()
     }
 
+    pub fn has_vm(&self, vm: VmId) -> bool {
+        self.pages().vms.contains_key(&vm)
+    }
+
     /// A VM is removed, with its record.
     pub fn remove_vm(&self, vm: VmId) {
-        let mut pages = self.pages();
-        pages.vms.remove(&vm);
-        pages.changes += 1;
+        let _ = self.write(None, |pages| {
+            pages.vms.remove(&vm);
+            pages.changes += 1;
+        });
     }
 
     /// Everything as it is now, as a backup has it.
     pub fn copy(&self) -> Self {
-        let p = self.pages();
-        Self(Arc::new(Mutex::new(Pages {
-            vms: p.vms.clone(),
-            migrations: p.migrations.clone(),
-            lineages: p.lineages.clone(),
-            promised: p.promised.clone(),
-            receipts: p.receipts.clone(),
-            returned: p.returned.clone(),
-            resolutions: p.resolutions.clone(),
-            trust: p.trust.clone(),
-            revoked: p.revoked.clone(),
-            restored: p.restored,
-            changes: p.changes,
-            failing: BTreeSet::new(),
-        })))
+        let disk = self.disk();
+        let (pages, writes) = (disk.pages.clone(), disk.writes);
+        Self(Arc::new(Mutex::new(Disk { pages, writes, ..Disk::default() })))
+    }
+}
+
+impl Pages {
+    fn keep(&mut self, record: &VmRecord) {
+        self.vms.insert(record.spec.id, record.clone());
+        self.changes += 1;
     }
 }
 
@@ -105,13 +156,10 @@ impl Book for MemoryBook {
         Ok((self.pages().vms.values().cloned().collect(), Vec::new()))
     }
     fn save_vm(&self, record: &VmRecord) -> Result<(), RecordError> {
-        let mut pages = self.writing(Page::Vms)?;
-        pages.vms.insert(record.spec.id, record.clone());
-        pages.changes += 1;
-        Ok(())
+        self.write(Some(Page::Vms), |pages| pages.keep(record))
     }
     fn save_ownership(&self, record: &VmRecord) -> Result<(), RecordError> {
-        self.save_vm(record)
+        self.write_owner(Page::Vms, |pages| pages.keep(record))
     }
     fn record_path(&self, vm: VmId) -> PathBuf {
         PathBuf::from(format!("{vm}/record.json"))
@@ -120,30 +168,29 @@ impl Book for MemoryBook {
         Ok(self.pages().migrations.values().cloned().collect())
     }
     fn note_now(&self, view: &MigrationView) {
-        self.pages().migrations.insert(view.progress.id, view.clone());
+        let _ = self.write(None, |pages| drop(pages.migrations.insert(view.progress.id, view.clone())));
     }
     fn note_later(&self, view: &MigrationView) {
         self.note_now(view);
     }
     fn forget_migration(&self, id: MigrationId) {
-        self.pages().migrations.remove(&id);
+        let _ = self.write(None, |pages| drop(pages.migrations.remove(&id)));
     }
     fn lineage(&self, vm: VmId) -> Result<Lineage, RecordError> {
         Ok(self.pages().lineages.get(&vm).cloned().unwrap_or_else(|| Lineage::empty(vm)))
     }
     fn save_lineage(&self, lineage: &Lineage) -> Result<(), RecordError> {
-        self.writing(Page::Lineages)?.lineages.insert(lineage.vm(), lineage.clone());
-        Ok(())
+        self.write(Some(Page::Lineages), |pages| drop(pages.lineages.insert(lineage.vm(), lineage.clone())))
     }
     fn returns_of(&self, vm: VmId) -> Result<Vec<Return>, RecordError> {
         let of_it = |back: &&Return| back.hand_over.read().is_ok_and(|h| h.vm == vm);
         Ok(self.pages().returned.values().filter(of_it).cloned().collect())
     }
     fn save_return(&self, record: &ReturnRecord, source: Option<&PublicKey>) -> Result<(), RecordError> {
-        let mut pages = self.writing(Page::Returns)?;
-        let epoch = pages.promised.entry((record.vm, source.map(ToString::to_string))).or_default();
-        *epoch = record.epoch.max(*epoch);
-        Ok(())
+        self.write_owner(Page::Returns, |pages| {
+            let epoch = pages.promised.entry((record.vm, source.map(ToString::to_string))).or_default();
+            *epoch = record.epoch.max(*epoch);
+        })
     }
     fn has_promised(&self, vm: VmId, source: &PublicKey) -> bool {
         self.pages().promised.contains_key(&(vm, Some(source.to_string())))
@@ -154,37 +201,31 @@ impl Book for MemoryBook {
         to(None) || source.is_some_and(|key| to(Some(key.to_string())))
     }
     fn save_receipt(&self, migration: MigrationId, receipt: &Receipt) -> Result<(), RecordError> {
-        self.writing(Page::Receipts)?.receipts.insert(migration, receipt.clone());
-        Ok(())
+        self.write(Some(Page::Receipts), |pages| drop(pages.receipts.insert(migration, receipt.clone())))
     }
     fn receipt(&self, migration: MigrationId) -> Result<Option<Receipt>, RecordError> {
         Ok(self.pages().receipts.get(&migration).cloned())
     }
     fn save_returned(&self, migration: MigrationId, back: &Return) -> Result<(), RecordError> {
-        self.writing(Page::Returns)?.returned.insert(migration, back.clone());
-        Ok(())
+        self.write(Some(Page::Returns), |pages| drop(pages.returned.insert(migration, back.clone())))
     }
     fn save_resolution(&self, resolution: &Resolution) -> Result<(), RecordError> {
-        self.pages().resolutions.insert(resolution.migration, resolution.clone());
-        Ok(())
+        self.write(None, |pages| drop(pages.resolutions.insert(resolution.migration, resolution.clone())))
     }
     fn resolutions(&self) -> Result<Vec<Resolution>, RecordError> {
         Ok(self.pages().resolutions.values().cloned().collect())
     }
     fn save_trust(&self, kept: &BTreeMap<MemberJid, Kept>) -> Result<(), RecordError> {
-        self.pages().trust = kept.clone();
-        Ok(())
+        self.write(None, |pages| pages.trust = kept.clone())
     }
     fn save_revoked(&self, revoked: &Revoked) -> Result<(), RecordError> {
-        self.pages().revoked = revoked.clone();
-        Ok(())
+        self.write(None, |pages| pages.revoked = revoked.clone())
     }
     fn restored(&self) -> Result<Option<UnixMillis>, RecordError> {
         Ok(self.pages().restored)
     }
     fn save_restored(&self, at: UnixMillis) -> Result<(), RecordError> {
-        self.pages().restored = Some(at);
-        Ok(())
+        self.write(None, |pages| pages.restored = Some(at))
     }
     fn changes(&self) -> u64 {
         self.pages().changes

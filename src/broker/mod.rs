@@ -45,7 +45,7 @@ use crate::clock::UnixMillis;
 use crate::config::Config;
 use crate::federation::Members;
 use crate::interface::{Account, MigrationView, ONLINE, Problem, Reply};
-use crate::migration::ReplayGuard;
+use crate::migration::{Law, ReplayGuard};
 use crate::migration::envelope::common_version;
 use crate::migration::handover::SignedHandOver;
 use crate::migration::records::VmRecord;
@@ -54,7 +54,6 @@ use crate::vm::PowerState;
 use crate::vm::hypervisor::Features;
 
 pub use effect::{AskId, CallId, Done, Effect, Input, Matter, Measured, Peer, RoomInput, Token, Unanswered};
-pub use lineages::LAW;
 pub use vms::{CONSOLE_FILE, CONSOLE_LOG_FILE, READY_LINE, RUN_DIR};
 
 use book::{Book, Damaged, Ledger, RecordError};
@@ -85,13 +84,18 @@ pub struct Beginning {
     pub marks: Marks,
     pub ids: Ids,
     pub now: UnixMillis,
+    /// The rules of ownership. All of them: only tests of a debug build can make another law.
+    pub law: Law,
 }
 
+/// A clone goes on from the same state: give it a book of its own with [`Broker::over`].
+#[derive(Clone)]
 pub struct Broker {
     now: UnixMillis,
-    config: Config,
+    config: Arc<Config>,
     me: MemberJid,
     key: Arc<dyn Signer>,
+    law: Law,
     features: Features,
     transfer_addresses: Vec<String>,
     vms_dir: PathBuf,
@@ -166,7 +170,7 @@ impl Broker {
     /// # Errors
     /// If they cannot be read as a whole; a record that is damaged is set aside.
     pub fn open(book: Box<dyn Book>, members: Members, b: Beginning) -> Result<Self, RecordError> {
-        let book = Ledger::new(book);
+        let book = Ledger::new(book, b.law);
         let (now, me) = (b.now, b.config.xmpp.jid.clone());
         let (mut vms, damaged) = book.vms()?;
         for d in &damaged {
@@ -193,8 +197,9 @@ impl Broker {
         Ok(Self {
             now,
             me,
-            config: b.config,
+            config: Arc::new(b.config),
             key: b.key,
+            law: b.law,
             features: b.features,
             transfer_addresses: b.transfer_addresses,
             vms_dir: b.vms_dir,
@@ -242,6 +247,12 @@ impl Broker {
         })
     }
 
+    /// Goes on over another book, which must say what this one's does.
+    pub fn over(mut self, book: Box<dyn Book>) -> Self {
+        self.book = Ledger::new(book, self.law);
+        self
+    }
+
     /// With the successions by which this cloud's key came to be its.
     pub fn with_successions(self, successions: Successions) -> Self {
         Self { successions, ..self }
@@ -258,6 +269,11 @@ impl Broker {
     /// The VMs that are this cloud's: what the runner makes known to the hypervisor before the first step.
     pub fn records_here(&self) -> impl Iterator<Item = &VmRecord> {
         self.vms.values().map(|vm| &vm.record).filter(|record| record.is_here())
+    }
+
+    /// Whether those that may know more of who owns this VM were asked.
+    pub fn is_confirmed(&self, vm: VmId) -> bool {
+        self.vms.get(&vm).is_none_or(|vm| vm.confirmed)
     }
 
     /// Whether nothing is under way that time could change within seconds.

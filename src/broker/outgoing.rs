@@ -20,7 +20,7 @@ use crate::vm::hypervisor::{Ability, StopMode};
 use super::Broker;
 use super::account::{self, Advance, new_view};
 use super::effect::{CallId, Checked, Effect, Matter, Peer, Scanned, Serving, Unanswered};
-use super::lineages::{self, LAW};
+use super::lineages;
 use super::pending::Pending;
 use super::vms::Busy;
 
@@ -38,6 +38,7 @@ const CANCEL_PAUSE: Duration = Duration::from_secs(2);
 const ADVANCE_BYTES: u64 = 64 << 10;
 
 /// One migration this broker is the source of.
+#[derive(Clone)]
 pub struct Outgoing {
     pub(super) machine: Source,
     pub(super) peer: Peer,
@@ -74,6 +75,7 @@ pub struct Outgoing {
 }
 
 /// Where a VM is to go.
+#[derive(Clone)]
 pub struct Course {
     pub peer: Peer,
     pub cloud: Option<CloudName>,
@@ -134,7 +136,7 @@ impl Broker {
         let Course { peer, cloud, attempt, force_stop } = course;
         let refused = match self.vms.get(&vm) {
             None => Some(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile")),
-            Some(entry) => LAW.may_move(&entry.record, entry.hold(), entry.confirmed).err().map(|refusal| {
+            Some(entry) => self.law.may_move(&entry.record, entry.hold(), entry.confirmed).err().map(|refusal| {
                 let object = format!("VM {}", entry.record.spec.name);
                 Problem::new(ProblemKind::Conflict, object, refusal.to_string())
                     .next("see 'cicada vm show'; move it when nothing holds it")
@@ -539,7 +541,7 @@ impl Broker {
         }
         let fits = |receipt: &Receipt| {
             let vm = self.outgoing.get(&id).and_then(|run| self.vms.get(&run.matter.vm));
-            vm.is_some_and(|vm| LAW.receipt_fits(&vm.record, receipt).is_ok())
+            vm.is_some_and(|vm| self.law.receipt_fits(&vm.record, receipt).is_ok())
         };
         let is_false = matches!(&answer, Ok(AnswerBody::Started { receipt, .. }) if !fits(receipt));
         let Some(run) = self.outgoing.get_mut(&id) else { return };
@@ -678,7 +680,7 @@ impl Broker {
         let known = self.known(vm).map_err(|e| broken(&e))?;
         let entry = self.vms.get_mut(&vm).ok_or_else(missing)?;
         let (record, hand_over) =
-            LAW.give_up(&entry.record, &known, gift).map_err(|refusal| lineages::denial(&refusal))?;
+            self.law.give_up(&entry.record, &known, gift).map_err(|refusal| lineages::denial(&refusal))?;
         fault::point("source-giving-up");
         self.book.save_ownership(&record).map_err(|e| Denial::new(DenialCode::Other, chain(&e)))?;
         fault::point("source-given-up");
@@ -698,7 +700,7 @@ impl Broker {
         let known = self.known(vm).map_err(|e| refuse(chain(&e)))?;
         let entry = self.vms.get(&vm).ok_or_else(|| refuse("unknown VM".into()))?;
         let (record, known) =
-            LAW.take_back(&entry.record, &known, &back).map_err(|refusal| lineages::denial(&refusal))?;
+            self.law.take_back(&entry.record, &known, &back).map_err(|refusal| lineages::denial(&refusal))?;
         // Only evidence: without it the target would be asked again, and give it again.
         self.book.save_returned(id, &back).map_err(|e| refuse(chain(&e)))?;
         // Then the history, which is ahead of the record for a moment: both are facts by now.
@@ -742,7 +744,7 @@ impl Broker {
             tracing::warn!(migration = %id, error = chain(&e), "the receipt lies in the VM's record alone");
         }
         if let Some(entry) = self.vms.get_mut(&vm) {
-            match LAW.release(&entry.record, receipt, now.plus(grace)) {
+            match self.law.release(&entry.record, receipt, now.plus(grace)) {
                 Ok(record) => {
                     if let Err(e) = self.book.keep_receipts(&record) {
                         tracing::warn!(migration = %id, error = chain(&e), "the last link of its history lies in the VM's record alone");

@@ -12,24 +12,28 @@ use crate::migration::lineage::PAGE_LINKS_MAX;
 use crate::migration::message::{CLAIMS_MAX, Claim, Known};
 use crate::migration::ownership::Learnt;
 use crate::migration::records::{UnconfirmedStart, VmRecord};
-use crate::migration::{AnswerBody, Denial, DenialCode, Lineage, Link, Links, RequestBody};
+use crate::migration::{AnswerBody, Denial, DenialCode, Law, Lineage, Link, Links, RequestBody};
 use crate::types::{LinkId, MemberJid, VmId};
 
 use super::Broker;
 use super::book::RecordError;
 use super::continuity::{Mark, digest_of};
 use super::effect::{Effect, Peer, Unanswered};
-use super::lineages::LAW;
 use super::pending::{Pending, Working};
 
 /// How often members are asked that did not answer, or that run what is ours.
 const MEET_EVERY: Duration = Duration::from_secs(5);
+/// A member that runs what is ours learns so, and asks about it every few seconds. If it is online and did not for
+/// so long, what it said was true once, and came late.
+const DISPUTE_LAPSES: Duration = Duration::from_secs(60);
 
 /// Another member runs a VM that is this cloud's.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Dispute {
     pub by: MemberJid,
     pub since: UnixMillis,
+    /// When it said so last.
+    pub said: UnixMillis,
 }
 
 /// Whom this broker still has to ask before it runs VMs by itself.
@@ -78,6 +82,8 @@ impl Broker {
             return;
         }
         self.met_at = now;
+        let members = &self.members;
+        self.disputes.retain(|_, d| !members.is_online(&d.by) || now.since(d.said) < DISPUTE_LAPSES);
         if !self.disputes.is_empty() || self.vms.values().any(|vm| vm.record.disproved.is_some()) {
             self.met.clear();
         }
@@ -143,10 +149,12 @@ impl Broker {
         self.disputes
             .retain(|vm, d| d.by != *by || disputed.contains(vm) || !asked.contains(vm) && !asked.is_empty());
         for vm in disputed {
-            if !self.disputes.contains_key(vm) {
+            let known = self.disputes.get(vm).map(|d| d.since);
+            if known.is_none() {
                 tracing::error!(%vm, member = %by, "CONTESTED: this cloud owns the VM by its history, and {by} runs a copy it gave up");
-                self.disputes.insert(*vm, Dispute { by: by.clone(), since: now });
             }
+            let since = known.unwrap_or(now);
+            self.disputes.insert(*vm, Dispute { by: by.clone(), since, said: now });
         }
     }
 
@@ -161,7 +169,7 @@ impl Broker {
         let (me, running) = (self.key.public(), self.is_running(vm));
         let held = self.vms.get(&vm).is_some_and(|vm| vm.busy.is_some() || vm.starting);
         let learnt =
-            LAW.learn(self.standing(vm, &known), shown, &me, running || held, &by.jid, (now, scrub_after));
+            self.law.learn(self.standing(vm, &known), shown, &me, running || held, &by.jid, (now, scrub_after));
         let (record, lineage) = match learnt {
             Learnt::Nothing => return,
             Learnt::Contradicts => {
@@ -386,7 +394,7 @@ pub fn known_beyond(
     let (mut known, mut disputed, mut budget) = (Vec::new(), BTreeSet::new(), PAGE_LINKS_MAX);
     for (claim, record, running) in claims {
         let Some(kept) = kept(claim.vm) else { continue };
-        let lineage = LAW.known(kept, record.as_deref());
+        let lineage = Law::WHOLE.known(kept, record.as_deref());
         let here = record.as_deref().is_some_and(VmRecord::is_here);
         let Some(more) = beyond(&lineage, &claim, here) else { continue };
         // It once was the owner by this very history, and runs the VM still: not a stranger's claim.

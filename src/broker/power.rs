@@ -10,7 +10,6 @@ use crate::vm::hypervisor::{DriverEvent, EventKind, StopMode, StopReason};
 
 use super::Broker;
 use super::effect::{CallId, Effect};
-use super::lineages::LAW;
 use super::pending::{Pending, Whom};
 use super::vms::{Busy, Vm};
 
@@ -80,7 +79,7 @@ impl Broker {
     pub(super) fn start_machine(&mut self, id: VmId, arrival: Option<MigrationId>) -> bool {
         let off = self.is_off(id);
         let Some(vm) = self.vms.get_mut(&id) else { return false };
-        if let Err(refusal) = LAW.may_run(&vm.record, vm.confirmed) {
+        if let Err(refusal) = self.law.may_run(&vm.record, vm.confirmed) {
             tracing::error!(vm = %vm.record.spec.name, reason = %refusal, "not started by itself");
             return false;
         }
@@ -314,7 +313,8 @@ impl Broker {
             return false;
         };
         match vm.hold() {
-            Hold::Free if self.is_off(id) && !vm.stopped_for_host => self.start_machine(id, None),
+            // One that stands still was held for a move, or about to run, when a broker ended.
+            Hold::Free if self.is_still(id) && !vm.stopped_for_host => self.start_machine(id, None),
             Hold::Free => false,
             // A move that is under way, or an operator, decides first.
             Hold::Migration(_) | Hold::Verb(_) => {
@@ -342,6 +342,11 @@ impl Broker {
                 return;
             }
         }
+    }
+
+    /// Whether its guest does not go on by itself.
+    fn is_still(&self, id: VmId) -> bool {
+        self.is_off(id) || self.power_of(id) == PowerState::Paused
     }
 
     /// Whether no guest of it runs; what the hypervisor never heard of does not.

@@ -18,7 +18,6 @@ use super::Broker;
 use super::book::{RecordError, ReturnRecord};
 use super::effect::{Effect, Matter, Peer};
 use super::incoming::Answered;
-use super::lineages::LAW;
 use super::resolution_words as words;
 
 /// An operator's decision, kept for good.
@@ -199,7 +198,7 @@ impl Broker {
         let now = self.now;
         let scrub_after = now.plus(self.config.migration.grace_period);
         let Some(entry) = self.vms.get_mut(&vm) else { return Ok(()) };
-        let Ok(record) = LAW.concede(&entry.record, now, scrub_after) else { return Ok(()) };
+        let Ok(record) = self.law.concede(&entry.record, now, scrub_after) else { return Ok(()) };
         self.book.save_ownership(&record)?;
         entry.record = record;
         self.emit(Effect::Undefine(vm));
@@ -339,11 +338,11 @@ impl Broker {
             let record = match r.owner {
                 Side::There => {
                     let scrub_after = self.now.plus(self.config.migration.grace_period);
-                    LAW.leave_to_target(&record, scrub_after).unwrap_or(record)
+                    self.law.leave_to_target(&record, scrub_after).unwrap_or(record)
                 }
                 Side::Here => {
                     let known = self.known(r.vm)?;
-                    match LAW.take_back_by_word(&record, &known, &*self.key) {
+                    match self.law.take_back_by_word(&record, &known, &*self.key) {
                         Ok((record, known)) => {
                             self.keep_lineage(&known)?;
                             record
@@ -428,7 +427,7 @@ impl Broker {
         }
         if let Some(entry) = self.vms.get_mut(&r.vm)
             && let Some(end) = entry.record.given_up().and_then(|g| g.scrub_after)
-            && let Ok(record) = LAW.release(&entry.record, receipt.clone(), end)
+            && let Ok(record) = self.law.release(&entry.record, receipt.clone(), end)
         {
             self.book.save_ownership(&record)?;
             entry.record = record;
@@ -451,7 +450,7 @@ impl Broker {
         }
         let known = self.known(r.vm)?;
         let record = self.vms.get(&r.vm).map(|vm| vm.record.clone());
-        match record.and_then(|record| LAW.take_back(&record, &known, back).ok()) {
+        match record.and_then(|record| self.law.take_back(&record, &known, back).ok()) {
             Some((record, known)) => {
                 let record = VmRecord { run: false, ..record };
                 self.keep_lineage(&known)?;
@@ -472,7 +471,7 @@ impl Broker {
     fn confirm_back(&mut self, r: &Resolution, back: &Return) -> Result<(), RecordError> {
         let known = self.known(r.vm)?;
         let Some(entry) = self.vms.get(&r.vm) else { return Ok(()) };
-        if let Ok(Some((record, known))) = LAW.confirm_back(&entry.record, &known, back) {
+        if let Ok(Some((record, known))) = self.law.confirm_back(&entry.record, &known, back) {
             self.keep_lineage(&known)?;
             self.book.save_ownership(&record)?;
             if let Some(entry) = self.vms.get_mut(&r.vm) {
@@ -495,7 +494,7 @@ impl Broker {
         );
         let since = self.now;
         if let Some(entry) = self.vms.get_mut(&r.vm)
-            && let Some(record) = LAW.contest(&entry.record, id, since)
+            && let Some(record) = self.law.contest(&entry.record, id, since)
         {
             self.book.save_ownership(&record)?;
             entry.record = record;
@@ -544,7 +543,7 @@ impl Broker {
     fn contested_by_source(&mut self, id: MigrationId, vm: VmId, words: &str) {
         let now = self.now;
         let Some(entry) = self.vms.get_mut(&vm) else { return };
-        let Some(record) = LAW.withdrawn(&entry.record, id, now) else {
+        let Some(record) = self.law.withdrawn(&entry.record, id, now) else {
             tracing::warn!(migration = %id, vm = %entry.record.spec.name, words, "its source's withdrawal changes nothing: the hand-over is complete");
             return;
         };
@@ -584,7 +583,7 @@ impl Broker {
 
     fn uncontested(&mut self, vm: VmId) -> Result<(), RecordError> {
         let Some(entry) = self.vms.get_mut(&vm) else { return Ok(()) };
-        if let Some(record) = LAW.uncontested(&entry.record) {
+        if let Some(record) = self.law.uncontested(&entry.record) {
             self.book.save_ownership(&record)?;
             entry.record = record;
         }
@@ -602,7 +601,7 @@ impl Broker {
         let scrub_after = self.now.plus(self.config.migration.grace_period);
         let known = self.known(r.vm)?;
         let given = (**given).clone();
-        let (record, known) = match LAW.yield_to_target(&entry.record, &known, given, receipt, scrub_after) {
+        let (record, known) = match self.law.yield_to_target(&entry.record, &known, given, receipt, scrub_after) {
             Ok(yielded) => yielded,
             Err(refusal) => {
                 tracing::error!(migration = %id, vm = %r.name, %refusal, "the VM is not left to its target");
@@ -634,7 +633,7 @@ impl Broker {
         // The VM may come again: its history goes on with the return.
         if let Some(signed) = hand_over {
             let back = signed.clone().give_back(&*self.key);
-            let known = LAW.give_back(&self.known(d.vm)?, &back);
+            let known = self.law.give_back(&self.known(d.vm)?, &back);
             self.keep_lineage(&known)?;
         }
         self.unanswered.remove(&id);

@@ -26,12 +26,14 @@ const KEPT_THERE_MAX: Duration = Duration::from_secs(86_400);
 const ATTEMPTS_MAX: u32 = 3;
 
 /// A move found unfinished at start.
+#[derive(Clone)]
 pub struct Unfinished {
     view: MigrationView,
     until: UnixMillis,
 }
 
 /// Disks staged for a migration that is gone.
+#[derive(Clone)]
 pub struct Interrupted {
     /// Below the VM's directory.
     disks: String,

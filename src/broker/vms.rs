@@ -12,7 +12,6 @@ use crate::types::{MemberJid, MigrationId, VmId};
 use crate::vm::PowerState;
 
 use super::effect::{CallId, Effect};
-use super::lineages::LAW;
 use super::pending::{Pending, Remover, Whom};
 use super::power::Stop;
 use super::{Broker, aside};
@@ -25,6 +24,7 @@ pub const CONSOLE_FILE: &str = "con.sock";
 pub const CONSOLE_LOG_FILE: &str = "console.log";
 
 /// A VM known here, with what holds it at this moment.
+#[derive(Clone)]
 pub struct Vm {
     pub record: VmRecord,
     /// As the hypervisor said last.
@@ -384,7 +384,7 @@ impl Broker {
     /// Scrubs copies from before VMs left and came home.
     fn scrub_kept(&mut self, now: UnixMillis) {
         for (id, vm) in &mut self.vms {
-            let Some((over, record)) = LAW.due(&vm.record, now) else { continue };
+            let Some((over, record)) = self.law.due(&vm.record, now) else { continue };
             // What the record does not name any more, the next start would find and remove as well.
             if let Err(e) = self.book.save_vm(&record) {
                 tracing::warn!(vm = %record.spec.name, error = chain(&e), "earlier copies are not scrubbed yet");

@@ -186,7 +186,7 @@ impl<T> Envelope<T> {
 }
 
 /// Remembers nonces for as long as their messages could be accepted.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct ReplayGuard {
     /// By sender: one that floods keeps nobody else out.
     seen: BTreeMap<MemberJid, BTreeMap<String, UnixMillis>>,

@@ -10,6 +10,7 @@ use crate::broker::{Beginning, Broker, Effect, Input};
 use crate::clock::UnixMillis;
 use crate::config::Config;
 use crate::federation::Members;
+use crate::migration::Law;
 
 use super::told::Stream;
 use super::{
@@ -125,6 +126,7 @@ fn begin(header: &Header, stream: &Stream) -> Result<Broker, RecordingError> {
         marks: header.marks.clone(),
         ids: Ids::from_tape(stream.ids.clone()),
         now: header.now_ms,
+        law: Law::WHOLE,
     };
     let book = Box::new(RecordedBook { stream: stream.clone(), book: None });
     let broker = Broker::open(book, members, beginning).map_err(|e| failed(e.into()))?;

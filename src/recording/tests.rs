@@ -12,6 +12,7 @@ use crate::clock::UnixMillis;
 use crate::config::Config;
 use crate::federation::Members;
 use crate::interface::Request;
+use crate::migration::Law;
 use crate::sim::cloud::{features, jid_of, key_of};
 use crate::types::ByteSize;
 
@@ -32,6 +33,7 @@ fn record(path: &Path, limit: ByteSize, steps: u64) {
         marks: Default::default(),
         ids: Ids::new([9; 32]),
         now: BEGUN,
+        law: Law::WHOLE,
     };
     let trusted = BTreeMap::from([(jid_of("b"), key_of("b").public())]);
     let members = Members::new(trusted, BTreeMap::new(), false).seen_by("a".parse().unwrap());

@@ -28,6 +28,7 @@ use crate::broker::{self, AskId, Beginning, Broker, CallId, Done, Effect, RoomIn
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
 use crate::interface::{Event, Problem, Reply, Request, chain};
+use crate::migration::Law;
 use crate::migration::records::VmRecord;
 use crate::recording::{self, Recorder};
 use crate::stanza::Cloud;
@@ -136,6 +137,7 @@ impl Runner {
             marks: continuity.found(),
             ids: Ids::new(seed()),
             now: shared.now(),
+            law: Law::WHOLE,
         };
         let book: Box<dyn Book> = Box::new(RecordBook::new(shared.records.clone()));
         let (beginning, book) = match &mut recorder {

@@ -5,18 +5,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::broker::effect::Holdings;
+use crate::broker::continuity::Marks;
+use crate::broker::effect::{Checked, Holdings};
 use crate::broker::ids::Ids;
 use crate::broker::memory_book::MemoryBook;
-use crate::broker::{AskId, Beginning, Broker, CallId, Peer, Token};
+use crate::broker::talks::{AskingOwners, Reserving};
+use crate::broker::{AskId, Beginning, Broker, CallId, Matter, Peer, Token};
 use crate::clock::UnixMillis;
 use crate::config::Config;
 use crate::federation::Members;
-use crate::interface::{Problem, Reply};
+use crate::interface::{Candidate, Problem, Reply};
+use crate::migration::Law;
 use crate::stanza::Cloud as Presence;
 use crate::types::{ByteSize, Hash, IdentityKey, MemberJid, MigrationId, PackId, PublicKey, RecipeId, VmId};
 use crate::vm::hypervisor::{Ability, Accelerator, DiskFormat, Features};
-use crate::vm::{CardModel, DiskBus, PowerState};
+use crate::vm::{CardModel, DiskBus, PowerState, VmSpec};
 
 use super::model::{Catalogue, Made};
 
@@ -55,6 +58,112 @@ pub struct Cloud {
     pub replies: BTreeMap<CallId, Result<Reply, Problem>>,
     pub next_id: u64,
     pub awaited: BTreeMap<AskId, Answered>,
+    /// The rules of ownership it goes by.
+    pub law: Law,
+    /// What others are shown of the versions it speaks, if not what its broker says.
+    pub versions_shown: Option<String>,
+    /// Its machine's mark of who owned each VM, if it was not booted since.
+    pub mark: Option<BTreeMap<VmId, Hash>>,
+    /// Its records were put back from a backup, and those that may know more were not all asked.
+    pub restored: bool,
+    /// How far its clock is ahead.
+    pub ahead_ms: u64,
+    /// The time of what happened here last.
+    pub clock: UnixMillis,
+    /// Directories of disks, the one that was changed last at the end, with the guest's state that they hold.
+    pub(super) disks: BTreeMap<VmId, Vec<(String, u64)>>,
+    pub(super) talks: BTreeMap<u64, Talking>,
+    pub(super) plans: BTreeMap<u64, Planning>,
+    pub(super) announcing: bool,
+    /// A hash of all that ever happened here, and how much came of it.
+    pub(super) chain: u64,
+    pub(super) made: u64,
+}
+
+/// A cloud in the same state, with a book of its own.
+impl Clone for Cloud {
+    fn clone(&self) -> Self {
+        let book = self.book.copy();
+        Self {
+            jid: self.jid.clone(),
+            key: self.key.clone(),
+            shape: self.shape.clone(),
+            broker: self.broker.clone().map(|broker| broker.over(Box::new(book.clone()))),
+            life: self.life,
+            book,
+            power: self.power.clone(),
+            packs: self.packs.clone(),
+            stored_bytes: self.stored_bytes,
+            composed: self.composed.clone(),
+            composed_anew: self.composed_anew,
+            components: self.components.clone(),
+            announced: self.announced.clone(),
+            versions: self.versions.clone(),
+            serving: self.serving.clone(),
+            staged: self.staged.clone(),
+            replies: self.replies.clone(),
+            next_id: self.next_id,
+            awaited: self.awaited.clone(),
+            law: self.law,
+            versions_shown: self.versions_shown.clone(),
+            mark: self.mark.clone(),
+            restored: self.restored,
+            ahead_ms: self.ahead_ms,
+            clock: self.clock,
+            disks: self.disks.clone(),
+            talks: self.talks.clone(),
+            plans: self.plans.clone(),
+            announcing: self.announcing,
+            chain: self.chain,
+            made: self.made,
+        }
+    }
+}
+
+/// A conversation under way, with what it is for.
+#[derive(Clone)]
+pub(super) enum Talk {
+    One,
+    Reserve(Box<Reserving>),
+    Owners(Box<AskingOwners>),
+    Check(Box<Checking>),
+}
+
+#[derive(Clone)]
+pub(super) struct Talking {
+    pub job: Job,
+    pub to: Peer,
+    pub about: Matter,
+    /// The request whose answer it waits for.
+    pub asked: u64,
+    pub nonce: String,
+    pub talk: Talk,
+    /// It is one row of this plan.
+    pub plan: Option<u64>,
+}
+
+/// A check as the model asks it: whether the VM fits, then which components and packs are lacking.
+#[derive(Clone)]
+pub(super) struct Checking {
+    pub spec: VmSpec,
+    pub checked: Checked,
+    pub begun: UnixMillis,
+    pub asks: Asks,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Asks {
+    Fit,
+    Components,
+    Packs,
+}
+
+/// A plan whose members are asked.
+#[derive(Clone)]
+pub(super) struct Planning {
+    pub job: Job,
+    pub rows: Vec<Candidate>,
+    pub awaited: usize,
 }
 
 /// Whom an answer goes to.
@@ -63,6 +172,8 @@ pub struct Answered {
     pub cloud: usize,
     pub life: u32,
     pub talk: u64,
+    /// Which of the conversation's requests.
+    pub asked: u64,
 }
 
 /// A name's key, the same in every run.
@@ -99,6 +210,18 @@ impl Cloud {
             replies: BTreeMap::new(),
             next_id: 0,
             awaited: BTreeMap::new(),
+            law: Law::WHOLE,
+            versions_shown: None,
+            mark: None,
+            restored: false,
+            ahead_ms: 0,
+            clock: UnixMillis(0),
+            disks: BTreeMap::new(),
+            talks: BTreeMap::new(),
+            plans: BTreeMap::new(),
+            announcing: false,
+            chain: 0,
+            made: 0,
         }
     }
 
@@ -144,10 +267,15 @@ impl Cloud {
             features: features(),
             transfer_addresses: vec!["192.0.2.1:7420".into()],
             vms_dir: PathBuf::from("/sim"),
-            disk_dirs: BTreeMap::new(),
-            marks: Default::default(),
+            disk_dirs: self.dirs(),
+            marks: Marks {
+                has_place: true,
+                of_this_boot: self.mark.is_some(),
+                found: self.mark.clone().unwrap_or_default(),
+            },
             ids: Ids::new(*seed.as_bytes()),
             now,
+            law: self.law,
         };
         let others = trusted.iter().filter(|(jid, _)| **jid != self.jid);
         let others = others.map(|(jid, key)| (jid.clone(), *key)).collect();
@@ -156,8 +284,8 @@ impl Cloud {
             Broker::open(Box::new(self.book.clone()), members, beginning).map_err(|e| e.to_string())?;
         let broker = if after_restore { broker.after_restore().map_err(|e| e.to_string())? } else { broker };
         self.broker = Some(broker);
-        self.awaited.clear();
         self.announced = None;
+        self.announcing = false;
         Ok(())
     }
 
@@ -168,6 +296,52 @@ impl Cloud {
         self.awaited.clear();
         self.serving.clear();
         self.staged.clear();
+        self.talks.clear();
+        self.plans.clear();
+    }
+
+    fn dirs(&self) -> BTreeMap<VmId, Vec<String>> {
+        let names = |dirs: &Vec<(String, u64)>| dirs.iter().map(|(name, _)| name.clone()).collect();
+        self.disks.iter().map(|(vm, dirs)| (*vm, names(dirs))).collect()
+    }
+
+    /// Directories of disks, of all VMs.
+    pub fn all_disks(&self) -> impl Iterator<Item = (VmId, &str)> {
+        self.disks.iter().flat_map(|(vm, dirs)| dirs.iter().map(|(name, _)| (*vm, name.as_str())))
+    }
+
+    /// Which state of the guest these disks hold.
+    pub fn content(&self, vm: VmId, disks: &str) -> Option<u64> {
+        let (_, content) = self.disks.get(&vm)?.iter().find(|(name, _)| name == disks)?;
+        Some(*content)
+    }
+
+    pub(super) fn keep_disks(&mut self, vm: VmId, disks: &str, content: u64) {
+        self.remove_disks(vm, disks);
+        self.disks.entry(vm).or_default().push((disks.to_owned(), content));
+    }
+
+    pub(super) fn remove_disks(&mut self, vm: VmId, disks: &str) {
+        if let Some(dirs) = self.disks.get_mut(&vm) {
+            dirs.retain(|(name, _)| name != disks);
+            if dirs.is_empty() {
+                self.disks.remove(&vm);
+            }
+        }
+    }
+
+    /// Whether a conversation waits for the answer to this request.
+    pub(super) fn waits_for(&self, talk: u64, asked: u64) -> bool {
+        self.talks.get(&talk).is_some_and(|talking| talking.asked == asked)
+    }
+
+    /// Whether it owns the VM by its record, and knows that the record is not older than what others know.
+    pub fn owns(&self, vm: VmId) -> bool {
+        let knows = || match &self.broker {
+            Some(broker) => broker.is_confirmed(vm),
+            None => false,
+        };
+        self.book.vm(vm).is_some_and(|record| record.is_here()) && (!self.restored || knows())
     }
 
     /// What is held of a VM's needs.
@@ -191,8 +365,8 @@ impl Cloud {
     /// Takes a recipe's components in; bytes of what was not held.
     pub fn learn(&mut self, catalogue: &Catalogue, made: &Made) -> u64 {
         let mut bytes = 0;
-        for (pack, size) in catalogue.packs_of(made) {
-            if self.packs.insert(pack) {
+        for (pack, size) in &made.packs {
+            if self.packs.insert(*pack) {
                 bytes += size;
             }
         }

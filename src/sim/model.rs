@@ -1,7 +1,7 @@
 //! What simulated clouds have instead of disks and repositories: components made of packs whose sizes are
 //! counted, and VMs with so many bytes of their own. No byte is moved; every byte is counted.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use uuid::Uuid;
@@ -31,6 +31,7 @@ impl Component {
 pub struct Catalogue {
     pub components: Vec<Component>,
     pub recipes: Vec<Made>,
+    by_id: HashMap<RecipeId, usize>,
 }
 
 /// A recipe with what it is made of.
@@ -40,9 +41,15 @@ pub struct Made {
     pub recipe: Arc<Recipe>,
     /// Positions in the catalogue.
     pub components: Vec<usize>,
+    /// Its packs, each once, with what each takes as it travels.
+    pub packs: Vec<(PackId, u64)>,
 }
 
 impl Catalogue {
+    pub fn new(components: Vec<Component>) -> Self {
+        Self { components, ..Self::default() }
+    }
+
     /// Adds a recipe of these components; its position.
     pub fn add_recipe(&mut self, components: Vec<usize>, root_bytes: u64) -> usize {
         let ids: Vec<ComponentId> = components.iter().map(|at| self.components[*at].id).collect();
@@ -64,18 +71,16 @@ impl Catalogue {
             },
             image_digest: ImageDigest::from_bytes([0; 32]),
         };
-        self.recipes.push(Made { id: recipe.id(), recipe: Arc::new(recipe), components });
-        self.recipes.len() - 1
+        let all = components.iter().flat_map(|at| self.components[*at].packs.iter().copied());
+        let mut seen = BTreeSet::new();
+        let packs = all.filter(|(id, _)| seen.insert(*id)).collect();
+        let (id, at) = (recipe.id(), self.recipes.len());
+        self.recipes.push(Made { id, recipe: Arc::new(recipe), components, packs });
+        self.by_id.insert(id, at);
+        at
     }
 
     pub fn made(&self, recipe: &RecipeId) -> Option<&Made> {
-        self.recipes.iter().find(|made| made.id == *recipe)
-    }
-
-    /// The packs of a recipe, each once.
-    pub fn packs_of(&self, made: &Made) -> Vec<(PackId, u64)> {
-        let all = made.components.iter().flat_map(|at| self.components[*at].packs.iter().copied());
-        let mut seen = BTreeSet::new();
-        all.filter(|(id, _)| seen.insert(*id)).collect()
+        self.by_id.get(recipe).map(|at| &self.recipes[*at])
     }
 }

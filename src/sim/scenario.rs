@@ -181,7 +181,7 @@ impl Scenario {
         packages: &str,
         mut progress: impl FnMut(f64) -> bool,
     ) -> Result<Outcome, ScenarioError> {
-        let catalogue = Catalogue { components: components(packages)?, recipes: Vec::new() };
+        let catalogue = Catalogue::new(components(packages)?);
         let programs: Vec<usize> = (0..catalogue.components.len())
             .filter(|at| !matches!(catalogue.components[*at].name.as_str(), "os" | "kernel"))
             .collect();
@@ -384,7 +384,7 @@ impl<'a> Run<'a> {
     /// Takes in the moves that have ended.
     fn collect(&mut self, world: &mut World) {
         let mut open = std::mem::take(&mut self.open);
-        open.retain(|(at, call)| match world.clouds[*at].replies.remove(call) {
+        open.retain(|(at, call)| match world.cloud(*at).replies.remove(call) {
             None => {
                 world.clouds[*at].broker.is_some() || {
                     // Its broker died; the move goes on or not without anybody who waits for it.
@@ -413,7 +413,7 @@ impl<'a> Run<'a> {
             .iter()
             .find_map(|c| c.book.vm(p.vm_id))
             .and_then(|record| world.catalogue.made(&record.spec.recipe))
-            .map_or(0, |made| world.catalogue.packs_of(made).iter().map(|(_, bytes)| bytes).sum());
+            .map_or(0, |made| made.packs.iter().map(|(_, bytes)| bytes).sum());
         self.since.component_bytes_per_move += component_bytes;
         self.since.own_bytes_per_move += own_bytes;
         self.since.monolithic_bytes_per_move += needed + self.scenario.own.0;
