@@ -293,7 +293,7 @@ impl Service for BrokerService {
             let stopping = || Problem::new(ProblemKind::Unavailable, "broker", "is shutting down");
             let (reply, answer) = oneshot::channel();
             inbox
-                .send(Input::Call { request, given: Arc::new(given), events, reply })
+                .send(Input::Call { request: Box::new(request), given: Arc::new(given), events, reply })
                 .map_err(|_| stopping())?;
             answer.await.map_err(|_| stopping())?
         }

@@ -161,14 +161,14 @@ impl Home {
         let (events, _seen) = mpsc::channel(64);
         let (reply, answer) = oneshot::channel();
         self.inbox
-            .send(Input::Call { request, given: Default::default(), events, reply })
+            .send(Input::Call { request: Box::new(request), given: Default::default(), events, reply })
             .unwrap_or_else(|_| panic!("stopped"));
         answer.await.unwrap()
     }
 
     async fn status(&self) -> StatusView {
         match self.call(Request::Status).await.unwrap() {
-            Reply::Status(status) => status,
+            Reply::Status(status) => *status,
             other => panic!("{other:?}"),
         }
     }

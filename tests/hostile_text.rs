@@ -375,7 +375,7 @@ impl Service for Door {
     ) -> BoxFuture<'static, Result<Reply, Problem>> {
         let (reply, answer) = oneshot::channel();
         self.0
-            .send(Input::Call { request, given: given.into(), events, reply })
+            .send(Input::Call { request: Box::new(request), given: given.into(), events, reply })
             .unwrap_or_else(|_| panic!("stopped"));
         async move { answer.await.unwrap() }.boxed()
     }
@@ -586,7 +586,7 @@ async fn no_command_prints_a_members_words_raw() {
     });
     world
         .inbox
-        .send(Input::Call { request, given: Default::default(), events, reply })
+        .send(Input::Call { request: Box::new(request), given: Default::default(), events, reply })
         .unwrap_or_else(|_| panic!("stopped"));
     adopted.await.unwrap().unwrap();
 

@@ -168,7 +168,7 @@ impl Member {
         let (events, mut seen) = mpsc::channel(64);
         let (reply, answer) = oneshot::channel();
         self.inbox
-            .send(Input::Call { request, given: Default::default(), events, reply })
+            .send(Input::Call { request: Box::new(request), given: Default::default(), events, reply })
             .unwrap_or_else(|_| panic!("stopped"));
         tokio::spawn(async move { while seen.recv().await.is_some() {} });
         answer.await.unwrap()

@@ -41,7 +41,7 @@ fn a_core_decides_again_what_a_broker_decided() {
     world.noise_vm(0, "web", 4 << 20, |_| ());
     world.plan(0, "web");
     world.move_vm(0, "web", "boreal");
-    let id = world.vm(1, "web").spec.id.to_string();
+    let id = world.vm(1, "web").id.to_string();
     let far =
         Request::Move { vm: "web".into(), to: Some("nowhere".into()), dry_run: false, force_stop: false };
     assert_eq!(world.call(1, &far).unwrap_err().kind, ProblemKind::NotFound);

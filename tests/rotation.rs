@@ -125,5 +125,7 @@ fn a_cloud_rotates_its_key_and_members_follow_and_move_vms_on() {
     let (fourth, _) = identity(&world, 0);
     world.wait("it shows another key", 30, |w| alpine_at_boreal(w).fingerprint == fourth);
     assert_eq!(alpine_at_boreal(&world).trust, "revoked");
-    assert!(world.call(1, &Request::Plan { vm: "web".into(), to: Some("alpine".into()) }).is_err());
+    assert!(
+        world.call(1, &Request::Plan { vm: "web".into(), to: Some("alpine".into()), all: false }).is_err()
+    );
 }

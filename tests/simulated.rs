@@ -77,8 +77,9 @@ fn sound(world: &World) -> Result<(), String> {
         let records: Vec<_> = world.clouds.iter().filter_map(|c| c.book.vm(vm)).collect();
         let owners = records.iter().filter(|r| r.is_here()).count();
         let doubted = records.iter().any(|r| r.given_up().is_some_and(|g| g.in_doubt()));
-        let names =
-            |clouds: &[&std::rc::Rc<Cloud>]| clouds.iter().map(|c| c.jid.to_string()).collect::<Vec<_>>().join(", ");
+        let names = |clouds: &[&std::rc::Rc<Cloud>]| {
+            clouds.iter().map(|c| c.jid.to_string()).collect::<Vec<_>>().join(", ")
+        };
         if runs.len() > 1 {
             return Err(format!("{vm} runs in {}", names(&runs)));
         }

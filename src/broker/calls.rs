@@ -18,7 +18,7 @@ use super::{Broker, aside};
 impl Broker {
     pub(super) fn call(&mut self, request: Request, call: CallId) {
         let result = match request {
-            Request::Status => Ok(Reply::Status(self.status())),
+            Request::Status => Ok(Reply::Status(Box::new(self.status()))),
             Request::Members => Ok(Reply::Members(self.member_views())),
             Request::IdentityTrust { member, key } => self.trust(|b| b.members.pin(&member, key)),
             Request::IdentityRevoke { member } => {

@@ -136,11 +136,13 @@ impl Broker {
         let Course { peer, cloud, attempt, force_stop } = course;
         let refused = match self.vms.get(&vm) {
             None => Some(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile")),
-            Some(entry) => self.law.may_move(&entry.record, entry.hold(), entry.confirmed).err().map(|refusal| {
-                let object = format!("VM {}", entry.record.spec.name);
-                Problem::new(ProblemKind::Conflict, object, refusal.to_string())
-                    .next("see 'cicada vm show'; move it when nothing holds it")
-            }),
+            Some(entry) => {
+                self.law.may_move(&entry.record, entry.hold(), entry.confirmed).err().map(|refusal| {
+                    let object = format!("VM {}", entry.record.spec.name);
+                    Problem::new(ProblemKind::Conflict, object, refusal.to_string())
+                        .next("see 'cicada vm show'; move it when nothing holds it")
+                })
+            }
         };
         if let Some(problem) = refused {
             if let Some(call) = call {

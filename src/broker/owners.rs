@@ -168,8 +168,14 @@ impl Broker {
         };
         let (me, running) = (self.key.public(), self.is_running(vm));
         let held = self.vms.get(&vm).is_some_and(|vm| vm.busy.is_some() || vm.starting);
-        let learnt =
-            self.law.learn(self.standing(vm, &known), shown, &me, running || held, &by.jid, (now, scrub_after));
+        let learnt = self.law.learn(
+            self.standing(vm, &known),
+            shown,
+            &me,
+            running || held,
+            &by.jid,
+            (now, scrub_after),
+        );
         let (record, lineage) = match learnt {
             Learnt::Nothing => return,
             Learnt::Contradicts => {

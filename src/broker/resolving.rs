@@ -601,7 +601,13 @@ impl Broker {
         let scrub_after = self.now.plus(self.config.migration.grace_period);
         let known = self.known(r.vm)?;
         let given = (**given).clone();
-        let (record, known) = match self.law.yield_to_target(&entry.record, &known, given, receipt, scrub_after) {
+        let (record, known) = match self.law.yield_to_target(
+            &entry.record,
+            &known,
+            given,
+            receipt,
+            scrub_after,
+        ) {
             Ok(yielded) => yielded,
             Err(refusal) => {
                 tracing::error!(migration = %id, vm = %r.name, %refusal, "the VM is not left to its target");

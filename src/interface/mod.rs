@@ -244,7 +244,7 @@ impl Request {
 #[serde(tag = "reply", content = "value", rename_all = "kebab-case")]
 pub enum Reply {
     Done,
-    Status(StatusView),
+    Status(Box<StatusView>),
     Members(Vec<MemberView>),
     Components(Vec<ComponentView>),
     Component(Box<ComponentDetail>),

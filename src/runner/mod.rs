@@ -47,7 +47,7 @@ use moves::Moves;
 pub enum Input {
     /// An operator's request.
     Call {
-        request: Request,
+        request: Box<Request>,
         given: Arc<Given>,
         events: mpsc::Sender<Event>,
         reply: oneshot::Sender<Result<Reply, Problem>>,
@@ -213,7 +213,7 @@ impl Runner {
                     }
                     let call = CallId(self.hands.id());
                     self.hands.calls.insert(call, Caller { given, events, reply });
-                    self.step(broker::Input::Call(call, request))?
+                    self.step(broker::Input::Call(call, *request))?
                 }
                 Input::Asked { from, payload, reply } => {
                     self.measure();

@@ -174,7 +174,9 @@ impl World {
     pub(super) fn heard(&mut self, answered: &Answered, sealed: Option<Vec<u8>>) {
         let (at, now) = (answered.cloud, self.now_at(answered.cloud));
         let cloud = &self.clouds[at];
-        let Some(talking) = cloud.talks.get(&answered.talk).filter(|t| t.asked == answered.asked) else { return };
+        let Some(talking) = cloud.talks.get(&answered.talk).filter(|t| t.asked == answered.asked) else {
+            return;
+        };
         let opened = sealed.as_ref().and_then(|sealed| {
             let (key, jid) = (&talking.to.key, &talking.to.jid);
             Envelope::<AnswerBody>::open(sealed, key, jid, &cloud.jid, now).ok()
@@ -236,14 +238,7 @@ impl World {
                     Ok(_) => Denial::new(DenialCode::Other, "gave an answer that fits no check"),
                     Err(Unanswered(why)) => Denial::new(DenialCode::Other, why),
                 };
-                return self.checked(
-                    at,
-                    talking.job,
-                    talking.plan,
-                    &talking.to,
-                    *checking,
-                    Err(why),
-                );
+                return self.checked(at, talking.job, talking.plan, &talking.to, *checking, Err(why));
             }
         };
         self.done(at, talking.job.token, 0, done);
@@ -350,7 +345,13 @@ impl World {
         }
     }
 
-    pub(super) fn plan(&mut self, at: usize, token: Token, record: &VmRecord, peers: Vec<(Peer, Option<CloudName>)>) {
+    pub(super) fn plan(
+        &mut self,
+        at: usize,
+        token: Token,
+        record: &VmRecord,
+        peers: Vec<(Peer, Option<CloudName>)>,
+    ) {
         let plan = self.cloud(at).id();
         let job = Job { token, life: self.clouds[at].life };
         if peers.is_empty() {

@@ -33,7 +33,14 @@ impl World {
     }
 
     /// A hypervisor does what it was told.
-    pub(super) fn hosted(&mut self, at: usize, vm: VmId, work: Work, took: Duration, fails: bool) -> Option<Done> {
+    pub(super) fn hosted(
+        &mut self,
+        at: usize,
+        vm: VmId,
+        work: Work,
+        took: Duration,
+        fails: bool,
+    ) -> Option<Done> {
         let power = self.clouds[at].power.get(&vm).copied();
         let runs = power == Some(PowerState::Running);
         let was_off = !self.clouds[at].running(vm);
@@ -75,7 +82,14 @@ impl World {
     }
 
     /// What came of it is told to the broker that wanted it, if that lives.
-    pub(super) fn hosted_for(&mut self, at: usize, life: u32, vm: VmId, token: Option<Token>, done: Option<Done>) {
+    pub(super) fn hosted_for(
+        &mut self,
+        at: usize,
+        life: u32,
+        vm: VmId,
+        token: Option<Token>,
+        done: Option<Done>,
+    ) {
         if self.clouds[at].life != life {
             return;
         }

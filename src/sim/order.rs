@@ -2,8 +2,8 @@
 //! broker that dies. Each cloud then has a clock of its own, which only moves forward: nothing happens there
 //! before what it follows from, and that is all that is known of the time elsewhere.
 
-use std::collections::{BTreeSet, BinaryHeap};
 use std::cmp::Reverse;
+use std::collections::{BTreeSet, BinaryHeap};
 use std::time::Duration;
 
 use crate::broker::memory_book::Page;
@@ -44,7 +44,8 @@ impl World {
         all.sort_unstable();
         let mut lanes: BTreeSet<(usize, VmId)> = BTreeSet::new();
         all.retain(|s| !self.is_void(s) && s.lane().is_none_or(|vm| lanes.insert((s.cloud, vm))));
-        let pending = |s: &Scheduled| Pending { seq: s.seq, id: s.id, at: s.at, cloud: s.cloud, kind: s.kind() };
+        let pending =
+            |s: &Scheduled| Pending { seq: s.seq, id: s.id, at: s.at, cloud: s.cloud, kind: s.kind() };
         all.into_iter().map(pending).collect()
     }
 

@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BinaryHeap};
 use std::rc::Rc;
 use std::time::Duration;
 
-use crate::broker::effect::{Done, Effect, Input, Measured, RoomInput};
 use crate::broker::book::Book;
+use crate::broker::effect::{Done, Effect, Input, Measured, RoomInput};
 use crate::broker::memory_book::MemoryBook;
 use crate::broker::talks::{AskingOwners, Reserving};
 use crate::broker::{Broker, CallId, Token, owners};
@@ -276,9 +276,8 @@ impl World {
         self.note(at, 0xbac + u64::from(same_machine));
         self.cloud(at).crash();
         let life = self.clouds[at].life;
-        self.queue.retain(|Reverse(s)| {
-            s.cloud != at || !matches!(s.event, Event::Host { .. } | Event::Restart)
-        });
+        self.queue
+            .retain(|Reverse(s)| s.cloud != at || !matches!(s.event, Event::Host { .. } | Event::Restart));
         let vms: Vec<VmId> = self.clouds[at].power.keys().copied().collect();
         vms.into_iter().for_each(|vm| self.set_power(at, vm, None));
         let of = self.cloud(at);
@@ -529,7 +528,9 @@ impl World {
             Effect::Pause { token, vm } => self.order(at, vm, Work::Pause, Some(token)),
             Effect::Resume(vm) => self.order(at, vm, Work::Resume, None),
             Effect::Undefine(vm) => self.order(at, vm, Work::Undefine, None),
-            Effect::Scan { token, record, serving, last, .. } => self.scan(at, token, &record, &serving, last),
+            Effect::Scan { token, record, serving, last, .. } => {
+                self.scan(at, token, &record, &serving, last)
+            }
             Effect::EstimateMonolithic { token, .. } => self.done(at, token, 0, Done::Monolithic(None)),
             Effect::Stage { token, order } => self.stage(at, token, &order),
             Effect::EndStaging(id) | Effect::KeepStaged(id) => drop(self.cloud(at).staged.remove(&id)),

@@ -306,7 +306,7 @@ impl World {
 
     pub fn status(&self, cloud: usize) -> StatusView {
         match self.call(cloud, &Request::Status) {
-            Ok(Reply::Status(s)) => s,
+            Ok(Reply::Status(s)) => *s,
             other => panic!("{other:?}"),
         }
     }

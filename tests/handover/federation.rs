@@ -53,8 +53,8 @@ pub fn federation(count: usize, runs: bool, before: bool, law: Law) -> World {
     catalogue.add_recipe(vec![0], 1 << 30);
     let record = record(&catalogue, runs);
     let links = Links { presence_pause_ms: 3_600_000, ..Links::default() };
-    let mut world =
-        World::placed(1, clouds, catalogue, links, |world| world.place(0, record, 1000)).expect("valid settings");
+    let mut world = World::placed(1, clouds, catalogue, links, |world| world.place(0, record, 1000))
+        .expect("valid settings");
     world.run_until(world.now.plus(Duration::from_secs(30)), |_, _| Ok(())).expect("nothing looks");
     world.in_any_order();
     world
@@ -146,8 +146,12 @@ pub fn rests(world: &mut World) -> Result<(), String> {
         if world.now > until {
             let busy = world.clouds.iter().filter(|c| !quiet(c)).map(|c| c.name()).collect::<Vec<_>>();
             let news = world.pending().into_iter().filter(travels).collect::<Vec<_>>();
-            let held: Vec<_> = records(world).map(|(at, r)| (world.clouds[at].name().to_owned(), r)).collect();
-            return Err(format!("it does not come to rest: busy {busy:?}, coming {news:?} at {:?}, records {held:#?}", world.now));
+            let held: Vec<_> =
+                records(world).map(|(at, r)| (world.clouds[at].name().to_owned(), r)).collect();
+            return Err(format!(
+                "it does not come to rest: busy {busy:?}, coming {news:?} at {:?}, records {held:#?}",
+                world.now
+            ));
         }
     }
     world.run_until(world.now.plus(LEASE * 2), |w, _| sound(w))?;

@@ -23,7 +23,11 @@ fn number(variable: &str) -> Option<u64> {
 fn one_owner_whatever_happens() {
     if let Some(seed) = number("CICADA_HANDOVER_SEED") {
         // What the brokers log of one run tells the story of it.
-        tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_ansi(false).without_time().init();
+        tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::DEBUG)
+            .with_ansi(false)
+            .without_time()
+            .init();
         let one = runs::run(&Beginnings::new(Law::WHOLE), seed);
         return println!("seed {seed}: {:?}", one.expect("a rule is broken"));
     }
@@ -33,7 +37,10 @@ fn one_owner_whatever_happens() {
             let faults = tally.faults();
             println!("{count} runs, {interleavings} distinct interleavings, {faults} faults: {tally:?}");
             assert!(interleavings as u64 > count / 10 * 9, "too much alike");
-            assert!(tally.hand_overs > count / 20 && tally.returns > count / 50, "too tame to prove anything");
+            assert!(
+                tally.hand_overs > count / 20 && tally.returns > count / 50,
+                "too tame to prove anything"
+            );
             let attacked = [tally.attacks, tally.withdrawals, tally.restored, tally.resolved];
             assert!(attacked.iter().all(|n| *n > count / 50), "too peaceful to prove anything: {attacked:?}");
         }

@@ -165,12 +165,12 @@ impl Run {
             66..=67 => return self.restore(),
             68..=72 => self.resolve(),
             73 => self.delete(n),
-            74 => drop(self.world.call(n, Request::VmStop {
-                vm: NAME.into(),
-                force: true,
-                timeout_s: None,
-                for_host: false,
-            })),
+            74 => {
+                drop(self.world.call(
+                    n,
+                    Request::VmStop { vm: NAME.into(), force: true, timeout_s: None, for_host: false },
+                ))
+            }
             75..=76 => self.start(n),
             77 => match self.world.partitions.pop() {
                 Some(_) => {}
@@ -255,7 +255,11 @@ impl Run {
             return;
         }
         let recent = self.one_in(2);
-        let at = if recent { said - 1 - self.world.random.below(said.min(4)) } else { self.world.random.below(said) };
+        let at = if recent {
+            said - 1 - self.world.random.below(said.min(4))
+        } else {
+            self.world.random.below(said)
+        };
         if let Some(said) = self.world.log.as_ref().map(|log| log[at].clone()) {
             self.tally.repeated += 1;
             self.world.repeat(said);
@@ -290,7 +294,8 @@ impl Run {
             self.tally.steered += 1;
             let id = id.to_string();
             let hold = self.one_in(2);
-            let request = if hold { Request::MigrationHold { id } } else { Request::MigrationSwitchOver { id } };
+            let request =
+                if hold { Request::MigrationHold { id } } else { Request::MigrationSwitchOver { id } };
             self.world.call(n, request);
         }
     }

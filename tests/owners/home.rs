@@ -260,7 +260,7 @@ impl Home {
         let (events, _seen) = mpsc::channel(64);
         let (reply, answer) = oneshot::channel();
         self.inbox
-            .send(Input::Call { request, given: Default::default(), events, reply })
+            .send(Input::Call { request: Box::new(request), given: Default::default(), events, reply })
             .unwrap_or_else(|_| panic!("stopped"));
         answer.await.unwrap()
     }
