@@ -14,12 +14,14 @@ use crate::types::{MemberJid, VmId};
 const KEPT: f64 = 0.8;
 /// Less than this says more of latency than of the link, of composing or of looking.
 const BYTES_MIN: u64 = 256 << 10;
-/// Moves whose misses are remembered, of each member: of so many the next one lies between the smallest and
-/// the largest in 19 of 20 cases.
-const MISSES: usize = 39;
+/// Moves whose misses are remembered, of each member: the next one lies between the smallest and the largest of
+/// so many in 9 of 10 cases, whatever they are like.
+const MISSES: usize = 19;
 /// Fewer say nothing of the spread.
 const MISSES_MIN: usize = 3;
-/// The interval that is assumed until then.
+/// Moves whose score is remembered, of each member.
+const SCORES: usize = 50;
+/// The interval that is assumed until as many are known.
 const SPREAD_AT_FIRST: (f64, f64) = (0.5, 2.5);
 /// By how much few misses are widened, together: the fewer, the more.
 const WIDENED_BY: f64 = 2.0;
@@ -28,7 +30,7 @@ const WIDENED_BY: f64 = 2.0;
 const VARIES_S: f64 = 0.25;
 const VARIES_SHARE: f64 = 0.1;
 /// What is left of the interval where all earlier moves took the same.
-const VARIES_LEAST: f64 = 0.3;
+const VARIES_LEAST: f64 = 0.1;
 /// Shutdowns of a guest that say something of its next one, and those of whichever guests that say something of
 /// one that was never seen to end.
 const SHUTDOWNS: usize = 5;
@@ -197,7 +199,7 @@ impl Forecasts {
         };
         if let Some(score) = foretold.score(took.total_s) {
             let course = self.courses.entry(p.peer.clone()).or_default();
-            push(&mut course.scores, score == Score::Held, MISSES);
+            push(&mut course.scores, score == Score::Held, SCORES);
         }
         // A link that was down says nothing of what it is like.
         if !foretold.disturbed {
