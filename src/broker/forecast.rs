@@ -188,11 +188,13 @@ impl Forecasts {
         let Some(foretold) = a.foretold.as_ref().filter(|_| p.phase == "completed") else { return };
         let seconds = |ms: u64| ms as f64 / 1000.0;
         let phase_s = |name: &str| seconds(a.phase_ms.get(name).copied().unwrap_or(0));
+        let total_s = p.updated.since(p.started).as_secs_f64();
         let took = Took {
-            total_s: p.updated.since(p.started).as_secs_f64(),
-            flowing_s: seconds(a.fetch_ms),
+            total_s,
+            // The target's figures: they may be anything.
+            flowing_s: seconds(a.fetch_ms).min(total_s),
             bytes: p.bytes_done,
-            composing_s: phase_s("compose"),
+            composing_s: phase_s("compose").min(total_s),
             looking_s: seconds(a.looking_ms),
             shutdown_s: a.shutdown_ms.map(seconds),
             starting_s: phase_s("start"),
@@ -402,6 +404,17 @@ mod tests {
         let mut f = f;
         f.learn_from(&disturbed);
         assert_eq!((f.held(&member()), f.foretell(&member(), vm(1), &off(0))), ((1, 4), before));
+    }
+
+    #[test]
+    fn a_targets_figures_count_for_no_more_than_the_move_took() {
+        let foretold = Foretold { bytes: 1 << 20, base_bytes: 1 << 20, ..Foretold::default() };
+        let mut liar = view(2000, foretold);
+        (liar.account.fetch_ms, liar.progress.bytes_done) = (u64::MAX, 1 << 20);
+        liar.account.phase_ms.insert("compose".into(), u64::MAX);
+        let f = Forecasts::of([&liar].into_iter());
+        let i = f.foretell(&member(), vm(1), &Work { base_bytes: 1 << 20, ..off(1 << 20) }).unwrap();
+        assert!(i.high_s < 20.0, "{i:?}");
     }
 
     /// Moves as the bench made them, each foretold by those before it.
