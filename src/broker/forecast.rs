@@ -14,12 +14,14 @@ use crate::types::{MemberJid, VmId};
 const KEPT: f64 = 0.8;
 /// Less than this says more of latency than of the link, of composing or of looking.
 const BYTES_MIN: u64 = 256 << 10;
-/// Moves whose misses are remembered, of each member: of so many the next one lies between the smallest and
-/// the largest in 19 of 20 cases.
-const MISSES: usize = 39;
+/// Moves whose misses are remembered, of each member: the next one lies between the smallest and the largest of
+/// so many in 9 of 10 cases, whatever they are like.
+const MISSES: usize = 19;
 /// Fewer say nothing of the spread.
 const MISSES_MIN: usize = 3;
-/// The interval that is assumed until then.
+/// Moves whose score is remembered, of each member.
+const SCORES: usize = 50;
+/// The interval that is assumed until as many are known.
 const SPREAD_AT_FIRST: (f64, f64) = (0.5, 2.5);
 /// By how much few misses are widened, together: the fewer, the more.
 const WIDENED_BY: f64 = 2.0;
@@ -28,7 +30,7 @@ const WIDENED_BY: f64 = 2.0;
 const VARIES_S: f64 = 0.25;
 const VARIES_SHARE: f64 = 0.1;
 /// What is left of the interval where all earlier moves took the same.
-const VARIES_LEAST: f64 = 0.3;
+const VARIES_LEAST: f64 = 0.1;
 /// Shutdowns of a guest that say something of its next one, and those of whichever guests that say something of
 /// one that was never seen to end.
 const SHUTDOWNS: usize = 5;
@@ -186,18 +188,20 @@ impl Forecasts {
         let Some(foretold) = a.foretold.as_ref().filter(|_| p.phase == "completed") else { return };
         let seconds = |ms: u64| ms as f64 / 1000.0;
         let phase_s = |name: &str| seconds(a.phase_ms.get(name).copied().unwrap_or(0));
+        let total_s = p.updated.since(p.started).as_secs_f64();
         let took = Took {
-            total_s: p.updated.since(p.started).as_secs_f64(),
-            flowing_s: seconds(a.fetch_ms),
+            total_s,
+            // The target's figures: they may be anything.
+            flowing_s: seconds(a.fetch_ms).min(total_s),
             bytes: p.bytes_done,
-            composing_s: phase_s("compose"),
+            composing_s: phase_s("compose").min(total_s),
             looking_s: seconds(a.looking_ms),
             shutdown_s: a.shutdown_ms.map(seconds),
             starting_s: phase_s("start"),
         };
         if let Some(score) = foretold.score(took.total_s) {
             let course = self.courses.entry(p.peer.clone()).or_default();
-            push(&mut course.scores, score == Score::Held, MISSES);
+            push(&mut course.scores, score == Score::Held, SCORES);
         }
         // A link that was down says nothing of what it is like.
         if !foretold.disturbed {
@@ -400,6 +404,17 @@ mod tests {
         let mut f = f;
         f.learn_from(&disturbed);
         assert_eq!((f.held(&member()), f.foretell(&member(), vm(1), &off(0))), ((1, 4), before));
+    }
+
+    #[test]
+    fn a_targets_figures_count_for_no_more_than_the_move_took() {
+        let foretold = Foretold { bytes: 1 << 20, base_bytes: 1 << 20, ..Foretold::default() };
+        let mut liar = view(2000, foretold);
+        (liar.account.fetch_ms, liar.progress.bytes_done) = (u64::MAX, 1 << 20);
+        liar.account.phase_ms.insert("compose".into(), u64::MAX);
+        let f = Forecasts::of([&liar].into_iter());
+        let i = f.foretell(&member(), vm(1), &Work { base_bytes: 1 << 20, ..off(1 << 20) }).unwrap();
+        assert!(i.high_s < 20.0, "{i:?}");
     }
 
     /// Moves as the bench made them, each foretold by those before it.

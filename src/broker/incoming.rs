@@ -822,6 +822,7 @@ impl Broker {
         // The record to come forgets how the VM arrived before.
         if let Some(previous) = self.vms.get(&h.vm) {
             record.settings = previous.record.settings.clone();
+            record.ignored_stop = previous.record.ignored_stop;
             records.keep_receipts(&previous.record).map_err(|e| broken(&e))?;
         }
         self.keep_lineage(&lineage).map_err(|e| broken(&e))?;

@@ -180,3 +180,56 @@ fn duration(c: &Candidate) -> String {
         _ => "?".into(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidate() -> Candidate {
+        serde_json::from_value(serde_json::json!({
+            "cloud": "boreal", "jid": "boreal@x", "verdict": { "verdict": "yes" },
+            "component_bytes_missing": 98_304, "components_needed": 4, "components_held": 3, "packs_missing": 1,
+            "root_delta_bytes_missing": 0, "user_data_bytes_missing": 8 << 20, "seconds_low": 59.6,
+            "seconds_high": 179.6, "answer_ms": 1.0
+        }))
+        .unwrap()
+    }
+
+    fn plan(candidate: Candidate) -> PlanView {
+        PlanView {
+            vm: "web".parse().unwrap(),
+            candidates: vec![candidate],
+            notes: vec!["the guest runs".into()],
+        }
+    }
+
+    #[test]
+    fn a_plan_says_no_bound_that_is_none() {
+        let c = Candidate { deltas_unknown: true, ..candidate() };
+        assert_eq!(component_bytes(&c), "~ 96 KiB");
+        assert_eq!(
+            lines(&plan(c.clone()), &c),
+            [
+                "plan: web to boreal: 3 of 4 components are there, about 96 KiB, less by differences that are still \
+                 to be made, are missing, 0 B of root delta and 8 MiB of user data; 60 s to 3 min 0 s",
+                "  note: the guest runs",
+            ]
+        );
+        assert_eq!(component_bytes(&candidate()), "96 KiB");
+    }
+
+    #[test]
+    fn a_plan_says_what_is_kept_and_how_often_forecasts_held() {
+        let c = Candidate { kept_s: 95, forecasts_held: 18, forecasts_told: 20, ..candidate() };
+        assert_eq!(
+            about(&c),
+            [
+                "has kept what an earlier try brought, which counts as there; for 95 s more",
+                "18 of the last 20 moves there took the time foretold",
+            ]
+        );
+        // Nothing is foretold: how often that held says nothing of it.
+        let untold = Candidate { seconds_low: None, seconds_high: None, kept_s: 0, ..c };
+        assert_eq!((about(&untold), duration(&untold)), (Vec::new(), "?".to_owned()));
+    }
+}

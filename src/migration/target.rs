@@ -674,6 +674,21 @@ mod tests {
     }
 
     #[test]
+    fn whoever_calls_off_is_told_how_long_what_came_is_kept() {
+        for (mut t, kept_s) in [
+            (Target::new(agreement(), 60), 0),
+            (staging(pass(1, false)), 60),
+            (staged(pass(1, false)), 60),
+            (staged(pass(2, true)), 60),
+        ] {
+            assert_eq!(ask(&mut t, cancel()), (Answer::Cancelled { kept_s }, vec![Effect::CleanUp]));
+        }
+        // As an earlier release says it.
+        let answer: Answer = serde_json::from_str(r#"{"answer": "cancelled"}"#).unwrap();
+        assert_eq!(answer, Answer::Cancelled { kept_s: 0 });
+    }
+
+    #[test]
     fn a_late_repetition_of_an_earlier_pass_does_not_go_back() {
         let mut t = staged(pass(3, false));
         let (answer, effects) = ask(&mut t, initialization(pass(2, false)));
