@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, OFlags};
+use rustix::io::Errno;
 
 use crate::compose::{occupied, part_of, place};
 use crate::durable;
@@ -95,26 +96,24 @@ impl NewFile {
         if let Some(reason) = occupied(path) {
             return Err(Problem::new(ProblemKind::Conflict, object(), reason));
         }
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).mode(0o600);
         let dir = path.parent().unwrap_or(Path::new("/"));
-        let unnamed = options.clone().custom_flags(OFlags::TMPFILE.bits().cast_signed()).open(dir);
-        let (file, part) = match unnamed {
-            Ok(file) => (file, None),
-            // Either word for a file system that knows no files without a name.
-            Err(e) if matches!(e.kind(), io::ErrorKind::Unsupported | io::ErrorKind::IsADirectory) => {
-                let part = part_of(path);
-                (options.create_new(true).open(&part).map_err(about(&part))?, Some(part))
-            }
+        let mut new = match options().custom_flags(OFlags::TMPFILE.bits().cast_signed()).open(dir) {
+            Ok(file) => Self { path: path.to_owned(), file, part: None, owner: None },
+            Err(e) if knows_only_names(&e) => Self::with_name(path)?,
             Err(e) => return Err(about(path)(e)),
         };
-        let mut new = Self { path: path.to_owned(), file, part, owner: None };
         let me = rustix::process::geteuid().as_raw();
         if let Some(uid) = broker_uid.filter(|uid| *uid != me && me == 0) {
             fchown(&new.file, Some(uid), None).map_err(about(path))?;
             new.owner = Some(me);
         }
         Ok(new)
+    }
+
+    fn with_name(path: &Path) -> Result<Self, Problem> {
+        let part = part_of(path);
+        let file = options().create_new(true).open(&part).map_err(about(&part))?;
+        Ok(Self { path: path.to_owned(), file, part: Some(part), owner: None })
     }
 
     fn keep(mut self) -> Result<(), Problem> {
@@ -139,6 +138,17 @@ impl NewFile {
         self.part = None;
         Ok(())
     }
+}
+
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    options
+}
+
+/// What file systems say on which every file has a name from the beginning.
+fn knows_only_names(e: &io::Error) -> bool {
+    matches!(Errno::from_io_error(e), Some(Errno::OPNOTSUPP | Errno::ISDIR))
 }
 
 impl Drop for NewFile {
@@ -178,13 +188,29 @@ mod tests {
         assert_eq!(taken.kind, ProblemKind::Conflict);
     }
 
+    /// As on file systems of both kinds.
+    fn both(path: &Path) -> [Files; 2] {
+        let named = NewFile::with_name(path).unwrap();
+        [
+            Files { descriptors: Vec::new(), new: Some(named) },
+            Files::open(&export(&path.with_extension("raw")), None).unwrap(),
+        ]
+    }
+
     #[test]
-    fn what_took_the_name_meanwhile_stays() {
+    fn what_took_the_name_meanwhile_stays_and_what_was_not_kept_goes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
-        let files = Files::open(&export(&path), None).unwrap();
-        fs::write(&path, "another's").unwrap();
-        assert_eq!(files.keep().unwrap_err().kind, ProblemKind::Conflict);
-        assert_eq!(fs::read(&path).unwrap(), b"another's");
+        drop(both(&path));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        for files in both(&path) {
+            let path = files.new.as_ref().unwrap().path.clone();
+            fs::write(&path, "another's").unwrap();
+            assert_eq!(files.keep().unwrap_err().kind, ProblemKind::Conflict);
+            assert_eq!(fs::read(&path).unwrap(), b"another's");
+            fs::remove_file(&path).unwrap();
+        }
+        both(&path).into_iter().for_each(|files| files.keep().unwrap());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 }
