@@ -132,7 +132,7 @@ impl Source {
     pub fn check_plausible(&self) -> Result<(), AdoptError> {
         let reason = match recognise::broken_promise(&self.given, self.format) {
             Some(promised) => format!("its name ends in .{promised}, but it is no such file"),
-            None if self.disk.is_known() || self.format != ImageFormat::Raw => return Ok(()),
+            None if self.disk.is_known || self.format != ImageFormat::Raw => return Ok(()),
             None => "it has no partition table and no file system".into(),
         };
         let reason = format!("{reason}; if it is a raw disk nevertheless, say --format raw");

@@ -290,7 +290,7 @@ fn view(name: &VmName, f: &Findings) -> AdoptedView {
         known_from: from.collect(),
         elapsed_ms: 0,
         what: f.disk.what.clone(),
-        boots: if f.disk.is_known() || f.disk.boots_bios {
+        boots: if f.disk.is_known || f.disk.boots_bios {
             f.disk.boots().to_owned()
         } else {
             "unknown".into()
@@ -377,6 +377,7 @@ mod tests {
     fn a_disk_that_does_not_start_as_asked_is_told() {
         let disk = |boots_bios, boots_uefi, loader: Option<&str>| Disk {
             what: "GPT, sectors of 512 bytes".into(),
+            is_known: true,
             boots_bios,
             boots_uefi,
             loader: loader.map(str::to_owned),
