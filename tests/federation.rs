@@ -382,12 +382,12 @@ fn brokers_survive_bad_surroundings() {
 
     // The XMPP server dies and comes back.
     world.xmpp.stop();
-    world.wait("the loss is noticed", 30, |w| w.status(0).link != "online");
+    world.wait("the loss is noticed", 30, |w| w.status(0).link != cicada::interface::LinkState::Online);
     let offline = world.call(0, &Request::Plan { vm: "one".into(), to: None, all: false }).unwrap_err();
     assert_eq!(offline.kind, ProblemKind::Conflict, "given up VMs are not planned: {offline}");
     world.xmpp.restart();
     world.wait("both are back", 60, |w| {
-        w.status(0).link == "online"
+        w.status(0).link == cicada::interface::LinkState::Online
             && w.members(0).iter().any(|m| m.state == "online" && m.trust == "trusted")
             && w.members(1).iter().any(|m| m.state == "online")
     });

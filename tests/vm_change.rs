@@ -369,5 +369,5 @@ fn members_are_named_by_their_clouds_and_keys_by_their_fingerprints() {
     // All that a broker needs is there, and a broker that runs is not disturbed.
     let (code, said) = cicada(&world, 0, &["--config", &config, "config", "check", "--online"]);
     assert_eq!((code, said.contains("fault")), (0, false), "{said}");
-    assert_eq!(world.status(0).link, "online");
+    assert_eq!(world.status(0).link, cicada::interface::LinkState::Online);
 }

@@ -2,8 +2,8 @@
 
 use crate::federation::{Member, Trust};
 use crate::interface::{
-    Candidate, MemberView, MigrationView, OFFLINE, ONLINE, PlanView, Predecessor, Problem, ProblemKind,
-    Reply, Request, Resource, StatusView, Verdict,
+    Candidate, LinkState, MemberView, MigrationView, PlanView, Predecessor, Problem, ProblemKind, Reply,
+    Request, Resource, StatusView, Verdict,
 };
 use crate::migration::{RequestBody, envelope};
 use crate::types::{CloudName, MemberJid, VmId};
@@ -139,8 +139,8 @@ impl Broker {
             key,
             fingerprint: key.fingerprint(),
             room: self.config.xmpp.room.clone(),
-            link: if self.link == ONLINE { ONLINE } else { OFFLINE }.into(),
-            link_problem: if self.link == ONLINE { String::new() } else { self.link.clone() },
+            link: if self.offline.is_none() { LinkState::Online } else { LinkState::Offline },
+            link_problem: self.offline.clone().unwrap_or_default(),
             driver: features.driver.clone(),
             accelerator: features.accelerator.to_string().into(),
             own_users: features.own_users,
@@ -331,10 +331,10 @@ impl Broker {
     pub(super) fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
         self.peers_seen(to).map_err(|problem| match problem.kind {
             // Nobody is seen, because it is this broker that is not there.
-            ProblemKind::NotFound | ProblemKind::Unavailable if self.link != ONLINE => Problem::new(
+            ProblemKind::NotFound | ProblemKind::Unavailable if self.offline.is_some() => Problem::new(
                 ProblemKind::Unavailable,
                 "this broker",
-                format!("is not in the room itself: {}", self.link),
+                format!("is not in the room itself: {}", self.offline.as_deref().unwrap_or_default()),
             )
             .next("see 'cicada status'"),
             _ => problem,

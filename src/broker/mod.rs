@@ -44,7 +44,7 @@ use std::sync::Arc;
 use crate::clock::UnixMillis;
 use crate::config::Config;
 use crate::federation::Members;
-use crate::interface::{Account, MigrationView, ONLINE, Problem, Reply};
+use crate::interface::{Account, MigrationView, Problem, Reply};
 use crate::migration::envelope::common_version;
 use crate::migration::handover::SignedHandOver;
 use crate::migration::records::VmRecord;
@@ -109,7 +109,7 @@ pub struct Broker {
     /// Negotiation versions spoken with members, from their presence.
     versions: BTreeMap<MemberJid, u32>,
     clocks: guard::Clocks,
-    link: String,
+    offline: Option<String>,
     replay: ReplayGuard,
     vms: BTreeMap<VmId, Vm>,
     /// Names of VMs that are being made.
@@ -211,7 +211,7 @@ impl Broker {
             members,
             versions: BTreeMap::new(),
             clocks: guard::Clocks::default(),
-            link: "connecting".into(),
+            offline: Some("connecting".into()),
             replay: ReplayGuard::default(),
             vms,
             names_in_use: BTreeSet::new(),
@@ -422,11 +422,11 @@ impl Broker {
             }
             RoomInput::Refused(tally) => self.guard.refusals.add(&tally),
             RoomInput::Joined => {
-                self.link = ONLINE.into();
+                self.offline = None;
                 self.announce_wanted = true;
             }
             RoomInput::Down(reason) => {
-                self.link = reason;
+                self.offline = Some(reason);
                 self.members.disconnected(now);
             }
         }

@@ -34,13 +34,13 @@ pub struct Hardware {
 
 impl Hardware {
     /// Without what every VM has.
-    pub fn chosen(self) -> vm::Hardware {
-        vm::Hardware {
+    pub fn chosen(self) -> Box<vm::Hardware> {
+        Box::new(vm::Hardware {
             macs: self.macs,
             card_models: self.card_models,
             disk_bus: self.disk_bus,
             system_uuid: self.system_uuid,
             cpu_model: self.cpu_model,
-        }
+        })
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::federation::MemberPolicy;
-use crate::interface::{MemberView, Message, ONLINE, Predecessor, Reply, Request, StatusView};
+use crate::interface::{LinkState, MemberView, Message, Predecessor, Reply, Request, StatusView};
 use crate::migration::envelope::SKEW;
 use crate::types::PublicKey;
 
@@ -28,8 +28,10 @@ pub struct Members {
 
 pub async fn run(ctx: &Context, args: Members) -> Outcome {
     if !args.watch {
-        let link = link_unless_json(ctx).await?;
-        return ctx.read(&Request::Members, |printer, reply| print_members(printer, reply, &link)).await;
+        let offline = offline_unless_json(ctx).await?;
+        return ctx
+            .read(&Request::Members, |printer, reply| print_members(printer, reply, offline.as_deref()))
+            .await;
     }
     let mut last = None;
     loop {
@@ -43,8 +45,8 @@ pub async fn run(ctx: &Context, args: Members) -> Outcome {
             if ctx.printer.json {
                 ctx.printer.json_message(&Message::Reply(Box::new(reply)))?
             } else {
-                let link = link_unless_json(ctx).await?;
-                print_members(&ctx.printer, reply, &link)?
+                let offline = offline_unless_json(ctx).await?;
+                print_members(&ctx.printer, reply, offline.as_deref())?
             }
         }
         tokio::time::sleep(WATCH_EVERY).await;
@@ -52,20 +54,19 @@ pub async fn run(ctx: &Context, args: Members) -> Outcome {
 }
 
 /// Says whose link is down, where nobody may be seen for that reason.
-pub(super) fn note_link(printer: &Printer, link: &str) {
-    if link != ONLINE {
+pub(super) fn note_link(printer: &Printer, offline: Option<&str>) {
+    if let Some(link) = offline {
         printer.note(format!("this broker is not in the room itself, so what it shows is old: {link}"));
     }
 }
 
-/// This broker's own place in the room, for people; programs ask for the status.
-pub(super) async fn link_unless_json(ctx: &Context) -> Outcome<String> {
+/// Why this broker is not in the room, for people; programs ask for the status.
+pub(super) async fn offline_unless_json(ctx: &Context) -> Outcome<Option<String>> {
     if ctx.printer.json {
-        return Ok(ONLINE.into());
+        return Ok(None);
     }
     match ctx.ask(&Request::Status).await? {
-        Reply::Status(status) if status.link == ONLINE => Ok(status.link),
-        Reply::Status(status) => Ok(status.link_problem),
+        Reply::Status(status) => Ok(Some(status.link_problem).filter(|_| status.link == LinkState::Offline)),
         other => Err(unexpected(&other)),
     }
 }
@@ -79,7 +80,7 @@ fn without_moments(reply: &Reply) -> Reply {
     reply
 }
 
-fn print_members(printer: &Printer, reply: Reply, link: &str) -> Outcome {
+fn print_members(printer: &Printer, reply: Reply, offline: Option<&str>) -> Outcome {
     let Reply::Members(members) = reply else { return Err(unexpected(&reply)) };
     let mut table = Table::new([
         "CLOUD", "MEMBER", "STATE", "SINCE", "TRUST", ">CPUS", ">MEMORY", ">STORAGE", ">LOAD", "REGION",
@@ -102,7 +103,7 @@ fn print_members(printer: &Printer, reply: Reply, link: &str) -> Outcome {
     if table.is_empty() {
         printer.note("no other member has been seen");
     }
-    note_link(printer, link);
+    note_link(printer, offline);
     for (m, ahead_ms) in members.iter().filter_map(|m| Some((m, m.clock_ahead_ms?))) {
         if ahead_ms.unsigned_abs() > CLOCK_WORTH_A_WORD.as_millis() as u64 {
             printer.note(format!(
@@ -246,7 +247,10 @@ pub async fn status(ctx: &Context) -> Outcome {
 
 fn print_status(printer: &Printer, s: &StatusView) -> Outcome {
     let free = |text: String| format!("{text} free");
-    let link = if s.link == ONLINE { printer.good(&s.link) } else { printer.bad(&s.link_problem) };
+    let link = match s.link {
+        LinkState::Online => printer.good(s.link.as_str()),
+        LinkState::Offline => printer.bad(&s.link_problem),
+    };
     card(
         printer,
         &[

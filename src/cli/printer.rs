@@ -104,11 +104,13 @@ impl Printer {
         })
     }
 
-    /// A value as JSON, on stdout.
+    /// A value as JSON, on stdout: one line where events came before it.
     pub fn json_value(&self, value: &impl Serialize) -> Outcome {
-        let text = serde_json::to_string_pretty(value)
-            .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
-        self.json(&text)
+        let text = match self.printed.load(Ordering::Relaxed) {
+            true => serde_json::to_string(value),
+            false => serde_json::to_string_pretty(value),
+        };
+        self.json(&text.map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?)
     }
 
     fn json(&self, text: &str) -> Outcome {

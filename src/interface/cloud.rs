@@ -8,10 +8,23 @@ use crate::clock::UnixMillis;
 use crate::federation::{MemberPolicy, Used};
 use crate::types::{CloudName, MemberJid, PeerText, PublicKey, Succession};
 
-/// What [`StatusView::link`] says of a broker that is in the room.
-pub const ONLINE: &str = "online";
-/// What it says of one that is not.
-pub const OFFLINE: &str = "offline";
+/// Whether a broker is in the room.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LinkState {
+    Online,
+    Offline,
+}
+
+impl LinkState {
+    /// The word for it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            LinkState::Online => "online",
+            LinkState::Offline => "offline",
+        }
+    }
+}
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct StatusView {
@@ -22,8 +35,7 @@ pub struct StatusView {
     pub key: PublicKey,
     pub fingerprint: String,
     pub room: String,
-    /// `online` or `offline`.
-    pub link: String,
+    pub link: LinkState,
     /// Why it is offline; empty if it is not.
     #[serde(default)]
     pub link_problem: String,

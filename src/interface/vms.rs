@@ -25,7 +25,7 @@ pub struct VmCreate {
     pub kernel_command_line: String,
     pub start: bool,
     #[serde(default)]
-    pub hardware: Hardware,
+    pub hardware: Box<Hardware>,
 }
 
 /// What shall be another of a VM; what is not given stays.
@@ -73,7 +73,7 @@ pub struct VmAdopt {
     pub start: bool,
     /// What the guest knew of its old machine, as far as its operator says it: no disk has it.
     #[serde(default)]
-    pub hardware: Hardware,
+    pub hardware: Box<Hardware>,
     /// Absolute path of a file with the variables of the old machine's UEFI firmware.
     #[serde(default)]
     pub nvram: Option<String>,

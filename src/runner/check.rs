@@ -15,6 +15,7 @@ use crate::interface::{Candidate, Problem, Verdict};
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Seed};
 use crate::migration::records::VmRecord;
 use crate::migration::{AnswerBody, Denial, DenialCode, RequestBody};
+use crate::placement::hardware;
 use crate::repository::Repository;
 use crate::types::{CloudName, ComponentId, MigrationId, PackId};
 use crate::vm::{Block, ChunkMap, MapRef, VmSpec};
@@ -126,11 +127,8 @@ async fn ask(
     };
     match shared.ask(peer, matter, request).await {
         Ok(AnswerBody::Configuration(answer)) => match answer.blockers.first() {
-            None if spec.has_chosen_devices() && !answer.reads_devices => {
-                let text = "its release knows none of the VM's disk bus, network card and UUID: the guest would find others";
-                Err(Denial::new(DenialCode::Unsupported, text).next("let its operator upgrade cicada there"))
-            }
             None => {
+                hardware::unread(spec, &answer).map_or(Ok(()), Err)?;
                 pick(&components, &answer.components_lacking)?;
                 pick(&packs, &answer.packs_lacking)?;
                 Ok(answer)

@@ -125,7 +125,7 @@ fn presence_rows(bench: &mut Bench) {
         assert!(mallory.cloud.as_ref().is_none_or(|c| c.as_str() == "mallory"), "{words}");
         // Plans add up what members claim.
         let status = bench.status();
-        assert_eq!(status.link, "online");
+        assert_eq!(status.link, cicada::interface::LinkState::Online);
         bench.mallory.show(shown);
         bench
             .world

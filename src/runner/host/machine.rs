@@ -123,7 +123,7 @@ pub fn make_vm(shared: &Shared, id: VmId, create: VmCreate) -> Result<VmRecord, 
         .composer
         .make_recipe(&ids, create.ordered, create.root_size, &create.kernel_command_line)
         .map_err(|e| catalogue::compose_problem(&e))?;
-    let hardware = create.hardware;
+    let hardware = *create.hardware;
     let spec = VmSpec {
         id,
         name: create.name,
