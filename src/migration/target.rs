@@ -53,7 +53,7 @@ pub enum Effect {
     /// Record durably that the VM is ours under this hand-over's epoch, then countersign.
     TakeOver(SignedHandOver),
     Start,
-    /// Tell the source that the VM runs here.
+    /// Tell the source that the VM is ours: it runs, or failed to.
     AskDelete {
         boot_ms: Option<u64>,
     },
@@ -177,7 +177,11 @@ impl Target {
             Event::Started(result) if self.phase == Phase::Starting => {
                 self.phase = Phase::Owned;
                 self.problem = result.err().map(PeerText::from);
-                Vec::new()
+                // One that runs is told of once its guest has booted.
+                match self.problem {
+                    Some(_) => vec![Effect::AskDelete { boot_ms: None }],
+                    None => Vec::new(),
+                }
             }
             Event::Booted { boot_ms } if self.phase == Phase::Owned => vec![Effect::AskDelete { boot_ms }],
             Event::LeaseExpired if self.leased() => self.abandon(),

@@ -144,7 +144,9 @@ pub fn rests(world: &mut World) -> Result<(), String> {
             break;
         }
         if world.now > until {
-            let busy = world.clouds.iter().filter(|c| !quiet(c)).map(|c| c.name()).collect::<Vec<_>>();
+            let busy: Vec<usize> = (0..world.clouds.len()).filter(|at| !quiet(&world.clouds[*at])).collect();
+            let busy: Vec<_> =
+                busy.into_iter().map(|at| (world.clouds[at].name().to_owned(), listed(world, at))).collect();
             let news = world.pending().into_iter().filter(travels).collect::<Vec<_>>();
             let held: Vec<_> =
                 records(world).map(|(at, r)| (world.clouds[at].name().to_owned(), r)).collect();
@@ -154,7 +156,8 @@ pub fn rests(world: &mut World) -> Result<(), String> {
             ));
         }
     }
-    world.run_until(world.now.plus(LEASE * 2), |w, _| sound(w))?;
+    // Clocks may just have been put back by four minutes.
+    world.run_until(world.now.plus(LEASE * 6), |w, _| sound(w))?;
     for at in 0..world.clouds.len() {
         if let Some((id, _, phase)) = listed(world, at)?.iter().find(|(_, ended, _)| !ended) {
             return Err(format!("{} does not end in {}: {phase}", id, world.clouds[at].name()));

@@ -4,10 +4,12 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
+use cicada::broker::CallId;
 use cicada::broker::memory_book::{MemoryBook, Page};
 use cicada::interface::{Deleted, Reply, Request, Side};
 use cicada::migration::Law;
 use cicada::sim::{Death, Kind, Pending, World};
+use cicada::vm::PowerState;
 
 use crate::federation::{NAME, federation, in_doubt, open, owners, records, rests, sound, vm};
 use crate::liar;
@@ -47,8 +49,6 @@ pub struct Tally {
     /// Hand-overs in doubt that operators decided, and those of them that were decided wrongly.
     pub resolved: u64,
     pub resolved_wrongly: u64,
-    /// Errands: what others were told until they answered.
-    pub errands: u64,
 }
 
 impl Tally {
@@ -71,7 +71,6 @@ impl Tally {
             (&mut self.restored, t.restored),
             (&mut self.resolved, t.resolved),
             (&mut self.resolved_wrongly, t.resolved_wrongly),
-            (&mut self.errands, t.errands),
         ] {
             *sum += n;
         }
@@ -99,6 +98,8 @@ struct Run {
     /// All speak the version before, which tells nobody who owns what: nothing is restored then.
     before: bool,
     moves_left: usize,
+    /// What operators asked to be started.
+    starts: Vec<(usize, CallId)>,
 }
 
 type Outcome = Result<(), String>;
@@ -110,7 +111,7 @@ pub fn run(beginnings: &Beginnings, seed: u64) -> Result<(Tally, u64), String> {
     world.random.0 = seed.wrapping_mul(0x2545_f491_4f6c_dd1d);
     world.log = Some(Vec::new());
     let moves_left = 1 + world.random.below(4);
-    let mut run = Run { world, tally: Tally::default(), backups: Vec::new(), before: which == 2, moves_left };
+    let mut run = Run { world, tally: Tally::default(), backups: Vec::new(), before: which == 2, moves_left, starts: Vec::new() };
     run.trouble()?;
     let happened = run.world.digest();
     run.heal()?;
@@ -125,13 +126,18 @@ impl Run {
     }
 
     fn trouble(&mut self) -> Outcome {
-        let steps = 60 + self.world.random.below(200);
+        let steps = 100 + self.world.random.below(300);
         // In calm runs moves get further before something happens to them.
-        let calm = self.one_in(3);
+        let calm = self.one_in(2);
         self.world.failures = if calm { 0.01 } else { 0.05 };
         self.set_clocks(OFF_FAULTY_MS);
         for _ in 0..steps {
             self.disturb(calm)?;
+            if in_doubt(&self.world).is_some() && self.one_in(25) {
+                self.silence_for_long();
+                sound(&self.world)?;
+                self.resolve();
+            }
             self.tally.events += 1;
             sound(&self.world)?;
         }
@@ -149,7 +155,7 @@ impl Run {
 
     fn disturb(&mut self, calm: bool) -> Outcome {
         let n = self.world.random.below(CLOUDS);
-        match self.world.random.below(if calm { 1000 } else { 220 }) {
+        match self.world.random.below(if calm { 1000 } else { 400 }) {
             0..=5 => self.crash(n),
             6..=13 => self.lose(),
             14..=21 => self.repeat(),
@@ -159,11 +165,11 @@ impl Run {
             35..=39 => self.failing_write(),
             40..=50 => self.world.write(vm()),
             51..=56 => self.steer(n),
-            57..=60 => self.tally.attacks += u64::from(liar::attack(&mut self.world)),
-            61..=62 => self.tally.withdrawals += u64::from(liar::withdraw(&mut self.world)),
-            63..=65 => self.backups.push((n, self.world.clouds[n].book.copy())),
+            80..=90 => self.tally.attacks += u64::from(liar::attack(&mut self.world)),
+            91..=94 => self.tally.withdrawals += u64::from(liar::withdraw(&mut self.world)),
+            57..=65 => self.backups.push((n, self.world.clouds[n].book.copy())),
             66..=67 => return self.restore(),
-            68..=72 => self.resolve(),
+            68..=72 | 95..=100 => self.resolve(),
             73 => self.delete(n),
             74 => {
                 drop(self.world.call(
@@ -188,7 +194,7 @@ impl Run {
 
     /// One thing that was to happen happens; what only waiting brings comes when nothing else does, mostly.
     fn progress(&mut self) {
-        if self.moves_left > 0 && self.one_in(15) && self.begin_move() {
+        if self.moves_left > 0 && self.one_in(6) && self.begin_move() {
             return;
         }
         let waits = self.one_in(20);
@@ -304,7 +310,8 @@ impl Run {
     fn start(&mut self, n: usize) {
         let by_word = self.world.clouds[n].book.vm(vm()).is_some_and(|r| r.taken_back.is_some());
         if !by_word || owners(&self.world).is_empty() && in_doubt(&self.world).is_none() {
-            self.world.call(n, Request::VmStart { vm: NAME.into(), unconfirmed: false, by_uid: None });
+            let request = Request::VmStart { vm: NAME.into(), unconfirmed: false, by_uid: None };
+            self.starts.extend(self.world.call(n, request).map(|call| (n, call)));
         }
     }
 
@@ -313,6 +320,21 @@ impl Run {
         let given = self.world.clouds[n].book.vm(vm()).is_some_and(|r| !r.is_here());
         if given {
             self.world.call(n, Request::VmDelete { vm: NAME.into(), taken_for: Some(Deleted::KeptCopy) });
+        }
+    }
+
+    /// The source of a hand-over hears nothing of its target for so long that it counts as in doubt.
+    fn silence_for_long(&mut self) {
+        let Some((at, _)) = in_doubt(&self.world) else { return };
+        for _ in 0..12 {
+            while let Some(word) = self.next(|p| p.cloud == at && p.kind == Kind::Answer) {
+                self.world.lose(word.seq);
+            }
+            let waits = |p: &Pending| p.cloud == at && matches!(p.kind, Kind::Silence | Kind::Due);
+            match self.world.pending().into_iter().filter(waits).min_by_key(|p| (p.at, p.seq)) {
+                Some(next) => drop(self.world.take(next.seq)),
+                None => return,
+            }
         }
     }
 
@@ -356,9 +378,32 @@ impl Run {
     fn heal(&mut self) -> Outcome {
         self.set_clocks(OFF_HEALED_MS);
         self.settle()?;
+        self.ask_again();
         rests(&mut self.world)?;
         self.count();
         if self.one_in(3) { self.replay() } else { Ok(()) }
+    }
+
+    /// An operator whose broker died over a stop before it answered asks again, and one whose start failed.
+    fn ask_again(&mut self) {
+        let failed = |w: &World, (at, call): &(usize, CallId)| !matches!(w.reply(*at, *call), Some(Ok(_)));
+        let starts = std::mem::take(&mut self.starts);
+        let again: Vec<usize> =
+            starts.iter().filter(|asked| failed(&self.world, asked)).map(|(at, _)| *at).collect();
+        for at in again {
+            if self.world.clouds[at].book.vm(vm()).is_some_and(|r| r.is_here() && r.run) {
+                let vm = NAME.to_owned();
+                self.world.call(at, Request::VmStart { vm, unconfirmed: false, by_uid: None });
+            }
+        }
+        for at in 0..MOVERS {
+            let record = self.world.clouds[at].book.vm(vm());
+            let runs = self.world.clouds[at].power.get(&vm()) == Some(&PowerState::Running);
+            if runs && record.is_some_and(|r| r.is_here() && !r.run) {
+                let vm = NAME.to_owned();
+                self.world.call(at, Request::VmStop { vm, force: true, timeout_s: None, for_host: false });
+            }
+        }
     }
 
     /// What is contested only operators can end: the one that took it over by a signed hand-over keeps it.
