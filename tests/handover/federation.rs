@@ -32,6 +32,8 @@ pub fn record(catalogue: &Catalogue, runs: bool) -> VmRecord {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Bios,
+        disk_bus: Default::default(),
+        system_uuid: None,
     };
     VmRecord { run: runs, ..VmRecord::new(spec, vec!["os@1".into()], "disks-1", UnixMillis(1)) }
 }

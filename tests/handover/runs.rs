@@ -111,7 +111,14 @@ pub fn run(beginnings: &Beginnings, seed: u64) -> Result<(Tally, u64), String> {
     world.random.0 = seed.wrapping_mul(0x2545_f491_4f6c_dd1d);
     world.log = Some(Vec::new());
     let moves_left = 1 + world.random.below(4);
-    let mut run = Run { world, tally: Tally::default(), backups: Vec::new(), before: which == 2, moves_left, starts: Vec::new() };
+    let mut run = Run {
+        world,
+        tally: Tally::default(),
+        backups: Vec::new(),
+        before: which == 2,
+        moves_left,
+        starts: Vec::new(),
+    };
     run.trouble()?;
     let happened = run.world.digest();
     run.heal()?;
