@@ -179,10 +179,8 @@ impl Run {
             68..=72 | 95..=100 => self.resolve(),
             73 => self.delete(n),
             74 => {
-                drop(self.world.call(
-                    n,
-                    Request::VmStop { vm: NAME.into(), force: true, timeout_s: None, for_host: false },
-                ))
+                let stop = Request::VmStop { vm: NAME.into(), force: true, timeout_s: None, for_host: false };
+                let _ = self.world.call(n, stop);
             }
             75..=76 => self.start(n),
             77 => match self.world.partitions.pop() {
