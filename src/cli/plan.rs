@@ -100,16 +100,12 @@ pub fn lines(plan: &PlanView, c: &Candidate) -> Vec<String> {
     let missing = match c.component_bytes_missing {
         0 => "all components are there".into(),
         n => {
-            format!(
-                "{} of {} components are there, {} are missing",
-                c.components_held,
-                c.components_needed,
-                if c.deltas_unknown {
-                    format!("about {}, less by differences that are still to be made", bytes(n))
-                } else {
-                    bytes(n)
-                }
-            )
+            let (about, less) = match c.deltas_unknown {
+                true => ("about ", ", less by differences that are still to be made"),
+                false => ("", ""),
+            };
+            let (held, needed) = (c.components_held, c.components_needed);
+            format!("{held} of {needed} components are there, {about}{} are missing{less}", bytes(n))
         }
     };
     let time = duration(c);
@@ -210,8 +206,8 @@ mod tests {
         assert_eq!(
             lines(&plan(c.clone()), &c),
             [
-                "plan: web to boreal: 3 of 4 components are there, about 96 KiB, less by differences that are still \
-                 to be made, are missing, 0 B of root delta and 8 MiB of user data; 60 s to 3 min 0 s",
+                "plan: web to boreal: 3 of 4 components are there, about 96 KiB are missing, less by differences \
+                 that are still to be made, 0 B of root delta and 8 MiB of user data; 60 s to 3 min 0 s",
                 "  note: the guest runs",
             ]
         );
