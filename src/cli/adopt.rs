@@ -12,7 +12,7 @@ use crate::vm::Firmware;
 
 use super::context::Context;
 use super::format::{bytes, millis};
-use super::hardware::Hardware;
+use super::hardware::{Hardware, one_of};
 use super::printer::{Outcome, Printer, unexpected};
 use super::table::{Table, card};
 
@@ -31,8 +31,8 @@ pub struct Adopt {
     /// A second disk, copied as the VM's user data
     #[arg(long, value_name = "DISK")]
     user_data: Option<PathBuf>,
-    /// What starts the disk's operating system: uefi or bios
-    #[arg(long, default_value = "uefi", value_name = "FIRMWARE")]
+    /// What starts the disk's operating system
+    #[arg(long, default_value_t, value_name = "FIRMWARE", value_parser = one_of::<Firmware>(Firmware::WORDS))]
     firmware: Firmware,
     /// Debian's name of the processor architecture
     #[arg(long, default_value = "amd64", value_name = "ARCHITECTURE")]

@@ -16,7 +16,7 @@ const EXAMPLES: &[Examples] = &[
     ("identity show", &[("What to tell the operators of the other clouds", "cicada identity show")]),
     ("identity trust", &[
         ("After its operator has read the fingerprint out to you",
-         "cicada identity trust cloud-b SHA256:2jmj7l5rSw0yVb/vlWAYkK/YBwk="),
+         "cicada identity trust cloud-b 0123-4567-89ab-cdef-0123"),
     ]),
     ("federation create", &[
         ("Make the room, and let two clouds in",

@@ -1,6 +1,9 @@
 //! What `vm create` and `vm adopt` take of a new VM's hardware.
 
+use std::str::FromStr;
+
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use crate::types::ByteSize;
 use crate::vm::{self, CardModel, DiskBus, Mac, SystemUuid};
@@ -17,12 +20,11 @@ pub struct Hardware {
     /// The MAC address of a network's card, as the guest knows it; for each --network one, in order
     #[arg(long = "mac", value_name = "MAC", requires = "networks")]
     macs: Vec<Mac>,
-    /// What the network cards are: virtio, e1000e, e1000, rtl8139 or vmxnet3; once for all of them, or for
-    /// each --network in order. virtio if not given
-    #[arg(long = "card-model", value_name = "MODEL", requires = "networks")]
+    /// What the network cards are: once for all of them, or for each --network in order; virtio if not given
+    #[arg(long = "card-model", value_name = "MODEL", requires = "networks", value_parser = one_of::<CardModel>(CardModel::WORDS))]
     card_models: Vec<CardModel>,
-    /// What the disks are attached to: virtio, scsi, sata or nvme
-    #[arg(long, default_value_t, value_name = "BUS")]
+    /// What the disks are attached to
+    #[arg(long, default_value_t, value_name = "BUS", value_parser = one_of::<DiskBus>(DiskBus::WORDS))]
     disk_bus: DiskBus,
     /// The UUID the guest shall find in its firmware's tables (SMBIOS); the VM's own id if not given
     #[arg(long = "uuid", value_name = "UUID")]
@@ -30,6 +32,14 @@ pub struct Hardware {
     /// The CPU the guest shall see, as QEMU calls it; the configuration's if not given
     #[arg(long, value_name = "MODEL")]
     cpu_model: Option<String>,
+}
+
+/// The words of a kind, which help texts and completions list.
+pub fn one_of<T>(words: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+where
+    T: FromStr<Err = String> + Clone + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(words).try_map(|word| word.parse::<T>())
 }
 
 impl Hardware {

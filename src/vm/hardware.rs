@@ -23,6 +23,9 @@ macro_rules! kind {
             /// All of them, the default first.
             pub const ALL: &[Self] = &[$(Self::$variant),+];
 
+            /// The words for them, in that order.
+            pub const WORDS: &[&'static str] = &[$($word),+];
+
             /// The word for it.
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $word),+ }
@@ -49,8 +52,7 @@ macro_rules! kind {
             type Err = String;
             fn from_str(s: &str) -> Result<Self, String> {
                 Self::ALL.iter().copied().find(|one| one.as_str() == s).ok_or_else(|| {
-                    let words: Vec<_> = Self::ALL.iter().map(|one| one.as_str()).collect();
-                    format!("'{}' is no {}: {}", s.escape_default(), $what, words.join(", "))
+                    format!("'{}' is no {}: {}", s.escape_default(), $what, Self::WORDS.join(", "))
                 })
             }
         }
