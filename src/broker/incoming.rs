@@ -912,15 +912,14 @@ impl Broker {
     /// Ends reservations nobody redeemed, and forgets arrivals long over.
     pub(super) fn expire_leases(&mut self) {
         let now = self.now;
-        let acknowledged: HashSet<_> = self
+        // Once the VM has left, or come once more, its record says nothing of it: receipts are kept beside it.
+        let open: HashSet<_> = self
             .vms
             .values()
-            .filter_map(|vm| vm.record.arrival.as_ref().filter(|a| a.acknowledged).map(|a| a.migration))
+            .filter_map(|vm| vm.record.arrival.as_ref().filter(|a| !a.acknowledged).map(|a| a.migration))
             .collect();
         self.incoming.retain(|id, run| {
-            run.is_unfinished()
-                || !acknowledged.contains(id)
-                || now.since(run.view.progress.updated) < KEPT_AFTER_END
+            run.is_unfinished() || open.contains(id) || now.since(run.view.progress.updated) < KEPT_AFTER_END
         });
         let over: Vec<_> = self
             .incoming

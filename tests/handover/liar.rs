@@ -38,7 +38,11 @@ pub fn attack(world: &mut World) -> bool {
         let known = &histories[*at];
         *at != liar && known.links().len() > length && !known.is_owned_by(&key.public())
     };
-    let targets: Vec<usize> = (0..world.clouds.len()).filter(knows_better).collect();
+    let mut targets: Vec<usize> = (0..world.clouds.len()).filter(knows_better).collect();
+    // Who has it takes it from nobody; that is tried as well, but not often.
+    if !world.random.chance(0.2) {
+        targets.retain(|at| world.clouds[*at].book.vm(vm()).is_none_or(|r| !r.is_here()));
+    }
     let Some(target) = targets.get(world.random.below(targets.len())).copied() else { return false };
     let version = if world.random.chance(0.3) { VERSION_BEFORE } else { VERSION };
     let migration = MigrationId(uuid::Uuid::from_u128(u128::from(world.random.number()) | 1 << 65));
@@ -46,7 +50,11 @@ pub fn attack(world: &mut World) -> bool {
     let about = Matter { migration, vm: vm(), epoch: epoch - 1 };
     let spec = record(&world.catalogue, true).spec;
     let recipe = world.catalogue.recipes[0].recipe.clone();
-    let say = |world: &mut World, body| world.say(liar, target, about, version, body);
+    let say = |world: &mut World, body| {
+        let answer = world.say(liar, target, about, version, body);
+        tracing::debug!(?answer, "the liar is told");
+        answer
+    };
     let Some(AnswerBody::Reserved { reservation, .. }) =
         say(world, RequestBody::Reservation { spec: spec.clone() })
     else {

@@ -100,6 +100,8 @@ struct Run {
     moves_left: usize,
     /// What operators asked to be started.
     starts: Vec<(usize, CallId)>,
+    /// An operator stopped it, or decided what leaves it stopped, or it never ran.
+    stopped: bool,
 }
 
 type Outcome = Result<(), String>;
@@ -110,7 +112,7 @@ pub fn run(beginnings: &Beginnings, seed: u64) -> Result<(Tally, u64), String> {
     let mut world = beginnings.0[which].clone();
     world.random.0 = seed.wrapping_mul(0x2545_f491_4f6c_dd1d);
     world.log = Some(Vec::new());
-    let moves_left = 1 + world.random.below(4);
+    let moves_left = 2 + world.random.below(5);
     let mut run = Run {
         world,
         tally: Tally::default(),
@@ -118,6 +120,7 @@ pub fn run(beginnings: &Beginnings, seed: u64) -> Result<(Tally, u64), String> {
         before: which == 2,
         moves_left,
         starts: Vec::new(),
+        stopped: which == 1,
     };
     run.trouble()?;
     let happened = run.world.digest();
@@ -134,16 +137,20 @@ impl Run {
 
     fn trouble(&mut self) -> Outcome {
         let steps = 100 + self.world.random.below(300);
-        // In calm runs moves get further before something happens to them.
-        let calm = self.one_in(2);
-        self.world.failures = if calm { 0.01 } else { 0.05 };
+        // Where there is peace moves get further before something happens to them.
+        let peace = self.world.random.below(4);
+        self.world.failures = [0.05, 0.02, 0.0, 0.0][peace];
         self.set_clocks(OFF_FAULTY_MS);
         for _ in 0..steps {
-            self.disturb(calm)?;
+            self.disturb([400, 1000, 3000, 3000][peace])?;
             if in_doubt(&self.world).is_some() && self.one_in(25) {
                 self.silence_for_long();
                 sound(&self.world)?;
-                self.resolve();
+                match self.one_in(2) {
+                    true => self.resolve(),
+                    // Who took it over passes it on, perhaps to where it is still in doubt.
+                    false => drop(self.begin_move()),
+                }
             }
             self.tally.events += 1;
             sound(&self.world)?;
@@ -160,9 +167,9 @@ impl Run {
         }
     }
 
-    fn disturb(&mut self, calm: bool) -> Outcome {
+    fn disturb(&mut self, of: usize) -> Outcome {
         let n = self.world.random.below(CLOUDS);
-        match self.world.random.below(if calm { 1000 } else { 400 }) {
+        match self.world.random.below(of) {
             0..=5 => self.crash(n),
             6..=13 => self.lose(),
             14..=21 => self.repeat(),
@@ -178,10 +185,7 @@ impl Run {
             66..=67 => return self.restore(),
             68..=72 | 95..=100 => self.resolve(),
             73 => self.delete(n),
-            74 => {
-                let stop = Request::VmStop { vm: NAME.into(), force: true, timeout_s: None, for_host: false };
-                let _ = self.world.call(n, stop);
-            }
+            74 => self.stop(n),
             75..=76 => self.start(n),
             77 => match self.world.partitions.pop() {
                 Some(_) => {}
@@ -199,7 +203,7 @@ impl Run {
 
     /// One thing that was to happen happens; what only waiting brings comes when nothing else does, mostly.
     fn progress(&mut self) {
-        if self.moves_left > 0 && self.one_in(6) && self.begin_move() {
+        if self.one_in(6) && self.begin_move() {
             return;
         }
         let waits = self.one_in(20);
@@ -219,7 +223,13 @@ impl Run {
     }
 
     fn begin_move(&mut self) -> bool {
+        if self.moves_left == 0 {
+            return false;
+        }
         let Some(from) = owners(&self.world).first().copied() else { return false };
+        if !open(&mut self.world, from).is_empty() {
+            return false;
+        }
         let to = (from + 1 + self.world.random.below(MOVERS - 1)) % MOVERS;
         let to = Some(self.world.clouds[to].name().to_owned());
         self.tally.moves += 1;
@@ -311,6 +321,12 @@ impl Run {
         }
     }
 
+    fn stop(&mut self, n: usize) {
+        self.stopped = true;
+        let vm = NAME.to_owned();
+        self.world.call(n, Request::VmStop { vm, force: true, timeout_s: None, for_host: false });
+    }
+
     /// An operator starts it; never where it was taken back by word while another cloud has it.
     fn start(&mut self, n: usize) {
         let by_word = self.world.clouds[n].book.vm(vm()).is_some_and(|r| r.taken_back.is_some());
@@ -385,6 +401,10 @@ impl Run {
         self.settle()?;
         self.ask_again();
         rests(&mut self.world)?;
+        let decided = self.stopped || self.tally.resolved + self.tally.restored > 0;
+        if let Some((at, _)) = records(&self.world).find(|(_, r)| r.is_here() && !r.run && !decided) {
+            return Err(format!("it ran, and is not to run any more in {}", self.world.clouds[at].name()));
+        }
         self.count();
         if self.one_in(3) { self.replay() } else { Ok(()) }
     }
@@ -431,7 +451,10 @@ impl Run {
                 self.world.run_until(self.world.now.plus(Duration::from_secs(5)), |w, _| sound(w))?;
             }
             let id = id.to_string();
-            self.world.call(at, Request::MigrationResolve { id, owner, confirmed: true, by_uid: None });
+            let call =
+                self.world.call(at, Request::MigrationResolve { id, owner, confirmed: true, by_uid: None });
+            // Nothing contested is started by itself, also once it is not any more.
+            self.starts.extend(call.map(|_| (at, CallId(u64::MAX))));
         }
         Err("what is contested cannot be settled".into())
     }
