@@ -178,7 +178,9 @@ fn between_brokers() -> Result<()> {
     world.wait("the members see each other again", 60, |w| {
         (0..2).all(|c| {
             w.members(c).iter().any(|m| {
-                m.state == "online" && m.trust == "trusted" && !m.jid.as_str().starts_with(&w.clouds[c].name)
+                m.state == cicada::interface::MemberState::Online
+                    && m.trust == cicada::interface::MemberTrust::Trusted
+                    && !m.jid.as_str().starts_with(&w.clouds[c].name)
             })
         })
     });

@@ -266,7 +266,9 @@ fn a_cancelled_move_leaves_the_vm_running_and_nothing_behind() {
     world.wait_booted(0, "web", 120);
     let mover = world.begin_move(0, "web", None);
     let staging = |w: &World| {
-        w.migrations(0).into_iter().find(|m| m.progress.phase == "stage" && m.progress.bytes_done > 0)
+        w.migrations(0).into_iter().find(|m| {
+            m.progress.phase == cicada::interface::MigrationPhase::Stage && m.progress.bytes_done > 0
+        })
     };
     world.wait("it is being staged", 30, |w| staging(w).is_some());
     let id = staging(&world).unwrap().progress.id;
@@ -388,14 +390,19 @@ fn brokers_survive_bad_surroundings() {
     world.xmpp.restart();
     world.wait("both are back", 60, |w| {
         w.status(0).link == cicada::interface::LinkState::Online
-            && w.members(0).iter().any(|m| m.state == "online" && m.trust == "trusted")
-            && w.members(1).iter().any(|m| m.state == "online")
+            && w.members(0).iter().any(|m| {
+                m.state == cicada::interface::MemberState::Online
+                    && m.trust == cicada::interface::MemberTrust::Trusted
+            })
+            && w.members(1).iter().any(|m| m.state == cicada::interface::MemberState::Online)
     });
     world.move_vm(1, "two", "alpine");
 
     // A member that dies is seen gone.
     world.stop_broker(1, true);
-    world.wait("it is seen gone", 60, |w| w.members(0).iter().all(|m| m.state == "gone"));
+    world.wait("it is seen gone", 60, |w| {
+        w.members(0).iter().all(|m| m.state == cicada::interface::MemberState::Gone)
+    });
     let gone = world.call(
         0,
         &Request::Move { vm: "two".into(), to: Some("boreal".into()), dry_run: false, force_stop: false },

@@ -103,7 +103,8 @@ fn a_move_says_how_far_it_is_and_what_became_of_what_was_sent() {
     let moving = follow(&world, "still", false);
     let id = moving.wait_carried(&world, DISK_BYTES / 2);
     assert!(
-        moving.seen().iter().all(|p| p.phase == "negotiate" || p.phase == "stage"),
+        moving.seen().iter().all(|p| p.phase == cicada::interface::MigrationPhase::Negotiate
+            || p.phase == cicada::interface::MigrationPhase::Stage),
         "{:?}",
         moving.seen()
     );
@@ -112,7 +113,8 @@ fn a_move_says_how_far_it_is_and_what_became_of_what_was_sent() {
     let problem = moving.failed();
     assert_eq!(problem.kind, ProblemKind::Cancelled, "{problem}");
     assert!(seen.is_sorted_by(|a, b| a.fraction <= b.fraction && a.bytes_done <= b.bytes_done), "{seen:?}");
-    for p in seen.iter().filter(|p| p.phase == "stage" && p.bytes_total > 0) {
+    for p in seen.iter().filter(|p| p.phase == cicada::interface::MigrationPhase::Stage && p.bytes_total > 0)
+    {
         let carried = p.bytes_done as f64 / p.bytes_total as f64;
         assert!(
             (p.fraction - carried).abs() < 0.1,

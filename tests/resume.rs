@@ -84,7 +84,9 @@ fn a_move_goes_on_after_either_broker_dies() {
     world.stop_broker(0, true);
     assert!(moving.join().unwrap().is_err());
     world.start_broker(0);
-    world.wait("the move went on", 90, |w| w.vm(0, "two").ownership == "given-up");
+    world.wait("the move went on", 90, |w| {
+        w.vm(0, "two").ownership == cicada::interface::VmOwnership::GivenUp
+    });
     world.wait("it ended", 30, |w| w.migrations(0).iter().all(|m| m.progress.ended));
     let mut all = world.migrations(0);
     all.retain(|m| m.progress.vm.to_string() == "two");

@@ -95,7 +95,7 @@ fn a_cloud_rotates_its_key_and_members_follow_and_move_vms_on() {
     let seen = alpine_at_boreal(&world);
     assert_eq!((seen.fingerprint, seen.predecessors.len()), (third.clone(), 2));
     assert!(world.log(1).contains("gave way to another"), "{}", world.log(1));
-    let there = if world.vm(1, "web").ownership == "here" { 1 } else { 0 };
+    let there = if world.vm(1, "web").ownership == cicada::interface::VmOwnership::Here { 1 } else { 0 };
     assert_eq!(there, 1);
     let back = world.move_vm(1, "web", "alpine");
     assert_eq!(back.progress.phase, "completed");

@@ -1,7 +1,7 @@
 //! What a move costs: views, progress and the comparison with a monolithic move.
 
 use crate::clock::UnixMillis;
-use crate::interface::{Account, MigrationProgress, MigrationView};
+use crate::interface::{Account, MigrationPhase, MigrationProgress, MigrationRole, MigrationView};
 use crate::migration::Pass;
 use crate::migration::message::{Progress, StageAccount};
 use crate::types::{CloudName, MemberJid, MigrationId};
@@ -10,7 +10,7 @@ use crate::vm::VmSpec;
 pub fn new_view(
     id: MigrationId,
     spec: &VmSpec,
-    role: &str,
+    role: MigrationRole,
     peer: &MemberJid,
     peer_cloud: Option<CloudName>,
     now: UnixMillis,
@@ -20,10 +20,10 @@ pub fn new_view(
             id,
             vm: spec.name.clone(),
             vm_id: spec.id,
-            role: role.into(),
+            role,
             peer: peer.clone(),
             peer_cloud,
-            phase: "negotiate".into(),
+            phase: MigrationPhase::Negotiate,
             detail: String::new(),
             bytes_done: 0,
             bytes_total: 0,
@@ -168,8 +168,15 @@ mod tests {
     }
 
     fn progress() -> MigrationProgress {
-        new_view(MigrationId::random(), &spec(), "source", &"b@x".parse().unwrap(), None, UnixMillis(0))
-            .progress
+        new_view(
+            MigrationId::random(),
+            &spec(),
+            MigrationRole::Source,
+            &"b@x".parse().unwrap(),
+            None,
+            UnixMillis(0),
+        )
+        .progress
     }
 
     fn pass(number: u32, last: bool) -> Pass {

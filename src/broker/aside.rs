@@ -2,8 +2,8 @@
 //! arrives over them, and their disks stay as they are.
 
 use crate::clock::UnixMillis;
-use crate::interface::VmView;
 use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{VmOwnership, VmView};
 use crate::migration::records::Autostart;
 use crate::types::{ByteSize, RecipeId, VmId, VmName};
 use crate::vm::{DiskBus, Firmware, PowerState};
@@ -56,7 +56,7 @@ fn view(d: &Damaged) -> VmView {
         id: d.vm,
         name: VmName::unknown(d.vm),
         power: PowerState::Stopped,
-        ownership: "damaged".into(),
+        ownership: VmOwnership::Damaged,
         owner: None,
         epoch: 0,
         created: UnixMillis(0),

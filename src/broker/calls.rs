@@ -2,8 +2,8 @@
 
 use crate::federation::{Member, Trust};
 use crate::interface::{
-    Candidate, LinkState, MemberView, MigrationView, PlanView, Predecessor, Problem, ProblemKind, Reply,
-    Request, Resource, StatusView, Verdict,
+    Candidate, LinkState, MemberState, MemberTrust, MemberView, MigrationView, PlanView, Predecessor,
+    Problem, ProblemKind, Reply, Request, Resource, StatusView, Verdict,
 };
 use crate::migration::{RequestBody, envelope};
 use crate::types::{CloudName, MemberJid, VmId};
@@ -176,23 +176,21 @@ impl Broker {
             jid: m.jid.clone(),
             cloud: m.name.clone(),
             state: match (m.is_online(), m.removed) {
-                (true, _) => "online",
-                (false, true) => "removed",
-                (false, false) => "gone",
-            }
-            .into(),
+                (true, _) => MemberState::Online,
+                (false, true) => MemberState::Removed,
+                (false, false) => MemberState::Gone,
+            },
             since: m.since,
             last_seen: m.last_seen,
             trust: match self.members.trust_of(&m.jid) {
-                Trust::Trusted => "trusted",
-                Trust::Unknown => "unknown",
-                Trust::Changed { .. } => "changed",
-                Trust::Superseded { .. } => "superseded",
-                Trust::Forked { .. } => "forked",
-                Trust::Revoked => "revoked",
-                Trust::NoKey => "no-key",
-            }
-            .into(),
+                Trust::Trusted => MemberTrust::Trusted,
+                Trust::Unknown => MemberTrust::Unknown,
+                Trust::Changed { .. } => MemberTrust::Changed,
+                Trust::Superseded { .. } => MemberTrust::Superseded,
+                Trust::Forked { .. } => MemberTrust::Forked,
+                Trust::Revoked => MemberTrust::Revoked,
+                Trust::NoKey => MemberTrust::NoKey,
+            },
             key: m.key,
             clock_ahead_ms: self.clocks.ahead_ms(&m.jid),
             pinned_fingerprint: match self.members.trust_of(&m.jid) {

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::interface::{Foretold, MigrationView, Score};
+use crate::interface::{Foretold, MigrationPhase, MigrationRole, MigrationView, Score};
 use crate::types::{MemberJid, VmId};
 
 /// What weight earlier moves keep beside a new one.
@@ -175,7 +175,7 @@ pub struct Forecasts {
 impl Forecasts {
     /// Learns from moves as they are remembered, the oldest first.
     pub fn of<'a>(views: impl Iterator<Item = &'a MigrationView>) -> Self {
-        let mut views: Vec<_> = views.filter(|v| v.progress.role == "source").collect();
+        let mut views: Vec<_> = views.filter(|v| v.progress.role == MigrationRole::Source).collect();
         views.sort_by_key(|view| view.progress.started);
         let mut forecasts = Self::default();
         views.into_iter().for_each(|view| forecasts.learn_from(view));
@@ -185,7 +185,9 @@ impl Forecasts {
     /// Learns from a move that was completed, and scores what was foretold of it.
     pub fn learn_from(&mut self, view: &MigrationView) {
         let (p, a) = (&view.progress, &view.account);
-        let Some(foretold) = a.foretold.as_ref().filter(|_| p.phase == "completed") else { return };
+        let Some(foretold) = a.foretold.as_ref().filter(|_| p.phase == MigrationPhase::Completed) else {
+            return;
+        };
         let seconds = |ms: u64| ms as f64 / 1000.0;
         let phase_s = |name: &str| seconds(a.phase_ms.get(name).copied().unwrap_or(0));
         let total_s = p.updated.since(p.started).as_secs_f64();
@@ -376,8 +378,9 @@ mod tests {
         .unwrap();
         let id = crate::types::MigrationId::random();
         let start = crate::clock::UnixMillis(1000);
-        let mut view = crate::broker::account::new_view(id, &spec, "source", &member(), None, start);
-        view.progress.phase = "completed".into();
+        let mut view =
+            crate::broker::account::new_view(id, &spec, MigrationRole::Source, &member(), None, start);
+        view.progress.phase = MigrationPhase::Completed;
         view.progress.updated = crate::clock::UnixMillis(1000 + total_ms);
         view.account.foretold = Some(foretold);
         view
@@ -391,9 +394,9 @@ mod tests {
         // One of which nothing was foretold, one that failed, and one that came here.
         views.push(view(3000, Foretold::default()));
         views.push(view(3000, foretold.clone()));
-        views[4].progress.phase = "failed".into();
+        views[4].progress.phase = MigrationPhase::Failed;
         views.push(view(3000, foretold.clone()));
-        views[5].progress.role = "target".into();
+        views[5].progress.role = MigrationRole::Target;
         let f = Forecasts::of(views.iter());
         assert_eq!(f.held(&member()), (1, 3));
         assert_eq!(f.held(&"c@x".parse().unwrap()), (0, 0));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::clock::UnixMillis;
 use crate::fault;
 use crate::federation::Refused;
-use crate::interface::{MigrationView, Problem, ProblemKind, chain};
+use crate::interface::{MigrationPhase, MigrationRole, MigrationView, Problem, ProblemKind, chain};
 use crate::migration::envelope::{LIFETIME, VERSION, VERSION_BEFORE, VERSIONS};
 use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, Return, SignedHandOver};
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, Seed, StageAccount};
@@ -351,9 +351,9 @@ impl Broker {
             let p = &view.progress;
             p.peer == peer.jid
                 && p.vm_id == spec.id
-                && p.role == "target"
+                && p.role == MigrationRole::Target
                 && !p.handed_over
-                && p.phase != "completed"
+                && p.phase != MigrationPhase::Completed
         };
         let is_taken = self.outgoing.contains_key(&id)
             || self.unfinished.iter().any(|cut| cut.view().progress.id == id)
@@ -438,7 +438,7 @@ impl Broker {
             machine,
             peer: peer.clone(),
             matter: Matter { migration: request.migration, vm: spec.id, epoch: request.epoch },
-            view: new_view(request.migration, spec, "target", &peer.jid, cloud, now),
+            view: new_view(request.migration, spec, MigrationRole::Target, &peer.jid, cloud, now),
             spec: spec.clone(),
             lease_until: now.plus(lease),
             component_names: Vec::new(),
@@ -637,20 +637,20 @@ impl Broker {
         let p = &mut run.view.progress;
         p.updated = now;
         let (phase, fraction) = match run.machine.phase() {
-            Phase::Reserved => ("negotiate", 0.01),
+            Phase::Reserved => (MigrationPhase::Negotiate, 0.01),
             Phase::Staging(pass) | Phase::Staged(pass) => {
                 let ran = !(pass.last && pass.number == 1);
-                let name = if pass.last && ran { "switch-over" } else { "stage" };
+                let name = if pass.last && ran { MigrationPhase::SwitchOver } else { MigrationPhase::Stage };
                 (name, run.advance.in_pass(pass, ran, p))
             }
-            Phase::TakingOver | Phase::Starting => ("start", 0.95),
-            Phase::Owned if run.machine.problem().is_some() => ("handed-over", 1.0),
-            Phase::Owned => ("completed", 1.0),
-            Phase::Abandoned => ("cancelled", 1.0),
+            Phase::TakingOver | Phase::Starting => (MigrationPhase::Start, 0.95),
+            Phase::Owned if run.machine.problem().is_some() => (MigrationPhase::HandedOver, 1.0),
+            Phase::Owned => (MigrationPhase::Completed, 1.0),
+            Phase::Abandoned => (MigrationPhase::Cancelled, 1.0),
         };
         if p.phase != phase {
-            let before = std::mem::replace(&mut p.phase, phase.into());
-            *run.view.account.phase_ms.entry(before).or_default() +=
+            let before = std::mem::replace(&mut p.phase, phase);
+            *run.view.account.phase_ms.entry(before.to_string()).or_default() +=
                 now.since(run.phase_since).as_millis() as u64;
             run.phase_since = now;
         }

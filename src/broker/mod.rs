@@ -44,7 +44,7 @@ use std::sync::Arc;
 use crate::clock::UnixMillis;
 use crate::config::Config;
 use crate::federation::Members;
-use crate::interface::{Account, MigrationView, Problem, Reply};
+use crate::interface::{Account, MigrationRole, MigrationView, Problem, Reply};
 use crate::migration::envelope::common_version;
 use crate::migration::handover::SignedHandOver;
 use crate::migration::records::VmRecord;
@@ -438,9 +438,9 @@ impl Broker {
 
     /// Keeps an ended migration. What was begun here must not begin again after a restart.
     fn remember(&mut self, view: MigrationView) {
-        match view.progress.role.as_str() {
-            "source" => self.book.note_now(&view),
-            _ => self.book.note_later(&view),
+        match view.progress.role {
+            MigrationRole::Source => self.book.note_now(&view),
+            MigrationRole::Target => self.book.note_later(&view),
         }
         let displaced = self.history.remember(view);
         displaced.into_iter().for_each(|id| self.book.forget_migration(id));

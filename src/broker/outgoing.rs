@@ -8,7 +8,9 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use crate::clock::UnixMillis;
 use crate::component::Recipe;
 use crate::fault;
-use crate::interface::{Event, Foretold, MigrationView, Problem, ProblemKind, Reply, Side, chain};
+use crate::interface::{
+    Event, Foretold, MigrationPhase, MigrationRole, MigrationView, Problem, ProblemKind, Reply, Side, chain,
+};
 use crate::migration::handover::{Receipt, Return, SignedHandOver};
 use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::ownership::Gift;
@@ -154,7 +156,7 @@ impl Broker {
         let entry = self.vms.get_mut(&vm)?;
         entry.busy = Some(Busy::Migration(id));
         let record = &entry.record;
-        let mut view = new_view(id, &record.spec, "source", &peer.jid, cloud, self.now);
+        let mut view = new_view(id, &record.spec, MigrationRole::Source, &peer.jid, cloud, self.now);
         (view.progress.epoch, view.progress.attempt) = (record.epoch, attempt);
         let matter = Matter { migration: id, vm, epoch: record.epoch };
         let run = Outgoing {
@@ -191,7 +193,7 @@ impl Broker {
             let mut view = self
                 .history
                 .take(&id)
-                .unwrap_or_else(|| new_view(id, &record.spec, "source", &peer.jid, None, now));
+                .unwrap_or_else(|| new_view(id, &record.spec, MigrationRole::Source, &peer.jid, None, now));
             (view.progress.ended, view.progress.handed_over, view.problem) = (false, true, None);
             // How long it was down is nobody's forecast.
             view.account.foretold = None;
@@ -291,7 +293,7 @@ impl Broker {
         run.view.account.carried_bytes = run.view.account.carried_bytes.max(run.sent_bytes);
         let (old, new) = (phase_name(before, ran), phase_name(after, ran));
         if old != new {
-            *run.view.account.phase_ms.entry(old.into()).or_default() +=
+            *run.view.account.phase_ms.entry(old.to_string()).or_default() +=
                 now.since(run.phase_since).as_millis() as u64;
             run.phase_since = now;
         }
@@ -302,7 +304,7 @@ impl Broker {
         let in_doubt = run.in_doubt(now);
         let p = &mut run.view.progress;
         p.updated = now;
-        p.phase = if in_doubt { "in-doubt".into() } else { new.into() };
+        p.phase = if in_doubt { MigrationPhase::InDoubt } else { new };
         p.detail = match after {
             Phase::Checking => format!("asking {} whether it can take the VM", run.peer.jid),
             Phase::Reserving => format!("reserving room at {}", run.peer.jid),
@@ -788,10 +790,10 @@ impl Broker {
                 let problem = Problem::new(ProblemKind::Cancelled, object, reason);
                 let next =
                     format!("'cicada migration show {id}' says how long the target keeps what was sent");
-                ("cancelled", if run.sent_bytes > 0 { problem.next(next) } else { problem })
+                (MigrationPhase::Cancelled, if run.sent_bytes > 0 { problem.next(next) } else { problem })
             }
             End::Denied(d) => {
-                ("failed", Problem::new(ProblemKind::Refused, object, d.text).next(d.next_step))
+                (MigrationPhase::Failed, Problem::new(ProblemKind::Refused, object, d.text).next(d.next_step))
             }
         };
         run.view.problem = Some(problem);
@@ -803,9 +805,9 @@ impl Broker {
         self.end_outgoing(id, phase);
     }
 
-    fn end_outgoing(&mut self, id: MigrationId, phase: &str) {
+    fn end_outgoing(&mut self, id: MigrationId, phase: MigrationPhase) {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
-        run.view.progress.phase = phase.into();
+        run.view.progress.phase = phase;
         run.view.progress.ended = true;
         run.view.progress.eta_s = None;
         self.outgoing_publish(id);
@@ -831,20 +833,20 @@ impl Broker {
     }
 }
 
-fn phase_name(phase: Phase, ran: bool) -> &'static str {
+fn phase_name(phase: Phase, ran: bool) -> MigrationPhase {
     match phase {
-        Phase::Checking | Phase::Reserving => "negotiate",
-        Phase::Scanning { last: false, .. } => "stage",
-        Phase::Staging(p) if !p.last => "stage",
+        Phase::Checking | Phase::Reserving => MigrationPhase::Negotiate,
+        Phase::Scanning { last: false, .. } => MigrationPhase::Stage,
+        Phase::Staging(p) if !p.last => MigrationPhase::Stage,
         // One that stands still has nothing to be switched over: all of it travels now.
-        Phase::Scanning { .. } | Phase::Staging(_) if !ran => "stage",
+        Phase::Scanning { .. } | Phase::Staging(_) if !ran => MigrationPhase::Stage,
         Phase::Stopping
         | Phase::Scanning { .. }
         | Phase::Staging(_)
         | Phase::GivingUp
-        | Phase::TakingBack => "switch-over",
-        Phase::HandingOver => "start",
-        Phase::Released => "completed",
-        Phase::Abandoned => "failed",
+        | Phase::TakingBack => MigrationPhase::SwitchOver,
+        Phase::HandingOver => MigrationPhase::Start,
+        Phase::Released => MigrationPhase::Completed,
+        Phase::Abandoned => MigrationPhase::Failed,
     }
 }

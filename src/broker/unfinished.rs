@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::clock::UnixMillis;
-use crate::interface::{MigrationView, Problem, ProblemKind};
+use crate::interface::{MigrationPhase, MigrationRole, MigrationView, Problem, ProblemKind};
 use crate::migration::message::{Kept, Seed};
 use crate::migration::records::VmRecord;
 use crate::types::{MemberJid, MigrationId, VmId};
@@ -65,7 +65,7 @@ pub fn split(
     let (mut history, mut cut) = (BTreeMap::new(), Vec::new());
     for mut view in views {
         let p = &mut view.progress;
-        if p.role == "source" && !p.ended {
+        if p.role == MigrationRole::Source && !p.ended {
             let record = vms.get(&p.vm_id).map(|vm| &vm.record);
             if record.is_some_and(|r| r.is_here() && r.epoch == p.epoch) {
                 cut.push(Unfinished { view, until: now.plus(PATIENCE) });
@@ -75,15 +75,15 @@ pub fn split(
             let waits = |r: &VmRecord| r.given_up().is_some_and(|g| g.migration == p.id && g.in_doubt());
             if !record.is_some_and(waits) {
                 p.ended = true;
-                p.phase = "completed".into();
+                p.phase = MigrationPhase::Completed;
                 ended(&view);
             }
-        } else if p.role == "target" && !p.ended {
+        } else if p.role == MigrationRole::Target && !p.ended {
             let arrival = vms.get(&p.vm_id).and_then(|vm| vm.record.arrival.as_ref());
             p.ended = true;
-            p.phase = "completed".into();
+            p.phase = MigrationPhase::Completed;
             if arrival.is_none_or(|a| a.migration != p.id) {
-                p.phase = "cancelled".into();
+                p.phase = MigrationPhase::Cancelled;
                 let reason = "was cut short by a restart of this broker before the VM was handed over";
                 let problem = Problem::new(ProblemKind::Failed, format!("arrival of {}", p.vm), reason);
                 view.problem =
@@ -150,7 +150,10 @@ impl Broker {
         tracing::warn!(migration = %view.progress.id, vm = %view.progress.vm, reason, "move ended");
         let problem = Problem::new(kind, format!("move of {}", view.progress.vm), reason);
         view.problem = Some(problem.next("see 'cicada migration list', then move it again if need be"));
-        view.progress.phase = if kind == ProblemKind::Cancelled { "cancelled" } else { "failed" }.into();
+        view.progress.phase = match kind {
+            ProblemKind::Cancelled => MigrationPhase::Cancelled,
+            _ => MigrationPhase::Failed,
+        };
         view.progress.ended = true;
         view.progress.eta_s = None;
         self.remember(view);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::clock::UnixMillis;
-use crate::interface::{Deleted, DeletedView, Problem, ProblemKind, Reply, VmView, chain};
+use crate::interface::{Deleted, DeletedView, Problem, ProblemKind, Reply, VmOwnership, VmView, chain};
 use crate::migration::ownership::Hold;
 use crate::migration::records::{GivenUp, VmRecord};
 use crate::placement::shortlist::Earlier;
@@ -191,12 +191,13 @@ impl Broker {
             name: spec.name.clone(),
             power,
             ownership: match given {
-                None if self.contested(spec.id).is_some() || self.disputed(spec.id).is_some() => "contested",
-                None => "here",
-                Some(_) if in_doubt => "in-doubt",
-                Some(_) => "given-up",
-            }
-            .into(),
+                None if self.contested(spec.id).is_some() || self.disputed(spec.id).is_some() => {
+                    VmOwnership::Contested
+                }
+                None => VmOwnership::Here,
+                Some(_) if in_doubt => VmOwnership::InDoubt,
+                Some(_) => VmOwnership::GivenUp,
+            },
             owner: given.map(|g| g.to.clone()),
             epoch: record.epoch,
             created: record.created,

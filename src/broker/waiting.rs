@@ -1,7 +1,7 @@
 //! What a migration waits for, in words: since when, for whom, and what an operator may do.
 
 use crate::clock::UnixMillis;
-use crate::interface::MigrationView;
+use crate::interface::{MigrationPhase, MigrationView};
 use crate::migration::target::Phase;
 use crate::types::{MemberJid, MigrationId};
 
@@ -16,13 +16,13 @@ impl Broker {
         let (id, now) = (p.id, self.now);
         if let Some(run) = self.outgoing.get(&id) {
             if run.in_doubt(now) {
-                p.phase = "in-doubt".into();
+                p.phase = MigrationPhase::InDoubt;
                 p.detail = self.doubt(run);
             }
         } else if let Some(run) = self.incoming.get(&id).filter(|r| r.is_unfinished()) {
             p.detail = arriving(run, now);
         } else if let Some(cut) = self.unfinished.iter().find(|u| u.view().progress.id == id) {
-            p.phase = "waiting".into();
+            p.phase = MigrationPhase::Waiting;
             p.detail = format!(
                 "was cut short by a restart of this broker; begins again when {} is there ({}), and fails if that \
                  is not before {}. The VM is here; 'cicada migration cancel {id}' calls it off",

@@ -176,7 +176,7 @@ fn print_keys(printer: &Printer, reply: Reply, offline: Option<&str>) -> Outcome
         table.row([
             m.cloud.as_ref().map_or("-".into(), ToString::to_string),
             m.jid.to_string(),
-            m.trust.clone(),
+            m.trust.to_string(),
             m.fingerprint.clone(),
             m.key.map(|key| key.to_string()).unwrap_or_default(),
         ]);

@@ -6,7 +6,9 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::federation::MemberPolicy;
-use crate::interface::{LinkState, MemberView, Message, Predecessor, Reply, Request, StatusView};
+use crate::interface::{
+    LinkState, MemberTrust, MemberView, Message, Predecessor, Reply, Request, StatusView,
+};
 use crate::migration::envelope::SKEW;
 use crate::types::PublicKey;
 
@@ -89,9 +91,9 @@ fn print_members(printer: &Printer, reply: Reply, offline: Option<&str>) -> Outc
         table.row([
             m.cloud.as_ref().map_or("-".into(), ToString::to_string),
             m.jid.to_string(),
-            m.state.clone(),
+            m.state.to_string(),
             ago(m.since),
-            m.trust.clone(),
+            m.trust.to_string(),
             resource(m.cpus, |n| n.to_string()),
             resource(m.memory_bytes, bytes),
             resource(m.storage_bytes, bytes),
@@ -120,7 +122,7 @@ fn print_members(printer: &Printer, reply: Reply, offline: Option<&str>) -> Outc
             details(printer, m)?;
         }
     }
-    for m in members.iter().filter(|m| m.trust != "trusted") {
+    for m in members.iter().filter(|m| m.trust != MemberTrust::Trusted) {
         if let Some(key) = m.key {
             printer.note(distrust(m, &key));
         }
@@ -141,20 +143,20 @@ fn print_members(printer: &Printer, reply: Reply, offline: Option<&str>) -> Outc
 fn distrust(m: &MemberView, key: &PublicKey) -> String {
     let shown = key.fingerprint();
     let next = format!("If its operator confirms that: cicada identity trust {} {key}", m.jid);
-    match m.trust.as_str() {
-        "changed" => format!(
+    match m.trust {
+        MemberTrust::Changed => format!(
             "{} shows the key {shown}, but {} is pinned: it was set up anew, or somebody else uses its account. {next}",
             m.jid, m.pinned_fingerprint
         ),
-        "superseded" => format!(
+        MemberTrust::Superseded => format!(
             "{} shows the key {shown}, which gave way to {}: it was restored from an old backup, or somebody has its old key. It must not be trusted",
             m.jid, m.pinned_fingerprint
         ),
-        "forked" => format!(
+        MemberTrust::Forked => format!(
             "ALARM: {} shows the key {shown} as a second successor of a key of its; {} came first and is trusted. One of the two is a thief's. Ask its operator which one is right; if it is {shown}: cicada identity trust {} {key}; if in doubt: cicada identity revoke {}",
             m.jid, m.pinned_fingerprint, m.jid, m.jid
         ),
-        "revoked" => format!("{} shows the key {shown}; its trust was revoked. {next}", m.jid),
+        MemberTrust::Revoked => format!("{} shows the key {shown}; its trust was revoked. {next}", m.jid),
         _ => format!("{} shows the key {shown}, which is not trusted. {next}", m.jid),
     }
 }

@@ -6,7 +6,7 @@ use clap::Subcommand;
 
 use crate::config::Rate;
 use crate::interface::problem::Problem;
-use crate::interface::{Message, MigrationView, Reply, Request, Score};
+use crate::interface::{Message, MigrationPhase, MigrationRole, MigrationView, Reply, Request, Score};
 
 use super::account;
 use super::context::Context;
@@ -135,9 +135,9 @@ fn print_list(printer: &Printer, reply: Reply) -> Outcome {
         table.row([
             if printer.verbose { p.id.to_string() } else { p.id.short() },
             p.vm.to_string(),
-            if p.role == "target" { "from".into() } else { "to".into() },
+            if p.role == MigrationRole::Target { "from".into() } else { "to".into() },
             p.peer_cloud.as_ref().map_or_else(|| p.peer.to_string(), ToString::to_string),
-            p.phase.clone(),
+            p.phase.to_string(),
             if p.ended { "-".into() } else { format!("{:.0} %", p.fraction * 100.0) },
             bytes(account::sent_bytes(account)),
             ago(p.started),
@@ -153,7 +153,7 @@ fn print_list(printer: &Printer, reply: Reply) -> Outcome {
 fn foretold(view: &MigrationView) -> Option<String> {
     let (p, foretold) = (&view.progress, view.account.foretold.as_ref()?);
     let interval = format!("{} to {}", seconds(foretold.low_s?), seconds(foretold.high_s?));
-    if p.phase != "completed" {
+    if p.phase != MigrationPhase::Completed {
         return Some(interval);
     }
     let took_s = p.updated.since(p.started).as_secs_f64();
@@ -174,8 +174,8 @@ fn print_view(printer: &Printer, view: &MigrationView) -> Outcome {
         &[
             ("migration", p.id.to_string()),
             ("VM", format!("{} ({})", p.vm, p.vm_id)),
-            (if p.role == "target" { "from" } else { "to" }, format!("{peer}({})", p.peer)),
-            ("phase", p.phase.clone()),
+            (if p.role == MigrationRole::Target { "from" } else { "to" }, format!("{peer}({})", p.peer)),
+            ("phase", p.phase.to_string()),
             ("now", if p.ended { String::new() } else { p.detail.clone() }),
             ("started", utc(p.started)),
             (if p.ended { "ended" } else { "last change" }, utc(p.updated)),

@@ -260,7 +260,7 @@ fn print_list(printer: &Printer, reply: Reply) -> Outcome {
 fn place(vm: &VmView) -> String {
     match &vm.owner {
         Some(owner) => format!("{} ({owner})", vm.ownership),
-        None => vm.ownership.clone(),
+        None => vm.ownership.to_string(),
     }
 }
 

@@ -4,27 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::kinds::{LinkState, MemberState, MemberTrust};
 use crate::clock::UnixMillis;
 use crate::federation::{MemberPolicy, Used};
 use crate::types::{CloudName, MemberJid, PeerText, PublicKey, Succession};
-
-/// Whether a broker is in the room.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LinkState {
-    Online,
-    Offline,
-}
-
-impl LinkState {
-    /// The word for it.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            LinkState::Online => "online",
-            LinkState::Offline => "offline",
-        }
-    }
-}
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct StatusView {
@@ -103,14 +86,12 @@ pub struct MemberView {
     #[serde(rename = "member", alias = "jid")]
     pub jid: MemberJid,
     pub cloud: Option<CloudName>,
-    /// `online`, `gone`, or `removed` by the room's owner.
-    pub state: String,
+    pub state: MemberState,
     #[serde(with = "crate::clock::rfc3339")]
     pub since: UnixMillis,
     #[serde(with = "crate::clock::rfc3339")]
     pub last_seen: UnixMillis,
-    /// `trusted`, `unknown`, `changed`, `superseded`, `forked`, `revoked` or `no-key`.
-    pub trust: String,
+    pub trust: MemberTrust,
     pub key: Option<PublicKey>,
     pub fingerprint: String,
     /// Of the pinned key, where the member shows another.

@@ -9,12 +9,14 @@ use crate::types::{ByteSize, ComponentId, MemberJid, PublicKey};
 
 mod cloud;
 mod content;
+mod kinds;
 mod moves;
 pub mod problem;
 mod vms;
 
 pub use cloud::*;
 pub use content::*;
+pub use kinds::*;
 pub use moves::*;
 pub use problem::{Problem, ProblemKind, chain};
 pub use vms::*;

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::clock::UnixMillis;
 use crate::types::{CloudName, MemberJid, MigrationId, PeerText, VmId, VmName};
 
+use super::kinds::{MigrationPhase, MigrationRole};
 use super::problem::Problem;
 
 /// Which cloud of a migration is to own the VM, as seen from the broker that is asked.
@@ -133,13 +134,11 @@ pub struct MigrationProgress {
     pub id: MigrationId,
     pub vm: VmName,
     pub vm_id: VmId,
-    /// `source` or `target`: this broker's part in it.
-    pub role: String,
+    /// This broker's part in it.
+    pub role: MigrationRole,
     pub peer: MemberJid,
     pub peer_cloud: Option<CloudName>,
-    /// `negotiate`, `stage`, `compose`, `switch-over`, `start`, `release`, `completed`, `cancelled`, `failed`, `in-doubt`,
-    /// `waiting` (cut by a restart, begins again).
-    pub phase: String,
+    pub phase: MigrationPhase,
     /// Words for a person about what is happening or awaited now.
     pub detail: String,
     /// Payload bytes delivered and expected so far; `total` may grow when a pass finds more.

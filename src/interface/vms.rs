@@ -8,6 +8,7 @@ use crate::types::{ByteSize, ImageDigest, MemberJid, MigrationId, RecipeId, VmId
 use crate::vm::spec::Nic;
 use crate::vm::{CardModel, DiskBus, Firmware, Hardware, Mac, PowerState, SystemUuid};
 
+use super::kinds::VmOwnership;
 use super::problem::Problem;
 
 /// A new VM. With a user-data size of zero it has no second disk.
@@ -137,9 +138,7 @@ pub struct VmView {
     pub id: VmId,
     pub name: VmName,
     pub power: PowerState,
-    /// `here`, `given-up` (now in another cloud, copy kept for the grace period), `in-doubt`,
-    /// `contested` (here, and in another cloud too; see `problem`), or `damaged` (its record cannot be used, only its id is known).
-    pub ownership: String,
+    pub ownership: VmOwnership,
     /// Where it went, when it was given up.
     pub owner: Option<MemberJid>,
     pub epoch: u64,

@@ -214,8 +214,12 @@ impl Pair {
                 return Err(format!("{name} has a move to take up again"));
             }
             match self.view(cloud) {
-                Some(vm) if vm.ownership == "here" && vm.migration.is_none() => owners.push(cloud),
-                Some(vm) if vm.ownership == "given-up" => {}
+                Some(vm)
+                    if vm.ownership == cicada::interface::VmOwnership::Here && vm.migration.is_none() =>
+                {
+                    owners.push(cloud)
+                }
+                Some(vm) if vm.ownership == cicada::interface::VmOwnership::GivenUp => {}
                 Some(vm) => return Err(format!("{name}: {} {:?}", vm.ownership, vm.migration)),
                 None => {}
             }

@@ -260,7 +260,10 @@ impl World {
     /// Waits until all members see and trust each other.
     pub fn wait_online(&self) {
         let sees = |w: &Self, cloud: usize, other: &Cloud| {
-            let is_there = |m: &MemberView| m.state == "online" && m.trust == "trusted";
+            let is_there = |m: &MemberView| {
+                m.state == cicada::interface::MemberState::Online
+                    && m.trust == cicada::interface::MemberTrust::Trusted
+            };
             w.members(cloud).iter().any(|m| m.jid.as_str().starts_with(&other.name) && is_there(m))
         };
         self.wait("all members see each other", 60, |w| {
@@ -528,7 +531,7 @@ impl Drop for World {
                 .flatten()
             {
                 let Reply::Vms(vms) = vm else { continue };
-                for vm in vms.iter().filter(|v| v.ownership == "here") {
+                for vm in vms.iter().filter(|v| v.ownership == cicada::interface::VmOwnership::Here) {
                     let _ = self.call(
                         cloud,
                         &Request::VmStop {

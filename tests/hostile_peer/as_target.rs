@@ -496,7 +496,8 @@ fn start_rows(bench: &mut Bench) {
         let asked = until(bench, "start");
         let given = bench.world.vm(0, vm.name.as_str());
         assert!(
-            given.ownership == "given-up" || given.ownership == "in-doubt",
+            given.ownership == cicada::interface::VmOwnership::GivenUp
+                || given.ownership == cicada::interface::VmOwnership::InDoubt,
             "{words}: {}",
             given.ownership
         );

@@ -117,9 +117,9 @@ fn comes_home(bench: &Bench, peer: &Peer, vm: VmId, history: &Lineage) -> (Matte
     peer.answer(asked, AnswerBody::Deleted { grace_s: 0 }, Spoil::Nothing);
     let mut history = history.clone();
     history.push(receipt.into()).unwrap();
-    bench
-        .world
-        .wait("it knows that its receipt arrived", 30, |w| w.vm(0, &vm.to_string()).ownership == "here");
+    bench.world.wait("it knows that its receipt arrived", 30, |w| {
+        w.vm(0, &vm.to_string()).ownership == cicada::interface::VmOwnership::Here
+    });
     (matter, history)
 }
 

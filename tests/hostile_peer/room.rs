@@ -127,9 +127,11 @@ fn presence_rows(bench: &mut Bench) {
         let status = bench.status();
         assert_eq!(status.link, cicada::interface::LinkState::Online);
         bench.mallory.show(shown);
-        bench
-            .world
-            .wait(words, 30, |w| w.members(0).iter().any(|m| *m.region == *region && m.state == "online"));
+        bench.world.wait(words, 30, |w| {
+            w.members(0)
+                .iter()
+                .any(|m| *m.region == *region && m.state == cicada::interface::MemberState::Online)
+        });
         bench.table.row(
             "presence",
             words,
@@ -256,7 +258,10 @@ fn expelled(bench: &mut Bench) {
         admin.close().await;
     });
     bench.world.wait("they are seen to be gone", 30, |w| {
-        w.members(0).iter().filter(|m| jids.contains(&m.jid)).all(|m| m.state != "online")
+        w.members(0)
+            .iter()
+            .filter(|m| jids.contains(&m.jid))
+            .all(|m| m.state != cicada::interface::MemberState::Online)
     });
     let ended = bench
         .mallory
