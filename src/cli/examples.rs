@@ -19,9 +19,8 @@ const EXAMPLES: &[Examples] = &[
          "cicada identity trust cloud-b 0123-4567-89ab-cdef-0123"),
     ]),
     ("federation create", &[
-        ("Make the room, and let two clouds in",
-         "cicada federation create --owner-jid owner@example.org --owner-password-file owner.password \
-          --member cloud-a@example.org --member cloud-b@example.org"),
+        ("Make the room with the account that shall own it",
+         "cicada federation create --owner-jid owner@example.org --owner-password-file owner.password"),
     ]),
     ("federation add", &[
         ("Let one more cloud in",
