@@ -220,8 +220,10 @@ impl Broker {
     pub(super) fn resolved_outgoing(&mut self, id: MigrationId, owner: Side) {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let (phase, reason) = match owner {
-            Side::Here => ("failed", "was in doubt, and taken back by the operator"),
-            Side::There => ("completed", "was in doubt, and left to the target by the operator"),
+            Side::Here => (MigrationPhase::Failed, "was in doubt, and taken back by the operator"),
+            Side::There => {
+                (MigrationPhase::Completed, "was in doubt, and left to the target by the operator")
+            }
         };
         let object = format!("move of {}", run.view.progress.vm);
         let next = format!("see 'cicada migration show {id}' for what the target says in the end");
@@ -741,7 +743,11 @@ impl Broker {
                 .next("let that cloud's operator start it, or move it back"),
             );
         }
-        let phase = if run.machine.was_running() && !running { "handed-over" } else { "completed" };
+        let phase = if run.machine.was_running() && !running {
+            MigrationPhase::HandedOver
+        } else {
+            MigrationPhase::Completed
+        };
         let vm = run.matter.vm;
         let grace = self.config.migration.grace_period;
         if let Err(e) = self.book.save_receipt(id, &receipt) {
@@ -815,12 +821,14 @@ impl Broker {
         self.forecasts.learn_from(&run.view);
         self.emit(Effect::EndServing(id));
         let outcome = match (&run.view.problem, phase) {
-            (Some(p), "cancelled" | "failed" | "handed-over") => Err(p.clone()),
+            (Some(p), MigrationPhase::Cancelled | MigrationPhase::Failed | MigrationPhase::HandedOver) => {
+                Err(p.clone())
+            }
             _ => Ok(Reply::Migration(Box::new(run.view.clone()))),
         };
         match &outcome {
             Ok(_) => tracing::info!(migration = %id, vm = %run.view.progress.vm, to = %run.peer.jid, "moved"),
-            Err(p) if phase == "handed-over" => {
+            Err(p) if phase == MigrationPhase::HandedOver => {
                 tracing::error!(migration = %id, vm = %run.view.progress.vm, to = %run.peer.jid, reason = %p, "moved");
             }
             Err(p) => tracing::warn!(migration = %id, vm = %run.view.progress.vm, reason = %p, "not moved"),
