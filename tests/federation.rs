@@ -77,7 +77,7 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
     assert_eq!((there.epoch, there.ownership.as_str()), (2, "here"));
     world.guest(1, "web", "sha256sum -c /root/sum");
     let here = world.vm(0, "web");
-    assert_eq!(here.ownership, "given-up");
+    assert_eq!(here.ownership, cicada::interface::VmOwnership::GivenUp);
     let start =
         world.call(0, &Request::VmStart { vm: "web".into(), unconfirmed: false, by_uid: None }).unwrap_err();
     assert_eq!(start.kind, ProblemKind::Conflict, "{start}");

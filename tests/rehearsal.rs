@@ -101,7 +101,7 @@ fn a_cloud_that_cannot_start_a_vm_does_not_take_it_over() {
     // All is well again.
     std::fs::copy("/usr/share/OVMF/OVMF_CODE_4M.fd", &firmware).unwrap();
     let Ok(Reply::Migration(moved)) = moves(&world, "web") else { panic!("{}", world.log(0)) };
-    assert_eq!(moved.progress.phase, "completed");
+    assert_eq!(moved.progress.phase, cicada::interface::MigrationPhase::Completed);
     assert_eq!(moved.progress.detail, "the VM runs in boreal@federation.test");
     world.wait("it runs there", 20, |w| w.vm(1, "web").power == PowerState::Running);
     // What stood still is not said to run.

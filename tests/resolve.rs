@@ -469,7 +469,7 @@ fn a_target_killed_in_the_hand_over_leaves_one_owner_or_says_that_there_are_two(
         return;
     };
     let mine = world.vm(A, "cut");
-    assert_eq!(mine.ownership, "here");
+    assert_eq!(mine.ownership, cicada::interface::VmOwnership::Here);
     world.start_broker(B);
     world.wait("the target said what it knows", 90, |w| {
         !migration(w, A, &id).remarks[0].contains("has not said yet")

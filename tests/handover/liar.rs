@@ -15,6 +15,9 @@ use cicada::types::MigrationId;
 
 use crate::federation::{record, records, vm};
 
+/// How often another liar, history and victim are looked for.
+const TRIES: usize = 8;
+
 /// All that a cloud knows of the VM's history.
 fn known(world: &World, at: usize) -> Lineage {
     let book = &world.clouds[at].book;
@@ -24,6 +27,10 @@ fn known(world: &World, at: usize) -> Lineage {
 /// A member hands over what it never had, or had once: with the history as it then was, or none, under an epoch
 /// of its choice, to a cloud that knows better. Whether there was anything to lie about.
 pub fn attack(world: &mut World) -> bool {
+    (0..TRIES).any(|_| lie(world))
+}
+
+fn lie(world: &mut World) -> bool {
     let histories: Vec<Lineage> = (0..world.clouds.len()).map(|at| known(world, at)).collect();
     let Some(whole) = histories.iter().max_by_key(|h| h.links().len()) else { return false };
     let liar = world.random.below(world.clouds.len());

@@ -102,6 +102,8 @@ struct Run {
     starts: Vec<(usize, CallId)>,
     /// An operator stopped it, or decided what leaves it stopped, or it never ran.
     stopped: bool,
+    /// A member lies all the time.
+    lies: bool,
 }
 
 type Outcome = Result<(), String>;
@@ -121,6 +123,7 @@ pub fn run(beginnings: &Beginnings, seed: u64) -> Result<(Tally, u64), String> {
         moves_left,
         starts: Vec::new(),
         stopped: which == 1,
+        lies: seed % 3 == 1,
     };
     run.trouble()?;
     let happened = run.world.digest();
@@ -150,6 +153,12 @@ impl Run {
                     true => self.resolve(),
                     // Who took it over passes it on, perhaps to where it is still in doubt.
                     false => drop(self.begin_move()),
+                }
+            }
+            if self.lies && self.one_in(12) {
+                match self.one_in(4) {
+                    true => self.tally.withdrawals += u64::from(liar::withdraw(&mut self.world)),
+                    false => self.tally.attacks += u64::from(liar::attack(&mut self.world)),
                 }
             }
             self.tally.events += 1;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use cicada::broker::memory_book::Page;
 use cicada::interface::Request;
 use cicada::migration::Law;
+use cicada::migration::ownership::Rule;
 use cicada::sim::{Death, Kind, Pending, World};
 
 use crate::federation::{NAME, federation, open, owners, records, rests, sound};
@@ -176,6 +177,9 @@ impl Search {
             let mut end = world.clone();
             rests(&mut end)?;
             let (at, owner) = records(&end).find(|(_, r)| r.is_here()).ok_or("nobody owns it")?;
+            if !owner.run {
+                return Err("it ran, and is not to run any more".into());
+            }
             self.handed_over += u64::from(at != 0);
             self.returned += u64::from(at == 0 && owner.epoch > 1);
             paths = 1.0;
@@ -249,4 +253,17 @@ fn the_search_notices_disks_that_lie() {
     let (found, result) = search(Budget { crashes: 1, ..NONE }, Law::WHOLE, Broken::DisksLie);
     let what = result.expect_err("two owners or none are to be found");
     println!("disks that lie: {what} after {:?}", found.path.last());
+}
+
+/// Rules that only a death in the middle of a step needs.
+pub const NOTICES: [Rule; 1] = [Rule::TakeOverSaysRun];
+
+#[cfg(debug_assertions)]
+#[test]
+fn the_search_notices_rules_that_are_off() {
+    for rule in NOTICES {
+        let (found, result) = search(Budget { crashes: 1, ..NONE }, Law::without(rule), Broken::Nothing);
+        let what = result.err().unwrap_or_else(|| panic!("no order needs {rule:?}"));
+        println!("without {rule:?}: {what} after {:?}", found.path.last());
+    }
 }

@@ -230,7 +230,7 @@ fn reservation_rows(bench: &mut Bench) {
     let theirs = Matter { vm: own.id, ..Matter::new(7) };
     let (code, text) = denied(&bench.mallory.ask(theirs, bench.mallory.reservation(theirs)));
     assert_eq!(code, DenialCode::AlreadyThere);
-    assert_eq!(bench.world.vm(0, own.name.as_str()).ownership, "here");
+    assert_eq!(bench.world.vm(0, own.name.as_str()).ownership, cicada::interface::VmOwnership::Here);
     bench.table.row(step, "for a VM that the broker owns", text);
 
     // Many at once: few are granted, and all of them end.
@@ -623,7 +623,7 @@ fn others_rows(bench: &mut Bench) {
         let (code, text) =
             denied(&bench.mallory.ask(matter, RequestBody::Delete { boot_ms: Some(u64::MAX) }));
         assert_eq!(code, DenialCode::NotYours);
-        assert_eq!(bench.world.vm(0, &vm.to_string()).ownership, "here");
+        assert_eq!(bench.world.vm(0, &vm.to_string()).ownership, cicada::interface::VmOwnership::Here);
         bench.table.row("source: delete", words, text);
     }
     for (verb, request) in [("suspend", RequestBody::Suspend), ("stop", RequestBody::Stop)] {

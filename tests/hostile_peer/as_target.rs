@@ -99,7 +99,7 @@ fn failed(bench: &Bench, moving: Moving, vm: &VmView, epoch: u64) -> String {
 fn completed(bench: &Bench, moving: Moving, vm: &VmView) {
     let moved = through(bench, moving);
     assert!(matches!(moved, Ok(Reply::Migration(_))), "{moved:?}\n{}", bench.world.log(0));
-    assert_eq!(bench.world.vm(0, vm.name.as_str()).ownership, "given-up");
+    assert_eq!(bench.world.vm(0, vm.name.as_str()).ownership, cicada::interface::VmOwnership::GivenUp);
 }
 
 /// A VM that the peer has taken over.
@@ -548,7 +548,7 @@ fn start_rows(bench: &mut Bench) {
     let matter = Matter { migration: second.verify().unwrap().migration, vm: vm.id, epoch: 4 };
     let deleted = bench.mallory.ask(matter, RequestBody::Delete { boot_ms: None });
     assert!(matches!(deleted, AnswerBody::Deleted { .. }), "{deleted:?}");
-    assert_eq!(bench.world.vm(0, vm.name.as_str()).ownership, "given-up");
+    assert_eq!(bench.world.vm(0, vm.name.as_str()).ownership, cicada::interface::VmOwnership::GivenUp);
     assert!(bench.world.call(0, &Request::VmStart { vm: name, unconfirmed: false, by_uid: None }).is_err());
     bench.table.row(
         step,

@@ -252,7 +252,7 @@ fn gave_it_and_withdraws(bench: &mut Bench, vm: VmId, history: Lineage) {
     for _ in 0..100 {
         bench.mallory.ask(matter, RequestBody::Withdraw { hand_over: hand_over.clone() });
     }
-    assert_eq!(bench.world.vm(0, &vm.to_string()).ownership, "here");
+    assert_eq!(bench.world.vm(0, &vm.to_string()).ownership, cicada::interface::VmOwnership::Here);
     let started =
         bench.world.call(0, &Request::VmStart { vm: vm.to_string(), unconfirmed: false, by_uid: None });
     assert!(started.is_ok(), "{started:?}");

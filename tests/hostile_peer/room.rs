@@ -280,7 +280,7 @@ fn expelled(bench: &mut Bench) {
     drop(asked);
     bench.cancel_all();
     assert!(moving.outcome().is_err());
-    assert_eq!(bench.world.vm(0, own.name.as_str()).ownership, "here");
+    assert_eq!(bench.world.vm(0, own.name.as_str()).ownership, cicada::interface::VmOwnership::Here);
     bench.settled("a member that was expelled");
     let request = Request::Move {
         vm: own.name.to_string(),

@@ -130,7 +130,7 @@ async fn a_restored_broker_asks_before_it_runs_and_believes_the_proof() {
     let home = Home::start(&[&backup], true, true).await;
     // Nobody answers: held back, then the operator is told what may be done.
     let vm = home.vm(1).await;
-    assert_eq!(vm.ownership, "here");
+    assert_eq!(vm.ownership, cicada::interface::VmOwnership::Here);
     assert!(vm.problem.as_ref().unwrap().reason.contains("a@federation.test"), "{:?}", vm.problem);
     let start = |by_word: bool| Request::VmStart { vm: "vm-1".into(), unconfirmed: by_word, by_uid: Some(1) };
     assert!(home.call(start(false)).await.is_err());
@@ -182,7 +182,7 @@ async fn both_ends_show_that_a_vm_is_contested() {
     // A stranger to its history contests nothing.
     home.ask("a", VERSION, nobody, claim(true)).await;
     tokio::time::sleep(Duration::from_millis(200)).await;
-    assert_eq!(home.vm(1).await.ownership, "here");
+    assert_eq!(home.vm(1).await.ownership, cicada::interface::VmOwnership::Here);
     let AnswerBody::Owners { known } = home.ask("b", VERSION, nobody, claim(true)).await else { panic!() };
     assert_eq!(known[0].links.0, way.history.links(), "it is shown why");
     let vm = home.until(1, |vm| vm.ownership == cicada::interface::VmOwnership::Contested).await;
