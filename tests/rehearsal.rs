@@ -70,7 +70,7 @@ fn a_cloud_that_cannot_start_a_vm_does_not_take_it_over() {
     assert!(reasons[0].text.contains("no bridge cicada-none") && reasons[0].code == "start", "{reasons:?}");
     let problem = moves(&world, "desk").unwrap_err();
     assert!(problem.reason.contains("no bridge cicada-none"), "{problem}");
-    assert_eq!(world.vm(0, "desk").ownership, "here");
+    assert_eq!(world.vm(0, "desk").ownership, cicada::interface::VmOwnership::Here);
 
     // Firmware that is there, and of which no machine is made: found by starting one.
     adopt(&world, "web", Firmware::Uefi, &["lan"], true);

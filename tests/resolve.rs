@@ -130,7 +130,7 @@ fn resolve(world: &World, cloud: usize, id: &str, owner: &str) {
 
 fn ownership(world: &World, cloud: usize, vm: &VmView) -> String {
     let vms = world.vms(cloud);
-    vms.iter().find(|v| v.id == vm.id).map_or_else(|| "nothing".into(), |v| v.ownership.clone())
+    vms.iter().find(|v| v.id == vm.id).map_or_else(|| "nothing".into(), |v| v.ownership.to_string())
 }
 
 #[test]

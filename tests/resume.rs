@@ -75,7 +75,7 @@ fn a_move_goes_on_after_either_broker_dies() {
         panic!("the move did not go on\n{}\n{}", world.log(0), world.log(1))
     };
     assert_little_is_sent_again(before, &moved, stored);
-    assert_eq!(world.vm(1, "one").ownership, "here");
+    assert_eq!(world.vm(1, "one").ownership, cicada::interface::VmOwnership::Here);
 
     // The source dies: it begins the move again by itself, and the target has what came.
     vm_with_data(&world, &built, "two", "two");

@@ -8,17 +8,26 @@ use std::sync::Arc;
 use crate::broker::ids::Ids;
 use crate::broker::memory_book::MemoryBook;
 use crate::broker::{Beginning, Broker, CallId, Input, RoomInput};
+use crate::clock::SystemClock;
 use crate::clock::UnixMillis;
 use crate::config::Config;
 use crate::federation::Members;
+use crate::hypervisor::{Driver, FakeDriver};
 use crate::interface::Request;
 use crate::migration::Law;
-use crate::sim::cloud::{features, jid_of, key_of};
-use crate::types::ByteSize;
+use crate::types::{ByteSize, IdentityKey, MemberJid};
 
 use super::*;
 
 const BEGUN: UnixMillis = UnixMillis(1_700_000_000_000);
+
+fn key_of(name: &str) -> IdentityKey {
+    IdentityKey::from_secret_bytes(Hash::of(name.as_bytes()).as_bytes())
+}
+
+fn jid_of(name: &str) -> MemberJid {
+    format!("{name}@sim.example").parse().unwrap()
+}
 
 fn record(path: &Path, limit: ByteSize, steps: u64) {
     let text = "[cloud]\nname = \"a\"\ndata_dir = \"/a\"\n[xmpp]\njid = \"a@sim.example\"\npassword_file = \"/p\"\n\
@@ -26,7 +35,7 @@ fn record(path: &Path, limit: ByteSize, steps: u64) {
     let beginning = Beginning {
         config: Config::of_text(text, Path::new("/")).unwrap(),
         key: Arc::new(key_of("a")),
-        features: features(),
+        features: FakeDriver::new(Arc::new(SystemClock)).features().clone(),
         transfer_addresses: vec!["192.0.2.1:7420".into()],
         vms_dir: PathBuf::from("/a/vms"),
         disk_dirs: BTreeMap::new(),

@@ -388,7 +388,7 @@ pub struct Job {
     pub life: u32,
 }
 
-pub fn features() -> Features {
+fn features() -> Features {
     Features {
         driver: "simulated".into(),
         version: "1".into(),

@@ -119,7 +119,7 @@ fn listed(world: &mut World, at: usize) -> Result<Vec<(MigrationId, bool, String
     let call = world.call(at, Request::MigrationList).ok_or("a broker is down at rest")?;
     match world.reply(at, call) {
         Some(Ok(Reply::Migrations(all))) => {
-            Ok(all.iter().map(|m| (m.progress.id, m.progress.ended, m.progress.phase.clone())).collect())
+            Ok(all.iter().map(|m| (m.progress.id, m.progress.ended, m.progress.phase.to_string())).collect())
         }
         other => Err(format!("no list of migrations: {other:?}")),
     }

@@ -278,7 +278,7 @@ fn claims_what_it_gave(bench: &mut Bench) {
     let claim = |running| RequestBody::Owners { claims: vec![Claim { vm, tip, epoch: 2, running }] };
     let is = |bench: &Bench, ownership: &'static str| {
         let vm = vm.to_string();
-        bench.world.wait(ownership, 20, |w| w.vm(0, &vm).ownership == ownership);
+        bench.world.wait(ownership, 20, |w| w.vm(0, &vm).ownership.as_str() == ownership);
     };
     let answer = bench.victim.ask(nobody, claim(true));
     assert!(matches!(answer, AnswerBody::Owners { .. }), "{answer:?}");

@@ -152,7 +152,7 @@ fn key_rows(bench: &mut Bench) {
     cloud.key = other.public().to_string().into();
     let trust = |is: &str| {
         let (is, jid) = (is.to_owned(), bench.mallory.jid.clone());
-        move |w: &crate::world::World| w.members(0).iter().any(|m| m.jid == jid && m.trust == is)
+        move |w: &crate::world::World| w.members(0).iter().any(|m| m.jid == jid && m.trust.as_str() == is)
     };
     bench.mallory.show(cloud);
     bench.world.wait("the changed key is seen", 30, trust("changed"));
