@@ -116,6 +116,9 @@ fn exchange<'a>(
             components_lacking,
             packs_lacking,
             seed: None,
+            kept: None,
+            composed: false,
+            reads_devices: true,
         });
         let (from, to) = (b.clone(), a.clone());
         let answer = Envelope {
@@ -146,10 +149,12 @@ fn spec() -> VmSpec {
         recipe: RecipeId::of(b"recipe"),
         root_size: ByteSize::mib(512),
         user_data_size: ByteSize::mib(64),
-        nics: vec![Nic { network: "lan".into(), mac: Mac::derived(id, 0) }],
+        nics: vec![Nic { network: "lan".into(), mac: Mac::derived(id, 0), model: Default::default() }],
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: cicada::vm::Firmware::Uefi,
+        disk_bus: Default::default(),
+        system_uuid: None,
     }
 }
 
@@ -173,7 +178,9 @@ fn between_brokers() -> Result<()> {
     world.wait("the members see each other again", 60, |w| {
         (0..2).all(|c| {
             w.members(c).iter().any(|m| {
-                m.state == "online" && m.trust == "trusted" && !m.jid.as_str().starts_with(&w.clouds[c].name)
+                m.state == cicada::interface::MemberState::Online
+                    && m.trust == cicada::interface::MemberTrust::Trusted
+                    && !m.jid.as_str().starts_with(&w.clouds[c].name)
             })
         })
     });
@@ -189,6 +196,7 @@ fn between_brokers() -> Result<()> {
         networks: vec!["lan".into()],
         kernel_command_line: "console=ttyS0 quiet".into(),
         start: false,
+        hardware: Default::default(),
     };
     let held: Vec<ComponentId> = tiny
         .ids
@@ -204,7 +212,9 @@ fn between_brokers() -> Result<()> {
         let (mut answers, mut plans) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             let begun = Instant::now();
-            let Reply::Plan(plan) = world.call(0, &Request::Plan { vm: name.into(), to: None })? else {
+            let Reply::Plan(plan) =
+                world.call(0, &Request::Plan { vm: name.into(), to: None, all: false })?
+            else {
                 return Err("no plan".into());
             };
             plans.push(ms(begun.elapsed()));

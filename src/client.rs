@@ -1,6 +1,7 @@
 //! Level 4: a typed client of the local API.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -14,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use crate::api::{HELD_IDS_MAX, HeldAnswer, HeldRequest, PutAnswer};
+use crate::api::{HELD_IDS_MAX, HeldAnswer, HeldRequest, PutAnswer, Sending};
 use crate::interface::ObjectKind;
 use crate::interface::problem::{Problem, ProblemKind};
 use crate::interface::{Event, Message, Reply, Request};
@@ -39,10 +40,25 @@ impl Client {
         Ok(client)
     }
 
+    /// The user the broker runs as, where the system tells.
+    pub async fn broker_uid(&self) -> Result<Option<u32>, Problem> {
+        Ok(self.open().await?.peer_cred().ok().map(|broker| broker.uid()))
+    }
+
     /// Sends a request, hands on its events and returns its end. Dropping the future leaves the
     /// request to the broker.
-    pub async fn call(&self, request: &Request, mut on_event: impl FnMut(Event)) -> Result<Reply, Problem> {
-        let response = self.send(Method::POST, "/v1/request", json_body(request), None).await?;
+    pub async fn call(&self, request: &Request, on_event: impl FnMut(Event)) -> Result<Reply, Problem> {
+        self.call_giving(request, Vec::new(), on_event).await
+    }
+
+    /// As [`Client::call`], with the files the request names, opened, in the order of [`Request::files`].
+    pub async fn call_giving(
+        &self,
+        request: &Request,
+        files: Vec<OwnedFd>,
+        mut on_event: impl FnMut(Event),
+    ) -> Result<Reply, Problem> {
+        let response = self.send(Method::POST, "/v1/request", json_body(request), None, files).await?;
         let mut lines = Lines::new(response);
         while let Some(line) = lines.next().await? {
             match parse(&line)? {
@@ -64,7 +80,7 @@ impl Client {
     ) -> Result<bool, Problem> {
         let path = format!("/v1/object/{}/{id}", kind.as_str());
         let body = StreamBody::new(body.map_ok(Frame::data)).boxed_unsync();
-        let response = self.send(Method::PUT, &path, body, Some(size_bytes)).await?;
+        let response = self.send(Method::PUT, &path, body, Some(size_bytes), Vec::new()).await?;
         let answer: PutAnswer = self.one(response).await?;
         Ok(answer.new)
     }
@@ -74,7 +90,8 @@ impl Client {
         let mut held = Vec::with_capacity(ids.len());
         for ids in ids.chunks(HELD_IDS_MAX) {
             let request = HeldRequest { kind, ids: ids.to_vec() };
-            let response = self.send(Method::POST, "/v1/objects/held", json_body(&request), None).await?;
+            let body = json_body(&request);
+            let response = self.send(Method::POST, "/v1/objects/held", body, None, Vec::new()).await?;
             let answer: HeldAnswer = self.one(response).await?;
             if answer.held.len() != ids.len() {
                 return Err(not_understood("another number of answers than questions"));
@@ -109,8 +126,9 @@ impl Client {
         path: &str,
         body: Body,
         length: Option<u64>,
+        descriptors: Vec<OwnedFd>,
     ) -> Result<Response<Incoming>, Problem> {
-        let stream = TokioIo::new(self.open().await?);
+        let stream = TokioIo::new(Sending { stream: self.open().await?, descriptors });
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(stream).await.map_err(|e| self.broken(&e))?;
         // Ends with the response's body; what goes wrong is seen there.

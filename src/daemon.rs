@@ -23,12 +23,13 @@ use crate::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, VmUids};
 use crate::hypervisor::{self, Driver, QemuConfig, QemuDriver};
 use crate::interface::ObjectKind;
 use crate::interface::{Event, Problem, ProblemKind, Reply, Request};
+use crate::recording::Recorder;
 use crate::repository::Repository;
 use crate::runner::Records;
 use crate::runner::content::catalogue;
 use crate::runner::content::serving::{Store, Tickets};
 use crate::runner::host::rehearsal;
-use crate::runner::{Inbox, Input, Link, LinkError, Runner, Shared};
+use crate::runner::{Given, Inbox, Input, Link, LinkError, Runner, Shared};
 use crate::transfer::{Endpoint, Limiter};
 use crate::types::{Hash, MemberJid};
 use crate::xmpp::{self, RequestError, XmppEvent};
@@ -36,8 +37,8 @@ use crate::xmpp::{self, RequestError, XmppEvent};
 /// How long shutdown waits for what is under way.
 const EXIT_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Runs a broker until a signal or a shutdown request ends it.
-pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
+/// Runs a broker until a signal or a shutdown request ends it. What its core takes in goes to `recorder` as well.
+pub async fn run(config: Config, after_restore: bool, recorder: Option<Recorder>) -> Result<(), Problem> {
     let failed = |object: &str, e: &(dyn std::error::Error + 'static)| {
         Problem::from_error(ProblemKind::Failed, object, e)
     };
@@ -96,8 +97,8 @@ pub async fn run(config: Config, after_restore: bool) -> Result<(), Problem> {
     });
     let announcer = session.clone();
     let announce = move |cloud| announcer.set_presence(cloud);
-    let broker =
-        Runner::open(shared.clone(), members, Box::new(announce)).map_err(|e| failed("records", &e))?;
+    let broker = Runner::open(shared.clone(), members, Box::new(announce), recorder)
+        .map_err(|e| failed("records", &e))?;
     let broker = broker.with_successions(successions);
 
     let broker = match after_restore {
@@ -284,13 +285,16 @@ impl Service for BrokerService {
     fn call(
         &self,
         request: Request,
+        given: Given,
         events: mpsc::Sender<Event>,
     ) -> BoxFuture<'static, Result<Reply, Problem>> {
         let inbox = self.inbox.clone();
         async move {
             let stopping = || Problem::new(ProblemKind::Unavailable, "broker", "is shutting down");
             let (reply, answer) = oneshot::channel();
-            inbox.send(Input::Call { request, events, reply }).map_err(|_| stopping())?;
+            inbox
+                .send(Input::Call { request: Box::new(request), given: Arc::new(given), events, reply })
+                .map_err(|_| stopping())?;
             answer.await.map_err(|_| stopping())?
         }
         .boxed()

@@ -32,6 +32,7 @@ pub mod adopt;
 pub mod broker;
 pub mod build;
 pub mod compose;
+pub mod recording;
 pub mod runner;
 pub mod sim;
 // Level 4 to 6

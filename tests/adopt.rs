@@ -698,10 +698,10 @@ fn a_disk_says_what_it_is_and_how_it_boots() {
         // Without the copy nothing says what the disk is.
         copy[end - sector..].fill(0);
         fs::write(&path, &copy).unwrap();
-        assert!(!world.examine(&path, None).unwrap().findings().disk.is_known());
+        assert!(!world.examine(&path, None).unwrap().findings().disk.is_known);
     }
     let unknown = found(&noise(3, 1 << 20));
-    assert!(!unknown.is_known() && !unknown.boots_bios && !unknown.boots_uefi);
+    assert!(!unknown.is_known && !unknown.boots_bios && !unknown.boots_uefi);
     // A table with nothing but noise behind its magic is no reason to panic.
     for seed in 0..50 {
         let mut hostile = noise(seed, 1 << 20);

@@ -1,6 +1,9 @@
 //! The local API and its client over a real Unix socket, with a service made for the test.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, IoSlice, Read as _, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -12,6 +15,7 @@ use cicada::client::Client;
 use cicada::interface::ObjectKind;
 use cicada::interface::{Event, Reply, ReportLine, Request};
 use cicada::interface::{Problem, ProblemKind};
+use cicada::runner::Given;
 use cicada::types::Hash;
 use futures::future::BoxFuture;
 use futures::stream::{self, BoxStream, StreamExt};
@@ -32,6 +36,10 @@ impl Drop for CountDrop {
     }
 }
 
+fn failed(e: io::Error) -> Problem {
+    Problem::from_error(ProblemKind::Failed, "file", &e)
+}
+
 fn note(n: u64) -> Event {
     Event::Progress { phase: "check".into(), done: n, total: 100, unit: "objects".into() }
 }
@@ -40,6 +48,7 @@ impl Service for Stand {
     fn call(
         &self,
         request: Request,
+        given: Given,
         events: mpsc::Sender<Event>,
     ) -> BoxFuture<'static, Result<Reply, Problem>> {
         let guard = CountDrop(self.dropped.clone());
@@ -70,6 +79,17 @@ impl Service for Stand {
                     let _ = events.send(note(1)).await;
                     std::future::pending().await
                 }
+                // As the broker does: by what was handed over, whatever lies at the path.
+                Request::RepoImport { input, .. } => {
+                    let mut text = String::new();
+                    let mut file = given.file(&input).expect("it came with the request");
+                    file.read_to_string(&mut text).unwrap();
+                    Err(Problem::new(ProblemKind::NotFound, input, text))
+                }
+                Request::VmExport { output, .. } => match given.file(&output) {
+                    Some(mut file) => file.write_all(b"a disk").map(|()| Reply::Done).map_err(failed),
+                    None => Err(Problem::new(ProblemKind::BadRequest, output, "nothing was handed over")),
+                },
                 _ => Ok(Reply::Done),
             }
         })
@@ -227,4 +247,74 @@ async fn a_stopping_broker_says_so_to_those_who_wait() {
     let e = Client::connect(&place.dir.path().join("s")).await.unwrap_err();
     assert_eq!(e.kind, ProblemKind::Unavailable);
     assert_eq!(e.next_step, "start it with: cicada broker");
+}
+
+fn export_to(output: &str) -> Request {
+    let output = output.into();
+    Request::VmExport { vm: "web".into(), output, format: "raw".into(), user_data: false }
+}
+
+#[tokio::test]
+async fn files_are_handed_over_opened_and_their_paths_are_words() {
+    let place = Place::new().await;
+    let client = place.client().await;
+    let path = place.dir.path().join("secret");
+    std::fs::write(&path, "of the operator").unwrap();
+    let open: OwnedFd = File::open(&path).unwrap().into();
+    std::fs::remove_file(&path).unwrap();
+    let import = Request::RepoImport { input: "/nowhere/at all".into(), bind: false };
+    let read = client.call_giving(&import, vec![open], |_| ()).await.unwrap_err();
+    assert_eq!((read.object.as_str(), read.reason.as_str()), ("/nowhere/at all", "of the operator"));
+
+    let written = tempfile::tempfile().unwrap();
+    let descriptor = written.try_clone().unwrap().into();
+    client.call_giving(&export_to("/nowhere"), vec![descriptor], |_| ()).await.unwrap();
+    assert_eq!(written.metadata().unwrap().len(), 6);
+    // Without any the paths count, as they did before.
+    let none = client.call(&export_to("/nowhere"), |_| ()).await.unwrap_err();
+    assert_eq!(none.reason, "nothing was handed over");
+}
+
+/// A descriptor opens no more than it was opened for, and there is one for each file that is named.
+#[tokio::test]
+async fn what_does_not_fit_the_request_is_refused_and_closed() {
+    let place = Place::new().await;
+    let client = place.client().await;
+    let dev_null = |write: bool| -> OwnedFd {
+        std::fs::OpenOptions::new().read(!write).write(write).open("/dev/null").unwrap().into()
+    };
+    for (request, files) in [
+        (export_to("/x"), vec![dev_null(false)]),
+        (export_to("/x"), vec![dev_null(true), dev_null(true)]),
+        (Request::RepoImport { input: "/x".into(), bind: false }, vec![dev_null(true)]),
+        (Request::Status, vec![dev_null(false)]),
+    ] {
+        let refused = client.call_giving(&request, files, |_| ()).await.unwrap_err();
+        assert_eq!(refused.kind, ProblemKind::BadRequest, "{refused}");
+    }
+    // A flood of them ends its connection, and the next one is served.
+    let stream = std::os::unix::net::UnixStream::connect(place.dir.path().join("s")).unwrap();
+    let null = dev_null(false);
+    let before = std::fs::read_dir("/proc/self/fd").unwrap().count();
+    for _ in 0..50 {
+        let many = [null.as_fd(); 64];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&many)));
+        let flags = rustix::net::SendFlags::NOSIGNAL;
+        let sent = rustix::net::sendmsg(stream.as_fd(), &[IoSlice::new(b"POST ")], &mut control, flags);
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        if sent.is_err() {
+            break;
+        }
+    }
+    drop(stream);
+    client.call(&Request::Status, |_| ()).await.unwrap();
+    for _ in 0..100 {
+        if std::fs::read_dir("/proc/self/fd").unwrap().count() <= before + 4 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("descriptors stay open");
 }

@@ -68,11 +68,16 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
     // The same VM, there and only there.
     world.wait_booted(1, "web", 120);
     let there = world.vm(1, "web");
-    assert_eq!(there.spec, born.spec, "id, name, MAC, CPUs and memory are the same");
+    let same = |vm: &cicada::interface::VmView| {
+        let what =
+            (vm.id, vm.name.clone(), vm.cpus, vm.memory, vm.root_size, vm.user_data_size, vm.nics.clone());
+        (what, vm.recipe, vm.cpu_model.clone(), vm.firmware, vm.disk_bus, vm.system_uuid)
+    };
+    assert_eq!(same(&there), same(&born), "id, name, MAC, CPUs and memory are the same");
     assert_eq!((there.epoch, there.ownership.as_str()), (2, "here"));
     world.guest(1, "web", "sha256sum -c /root/sum");
     let here = world.vm(0, "web");
-    assert_eq!(here.ownership, "given-up");
+    assert_eq!(here.ownership, cicada::interface::VmOwnership::GivenUp);
     let start =
         world.call(0, &Request::VmStart { vm: "web".into(), unconfirmed: false, by_uid: None }).unwrap_err();
     assert_eq!(start.kind, ProblemKind::Conflict, "{start}");
@@ -189,6 +194,7 @@ fn only_what_is_missing_travels() {
             networks: vec![],
             kernel_command_line: "console=ttyS0".into(),
             start: false,
+            hardware: Default::default(),
         });
         match world.call(0, &request) {
             Ok(Reply::Vm(v)) => *v,
@@ -260,7 +266,9 @@ fn a_cancelled_move_leaves_the_vm_running_and_nothing_behind() {
     world.wait_booted(0, "web", 120);
     let mover = world.begin_move(0, "web", None);
     let staging = |w: &World| {
-        w.migrations(0).into_iter().find(|m| m.progress.phase == "stage" && m.progress.bytes_done > 0)
+        w.migrations(0).into_iter().find(|m| {
+            m.progress.phase == cicada::interface::MigrationPhase::Stage && m.progress.bytes_done > 0
+        })
     };
     world.wait("it is being staged", 30, |w| staging(w).is_some());
     let id = staging(&world).unwrap().progress.id;
@@ -376,20 +384,25 @@ fn brokers_survive_bad_surroundings() {
 
     // The XMPP server dies and comes back.
     world.xmpp.stop();
-    world.wait("the loss is noticed", 30, |w| w.status(0).link != "online");
-    let offline = world.call(0, &Request::Plan { vm: "one".into(), to: None }).unwrap_err();
+    world.wait("the loss is noticed", 30, |w| w.status(0).link != cicada::interface::LinkState::Online);
+    let offline = world.call(0, &Request::Plan { vm: "one".into(), to: None, all: false }).unwrap_err();
     assert_eq!(offline.kind, ProblemKind::Conflict, "given up VMs are not planned: {offline}");
     world.xmpp.restart();
     world.wait("both are back", 60, |w| {
-        w.status(0).link == "online"
-            && w.members(0).iter().any(|m| m.state == "online" && m.trust == "trusted")
-            && w.members(1).iter().any(|m| m.state == "online")
+        w.status(0).link == cicada::interface::LinkState::Online
+            && w.members(0).iter().any(|m| {
+                m.state == cicada::interface::MemberState::Online
+                    && m.trust == cicada::interface::MemberTrust::Trusted
+            })
+            && w.members(1).iter().any(|m| m.state == cicada::interface::MemberState::Online)
     });
     world.move_vm(1, "two", "alpine");
 
     // A member that dies is seen gone.
     world.stop_broker(1, true);
-    world.wait("it is seen gone", 60, |w| w.members(0).iter().all(|m| m.state == "gone"));
+    world.wait("it is seen gone", 60, |w| {
+        w.members(0).iter().all(|m| m.state == cicada::interface::MemberState::Gone)
+    });
     let gone = world.call(
         0,
         &Request::Move { vm: "two".into(), to: Some("boreal".into()), dry_run: false, force_stop: false },
@@ -563,6 +576,7 @@ fn a_vm_written_out_is_adopted_again_and_boots_as_before() {
         dry_run: false,
         start: true,
         hardware: Default::default(),
+        nvram: None,
     };
     let reply = world.call(0, &Request::VmAdopt(adopt));
     let Ok(Reply::Adopted(adopted)) = reply else { panic!("{reply:?}\n{}", world.log(0)) };
@@ -659,6 +673,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
         dry_run: true,
         start: false,
         hardware: Default::default(),
+        nvram: None,
     };
 
     // A dry run tells and changes nothing.
@@ -690,7 +705,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
         }
     });
     let Ok(Reply::Adopted(adopted)) = reply else { panic!("{reply:?}\n{}", world.log(0)) };
-    assert_eq!(phases, ["read", "index", "match", "compose", "write", "verify", "user data"]);
+    assert_eq!(phases, ["read", "index", "match", "compose", "write", "verify", "user-data"]);
     assert_eq!((adopted.known_bytes, adopted.residue_bytes), (tried.known_bytes, tried.residue_bytes));
     let taken = world.call(0, &Request::VmAdopt(adopt.clone())).unwrap_err();
     assert_eq!(taken.kind, ProblemKind::Conflict);
@@ -726,7 +741,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
 
     // It starts there as it would have at home.
     let view = world.vm(1, "old");
-    assert_eq!(view.spec.firmware, Firmware::Bios);
+    assert_eq!(view.firmware, Firmware::Bios);
     world.call(1, &Request::VmStart { vm: "old".into(), unconfirmed: false, by_uid: None }).unwrap();
     world.wait_booted(1, "old", 120);
     let running = Request::VmExport {

@@ -118,7 +118,7 @@ impl Home {
         });
         let confirmed = BTreeMap::from(["a", "b"].map(|name| (jid(name), key(name).public())));
         let members = Members::new(BTreeMap::new(), confirmed, false);
-        let broker = Runner::open(shared.clone(), members, Box::new(|_| ())).unwrap();
+        let broker = Runner::open(shared.clone(), members, Box::new(|_| ()), None).unwrap();
         tokio::spawn(broker.run(inputs));
         let home = Self { _dir: dir, shared, inbox, clock, heard, driver };
         for name in ["a", "b", "stranger"] {
@@ -160,13 +160,15 @@ impl Home {
     async fn call(&self, request: Request) -> Result<Reply, cicada::interface::Problem> {
         let (events, _seen) = mpsc::channel(64);
         let (reply, answer) = oneshot::channel();
-        self.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
+        self.inbox
+            .send(Input::Call { request: Box::new(request), given: Default::default(), events, reply })
+            .unwrap_or_else(|_| panic!("stopped"));
         answer.await.unwrap()
     }
 
     async fn status(&self) -> StatusView {
         match self.call(Request::Status).await.unwrap() {
-            Reply::Status(status) => status,
+            Reply::Status(status) => *status,
             other => panic!("{other:?}"),
         }
     }
@@ -288,6 +290,8 @@ fn spec(name: &str) -> VmSpec {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Uefi,
+        disk_bus: Default::default(),
+        system_uuid: None,
     }
 }
 
@@ -430,7 +434,7 @@ async fn every_attack_is_refused_and_counted_by_its_kind_and_sender() {
     let now = home.clock.now();
 
     let once = e();
-    assert_eq!(home.ask_as(once.clone(), &key("a")).await, Some(AnswerBody::Cancelled));
+    assert_eq!(home.ask_as(once.clone(), &key("a")).await, Some(AnswerBody::Cancelled { kept_s: 0 }));
     let long_ago = UnixMillis(now.0 - (LIFETIME + SKEW).as_millis() as u64 - 1000);
     let refused = [
         ("replay", once, "a"),
@@ -549,7 +553,7 @@ async fn who_asks_too_often_is_told_when_to_come_back() {
     let home = Home::start("[[member]]\njid = \"a@federation.test\"\nrequests_per_minute = 60\n").await;
     let (vm, cancel) = (VmId::random(), RequestBody::Cancel { reason: "x".into() });
     for _ in 0..10 {
-        assert_eq!(home.ask("a", vm, cancel.clone()).await, AnswerBody::Cancelled);
+        assert_eq!(home.ask("a", vm, cancel.clone()).await, AnswerBody::Cancelled { kept_s: 0 });
     }
     match home.ask("a", vm, cancel.clone()).await {
         AnswerBody::Denied(d) => {
@@ -557,7 +561,11 @@ async fn who_asks_too_often_is_told_when_to_come_back() {
         }
         other => panic!("{other:?}"),
     }
-    assert_eq!(home.ask("b", vm, cancel.clone()).await, AnswerBody::Cancelled, "another is not slowed");
+    assert_eq!(
+        home.ask("b", vm, cancel.clone()).await,
+        AnswerBody::Cancelled { kept_s: 0 },
+        "another is not slowed"
+    );
     let mut answered = 0;
     for _ in 0..100 {
         let e = home.envelope("a", vm, cancel.clone());
@@ -566,7 +574,7 @@ async fn who_asks_too_often_is_told_when_to_come_back() {
     assert_eq!(answered, 9, "a flood is not even told any more");
     assert_eq!(home.refused("rate-limit").await, 101);
     home.clock.advance(Duration::from_secs(1));
-    assert_eq!(home.ask("a", vm, cancel).await, AnswerBody::Cancelled);
+    assert_eq!(home.ask("a", vm, cancel).await, AnswerBody::Cancelled { kept_s: 0 });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -619,7 +627,7 @@ async fn what_travels_to_a_member_that_is_revoked_or_removed_is_cut() {
         let end = tokio::time::timeout(SOON, fetch_of_minutes).await.expect("the transfer goes on");
         assert!(end.unwrap().is_err());
         assert_eq!(home.member("a").await.used.vms, 0, "its reservation is gone");
-        assert_eq!(home.member("a").await.state, if revoked { "online" } else { "removed" });
+        assert_eq!(home.member("a").await.state.as_str(), if revoked { "online" } else { "removed" });
         assert!(home.shared.endpoint.connection_with(&key("a").public()).is_none());
         match a.connect(&home).await {
             Err(TransferError::Refused { reason: Refusal::NotMember, .. }) => {}
@@ -639,7 +647,7 @@ async fn what_travels_to_a_member_that_is_revoked_or_removed_is_cut() {
             }
             false => home.shows("a", key("a").public()),
         }
-        assert_eq!(home.member("a").await.trust, "trusted");
+        assert_eq!(home.member("a").await.trust.as_str(), "trusted");
         let connection = a.connect(&home).await.unwrap();
         let report = fetch(&connection, &answer, pack).await.unwrap();
         assert_eq!(report.refused, [(ObjectKey::Pack(pack), Refusal::UnknownTicket)]);
@@ -671,7 +679,7 @@ async fn a_members_key_gives_way_to_another_only_by_its_own_word_and_only_once()
     let taken = Succession { by_new: step("a", "thief").by_new, ..step("a", "new") };
     for proofs in [vec![forged], vec![taken], vec![step("b", "new")], vec![]] {
         home.shows_with("a", key("new").public(), &proofs);
-        assert_eq!(trust().await, "changed", "{proofs:?}");
+        assert_eq!(trust().await.as_str(), "changed", "{proofs:?}");
         assert_eq!((asks("new").await, dials("new").await), (refused("changed-key"), false));
     }
 
@@ -709,7 +717,7 @@ async fn a_members_key_gives_way_to_another_only_by_its_own_word_and_only_once()
         ("thief", vec![step("a", "thief")]),
     ] {
         home.shows_with("a", key(shown).public(), &proofs);
-        assert_eq!(trust().await, "revoked", "{shown}");
+        assert_eq!(trust().await.as_str(), "revoked", "{shown}");
         assert_eq!((asks(shown).await, dials(shown).await), (refused("untrusted-key"), false));
     }
     let revoked = home.shared.records.revoked().unwrap();

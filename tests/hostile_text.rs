@@ -24,7 +24,7 @@ use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, HandOver, Pass
 use cicada::repository::Repository;
 use cicada::runner::Records;
 use cicada::runner::content::serving::{Store, Tickets};
-use cicada::runner::{Inbox, Input, Link, LinkError, Runner, Shared};
+use cicada::runner::{Given, Inbox, Input, Link, LinkError, Runner, Shared};
 use cicada::stanza::Cloud;
 use cicada::transfer::{Endpoint, Limiter};
 use cicada::types::text::{TEXT_CHARS_MAX, is_plain};
@@ -74,6 +74,8 @@ fn spec() -> VmSpec {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Bios,
+        disk_bus: Default::default(),
+        system_uuid: None,
     }
 }
 
@@ -168,6 +170,9 @@ fn answers() -> Vec<AnswerBody> {
             components_lacking: Vec::new(),
             packs_lacking: Vec::new(),
             seed: None,
+            kept: None,
+            composed: false,
+            reads_devices: true,
         }),
         AnswerBody::Reserved { expires_in_s: 1, reservation: None, known: None },
         AnswerBody::Lineage { links: 0 },
@@ -181,7 +186,7 @@ fn answers() -> Vec<AnswerBody> {
             account: account(),
         },
         AnswerBody::Returned { back: signed.give_back(&key("b")), denial: denial() },
-        AnswerBody::Cancelled,
+        AnswerBody::Cancelled { kept_s: 0 },
         AnswerBody::Suspending,
         AnswerBody::Suspended,
         AnswerBody::Stopping,
@@ -204,7 +209,7 @@ fn answers() -> Vec<AnswerBody> {
             | AnswerBody::Staged { .. }
             | AnswerBody::Started { .. }
             | AnswerBody::Returned { .. }
-            | AnswerBody::Cancelled
+            | AnswerBody::Cancelled { .. }
             | AnswerBody::Suspending
             | AnswerBody::Suspended
             | AnswerBody::Stopping
@@ -297,6 +302,9 @@ impl Liar {
                 components_lacking: Vec::new(),
                 packs_lacking: Vec::new(),
                 seed: None,
+                kept: None,
+                composed: false,
+                reads_devices: true,
             })
         };
         match body {
@@ -318,7 +326,7 @@ impl Liar {
                 problem: Some(MARK.into()),
                 account: account(),
             },
-            RequestBody::Cancel { .. } => AnswerBody::Cancelled,
+            RequestBody::Cancel { .. } => AnswerBody::Cancelled { kept_s: 0 },
             _ => AnswerBody::Denied(denial()),
         }
     }
@@ -362,10 +370,13 @@ impl Service for Door {
     fn call(
         &self,
         request: Request,
+        given: Given,
         events: mpsc::Sender<Event>,
     ) -> BoxFuture<'static, Result<Reply, Problem>> {
         let (reply, answer) = oneshot::channel();
-        self.0.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
+        self.0
+            .send(Input::Call { request: Box::new(request), given: given.into(), events, reply })
+            .unwrap_or_else(|_| panic!("stopped"));
         async move { answer.await.unwrap() }.boxed()
     }
 
@@ -492,7 +503,8 @@ async fn start() -> World {
         config,
     });
     let confirmed = BTreeMap::from([(jid("b"), key("b").public())]);
-    let broker = Runner::open(shared, Members::new(BTreeMap::new(), confirmed, false), Box::new(|_| ()));
+    let broker =
+        Runner::open(shared, Members::new(BTreeMap::new(), confirmed, false), Box::new(|_| ()), None);
     tokio::spawn(broker.unwrap().run(inputs));
     let listener = cicada::api::bind(&socket).await.unwrap();
     let (stop, stopped) = watch::channel(false);
@@ -570,8 +582,12 @@ async fn no_command_prints_a_members_words_raw() {
         dry_run: false,
         start: false,
         hardware: Default::default(),
+        nvram: None,
     });
-    world.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
+    world
+        .inbox
+        .send(Input::Call { request: Box::new(request), given: Default::default(), events, reply })
+        .unwrap_or_else(|_| panic!("stopped"));
     adopted.await.unwrap().unwrap();
 
     let says = async |args: &[&str]| {

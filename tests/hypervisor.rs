@@ -28,7 +28,7 @@ use cicada::hypervisor::{
 };
 use cicada::types::{ByteSize, RecipeId, VmId};
 use cicada::vm::spec::Nic;
-use cicada::vm::{Mac, PowerState, VmSpec};
+use cicada::vm::{CardModel, DiskBus, Mac, PowerState, VmSpec};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -57,10 +57,16 @@ fn machine_with(dir: &Path, id: VmId) -> Machine {
             recipe: RecipeId::of(b""),
             root_size: ByteSize::mib(4),
             user_data_size: ByteSize::mib(1),
-            nics: vec![Nic { network: "default".into(), mac: Mac::derived(id, 0) }],
+            nics: vec![Nic {
+                network: "default".into(),
+                mac: Mac::derived(id, 0),
+                model: Default::default(),
+            }],
             architecture: "amd64".into(),
             cpu_model: "qemu64".into(),
             firmware: cicada::vm::Firmware::Uefi,
+            disk_bus: Default::default(),
+            system_uuid: None,
         },
         root_disk: disk("root.raw", 4 * MIB),
         root_format: DiskFormat::Raw,
@@ -206,6 +212,49 @@ async fn twenty_starts_and_stops_leave_nothing() {
     }
     eventually("no descriptors are left", || descriptors() <= before).await;
     println!("20 rounds: start {:?}, stop {:?} on average", starting / 20, stopping / 20);
+}
+
+/// Whatever its disks are attached to and its cards are, its firmware finds the loader; and the UUID it shows.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_boots_from_every_bus_beside_every_card() {
+    let Some((driver, dir)) = qemu().await else { return };
+    let cards = driver.features().card_models.clone();
+    assert!(DiskBus::ALL.iter().all(|bus| driver.features().disk_buses.contains(bus)));
+    assert!(CardModel::ALL.iter().all(|model| cards.contains(model)), "{cards:?}");
+    drop(driver);
+    for bus in DiskBus::ALL {
+        let driver = QemuDriver::open(config()).await.unwrap();
+        let mut machine = machine_in(dir.path());
+        let vm = machine.spec.id;
+        machine.spec.disk_bus = *bus;
+        machine.spec.nics = CardModel::ALL
+            .iter()
+            .zip(0..)
+            .map(|(model, n)| Nic { network: "unplugged".into(), mac: Mac::derived(vm, n), model: *model })
+            .collect();
+        let uuid = "4c4c4544-0044-4710-8035-b3c04f4d3532";
+        machine.spec.system_uuid = (*bus != DiskBus::Virtio).then(|| uuid.parse().unwrap());
+        fs::write(&machine.root_disk, guest::disk(4 * MIB)).unwrap();
+        driver.start(&machine).await.unwrap();
+        let log = driver.console_log(vm).unwrap();
+        let greets = || fs::read_to_string(&log).unwrap_or_default().contains(guest::GREETING);
+        eventually(&format!("the guest greets from {bus}"), greets).await;
+        assert_eq!(processes_of(vm).len(), 1, "it is known by its own id");
+        assert!(driver.stats(vm).await.unwrap().disk_read.0 > 0, "{bus}");
+        // The next driver finds it by what its guest is shown, and not by anything else.
+        drop(driver);
+        let mut other = machine.clone();
+        other.spec.system_uuid = Some("4c4c4544-0044-4710-8035-b3c04f4d3533".parse().unwrap());
+        let driver = QemuDriver::open(config()).await.unwrap();
+        driver.define(&other).await.unwrap();
+        assert!(matches!(driver.stats(vm).await, Err(DriverError::WrongIdentity { .. })), "{bus}");
+        drop(driver);
+        let driver = QemuDriver::open(config()).await.unwrap();
+        driver.define(&machine).await.unwrap();
+        driver.stats(vm).await.unwrap();
+        driver.stop(vm, StopMode::Forced).await.unwrap();
+        driver.undefine(vm).await.unwrap();
+    }
 }
 
 /// The guest boots from its disk by UEFI, talks on the console, and obeys the power button.

@@ -157,7 +157,7 @@ fn start(
     let trusted = members.iter().filter(|(other, _)| *other != "stranger");
     let trusted: BTreeMap<_, _> = trusted.map(|(other, _)| (jid(other), key(other).public())).collect();
     let broker =
-        Runner::open(shared.clone(), Members::new(trusted, BTreeMap::new(), false), Box::new(|_| ()))
+        Runner::open(shared.clone(), Members::new(trusted, BTreeMap::new(), false), Box::new(|_| ()), None)
             .unwrap();
     tokio::spawn(broker.run(inputs));
     Member { _dir: dir, jid: jid(name), key: key(name).public(), shared, inbox }
@@ -167,7 +167,9 @@ impl Member {
     async fn call(&self, request: Request) -> Result<Reply, cicada::interface::Problem> {
         let (events, mut seen) = mpsc::channel(64);
         let (reply, answer) = oneshot::channel();
-        self.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
+        self.inbox
+            .send(Input::Call { request: Box::new(request), given: Default::default(), events, reply })
+            .unwrap_or_else(|_| panic!("stopped"));
         tokio::spawn(async move { while seen.recv().await.is_some() {} });
         answer.await.unwrap()
     }
@@ -297,7 +299,7 @@ async fn what_nobody_may_give_stays_missing_and_says_why() {
     }
     let lines = a.heal().await;
     assert_eq!(unhealed(&lines), 2, "{lines:#?}");
-    let left = details(&lines, "not healed");
+    let left = details(&lines, "not-healed");
     assert!(left.iter().all(|l| l.contains("b@federation.test does not offer it")), "{left:?}");
     assert!(left.iter().all(|l| l.contains("c@federation.test: components are not shared")), "{left:?}");
     assert!(left.iter().all(|l| !l.contains("stranger")), "{left:?}");

@@ -70,7 +70,7 @@ fn a_cloud_that_cannot_start_a_vm_does_not_take_it_over() {
     assert!(reasons[0].text.contains("no bridge cicada-none") && reasons[0].code == "start", "{reasons:?}");
     let problem = moves(&world, "desk").unwrap_err();
     assert!(problem.reason.contains("no bridge cicada-none"), "{problem}");
-    assert_eq!(world.vm(0, "desk").ownership, "here");
+    assert_eq!(world.vm(0, "desk").ownership, cicada::interface::VmOwnership::Here);
 
     // Firmware that is there, and of which no machine is made: found by starting one.
     adopt(&world, "web", Firmware::Uefi, &["lan"], true);
@@ -101,7 +101,7 @@ fn a_cloud_that_cannot_start_a_vm_does_not_take_it_over() {
     // All is well again.
     std::fs::copy("/usr/share/OVMF/OVMF_CODE_4M.fd", &firmware).unwrap();
     let Ok(Reply::Migration(moved)) = moves(&world, "web") else { panic!("{}", world.log(0)) };
-    assert_eq!(moved.progress.phase, "completed");
+    assert_eq!(moved.progress.phase, cicada::interface::MigrationPhase::Completed);
     assert_eq!(moved.progress.detail, "the VM runs in boreal@federation.test");
     world.wait("it runs there", 20, |w| w.vm(1, "web").power == PowerState::Running);
     // What stood still is not said to run.
@@ -161,7 +161,7 @@ fn a_cloud_that_could_start_no_vm_does_not_begin_and_says_why() {
     ] {
         let (code, said) = run(set, &["broker"]);
         assert!(code == Some(10) && said.contains(words), "{set}: {code:?} {said}");
-        let (code, said) = run(set, &["config", "check", "--online"]);
+        let (code, said) = run(set, &["config", "check"]);
         assert!(code != Some(0) && said.contains(words), "{set}: {code:?} {said}");
     }
     let (_, said) = run("hypervisor.accelerator=tcg", &["config", "check", "--online"]);

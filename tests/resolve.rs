@@ -94,7 +94,10 @@ fn forget_arrival(world: &World, vm: &VmView, id: &str) {
 /// Waits until each of the two clouds can send VMs to the other.
 fn wait_online(world: &World) {
     let sees = |w: &World, cloud: usize, other: &str| {
-        let there = |m: &cicada::interface::MemberView| m.state == "online" && m.trust == "trusted";
+        let there = |m: &cicada::interface::MemberView| {
+            m.state == cicada::interface::MemberState::Online
+                && m.trust == cicada::interface::MemberTrust::Trusted
+        };
         w.members(cloud).iter().any(|m| m.jid.as_str().starts_with(other) && there(m))
     };
     world.wait("the clouds see each other", 90, |w| sees(w, A, "boreal") && sees(w, B, "alpine"));
@@ -113,7 +116,7 @@ fn in_doubt(world: &mut World, vm: &VmView, forget_target: bool) -> String {
     world.start_broker(A);
     assert!(listed(world, A, &id), "a restart forgot the migration in doubt");
     world.wait("the source says that it is in doubt", 60, |w| {
-        migration(w, A, &id).progress.phase == "in-doubt"
+        migration(w, A, &id).progress.phase == cicada::interface::MigrationPhase::InDoubt
     });
     id
 }
@@ -127,7 +130,7 @@ fn resolve(world: &World, cloud: usize, id: &str, owner: &str) {
 
 fn ownership(world: &World, cloud: usize, vm: &VmView) -> String {
     let vms = world.vms(cloud);
-    vms.iter().find(|v| v.id == vm.id).map_or_else(|| "nothing".into(), |v| v.ownership.clone())
+    vms.iter().find(|v| v.id == vm.id).map_or_else(|| "nothing".into(), |v| v.ownership.to_string())
 }
 
 #[test]
@@ -448,7 +451,8 @@ fn a_target_killed_in_the_hand_over_leaves_one_owner_or_says_that_there_are_two(
         if ownership(&world, A, &vm) == "in-doubt" {
             id = Some(world.vm(A, "cut").migration.unwrap().to_string());
             world.wait("the move is in doubt", 120, |w| {
-                migration(w, A, id.as_deref().unwrap()).progress.phase == "in-doubt"
+                migration(w, A, id.as_deref().unwrap()).progress.phase
+                    == cicada::interface::MigrationPhase::InDoubt
             });
             resolve(&world, A, id.as_deref().unwrap(), "here");
             let ended = moving.join().unwrap().unwrap_err();
@@ -465,7 +469,7 @@ fn a_target_killed_in_the_hand_over_leaves_one_owner_or_says_that_there_are_two(
         return;
     };
     let mine = world.vm(A, "cut");
-    assert_eq!(mine.ownership, "here");
+    assert_eq!(mine.ownership, cicada::interface::VmOwnership::Here);
     world.start_broker(B);
     world.wait("the target said what it knows", 90, |w| {
         !migration(w, A, &id).remarks[0].contains("has not said yet")

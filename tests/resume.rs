@@ -75,7 +75,7 @@ fn a_move_goes_on_after_either_broker_dies() {
         panic!("the move did not go on\n{}\n{}", world.log(0), world.log(1))
     };
     assert_little_is_sent_again(before, &moved, stored);
-    assert_eq!(world.vm(1, "one").ownership, "here");
+    assert_eq!(world.vm(1, "one").ownership, cicada::interface::VmOwnership::Here);
 
     // The source dies: it begins the move again by itself, and the target has what came.
     vm_with_data(&world, &built, "two", "two");
@@ -84,7 +84,9 @@ fn a_move_goes_on_after_either_broker_dies() {
     world.stop_broker(0, true);
     assert!(moving.join().unwrap().is_err());
     world.start_broker(0);
-    world.wait("the move went on", 90, |w| w.vm(0, "two").ownership == "given-up");
+    world.wait("the move went on", 90, |w| {
+        w.vm(0, "two").ownership == cicada::interface::VmOwnership::GivenUp
+    });
     world.wait("it ended", 30, |w| w.migrations(0).iter().all(|m| m.progress.ended));
     let mut all = world.migrations(0);
     all.retain(|m| m.progress.vm.to_string() == "two");

@@ -95,12 +95,12 @@ fn a_cloud_rotates_its_key_and_members_follow_and_move_vms_on() {
     let seen = alpine_at_boreal(&world);
     assert_eq!((seen.fingerprint, seen.predecessors.len()), (third.clone(), 2));
     assert!(world.log(1).contains("gave way to another"), "{}", world.log(1));
-    let there = if world.vm(1, "web").ownership == "here" { 1 } else { 0 };
+    let there = if world.vm(1, "web").ownership == cicada::interface::VmOwnership::Here { 1 } else { 0 };
     assert_eq!(there, 1);
     let back = world.move_vm(1, "web", "alpine");
-    assert_eq!(back.progress.phase, "completed");
+    assert_eq!(back.progress.phase, cicada::interface::MigrationPhase::Completed);
     let again = world.move_vm(0, "web", "boreal");
-    assert_eq!(again.progress.phase, "completed");
+    assert_eq!(again.progress.phase, cicada::interface::MigrationPhase::Completed);
 
     // Durably: after a restart as well, and after the offered history is forgotten.
     world.stop_broker(1, true);
@@ -118,12 +118,14 @@ fn a_cloud_rotates_its_key_and_members_follow_and_move_vms_on() {
     // Revoked, it is no member to deal with by any of its keys.
     let revoked = cicada(&world, 1, &["identity", "revoke", "alpine@federation.test"], None);
     assert!(revoked.status.success());
-    assert_eq!(alpine_at_boreal(&world).trust, "revoked");
+    assert_eq!(alpine_at_boreal(&world).trust, cicada::interface::MemberTrust::Revoked);
     world.stop_broker(0, false);
     assert!(cicada(&world, 0, &["identity", "rotate"], None).status.success());
     world.start_broker(0);
     let (fourth, _) = identity(&world, 0);
     world.wait("it shows another key", 30, |w| alpine_at_boreal(w).fingerprint == fourth);
-    assert_eq!(alpine_at_boreal(&world).trust, "revoked");
-    assert!(world.call(1, &Request::Plan { vm: "web".into(), to: Some("alpine".into()) }).is_err());
+    assert_eq!(alpine_at_boreal(&world).trust, cicada::interface::MemberTrust::Revoked);
+    assert!(
+        world.call(1, &Request::Plan { vm: "web".into(), to: Some("alpine".into()), all: false }).is_err()
+    );
 }

@@ -40,6 +40,8 @@ fn record(n: usize, catalogue: &Catalogue) -> VmRecord {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Bios,
+        disk_bus: Default::default(),
+        system_uuid: None,
     };
     VmRecord { run: true, ..VmRecord::new(spec, vec!["os@1".into()], "disks-1", UnixMillis(1)) }
 }

@@ -42,7 +42,8 @@ fn begin(world: &World, vm: &str) -> JoinHandle<Moved> {
 fn under_way(world: &World) -> String {
     let staging = |w: &World| -> Option<MigrationView> {
         let Ok(Reply::Migrations(all)) = w.call(1, &Request::MigrationList) else { return None };
-        all.into_iter().find(|m| !m.progress.ended && m.progress.phase == "stage")
+        all.into_iter()
+            .find(|m| !m.progress.ended && m.progress.phase == cicada::interface::MigrationPhase::Stage)
     };
     world.wait("a pass is under way", 120, |w| staging(w).is_some());
     staging(world).expect("it is slow").progress.id.to_string()
@@ -62,7 +63,12 @@ fn a_target_holds_the_guest_and_ends_the_passes() {
     world.configure(0, SLOW);
     world.start_broker(0);
     world.wait("they see each other", 60, |w| {
-        (0..2).all(|n| w.members(n).iter().any(|m| m.state == "online" && m.trust == "trusted"))
+        (0..2).all(|n| {
+            w.members(n).iter().any(|m| {
+                m.state == cicada::interface::MemberState::Online
+                    && m.trust == cicada::interface::MemberTrust::Trusted
+            })
+        })
     });
     world.create_vm(0, "web", &built.ids, 64, true);
     world.wait_booted(0, "web", 120);

@@ -204,6 +204,80 @@ fn a_path_that_is_too_long_is_not_one_of_too_many() {
     assert_eq!((code, err.contains("is too long, 4095 are possible")), (5, true), "{err}");
 }
 
+/// A hint that is a command can be run as it is printed.
+#[test]
+fn what_keeps_a_component_is_removed_by_the_command_that_the_hint_says() {
+    let dir = cloud();
+    let here = dir.path();
+    components(here);
+    let (code, _, err) = run(
+        here,
+        &[
+            "component",
+            "import",
+            &tree(here, "p", "opt/p", "p"),
+            "--name",
+            "p",
+            "--version",
+            "1",
+            "--requires",
+            "os",
+        ],
+    );
+    assert_eq!(code, 0, "{err}");
+    let (code, _, err) = run(here, &["component", "remove", "os"]);
+    assert_eq!(code, 4, "{err}");
+    let hint = err.lines().find_map(|l| l.strip_prefix("hint: ")).unwrap();
+    let command: Vec<&str> = hint.split_once("cicada ").unwrap().1.split(' ').collect();
+    let (code, _, err) = run(here, &command);
+    assert_eq!(code, 0, "{command:?}: {err}");
+    let (code, _, err) = run(here, &["component", "remove", "os"]);
+    assert_eq!(code, 0, "{err}");
+}
+
+/// Pages as man(1) shows them, and the configuration's of the annotated sample.
+#[test]
+fn manual_pages_have_examples_files_and_the_configuration() {
+    let dir = cloud();
+    assert_eq!(run(dir.path(), &["man", "pages"]).0, 0);
+    let page = |name: &str| std::fs::read_to_string(dir.path().join("pages").join(name)).unwrap();
+    let adopt = page("cicada-vm-adopt.1");
+    for part in [".SH EXAMPLES", "cicada vm adopt old old.qcow2", ".SH FILES", ".SH SEE ALSO", "disk\\-bus"] {
+        assert!(adopt.contains(part), "{part}: {adopt}");
+    }
+    assert!(page("cicada.1").contains("cicada\\-vm(1)") && page("cicada.1").contains("Exit codes"));
+    let configuration = page("federation.toml.5");
+    let sample = include_str!("../federation.toml");
+    let setting = |line: &&str| {
+        line.split_once(" = ").is_some_and(|(key, _)| {
+            key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_' || b.is_ascii_digit())
+        })
+    };
+    let settings: Vec<&str> =
+        sample.lines().map(|l| l.trim_start_matches(['#', ' '])).filter(setting).collect();
+    assert!(settings.len() > 40, "{}", settings.len());
+    for setting in settings {
+        let key = setting.split(' ').next().unwrap();
+        assert!(configuration.contains(&format!(".B {key} = ")), "{key}: {configuration}");
+    }
+    if !Path::new("/usr/bin/man").exists() && Command::new("man").arg("--version").output().is_err() {
+        let _ = writeln!(std::io::stderr(), "SKIPPED: not installed: man (package man-db)");
+        return;
+    }
+    for name in ["cicada.1", "cicada-vm-adopt.1", "federation.toml.5"] {
+        let shown = Command::new("man")
+            .env("MANWIDTH", "80")
+            .env("LC_ALL", "C.UTF-8")
+            .args(["--warnings", "-l"])
+            .arg(dir.path().join("pages").join(name))
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&shown.stderr);
+        assert!(shown.status.success() && said.is_empty(), "{name}: {said}");
+        assert!(!shown.stdout.is_empty(), "{name}");
+    }
+}
+
 /// What root makes in another user's cloud, that user's broker could not read.
 #[test]
 fn root_does_not_work_for_another_users_cloud() {
@@ -241,6 +315,15 @@ fn root_does_not_work_for_another_users_cloud() {
     assert_eq!(std::fs::read_dir(&data).unwrap().count(), 0);
     chown(here.join("password"), Some(0), Some(0)).unwrap();
     chown(&data, Some(0), Some(0)).unwrap();
+    // A password that root wrote says nothing of whose cloud it is; whom the configuration is readable for does.
+    let daemons_group = Some(1);
+    chown(here.join("federation.toml"), Some(0), daemons_group).unwrap();
+    for args in commands {
+        let (code, _, err) = run(here, args);
+        assert_eq!((code, err.contains("runuser -u daemon -- cicada")), (6, true), "{args:?}: {err}");
+    }
+    assert_eq!(std::fs::read_dir(&data).unwrap().count(), 0);
+    chown(here.join("federation.toml"), Some(0), Some(0)).unwrap();
     assert_eq!(run(here, &["identity", "show"]).0, 0);
 }
 

@@ -128,6 +128,8 @@ fn request(what: u8, kind: u8) -> RequestBody {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Uefi,
+        disk_bus: Default::default(),
+        system_uuid: None,
     };
     match what {
         0 => RequestBody::Reservation { spec },

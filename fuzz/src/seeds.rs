@@ -458,6 +458,8 @@ fn spec() -> VmSpec {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Uefi,
+        disk_bus: Default::default(),
+        system_uuid: None,
     }
 }
 
@@ -501,6 +503,7 @@ fn control(corpus: &Corpus<'_>) {
         components_lacking: vec![0, 7],
         packs_lacking: vec![],
         seed: Some(seed()),
+        reads_devices: true,
     };
     let receipt = signed.clone().accept(&target_key);
     let account = StageAccount::default();

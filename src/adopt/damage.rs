@@ -1,15 +1,15 @@
 //! Whether a disk file is whole. QEMU reads what a cut file lacks as zeros, so nothing else notices.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use serde_json::Value;
 
 use crate::compose::ImageFormat;
 
+use super::disk_file::DiskFile;
 use super::error::io_error;
 use super::{AdoptError, Job};
 
@@ -24,18 +24,18 @@ const MIB: u64 = 1 << 20;
 const L2_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// Refuses a file that lacks what its own tables say it has. It names no other file any more.
-pub fn check(path: &Path, format: ImageFormat, len: u64, job: Job<'_>) -> Result<(), AdoptError> {
+pub fn check(disk: &DiskFile, format: ImageFormat, len: u64, job: Job<'_>) -> Result<(), AdoptError> {
+    let path = disk.path();
     if format == ImageFormat::Qcow2 {
-        check_tables(path, len)?;
+        check_tables(disk, len)?;
     }
     // QEMU takes one that lacks the last byte of its last block; blocks are counted in whole MiB.
     if format == ImageFormat::Vhdx && len % MIB == MIB - 1 {
         return Err(damaged(path, "it was cut short: it lacks the last byte".into()));
     }
-    check_map(path, format, len, job)?;
+    check_map(disk, format, len, job)?;
     job.check()?;
-    let mut command = Command::new("qemu-img");
-    command.args(["check", "--output=json", "-f", &format.to_string()]).arg(path);
+    let mut command = disk.qemu_img(&["check", "--output=json", "-f", &format.to_string()])?;
     // It says a line for each cluster.
     command.stdin(Stdio::null()).stderr(Stdio::null());
     let output = command.output().map_err(|e| super::source::not_run(path, &e))?;
@@ -63,9 +63,9 @@ fn damaged(path: &Path, reason: String) -> AdoptError {
 }
 
 /// Every run of data must lie in the file to its last byte.
-fn check_map(path: &Path, format: ImageFormat, len: u64, job: Job<'_>) -> Result<(), AdoptError> {
-    let mut command = Command::new("qemu-img");
-    command.args(["map", "--output=json", "-f", &format.to_string()]).arg(path);
+fn check_map(disk: &DiskFile, format: ImageFormat, len: u64, job: Job<'_>) -> Result<(), AdoptError> {
+    let path = disk.path();
+    let mut command = disk.qemu_img(&["map", "--output=json", "-f", &format.to_string()])?;
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = super::source::Running(command.spawn().map_err(|e| super::source::not_run(path, &e))?);
     let Some(out) = child.0.stdout.take() else { return Ok(()) };
@@ -100,8 +100,8 @@ fn check_map(path: &Path, format: ImageFormat, len: u64, job: Job<'_>) -> Result
 }
 
 /// Tables of a qcow2 that lie beyond its end would read as zeros: nothing of the disk would be there.
-fn check_tables(path: &Path, len: u64) -> Result<(), AdoptError> {
-    let file = File::open(path).map_err(io_error("open", path))?;
+fn check_tables(disk: &DiskFile, len: u64) -> Result<(), AdoptError> {
+    let (path, file) = (disk.path(), disk.file());
     let mut header = [0; 104];
     let there = len.min(header.len() as u64) as usize;
     file.read_exact_at(&mut header[..there], 0).map_err(io_error("read", path))?;

@@ -9,6 +9,7 @@
 
 mod base;
 mod damage;
+mod disk_file;
 mod error;
 mod fat;
 mod formats;
@@ -24,7 +25,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::component::extents::BLOCK_BYTES;
-use crate::compose::{Composer, ImageFormat, convert, occupied};
+use crate::compose::{Composer, ImageFormat, Output, convert};
 use crate::repository::{BlockPlaces, PLACES_MAX_DEFAULT, Repository};
 use crate::types::{ImageDigest, RecipeId};
 
@@ -182,7 +183,7 @@ pub fn take_user_data(
 /// As [`take_user_data`], of a disk that is open.
 pub fn take_user_data_of(source: &Source, output: &Path, job: Job<'_>) -> Result<u64, AdoptError> {
     let segments = source.segments()?;
-    segments.write_raw(output, "user data", job)?;
+    segments.write_raw(output.into(), "user data", job)?;
     source.check_unchanged()?;
     Ok(segments.size_bytes())
 }
@@ -194,11 +195,17 @@ pub enum VmDisk {
     UserData(PathBuf),
 }
 
-/// Writes a VM's whole disk to `output`, a new file. No hypervisor may run the disk meanwhile. Returns
-/// the size of the disk.
-pub fn export(disk: &VmDisk, output: &Path, format: ImageFormat, job: Job<'_>) -> Result<u64, AdoptError> {
-    if let Some(reason) = occupied(output) {
-        return Err(AdoptError::Occupied { path: output.to_owned(), reason });
+/// Writes a VM's whole disk to `output`. No hypervisor may run the disk meanwhile. Returns the size of the
+/// disk.
+pub fn export<'a>(
+    disk: &VmDisk,
+    output: impl Into<Output<'a>>,
+    format: ImageFormat,
+    job: Job<'_>,
+) -> Result<u64, AdoptError> {
+    let output = output.into();
+    if let Some(reason) = output.occupied() {
+        return Err(AdoptError::Occupied { path: output.path().to_owned(), reason });
     }
     let segments = match disk {
         VmDisk::Root { overlay, base } => Segments::of_vm(overlay, base)?,
@@ -209,13 +216,15 @@ pub fn export(disk: &VmDisk, output: &Path, format: ImageFormat, job: Job<'_>) -
     } else {
         let input = formats::described(disk)?;
         convert(&[input.as_ref()], output, format)?;
-        if (job.cancelled)() {
-            let _ = std::fs::remove_file(output);
-            return Err(AdoptError::Cancelled);
+        if let Output::New(path) = output {
+            if (job.cancelled)() {
+                let _ = std::fs::remove_file(path);
+                return Err(AdoptError::Cancelled);
+            }
+            // As private as the disk it was.
+            let private = std::fs::Permissions::from_mode(0o600);
+            std::fs::set_permissions(path, private).map_err(error::io_error("set the mode of", path))?;
         }
-        // As private as the disk it was.
-        let private = std::fs::Permissions::from_mode(0o600);
-        std::fs::set_permissions(output, private).map_err(error::io_error("set the mode of", output))?;
     }
     Ok(segments.size_bytes())
 }

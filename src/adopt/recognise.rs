@@ -77,8 +77,11 @@ const PROMISES: &[&str] = &[
 /// What a disk was found to be.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Disk {
-    /// For people: table, sectors, partitions, or the one file system; empty if there is none of these.
+    /// For people: table, sectors, partitions, or the one file system; empty if there is nothing of its kind.
     pub what: String,
+    /// Whether a partition table or a file system says that this is a disk. A boot sector alone does not: many
+    /// files have its two bytes.
+    pub is_known: bool,
     pub boots_bios: bool,
     pub boots_uefi: bool,
     /// The boot loader for UEFI that was found, or why none was.
@@ -88,11 +91,6 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Whether anything says that this is a disk.
-    pub fn is_known(&self) -> bool {
-        !self.what.is_empty()
-    }
-
     /// Notes the loader in the EFI system partition that begins at `start`.
     fn take_loader(&mut self, reader: &Reader<'_>, start: u64) -> io::Result<()> {
         let fill = |at: u64, buffer: &mut [u8]| reader.fill(start.saturating_add(at), buffer);
@@ -175,9 +173,15 @@ pub fn disk(file: &File, len: u64) -> io::Result<Disk> {
         return Ok(Disk::default());
     }
     if let Some((what, end_bytes)) = whole::find(&reader)? {
-        return Ok(Disk { what: format!("{what}, no partition table"), end_bytes, ..Disk::default() });
+        return Ok(Disk {
+            what: format!("{what}, no partition table"),
+            is_known: true,
+            end_bytes,
+            ..Disk::default()
+        });
     }
-    Ok(Disk { boots_bios: has_boot_code, ..Disk::default() })
+    let what = if has_boot_code { "a boot sector, no partition table" } else { "" };
+    Ok(Disk { what: what.into(), boots_bios: has_boot_code, ..Disk::default() })
 }
 
 /// A GPT whose header is at `at`.
@@ -187,7 +191,7 @@ fn gpt(reader: &Reader<'_>, sector_bytes: u64, at: u64, has_boot_code: bool) -> 
     let bytes = |sector: u64| sector.saturating_mul(sector_bytes);
     // The copy of the header is the last that belongs to the disk.
     let last = reader.le::<8>(at + 24)?.max(reader.le::<8>(at + 32)?);
-    let mut disk = Disk { end_bytes: bytes(last.saturating_add(1)), ..Disk::default() };
+    let mut disk = Disk { is_known: true, end_bytes: bytes(last.saturating_add(1)), ..Disk::default() };
     let mut partitions = 0;
     let (mut has_esp, mut is_bios_bootable) = (false, false);
     for number in 0..count.min(ENTRIES_MAX) {
@@ -213,7 +217,7 @@ fn gpt(reader: &Reader<'_>, sector_bytes: u64, at: u64, has_boot_code: bool) -> 
 }
 
 fn mbr(reader: &Reader<'_>, table: &[u8], has_boot_code: bool) -> io::Result<Disk> {
-    let mut disk = Disk { boots_bios: has_boot_code, ..Disk::default() };
+    let mut disk = Disk { is_known: true, boots_bios: has_boot_code, ..Disk::default() };
     let u32_at = |e: &[u8], at: usize| e[at..at + 4].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
     let (mut partitions, mut has_esp) = (0, false);
     // The one that stands for a GPT may say more than there is.

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rayon::prelude::*;
 
 use crate::component::extents::BLOCK_BYTES;
-use crate::compose::{Digest, SEGMENT_BYTES, zero_segment};
+use crate::compose::{Digest, Output, SEGMENT_BYTES, zero_segment};
 use crate::disk::{DiskImage, Qcow2};
 use crate::durable;
 use crate::repository::block_digest;
@@ -37,7 +37,12 @@ enum Content {
 impl Segments {
     /// A raw disk: a file or a block device.
     pub fn of_file(path: &Path) -> Result<Self, AdoptError> {
-        let mut file = File::open(path).map_err(io_error("open", path))?;
+        Self::of_open(path, &File::open(path).map_err(io_error("open", path))?)
+    }
+
+    /// As [`Segments::of_file`], of what is open.
+    pub fn of_open(path: &Path, file: &File) -> Result<Self, AdoptError> {
+        let mut file = file.try_clone().map_err(io_error("open", path))?;
         let len = file.seek(io::SeekFrom::End(0)).map_err(io_error("measure", path))?;
         let size_bytes = len.next_multiple_of(SIZE_UNIT_BYTES);
         let mut may_have_data = vec![false; size_bytes.div_ceil(SEGMENT_BYTES) as usize];
@@ -99,9 +104,16 @@ impl Segments {
         self.may_have_data.iter().filter(|d| **d).count() as u64 * SEGMENT_BYTES
     }
 
-    /// Writes all of it to `output`, a new file of its owner's only, with holes for zeros; on failure
-    /// nothing is left there.
-    pub fn write_raw(&self, output: &Path, phase: &'static str, job: Job<'_>) -> Result<(), AdoptError> {
+    /// Writes all of it to `output` with holes for zeros, a new file as one of its owner's only; on failure
+    /// nothing is left of that.
+    pub fn write_raw(&self, output: Output<'_>, phase: &'static str, job: Job<'_>) -> Result<(), AdoptError> {
+        let output = match output {
+            Output::New(path) => path,
+            Output::Given(path, file) => {
+                self.copy_to(file, path, phase, job)?;
+                return file.sync_all().map_err(io_error("write", path));
+            }
+        };
         let part = crate::compose::part_of(output);
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part);
         let file = file.map_err(io_error("create", &part))?;

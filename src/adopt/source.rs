@@ -3,19 +3,20 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Child, Output, Stdio};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 use tempfile::TempPath;
 
-use crate::compose::ImageFormat;
+use crate::compose::{HANDED, ImageFormat};
 use crate::types::ByteSize;
 use crate::vm::spec::limit::DISK_BYTES;
 
+use super::disk_file::DiskFile;
 use super::error::io_error;
 use super::formats::Head;
 use super::recognise::{self, Disk};
@@ -29,7 +30,7 @@ const POLL: Duration = Duration::from_millis(50);
 
 /// A disk that can be read.
 pub struct Source {
-    given: PathBuf,
+    given: DiskFile,
     format: ImageFormat,
     disk_bytes: u64,
     /// The raw temporary file of a disk in another format; removed when dropped.
@@ -55,26 +56,41 @@ impl Source {
         temporary: &Path,
         job: Job<'_>,
     ) -> Result<Self, AdoptError> {
+        Self::of(DiskFile::open(path)?, format, temporary, job)
+    }
+
+    /// As [`Source::open`], of what somebody else opened at `path`.
+    pub fn opened(
+        path: &Path,
+        file: &File,
+        format: Option<ImageFormat>,
+        temporary: &Path,
+        job: Job<'_>,
+    ) -> Result<Self, AdoptError> {
+        Self::of(DiskFile::opened(path, file)?, format, temporary, job)
+    }
+
+    fn of(
+        given: DiskFile,
+        format: Option<ImageFormat>,
+        temporary: &Path,
+        job: Job<'_>,
+    ) -> Result<Self, AdoptError> {
+        let (path, mut file) = (given.path(), given.file());
         let not_one =
             |reason: &str| AdoptError::NotADisk { path: path.to_owned(), reason: reason.to_owned() };
-        let meta = fs::metadata(path).map_err(io_error("open", path))?;
-        let kind = meta.file_type();
-        // Others may never end, or do something when they are opened.
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(not_one("it is neither a file nor a block device"));
-        }
         if !path.is_absolute() {
             return Err(not_one("its path must be absolute"));
         }
-        let mut file = File::open(path).map_err(io_error("open", path))?;
+        let meta = file.metadata().map_err(io_error("inspect", path))?;
         let len = file.seek(SeekFrom::End(0)).map_err(io_error("measure", path))?;
         let stamp = Stamp { len, modified: meta.modified().ok() };
-        let head = Head::read(&file, len).map_err(io_error("read", path))?;
+        let head = Head::read(file, len).map_err(io_error("read", path))?;
         let is_named = format.is_some();
         let format = format.unwrap_or_else(|| head.format());
         if format == ImageFormat::Raw
             && !is_named
-            && let Some((what, hint)) = recognise::foreign(&file, len).map_err(io_error("read", path))?
+            && let Some((what, hint)) = recognise::foreign(file, len).map_err(io_error("read", path))?
         {
             return Err(not_one(&format!("it is {what}; {hint}")));
         }
@@ -95,10 +111,11 @@ impl Source {
         let (disk_bytes, unpacked, snapshots) = match format {
             ImageFormat::Raw => (len, None, Vec::new()),
             _ => {
-                let (size_bytes, snapshots) = inspect(path, format)?;
+                let disk = given.for_tools(temporary, job)?;
+                let (size_bytes, snapshots) = inspect(&disk, format)?;
                 check_size(path, size_bytes)?;
-                damage::check(path, format, len, job)?;
-                (size_bytes, Some(unpack(path, format, size_bytes, temporary, job)?), snapshots)
+                damage::check(&disk, format, len, job)?;
+                (size_bytes, Some(unpack(&disk, format, size_bytes, temporary, job)?), snapshots)
             }
         };
         check_size(path, disk_bytes)?;
@@ -106,17 +123,17 @@ impl Source {
             return Err(not_one("it is empty"));
         }
         let plain = match &unpacked {
-            Some(unpacked) => File::open(unpacked).map_err(io_error("open", unpacked))?,
+            Some(unpacked) => &File::open(unpacked).map_err(io_error("open", unpacked))?,
             None => file,
         };
-        let disk = recognise::disk(&plain, disk_bytes).map_err(io_error("read", path))?;
+        let disk = recognise::disk(plain, disk_bytes).map_err(io_error("read", path))?;
         if disk.end_bytes > disk_bytes {
             return Err(damaged(format!(
                 "it was cut short: it ends at byte {disk_bytes}, but what is on it at {} ({})",
                 disk.end_bytes, disk.what
             )));
         }
-        Ok(Self { given: path.to_owned(), format, disk_bytes, unpacked, stamp, snapshots, disk })
+        Ok(Self { given, format, disk_bytes, unpacked, stamp, snapshots, disk })
     }
 
     /// What the disk is, as far as it says.
@@ -130,18 +147,18 @@ impl Source {
 
     /// Refuses what only its operator can know to be a disk, unless its format was named.
     pub fn check_plausible(&self) -> Result<(), AdoptError> {
-        let reason = match recognise::broken_promise(&self.given, self.format) {
+        let reason = match recognise::broken_promise(self.path(), self.format) {
             Some(promised) => format!("its name ends in .{promised}, but it is no such file"),
-            None if self.disk.is_known() || self.format != ImageFormat::Raw => return Ok(()),
+            None if self.disk.is_known || self.format != ImageFormat::Raw => return Ok(()),
             None => "it has no partition table and no file system".into(),
         };
         let reason = format!("{reason}; if it is a raw disk nevertheless, say --format raw");
-        Err(AdoptError::NotADisk { path: self.given.clone(), reason })
+        Err(AdoptError::NotADisk { path: self.path().to_owned(), reason })
     }
 
     /// The file as it was given.
     pub fn path(&self) -> &Path {
-        &self.given
+        self.given.path()
     }
 
     pub fn format(&self) -> ImageFormat {
@@ -156,18 +173,21 @@ impl Source {
     /// The disk for reading, padded to what a VM's disk may have.
     pub fn segments(&self) -> Result<Segments, AdoptError> {
         self.check_unchanged()?;
-        Segments::of_file(self.unpacked.as_deref().unwrap_or(&self.given))
+        match &self.unpacked {
+            Some(unpacked) => Segments::of_file(unpacked),
+            None => Segments::of_open(self.path(), self.given.file()),
+        }
     }
 
     /// Refuses when the given file is not what it was when it was opened.
     pub fn check_unchanged(&self) -> Result<(), AdoptError> {
-        let path = &self.given;
-        let meta = fs::metadata(path).map_err(io_error("open", path))?;
+        let path = self.path();
+        let meta = self.given.file().metadata().map_err(io_error("inspect", path))?;
         let len = if meta.is_file() { meta.len() } else { self.stamp.len };
         if (Stamp { len, modified: meta.modified().ok() }) == self.stamp {
             return Ok(());
         }
-        Err(AdoptError::Changed { path: path.clone() })
+        Err(AdoptError::Changed { path: path.to_owned() })
     }
 }
 
@@ -181,10 +201,12 @@ fn check_size(path: &Path, disk_bytes: u64) -> Result<(), AdoptError> {
 
 /// Asks `qemu-img` for the virtual size and the snapshots inside, refusing everything that names other
 /// files.
-fn inspect(path: &Path, format: ImageFormat) -> Result<(u64, Vec<String>), AdoptError> {
+fn inspect(disk: &DiskFile, format: ImageFormat) -> Result<(u64, Vec<String>), AdoptError> {
+    let path = disk.path();
     let info = |sharing: &[&str]| {
-        let mut command = Command::new("qemu-img");
-        command.args(["info", "--output=json", "-f", &format.to_string()]).args(sharing).arg(path);
+        let format = format.to_string();
+        let words = [&["info", "--output=json", "-f", &format], sharing].concat();
+        let mut command = disk.qemu_img(&words)?;
         command.stdin(Stdio::null()).output().map_err(|e| not_run(path, &e))
     };
     let output = info(&[])?;
@@ -194,7 +216,7 @@ fn inspect(path: &Path, format: ImageFormat) -> Result<(u64, Vec<String>), Adopt
         if info(&["--force-share"])?.status.success() {
             return Err(AdoptError::InUse { path: path.to_owned() });
         }
-        return Err(unreadable(path, said(&output)));
+        return Err(unreadable(path, said(path, &output)));
     }
     let info: Value = serde_json::from_slice(&output.stdout).map_err(|e| failed(e.to_string()))?;
     let data = &info["format-specific"]["data"];
@@ -209,7 +231,7 @@ fn inspect(path: &Path, format: ImageFormat) -> Result<(u64, Vec<String>), Adopt
     }
     for extent in data["extents"].as_array().into_iter().flatten() {
         match extent["filename"].as_str() {
-            Some(name) if Path::new(name) == path => {}
+            Some(HANDED) => {}
             other => {
                 return Err(refers(format!("the extent '{}'", other.unwrap_or_default().escape_debug())));
             }
@@ -227,17 +249,17 @@ fn inspect(path: &Path, format: ImageFormat) -> Result<(u64, Vec<String>), Adopt
 
 /// Unpacks into a sparse raw file.
 fn unpack(
-    path: &Path,
+    disk: &DiskFile,
     format: ImageFormat,
     size_bytes: u64,
     temporary: &Path,
     job: Job<'_>,
 ) -> Result<TempPath, AdoptError> {
+    let path = disk.path();
     let output = tempfile::Builder::new().prefix("adopt-").suffix(".raw").tempfile_in(temporary);
     let output = output.map_err(io_error("create a file in", temporary))?.into_temp_path();
-    let mut command = Command::new("qemu-img");
-    command.args(["convert", "-f", &format.to_string(), "-O", "raw", "-S", "4k"]).arg(path).arg(&output);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut command = disk.qemu_img(&["convert", "-f", &format.to_string(), "-O", "raw", "-S", "4k"])?;
+    command.arg(&output).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = Running(command.spawn().map_err(|e| not_run(path, &e))?);
     let status = loop {
         if let Some(status) = child.0.try_wait().map_err(io_error("wait for qemu-img reading", path))? {
@@ -246,10 +268,7 @@ fn unpack(
         job.check()?;
         let made = fs::metadata(&output).map_or(0, |m| m.blocks() * 512);
         (job.progress)("unpack", made.min(size_bytes), size_bytes);
-        let free = rustix::fs::statvfs(temporary).map_or(u64::MAX, |s| s.f_bavail * s.f_frsize);
-        if free < FREE_BYTES_MIN {
-            return Err(AdoptError::NoSpace { dir: temporary.to_owned(), need_bytes: FREE_BYTES_MIN });
-        }
+        require_room(temporary)?;
         thread::sleep(POLL);
     };
     if status.success() {
@@ -259,7 +278,16 @@ fn unpack(
     if let Some(pipe) = child.0.stderr.take() {
         let _ = pipe.take(4096).read_to_end(&mut stderr);
     }
-    Err(unreadable(path, said(&Output { status, stdout: Vec::new(), stderr })))
+    Err(unreadable(path, said(path, &Output { status, stdout: Vec::new(), stderr })))
+}
+
+/// Ends what writes to `dir` before it is full.
+pub(super) fn require_room(dir: &Path) -> Result<(), AdoptError> {
+    let free = rustix::fs::statvfs(dir).map_or(u64::MAX, |s| s.f_bavail * s.f_frsize);
+    if free < FREE_BYTES_MIN {
+        return Err(AdoptError::NoSpace { dir: dir.to_owned(), need_bytes: FREE_BYTES_MIN });
+    }
+    Ok(())
 }
 
 /// What `qemu-img` says of a file that lacks something, and of one it does not know to read.
@@ -294,7 +322,7 @@ pub(super) fn not_run(path: &Path, e: &std::io::Error) -> AdoptError {
     }
 }
 
-fn said(output: &Output) -> String {
-    let text = String::from_utf8_lossy(&output.stderr);
+fn said(path: &Path, output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr).replace(HANDED, &path.display().to_string());
     text.lines().next().unwrap_or("it failed without a word").escape_debug().to_string()
 }

@@ -2,13 +2,14 @@
 //!
 //! | request | body | answer |
 //! |---|---|---|
-//! | `POST /v1/request` | one `interface::Request`, JSON | `interface::Message` lines: events, then one reply or problem |
+//! | `POST /v1/request` | one `interface::Request`, JSON; beside its first bytes descriptors of the files it names, or none | `interface::Message` lines: events, then one reply or problem |
 //! | `PUT /v1/object/{kind}/{id}` | the object, packs in stored form | [`PutAnswer`] or a problem line |
 //! | `POST /v1/objects/held` | [`HeldRequest`] | [`HeldAnswer`] or a problem line |
 //!
 //! The status says how a request ended if it ended at once; a stream that began with an event has
 //! status 200, and its last line says how it ended.
 
+mod descriptors;
 mod routes;
 mod service;
 mod socket;
@@ -19,6 +20,7 @@ use crate::interface::ObjectKind;
 use crate::interface::ProblemKind;
 use crate::types::Hash;
 
+pub use descriptors::Sending;
 pub use routes::serve;
 pub use service::Service;
 pub use socket::bind;

@@ -23,9 +23,11 @@ use tokio::sync::{mpsc, watch};
 use crate::interface::Message;
 use crate::interface::ObjectKind;
 use crate::interface::{Problem, ProblemKind, Request};
+use crate::runner::Given;
 use crate::types::Hash;
 
 use super::Service;
+use super::descriptors::{Listener, Received};
 use super::{HELD_IDS_MAX, HeldAnswer, HeldRequest, JSON_BYTES_MAX, PutAnswer, status_of};
 
 /// Events that wait for a reader; a service leaves out progress beyond it.
@@ -53,21 +55,24 @@ pub async fn serve(
         .with_state(Api { service, stop: stop.clone() });
     let deadline = after_stop(stop.clone(), EXIT_DEADLINE);
     tokio::select! {
-        result = axum::serve(listener, router.into_make_service_with_connect_info::<Caller>())
+        result = axum::serve(Listener(listener), router.into_make_service_with_connect_info::<Caller>())
             .with_graceful_shutdown(after_stop(stop, Duration::ZERO)) => result,
         () = deadline => Ok(()),
     }
 }
 
-/// The user at the other end of a connection, where the system tells.
-#[derive(Clone, Copy)]
+/// Who is at the other end of a connection.
+#[derive(Clone)]
 struct Caller {
+    /// Where the system tells.
     uid: Option<u32>,
+    received: Received,
 }
 
-impl Connected<IncomingStream<'_, UnixListener>> for Caller {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        Self { uid: stream.io().peer_cred().ok().map(|c| c.uid()) }
+impl Connected<IncomingStream<'_, Listener>> for Caller {
+    fn connect_info(connection: IncomingStream<'_, Listener>) -> Self {
+        let io = connection.io();
+        Self { uid: io.stream.peer_cred().ok().map(|c| c.uid()), received: io.received.clone() }
     }
 }
 
@@ -83,8 +88,12 @@ async fn request(State(api): State<Api>, ConnectInfo(caller): ConnectInfo<Caller
         Err(problem) => return problem_response(problem),
     };
     request.asked_by(caller.uid);
+    let given = match Given::with(&request, caller.received.take()) {
+        Ok(given) => given,
+        Err(problem) => return problem_response(problem),
+    };
     let (out, mut messages) = mpsc::channel(1);
-    tokio::spawn(answer(api, request, out));
+    tokio::spawn(answer(api, request, given, out));
     // The first message decides the status.
     let status = match messages.recv().await {
         Some(first) => (status(&first), first),
@@ -96,9 +105,9 @@ async fn request(State(api): State<Api>, ConnectInfo(caller): ConnectInfo<Caller
 }
 
 /// Runs one request until it ends, its client is gone, or the broker stops.
-async fn answer(api: Api, request: Request, out: mpsc::Sender<Message>) {
+async fn answer(api: Api, request: Request, given: Given, out: mpsc::Sender<Message>) {
     let (events_in, mut events) = mpsc::channel(EVENTS_QUEUED_MAX);
-    let mut call = api.service.call(request, events_in);
+    let mut call = api.service.call(request, given, events_in);
     let stopped = after_stop(api.stop, DRAIN);
     tokio::pin!(stopped);
     let result = loop {

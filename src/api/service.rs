@@ -8,6 +8,7 @@ use futures::stream::BoxStream;
 use tokio::sync::mpsc;
 
 use crate::interface::{Event, ObjectKind, Problem, Reply, Request};
+use crate::runner::Given;
 use crate::types::Hash;
 
 /// Anything that answers requests.
@@ -18,6 +19,7 @@ pub trait Service: Send + Sync + 'static {
     fn call(
         &self,
         request: Request,
+        given: Given,
         events: mpsc::Sender<Event>,
     ) -> BoxFuture<'static, Result<Reply, Problem>>;
 

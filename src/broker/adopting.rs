@@ -1,7 +1,5 @@
 //! Existing disks become VMs, and VMs' disks become files: what operators ask for.
 
-use std::collections::BTreeSet;
-
 use crate::clock::UnixMillis;
 use crate::interface::{AdoptedView, ExportedView, Problem, ProblemKind, Reply, VmAdopt};
 use crate::migration::records::VmRecord;
@@ -15,32 +13,14 @@ use super::vms::Busy;
 
 impl Broker {
     pub(super) fn adopt_vm(&mut self, adopt: VmAdopt, call: CallId) {
-        if let Some(problem) = self.create_problem(&adopt.name, &adopt.networks) {
-            return self.reply(call, Err(problem));
-        }
-        if let Some(problem) = self.not_offered(&adopt) {
+        // Before hours of reading.
+        if let Err(problem) = self.adoptable(&adopt) {
             return self.reply(call, Err(problem));
         }
         self.names_in_use.insert(adopt.name.clone());
         let (name, start, begun) = (adopt.name.clone(), adopt.start, self.now);
         let (token, id) = (self.expect(Pending::Adopted { call, name, start, begun }), self.ids.vm());
         self.emit(Effect::Adopt { token, call, id, adopt: Box::new(adopt) });
-    }
-
-    /// What no VM of this cloud can have, found before hours of reading.
-    fn not_offered(&self, adopt: &VmAdopt) -> Option<Problem> {
-        let features = &self.features;
-        let lacks = |what: &str, asked: &str, offered: &BTreeSet<String>| {
-            let offered: Vec<&str> = offered.iter().map(String::as_str).collect();
-            let reason = format!("this cloud has no {what} '{}'", asked.escape_debug());
-            let problem = Problem::new(ProblemKind::BadRequest, format!("VM {}", adopt.name), reason);
-            Some(problem.next(format!("it has: {}", offered.join(", "))))
-        };
-        if !features.architectures.contains(&adopt.architecture) {
-            return lacks("architecture", &adopt.architecture, &features.architectures);
-        }
-        let model = adopt.hardware.cpu_model.as_ref().filter(|model| !features.cpu_models.contains(*model));
-        model.and_then(|model| lacks("CPU model", model, &features.cpu_models))
     }
 
     pub(super) fn adopted(

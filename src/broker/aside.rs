@@ -2,11 +2,11 @@
 //! arrives over them, and their disks stay as they are.
 
 use crate::clock::UnixMillis;
-use crate::interface::VmView;
 use crate::interface::problem::{Problem, ProblemKind};
+use crate::interface::{VmOwnership, VmView};
 use crate::migration::records::Autostart;
 use crate::types::{ByteSize, RecipeId, VmId, VmName};
-use crate::vm::{Firmware, PowerState, VmSpec};
+use crate::vm::{DiskBus, Firmware, PowerState};
 
 use super::Broker;
 use super::book::Damaged;
@@ -52,24 +52,11 @@ impl Broker {
 
 fn view(d: &Damaged) -> VmView {
     let none = ByteSize(0);
-    let spec = VmSpec {
+    VmView {
         id: d.vm,
         name: VmName::unknown(d.vm),
-        cpus: 0,
-        memory: none,
-        recipe: RecipeId::from_bytes([0; 32]),
-        root_size: none,
-        user_data_size: none,
-        nics: Vec::new(),
-        architecture: String::new(),
-        cpu_model: String::new(),
-        firmware: Firmware::default(),
-    };
-    VmView {
-        id: spec.id,
-        name: spec.name.clone(),
         power: PowerState::Stopped,
-        ownership: "damaged".into(),
+        ownership: VmOwnership::Damaged,
         owner: None,
         epoch: 0,
         created: UnixMillis(0),
@@ -78,7 +65,7 @@ fn view(d: &Damaged) -> VmView {
         root_size: none,
         user_data_size: none,
         nics: Vec::new(),
-        recipe: spec.recipe,
+        recipe: RecipeId::from_bytes([0; 32]),
         components: Vec::new(),
         root_delta_bytes: 0,
         user_data_bytes: 0,
@@ -90,6 +77,10 @@ fn view(d: &Damaged) -> VmView {
         autostart: Autostart::default(),
         stop_timeout_s: None,
         runs_as: None,
-        spec,
+        architecture: String::new(),
+        cpu_model: String::new(),
+        firmware: Firmware::default(),
+        disk_bus: DiskBus::default(),
+        system_uuid: d.vm.into(),
     }
 }

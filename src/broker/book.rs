@@ -22,7 +22,7 @@ use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
 use super::resolving::Resolution;
 
 /// A VM whose record cannot be used. Its disks are not touched.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Damaged {
     pub vm: VmId,
     pub path: PathBuf,
@@ -76,6 +76,16 @@ pub enum RecordError {
         #[source]
         source: io::Error,
     },
+    /// What a book said whose answers were recorded: the words of the whole chain.
+    #[error("{words}")]
+    Told { words: String, undecided: bool },
+}
+
+impl RecordError {
+    /// Whether it is unknown what the book says now.
+    pub const fn is_undecided(&self) -> bool {
+        matches!(self, RecordError::Undecided { .. } | RecordError::Told { undecided: true, .. })
+    }
 }
 
 /// Keeps the book.
@@ -148,7 +158,9 @@ impl Ledger {
     }
 
     fn note(&self, result: Result<(), RecordError>) -> Result<(), RecordError> {
-        if let Err(e @ RecordError::Undecided { .. }) = &result {
+        if let Err(e) = &result
+            && e.is_undecided()
+        {
             *self.undecided.borrow_mut() = Some(crate::interface::chain(e));
         }
         result

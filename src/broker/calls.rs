@@ -2,8 +2,8 @@
 
 use crate::federation::{Member, Trust};
 use crate::interface::{
-    Candidate, MemberView, MigrationView, ONLINE, PlanView, Predecessor, Problem, ProblemKind, Reply,
-    Request, Resource, StatusView, Verdict,
+    Candidate, LinkState, MemberState, MemberTrust, MemberView, MigrationView, PlanView, Predecessor,
+    Problem, ProblemKind, Reply, Request, Resource, StatusView, Verdict,
 };
 use crate::migration::{RequestBody, envelope};
 use crate::types::{CloudName, MemberJid, VmId};
@@ -12,12 +12,13 @@ use crate::vm::PowerState;
 use super::effect::{CallId, Effect, Peer, ReceiptWanted};
 use super::outgoing::Course;
 use super::pending::{PlanFor, Whom};
+use super::planning::Asked;
 use super::{Broker, aside};
 
 impl Broker {
     pub(super) fn call(&mut self, request: Request, call: CallId) {
         let result = match request {
-            Request::Status => Ok(Reply::Status(self.status())),
+            Request::Status => Ok(Reply::Status(Box::new(self.status()))),
             Request::Members => Ok(Reply::Members(self.member_views())),
             Request::IdentityTrust { member, key } => self.trust(|b| b.members.pin(&member, key)),
             Request::IdentityRevoke { member } => {
@@ -53,8 +54,10 @@ impl Broker {
                 return self.resize_vm(&vm, root_size, user_data_size, call);
             }
             Request::VmDelete { vm, taken_for } => return self.delete_vm(&vm, taken_for, call),
-            Request::Plan { vm, to } => return self.plan(&vm, to.as_deref(), call),
-            Request::Move { vm, to, dry_run: true, .. } => return self.plan(&vm, to.as_deref(), call),
+            Request::Plan { vm, to, all } => return self.plan(&vm, to.as_deref(), all, call),
+            Request::Move { vm, to, dry_run: true, .. } => {
+                return self.plan(&vm, to.as_deref(), false, call);
+            }
             Request::Move { vm, to, dry_run: false, force_stop } => {
                 return self.move_vm(&vm, to.as_deref(), force_stop, call);
             }
@@ -136,7 +139,8 @@ impl Broker {
             key,
             fingerprint: key.fingerprint(),
             room: self.config.xmpp.room.clone(),
-            link: self.link.clone(),
+            link: if self.offline.is_none() { LinkState::Online } else { LinkState::Offline },
+            link_problem: self.offline.clone().unwrap_or_default(),
             driver: features.driver.clone(),
             accelerator: features.accelerator.to_string().into(),
             own_users: features.own_users,
@@ -172,23 +176,21 @@ impl Broker {
             jid: m.jid.clone(),
             cloud: m.name.clone(),
             state: match (m.is_online(), m.removed) {
-                (true, _) => "online",
-                (false, true) => "removed",
-                (false, false) => "gone",
-            }
-            .into(),
+                (true, _) => MemberState::Online,
+                (false, true) => MemberState::Removed,
+                (false, false) => MemberState::Gone,
+            },
             since: m.since,
             last_seen: m.last_seen,
             trust: match self.members.trust_of(&m.jid) {
-                Trust::Trusted => "trusted",
-                Trust::Unknown => "unknown",
-                Trust::Changed { .. } => "changed",
-                Trust::Superseded { .. } => "superseded",
-                Trust::Forked { .. } => "forked",
-                Trust::Revoked => "revoked",
-                Trust::NoKey => "no key",
-            }
-            .into(),
+                Trust::Trusted => MemberTrust::Trusted,
+                Trust::Unknown => MemberTrust::Unknown,
+                Trust::Changed { .. } => MemberTrust::Changed,
+                Trust::Superseded { .. } => MemberTrust::Superseded,
+                Trust::Forked { .. } => MemberTrust::Forked,
+                Trust::Revoked => MemberTrust::Revoked,
+                Trust::NoKey => MemberTrust::NoKey,
+            },
             key: m.key,
             clock_ahead_ms: self.clocks.ahead_ms(&m.jid),
             pinned_fingerprint: match self.members.trust_of(&m.jid) {
@@ -327,10 +329,10 @@ impl Broker {
     pub(super) fn peers(&self, to: Option<&str>) -> Result<Vec<(Peer, Option<CloudName>)>, Problem> {
         self.peers_seen(to).map_err(|problem| match problem.kind {
             // Nobody is seen, because it is this broker that is not there.
-            ProblemKind::NotFound | ProblemKind::Unavailable if self.link != ONLINE => Problem::new(
+            ProblemKind::NotFound | ProblemKind::Unavailable if self.offline.is_some() => Problem::new(
                 ProblemKind::Unavailable,
                 "this broker",
-                format!("is not in the room itself: {}", self.link),
+                format!("is not in the room itself: {}", self.offline.as_deref().unwrap_or_default()),
             )
             .next("see 'cicada status'"),
             _ => problem,
@@ -402,7 +404,8 @@ impl Broker {
             }
             return;
         }
-        self.candidates(id, peers.clone(), to, PlanFor::Move { call, peers, force_stop });
+        let whom = if to.is_some() { Asked::Named } else { Asked::Some };
+        self.candidates(id, peers.clone(), whom, PlanFor::Move { call, peers, force_stop });
     }
 
     /// A plan was asked for to choose the target.

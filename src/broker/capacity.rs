@@ -6,6 +6,7 @@ use crate::placement::storage::promised;
 use crate::placement::{Needed, NetworkOffer, Room, Storage};
 use crate::types::{MemberJid, VmId, VmName};
 use crate::vm::PowerState;
+use crate::vm::spec::Nic;
 
 use super::Broker;
 use super::effect::DisksOf;
@@ -29,6 +30,9 @@ impl Broker {
             storage: self.storage(except),
             architecture: features.architectures.iter().next().cloned().unwrap_or_default(),
             cpu_models: features.cpu_models.iter().cloned().collect(),
+            disk_buses: features.disk_buses.iter().copied().collect(),
+            card_models: features.card_models.iter().copied().collect(),
+            cards: self.cards(counts),
             networks: self.networks_for(source),
             accelerator: features.accelerator.to_string(),
             accepts_source: self.policy_of(source).accept_vms,
@@ -45,6 +49,14 @@ impl Broker {
             incoming_from_source: self.incoming.values().filter(from_source).count(),
             incoming_from_source_max: migration.concurrency_per_member,
         }
+    }
+
+    /// Network cards of VMs that are here, and of those of arrivals that `counts`.
+    fn cards(&self, counts: impl Fn(&&Incoming) -> bool) -> Vec<(VmId, Nic)> {
+        let here = self.vms.values().filter(|vm| vm.record.is_here()).map(|vm| &vm.record.spec);
+        let arriving = self.incoming.values().filter(|run| counts(run)).map(Incoming::spec);
+        let all = here.chain(arriving);
+        all.flat_map(|spec| spec.nics.iter().map(|nic| (spec.id, nic.clone()))).collect()
     }
 
     /// Virtual CPUs and bytes of memory that VMs may have here, with what is free.

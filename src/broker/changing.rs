@@ -35,7 +35,7 @@ impl Broker {
         record.spec.memory = set.memory.unwrap_or(before.memory);
         record.spec.check().map_err(|reason| bad(reason).next("see 'cicada vm set --help'"))?;
         if Shape::of(&record.spec) != before {
-            self.fits_this_host(&object, &record.spec)?;
+            self.fits_this_host(&object, record.spec.cpus, record.spec.memory)?;
             if !self.is_off(id) {
                 record.runs_as = record.runs_as.or(Some(before));
                 // Set back to what it runs with.
@@ -71,20 +71,34 @@ impl Broker {
     }
 
     /// What would never be started here is refused before it is written down.
-    fn fits_this_host(&self, object: &str, spec: &crate::vm::VmSpec) -> Result<(), Problem> {
-        let (cpus, memory) = self.resources(None);
-        if u64::from(spec.cpus) <= cpus.total && spec.memory.0 <= memory.total {
+    pub(super) fn fits_this_host(&self, object: &str, cpus: u32, memory: ByteSize) -> Result<(), Problem> {
+        let (all_cpus, all_memory) = self.resources(None);
+        if u64::from(cpus) <= all_cpus.total && memory.0 <= all_memory.total {
             return Ok(());
         }
         let reason = format!(
-            "would need {} CPUs and {}; all VMs here together may have {} CPUs and {}",
-            spec.cpus,
-            spec.memory,
-            cpus.total,
-            ByteSize(memory.total)
+            "would need {cpus} CPUs and {memory}; all VMs here together may have {} CPUs and {}",
+            all_cpus.total,
+            ByteSize(all_memory.total)
         );
         Err(Problem::new(ProblemKind::Refused, object, reason)
-            .next("set less, or raise hypervisor.cpus and hypervisor.memory in federation.toml"))
+            .next("ask for less, or raise hypervisor.cpus, cpu_overcommit or memory in federation.toml"))
+    }
+
+    /// Whether so much may be promised to a VM's disks.
+    pub(super) fn has_storage(&self, object: &str, bytes: u64) -> Result<(), Problem> {
+        let storage = self.storage(None);
+        if bytes <= storage.unpromised_bytes() {
+            return Ok(());
+        }
+        let reason = format!(
+            "would be promised {} more; {} of {} may still be promised to VMs here",
+            ByteSize(bytes),
+            ByteSize(storage.unpromised_bytes()),
+            ByteSize(storage.promisable_bytes())
+        );
+        Err(Problem::new(ProblemKind::NoSpace, object, reason)
+            .next("delete or move a VM, or raise hypervisor.storage_overcommit in federation.toml"))
     }
 
     /// Stops a VM that runs, and starts it again.
@@ -149,17 +163,7 @@ impl Broker {
         wanted.check().map_err(|reason| Problem::new(ProblemKind::BadRequest, object.clone(), reason))?;
         let grows = (wanted.root_size.0 - spec.root_size.0)
             .saturating_add(wanted.user_data_size.0 - spec.user_data_size.0);
-        let storage = self.storage(None);
-        if grows > storage.unpromised_bytes() {
-            let reason = format!(
-                "would be promised {} more; {} of {} may still be promised to VMs here",
-                ByteSize(grows),
-                ByteSize(storage.unpromised_bytes()),
-                ByteSize(storage.promisable_bytes())
-            );
-            return Err(Problem::new(ProblemKind::NoSpace, object, reason)
-                .next("delete or move a VM, or raise hypervisor.storage_overcommit in federation.toml"));
-        }
+        self.has_storage(&object, grows)?;
         Ok(id)
     }
 

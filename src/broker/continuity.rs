@@ -4,6 +4,8 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 use crate::migration::records::VmRecord;
 use crate::types::codec::Writer;
 use crate::types::{Hash, VmId};
@@ -20,7 +22,7 @@ pub enum Mark {
 }
 
 /// The mark as it was found at start.
-#[derive(Clone, PartialEq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct Marks {
     /// Whether the system has a place for one.
     pub has_place: bool,

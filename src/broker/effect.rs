@@ -7,6 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::clock::UnixMillis;
 use crate::component::Recipe;
 use crate::federation::refusals::Tally;
@@ -14,7 +16,7 @@ use crate::federation::{Presence, Refused};
 use crate::interface::{AdoptedView, Candidate, Event, ExportedView, MigrationProgress, Problem, Reply};
 use crate::interface::{Request, VmAdopt, VmCreate};
 use crate::migration::lineage::LineageError;
-use crate::migration::message::{Claim, Initialization, Known, Progress, Seed, StageAccount};
+use crate::migration::message::{Claim, Initialization, Kept, Known, Progress, Seed, StageAccount};
 use crate::migration::records::VmRecord;
 use crate::migration::{AnswerBody, Denial, Lineage, Link, RequestBody};
 use crate::stanza::Cloud;
@@ -28,19 +30,19 @@ use crate::vm::{PowerState, VmSpec};
 use super::book::ReturnRecord;
 
 /// An operator's request under way.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct CallId(pub u64);
 
 /// Another broker's request under way.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct AskId(pub u64);
 
 /// What ties the outcome of an effect to what wanted it.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct Token(pub u64);
 
 /// Another broker, with the key it is trusted by.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Peer {
     pub jid: MemberJid,
     pub key: PublicKey,
@@ -55,12 +57,13 @@ pub struct Matter {
 }
 
 /// What the core reacts to.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Input {
     /// An operator's request.
     Call(CallId, Request),
     /// Another broker's sealed request.
-    Asked(AskId, MemberJid, Vec<u8>),
+    Asked(AskId, MemberJid, #[serde(with = "base64_text")] Vec<u8>),
     /// The room as the XMPP session sees it.
     Room(RoomInput),
     /// What happened to a VM, and the state it is in since.
@@ -70,7 +73,7 @@ pub enum Input {
     /// Events of the hypervisor were lost: all VMs it knows, as they are now.
     Machines(Vec<(VmId, PowerState)>),
     /// A target's copy comes along.
-    Staging(MigrationId, Progress),
+    Staging(MigrationId, Box<StageReport>),
     /// A member shows a VM's history, verified.
     Shown(Peer, VmId, Box<Lineage>),
     /// A message that a member signed, and when it says it did.
@@ -98,7 +101,8 @@ pub enum Input {
 }
 
 /// What happens in the room and to the session.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum RoomInput {
     Presence(Presence),
     /// The room's owner removed a member.
@@ -112,7 +116,8 @@ pub enum RoomInput {
 }
 
 /// What comes of effects.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Done {
     /// A wait is over.
     Due,
@@ -153,11 +158,11 @@ pub enum Done {
 }
 
 /// There is no answer to a request; why, in words.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Unanswered(pub String);
 
 /// What a member answered to a check, with what follows from it.
-#[derive(Clone, PartialEq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct Checked {
     pub differences: Vec<Denial>,
     pub components_needed: u32,
@@ -171,11 +176,15 @@ pub struct Checked {
     /// Deltas will be made that nobody knows the size of yet: less will travel.
     pub deltas_unknown: bool,
     pub seed: Option<Seed>,
+    /// What an earlier try brought beyond the seed.
+    pub kept: Option<Kept>,
+    /// Plain bytes of components that are to be composed; none if that was done.
+    pub base_bytes: u64,
     pub answer_ms: f64,
 }
 
 /// What this cloud has of what a VM needs.
-#[derive(Clone, PartialEq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct Holdings {
     /// Whether its disk is composed already.
     pub composed: bool,
@@ -187,9 +196,11 @@ pub struct Holdings {
 }
 
 /// What a scan of a VM's disks found.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Scanned {
     pub seed: Seed,
+    /// Plain bytes of both disks that a target with that seed lacks; worked out in the first pass.
+    pub missing_bytes: u64,
     /// Bytes of the disks that were read.
     pub read_bytes: u64,
     /// The firmware's variables, packed, base64; none if it has none, or they are too large to travel.
@@ -197,7 +208,7 @@ pub struct Scanned {
 }
 
 /// The disk as it was found a moment ago.
-#[derive(Clone, PartialEq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct Measured {
     pub at: Option<UnixMillis>,
     pub total_bytes: u64,
@@ -210,7 +221,7 @@ pub struct Measured {
     pub resident_bytes: u64,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Allocated {
     pub root_bytes: u64,
     pub user_data_bytes: u64,
@@ -224,6 +235,8 @@ pub struct Serving {
     pub ticket: Hash,
     pub recipe: RecipeId,
     pub components: Vec<ComponentId>,
+    /// The disks' state the target says it has.
+    pub seed: Option<Seed>,
 }
 
 /// One pass of bringing a VM's copy here to a state.
@@ -245,6 +258,17 @@ pub struct StageOrder {
     pub neighbours: Vec<DisksOf>,
     /// What earlier passes counted.
     pub account: StageAccount,
+}
+
+/// How far a pass has come.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct StageReport {
+    pub progress: Progress,
+    /// Of all passes, as far as it is known while one is under way.
+    pub account: StageAccount,
+    /// Plain bytes that this pass brought.
+    pub root_delta_bytes: u64,
+    pub user_data_bytes: u64,
 }
 
 /// Where the disks of a VM lie.
@@ -384,6 +408,7 @@ pub enum Effect {
         token: Token,
         record: Box<VmRecord>,
         serving: Box<Serving>,
+        pass: u32,
         last: bool,
     },
     /// What copying the whole disks of a move would have sent.
@@ -488,4 +513,19 @@ pub struct ReceiptWanted {
     pub text: String,
     pub known: Result<MigrationProgress, Problem>,
     pub remarks: Vec<(MigrationId, String)>,
+}
+
+/// Sealed bytes as base64 in what is kept of inputs.
+mod base64_text {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::STANDARD as BASE64;
+    use serde::{Deserialize, Deserializer, Serializer, de};
+
+    pub fn serialize<S: Serializer>(bytes: &[u8], s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&BASE64.encode(bytes))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u8>, D::Error> {
+        BASE64.decode(String::deserialize(d)?).map_err(de::Error::custom)
+    }
 }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use crate::clock::UnixMillis;
-use crate::interface::MigrationView;
+use crate::interface::{MigrationPhase, MigrationRole, MigrationView};
 use crate::types::{MemberJid, MigrationId};
 
 /// Migrations with a hand-over that are remembered, the newest.
@@ -25,17 +25,17 @@ pub struct History {
 enum Ring {
     HandOvers,
     /// Of a member, in one direction: from here, or to here.
-    Attempts(MemberJid, String),
+    Attempts(MemberJid, MigrationRole),
 }
 
 impl Ring {
     fn of(view: &MigrationView) -> Self {
         let p = &view.progress;
         // Views of earlier releases do not say; those that completed were handed over.
-        if p.handed_over || p.phase == "completed" {
+        if p.handed_over || p.phase == MigrationPhase::Completed {
             Self::HandOvers
         } else {
-            Self::Attempts(p.peer.clone(), p.role.clone())
+            Self::Attempts(p.peer.clone(), p.role)
         }
     }
 
@@ -127,7 +127,7 @@ mod tests {
     use crate::broker::account::new_view;
     use crate::vm::VmSpec;
 
-    fn view(peer: &str, role: &str, at: u64) -> MigrationView {
+    fn view(peer: &str, role: MigrationRole, at: u64) -> MigrationView {
         let spec: VmSpec = serde_json::from_value(serde_json::json!({
             "id": uuid::Uuid::nil(), "name": "web", "cpus": 1, "memory": 1 << 27, "recipe": "0".repeat(64),
             "root_size": 0, "user_data_size": 0, "nics": [], "architecture": "amd64", "cpu_model": "qemu64",
@@ -135,13 +135,13 @@ mod tests {
         .unwrap();
         let mut view =
             new_view(MigrationId::random(), &spec, role, &peer.parse().unwrap(), None, UnixMillis(at));
-        view.progress.phase = "cancelled".into();
+        view.progress.phase = MigrationPhase::Cancelled;
         view.progress.ended = true;
         view
     }
 
     fn handed(peer: &str, at: u64) -> MigrationView {
-        let mut view = view(peer, "target", at);
+        let mut view = view(peer, MigrationRole::Target, at);
         view.progress.handed_over = true;
         view
     }
@@ -155,12 +155,12 @@ mod tests {
             kept.push(view.progress.id);
             history.remember(view);
         }
-        let mut completed = view("a@x", "source", 100);
-        completed.progress.phase = "completed".into();
+        let mut completed = view("a@x", MigrationRole::Source, 100);
+        completed.progress.phase = MigrationPhase::Completed;
         kept.push(completed.progress.id);
         history.remember(completed);
         // Others' attempts, and our own towards the member.
-        for (peer, role) in [("b@x", "target"), ("mallory@x", "source")] {
+        for (peer, role) in [("b@x", MigrationRole::Target), ("mallory@x", MigrationRole::Source)] {
             for at in 0..ATTEMPTS_MAX as u64 {
                 let view = view(peer, role, at);
                 kept.push(view.progress.id);
@@ -168,7 +168,8 @@ mod tests {
             }
         }
         let mut displaced = 0;
-        let floods: Vec<_> = (0..1000).map(|at| view("mallory@x", "target", 1000 + at)).collect();
+        let floods: Vec<_> =
+            (0..1000).map(|at| view("mallory@x", MigrationRole::Target, 1000 + at)).collect();
         for view in &floods {
             displaced += history.remember(view.clone()).len();
         }
@@ -189,7 +190,7 @@ mod tests {
         }
         assert_eq!(history.remember(handed("b@x", 5000)), [first.progress.id]);
         for n in 0..3 * RINGS_MAX as u64 {
-            history.remember(view(&format!("m{n}@x"), "target", n));
+            history.remember(view(&format!("m{n}@x"), MigrationRole::Target, n));
         }
         assert_eq!(history.views().count(), HAND_OVERS_MAX + RINGS_MAX);
         let oldest = history.views().filter(|v| !v.progress.handed_over).map(|v| v.progress.started.0).min();
@@ -198,7 +199,7 @@ mod tests {
 
     #[test]
     fn what_is_read_at_start_is_brought_within_bounds() {
-        let floods = (0..1000).map(|at| view("mallory@x", "target", at));
+        let floods = (0..1000).map(|at| view("mallory@x", MigrationRole::Target, at));
         let all = floods.chain([handed("a@x", 0)]).map(|view| (view.progress.id, view)).collect();
         let (history, displaced) = History::of(all);
         assert_eq!((history.views().count(), displaced.len()), (ATTEMPTS_MAX + 1, 1000 - ATTEMPTS_MAX));

@@ -1,6 +1,9 @@
 //! Random ids that the core hands out. They follow from a seed alone, so that a run can be repeated; whoever
 //! does not know the seed cannot foretell them (BLAKE3 as a keyed pseudo-random function).
 
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+
 use uuid::Uuid;
 
 use crate::types::{Hash, MigrationId, ReservationId, VmId};
@@ -10,17 +13,63 @@ use crate::types::{Hash, MigrationId, ReservationId, VmId};
 pub struct Ids {
     key: [u8; 32],
     used: u64,
+    tape: Option<(Tape, TapeUse)>,
+}
+
+/// What was drawn, in order: a recording keeps it instead of the seed. Clones are the same tape.
+#[derive(Clone, Default)]
+pub struct Tape(Arc<Mutex<VecDeque<[u8; 32]>>>);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum TapeUse {
+    Written,
+    Read,
+}
+
+impl Tape {
+    fn all(&self) -> std::sync::MutexGuard<'_, VecDeque<[u8; 32]>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes out what is on it.
+    pub fn take(&self) -> Vec<[u8; 32]> {
+        self.all().drain(..).collect()
+    }
+
+    /// Puts what is drawn next in the place of what was left.
+    pub fn put(&self, drawn: Vec<[u8; 32]>) {
+        *self.all() = drawn.into();
+    }
 }
 
 impl Ids {
     /// `seed` is secret: tickets follow from it.
     pub fn new(seed: [u8; 32]) -> Self {
-        Self { key: seed, used: 0 }
+        Self { key: seed, used: 0, tape: None }
+    }
+
+    /// What is drawn goes onto `tape` as well.
+    pub fn onto(self, tape: Tape) -> Self {
+        Self { tape: Some((tape, TapeUse::Written)), ..self }
+    }
+
+    /// What was drawn before is drawn again; beyond the tape's end, what fits nothing.
+    pub fn from_tape(tape: Tape) -> Self {
+        Self { key: [0; 32], used: 0, tape: Some((tape, TapeUse::Read)) }
     }
 
     fn bytes(&mut self) -> [u8; 32] {
         self.used += 1;
-        *blake3::keyed_hash(&self.key, &self.used.to_le_bytes()).as_bytes()
+        let told = match &self.tape {
+            Some((tape, TapeUse::Read)) => tape.all().pop_front(),
+            _ => None,
+        };
+        let bytes =
+            told.unwrap_or_else(|| *blake3::keyed_hash(&self.key, &self.used.to_le_bytes()).as_bytes());
+        if let Some((tape, TapeUse::Written)) = &self.tape {
+            tape.all().push_back(bytes);
+        }
+        bytes
     }
 
     pub fn uuid(&mut self) -> Uuid {

@@ -6,24 +6,25 @@ use std::time::Duration;
 use crate::clock::UnixMillis;
 use crate::fault;
 use crate::federation::Refused;
-use crate::interface::{MigrationView, Problem, ProblemKind, chain};
+use crate::interface::{MigrationPhase, MigrationRole, MigrationView, Problem, ProblemKind, chain};
 use crate::migration::envelope::{LIFETIME, VERSION, VERSION_BEFORE, VERSIONS};
 use crate::migration::handover::{EPOCH_MAX, HandOver, Receipt, Return, SignedHandOver};
-use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, Progress, StageAccount};
+use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Initialization, Seed, StageAccount};
 use crate::migration::ownership::{Became, Given, Guest};
 use crate::migration::target::{Agreement, Effect as ArrivalEffect, Event as TargetEvent, Phase, Target};
-use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, Lineage, RequestBody};
+use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, EnvelopeError, Lineage, Pass, RequestBody};
 use crate::placement;
 use crate::types::{MemberJid, MigrationId, PeerText, PublicKey, VmId};
 use crate::vm::{PowerState, VmSpec};
 
 use super::Broker;
-use super::account::{self, new_view};
+use super::account::{self, Advance, new_view};
 use super::book::ReturnRecord;
-use super::effect::{AskId, DisksOf, Effect, Holdings, Matter, Peer, StageOrder};
+use super::effect::{AskId, DisksOf, Effect, Holdings, Matter, Peer, StageOrder, StageReport};
 use super::guard::{self, Pace};
 use super::lineages::{Offer, denial};
 use super::pending::{Pending, Working};
+use super::unfinished::Holds;
 use super::vms::{Busy, Vm};
 
 /// How long an arrival that is over still answers its source.
@@ -47,8 +48,11 @@ pub struct Incoming {
     disks: String,
     /// A pass has begun here.
     staged: bool,
-    /// Another migration of the same VM took its place: what it staged is kept for that.
-    superseded: bool,
+    /// What is on its disks: now, and before the pass that is under way.
+    holds: Holds,
+    held: Holds,
+    advance: Advance,
+    phase_since: UnixMillis,
     /// Why it ended without a hand-over, if not by the machine's own reason.
     ended_because: Option<String>,
     /// What its source shows of the VM's history.
@@ -208,7 +212,7 @@ impl Broker {
             expires: self.now.plus(LIFETIME),
             body,
         };
-        envelope.seal(&self.key).ok()
+        envelope.seal(&*self.key).ok()
     }
 
     /// A trusted member that speaks another version is told so, in ours.
@@ -273,7 +277,18 @@ impl Broker {
         };
         let seed = self.vms.get(&spec.id).and_then(|vm| vm.record.given_up()).and_then(|g| g.seed);
         let seed = seed.filter(|_| room.accepts_source);
-        let answer = CheckAnswer { differences, blockers, components_lacking, packs_lacking, seed };
+        let kept = self.kept_of(spec.id, from).filter(|_| room.accepts_source);
+        let answer = CheckAnswer {
+            differences,
+            blockers,
+            components_lacking,
+            packs_lacking,
+            // The newer of both: an earlier try began with a copy that was kept here.
+            seed: kept.and_then(|(_, seed)| seed).or(seed),
+            kept: kept.map(|(kept, _)| kept),
+            composed: held.composed && room.accepts_source,
+            reads_devices: true,
+        };
         self.answer_work(work, AnswerBody::Configuration(answer));
     }
 
@@ -301,7 +316,11 @@ impl Broker {
                     return Answered::Later;
                 }
             },
-            (RequestBody::Cancel { .. }, None) => AnswerBody::Cancelled,
+            // It may have been told before.
+            (RequestBody::Cancel { .. }, None) => {
+                let kept = self.kept_here_until(id).and_then(|_| self.kept_of(request.vm, &peer.jid));
+                AnswerBody::Cancelled { kept_s: kept.map_or(0, |(kept, _)| kept.for_s) }
+            }
             _ => deny(DenialCode::UnknownMigration, "no such migration here; the reservation may have ended"),
         };
         Answered::Now(answer)
@@ -332,9 +351,9 @@ impl Broker {
             let p = &view.progress;
             p.peer == peer.jid
                 && p.vm_id == spec.id
-                && p.role == "target"
+                && p.role == MigrationRole::Target
                 && !p.handed_over
-                && p.phase != "completed"
+                && p.phase != MigrationPhase::Completed
         };
         let is_taken = self.outgoing.contains_key(&id)
             || self.unfinished.iter().any(|cut| cut.view().progress.id == id)
@@ -419,14 +438,17 @@ impl Broker {
             machine,
             peer: peer.clone(),
             matter: Matter { migration: request.migration, vm: spec.id, epoch: request.epoch },
-            view: new_view(request.migration, spec, "target", &peer.jid, cloud, now),
+            view: new_view(request.migration, spec, MigrationRole::Target, &peer.jid, cloud, now),
             spec: spec.clone(),
             lease_until: now.plus(lease),
             component_names: Vec::new(),
             // Of its own: the copy of an earlier try may still be on its way out.
             disks: format!("disks-{}", self.ids.uuid().simple()),
             staged: false,
-            superseded: false,
+            holds: Holds::default(),
+            held: Holds::default(),
+            advance: Advance::default(),
+            phase_since: now,
             ended_because: None,
             offer: Offer::default(),
         };
@@ -444,7 +466,6 @@ impl Broker {
         for id in ids {
             tracing::info!(migration = %id, "its source begins anew");
             if let Some(run) = self.incoming.get_mut(&id) {
-                run.superseded = true;
                 run.end_because(format!("{} began anew", peer.jid));
             }
             self.incoming_event(id, TargetEvent::LeaseExpired);
@@ -511,13 +532,13 @@ impl Broker {
             }
             Became::Void => {
                 fault::point("target-returning");
-                let back = signed.clone().give_back(&self.key);
+                let back = signed.clone().give_back(&*self.key);
                 fault::point("target-returned");
                 Answered::Now(returned(back))
             }
             Became::ToBePromised => {
                 let promise = ReturnRecord { vm: h.vm, epoch: h.epoch, hand_over: Some(signed.clone()) };
-                let back = signed.clone().give_back(&self.key);
+                let back = signed.clone().give_back(&*self.key);
                 if promised {
                     return Answered::Now(returned(back));
                 }
@@ -608,7 +629,7 @@ impl Broker {
             _ => {}
         }
         if let TargetEvent::StageProgress(report) = &event {
-            account::progress(&mut run.view.progress, report, now);
+            run.advance.report(&mut run.view.progress, report, now);
             let carried = &mut run.view.account.carried_bytes;
             *carried = (*carried).max(report.bytes_done);
         }
@@ -616,18 +637,23 @@ impl Broker {
         let p = &mut run.view.progress;
         p.updated = now;
         let (phase, fraction) = match run.machine.phase() {
-            Phase::Reserved => ("negotiate", 0.01),
+            Phase::Reserved => (MigrationPhase::Negotiate, 0.01),
             Phase::Staging(pass) | Phase::Staged(pass) => {
-                let first = pass.number == 1;
-                let name = if pass.last && !first { "switch-over" } else { "stage" };
-                (name, account::fraction_of_pass(first, pass.last, p))
+                let ran = !(pass.last && pass.number == 1);
+                let name = if pass.last && ran { MigrationPhase::SwitchOver } else { MigrationPhase::Stage };
+                (name, run.advance.in_pass(pass, ran, p))
             }
-            Phase::TakingOver | Phase::Starting => ("start", 0.95),
-            Phase::Owned if run.machine.problem().is_some() => ("handed-over", 1.0),
-            Phase::Owned => ("completed", 1.0),
-            Phase::Abandoned => ("cancelled", 1.0),
+            Phase::TakingOver | Phase::Starting => (MigrationPhase::Start, 0.95),
+            Phase::Owned if run.machine.problem().is_some() => (MigrationPhase::HandedOver, 1.0),
+            Phase::Owned => (MigrationPhase::Completed, 1.0),
+            Phase::Abandoned => (MigrationPhase::Cancelled, 1.0),
         };
-        p.phase = phase.into();
+        if p.phase != phase {
+            let before = std::mem::replace(&mut p.phase, phase);
+            *run.view.account.phase_ms.entry(before.to_string()).or_default() +=
+                now.since(run.phase_since).as_millis() as u64;
+            run.phase_since = now;
+        }
         p.fraction = p.fraction.max(fraction);
         let mut answer = none();
         for effect in effects {
@@ -674,11 +700,11 @@ impl Broker {
                 self.run_errand(peer, matter, RequestBody::Delete { boot_ms });
             }
             ArrivalEffect::CleanUp => {
-                let (disks, keep) = (run.disks.clone(), run.superseded || run.view.account.wire_bytes > 0);
+                let (disks, staged, holds) = (run.disks.clone(), run.staged, run.holds);
                 self.emit(Effect::EndStaging(id));
-                // Whatever ended the move, the next one need not carry again what one pass brought.
-                if keep {
-                    return self.keep_interrupted(vm, disks);
+                // Whatever ended the move, the next one need not carry again what came.
+                if staged {
+                    return self.keep_interrupted(vm, disks, Some((id, peer.jid)), holds);
                 }
                 tracing::info!(migration = %id, "removing what was staged");
                 let no_record = !self.vms.contains_key(&vm);
@@ -691,6 +717,7 @@ impl Broker {
         fault::point("target-staging");
         let Some(run) = self.incoming.get_mut(&id) else { return };
         run.component_names = init.component_names.clone();
+        run.view.account.components_needed = init.component_names.len() as u32;
         let is_first = !std::mem::replace(&mut run.staged, true);
         // Found after a restart, it is known how it ended. What only reserved is not worth a note.
         self.book.note_later(&run.view);
@@ -706,7 +733,11 @@ impl Broker {
         let left = self.vms.get(&own).filter(|vm| !vm.record.is_here());
         let seeds = left.map(|vm| DisksOf::record(&vm.record));
         let lenders = self.trusted_online().filter(|p| p.jid != *source).take(LENDERS_MAX).collect();
-        let goes_on_with = if is_first { self.take_interrupted(own) } else { None };
+        let earlier = if is_first { self.take_interrupted(own) } else { None };
+        if let (Some((_, holds)), Some(run)) = (&earlier, self.incoming.get_mut(&id)) {
+            (run.holds, run.held) = (*holds, *holds);
+        }
+        let goes_on_with = earlier.map(|(disks, _)| disks);
         let order = Box::new(StageOrder {
             migration: id,
             from,
@@ -723,8 +754,13 @@ impl Broker {
         self.emit(Effect::Stage { token, order });
     }
 
-    pub(super) fn staging(&mut self, id: MigrationId, progress: Progress) {
-        self.incoming_event(id, TargetEvent::StageProgress(progress));
+    pub(super) fn staging(&mut self, id: MigrationId, report: StageReport) {
+        if let Some(run) = self.incoming.get_mut(&id) {
+            account::came(&mut run.view.account, &report.account);
+            run.holds.root_delta_bytes = run.held.root_delta_bytes.saturating_add(report.root_delta_bytes);
+            run.holds.user_data_bytes = run.held.user_data_bytes.saturating_add(report.user_data_bytes);
+        }
+        self.incoming_event(id, TargetEvent::StageProgress(report.progress));
     }
 
     pub(super) fn stage_finished(&mut self, id: MigrationId, result: Result<StageAccount, Denial>) {
@@ -732,7 +768,13 @@ impl Broker {
         let is_last = matches!(run.machine.phase(), Phase::Staging(pass) if pass.last);
         fault::point(if is_last { "target-staged-last" } else { "target-staged" });
         match &result {
-            Ok(account) => account::stage(&mut run.view.account, account),
+            Ok(account) => {
+                account::came(&mut run.view.account, account);
+                if let Phase::Staging(Pass { root_delta, user_data, .. }) = *run.machine.phase() {
+                    run.holds = Holds { seed: Some(Seed { root_delta, user_data }), ..Holds::default() };
+                    run.held = run.holds;
+                }
+            }
             Err(denial) => {
                 tracing::warn!(migration = %id, reason = denial.text.as_str(), "staging failed");
             }
@@ -767,7 +809,7 @@ impl Broker {
             given,
             run.offer.lineage.as_ref(),
             signed,
-            &self.key,
+            &*self.key,
             guest,
         );
         let (mut record, lineage) = taken.map_err(|refusal| {
@@ -780,6 +822,7 @@ impl Broker {
         // The record to come forgets how the VM arrived before.
         if let Some(previous) = self.vms.get(&h.vm) {
             record.settings = previous.record.settings.clone();
+            record.ignored_stop = previous.record.ignored_stop;
             records.keep_receipts(&previous.record).map_err(|e| broken(&e))?;
         }
         self.keep_lineage(&lineage).map_err(|e| broken(&e))?;

@@ -7,7 +7,7 @@ use crate::migration::ownership::Standing;
 use crate::migration::records::VmRecord;
 use crate::migration::target::Event as TargetEvent;
 use crate::migration::{AnswerBody, Denial, DenialCode, Lineage, Link, Refusal, RequestBody};
-use crate::types::{IdentityKey, LinkId, MemberJid, VmId};
+use crate::types::{LinkId, MemberJid, Signer, VmId};
 
 use super::Broker;
 use super::book::{Ledger, RecordError};
@@ -138,7 +138,7 @@ impl Broker {
 pub(super) fn complete(
     book: &Ledger,
     me: &MemberJid,
-    key: &IdentityKey,
+    key: &dyn Signer,
     record: &mut VmRecord,
 ) -> Result<(), RecordError> {
     let (vm, law) = (record.spec.id, book.law());

@@ -20,6 +20,7 @@ pub mod ids;
 mod incoming;
 mod lending;
 mod lineages;
+mod making;
 pub mod memory_book;
 mod outgoing;
 pub mod owners;
@@ -43,12 +44,12 @@ use std::sync::Arc;
 use crate::clock::UnixMillis;
 use crate::config::Config;
 use crate::federation::Members;
-use crate::interface::{Account, MigrationView, ONLINE, Problem, Reply};
+use crate::interface::{Account, MigrationRole, MigrationView, Problem, Reply};
 use crate::migration::envelope::common_version;
 use crate::migration::handover::SignedHandOver;
 use crate::migration::records::VmRecord;
 use crate::migration::{Law, ReplayGuard};
-use crate::types::{IdentityKey, MemberJid, MigrationId, PublicKey, Successions, VmId, VmName};
+use crate::types::{MemberJid, MigrationId, PublicKey, Signer, Successions, VmId, VmName};
 use crate::vm::PowerState;
 use crate::vm::hypervisor::Features;
 
@@ -72,7 +73,7 @@ use vms::Vm;
 /// What the runner found before the core begins.
 pub struct Beginning {
     pub config: Config,
-    pub key: IdentityKey,
+    pub key: Arc<dyn Signer>,
     pub features: Features,
     /// Where this broker can be dialled for transfers.
     pub transfer_addresses: Vec<String>,
@@ -81,8 +82,7 @@ pub struct Beginning {
     /// Directories of disks by VM, the one that was changed last at the end.
     pub disk_dirs: BTreeMap<VmId, Vec<String>>,
     pub marks: Marks,
-    /// Random; secret.
-    pub seed: [u8; 32],
+    pub ids: Ids,
     pub now: UnixMillis,
     /// The rules of ownership. All of them: only tests of a debug build can make another law.
     pub law: Law,
@@ -94,7 +94,7 @@ pub struct Broker {
     now: UnixMillis,
     config: Arc<Config>,
     me: MemberJid,
-    key: IdentityKey,
+    key: Arc<dyn Signer>,
     law: Law,
     features: Features,
     transfer_addresses: Vec<String>,
@@ -109,7 +109,7 @@ pub struct Broker {
     /// Negotiation versions spoken with members, from their presence.
     versions: BTreeMap<MemberJid, u32>,
     clocks: guard::Clocks,
-    link: String,
+    offline: Option<String>,
     replay: ReplayGuard,
     vms: BTreeMap<VmId, Vm>,
     /// Names of VMs that are being made.
@@ -126,6 +126,8 @@ pub struct Broker {
     unfinished: Vec<unfinished::Unfinished>,
     /// Disks staged here for migrations that are gone.
     interrupted: BTreeMap<VmId, unfinished::Interrupted>,
+    /// Until when targets keep what was sent in moves from here that ended without a hand-over.
+    kept_there: BTreeMap<MigrationId, UnixMillis>,
     /// VMs whose record cannot be used.
     aside: BTreeMap<VmId, Damaged>,
     /// What operators decided about hand-overs in doubt.
@@ -175,7 +177,7 @@ impl Broker {
             tracing::error!(vm = %d.vm, reason = d.reason, "set aside: it is not run, and its disks are not touched");
         }
         for record in &mut vms {
-            if let Err(e) = lineages::complete(&book, &me, &b.key, record) {
+            if let Err(e) = lineages::complete(&book, &me, &*b.key, record) {
                 tracing::error!(vm = %record.spec.name, error = crate::interface::chain(&e), "it cannot move: its history is damaged");
             }
         }
@@ -190,6 +192,7 @@ impl Broker {
         let (history, unfinished) = unfinished::split(book.migrations()?, &vms, now, note);
         let (history, displaced) = History::of(history);
         displaced.into_iter().for_each(|id| book.forget_migration(id));
+        let forecasts = Forecasts::of(history.views());
         let restored = book.restored()?;
         Ok(Self {
             now,
@@ -201,14 +204,14 @@ impl Broker {
             transfer_addresses: b.transfer_addresses,
             vms_dir: b.vms_dir,
             book,
-            ids: Ids::new(b.seed),
+            ids: b.ids,
             effects: Vec::new(),
             pending: BTreeMap::new(),
             next_token: 0,
             members,
             versions: BTreeMap::new(),
             clocks: guard::Clocks::default(),
-            link: "connecting".into(),
+            offline: Some("connecting".into()),
             replay: ReplayGuard::default(),
             vms,
             names_in_use: BTreeSet::new(),
@@ -219,6 +222,7 @@ impl Broker {
             history,
             unfinished,
             interrupted: BTreeMap::new(),
+            kept_there: BTreeMap::new(),
             aside: damaged.into_iter().map(|d| (d.vm, d)).collect(),
             resolutions: resolutions.into_iter().map(|r| (r.migration, r)).collect(),
             errands: BTreeMap::new(),
@@ -234,7 +238,7 @@ impl Broker {
             after_restore: false,
             measured: Measured::default(),
             idle: Idle::new(now),
-            forecasts: Forecasts::default(),
+            forecasts,
             lent: Lent::default(),
             guard: Guard::default(),
             successions: Successions::default(),
@@ -297,7 +301,7 @@ impl Broker {
             }
             Input::Power(vm, power) => self.set_power(vm, power),
             Input::Machines(listed) => self.machines(listed),
-            Input::Staging(id, progress) => self.staging(id, progress),
+            Input::Staging(id, report) => self.staging(id, *report),
             Input::Shown(by, vm, lineage) => self.learn_of(&by, vm, &lineage),
             Input::Signed { by, issued, fresh } => self.clocks.note(&by, issued, now, fresh),
             Input::Measured(measured) => self.measured = *measured,
@@ -418,11 +422,11 @@ impl Broker {
             }
             RoomInput::Refused(tally) => self.guard.refusals.add(&tally),
             RoomInput::Joined => {
-                self.link = ONLINE.into();
+                self.offline = None;
                 self.announce_wanted = true;
             }
             RoomInput::Down(reason) => {
-                self.link = reason;
+                self.offline = Some(reason);
                 self.members.disconnected(now);
             }
         }
@@ -434,9 +438,9 @@ impl Broker {
 
     /// Keeps an ended migration. What was begun here must not begin again after a restart.
     fn remember(&mut self, view: MigrationView) {
-        match view.progress.role.as_str() {
-            "source" => self.book.note_now(&view),
-            _ => self.book.note_later(&view),
+        match view.progress.role {
+            MigrationRole::Source => self.book.note_now(&view),
+            MigrationRole::Target => self.book.note_later(&view),
         }
         let displaced = self.history.remember(view);
         displaced.into_iter().for_each(|id| self.book.forget_migration(id));

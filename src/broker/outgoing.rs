@@ -8,7 +8,9 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use crate::clock::UnixMillis;
 use crate::component::Recipe;
 use crate::fault;
-use crate::interface::{Event, MigrationView, Problem, ProblemKind, Reply, Side, chain};
+use crate::interface::{
+    Event, Foretold, MigrationPhase, MigrationRole, MigrationView, Problem, ProblemKind, Reply, Side, chain,
+};
 use crate::migration::handover::{Receipt, Return, SignedHandOver};
 use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::ownership::Gift;
@@ -18,9 +20,8 @@ use crate::types::{CloudName, Hash, MigrationId, PeerText, ReservationId, VmId};
 use crate::vm::hypervisor::{Ability, StopMode};
 
 use super::Broker;
-use super::account::{self, new_view};
+use super::account::{self, Advance, new_view};
 use super::effect::{CallId, Checked, Effect, Matter, Peer, Scanned, Serving, Unanswered};
-use super::forecast::Took;
 use super::lineages;
 use super::pending::Pending;
 use super::vms::Busy;
@@ -50,6 +51,7 @@ pub struct Outgoing {
     ticket: Hash,
     /// What went to the target so far, as the data link counts it.
     sent_bytes: u64,
+    advance: Advance,
     /// The target's reservation; none if it speaks the version before.
     reservation: Option<ReservationId>,
     checked: Option<Checked>,
@@ -96,6 +98,7 @@ impl Outgoing {
             component_names: Vec::new(),
             ticket,
             sent_bytes: 0,
+            advance: Advance::default(),
             reservation: None,
             checked: None,
             firmware: None,
@@ -153,7 +156,7 @@ impl Broker {
         let entry = self.vms.get_mut(&vm)?;
         entry.busy = Some(Busy::Migration(id));
         let record = &entry.record;
-        let mut view = new_view(id, &record.spec, "source", &peer.jid, cloud, self.now);
+        let mut view = new_view(id, &record.spec, MigrationRole::Source, &peer.jid, cloud, self.now);
         (view.progress.epoch, view.progress.attempt) = (record.epoch, attempt);
         let matter = Matter { migration: id, vm, epoch: record.epoch };
         let run = Outgoing {
@@ -186,12 +189,14 @@ impl Broker {
             };
             let (id, ticket, now) = (given.migration, self.ids.ticket(), self.now);
             let peer = Peer { jid: given.to.clone(), key: given.to_key };
-            let (machine, effects) = Source::resume(given.was_running, hand_over.sign(&self.key));
+            let (machine, effects) = Source::resume(given.was_running, hand_over.sign(&*self.key));
             let mut view = self
                 .history
                 .take(&id)
-                .unwrap_or_else(|| new_view(id, &record.spec, "source", &peer.jid, None, now));
+                .unwrap_or_else(|| new_view(id, &record.spec, MigrationRole::Source, &peer.jid, None, now));
             (view.progress.ended, view.progress.handed_over, view.problem) = (false, true, None);
+            // How long it was down is nobody's forecast.
+            view.account.foretold = None;
             tracing::info!(migration = %id, vm = %record.spec.name, to = %peer.jid, "asking again whether the hand-over arrived");
             let matter = Matter { migration: id, vm: record.spec.id, epoch: record.epoch };
             let run = Outgoing {
@@ -215,8 +220,10 @@ impl Broker {
     pub(super) fn resolved_outgoing(&mut self, id: MigrationId, owner: Side) {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let (phase, reason) = match owner {
-            Side::Here => ("failed", "was in doubt, and taken back by the operator"),
-            Side::There => ("completed", "was in doubt, and left to the target by the operator"),
+            Side::Here => (MigrationPhase::Failed, "was in doubt, and taken back by the operator"),
+            Side::There => {
+                (MigrationPhase::Completed, "was in doubt, and left to the target by the operator")
+            }
         };
         let object = format!("move of {}", run.view.progress.vm);
         let next = format!("see 'cicada migration show {id}' for what the target says in the end");
@@ -288,7 +295,7 @@ impl Broker {
         run.view.account.carried_bytes = run.view.account.carried_bytes.max(run.sent_bytes);
         let (old, new) = (phase_name(before, ran), phase_name(after, ran));
         if old != new {
-            *run.view.account.phase_ms.entry(old.into()).or_default() +=
+            *run.view.account.phase_ms.entry(old.to_string()).or_default() +=
                 now.since(run.phase_since).as_millis() as u64;
             run.phase_since = now;
         }
@@ -299,7 +306,7 @@ impl Broker {
         let in_doubt = run.in_doubt(now);
         let p = &mut run.view.progress;
         p.updated = now;
-        p.phase = if in_doubt { "in-doubt".into() } else { new.into() };
+        p.phase = if in_doubt { MigrationPhase::InDoubt } else { new };
         p.detail = match after {
             Phase::Checking => format!("asking {} whether it can take the VM", run.peer.jid),
             Phase::Reserving => format!("reserving room at {}", run.peer.jid),
@@ -328,8 +335,8 @@ impl Broker {
             Phase::Reserving => 0.01,
             Phase::Scanning { last: false, .. } => 0.02,
             Phase::Scanning { last: true, .. } if !ran => 0.02,
-            Phase::Staging(pass) => account::fraction_of_pass(pass.number == 1, pass.last, p),
-            Phase::Stopping | Phase::Scanning { .. } => 0.82,
+            Phase::Staging(pass) => run.advance.in_pass(&pass, ran, p),
+            Phase::Stopping | Phase::Scanning { .. } => p.fraction,
             Phase::GivingUp | Phase::HandingOver | Phase::TakingBack => 0.95,
             Phase::Released | Phase::Abandoned => 1.0,
         };
@@ -386,7 +393,7 @@ impl Broker {
                 let run = run.machine.was_running();
                 self.ask_target(id, RequestBody::Start { hand_over, run });
             }
-            MoveEffect::Scan { last, .. } => {
+            MoveEffect::Scan { last, pass } => {
                 let Some(recipe) = &run.recipe else { return self.vm_is_gone(id) };
                 let serving = Box::new(Serving {
                     migration: id,
@@ -394,11 +401,12 @@ impl Broker {
                     ticket: run.ticket,
                     recipe: recipe.id(),
                     components: recipe.components.clone(),
+                    seed: run.checked.as_ref().and_then(|checked| checked.seed),
                 });
                 let Some(entry) = self.vms.get(&vm) else { return self.vm_is_gone(id) };
                 let record = Box::new(entry.record.clone());
                 let token = self.expect(Pending::MoveScanned(id, vm));
-                self.emit(Effect::Scan { token, record, serving, last });
+                self.emit(Effect::Scan { token, record, serving, pass, last });
             }
             MoveEffect::Stop => {
                 run.stopped_at = Some(self.now);
@@ -468,13 +476,21 @@ impl Broker {
         self.emit(Effect::Ask { token, to, about, body: Box::new(RequestBody::Cancel { reason }) });
     }
 
-    pub(super) fn cancel_told(&mut self, id: MigrationId, to: Peer, about: Matter, tries: u32, told: bool) {
-        match told {
-            true => {}
-            false if tries < CANCEL_TRIES_MAX => {
+    pub(super) fn cancel_told(
+        &mut self,
+        id: MigrationId,
+        to: Peer,
+        about: Matter,
+        tries: u32,
+        answer: Result<AnswerBody, Unanswered>,
+    ) {
+        match answer {
+            Ok(AnswerBody::Cancelled { kept_s }) => self.note_kept_there(id, Duration::from_secs(kept_s)),
+            Ok(_) => {}
+            Err(_) if tries < CANCEL_TRIES_MAX => {
                 self.wake(CANCEL_PAUSE, Pending::CancelAgain { id, to, about, tries });
             }
-            false => {
+            Err(_) => {
                 tracing::warn!(migration = %id, target = %to.jid, "could not tell the target; its lease will run out");
             }
         }
@@ -544,6 +560,7 @@ impl Broker {
             Ok(body) => {
                 if let AnswerBody::Reserved { reservation, .. } = &body {
                     run.reservation = *reservation;
+                    run.advance.counts_anew(&run.view.progress);
                 }
                 if let AnswerBody::Started { running, .. } = &body {
                     run.runs_there = *running;
@@ -554,10 +571,11 @@ impl Broker {
                 if let AnswerBody::Working(p) = &body {
                     let now = self.now;
                     run.heard = now;
-                    account::progress(&mut run.view.progress, p, now);
+                    run.advance.report(&mut run.view.progress, p, now);
                 }
                 if let AnswerBody::Staged { account, .. } = &body {
                     account::stage(&mut run.view.account, account);
+                    account::carried(&mut run.view);
                 }
                 SourceEvent::Answered(Box::new(body))
             }
@@ -567,6 +585,9 @@ impl Broker {
                     tracing::info!(migration = %id, peer = %run.peer.jid, reason, "no answer");
                 }
                 run.last_word = reason;
+                if let Some(foretold) = &mut run.view.account.foretold {
+                    foretold.disturbed = true;
+                }
                 SourceEvent::Unanswered
             }
         };
@@ -595,12 +616,44 @@ impl Broker {
             self.end_tracking(vm);
             return self.emit(Effect::EndServing(id));
         };
+        if let (Ok(scanned), Phase::Scanning { pass: 1, .. }) = (&result, run.machine.phase()) {
+            run.view.account.looking_ms = self.now.since(run.phase_since).as_millis() as u64;
+            self.foretell_move(id, scanned.missing_bytes);
+        }
+        let Some(run) = self.outgoing.get_mut(&id) else { return };
         let event = result.map(|s| {
             run.view.account.last_scan_bytes = Some(s.read_bytes);
             run.firmware = s.firmware;
             (s.seed.root_delta, s.seed.user_data)
         });
         self.outgoing_event(id, SourceEvent::Scanned(event));
+    }
+
+    /// Says how long a move will take, now that it is known what it is to do.
+    fn foretell_move(&mut self, id: MigrationId, disk_bytes_missing: u64) {
+        let Some(run) = self.outgoing.get(&id) else { return };
+        let Some(checked) = &run.checked else { return };
+        let kept = checked.kept.unwrap_or_default();
+        let there = kept.root_delta_bytes.saturating_add(kept.user_data_bytes);
+        let components = checked.component_bytes.saturating_sub(checked.delta_saves_bytes);
+        let (vm, peer) = (run.matter.vm, &run.peer.jid);
+        let bytes = components.saturating_add(disk_bytes_missing.saturating_sub(there));
+        let work = self.work(vm, bytes, checked.base_bytes, run.machine.was_running());
+        let interval = self.forecasts.foretell(peer, vm, &work);
+        let foretold = Foretold {
+            bytes: work.bytes,
+            base_bytes: work.base_bytes,
+            disk_bytes: work.disk_bytes,
+            runs: work.runs,
+            patience_s: work.patience_s,
+            ignores: work.ignores,
+            low_s: interval.map(|i| i.low_s),
+            high_s: interval.map(|i| i.high_s),
+            disturbed: false,
+        };
+        if let Some(run) = self.outgoing.get_mut(&id) {
+            run.view.account.foretold = Some(foretold);
+        }
     }
 
     /// A move that ended asks no more where the VM writes. If another one of the same VM has begun,
@@ -643,7 +696,7 @@ impl Broker {
         run.view.progress.handed_over = true;
         self.book.note_now(&run.view);
         tracing::info!(migration = %id, to = %run.peer.jid, epoch = hand_over.epoch, "given up");
-        Ok(hand_over.sign(&self.key))
+        Ok(hand_over.sign(&*self.key))
     }
 
     fn take_back(&mut self, id: MigrationId, back: Return) -> Result<(), Denial> {
@@ -690,7 +743,11 @@ impl Broker {
                 .next("let that cloud's operator start it, or move it back"),
             );
         }
-        let phase = if run.machine.was_running() && !running { "handed-over" } else { "completed" };
+        let phase = if run.machine.was_running() && !running {
+            MigrationPhase::HandedOver
+        } else {
+            MigrationPhase::Completed
+        };
         let vm = run.matter.vm;
         let grace = self.config.migration.grace_period;
         if let Err(e) = self.book.save_receipt(id, &receipt) {
@@ -716,18 +773,6 @@ impl Broker {
             fault::point("source-released");
         }
         self.effects.push(Effect::Undefine(vm));
-        let seconds = |ms: u64| ms as f64 / 1000.0;
-        let account = &run.view.account;
-        let took = Took {
-            total_s: now.since(run.view.progress.started).as_secs_f64(),
-            flowing_s: seconds(account.fetch_ms),
-            shutdown_s: account.shutdown_ms.map(seconds),
-            bytes: account.wire_bytes,
-        };
-        // After a restart its times are not known.
-        if run.recipe.is_some() && account.fetch_ms > 0 {
-            self.forecasts.learn(&run.peer.jid, vm, took);
-        }
         self.estimate_monolithic(id);
         self.end_outgoing(id, phase);
     }
@@ -748,10 +793,13 @@ impl Broker {
         let (phase, problem) = match end {
             End::Cancelled => {
                 let reason = "cancelled by the operator";
-                ("cancelled", Problem::new(ProblemKind::Cancelled, object, reason))
+                let problem = Problem::new(ProblemKind::Cancelled, object, reason);
+                let next =
+                    format!("'cicada migration show {id}' says how long the target keeps what was sent");
+                (MigrationPhase::Cancelled, if run.sent_bytes > 0 { problem.next(next) } else { problem })
             }
             End::Denied(d) => {
-                ("failed", Problem::new(ProblemKind::Refused, object, d.text).next(d.next_step))
+                (MigrationPhase::Failed, Problem::new(ProblemKind::Refused, object, d.text).next(d.next_step))
             }
         };
         run.view.problem = Some(problem);
@@ -763,21 +811,24 @@ impl Broker {
         self.end_outgoing(id, phase);
     }
 
-    fn end_outgoing(&mut self, id: MigrationId, phase: &str) {
+    fn end_outgoing(&mut self, id: MigrationId, phase: MigrationPhase) {
         let Some(run) = self.outgoing.get_mut(&id) else { return };
-        run.view.progress.phase = phase.into();
+        run.view.progress.phase = phase;
         run.view.progress.ended = true;
         run.view.progress.eta_s = None;
         self.outgoing_publish(id);
         let Some(mut run) = self.outgoing.remove(&id) else { return };
+        self.forecasts.learn_from(&run.view);
         self.emit(Effect::EndServing(id));
         let outcome = match (&run.view.problem, phase) {
-            (Some(p), "cancelled" | "failed" | "handed-over") => Err(p.clone()),
+            (Some(p), MigrationPhase::Cancelled | MigrationPhase::Failed | MigrationPhase::HandedOver) => {
+                Err(p.clone())
+            }
             _ => Ok(Reply::Migration(Box::new(run.view.clone()))),
         };
         match &outcome {
             Ok(_) => tracing::info!(migration = %id, vm = %run.view.progress.vm, to = %run.peer.jid, "moved"),
-            Err(p) if phase == "handed-over" => {
+            Err(p) if phase == MigrationPhase::HandedOver => {
                 tracing::error!(migration = %id, vm = %run.view.progress.vm, to = %run.peer.jid, reason = %p, "moved");
             }
             Err(p) => tracing::warn!(migration = %id, vm = %run.view.progress.vm, reason = %p, "not moved"),
@@ -790,20 +841,20 @@ impl Broker {
     }
 }
 
-fn phase_name(phase: Phase, ran: bool) -> &'static str {
+fn phase_name(phase: Phase, ran: bool) -> MigrationPhase {
     match phase {
-        Phase::Checking | Phase::Reserving => "negotiate",
-        Phase::Scanning { last: false, .. } => "stage",
-        Phase::Staging(p) if !p.last => "stage",
+        Phase::Checking | Phase::Reserving => MigrationPhase::Negotiate,
+        Phase::Scanning { last: false, .. } => MigrationPhase::Stage,
+        Phase::Staging(p) if !p.last => MigrationPhase::Stage,
         // One that stands still has nothing to be switched over: all of it travels now.
-        Phase::Scanning { .. } | Phase::Staging(_) if !ran => "stage",
+        Phase::Scanning { .. } | Phase::Staging(_) if !ran => MigrationPhase::Stage,
         Phase::Stopping
         | Phase::Scanning { .. }
         | Phase::Staging(_)
         | Phase::GivingUp
-        | Phase::TakingBack => "switch-over",
-        Phase::HandingOver => "start",
-        Phase::Released => "completed",
-        Phase::Abandoned => "failed",
+        | Phase::TakingBack => MigrationPhase::SwitchOver,
+        Phase::HandingOver => MigrationPhase::Start,
+        Phase::Released => MigrationPhase::Completed,
+        Phase::Abandoned => MigrationPhase::Failed,
     }
 }

@@ -131,7 +131,7 @@ impl Broker {
             (Pending::HoldOver(id), Done::Due) => self.hold_over(id),
             (Pending::MoveWait(id), Done::Due) => self.waited(id),
             (Pending::CancelTold { id, to, about, tries }, Done::Answered(answer)) => {
-                self.cancel_told(id, to, about, tries, answer.is_ok())
+                self.cancel_told(id, to, about, tries, answer)
             }
             (Pending::CancelAgain { id, to, about, tries }, Done::Due) => {
                 self.tell_cancel(id, to, about, tries)

@@ -1,13 +1,17 @@
 //! Plans: which members could take a VM, and what it would cost.
 
+use std::time::Duration;
+
 use crate::interface::{Candidate, PlanView, Problem, ProblemKind, Reason, Reply, Verdict};
 use crate::migration::{Denial, DenialCode};
-use crate::placement::{Offer, hardware, rank, shortlist};
+use crate::placement::shortlist::{ASKED_MAX, Choice, Earlier, shortlist};
+use crate::placement::{Offer, hardware, rank};
 use crate::types::{CloudName, MemberJid, VmId};
 use crate::vm::{PowerState, VmSpec};
 
 use super::Broker;
 use super::effect::{CallId, Effect, Peer};
+use super::forecast::Work;
 use super::pending::{Pending, PlanFor};
 use super::vms::Vm;
 
@@ -24,9 +28,37 @@ pub fn unasked(jid: MemberJid, cloud: Option<CloudName>, verdict: Verdict) -> Ca
         packs_missing: 0,
         root_delta_bytes_missing: 0,
         user_data_bytes_missing: 0,
+        kept_s: 0,
+        base_bytes: 0,
         seconds_low: None,
         seconds_high: None,
+        forecasts_held: 0,
+        forecasts_told: 0,
         answer_ms: 0.0,
+    }
+}
+
+/// Which of the members that are online a plan asks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Asked {
+    /// The one that the operator named, in any case.
+    Named,
+    /// Every one that may be able to take the VM.
+    All,
+    /// A few of these.
+    Some,
+}
+
+/// How long an answer counts when the next plan chooses whom to ask.
+const ANSWERS_LAST: Duration = Duration::from_secs(3600);
+
+/// What a row of a plan says for the next one; nothing if the member was not heard.
+fn earlier(row: &Candidate) -> Option<Earlier> {
+    let bytes = row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;
+    match row.verdict {
+        Verdict::Yes | Verdict::WithDifferences { .. } => Some(Earlier::Lacks { bytes }),
+        Verdict::No { .. } => Some(Earlier::No),
+        Verdict::NotAsked { .. } => None,
     }
 }
 
@@ -35,27 +67,32 @@ pub fn reason(d: &Denial) -> Reason {
 }
 
 impl Broker {
-    pub(super) fn plan(&mut self, vm: &str, to: Option<&str>, call: CallId) {
+    pub(super) fn plan(&mut self, vm: &str, to: Option<&str>, all: bool, call: CallId) {
         let prepared = self.movable_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
+        let whom = match (to, all) {
+            (Some(_), _) => Asked::Named,
+            (None, true) => Asked::All,
+            (None, false) => Asked::Some,
+        };
         match prepared {
-            Ok((id, peers)) => self.candidates(id, peers, to, PlanFor::Caller(call)),
+            Ok((id, peers)) => self.candidates(id, peers, whom, PlanFor::Caller(call)),
             Err(problem) => self.reply(call, Err(problem)),
         }
     }
 
-    /// Asks those of `peers` about a VM that may be able to take it, all at once. Who is named by the
-    /// operator is asked in any case.
+    /// Asks those of `peers` about a VM that may be able to take it, all at once.
     pub(super) fn candidates(
         &mut self,
         id: VmId,
         peers: Vec<(Peer, Option<CloudName>)>,
-        named: Option<&str>,
+        whom: Asked,
         purpose: PlanFor,
     ) {
         let Some(vm) = self.vms.get(&id) else { return };
-        let (peers, rows_left_out) = match named {
-            Some(_) => (peers, Vec::new()),
-            None => self.shortlisted(&vm.record.spec, peers),
+        let (peers, rows_left_out) = match whom {
+            Asked::Named => (peers, Vec::new()),
+            Asked::All => self.shortlisted(vm, peers, usize::MAX),
+            Asked::Some => self.shortlisted(vm, peers, ASKED_MAX),
         };
         let record = Box::new(vm.record.clone());
         let token = self.expect(Pending::Planned { vm: id, rows_left_out, purpose });
@@ -70,10 +107,18 @@ impl Broker {
         rows: Result<Vec<Candidate>, Problem>,
     ) {
         let (PlanFor::Caller(call) | PlanFor::Move { call, .. }) = purpose;
-        let Some(vm) = self.vms.get(&id) else {
+        if !self.vms.contains_key(&id) {
             let gone = Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile");
             return self.reply(call, Err(gone));
-        };
+        }
+        let now = self.now;
+        let answers = rows.iter().flatten().map(|row| (row.jid.clone(), earlier(row)));
+        let answers: Vec<_> = answers.filter_map(|(jid, earlier)| Some((jid, earlier?))).collect();
+        if let Some(vm) = self.vms.get_mut(&id) {
+            vm.answers.retain(|_, (at, _)| now.since(*at) < ANSWERS_LAST);
+            vm.answers.extend(answers.into_iter().map(|(jid, earlier)| (jid, (now, earlier))));
+        }
+        let Some(vm) = self.vms.get(&id) else { return };
         let plan = rows.map(|mut rows| {
             rows.extend(left_out);
             PlanView { notes: self.running_notes(vm), ..self.ranked(&vm.record.spec, rows) }
@@ -87,8 +132,9 @@ impl Broker {
     /// Those of `peers` that are asked, and rows for everybody else who is online.
     fn shortlisted(
         &self,
-        spec: &VmSpec,
+        vm: &Vm,
         peers: Vec<(Peer, Option<CloudName>)>,
+        most: usize,
     ) -> (Vec<(Peer, Option<CloudName>)>, Vec<Candidate>) {
         let row = |jid: &MemberJid, reason: Reason| {
             let verdict = Verdict::NotAsked { reasons: vec![reason] };
@@ -99,9 +145,16 @@ impl Broker {
             let (text, next_step) = (problem.reason.into(), problem.next_step.into());
             rows.push(row(&jid, Reason { code: DenialCode::Policy.as_str(), text, next_step }));
         }
-        let shown: Vec<_> = peers.iter().map(|(peer, _)| self.members.get(&peer.jid)).collect();
+        let recent =
+            |jid: &MemberJid| vm.answers.get(jid).filter(|(at, _)| self.now.since(*at) < ANSWERS_LAST);
+        let choice = |(peer, _): &(Peer, _)| Choice {
+            member: self.members.get(&peer.jid),
+            earlier: recent(&peer.jid).map(|(_, earlier)| *earlier),
+        };
+        let choices: Vec<_> = peers.iter().map(choice).collect();
+        let left_out = shortlist(&vm.record.spec, &choices, most);
         let mut asked = Vec::new();
-        for (peer, left_out) in peers.into_iter().zip(shortlist(spec, &shown)) {
+        for (peer, left_out) in peers.into_iter().zip(left_out) {
             match left_out {
                 None => asked.push(peer),
                 Some(denial) => rows.push(row(&peer.0.jid, reason(&denial))),
@@ -118,16 +171,16 @@ impl Broker {
         }
         let mut notes = vec!["the guest runs: what it writes from now on travels as well".to_owned()];
         let patience_s = self.stop_timeout(id).as_secs();
-        match (vm.record.ignored_stop, self.forecasts.shutdown_s(id)) {
+        match (vm.record.ignored_stop, self.forecasts.knows_shutdown_of(id)) {
             (Some(at), _) => notes.push(format!(
                 "the guest did not end by itself on {at}, within the time it was given: a move waits {patience_s} s \
                  for it, and then is called off, or with --force-stop switches it off"
             )),
-            (None, None) => notes.push(format!(
-                "how long the guest takes to shut down is not known yet, and not in the time foretold; it may \
-                 take {patience_s} s"
+            (None, false) => notes.push(format!(
+                "how long the guest takes to shut down is not known yet: a time foretold goes by other guests; it \
+                 may take {patience_s} s"
             )),
-            (None, Some(_)) => {}
+            (None, true) => {}
         }
         notes
     }
@@ -160,13 +213,28 @@ impl Broker {
         hardware::Trait::ALL.into_iter().map(|t| format!("{}{}", t.prefix(), value(t))).collect()
     }
 
+    /// What a move of a VM is to do, as its time is foretold by.
+    pub(super) fn work(&self, vm: VmId, bytes: u64, base_bytes: u64, runs: bool) -> Work {
+        let disks = self.measured.disks.get(&vm).copied().unwrap_or_default();
+        Work {
+            bytes,
+            base_bytes,
+            disk_bytes: disks.root_bytes.saturating_add(disks.user_data_bytes),
+            runs,
+            patience_s: self.stop_timeout(vm).as_secs_f64(),
+            ignores: self.vms.get(&vm).is_some_and(|vm| vm.record.ignored_stop.is_some()),
+        }
+    }
+
     fn ranked(&self, spec: &VmSpec, mut rows: Vec<Candidate>) -> PlanView {
         rows.iter_mut().for_each(|row| self.compare_hardware(spec, row));
         let runs = self.power_of(spec.id) != PowerState::Stopped;
         for row in &mut rows {
             let bytes =
                 row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;
-            let foretold = self.forecasts.foretell(&row.jid, spec.id, bytes, runs);
+            let work = self.work(spec.id, bytes, row.base_bytes, runs);
+            let foretold = self.forecasts.foretell(&row.jid, spec.id, &work);
+            (row.forecasts_held, row.forecasts_told) = self.forecasts.held(&row.jid);
             (row.seconds_low, row.seconds_high) = (foretold.map(|i| i.low_s), foretold.map(|i| i.high_s));
         }
         let offers: Vec<_> = rows

@@ -201,6 +201,10 @@ impl Broker {
         if let (StopMode::Graceful { timeout, .. }, false) = (stop.mode, was_off) {
             self.note_stop(id, took < timeout);
         }
+        if let (Ok(()), Some(vm)) = (&result, self.vms.get_mut(&id)) {
+            // Of a crash, for example: what was is over.
+            vm.power_note = None;
+        }
         if let (Err(_), Some(vm)) = (&result, self.vms.get_mut(&id)) {
             vm.stopped_for_host = false;
             vm.record.run = wanted;

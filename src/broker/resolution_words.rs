@@ -80,7 +80,7 @@ pub fn settle(r: &Resolution, owner: Side, grace: Duration) -> Statement {
                 r.peer,
                 grace.as_secs().div_ceil(3600)
             ),
-            vec![format!("'cicada vm export {}' writes the disks here to files first", r.name)],
+            vec![format!("'cicada vm export {} FILE' writes the disks here to files first", r.name)],
         ),
     }
 }

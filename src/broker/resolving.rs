@@ -342,7 +342,7 @@ impl Broker {
                 }
                 Side::Here => {
                     let known = self.known(r.vm)?;
-                    match self.law.take_back_by_word(&record, &known, &self.key) {
+                    match self.law.take_back_by_word(&record, &known, &*self.key) {
                         Ok((record, known)) => {
                             self.keep_lineage(&known)?;
                             record
@@ -392,7 +392,7 @@ impl Broker {
     fn follow(&mut self, r: &Resolution) {
         let (Some(given), Some(h)) = (&r.given, r.hand_over()) else { return };
         let matter = Matter { migration: r.migration, vm: r.vm, epoch: h.epoch - 1 };
-        let hand_over = h.sign(&self.key);
+        let hand_over = h.sign(&*self.key);
         let body = match r.owner {
             // It must not take the VM over from here on, so it is not asked to start it again.
             Side::Here => RequestBody::Withdraw { hand_over },
@@ -638,7 +638,7 @@ impl Broker {
         self.book.save_return(&record, source.as_ref())?;
         // The VM may come again: its history goes on with the return.
         if let Some(signed) = hand_over {
-            let back = signed.clone().give_back(&self.key);
+            let back = signed.clone().give_back(&*self.key);
             let known = self.law.give_back(&self.known(d.vm)?, &back);
             self.keep_lineage(&known)?;
         }

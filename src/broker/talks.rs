@@ -175,6 +175,8 @@ mod tests {
             architecture: "amd64".into(),
             cpu_model: "qemu64".into(),
             firmware: Firmware::Bios,
+            disk_bus: Default::default(),
+            system_uuid: None,
         }
     }
 

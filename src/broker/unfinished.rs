@@ -8,9 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::clock::UnixMillis;
-use crate::interface::{MigrationView, Problem, ProblemKind};
+use crate::interface::{MigrationPhase, MigrationRole, MigrationView, Problem, ProblemKind};
+use crate::migration::message::{Kept, Seed};
 use crate::migration::records::VmRecord;
-use crate::types::{MigrationId, VmId};
+use crate::types::{MemberJid, MigrationId, VmId};
 
 use super::Broker;
 use super::effect::{Effect, Peer};
@@ -19,6 +20,8 @@ use super::vms::Vm;
 
 /// How long a cut move waits for its target before it counts as failed.
 const PATIENCE: Duration = Duration::from_secs(600);
+/// What a target's word about what it keeps counts for at most.
+const KEPT_THERE_MAX: Duration = Duration::from_secs(86_400);
 /// How often in a row a move is begun again: it may be what brings this broker down.
 const ATTEMPTS_MAX: u32 = 3;
 
@@ -35,6 +38,19 @@ pub struct Interrupted {
     /// Below the VM's directory.
     disks: String,
     until: UnixMillis,
+    /// Which migration that was, and what is known to be on them; not after a restart.
+    of: Option<(MigrationId, MemberJid)>,
+    holds: Holds,
+}
+
+/// What is known to be on disks that are being staged.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct Holds {
+    /// The state that the last pass that was completed brought them to.
+    pub seed: Option<Seed>,
+    /// Plain bytes that came beyond it.
+    pub root_delta_bytes: u64,
+    pub user_data_bytes: u64,
 }
 
 /// Tells the moves that were cut short from those that ended or wait for an acknowledgement. A VM
@@ -49,7 +65,7 @@ pub fn split(
     let (mut history, mut cut) = (BTreeMap::new(), Vec::new());
     for mut view in views {
         let p = &mut view.progress;
-        if p.role == "source" && !p.ended {
+        if p.role == MigrationRole::Source && !p.ended {
             let record = vms.get(&p.vm_id).map(|vm| &vm.record);
             if record.is_some_and(|r| r.is_here() && r.epoch == p.epoch) {
                 cut.push(Unfinished { view, until: now.plus(PATIENCE) });
@@ -59,15 +75,15 @@ pub fn split(
             let waits = |r: &VmRecord| r.given_up().is_some_and(|g| g.migration == p.id && g.in_doubt());
             if !record.is_some_and(waits) {
                 p.ended = true;
-                p.phase = "completed".into();
+                p.phase = MigrationPhase::Completed;
                 ended(&view);
             }
-        } else if p.role == "target" && !p.ended {
+        } else if p.role == MigrationRole::Target && !p.ended {
             let arrival = vms.get(&p.vm_id).and_then(|vm| vm.record.arrival.as_ref());
             p.ended = true;
-            p.phase = "completed".into();
+            p.phase = MigrationPhase::Completed;
             if arrival.is_none_or(|a| a.migration != p.id) {
-                p.phase = "cancelled".into();
+                p.phase = MigrationPhase::Cancelled;
                 let reason = "was cut short by a restart of this broker before the VM was handed over";
                 let problem = Problem::new(ProblemKind::Failed, format!("arrival of {}", p.vm), reason);
                 view.problem =
@@ -134,28 +150,66 @@ impl Broker {
         tracing::warn!(migration = %view.progress.id, vm = %view.progress.vm, reason, "move ended");
         let problem = Problem::new(kind, format!("move of {}", view.progress.vm), reason);
         view.problem = Some(problem.next("see 'cicada migration list', then move it again if need be"));
-        view.progress.phase = if kind == ProblemKind::Cancelled { "cancelled" } else { "failed" }.into();
+        view.progress.phase = match kind {
+            ProblemKind::Cancelled => MigrationPhase::Cancelled,
+            _ => MigrationPhase::Failed,
+        };
         view.progress.ended = true;
         view.progress.eta_s = None;
         self.remember(view);
     }
 
     /// Keeps what was staged for a VM that may come again soon.
-    pub(super) fn keep_interrupted(&mut self, vm: VmId, disks: String) {
+    pub(super) fn keep_interrupted(
+        &mut self,
+        vm: VmId,
+        disks: String,
+        of: Option<(MigrationId, MemberJid)>,
+        holds: Holds,
+    ) {
         let until = self.now.plus(self.config.migration.lease);
-        if let Some(old) = self.interrupted.insert(vm, Interrupted { disks, until }) {
+        if let Some(old) = self.interrupted.insert(vm, Interrupted { disks, until, of, holds }) {
             self.remove_interrupted(vm, old);
         }
     }
 
-    /// What an earlier migration staged of a VM, for the new one.
-    pub(super) fn take_interrupted(&mut self, vm: VmId) -> Option<String> {
-        self.interrupted.remove(&vm).map(|old| old.disks)
+    /// What an earlier migration staged of a VM, for the new one, and what is on it.
+    pub(super) fn take_interrupted(&mut self, vm: VmId) -> Option<(String, Holds)> {
+        self.interrupted.remove(&vm).map(|old| (old.disks, old.holds))
+    }
+
+    /// What is kept of an earlier try of that member, and the seed of the next.
+    pub(super) fn kept_of(&self, vm: VmId, source: &MemberJid) -> Option<(Kept, Option<Seed>)> {
+        let kept = self.interrupted.get(&vm)?;
+        let (_, from) = kept.of.as_ref()?;
+        let holds = kept.holds;
+        let told = Kept {
+            for_s: kept.until.since(self.now).as_secs(),
+            root_delta_bytes: holds.root_delta_bytes,
+            user_data_bytes: holds.user_data_bytes,
+        };
+        (from == source).then_some((told, holds.seed))
+    }
+
+    /// Until when this cloud keeps what came in that migration.
+    pub(super) fn kept_here_until(&self, id: MigrationId) -> Option<UnixMillis> {
+        let kept = self.interrupted.values().find(|kept| kept.of.as_ref().is_some_and(|(of, _)| *of == id));
+        kept.map(|kept| kept.until)
+    }
+
+    /// The target of a move from here keeps what came for so long.
+    pub(super) fn note_kept_there(&mut self, id: MigrationId, kept: Duration) {
+        // It is only shown: a target may say anything.
+        let until = self.now.plus(kept.min(KEPT_THERE_MAX));
+        if !kept.is_zero() {
+            self.kept_there.insert(id, until);
+        }
     }
 
     /// Removes what nobody came back for.
     pub(super) fn expire_interrupted(&mut self) {
         let now = self.now;
+        self.kept_there.retain(|_, until| *until >= now);
         let over: Vec<VmId> =
             self.interrupted.iter().filter(|(_, i)| i.until < now).map(|(vm, _)| *vm).collect();
         for vm in over {
@@ -188,7 +242,7 @@ impl Broker {
             if !record.is_some_and(VmRecord::is_here)
                 && let Some(newest) = dirs.pop()
             {
-                self.keep_interrupted(vm, newest);
+                self.keep_interrupted(vm, newest, None, Holds::default());
             }
             let no_record = !self.vms.contains_key(&vm);
             for disks in dirs {

@@ -1,12 +1,14 @@
 //! The VMs of this cloud: create, start, stop, delete, and what is shown of them.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::clock::UnixMillis;
-use crate::interface::{Deleted, DeletedView, Problem, ProblemKind, Reply, VmCreate, VmView, chain};
+use crate::interface::{Deleted, DeletedView, Problem, ProblemKind, Reply, VmOwnership, VmView, chain};
 use crate::migration::ownership::Hold;
 use crate::migration::records::{GivenUp, VmRecord};
-use crate::types::{MigrationId, VmId, VmName};
+use crate::placement::shortlist::Earlier;
+use crate::types::{MemberJid, MigrationId, VmId};
 use crate::vm::PowerState;
 
 use super::effect::{CallId, Effect};
@@ -40,6 +42,8 @@ pub struct Vm {
     pub stopped_for_host: bool,
     /// Whether those that may know more of who owns it were asked, or an operator took the risk.
     pub confirmed: bool,
+    /// What members answered to plans, and when.
+    pub answers: BTreeMap<MemberJid, (UnixMillis, Earlier)>,
 }
 
 impl Vm {
@@ -54,6 +58,7 @@ impl Vm {
             stop_next: None,
             stopped_for_host: false,
             confirmed: true,
+            answers: BTreeMap::new(),
         }
     }
 }
@@ -186,12 +191,13 @@ impl Broker {
             name: spec.name.clone(),
             power,
             ownership: match given {
-                None if self.contested(spec.id).is_some() || self.disputed(spec.id).is_some() => "contested",
-                None => "here",
-                Some(_) if in_doubt => "in-doubt",
-                Some(_) => "given-up",
-            }
-            .into(),
+                None if self.contested(spec.id).is_some() || self.disputed(spec.id).is_some() => {
+                    VmOwnership::Contested
+                }
+                None => VmOwnership::Here,
+                Some(_) if in_doubt => VmOwnership::InDoubt,
+                Some(_) => VmOwnership::GivenUp,
+            },
             owner: given.map(|g| g.to.clone()),
             epoch: record.epoch,
             created: record.created,
@@ -199,7 +205,7 @@ impl Broker {
             memory: spec.memory,
             root_size: spec.root_size,
             user_data_size: spec.user_data_size,
-            nics: spec.nics.clone(),
+            nics: spec.nics.iter().map(Into::into).collect(),
             recipe: spec.recipe,
             components: record.components.clone(),
             root_delta_bytes: taken.root_bytes,
@@ -215,57 +221,12 @@ impl Broker {
             autostart: record.settings.autostart,
             stop_timeout_s: record.settings.stop_timeout_s,
             runs_as: record.runs_as,
-            spec: spec.clone(),
+            architecture: spec.architecture.clone(),
+            cpu_model: spec.cpu_model.clone(),
+            firmware: spec.firmware,
+            disk_bus: spec.disk_bus,
+            system_uuid: spec.system_uuid.unwrap_or(spec.id.into()),
         }
-    }
-
-    pub(super) fn create_vm(&mut self, create: VmCreate, call: CallId) {
-        if let Some(problem) = self.create_problem(&create.name, &create.networks) {
-            return self.reply(call, Err(problem));
-        }
-        self.names_in_use.insert(create.name.clone());
-        let pending = Pending::Made { call, name: create.name.clone(), start: create.start };
-        let (token, id) = (self.expect(pending), self.ids.vm());
-        self.emit(Effect::Make { token, id, create: Box::new(create) });
-    }
-
-    pub(super) fn made(
-        &mut self,
-        call: CallId,
-        name: &VmName,
-        start: bool,
-        result: Result<Box<VmRecord>, Problem>,
-    ) {
-        self.names_in_use.remove(name);
-        match result {
-            Ok(record) if start => self.vm_made(*record, true, Whom::Maker(call)),
-            Ok(record) => self.vm_made(*record, false, Whom::Caller(call)),
-            Err(problem) => self.reply(call, Err(problem)),
-        }
-    }
-
-    /// Why no VM of this name and with these networks can be made.
-    pub(super) fn create_problem(&self, name: &VmName, networks: &[String]) -> Option<Problem> {
-        let object = format!("VM {name}");
-        let taken = self.names_in_use.contains(name)
-            || self.vms.values().any(|vm| vm.record.is_here() && vm.record.spec.name == *name);
-        if taken {
-            return Some(
-                Problem::new(ProblemKind::Conflict, object, "a VM of that name exists")
-                    .next("choose another name"),
-            );
-        }
-        let known = self.networks();
-        if let Some(bad) = networks.iter().find(|n| !known.iter().any(|k| k.name == **n)) {
-            let names: Vec<_> = known.iter().map(|n| n.name.as_str()).collect();
-            let reason = format!("there is no network named '{bad}'");
-            let next = format!(
-                "networks of this cloud: {}; others go into federation.toml as [[network]]",
-                names.join(", ")
-            );
-            return Some(Problem::new(ProblemKind::NotFound, object, reason).next(next));
-        }
-        None
     }
 
     /// A VM has disks, and gets its record.

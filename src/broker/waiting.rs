@@ -1,7 +1,7 @@
 //! What a migration waits for, in words: since when, for whom, and what an operator may do.
 
 use crate::clock::UnixMillis;
-use crate::interface::MigrationView;
+use crate::interface::{MigrationPhase, MigrationView};
 use crate::migration::target::Phase;
 use crate::types::{MemberJid, MigrationId};
 
@@ -16,13 +16,13 @@ impl Broker {
         let (id, now) = (p.id, self.now);
         if let Some(run) = self.outgoing.get(&id) {
             if run.in_doubt(now) {
-                p.phase = "in-doubt".into();
+                p.phase = MigrationPhase::InDoubt;
                 p.detail = self.doubt(run);
             }
         } else if let Some(run) = self.incoming.get(&id).filter(|r| r.is_unfinished()) {
             p.detail = arriving(run, now);
         } else if let Some(cut) = self.unfinished.iter().find(|u| u.view().progress.id == id) {
-            p.phase = "waiting".into();
+            p.phase = MigrationPhase::Waiting;
             p.detail = format!(
                 "was cut short by a restart of this broker; begins again when {} is there ({}), and fails if that \
                  is not before {}. The VM is here; 'cicada migration cancel {id}' calls it off",
@@ -44,6 +44,17 @@ impl Broker {
             self.resolution_remarks().into_iter().filter(|(m, _)| *m == id).map(|(_, r)| r).collect();
         if view.progress.ended && !view.progress.detail.is_empty() && self.errand_words(id).is_some() {
             view.remarks.push(format!("still to be said: {}", view.progress.detail));
+        }
+        let peer = &view.progress.peer;
+        if let Some(until) = self.kept_here_until(id) {
+            view.remarks.push(format!(
+                "what came is kept until {until}: another move of the VM from {peer} goes on with it"
+            ));
+        }
+        if let Some(until) = self.kept_there.get(&id) {
+            view.remarks.push(format!(
+                "{peer} keeps what was sent until {until}: another move of the VM to it goes on with that"
+            ));
         }
         view
     }

@@ -181,13 +181,15 @@ impl Archive {
             let mut kind = inode.kind.clone();
             if matches!(kind, NodeKind::File { .. }) {
                 places.insert(path.0.clone(), inode.place.clone());
+            }
+            if !matches!(kind, NodeKind::Directory { .. } | NodeKind::Whiteout) {
                 match first_of.get(&number) {
                     Some(first) => kind = NodeKind::HardLink { target: first.clone() },
                     None => drop(first_of.insert(number, path.0.clone())),
                 }
             }
             let xattrs = match kind {
-                // They are the file's.
+                // They are the inode's.
                 NodeKind::HardLink { .. } => Vec::new(),
                 _ => inode.xattrs.clone(),
             };

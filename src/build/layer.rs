@@ -16,7 +16,7 @@ use crate::types::{ComponentId, Hash, PackId};
 use super::error::BuildError;
 use super::fragments;
 use super::owner::Owners;
-use super::scan::{Node, NodeKind, Tree, TreePath};
+use super::scan::{self, Node, NodeKind, Tree, TreePath};
 use super::withhold;
 
 /// Who a component is.
@@ -128,14 +128,15 @@ impl Layer<'_> {
         let mut refused: Vec<(String, String)> = Vec::new();
         let mut empty_machine_id = false;
         for (path, node) in &self.tree {
-            if withhold::is_leftover(path, &node.kind) || self.is_excluded(path) {
+            let kind = scan::inode_kind(&self.tree, node);
+            if withhold::is_leftover(path, kind) || self.is_excluded(path) {
                 if self.secrets == Secrets::Refuse {
-                    left_out(show(&path.0), withhold::leftover(path, &node.kind));
+                    left_out(show(&path.0), withhold::leftover(path, kind));
                 }
                 drop.insert(path.clone());
                 continue;
             }
-            if let Some(what) = withhold::secret(path, &node.kind) {
+            if let Some(what) = withhold::secret(path, kind) {
                 match self.secrets {
                     Secrets::Refuse => refused.push((show(&path.0), what.into())),
                     Secrets::LeaveOut if path.0 == withhold::MACHINE_ID => empty_machine_id = true,
@@ -172,7 +173,7 @@ impl Layer<'_> {
         Ok(())
     }
 
-    /// When the first name of a file with several is withheld, the next becomes the file.
+    /// When the first name of an inode with several is withheld, the next becomes the file.
     fn keep_links_whole(&mut self, drop: &mut BTreeSet<TreePath>) {
         let mut heir_of: BTreeMap<Vec<u8>, Vec<u8>> = BTreeMap::new();
         let links: Vec<(TreePath, Vec<u8>)> = self
@@ -192,8 +193,8 @@ impl Layer<'_> {
                 None => {
                     heir_of.insert(target.clone(), path.0.clone());
                     match self.tree.get(&TreePath(target)).map(|n| n.kind.clone()) {
-                        Some(kind @ NodeKind::File { .. }) => kind,
-                        _ => continue,
+                        Some(kind) => kind,
+                        None => continue,
                     }
                 }
             };

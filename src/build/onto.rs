@@ -10,7 +10,7 @@ use crate::sparse::Content;
 
 use super::error::BuildError;
 use super::layer::Contents;
-use super::scan::{NodeKind, Tree, TreePath};
+use super::scan::{self, NodeKind, Tree, TreePath};
 
 /// As many as the kernel follows.
 const LINKS_MAX: usize = 40;
@@ -42,7 +42,7 @@ pub fn lay(tree: Tree, base: &united::Tree) -> Result<(Tree, Origins), BuildErro
             // Another link to the same place is no harm; anything else would hide what is there.
             Some(Base::Symlink { .. }) if node.kind != NodeKind::Whiteout => {
                 let theirs = follow(base, &there).ok();
-                let mine = match &node.kind {
+                let mine = match scan::inode_kind(&tree, node) {
                     NodeKind::Symlink { target } => follow_target(base, &there, target).ok(),
                     _ => None,
                 };

@@ -1,6 +1,7 @@
 //! A directory tree as a list of entries: owner, mode, times, attributes, links, devices. Content
 //! stays where it is until it is packed.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
@@ -33,6 +34,16 @@ impl PartialOrd for TreePath {
 
 /// What a tree holds, by path; the root has the empty path.
 pub type Tree = BTreeMap<TreePath, Node>;
+
+/// What a node is, whichever of its names it bears.
+pub fn inode_kind<'t>(tree: &'t Tree, node: &'t Node) -> &'t NodeKind {
+    match &node.kind {
+        NodeKind::HardLink { target } => {
+            tree.get(&TreePath(target.clone())).map_or(&node.kind, |first| &first.kind)
+        }
+        kind => kind,
+    }
+}
 
 /// Extended attributes, sorted by name, ACLs in the stored form.
 pub type Attributes = Vec<(String, Vec<u8>)>;
@@ -196,18 +207,7 @@ impl Walk<'_> {
                 }
                 return self.children(&fd, &path);
             }
-            FileType::RegularFile => {
-                let inode = (stat.st_dev, stat.st_ino);
-                match self.first_of.get(&inode) {
-                    Some(first) => NodeKind::HardLink { target: first.clone() },
-                    None => {
-                        if stat.st_nlink > 1 {
-                            self.first_of.insert(inode, path.clone());
-                        }
-                        NodeKind::File { size_bytes: stat.st_size as u64 }
-                    }
-                }
-            }
+            FileType::RegularFile => NodeKind::File { size_bytes: stat.st_size as u64 },
             FileType::Symlink => {
                 let target = rustix::fs::readlinkat(dir, name, Vec::new()).map_err(fail)?;
                 NodeKind::Symlink { target: target.into_bytes() }
@@ -226,7 +226,20 @@ impl Walk<'_> {
                 return Err(self.root.at(&path, io::Error::other("of no file type that can be stored")));
             }
         };
+        let kind = match self.first_of.entry((stat.st_dev, stat.st_ino)) {
+            // What is removed has no inode.
+            _ if kind == NodeKind::Whiteout => kind,
+            Entry::Occupied(first) => NodeKind::HardLink { target: first.get().clone() },
+            Entry::Vacant(first) => {
+                if stat.st_nlink > 1 {
+                    first.insert(path.clone());
+                }
+                kind
+            }
+        };
         let xattrs = match kind {
+            // They are noted, or kept, by the first name.
+            NodeKind::HardLink { .. } => Vec::new(),
             NodeKind::File { .. } => {
                 let read = attributes(&self.root.file(&path)?).map_err(|e| self.root.at(&path, e))?;
                 self.note(&path, &read);
@@ -358,6 +371,7 @@ mod tests {
         std::fs::set_permissions(p("d/file"), std::fs::Permissions::from_mode(0o4750)).unwrap();
         std::fs::hard_link(p("d/file"), p("d.x")).unwrap();
         symlink("/etc/passwd", p("link")).unwrap();
+        std::fs::hard_link(p("link"), p("link2")).unwrap();
         let fifo = FileType::Fifo;
         rustix::fs::mknodat(rustix::fs::CWD, p("fifo"), fifo, Mode::RUSR, 0).unwrap();
         rustix::fs::setxattr(p("d/file"), "user.note", b"v", rustix::fs::XattrFlags::empty()).unwrap();
@@ -365,13 +379,14 @@ mod tests {
         let root = Root::open(dir.path()).unwrap();
         let tree = root.scan().unwrap();
         let paths: Vec<_> = tree.keys().map(|p| String::from_utf8(p.0.clone()).unwrap()).collect();
-        assert_eq!(paths, ["", "d", "d/empty", "d/file", "d.x", "fifo", "link"]);
+        assert_eq!(paths, ["", "d", "d/empty", "d/file", "d.x", "fifo", "link", "link2"]);
         let node = |n: &str| &tree[&TreePath(n.as_bytes().to_vec())];
         assert_eq!(node("d/file").kind, NodeKind::File { size_bytes: 5 });
         assert_eq!(node("d/file").meta.mode, 0o4750);
         assert_eq!(node("d/file").xattrs, [("user.note".to_owned(), b"v".to_vec())]);
         assert_eq!(node("d.x").kind, NodeKind::HardLink { target: b"d/file".to_vec() });
         assert_eq!(node("link").kind, NodeKind::Symlink { target: b"/etc/passwd".to_vec() });
+        assert_eq!(node("link2").kind, NodeKind::HardLink { target: b"link".to_vec() });
         assert_eq!(node("fifo").kind, NodeKind::Fifo);
         assert!(root.file(b"link").is_err(), "a link is not followed");
         assert!(root.file(b"../x").is_err());

@@ -1,6 +1,6 @@
 //! What a move cost, as tables.
 
-use crate::interface::{Account, MigrationView};
+use crate::interface::{Account, MigrationRole, MigrationView};
 
 use super::format::{bytes, millis};
 use super::printer::{Outcome, Printer};
@@ -14,7 +14,7 @@ pub fn print_end(printer: &Printer, view: &MigrationView) -> Outcome {
     let (p, a) = (&view.progress, &view.account);
     let peer = p.peer_cloud.as_ref().map_or_else(|| p.peer.to_string(), ToString::to_string);
     let total = millis(p.updated.since(p.started).as_millis() as u64);
-    let direction = if p.role == "target" { "came here from" } else { "is now in" };
+    let direction = if p.role == MigrationRole::Target { "came here from" } else { "is now in" };
     let downtime = a.downtime_ms.map(|ms| format!(", down for {}", millis(ms))).unwrap_or_default();
     printer.line(printer.good(&format!("{} {direction} {peer}: {total}{downtime}", p.vm)))?;
     printer.line("")?;

@@ -6,12 +6,13 @@ use clap::Args;
 
 use crate::compose::ImageFormat;
 use crate::interface::problem::{Problem, ProblemKind};
-use crate::interface::{AdoptHardware, AdoptedView, ExportedView, Reply, Request, VmAdopt};
-use crate::types::{ByteSize, VmName};
-use crate::vm::{Firmware, Mac};
+use crate::interface::{AdoptedView, ExportedView, Reply, Request, VmAdopt};
+use crate::types::VmName;
+use crate::vm::Firmware;
 
 use super::context::Context;
 use super::format::{bytes, millis};
+use super::hardware::{Hardware, one_of};
 use super::printer::{Outcome, Printer, unexpected};
 use super::table::{Table, card};
 
@@ -30,29 +31,18 @@ pub struct Adopt {
     /// A second disk, copied as the VM's user data
     #[arg(long, value_name = "DISK")]
     user_data: Option<PathBuf>,
-    /// What starts the disk's operating system: uefi or bios
-    #[arg(long, default_value = "uefi", value_name = "FIRMWARE")]
+    /// What starts the disk's operating system
+    #[arg(long, default_value_t, value_name = "FIRMWARE", value_parser = one_of::<Firmware>(Firmware::WORDS))]
     firmware: Firmware,
     /// Debian's name of the processor architecture
     #[arg(long, default_value = "amd64", value_name = "ARCHITECTURE")]
     architecture: String,
-    #[arg(long, default_value = "512M", value_name = "SIZE")]
-    memory: ByteSize,
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    cpus: u32,
-    /// A network of the configuration to plug it into; may be repeated
-    #[arg(long = "network", value_name = "NAME")]
-    networks: Vec<String>,
-    /// The MAC address of a network's card, as the guest knew it; for each --network one, in order
-    #[arg(long = "mac", value_name = "MAC", requires = "networks")]
-    macs: Vec<Mac>,
+    #[command(flatten)]
+    hardware: Hardware,
     /// The variables of the old machine's UEFI firmware: a file on the broker's machine, of this
     /// cloud's firmware or one that keeps them in the same way
     #[arg(long, value_name = "FILE")]
     nvram: Option<PathBuf>,
-    /// The CPU the guest shall see, as QEMU calls it; the configuration's if not given
-    #[arg(long, value_name = "MODEL")]
-    cpu_model: Option<String>,
     /// Put what is not known into a component too, for other disks like this one. It is then shared
     /// content: never of a disk with secrets
     #[arg(long)]
@@ -69,7 +59,7 @@ pub struct Adopt {
 pub struct Export {
     /// Its name or UUID; it must be stopped
     vm: String,
-    /// The file to write, by the broker's user; it must not be there yet
+    /// The file to write, with your own rights; it must not be there yet
     file: PathBuf,
     /// raw, qcow2, vmdk, vhdx, vpc or vdi
     #[arg(long, default_value = "raw", value_name = "FORMAT")]
@@ -87,17 +77,14 @@ pub async fn adopt(ctx: &Context, args: Adopt) -> Outcome {
         format: args.format,
         architecture: args.architecture,
         firmware: args.firmware,
-        memory: args.memory,
-        cpus: args.cpus,
-        networks: args.networks,
+        memory: args.hardware.memory,
+        cpus: args.hardware.cpus,
+        networks: args.hardware.networks.clone(),
         share: args.share,
         dry_run: args.dry_run,
         start: args.start,
-        hardware: AdoptHardware {
-            macs: args.macs,
-            cpu_model: args.cpu_model,
-            nvram: args.nvram.map(|path| absolute(&path, "--nvram")).transpose()?,
-        },
+        hardware: args.hardware.chosen(),
+        nvram: args.nvram.map(|path| absolute(&path, "--nvram")).transpose()?,
     });
     ctx.work(&request, |printer, reply| match reply {
         Reply::Adopted(view) => print_adopted(printer, &view),

@@ -1,7 +1,7 @@
 //! `cicada repo export` and `cicada repo import`
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 
@@ -50,9 +50,9 @@ pub async fn export(ctx: &Context, args: Export) -> Outcome {
         ctx.printer.problem(&problem);
         return Err(Failure::Told(problem.kind));
     }
-    let pipe = Pipe::to_stdout().map_err(|e| pipe_problem(&e))?;
-    let result = ctx.follow(&request(pipe.path.clone())).await;
-    let copied = pipe.end();
+    let (end, copying) = to_stdout().map_err(|e| pipe_problem(&e))?;
+    let result = ctx.follow_giving(&request("-".into()), end).await;
+    let copied = copying.join().unwrap_or_else(|_| Err(io::Error::other("the copying ended early")));
     if copied.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::BrokenPipe) {
         return Err(Failure::BrokenPipe);
     }
@@ -63,8 +63,8 @@ pub async fn export(ctx: &Context, args: Export) -> Outcome {
 pub async fn import(ctx: &Context, args: Import) -> Outcome {
     let request = |input| Request::RepoImport { input, bind: args.bind };
     let result = if args.input == Path::new("-") {
-        let pipe = Pipe::from_stdin().map_err(|e| pipe_problem(&e))?;
-        ctx.follow(&request(pipe.path.clone())).await
+        let end = from_stdin().map_err(|e| pipe_problem(&e))?;
+        ctx.follow_giving(&request("-".into()), end).await
     } else {
         ctx.follow(&request(absolute(&args.input)?)).await
     };
@@ -97,36 +97,15 @@ fn pipe_problem(e: &io::Error) -> Problem {
     Problem::from_error(ProblemKind::Failed, "-", e)
 }
 
-/// Our end of a pipe under a path that the broker, a process of the same user, can open: so
-/// standard input and output reach it without the content passing through the API.
-struct Pipe {
-    path: String,
-    /// Kept so that the path stays; closing it ends the copying.
-    end: OwnedFd,
-    copying: JoinHandle<io::Result<()>>,
+/// The end of a pipe that is handed over: standard output and input stay ours, and to give back at any time.
+fn to_stdout() -> io::Result<(OwnedFd, JoinHandle<io::Result<()>>)> {
+    let (mut from, end) = io::pipe()?;
+    let copying = thread::spawn(move || io::copy(&mut from, &mut io::stdout().lock()).map(drop));
+    Ok((end.into(), copying))
 }
 
-impl Pipe {
-    fn to_stdout() -> io::Result<Self> {
-        let (mut from, end) = io::pipe()?;
-        let copying = thread::spawn(move || io::copy(&mut from, &mut io::stdout().lock()).map(drop));
-        Ok(Self::new(end.into(), copying))
-    }
-
-    fn from_stdin() -> io::Result<Self> {
-        let (end, mut to) = io::pipe()?;
-        let copying = thread::spawn(move || io::copy(&mut io::stdin().lock(), &mut to).map(drop));
-        Ok(Self::new(end.into(), copying))
-    }
-
-    fn new(end: OwnedFd, copying: JoinHandle<io::Result<()>>) -> Self {
-        let path = format!("/proc/{}/fd/{}", std::process::id(), end.as_raw_fd());
-        Self { path, end, copying }
-    }
-
-    /// Waits until everything written was passed on.
-    fn end(self) -> io::Result<()> {
-        drop(self.end);
-        self.copying.join().unwrap_or_else(|_| Err(io::Error::other("the copying ended early")))
-    }
+fn from_stdin() -> io::Result<OwnedFd> {
+    let (end, mut to) = io::pipe()?;
+    thread::spawn(move || io::copy(&mut io::stdin().lock(), &mut to).map(drop));
+    Ok(end.into())
 }

@@ -16,6 +16,7 @@ use crate::runner::content::catalogue::repository_problem;
 use crate::types::{ByteSize, PackId};
 
 use super::context::Context;
+use super::online::identifier;
 use super::printer::Outcome;
 use super::table::Table;
 
@@ -39,11 +40,13 @@ pub struct Bench {
 /// One line of the result.
 #[derive(Serialize)]
 struct Row {
+    #[serde(serialize_with = "identifier")]
     name: &'static str,
     /// Plain bytes a second, the median of the rounds.
     bytes_per_s: f64,
     /// Time taken, against the time of what is named.
     ratio: Option<f64>,
+    #[serde(serialize_with = "identifier")]
     against: &'static str,
 }
 

@@ -20,7 +20,10 @@ use super::context::Context;
 use super::format::{bytes, seconds};
 use super::printer::{Outcome, Printer, unexpected};
 use super::table::{Table, card};
-use super::{push, target};
+use super::{push, target, whose};
+
+/// Where root builds for a broker of another user; 'cicada setup' makes it.
+const ROOTS_DIR: &str = "/var/cache/cicada-build";
 
 #[derive(Subcommand)]
 pub enum Command {
@@ -92,7 +95,8 @@ pub enum Command {
 
 #[derive(Args)]
 pub struct Place {
-    /// Where building happens: packages, work in progress, what was built; <data_dir>/build if not given
+    /// Where building happens: packages, work in progress, what was built; <data_dir>/build if not given, and
+    /// /var/cache/cicada-build for root where the broker is another user's
     #[arg(long, value_name = "DIR")]
     build_dir: Option<PathBuf>,
 }
@@ -173,7 +177,14 @@ impl Place {
     fn dir(&self, ctx: &Context) -> Result<PathBuf, Problem> {
         match &self.build_dir {
             Some(dir) => Ok(dir.clone()),
-            None => Ok(ctx.config()?.cloud.data_dir.join("build")),
+            None => {
+                let config = ctx.config()?;
+                // What root made in another user's directory that user could not go on with.
+                match whose::not_as_root(&config) {
+                    Ok(()) => Ok(config.cloud.data_dir.join("build")),
+                    Err(_) => Ok(ROOTS_DIR.into()),
+                }
+            }
         }
     }
 

@@ -14,10 +14,11 @@ use super::{online, whose};
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Check the configuration and the files it names (works without a broker)
+    /// Check the configuration, the files it names, and that QEMU starts a VM as it is configured (works without a
+    /// broker)
     Check {
-        /// Also try what a broker will need: the server, its certificate and the login, the room and entering it,
-        /// the transfer port and addresses, QEMU and the bridges. A broker that runs is left alone
+        /// Also try what else a broker will need: the server, its certificate and the login, the room and entering
+        /// it, the transfer port and addresses, and the bridges. A broker that runs is left alone
         #[arg(long)]
         online: bool,
     },
@@ -32,7 +33,11 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
             whose::not_as_root(&config)?;
             config.check_files().map_err(|e| Problem::from_config(&e))?;
             let warnings = walls(&config);
-            let checks = if online { online::run(ctx, &config).await } else { Vec::new() };
+            let checks = match online {
+                true => online::run(ctx, &config).await,
+                // A second or so: what is wrong with the machine is found by trying alone.
+                false => vec![online::check("hypervisor", online::hypervisor(&config).await)],
+            };
             let failed = checks.iter().find_map(|c| c.problem.clone());
             if ctx.printer.json {
                 let value = serde_json::json!({

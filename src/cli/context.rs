@@ -1,5 +1,6 @@
 //! What every command has at hand: configuration, the broker, the printer.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use crate::client::Client;
@@ -77,6 +78,15 @@ impl Context {
         let target = self.target_for(request).await?;
         let mut progress = Progress::new(&self.printer);
         let result = target.call(request, |event| progress.event(&event)).await;
+        progress.end();
+        result
+    }
+
+    /// As [`Context::follow`], handing over what is open instead of the file that the request names.
+    pub async fn follow_giving(&self, request: &Request, file: OwnedFd) -> Result<Reply, Problem> {
+        let target = self.target_for(request).await?;
+        let mut progress = Progress::new(&self.printer);
+        let result = target.call_giving(request, vec![file], |event| progress.event(&event)).await;
         progress.end();
         result
     }

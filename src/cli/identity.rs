@@ -75,9 +75,11 @@ const FINGERPRINT_GROUPS: usize = 5;
 
 #[derive(Serialize)]
 struct Identity {
+    #[serde(rename = "member")]
     jid: MemberJid,
     key: PublicKey,
     fingerprint: String,
+    #[serde(with = "crate::clock::rfc3339")]
     since: UnixMillis,
     /// The keys before it, the newest last.
     predecessors: Vec<Predecessor>,
@@ -88,8 +90,8 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
         Command::Show => show(ctx),
         Command::Rotate => rotate(ctx).await,
         Command::List => {
-            let link = members::link_unless_json(ctx).await?;
-            ctx.read(&Request::Members, |printer, reply| print_keys(printer, reply, &link)).await
+            let offline = members::offline_unless_json(ctx).await?;
+            ctx.read(&Request::Members, |printer, reply| print_keys(printer, reply, offline.as_deref())).await
         }
         Command::Trust { member, key } => {
             let (member, key) = named(ctx, &member, &key).await?;
@@ -167,14 +169,14 @@ async fn named(ctx: &Context, member: &str, key: &KeyWord) -> Outcome<(MemberJid
     }
 }
 
-fn print_keys(printer: &Printer, reply: Reply, link: &str) -> Outcome {
+fn print_keys(printer: &Printer, reply: Reply, offline: Option<&str>) -> Outcome {
     let Reply::Members(members) = reply else { return Err(unexpected(&reply)) };
     let mut table = Table::new(["CLOUD", "MEMBER", "TRUST", "FINGERPRINT", "KEY"]);
     for m in &members {
         table.row([
             m.cloud.as_ref().map_or("-".into(), ToString::to_string),
             m.jid.to_string(),
-            m.trust.clone(),
+            m.trust.to_string(),
             m.fingerprint.clone(),
             m.key.map(|key| key.to_string()).unwrap_or_default(),
         ]);
@@ -182,7 +184,7 @@ fn print_keys(printer: &Printer, reply: Reply, link: &str) -> Outcome {
     if table.is_empty() {
         printer.note("no other member has been seen");
     }
-    members::note_link(printer, link);
+    members::note_link(printer, offline);
     table.print(printer)
 }
 

@@ -6,7 +6,9 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::federation::MemberPolicy;
-use crate::interface::{MemberView, Message, ONLINE, Predecessor, Reply, Request, StatusView};
+use crate::interface::{
+    LinkState, MemberTrust, MemberView, Message, Predecessor, Reply, Request, StatusView,
+};
 use crate::migration::envelope::SKEW;
 use crate::types::PublicKey;
 
@@ -28,8 +30,10 @@ pub struct Members {
 
 pub async fn run(ctx: &Context, args: Members) -> Outcome {
     if !args.watch {
-        let link = link_unless_json(ctx).await?;
-        return ctx.read(&Request::Members, |printer, reply| print_members(printer, reply, &link)).await;
+        let offline = offline_unless_json(ctx).await?;
+        return ctx
+            .read(&Request::Members, |printer, reply| print_members(printer, reply, offline.as_deref()))
+            .await;
     }
     let mut last = None;
     loop {
@@ -43,8 +47,8 @@ pub async fn run(ctx: &Context, args: Members) -> Outcome {
             if ctx.printer.json {
                 ctx.printer.json_message(&Message::Reply(Box::new(reply)))?
             } else {
-                let link = link_unless_json(ctx).await?;
-                print_members(&ctx.printer, reply, &link)?
+                let offline = offline_unless_json(ctx).await?;
+                print_members(&ctx.printer, reply, offline.as_deref())?
             }
         }
         tokio::time::sleep(WATCH_EVERY).await;
@@ -52,19 +56,19 @@ pub async fn run(ctx: &Context, args: Members) -> Outcome {
 }
 
 /// Says whose link is down, where nobody may be seen for that reason.
-pub(super) fn note_link(printer: &Printer, link: &str) {
-    if link != ONLINE {
+pub(super) fn note_link(printer: &Printer, offline: Option<&str>) {
+    if let Some(link) = offline {
         printer.note(format!("this broker is not in the room itself, so what it shows is old: {link}"));
     }
 }
 
-/// This broker's own place in the room, for people; programs ask for the status.
-pub(super) async fn link_unless_json(ctx: &Context) -> Outcome<String> {
+/// Why this broker is not in the room, for people; programs ask for the status.
+pub(super) async fn offline_unless_json(ctx: &Context) -> Outcome<Option<String>> {
     if ctx.printer.json {
-        return Ok(ONLINE.into());
+        return Ok(None);
     }
     match ctx.ask(&Request::Status).await? {
-        Reply::Status(status) => Ok(status.link),
+        Reply::Status(status) => Ok(Some(status.link_problem).filter(|_| status.link == LinkState::Offline)),
         other => Err(unexpected(&other)),
     }
 }
@@ -78,7 +82,7 @@ fn without_moments(reply: &Reply) -> Reply {
     reply
 }
 
-fn print_members(printer: &Printer, reply: Reply, link: &str) -> Outcome {
+fn print_members(printer: &Printer, reply: Reply, offline: Option<&str>) -> Outcome {
     let Reply::Members(members) = reply else { return Err(unexpected(&reply)) };
     let mut table = Table::new([
         "CLOUD", "MEMBER", "STATE", "SINCE", "TRUST", ">CPUS", ">MEMORY", ">STORAGE", ">LOAD", "REGION",
@@ -87,9 +91,9 @@ fn print_members(printer: &Printer, reply: Reply, link: &str) -> Outcome {
         table.row([
             m.cloud.as_ref().map_or("-".into(), ToString::to_string),
             m.jid.to_string(),
-            m.state.clone(),
+            m.state.to_string(),
             ago(m.since),
-            m.trust.clone(),
+            m.trust.to_string(),
             resource(m.cpus, |n| n.to_string()),
             resource(m.memory_bytes, bytes),
             resource(m.storage_bytes, bytes),
@@ -101,7 +105,7 @@ fn print_members(printer: &Printer, reply: Reply, link: &str) -> Outcome {
     if table.is_empty() {
         printer.note("no other member has been seen");
     }
-    note_link(printer, link);
+    note_link(printer, offline);
     for (m, ahead_ms) in members.iter().filter_map(|m| Some((m, m.clock_ahead_ms?))) {
         if ahead_ms.unsigned_abs() > CLOCK_WORTH_A_WORD.as_millis() as u64 {
             printer.note(format!(
@@ -118,7 +122,7 @@ fn print_members(printer: &Printer, reply: Reply, link: &str) -> Outcome {
             details(printer, m)?;
         }
     }
-    for m in members.iter().filter(|m| m.trust != "trusted") {
+    for m in members.iter().filter(|m| m.trust != MemberTrust::Trusted) {
         if let Some(key) = m.key {
             printer.note(distrust(m, &key));
         }
@@ -139,20 +143,20 @@ fn print_members(printer: &Printer, reply: Reply, link: &str) -> Outcome {
 fn distrust(m: &MemberView, key: &PublicKey) -> String {
     let shown = key.fingerprint();
     let next = format!("If its operator confirms that: cicada identity trust {} {key}", m.jid);
-    match m.trust.as_str() {
-        "changed" => format!(
+    match m.trust {
+        MemberTrust::Changed => format!(
             "{} shows the key {shown}, but {} is pinned: it was set up anew, or somebody else uses its account. {next}",
             m.jid, m.pinned_fingerprint
         ),
-        "superseded" => format!(
+        MemberTrust::Superseded => format!(
             "{} shows the key {shown}, which gave way to {}: it was restored from an old backup, or somebody has its old key. It must not be trusted",
             m.jid, m.pinned_fingerprint
         ),
-        "forked" => format!(
+        MemberTrust::Forked => format!(
             "ALARM: {} shows the key {shown} as a second successor of a key of its; {} came first and is trusted. One of the two is a thief's. Ask its operator which one is right; if it is {shown}: cicada identity trust {} {key}; if in doubt: cicada identity revoke {}",
             m.jid, m.pinned_fingerprint, m.jid, m.jid
         ),
-        "revoked" => format!("{} shows the key {shown}; its trust was revoked. {next}", m.jid),
+        MemberTrust::Revoked => format!("{} shows the key {shown}; its trust was revoked. {next}", m.jid),
         _ => format!("{} shows the key {shown}, which is not trusted. {next}", m.jid),
     }
 }
@@ -245,7 +249,10 @@ pub async fn status(ctx: &Context) -> Outcome {
 
 fn print_status(printer: &Printer, s: &StatusView) -> Outcome {
     let free = |text: String| format!("{text} free");
-    let link = if s.link == ONLINE { printer.good(&s.link) } else { printer.bad(&s.link) };
+    let link = match s.link {
+        LinkState::Online => printer.good(s.link.as_str()),
+        LinkState::Offline => printer.bad(&s.link_problem),
+    };
     card(
         printer,
         &[

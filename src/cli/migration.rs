@@ -6,11 +6,11 @@ use clap::Subcommand;
 
 use crate::config::Rate;
 use crate::interface::problem::Problem;
-use crate::interface::{Message, MigrationView, Reply, Request};
+use crate::interface::{Message, MigrationPhase, MigrationRole, MigrationView, Reply, Request, Score};
 
 use super::account;
 use super::context::Context;
-use super::format::{ago, bytes, utc};
+use super::format::{ago, bytes, seconds, utc};
 use super::printer::{Failure, Outcome, Printer, unexpected};
 use super::table::{Table, card};
 use super::{receipt, resolve};
@@ -19,7 +19,7 @@ use super::{receipt, resolve};
 pub enum Command {
     /// List the moves that run, then those that ended
     List,
-    /// Show a move and what it cost
+    /// Show a move: what it cost, how long it was foretold to take, what is kept of it if it failed
     Show {
         /// Its id, or the beginning of it
         id: String,
@@ -135,9 +135,9 @@ fn print_list(printer: &Printer, reply: Reply) -> Outcome {
         table.row([
             if printer.verbose { p.id.to_string() } else { p.id.short() },
             p.vm.to_string(),
-            if p.role == "target" { "from".into() } else { "to".into() },
+            if p.role == MigrationRole::Target { "from".into() } else { "to".into() },
             p.peer_cloud.as_ref().map_or_else(|| p.peer.to_string(), ToString::to_string),
-            p.phase.clone(),
+            p.phase.to_string(),
             if p.ended { "-".into() } else { format!("{:.0} %", p.fraction * 100.0) },
             bytes(account::sent_bytes(account)),
             ago(p.started),
@@ -149,6 +149,22 @@ fn print_list(printer: &Printer, reply: Reply) -> Outcome {
     table.print(printer)
 }
 
+/// How long the move was to take, and what became of that.
+fn foretold(view: &MigrationView) -> Option<String> {
+    let (p, foretold) = (&view.progress, view.account.foretold.as_ref()?);
+    let interval = format!("{} to {}", seconds(foretold.low_s?), seconds(foretold.high_s?));
+    if p.phase != MigrationPhase::Completed {
+        return Some(interval);
+    }
+    let took_s = p.updated.since(p.started).as_secs_f64();
+    let score = match foretold.score(took_s)? {
+        Score::Held => "as foretold",
+        Score::Sooner => "less than foretold",
+        Score::Later => "more than foretold",
+    };
+    Some(format!("{interval}; it took {}, {score}", seconds(took_s)))
+}
+
 fn print_view(printer: &Printer, view: &MigrationView) -> Outcome {
     let p = &view.progress;
     let peer = p.peer_cloud.as_ref().map_or_else(String::new, |cloud| format!("{cloud} "));
@@ -158,11 +174,12 @@ fn print_view(printer: &Printer, view: &MigrationView) -> Outcome {
         &[
             ("migration", p.id.to_string()),
             ("VM", format!("{} ({})", p.vm, p.vm_id)),
-            (if p.role == "target" { "from" } else { "to" }, format!("{peer}({})", p.peer)),
-            ("phase", p.phase.clone()),
+            (if p.role == MigrationRole::Target { "from" } else { "to" }, format!("{peer}({})", p.peer)),
+            ("phase", p.phase.to_string()),
             ("now", if p.ended { String::new() } else { p.detail.clone() }),
             ("started", utc(p.started)),
             (if p.ended { "ended" } else { "last change" }, utc(p.updated)),
+            ("foretold", foretold(view).unwrap_or_default()),
             ("problem", problem.map(ToString::to_string).unwrap_or_default()),
             ("next step", problem.map(|p| p.next_step.clone()).unwrap_or_default()),
         ],

@@ -11,9 +11,12 @@ mod config;
 mod confirm;
 mod console;
 mod context;
+mod examples;
 mod federation;
+mod files;
 mod format;
 mod generate;
+mod hardware;
 mod identity;
 mod members;
 mod migration;
@@ -26,9 +29,11 @@ mod progress;
 mod push;
 mod receipt;
 mod recipe;
+mod replay;
 mod repo;
 mod resolve;
 mod room_check;
+mod setup;
 mod sim;
 mod table;
 mod target;
@@ -39,7 +44,7 @@ mod whose;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use context::Context;
 use printer::{ColorChoice, Failure, Outcome, Printer};
 
@@ -124,7 +129,16 @@ enum Command {
         /// Its state was restored from a backup: ask all members before any VM is run
         #[arg(long)]
         after_restore: bool,
+        #[command(flatten)]
+        recording: broker::Recording,
     },
+    /// Make this machine ready to run the broker as a service (as root, without a broker)
+    ///
+    /// Makes the user 'cicada', the directories /etc/cicada and /var/lib/cicada, a configuration to be filled in
+    /// where there is none, and the units of systemd, all with the owners and modes that the broker asks for. What
+    /// it does is told line by line, and what is left to do. It may be run again at any time: it mends owners and
+    /// modes, brings its own files up to date, and never writes over a file that somebody else made or changed.
+    Setup(setup::Setup),
     /// Check or show the configuration (without a broker)
     #[command(subcommand)]
     Config(config::Command),
@@ -169,7 +183,12 @@ enum Command {
     /// The brokers' decisions are made by the code that ships; network, time, hypervisors and repositories are
     /// models that count bytes. The same scenario and seed give the same run.
     Sim(sim::Sim),
+    /// Step a broker's core through what 'cicada broker --record' wrote, and show what it decides (without a broker)
+    ///
+    /// Nothing is done of what it decides. Exit code 4 if it decides otherwise than the recorded broker did.
+    Replay(replay::Replay),
     /// Print completions for a shell (without a broker)
+    #[command(visible_alias = "completion")]
     Completions(generate::Completions),
     /// Write the manual pages (without a broker)
     Man(generate::Man),
@@ -185,9 +204,11 @@ enum Command {
 pub fn run() -> ExitCode {
     // Before anything is made: what a cloud keeps is nobody else's to read, whatever the shell set.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
-    let Cli { globals, command } = Cli::try_parse().unwrap_or_else(|e| not_understood(&e));
+    let Cli { globals, command } = parse().unwrap_or_else(|e| not_understood(&e));
     let printer = Printer::new(globals.color, globals.json, globals.quiet, globals.verbose);
-    match execute(globals, command, printer.clone()) {
+    let has_value = command.has_value();
+    let ended = execute(globals, command, printer.clone());
+    match ended.and_then(|()| if has_value { printer.end_well() } else { Ok(()) }) {
         Ok(()) | Err(Failure::BrokenPipe) => ExitCode::SUCCESS,
         Err(Failure::Told(kind)) => ExitCode::from(kind.exit_code()),
         Err(Failure::Problem(problem)) => {
@@ -195,6 +216,21 @@ pub fn run() -> ExitCode {
             ExitCode::from(problem.kind.exit_code())
         }
     }
+}
+
+impl Command {
+    /// Whether programs get a value of it, not bytes or nothing.
+    fn has_value(&self) -> bool {
+        match self {
+            Command::Broker { .. } | Command::CompleteNames(_) | Command::GuestLink { .. } => false,
+            Command::Vm(command) => !matches!(**command, vm::Command::Console(_)),
+            _ => true,
+        }
+    }
+}
+
+fn parse() -> Result<Cli, clap::Error> {
+    Cli::from_arg_matches(&examples::added(Cli::command()).try_get_matches()?)
 }
 
 /// A command line that is wrong, or asks for help only. Who asked for JSON gets that of an error as well.
@@ -214,7 +250,7 @@ fn execute(globals: Globals, command: Command, printer: Printer) -> Outcome {
     let default = match command {
         Command::Broker { .. } => telemetry::BROKER_FILTER,
         // What simulated brokers log is theirs; a rule that is broken is told as the command's error.
-        Command::Sim(_) => "off",
+        Command::Sim(_) | Command::Replay(_) => "off",
         _ => telemetry::COMMAND_FILTER,
     };
     telemetry::start(globals.log.as_deref().unwrap_or(default), is_broker).map_err(|e| {
@@ -236,7 +272,8 @@ fn execute(globals: Globals, command: Command, printer: Printer) -> Outcome {
 
 async fn dispatch(ctx: Context, command: Command) -> Outcome {
     match command {
-        Command::Broker { after_restore } => broker::run(&ctx, after_restore).await,
+        Command::Broker { after_restore, recording } => broker::run(&ctx, after_restore, recording).await,
+        Command::Setup(s) => setup::run(&ctx, &s),
         Command::Config(c) => config::run(&ctx, c).await,
         Command::Identity(c) => identity::run(&ctx, c).await,
         Command::Federation(c) => federation::run(&ctx, c).await,
@@ -253,6 +290,7 @@ async fn dispatch(ctx: Context, command: Command) -> Outcome {
         Command::Receipt(c) => receipt::run(&ctx, c),
         Command::Bench(b) => bench::run(&ctx, &b),
         Command::Sim(s) => sim::run(&ctx, &s),
+        Command::Replay(r) => replay::run(&ctx, &r),
         Command::Completions(c) => generate::completions(&ctx, &c),
         Command::CompleteNames(c) => names::print(&ctx, c).await,
         Command::Man(c) => generate::man(&ctx, &c),
@@ -274,6 +312,6 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        super::Cli::command().debug_assert();
+        super::examples::added(super::Cli::command()).debug_assert();
     }
 }

@@ -44,7 +44,7 @@ pub async fn run(ctx: &Context, args: Move) -> Outcome {
 
 /// Prints the plan's line and returns its target, so that what was planned is what happens.
 async fn choose(ctx: &Context, client: &Client, args: &Move) -> Outcome<Option<String>> {
-    let request = Request::Plan { vm: args.vm.clone(), to: args.to.clone() };
+    let request = Request::Plan { vm: args.vm.clone(), to: args.to.clone(), all: false };
     let plan = match client.call(&request, |_| ()).await? {
         Reply::Plan(plan) => plan,
         other => return Err(unexpected(&other)),

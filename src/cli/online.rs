@@ -25,12 +25,20 @@ const BRIDGE_CONF: &str = "/etc/qemu/bridge.conf";
 /// One thing that was tried.
 #[derive(Serialize)]
 pub struct Check {
+    #[serde(serialize_with = "identifier")]
     pub check: &'static str,
     /// What was found.
     pub detail: String,
     pub problem: Option<Problem>,
     /// What a broker can do with, but should not have to.
     pub warning: Option<Problem>,
+}
+
+/// A name in words as programs know it: `xmpp-server`.
+pub(super) fn identifier<S: serde::Serializer>(words: &str, s: S) -> Result<S::Ok, S::Error> {
+    let plain = words.to_ascii_lowercase();
+    let parts = plain.split(|c: char| !c.is_ascii_alphanumeric()).filter(|part| !part.is_empty());
+    s.serialize_str(&parts.collect::<Vec<_>>().join("-"))
 }
 
 impl Check {
@@ -129,7 +137,7 @@ async fn addresses(config: &Config) -> Result<String, Problem> {
     Ok(format!("other clouds are told {}", addresses.join(", ")))
 }
 
-async fn hypervisor(config: &Config) -> Result<String, Problem> {
+pub async fn hypervisor(config: &Config) -> Result<String, Problem> {
     let driver = daemon::open_driver(config).await?;
     let f = driver.features();
     Ok(format!(

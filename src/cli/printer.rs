@@ -5,12 +5,13 @@
 
 use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::clock::UnixMillis;
 use crate::interface::problem::{Problem, ProblemKind};
 use crate::interface::{Message, Reply};
 use crate::types::text::{escaped, escaped_json};
@@ -51,6 +52,8 @@ pub struct Printer {
     color_err: bool,
     /// Whether progress can be drawn.
     pub draws: bool,
+    /// Whether anything went to stdout.
+    printed: Arc<AtomicBool>,
     /// Columns of the terminal that stdout is; none elsewhere, where nothing is shortened.
     pub columns: Option<usize>,
 }
@@ -70,12 +73,9 @@ impl Printer {
             verbose,
             color_out: wanted(out),
             color_err: wanted(err),
+            printed: Arc::default(),
             draws: err && !quiet && !json && !dumb,
-            columns: out
-                .then(|| rustix::termios::tcgetwinsize(io::stdout()).ok())
-                .flatten()
-                .map(|size| usize::from(size.ws_col))
-                .filter(|columns| *columns > 0),
+            columns: if out { columns() } else { None },
         }
     }
 
@@ -85,8 +85,18 @@ impl Printer {
         self.raw(&[text.as_bytes(), b"\n"].concat())
     }
 
+    /// For programs every command ends with a value: `null` where it had nothing to tell.
+    pub fn end_well(&self) -> Outcome {
+        if self.json && !self.printed.load(Ordering::Relaxed) {
+            self.json_value(&Value::Null)
+        } else {
+            Ok(())
+        }
+    }
+
     /// Bytes on stdout as they are. Nothing that quotes others is printed by this.
     pub fn raw(&self, bytes: &[u8]) -> Outcome {
+        self.printed.store(true, Ordering::Relaxed);
         let mut out = io::stdout().lock();
         out.write_all(bytes).and_then(|()| out.flush()).map_err(|e| match e.kind() {
             io::ErrorKind::BrokenPipe => Failure::BrokenPipe,
@@ -94,19 +104,13 @@ impl Printer {
         })
     }
 
-    /// A value as JSON, on stdout, with what [`completed`] adds.
+    /// A value as JSON, on stdout: one line where events came before it.
     pub fn json_value(&self, value: &impl Serialize) -> Outcome {
-        let text = serde_json::to_value(value)
-            .and_then(|value| serde_json::to_string_pretty(&completed(value)))
-            .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
-        self.json(&text)
-    }
-
-    /// A document that others read again, as JSON, on stdout.
-    pub fn json_document(&self, value: &impl Serialize) -> Outcome {
-        let text = serde_json::to_string_pretty(value)
-            .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
-        self.json(&text)
+        let text = match self.printed.load(Ordering::Relaxed) {
+            true => serde_json::to_string(value),
+            false => serde_json::to_string_pretty(value),
+        };
+        self.json(&text.map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?)
     }
 
     fn json(&self, text: &str) -> Outcome {
@@ -115,17 +119,17 @@ impl Printer {
 
     /// What a reply carries, without its name.
     pub fn json_reply(&self, reply: &Reply) -> Outcome {
-        let value = serde_json::to_value(reply)
-            .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
-        self.json_value(value.get("value").unwrap_or(&serde_json::Value::Null))
+        self.json_value(&carried(reply)?)
     }
 
-    /// One line of a stream of events and their end.
+    /// One line of a stream: an event, the value that a reply carries, or a problem.
     pub fn json_message(&self, message: &Message) -> Outcome {
-        let text = serde_json::to_value(message)
-            .and_then(|value| serde_json::to_string(&completed(value)))
-            .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
-        self.json(&text)
+        let text = match message {
+            Message::Event(event) => serde_json::to_string(event),
+            Message::Reply(reply) => serde_json::to_string(&carried(reply)?),
+            Message::Problem(_) => serde_json::to_string(message),
+        };
+        self.json(&text.map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?)
     }
 
     /// Something to know that is no result, on stderr.
@@ -178,34 +182,20 @@ impl Printer {
     }
 }
 
-/// Moments in milliseconds since 1970, by their names everywhere.
-const MOMENTS: [&str; 9] =
-    ["at", "created", "ended", "issued", "last_seen", "since", "started", "until", "updated"];
-/// In 1973: a smaller number of such a name is no moment.
-const MOMENT_MIN: u64 = 100_000_000_000;
+/// As the terminal says, or, where it does not know, its user.
+fn columns() -> Option<usize> {
+    let told = rustix::termios::tcgetwinsize(io::stdout()).map_or(0, |size| usize::from(size.ws_col));
+    let named = || std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
+    Some(told).filter(|columns| *columns > 0).or_else(named).filter(|columns| *columns > 0)
+}
 
-/// The value with the same in the words that every command uses, beside what is there: `created_rfc3339` beside
-/// `created`, `member` beside `jid`.
-fn completed(value: Value) -> Value {
-    match value {
-        Value::Array(values) => values.into_iter().map(completed).collect(),
-        Value::Object(fields) => {
-            let mut all = serde_json::Map::new();
-            for (name, value) in fields {
-                let moment =
-                    value.as_u64().filter(|ms| *ms >= MOMENT_MIN && MOMENTS.contains(&name.as_str()));
-                if let Some(ms) = moment {
-                    all.insert(format!("{name}_rfc3339"), UnixMillis(ms).rfc3339().into());
-                }
-                if name == "jid" && value.is_string() {
-                    all.entry("member").or_insert_with(|| value.clone());
-                }
-                all.insert(name, completed(value));
-            }
-            Value::Object(all)
-        }
-        other => other,
-    }
+fn carried(reply: &Reply) -> Outcome<Value> {
+    let value = serde_json::to_value(reply)
+        .map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?;
+    Ok(match value {
+        Value::Object(mut fields) => fields.remove("value").unwrap_or_default(),
+        _ => Value::Null,
+    })
 }
 
 const BOLD: &str = "\x1b[1m";
@@ -245,19 +235,6 @@ pub fn unexpected(reply: &Reply) -> Failure {
 mod tests {
     use super::*;
     use crate::types::text::is_plain;
-
-    #[test]
-    fn moments_and_members_are_told_in_one_way_beside_the_old_one() {
-        let value = serde_json::json!([{
-            "created": 1_700_000_000_000u64, "since": 0, "jid": "a@x", "cpus": 2, "inner": { "at": 1_700_000_000_001u64 }
-        }]);
-        let expected = serde_json::json!([{
-            "created": 1_700_000_000_000u64, "created_rfc3339": "2023-11-14T22:13:20.000Z", "since": 0, "jid": "a@x",
-            "member": "a@x", "cpus": 2,
-            "inner": { "at": 1_700_000_000_001u64, "at_rfc3339": "2023-11-14T22:13:20.001Z" }
-        }]);
-        assert_eq!(completed(value), expected);
-    }
 
     #[test]
     fn only_the_colors_of_our_own_are_let_through() {

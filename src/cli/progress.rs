@@ -54,7 +54,7 @@ impl Progress {
                 let fraction = if *total == 0 { 0.0 } else { *done as f64 / *total as f64 };
                 self.show(phase, fraction, &amount(*done, *total, unit, self.begun.elapsed()));
             }
-            Event::Migration(p) => self.show(&p.phase, p.fraction, &migration_text(p)),
+            Event::Migration(p) => self.show(p.phase.as_str(), p.fraction, &migration_text(p)),
         }
     }
 
@@ -62,14 +62,14 @@ impl Progress {
     fn is_too_soon(&mut self, event: &Event) -> bool {
         let (phase, over) = match event {
             Event::Note { .. } | Event::LeftOut { .. } => return false,
-            Event::Progress { phase, done, total, .. } => (phase, done >= total),
-            Event::Migration(p) => (&p.phase, p.ended),
+            Event::Progress { phase, done, total, .. } => (phase.as_str(), done >= total),
+            Event::Migration(p) => (p.phase.as_str(), p.ended),
         };
-        let same = *phase == self.last_phase;
+        let same = phase == self.last_phase;
         if same && !over && self.last_line.is_some_and(|t| t.elapsed() < EVENT_EVERY) {
             return true;
         }
-        self.last_phase.clone_from(phase);
+        phase.clone_into(&mut self.last_phase);
         self.last_line = Some(Instant::now());
         false
     }

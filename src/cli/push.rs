@@ -30,7 +30,7 @@ pub async fn hand_over(ctx: &Context, builder: &Repository, ids: &[ComponentId])
     let mut progress = Progress::new(&ctx.printer);
     let mut sent = 0;
     for (id, manifest) in &components {
-        sent += packs(&target, builder, manifest, &mut progress).await?;
+        sent = packs(&target, builder, manifest, sent, &mut progress).await?;
         let object = Object::Bytes(manifest.encode());
         target.put_object(ObjectKind::Manifest, id.0, object).await?;
         target.call(&Request::ComponentBind { id: *id }, |_| ()).await?;
@@ -69,11 +69,12 @@ fn with_requirements(
     Ok(out)
 }
 
-/// Sends the packs the target lacks; says how many stored bytes that were.
+/// Sends the packs the target lacks, after `sent` bytes of others; says how many stored bytes that makes.
 async fn packs(
     target: &Target,
     builder: &Repository,
     manifest: &Manifest,
+    sent: u64,
     progress: &mut Progress,
 ) -> Result<u64, Problem> {
     let ids: Vec<_> = manifest.packs.iter().map(|p| p.id.0).collect();
@@ -88,17 +89,17 @@ async fn packs(
                 .map_err(|e| repository_problem(&e))?,
         );
     }
-    let total: u64 = missing.iter().map(|(_, size)| size).sum();
+    let total = sent + missing.iter().map(|(_, size)| size).sum::<u64>();
     let sends = stream::iter(missing).map(|(id, size)| async move {
         let stored = builder.pack_stored(&PackId(id)).map_err(|e| repository_problem(&e))?;
         target.put_object(ObjectKind::Pack, id, Object::File(stored.file, size)).await.map(|()| size)
     });
     let mut sends = std::pin::pin!(sends.buffer_unordered(PACKS_AT_ONCE));
-    let mut done = 0;
+    let mut done = sent;
     while let Some(size) = sends.try_next().await? {
         done += size;
-        let phase = format!("hand over {}", manifest.name);
-        progress.event(&Event::Progress { phase, done, total, unit: "bytes".into() });
+        let (phase, unit) = ("hand-over".to_owned(), "bytes".to_owned());
+        progress.event(&Event::Progress { phase, done, total, unit });
     }
     Ok(total)
 }

@@ -58,6 +58,7 @@ enum Vouched {
 
 #[derive(Serialize)]
 struct Party {
+    #[serde(rename = "member")]
     jid: MemberJid,
     key: PublicKey,
     fingerprint: String,
@@ -76,6 +77,7 @@ struct History {
 #[derive(Serialize)]
 struct Verified {
     kind: Kind,
+    #[serde(rename = "vm_id")]
     vm: VmId,
     migration: MigrationId,
     epoch: u64,
@@ -84,6 +86,7 @@ struct Verified {
     recipe: RecipeId,
     root_delta: MapId,
     user_data: MapId,
+    #[serde(with = "crate::clock::rfc3339")]
     issued: UnixMillis,
     /// The verified way of the VM up to this record; none if the file does not hold it.
     history: Option<History>,
@@ -280,7 +283,7 @@ pub async fn fetch(ctx: &Context, id: String, output: Option<PathBuf>) -> Outcom
         Reply::Receipt(evidence) => evidence,
         other => return Err(unexpected(&other)),
     };
-    let Some(output) = output else { return ctx.printer.json_document(&evidence) };
+    let Some(output) = output else { return ctx.printer.json_value(&evidence) };
     let object = output.display().to_string();
     if output.exists() {
         return Err(Problem::new(ProblemKind::Conflict, object, "is there already")

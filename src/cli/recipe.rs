@@ -43,7 +43,7 @@ pub struct Ingredients {
 pub struct Compose {
     /// The beginning of a recipe's id, at least six digits
     recipe: String,
-    /// The file to write, by the broker's user
+    /// The file to write, with your own rights; it must not be there yet
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
     /// raw, qcow2, vmdk, vhdx, vpc or vdi

@@ -90,7 +90,7 @@ pub(super) fn print_report(printer: &Printer, reply: Reply) -> Outcome {
             "" => value.to_string(),
             _ => format!("{value} {unit}"),
         };
-        table.row([name, value, detail]);
+        table.row([name.replace('-', " "), value, detail]);
     }
     table.print(printer)
 }

@@ -50,7 +50,7 @@ pub fn run(ctx: &Context, args: &Sim) -> Outcome {
         let done = (share * 1000.0) as u64;
         if done > told {
             told = done;
-            let (phase, unit) = ("simulate".to_owned(), "‰".to_owned());
+            let (phase, unit) = ("simulate".to_owned(), "permille".to_owned());
             progress.event(&Event::Progress { phase, done, total: 1000, unit });
         }
         true

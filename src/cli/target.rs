@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
@@ -19,10 +20,11 @@ use crate::interface::ObjectKind;
 use crate::interface::problem::{Problem, ProblemKind};
 use crate::interface::{Event, Reply, Request};
 use crate::repository::Repository;
-use crate::runner::Records;
 use crate::runner::content::catalogue;
+use crate::runner::{Given, Records};
 use crate::types::{Hash, RecipeId};
 
+use super::files::Files;
 use super::whose;
 
 const PIECE_BYTES: usize = 256 << 10;
@@ -124,10 +126,34 @@ impl Target {
         })))
     }
 
+    /// Asks; files that the request names are opened by whoever runs this.
     pub async fn call(&self, request: &Request, on_event: impl FnMut(Event)) -> Result<Reply, Problem> {
+        let files = match self {
+            Target::Broker(client) if !request.files().is_empty() => {
+                Files::open(request, client.broker_uid().await?)?
+            }
+            // Its work is done by this very process.
+            _ => Files::default(),
+        };
+        let mut files = files;
+        let descriptors = std::mem::take(&mut files.descriptors);
+        let reply = self.call_giving(request, descriptors, on_event).await?;
+        files.keep()?;
+        Ok(reply)
+    }
+
+    /// Asks, and hands over what is open already instead of the files that the request names.
+    pub async fn call_giving(
+        &self,
+        request: &Request,
+        descriptors: Vec<OwnedFd>,
+        on_event: impl FnMut(Event),
+    ) -> Result<Reply, Problem> {
         match self {
-            Target::Broker(client) => client.call(request, on_event).await,
-            Target::Offline(offline) => offline.call(request, on_event).await,
+            Target::Broker(client) => client.call_giving(request, descriptors, on_event).await,
+            Target::Offline(offline) => {
+                offline.call(request, Given::with(request, descriptors)?, on_event).await
+            }
         }
     }
 
@@ -163,7 +189,12 @@ impl Target {
 }
 
 impl Offline {
-    async fn call(&self, request: &Request, mut on_event: impl FnMut(Event)) -> Result<Reply, Problem> {
+    async fn call(
+        &self,
+        request: &Request,
+        given: Given,
+        mut on_event: impl FnMut(Event),
+    ) -> Result<Reply, Problem> {
         if let (Request::RepoGc { .. }, Some(damaged)) = (request, &self.damaged) {
             return Err(aside::gc_problem(damaged));
         }
@@ -173,7 +204,8 @@ impl Offline {
         let work = tokio::task::spawn_blocking(move || {
             let mut report = |event| drop(events.send(event));
             // Interrupting the command ends this process, and the work with it.
-            catalogue::call(&repository, &composer, grace, &recipes, &request, &|| false, &mut report)
+            let files = (&request, &given);
+            catalogue::call(&repository, &composer, grace, &recipes, files, &|| false, &mut report)
         });
         while let Some(event) = seen.recv().await {
             on_event(event);

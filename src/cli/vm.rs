@@ -12,6 +12,7 @@ use super::confirm;
 use super::console;
 use super::context::Context;
 use super::format::bytes;
+use super::hardware::Hardware;
 use super::printer::{Failure, Outcome, Printer, unexpected};
 use super::recipe::Ingredients;
 use super::table::{Table, card};
@@ -90,13 +91,8 @@ pub struct Create {
     /// Size of the disk for the owner's data; 0 for none
     #[arg(long, default_value = "0", value_name = "SIZE")]
     user_data: ByteSize,
-    #[arg(long, default_value = "512M", value_name = "SIZE")]
-    memory: ByteSize,
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    cpus: u32,
-    /// A network of the configuration to plug it into; may be repeated
-    #[arg(long = "network", value_name = "NAME")]
-    networks: Vec<String>,
+    #[command(flatten)]
+    hardware: Hardware,
     /// Start it at once
     #[arg(long)]
     start: bool,
@@ -150,11 +146,12 @@ impl Create {
             ordered: i.ordered,
             root_size: i.root_size,
             user_data_size: self.user_data,
-            memory: self.memory,
-            cpus: self.cpus,
-            networks: self.networks,
+            memory: self.hardware.memory,
+            cpus: self.hardware.cpus,
+            networks: self.hardware.networks.clone(),
             kernel_command_line: i.kernel_command_line,
             start: self.start,
+            hardware: self.hardware.chosen(),
         })
     }
 }
@@ -263,7 +260,7 @@ fn print_list(printer: &Printer, reply: Reply) -> Outcome {
 fn place(vm: &VmView) -> String {
     match &vm.owner {
         Some(owner) => format!("{} ({owner})", vm.ownership),
-        None => vm.ownership.clone(),
+        None => vm.ownership.to_string(),
     }
 }
 
@@ -274,7 +271,7 @@ pub(super) fn print_vm(printer: &Printer, reply: Reply) -> Outcome {
         PowerState::Crashed => printer.bad("crashed"),
         other => other.to_string(),
     };
-    let nics: Vec<_> = vm.nics.iter().map(|n| format!("{} {}", n.network, n.mac)).collect();
+    let nics: Vec<_> = vm.nics.iter().map(|n| format!("{} {} ({})", n.network, n.mac, n.model)).collect();
     let user_data = match vm.user_data_size.0 {
         0 => "none".into(),
         _ => format!("{}, {} in use", vm.user_data_size, bytes(vm.user_data_bytes)),
@@ -293,7 +290,10 @@ pub(super) fn print_vm(printer: &Printer, reply: Reply) -> Outcome {
             ("runs with", vm.runs_as.map(vm_change::shape).unwrap_or_default()),
             ("autostart", vm.autostart.to_string()),
             ("stop timeout", vm.stop_timeout_s.map(|s| format!("{s} s")).unwrap_or_default()),
-            ("firmware", vm.spec.firmware.to_string()),
+            ("firmware", vm.firmware.to_string()),
+            ("disk bus", vm.disk_bus.to_string()),
+            ("UUID in guest", vm.system_uuid.to_string()),
+            ("CPU model", vm.cpu_model.clone()),
             ("networks", nics.join(", ")),
             ("components", vm.components.join(", ")),
             ("recipe", vm.recipe.to_string()),

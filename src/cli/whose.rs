@@ -25,6 +25,11 @@ pub fn not_as_root(config: &Config) -> Result<(), Problem> {
             return Err(Problem::new(ProblemKind::Forbidden, data_dir.display().to_string(), reason)
                 .next(format!("chown -R {user}: {}; then run this as {user}", data_dir.display())));
         }
+        // Nor the password: then whom the configuration was made readable for, as 'cicada setup' does.
+        (None | Some(0), _) if !identity_path(data_dir).exists() => match reader_of(&config.path) {
+            Some(uid) => (uid, data_dir, "would be root's, and the configuration is there for"),
+            None => return Ok(()),
+        },
         _ => return Ok(()),
     };
     let user = name_of(uid);
@@ -37,13 +42,25 @@ fn owner(path: &Path) -> Option<u32> {
     fs::metadata(path).ok().map(|m| m.uid())
 }
 
+/// The user whose own group a file of root's belongs to.
+fn reader_of(path: &Path) -> Option<u32> {
+    let group = fs::metadata(path).ok().map(|m| m.gid()).filter(|gid| *gid != 0)?;
+    users().into_iter().find(|(_, _, primary)| *primary == group).map(|(_, uid, _)| uid)
+}
+
 /// A user's name, or its number where it has none.
 fn name_of(uid: u32) -> String {
+    let known = users().into_iter().find(|(_, id, _)| *id == uid);
+    known.map_or_else(|| uid.to_string(), |(name, ..)| name)
+}
+
+/// Name, id and own group of the users of this machine.
+fn users() -> Vec<(String, u32, u32)> {
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let found = passwd.lines().find_map(|line| {
+    let user = |line: &str| {
         let mut fields = line.split(':');
-        let name = fields.next()?;
-        (fields.nth(1)?.parse() == Ok(uid)).then(|| name.to_owned())
-    });
-    found.unwrap_or_else(|| uid.to_string())
+        let (name, uid) = (fields.next()?, fields.nth(1)?);
+        Some((name.to_owned(), uid.parse().ok()?, fields.next()?.parse().ok()?))
+    };
+    passwd.lines().filter_map(user).collect()
 }

@@ -139,7 +139,8 @@ pub enum EntryKind {
     Symlink {
         target: Vec<u8>,
     },
-    /// `target` is the path of a `File` of the same manifest.
+    /// Another name of what lies at `target` in the same manifest: a file, a symbolic link, a device, a fifo
+    /// or a socket.
     HardLink {
         target: Vec<u8>,
     },
@@ -155,6 +156,13 @@ pub enum EntryKind {
     Socket,
     /// Removes the path that a required component brings.
     Whiteout,
+}
+
+impl EntryKind {
+    /// Whether it is an inode that may have several names.
+    pub fn can_be_linked(&self) -> bool {
+        !matches!(self, EntryKind::Directory | EntryKind::HardLink { .. } | EntryKind::Whiteout)
+    }
 }
 
 /// How the records of one aggregated file merge.
@@ -378,11 +386,11 @@ impl Manifest {
                     self.check_file(e, *size_bytes, *pack, *offset_bytes)?
                 }
                 EntryKind::HardLink { target } => match find(target).map(|t| &t.kind) {
-                    Some(EntryKind::File { .. }) => {}
+                    Some(kind) if kind.can_be_linked() => {}
                     _ => {
                         return Err(invalid(
                             "hard link",
-                            format!("{} links to no file of this component", show(&e.path)),
+                            format!("{} links to no file, link or device of this component", show(&e.path)),
                         ));
                     }
                 },
@@ -658,7 +666,7 @@ mod tests {
     #[test]
     fn hostile_manifests_are_refused_by_name() {
         type Spoil = fn(&mut Manifest);
-        let table: [(&str, Spoil); 16] = [
+        let table: [(&str, Spoil); 18] = [
             ("traversal", |m| m.entries[6].path = b"../x".to_vec()),
             ("absolute", |m| m.entries[6].path = b"/x".to_vec()),
             ("duplicate", |m| m.entries[6] = m.entries[5].clone()),
@@ -666,6 +674,10 @@ mod tests {
             ("below a link", |m| m.entries[3].path = b"a/b/c".to_vec()),
             ("no parent", |m| m.entries[5].path = b"nowhere/null".to_vec()),
             ("link to nothing", |m| m.entries[2].kind = EntryKind::HardLink { target: b"zz".to_vec() }),
+            ("link to a link", |m| m.entries[2].kind = EntryKind::HardLink { target: b"a/c".to_vec() }),
+            ("link to what is gone", |m| {
+                m.entries[2].kind = EntryKind::HardLink { target: b"gone".to_vec() }
+            }),
             ("link to a directory", |m| m.entries[2].kind = EntryKind::HardLink { target: b"a".to_vec() }),
             ("outside the pack", |m| m.packs[0].size_bytes = 4096),
             ("bad name", |m| m.name = "../redis".into()),

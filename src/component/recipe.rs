@@ -1,5 +1,6 @@
 //! The recipe: which components, composed how, give which disk. Its hash names the composition.
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::types::codec::{CodecError, Reader, Writer};
@@ -13,7 +14,7 @@ pub const VIRTUAL_SIZE_BYTES_MAX: u64 = 1 << 44;
 
 /// A disk follows from a recipe and nothing else: any broker that holds the components makes the
 /// same image, and `image_digest` says which.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Recipe {
     /// The composer whose layout bytes these are, name and version. A broker with another composer
     /// refuses the recipe instead of making another disk.
@@ -27,7 +28,7 @@ pub struct Recipe {
 }
 
 /// All that shapes the disk beside its files.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct DiskParameters {
     /// A multiple of 1 MiB.
     pub virtual_size_bytes: u64,

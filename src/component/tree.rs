@@ -193,7 +193,7 @@ impl<'a> Set<'a> {
         self.requires[a].contains(&b)
     }
 
-    /// The file of the same component that a claim is a name of.
+    /// The file, link or device of the same component that a claim is a name of.
     fn file(&self, component: usize, entry: &'a Entry) -> &'a Entry {
         match &entry.kind {
             EntryKind::HardLink { target } => {
@@ -232,16 +232,23 @@ impl<'a> Set<'a> {
         }
     }
 
-    /// What a file entry becomes; `None` for any other.
+    /// What an entry becomes; `None` if it only removes. A checked manifest names no pack that it lacks.
     fn content(&self, component: usize, entry: &Entry) -> Option<NodeKind> {
-        match entry.kind {
-            EntryKind::File { size_bytes: 0, .. } => Some(NodeKind::Literal(Vec::new())),
+        Some(match &entry.kind {
+            EntryKind::Whiteout => return None,
+            EntryKind::Directory => NodeKind::Directory,
+            EntryKind::File { size_bytes: 0, .. } => NodeKind::Literal(Vec::new()),
             EntryKind::File { size_bytes, hash, pack, offset_bytes } => {
-                let pack = self.manifest(component).packs.get(pack as usize)?.id;
-                Some(NodeKind::File { pack, offset_bytes, size_bytes, hash })
+                let pack = self.manifest(component).packs.get(*pack as usize)?.id;
+                NodeKind::File { pack, offset_bytes: *offset_bytes, size_bytes: *size_bytes, hash: *hash }
             }
-            _ => None,
-        }
+            EntryKind::Symlink { target } => NodeKind::Symlink { target: target.clone() },
+            EntryKind::HardLink { target } => NodeKind::HardLink { target: target.clone() },
+            EntryKind::CharDevice { major, minor } => NodeKind::CharDevice { major: *major, minor: *minor },
+            EntryKind::BlockDevice { major, minor } => NodeKind::BlockDevice { major: *major, minor: *minor },
+            EntryKind::Fifo => NodeKind::Fifo,
+            EntryKind::Socket => NodeKind::Socket,
+        })
     }
 
     fn entry(&self, component: usize, path: &[u8]) -> Option<&'a Entry> {
@@ -421,21 +428,7 @@ impl<'a> Builder<'_, 'a> {
         let equal = entries.iter().filter(|(c, e)| differences(&(owner, entry), &(*c, e)).is_none());
         let mtime_s = equal.map(|(c, e)| self.set.file(*c, e).meta.mtime_s).max();
         let meta = Meta { mtime_s: mtime_s.unwrap_or(file.meta.mtime_s), ..file.meta };
-        let kind = match &entry.kind {
-            EntryKind::Whiteout => return Ok(None),
-            EntryKind::Directory => NodeKind::Directory,
-            EntryKind::File { .. } => match self.set.content(owner, entry) {
-                Some(content) => content,
-                // A checked manifest names no pack that it lacks.
-                None => return Ok(None),
-            },
-            EntryKind::Symlink { target } => NodeKind::Symlink { target: target.clone() },
-            EntryKind::HardLink { target } => NodeKind::HardLink { target: target.clone() },
-            EntryKind::CharDevice { major, minor } => NodeKind::CharDevice { major: *major, minor: *minor },
-            EntryKind::BlockDevice { major, minor } => NodeKind::BlockDevice { major: *major, minor: *minor },
-            EntryKind::Fifo => NodeKind::Fifo,
-            EntryKind::Socket => NodeKind::Socket,
-        };
+        let Some(kind) = self.set.content(owner, entry) else { return Ok(None) };
         let node = Node { path: entry.path.clone(), meta, xattrs: file.xattrs.clone(), kind };
         Ok(Some((owner, node)))
     }
@@ -568,8 +561,8 @@ fn is_same_content(a: &NodeKind, b: &NodeKind) -> bool {
             NodeKind::File { hash, size_bytes, .. },
             NodeKind::File { hash: other, size_bytes: other_size, .. },
         ) => (hash, size_bytes) == (other, other_size),
-        (NodeKind::Literal(a), NodeKind::Literal(b)) => a == b,
-        _ => false,
+        (NodeKind::Directory | NodeKind::HardLink { .. }, _) => false,
+        (a, b) => a == b,
     }
 }
 

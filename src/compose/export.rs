@@ -2,10 +2,14 @@
 
 use std::ffi::OsStr;
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::str::FromStr;
+
+use command_fds::{CommandFdExt, FdMapping};
 
 use super::error::ComposeError;
 
@@ -84,7 +88,7 @@ fn taken(output: &Path) -> Option<&'static str> {
 }
 
 /// Gives what was written its name, unless something has that name by now.
-pub fn place(part: &Path, output: &Path) -> std::io::Result<()> {
+pub fn place(part: &Path, output: &Path) -> io::Result<()> {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     match renameat_with(CWD, part, CWD, output, RenameFlags::NOREPLACE) {
         // A file system that cannot.
@@ -95,42 +99,119 @@ pub fn place(part: &Path, output: &Path) -> std::io::Result<()> {
     }
 }
 
+/// Where a file is written.
+#[derive(Clone, Copy, Debug)]
+pub enum Output<'a> {
+    /// At a path where nothing is yet.
+    New(&'a Path),
+    /// Into an empty file that whoever asked for it made, and names when it is whole.
+    Given(&'a Path, &'a File),
+}
+
+impl<'a> Output<'a> {
+    /// Where it lies, or will.
+    pub fn path(&self) -> &'a Path {
+        match self {
+            Output::New(path) | Output::Given(path, _) => path,
+        }
+    }
+
+    /// See [`occupied`].
+    pub fn occupied(&self) -> Option<&'static str> {
+        match self {
+            Output::New(path) => occupied(path),
+            Output::Given(..) => None,
+        }
+    }
+
+    /// What was written; 0 if that cannot be told.
+    pub fn size_bytes(&self) -> u64 {
+        let meta = match self {
+            Output::New(path) => path.metadata(),
+            Output::Given(_, file) => file.metadata(),
+        };
+        meta.map_or(0, |meta| meta.len())
+    }
+}
+
+impl<'a, P: AsRef<Path> + ?Sized> From<&'a P> for Output<'a> {
+    fn from(path: &'a P) -> Self {
+        Output::New(path.as_ref())
+    }
+}
+
+/// The descriptor of a file that a tool is handed, and its path there.
+const HANDED_FD: i32 = 3;
+pub const HANDED: &str = "/proc/self/fd/3";
+
+/// `qemu-img`, to which `file` is [`HANDED`]: the very file, wherever it lies. It is opened once more, by the
+/// rights of this process.
+pub fn qemu_img_with(file: &File) -> io::Result<Command> {
+    let mut command = Command::new("qemu-img");
+    let mapping = FdMapping { parent_fd: file.try_clone()?.into(), child_fd: HANDED_FD };
+    command.fd_mappings(vec![mapping]).map_err(io::Error::other)?;
+    Ok(command)
+}
+
 /// Writes an image to `output` in `format`; `input` is how `qemu-img` is told of it, its format included,
-/// so that it need not guess. On failure nothing is left at `output`; what is there is not replaced.
-pub fn convert(input: &[&OsStr], output: &Path, format: ImageFormat) -> Result<(), ComposeError> {
-    let part = &*part_of(output);
+/// so that it need not guess. On failure nothing is left at a new `output`; what is there is not replaced.
+pub fn convert<'a>(
+    input: &[&OsStr],
+    output: impl Into<Output<'a>>,
+    format: ImageFormat,
+) -> Result<(), ComposeError> {
+    let output = output.into();
+    let path = output.path();
+    let io = |what, path: &Path, source| ComposeError::Io { what, path: path.to_owned(), source };
+    let output = match output {
+        Output::New(output) => output,
+        Output::Given(_, file) => {
+            let command = qemu_img_with(file).map_err(|e| io("write", path, e))?;
+            run(command, input, Path::new(HANDED), format, path)?;
+            return file.sync_all().map_err(|e| io("write", path, e));
+        }
+    };
     if let Some(reason) = occupied(output) {
         return Err(ComposeError::Occupied { path: output.to_owned(), reason });
     }
+    let part = &*part_of(output);
     // What the system has against it is said by the system, not by the tool.
-    let io = |source| ComposeError::Io { what: "create", path: part.to_owned(), source };
-    std::fs::File::create_new(part).map_err(io)?;
-    let mut command = Command::new("qemu-img");
-    command.args(["convert", "-O"]).arg(format.to_string());
-    if format == ImageFormat::Vpc {
-        // Without it the size is rounded up to what old geometry can express.
-        command.args(["-o", "force_size=on"]);
-    }
-    let result = command.args(input).arg(part).output();
-    let done = match result {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(ComposeError::NoQemuImg),
-        Err(e) => Err(ComposeError::Convert(e.to_string())),
-        Ok(o) if !o.status.success() => Err(failure(part, String::from_utf8_lossy(&o.stderr).trim())),
-        Ok(_) => place(part, output).map_err(|source| ComposeError::Io {
-            what: "create",
-            path: output.to_owned(),
-            source,
-        }),
-    };
+    File::create_new(part).map_err(|e| io("create", part, e))?;
+    let done = run(Command::new("qemu-img"), input, part, format, part)
+        .and_then(|()| place(part, output).map_err(|e| io("create", output, e)));
     if done.is_err() {
         let _ = std::fs::remove_file(part);
     }
     done
 }
 
+/// Has `qemu-img` write to a file that is there, which messages call by another name.
+fn run(
+    mut command: Command,
+    input: &[&OsStr],
+    to: &Path,
+    format: ImageFormat,
+    name: &Path,
+) -> Result<(), ComposeError> {
+    command.args(["convert", "-O"]).arg(format.to_string());
+    if format == ImageFormat::Vpc {
+        // Without it the size is rounded up to what old geometry can express.
+        command.args(["-o", "force_size=on"]);
+    }
+    match command.args(input).arg(to).stdin(Stdio::null()).output() {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Err(ComposeError::NoQemuImg),
+        Err(e) => Err(ComposeError::Convert(e.to_string())),
+        Ok(o) if !o.status.success() => {
+            let said = String::from_utf8_lossy(&o.stderr).trim().replace(HANDED, &name.display().to_string());
+            Err(failure(name, &said))
+        }
+        Ok(_) => Ok(()),
+    }
+}
+
 /// What the tool says of a full disk is a full disk, as when we write ourselves.
 fn failure(path: &Path, said: &str) -> ComposeError {
-    let full = std::io::Error::from(rustix::io::Errno::NOSPC);
+    let full = io::Error::from(rustix::io::Errno::NOSPC);
     match said.ends_with("No space left on device") {
         true => ComposeError::Io { what: "write", path: path.to_owned(), source: full },
         false => ComposeError::Convert(said.to_owned()),

@@ -14,7 +14,7 @@ mod reflink;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -26,7 +26,7 @@ use crate::types::{ByteSize, ComponentId, ImageDigest, RecipeId};
 
 pub use digest::{Digest, SEGMENT_BYTES, digest_of, zero_segment};
 pub use error::ComposeError;
-pub use export::{ImageFormat, convert, occupied, part_of, place};
+pub use export::{HANDED, ImageFormat, Output, convert, occupied, part_of, place, qemu_img_with};
 pub use image::{Progress, Timing};
 pub use plan::{Extent, Plan};
 
@@ -223,9 +223,15 @@ impl Composer {
     }
 
     /// Writes the composed disk to `output` in another hypervisor's format.
-    pub fn export(&self, id: &RecipeId, output: &Path, format: ImageFormat) -> Result<(), ComposeError> {
+    pub fn export<'a>(
+        &self,
+        id: &RecipeId,
+        output: impl Into<Output<'a>>,
+        format: ImageFormat,
+    ) -> Result<(), ComposeError> {
         let composition = self.composition(id)?;
-        export::convert(&["-f".as_ref(), "raw".as_ref(), composition.path.as_os_str()], output, format)
+        let input = ["-f".as_ref(), "raw".as_ref(), composition.path.as_os_str()];
+        export::convert(&input, output, format)
     }
 
     /// Removes a composition that nothing uses any more; tells whether there was one. The recipe stays,

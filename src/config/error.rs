@@ -70,7 +70,7 @@ impl ConfigError {
     pub fn next_step(&self) -> String {
         match self {
             Self::NotFound { .. } => {
-                "copy the sample federation.toml there and edit it, or name one with --config".into()
+                "'cicada setup' puts the sample there to be edited; or name one with --config".into()
             }
             Self::Read { path, source } => read_step(path, source),
             Self::Syntax { .. } => super::SAMPLE.into(),
@@ -86,7 +86,10 @@ impl ConfigError {
 fn read_step(path: &Path, source: &io::Error) -> String {
     match source.kind() {
         io::ErrorKind::NotFound => format!("create {} or correct the setting that names it", path.display()),
-        io::ErrorKind::PermissionDenied => "run this as the broker's user, or give it the file".into(),
+        io::ErrorKind::PermissionDenied => {
+            "run this as the broker's user, or give it the file; 'cicada setup' does so for the service"
+                .into()
+        }
         _ => "check the file and its disk".into(),
     }
 }

@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 use crate::clock::UnixMillis;
 use crate::stanza::Cloud;
 use crate::types::{CloudName, MemberJid, PublicKey};
@@ -16,7 +18,7 @@ use super::trust::{Kept, KeyNews, Keyring, Revoked};
 const MEMBERS_MAX: usize = 10_000;
 
 /// One presence stanza of the room, reduced to what counts.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Presence {
     /// The real bare JID, from `muc#user`.
     pub jid: MemberJid,
@@ -129,6 +131,11 @@ impl Members {
 
     pub fn believing(keys: Keyring) -> Self {
         Self { members: BTreeMap::new(), keys, own_name: None }
+    }
+
+    /// Whose keys are believed.
+    pub fn keyring(&self) -> &Keyring {
+        &self.keys
     }
 
     /// The members as the cloud of this name sees them.

@@ -20,10 +20,20 @@ pub struct MemberPolicy {
     pub vms_max: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpus_max: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        rename = "memory_max_bytes",
+        alias = "memory_max",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub memory_max: Option<ByteSize>,
     /// Of virtual disks: root and user data.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        rename = "storage_max_bytes",
+        alias = "storage_max",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub storage_max: Option<ByteSize>,
     /// Most that is served to it, over all its tickets, bytes per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]

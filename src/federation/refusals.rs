@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::clock::UnixMillis;
 
 /// Senders told apart at most; the rest are counted together.
@@ -20,7 +22,8 @@ macro_rules! kinds {
     ($($(#[$meta:meta])* $variant:ident = $word:literal,)+) => {
         /// Why something was refused that no honest, healthy peer asks for. Ordinary denials, such as
         /// too little memory, are none.
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+        #[serde(rename_all = "kebab-case")]
         pub enum Refused { $($(#[$meta])* $variant,)+ }
 
         impl Refused {
@@ -73,7 +76,7 @@ impl fmt::Display for Refused {
 }
 
 /// Refusals of one kind to one sender, gathered elsewhere.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Tally {
     pub sender: String,
     pub refused: Refused,

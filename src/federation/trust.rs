@@ -96,7 +96,7 @@ pub enum KeyNews {
 }
 
 /// All that is believed of members' keys.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Keyring {
     configured: BTreeMap<MemberJid, PublicKey>,
     kept: BTreeMap<MemberJid, Kept>,

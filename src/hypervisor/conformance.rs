@@ -243,7 +243,8 @@ async fn not_offered(bench: &Bench<'_>) -> Outcome {
         |m| m.spec.cpu_model = "z80".into(),
         |m| {
             let mac = crate::vm::Mac::derived(m.spec.id, 0);
-            m.spec.nics = vec![crate::vm::spec::Nic { network: "nowhere".into(), mac }];
+            m.spec.nics =
+                vec![crate::vm::spec::Nic { network: "nowhere".into(), mac, model: Default::default() }];
         },
     ];
     for change in changes {
@@ -281,10 +282,17 @@ async fn crash(bench: &Bench<'_>) -> Outcome {
     (bench.crash)(vm);
     events.expect_such("Crashed", |kind| matches!(kind, EventKind::Crashed { .. })).await?;
     bench.expect_state(vm, PowerState::Crashed)?;
-    driver.stop(vm, StopMode::Forced).await.map_err(told)?;
+    let gentle = StopMode::Graceful { timeout: PATIENCE, escalate: false };
+    for mode in [StopMode::Forced, gentle] {
+        driver.stop(vm, mode).await.map_err(told)?;
+        bench.expect_state(vm, PowerState::Stopped)?;
+        driver.start(&machine).await.map_err(told)?;
+        events.expect(EventKind::Started).await?;
+        bench.expect_state(vm, PowerState::Running)?;
+        (bench.crash)(vm);
+        events.expect_such("Crashed", |kind| matches!(kind, EventKind::Crashed { .. })).await?;
+    }
     driver.start(&machine).await.map_err(told)?;
-    events.expect(EventKind::Started).await?;
-    bench.expect_state(vm, PowerState::Running)?;
     bench.discard(vm).await
 }
 

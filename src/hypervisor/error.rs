@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::qemu::qmp::QmpError;
 use crate::types::VmId;
 use crate::vm::PowerState;
+use crate::vm::hypervisor::Lack;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DriverError {
@@ -17,7 +18,7 @@ pub enum DriverError {
     WrongState { vm: VmId, state: PowerState, verb: &'static str },
     #[error("VM {vm} is {state} in another shape: stop it before it is changed")]
     Differs { vm: VmId, state: PowerState },
-    #[error("VM {vm}: {what} '{asked}' is not offered here; there is {offered}")]
+    #[error("VM {vm}: the {what} '{asked}' is not offered here; there is {offered}")]
     NotOffered { vm: VmId, what: &'static str, asked: String, offered: String },
     #[error("VM {vm}: {rule}")]
     BadSpec { vm: VmId, rule: String },
@@ -87,6 +88,12 @@ pub enum DriverError {
     WrongIdentity { vm: VmId, pid: i32, says: String },
     #[error("VM {vm} refused to be {verb}: a fault injected by a test")]
     Injected { vm: VmId, verb: &'static str },
+}
+
+impl DriverError {
+    pub(super) fn not_offered(vm: VmId, lack: Lack) -> Self {
+        DriverError::NotOffered { vm, what: lack.what, asked: lack.asked, offered: lack.offered }
+    }
 }
 
 /// Names, as the messages above show them.

@@ -25,7 +25,9 @@ use super::{
 use crate::clock::{Clock, UnixMillis};
 use crate::durable;
 use crate::types::{ByteSize, VmId};
-use crate::vm::PowerState;
+use crate::vm::hypervisor::Lack;
+use crate::vm::spec::Nic;
+use crate::vm::{CardModel, DiskBus, PowerState};
 
 /// What the fake firmware's variables look like before a VM has any of its own.
 pub const VARS_TEMPLATE: &[u8] = b"fake firmware variables\n";
@@ -112,6 +114,8 @@ impl FakeDriver {
             firmware: "fake".into(),
             architectures: ["amd64".to_owned()].into(),
             cpu_models: ["qemu64".to_owned()].into(),
+            disk_buses: DiskBus::ALL.iter().copied().collect(),
+            card_models: CardModel::ALL.iter().copied().collect(),
             root_formats: [DiskFormat::Qcow2, DiskFormat::Raw].into(),
             networks: ["default".to_owned()].into(),
             exposing_networks: BTreeSet::new(),
@@ -251,18 +255,11 @@ impl FakeDriver {
     fn check_now(&self, machine: &Machine) -> Result<(), DriverError> {
         let (vm, spec) = (machine.spec.id, &machine.spec);
         spec.check().map_err(|rule| DriverError::BadSpec { vm, rule })?;
-        let offers = [
-            ("the architecture", &self.features.architectures, vec![&spec.architecture]),
-            ("the CPU model", &self.features.cpu_models, vec![&spec.cpu_model]),
-            ("the network", &self.features.networks, spec.nics.iter().map(|n| &n.network).collect()),
-        ];
-        for (what, offered, asked) in offers {
-            if let Some(asked) = asked.into_iter().find(|asked| !offered.contains(*asked)) {
-                let offered = super::error::list(offered);
-                return Err(DriverError::NotOffered { vm, what, asked: asked.clone(), offered });
-            }
+        let network = |nic: &Nic| Lack::of("network", &nic.network, &self.features.networks);
+        match self.features.lacks(spec).or_else(|| spec.nics.iter().find_map(network)) {
+            Some(lack) => Err(DriverError::not_offered(vm, lack)),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn define_now(&self, machine: &Machine) -> Result<(), DriverError> {
@@ -343,7 +340,12 @@ impl FakeDriver {
             _ => Ok(StopReason::Forced),
         })?;
         self.end(vm, EventKind::Stopped { reason });
-        Ok(())
+        self.with(vm, |entry| {
+            if entry.state == PowerState::Crashed {
+                entry.state = PowerState::Stopped;
+            }
+            Ok(())
+        })
     }
 
     fn switch(

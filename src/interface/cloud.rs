@@ -4,23 +4,24 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::kinds::{LinkState, MemberState, MemberTrust};
 use crate::clock::UnixMillis;
 use crate::federation::{MemberPolicy, Used};
 use crate::types::{CloudName, MemberJid, PeerText, PublicKey, Succession};
-
-/// What [`StatusView::link`] says of a broker that is in the room.
-pub const ONLINE: &str = "online";
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct StatusView {
     pub cloud: CloudName,
     pub version: String,
+    #[serde(rename = "member", alias = "jid")]
     pub jid: MemberJid,
     pub key: PublicKey,
     pub fingerprint: String,
     pub room: String,
-    /// `online`, or why not.
-    pub link: String,
+    pub link: LinkState,
+    /// Why it is offline; empty if it is not.
+    #[serde(default)]
+    pub link_problem: String,
     pub driver: String,
     pub accelerator: Box<str>,
     /// Whether each VM runs as a user of its own, not as the broker's.
@@ -70,6 +71,7 @@ pub struct Predecessor {
     pub key: PublicKey,
     pub fingerprint: String,
     /// By the clock of the cloud whose key it was.
+    #[serde(with = "crate::clock::rfc3339")]
     pub until: UnixMillis,
 }
 
@@ -81,14 +83,15 @@ impl Predecessor {
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct MemberView {
+    #[serde(rename = "member", alias = "jid")]
     pub jid: MemberJid,
     pub cloud: Option<CloudName>,
-    /// `online`, `gone`, or `removed` by the room's owner.
-    pub state: String,
+    pub state: MemberState,
+    #[serde(with = "crate::clock::rfc3339")]
     pub since: UnixMillis,
+    #[serde(with = "crate::clock::rfc3339")]
     pub last_seen: UnixMillis,
-    /// `trusted`, `unknown`, `changed`, `superseded`, `forked`, `revoked` or `no key`.
-    pub trust: String,
+    pub trust: MemberTrust,
     pub key: Option<PublicKey>,
     pub fingerprint: String,
     /// Of the pinned key, where the member shows another.

@@ -7,6 +7,7 @@ use crate::types::{ByteSize, ComponentId, ImageDigest, RecipeId};
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct ReportLine {
+    /// What is counted, for example `hit-rate`.
     pub name: String,
     pub value: u64,
     /// `bytes`, `objects`, `percent` or empty for a plain count.
@@ -59,6 +60,7 @@ pub struct ComponentDiff {
     pub removed: Vec<String>,
     pub changed: Vec<String>,
     /// Plain bytes of packs the second has and the first lacks.
+    #[serde(rename = "missing_bytes", alias = "bytes_missing")]
     pub bytes_missing: u64,
 }
 
@@ -66,6 +68,7 @@ pub struct ComponentDiff {
 pub struct RecipeView {
     pub id: RecipeId,
     pub components: Vec<String>,
+    #[serde(rename = "root_size_bytes", alias = "root_size")]
     pub root_size: ByteSize,
     pub kernel_command_line: String,
     pub image_digest: ImageDigest,
@@ -77,6 +80,7 @@ pub struct ComposedView {
     pub recipe: RecipeId,
     pub image_digest: ImageDigest,
     pub output: String,
+    #[serde(rename = "size_bytes", alias = "bytes")]
     pub bytes: u64,
     pub elapsed_ms: u64,
 }

@@ -9,12 +9,14 @@ use crate::types::{ByteSize, ComponentId, MemberJid, PublicKey};
 
 mod cloud;
 mod content;
+mod kinds;
 mod moves;
 pub mod problem;
 mod vms;
 
 pub use cloud::*;
 pub use content::*;
+pub use kinds::*;
 pub use moves::*;
 pub use problem::{Problem, ProblemKind, chain};
 pub use vms::*;
@@ -155,6 +157,9 @@ pub enum Request {
     Plan {
         vm: String,
         to: Option<String>,
+        /// Ask every member that may be able to take it, and not a few of many.
+        #[serde(default)]
+        all: bool,
     },
     Move {
         vm: String,
@@ -205,7 +210,29 @@ pub enum Request {
     Shutdown,
 }
 
+/// What is done with a file that a request names.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FileUse {
+    Read,
+    Write,
+}
+
 impl Request {
+    /// The files it names, in the order in which whoever asks may hand them over with it, opened.
+    pub fn files(&self) -> Vec<(&str, FileUse)> {
+        match self {
+            Request::Compose { output, .. }
+            | Request::VmExport { output, .. }
+            | Request::RepoExport { output, .. } => vec![(output, FileUse::Write)],
+            Request::RepoImport { input, .. } => vec![(input, FileUse::Read)],
+            Request::VmAdopt(adopt) => {
+                let more = [&adopt.user_data, &adopt.nvram].into_iter().flatten();
+                std::iter::once(&adopt.disk).chain(more).map(|path| (path.as_str(), FileUse::Read)).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// Notes who asks, where that is kept.
     pub fn asked_by(&mut self, uid: Option<u32>) {
         if let Request::MigrationResolve { by_uid, .. } | Request::VmStart { by_uid, .. } = self {
@@ -219,7 +246,7 @@ impl Request {
 #[serde(tag = "reply", content = "value", rename_all = "kebab-case")]
 pub enum Reply {
     Done,
-    Status(StatusView),
+    Status(Box<StatusView>),
     Members(Vec<MemberView>),
     Components(Vec<ComponentView>),
     Component(Box<ComponentDetail>),

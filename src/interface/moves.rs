@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::clock::UnixMillis;
 use crate::types::{CloudName, MemberJid, MigrationId, PeerText, VmId, VmName};
 
+use super::kinds::{MigrationPhase, MigrationRole};
 use super::problem::Problem;
 
 /// Which cloud of a migration is to own the VM, as seen from the broker that is asked.
@@ -31,10 +32,12 @@ pub struct PlanView {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Candidate {
     pub cloud: Option<CloudName>,
+    #[serde(rename = "member", alias = "jid")]
     pub jid: MemberJid,
     pub verdict: Verdict,
     /// Bytes of components that will travel: stored form of packs and manifests, or the deltas that
     /// are ready. Exact unless `deltas_unknown`.
+    #[serde(rename = "component_missing_bytes", alias = "component_bytes_missing")]
     pub component_bytes_missing: u64,
     /// Deltas from what the member holds are still to be made: less will travel.
     #[serde(default)]
@@ -43,11 +46,24 @@ pub struct Candidate {
     pub components_held: u32,
     pub packs_missing: u32,
     /// Plain bytes of root delta and user-data blocks it lacks, an upper bound of what they take on the wire.
+    #[serde(rename = "root_delta_missing_bytes", alias = "root_delta_bytes_missing")]
     pub root_delta_bytes_missing: u64,
+    #[serde(rename = "user_data_missing_bytes", alias = "user_data_bytes_missing")]
     pub user_data_bytes_missing: u64,
+    /// What an earlier try brought counts as there; it is kept for so many seconds more.
+    #[serde(default)]
+    pub kept_s: u64,
+    /// Plain bytes of components that are to be composed; none if that was done.
+    #[serde(default)]
+    pub base_bytes: u64,
     /// Predicted duration, seconds, by earlier moves to that member; `None` before the first.
     pub seconds_low: Option<f64>,
     pub seconds_high: Option<f64>,
+    /// Of the last moves there, how many took the time that was foretold, and of how many.
+    #[serde(default)]
+    pub forecasts_held: u32,
+    #[serde(default)]
+    pub forecasts_told: u32,
     pub answer_ms: f64,
 }
 
@@ -118,23 +134,25 @@ pub struct MigrationProgress {
     pub id: MigrationId,
     pub vm: VmName,
     pub vm_id: VmId,
-    /// `source` or `target`: this broker's part in it.
-    pub role: String,
+    /// This broker's part in it.
+    pub role: MigrationRole,
     pub peer: MemberJid,
     pub peer_cloud: Option<CloudName>,
-    /// `negotiate`, `stage`, `compose`, `switch-over`, `start`, `release`, `completed`, `cancelled`, `failed`, `in-doubt`,
-    /// `waiting` (cut by a restart, begins again).
-    pub phase: String,
+    pub phase: MigrationPhase,
     /// Words for a person about what is happening or awaited now.
     pub detail: String,
     /// Payload bytes delivered and expected so far; `total` may grow when a pass finds more.
+    #[serde(rename = "done_bytes", alias = "bytes_done")]
     pub bytes_done: u64,
+    #[serde(rename = "total_bytes", alias = "bytes_total")]
     pub bytes_total: u64,
     pub rate_bytes_per_s: u64,
     pub eta_s: Option<u64>,
     /// Phase-weighted, 0 to 1, never falls.
     pub fraction: f64,
+    #[serde(with = "crate::clock::rfc3339")]
     pub started: UnixMillis,
+    #[serde(with = "crate::clock::rfc3339")]
     pub updated: UnixMillis,
     pub ended: bool,
     /// The VM's epoch at the source when the move began; 0 at the target.
@@ -146,6 +164,46 @@ pub struct MigrationProgress {
     /// Earlier tries of the same move that restarts cut short.
     #[serde(default)]
     pub attempt: u32,
+}
+
+/// What a move was to do, and how long that was foretold to take.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Foretold {
+    /// To be carried.
+    pub bytes: u64,
+    /// Plain bytes of components to be composed; none if the base was there.
+    pub base_bytes: u64,
+    /// What the VM's disks took up.
+    pub disk_bytes: u64,
+    pub runs: bool,
+    /// What time the guest was given to end, and whether it had let that pass before.
+    pub patience_s: f64,
+    pub ignores: bool,
+    /// None as long as too little was known.
+    pub low_s: Option<f64>,
+    pub high_s: Option<f64>,
+    /// The target did not answer for a while.
+    pub disturbed: bool,
+}
+
+/// What became of what was foretold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Score {
+    Held,
+    Sooner,
+    Later,
+}
+
+impl Foretold {
+    /// What a move that took so long makes of it; nothing if nothing was foretold.
+    pub fn score(&self, took_s: f64) -> Option<Score> {
+        Some(match (self.low_s?, self.high_s?) {
+            (low_s, _) if took_s < low_s => Score::Sooner,
+            (_, high_s) if took_s > high_s => Score::Later,
+            _ => Score::Held,
+        })
+    }
 }
 
 /// What a move cost, and what it would have cost without components.
@@ -169,6 +227,12 @@ pub struct Account {
     /// Time in which content was fetched.
     #[serde(default)]
     pub fetch_ms: u64,
+    /// How long the source looked at the disks before anything travelled.
+    #[serde(default)]
+    pub looking_ms: u64,
+    /// What the move was to do, as it was known before.
+    #[serde(default)]
+    pub foretold: Option<Foretold>,
     /// How long the guest took to shut down.
     #[serde(default)]
     pub shutdown_ms: Option<u64>,

@@ -5,7 +5,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-/// The class of a problem. Codes and exit codes are stable; both are listed in the README.
+/// The class of a problem. Codes and exit codes are stable; both are listed in `deploy/README.md`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ProblemKind {

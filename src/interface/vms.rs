@@ -6,8 +6,9 @@ use crate::clock::UnixMillis;
 use crate::migration::records::{Autostart, Shape};
 use crate::types::{ByteSize, ImageDigest, MemberJid, MigrationId, RecipeId, VmId, VmName};
 use crate::vm::spec::Nic;
-use crate::vm::{Firmware, Mac, PowerState, VmSpec};
+use crate::vm::{CardModel, DiskBus, Firmware, Hardware, Mac, PowerState, SystemUuid};
 
+use super::kinds::VmOwnership;
 use super::problem::Problem;
 
 /// A new VM. With a user-data size of zero it has no second disk.
@@ -24,6 +25,8 @@ pub struct VmCreate {
     pub networks: Vec<String>,
     pub kernel_command_line: String,
     pub start: bool,
+    #[serde(default)]
+    pub hardware: Box<Hardware>,
 }
 
 /// What shall be another of a VM; what is not given stays.
@@ -69,23 +72,18 @@ pub struct VmAdopt {
     /// Only tell what would be known.
     pub dry_run: bool,
     pub start: bool,
+    /// What the guest knew of its old machine, as far as its operator says it: no disk has it.
     #[serde(default)]
-    pub hardware: AdoptHardware,
-}
-
-/// What the guest knew of its old machine, as far as an operator gives it: no disk has it.
-#[derive(Clone, PartialEq, Default, Debug, Serialize, Deserialize)]
-pub struct AdoptHardware {
-    /// Of the networks, in their order.
-    pub macs: Vec<Mac>,
-    pub cpu_model: Option<String>,
-    /// Absolute path of a file with the variables of the UEFI firmware.
+    pub hardware: Box<Hardware>,
+    /// Absolute path of a file with the variables of the old machine's UEFI firmware.
+    #[serde(default)]
     pub nvram: Option<String>,
 }
 
 /// What of an existing disk was known.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct AdoptedView {
+    #[serde(rename = "vm", alias = "name")]
     pub name: VmName,
     pub format: String,
     /// Size of the disk as it was given, and as it is a VM's: a multiple of 1 MiB.
@@ -111,8 +109,9 @@ pub struct AdoptedView {
     /// Where that differs from what was asked for, and what stays behind.
     #[serde(default)]
     pub notes: Vec<String>,
-    /// Component of the base and the VM; not there after a dry run.
+    /// Component of the base and the VM as it was made; not there after a dry run.
     pub component: Option<String>,
+    #[serde(rename = "made")]
     pub vm: Option<Box<VmView>>,
 }
 
@@ -121,6 +120,7 @@ pub struct KnownFromView {
     /// `name@version`.
     pub component: String,
     pub packs: u64,
+    #[serde(rename = "known_bytes", alias = "bytes")]
     pub bytes: u64,
 }
 
@@ -138,20 +138,21 @@ pub struct VmView {
     pub id: VmId,
     pub name: VmName,
     pub power: PowerState,
-    /// `here`, `given-up` (now in another cloud, copy kept for the grace period), `in-doubt`,
-    /// `contested` (here, and in another cloud too; see `problem`), or `damaged` (its record cannot be used, only its id is known).
-    pub ownership: String,
+    pub ownership: VmOwnership,
     /// Where it went, when it was given up.
     pub owner: Option<MemberJid>,
     pub epoch: u64,
     /// When its record was made in this cloud.
-    #[serde(default)]
+    #[serde(default, with = "crate::clock::rfc3339")]
     pub created: UnixMillis,
     pub cpus: u32,
+    #[serde(rename = "memory_bytes", alias = "memory")]
     pub memory: ByteSize,
+    #[serde(rename = "root_size_bytes", alias = "root_size")]
     pub root_size: ByteSize,
+    #[serde(rename = "user_data_size_bytes", alias = "user_data_size")]
     pub user_data_size: ByteSize,
-    pub nics: Vec<Nic>,
+    pub nics: Vec<NicView>,
     pub recipe: RecipeId,
     pub components: Vec<String>,
     /// Bytes of the root delta and user data that are really allocated on disk.
@@ -174,7 +175,27 @@ pub struct VmView {
     /// The CPUs and memory it runs with, where others hold from its next start on.
     #[serde(default)]
     pub runs_as: Option<Shape>,
-    pub spec: VmSpec,
+    pub architecture: String,
+    pub cpu_model: String,
+    pub firmware: Firmware,
+    pub disk_bus: DiskBus,
+    /// The UUID its guest finds in the firmware's tables.
+    pub system_uuid: SystemUuid,
+}
+
+/// A network card of a VM.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct NicView {
+    pub network: String,
+    pub mac: Mac,
+    #[serde(default)]
+    pub model: CardModel,
+}
+
+impl From<&Nic> for NicView {
+    fn from(nic: &Nic) -> Self {
+        Self { network: nic.network.clone(), mac: nic.mac, model: nic.model }
+    }
 }
 
 /// What `vm delete` destroys.
@@ -189,7 +210,9 @@ pub enum Deleted {
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct DeletedView {
+    #[serde(rename = "vm_id", alias = "id")]
     pub id: VmId,
+    #[serde(rename = "vm", alias = "name")]
     pub name: VmName,
     pub what: Deleted,
     /// Who has the VM, if only a copy was here.

@@ -9,7 +9,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
-use crate::types::{IdentityKey, MemberJid, MigrationId, PublicKey, Signature, VmId};
+use crate::types::{MemberJid, MigrationId, PublicKey, Signature, Signer, VmId};
 
 /// The newest protocol version this code speaks: hand-overs say how their giver became the owner, and
 /// the VM's history travels with them.
@@ -87,7 +87,7 @@ pub enum EnvelopeError {
 
 impl<T: Serialize> Envelope<T> {
     /// 64 bytes of signature, then the JSON the signature covers.
-    pub fn seal(&self, key: &IdentityKey) -> Result<Vec<u8>, EnvelopeError> {
+    pub fn seal(&self, key: &dyn Signer) -> Result<Vec<u8>, EnvelopeError> {
         let json = serde_json::to_vec(self).map_err(EnvelopeError::Malformed)?;
         let signature = key.sign(&[CONTEXT, &json].concat());
         let sealed = [signature.as_bytes().as_slice(), &json].concat();
@@ -217,6 +217,7 @@ impl ReplayGuard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::IdentityKey;
 
     fn envelope(now: UnixMillis) -> Envelope<String> {
         Envelope {

@@ -7,8 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::clock::UnixMillis;
 use crate::types::codec::{CodecError, Reader, Writer};
 use crate::types::{
-    IdentityKey, LinkId, MapId, MemberJid, MigrationId, PublicKey, RecipeId, ReservationId, Signature, VmId,
-    hex,
+    LinkId, MapId, MemberJid, MigrationId, PublicKey, RecipeId, ReservationId, Signature, Signer, VmId, hex,
 };
 
 /// A record that says nothing of how its source became the owner.
@@ -133,7 +132,7 @@ impl HandOver {
     }
 
     /// The source gives the VM up. Call it only after that was durably recorded.
-    pub fn sign(self, key: &IdentityKey) -> SignedHandOver {
+    pub fn sign(self, key: &dyn Signer) -> SignedHandOver {
         let bytes = self.encode();
         let signature = key.sign(&bytes);
         SignedHandOver { record: hex::encode(&bytes), signature }
@@ -196,14 +195,14 @@ impl SignedHandOver {
     }
 
     /// The target takes the VM over. Call it only after that was durably recorded.
-    pub fn accept(self, key: &IdentityKey) -> Receipt {
+    pub fn accept(self, key: &dyn Signer) -> Receipt {
         let signature = key.sign(&self.countersigned_bytes(ACCEPT));
         Receipt { hand_over: self, signature }
     }
 
     /// The target gives the VM back and promises never to run it under this record's epoch. Call it
     /// only after that promise was durably recorded.
-    pub fn give_back(self, key: &IdentityKey) -> Return {
+    pub fn give_back(self, key: &dyn Signer) -> Return {
         let signature = key.sign(&self.countersigned_bytes(RETURN));
         Return { hand_over: self, signature }
     }
@@ -212,7 +211,7 @@ impl SignedHandOver {
 impl SignedHandOver {
     /// The source's operator takes the VM back without the target's word. Call it only after that was
     /// durably recorded.
-    pub fn take_back(self, key: &IdentityKey) -> TakenBack {
+    pub fn take_back(self, key: &dyn Signer) -> TakenBack {
         let signature = key.sign(&self.countersigned_bytes(TAKE_BACK));
         TakenBack { hand_over: self, signature }
     }
@@ -282,6 +281,7 @@ fn second_by_target(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::IdentityKey;
 
     #[test]
     fn each_signature_proves_one_thing() {

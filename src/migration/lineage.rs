@@ -175,11 +175,29 @@ pub enum LineageError {
     TooLong,
     #[error("its history is malformed")]
     Malformed(#[source] CodecError),
+    /// What was told of it before, where that was recorded: the words of the whole chain.
+    #[error("{0}")]
+    Told(String),
+}
+
+/// As the words of the whole chain.
+impl Serialize for LineageError {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        let causes = std::iter::successors(Some(self as &dyn std::error::Error), |e| e.source());
+        s.serialize_str(&causes.map(ToString::to_string).collect::<Vec<_>>().join(": "))
+    }
+}
+
+impl<'de> Deserialize<'de> for LineageError {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        String::deserialize(d).map(Self::Told)
+    }
 }
 
 /// A verified history of one VM: every link is signed, and goes on from the one before it. Empty if
 /// nothing is known, or the VM never left where it was made.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(into = "Parts", try_from = "Parts")]
 pub struct Lineage {
     vm: VmId,
     links: Vec<Link>,
@@ -187,6 +205,35 @@ pub struct Lineage {
     tip: Option<Tip>,
     /// How keys that signed it gave way to later ones.
     successions: Successions,
+}
+
+/// What tells a history whole.
+#[derive(Serialize, Deserialize)]
+struct Parts {
+    vm: VmId,
+    /// One each: how many may stand together is bounded.
+    links: Vec<Links>,
+    successions: Successions,
+}
+
+impl From<Lineage> for Parts {
+    fn from(l: Lineage) -> Self {
+        Self {
+            vm: l.vm,
+            links: l.links.into_iter().map(|link| Links(vec![link])).collect(),
+            successions: l.successions,
+        }
+    }
+}
+
+/// Verified anew: nothing else makes one.
+impl TryFrom<Parts> for Lineage {
+    type Error = LineageError;
+    fn try_from(parts: Parts) -> Result<Self, LineageError> {
+        Self::empty(parts.vm)
+            .with(&parts.successions)
+            .continued(parts.links.into_iter().flat_map(|l| l.0).collect())
+    }
 }
 
 /// Its links tell all the rest.

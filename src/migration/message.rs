@@ -174,7 +174,11 @@ pub enum AnswerBody {
         back: Return,
         denial: Denial,
     },
-    Cancelled,
+    Cancelled {
+        /// How long what was staged is kept for another try, seconds; not said by earlier releases.
+        #[serde(default)]
+        kept_s: u64,
+    },
     /// The guest is about to stand still; ask again.
     Suspending,
     /// The guest stands still, until it is switched over or the migration ends.
@@ -205,6 +209,26 @@ pub struct CheckAnswer {
     pub packs_lacking: Vec<u32>,
     /// The disks' state the member last held of this VM: what is equal need not travel.
     pub seed: Option<Seed>,
+    /// What an earlier try of the asker brought beyond that.
+    #[serde(default)]
+    pub kept: Option<Kept>,
+    /// The VM's disk is composed there already; not said by earlier releases.
+    #[serde(default)]
+    pub composed: bool,
+    /// The member reads `disk_bus`, `system_uuid` and the cards' `model` of a spec; the release before does not, and
+    /// would give the guest other devices.
+    #[serde(default)]
+    pub reads_devices: bool,
+}
+
+/// What is left of a move that ended without a hand-over.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+pub struct Kept {
+    /// For so many seconds more.
+    pub for_s: u64,
+    /// Plain bytes of its last pass that came, beyond those of the passes that were completed.
+    pub root_delta_bytes: u64,
+    pub user_data_bytes: u64,
 }
 
 /// What a member serves of a content request.
@@ -288,6 +312,9 @@ pub enum DenialCode {
     Storage,
     Architecture,
     CpuModel,
+    DiskBus,
+    /// The model of a network card.
+    CardModel,
     Network,
     NetworkKind,
     Hypervisor,

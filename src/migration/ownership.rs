@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use crate::clock::UnixMillis;
-use crate::types::{IdentityKey, MapId, MemberJid, MigrationId, PublicKey, ReservationId, hex};
+use crate::types::{MapId, MemberJid, MigrationId, PublicKey, ReservationId, Signer, hex};
 use crate::vm::VmSpec;
 
 use super::handover::{
@@ -437,7 +437,7 @@ impl Law {
         self,
         record: &VmRecord,
         known: &Lineage,
-        key: &IdentityKey,
+        key: &dyn Signer,
     ) -> Result<(VmRecord, Lineage), Refusal> {
         let given = record.given_up().filter(|g| g.in_doubt()).ok_or(Refusal::NotGivenUp)?;
         let h = given.hand_over().map_err(|_| Refusal::NotGivenUp)?;
@@ -571,7 +571,7 @@ impl Law {
         given: Given<'_>,
         offered: Option<&Lineage>,
         signed: SignedHandOver,
-        key: &IdentityKey,
+        key: &dyn Signer,
         guest: Guest,
     ) -> Result<(VmRecord, Lineage), Refusal> {
         let h = signed.verify().map_err(Refusal::Signature)?;
@@ -803,7 +803,7 @@ impl Law {
         record: &VmRecord,
         returns: &[Return],
         me: &MemberJid,
-        key: &IdentityKey,
+        key: &dyn Signer,
     ) -> (VmRecord, Lineage) {
         let mut known = Lineage::empty(record.spec.id);
         if let Some(a) = &record.arrival {
@@ -829,7 +829,7 @@ impl Law {
     }
 
     /// This cloud's own word that it owns the VM under the record's epoch: a hand-over of version 1 to itself.
-    fn word(self, record: &VmRecord, me: &MemberJid, key: &IdentityKey) -> Link {
+    fn word(self, record: &VmRecord, me: &MemberJid, key: &dyn Signer) -> Link {
         let nothing = MapId::of(b"");
         let to_itself = HandOver {
             vm: record.spec.id,

@@ -68,6 +68,7 @@ pub struct VmRecord {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Shape {
     pub cpus: u32,
+    #[serde(rename = "memory_bytes", alias = "memory")]
     pub memory: ByteSize,
 }
 

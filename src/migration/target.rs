@@ -6,7 +6,7 @@
 //!      +-----------+------------+--- lease over, cancel --+   v
 //!                                                         |  TakingOver -> Starting -> Owned
 //!                                                         v
-//!                                                     Abandoned (all that was made is removed)
+//!                                                     Abandoned (what passes brought is kept for a lease)
 //! ```
 //!
 //! Every request gets exactly one answer at once; work that takes time is answered `working` and
@@ -142,6 +142,11 @@ impl Target {
         matches!(self.phase, Phase::Reserved | Phase::Staging(_) | Phase::Staged(_))
     }
 
+    /// Whether a pass has begun: what it brought may serve another try.
+    pub fn has_staged(&self) -> bool {
+        matches!(self.phase, Phase::Staging(_) | Phase::Staged(_))
+    }
+
     pub fn step(&mut self, event: Event) -> Vec<Effect> {
         match event {
             Event::Asked(request) => self.asked(*request),
@@ -196,11 +201,14 @@ impl Target {
             RequestBody::Initialization(init) => self.initialise(init),
             RequestBody::Start { hand_over, run } => self.take_over(hand_over, run),
             RequestBody::Cancel { .. } if self.leased() => {
+                let kept_s = if self.has_staged() { self.lease_s } else { 0 };
                 let mut effects = self.abandon();
-                effects.extend(answer(Answer::Cancelled));
+                effects.extend(answer(Answer::Cancelled { kept_s }));
                 effects
             }
-            RequestBody::Cancel { .. } if self.phase == Phase::Abandoned => answer(Answer::Cancelled),
+            RequestBody::Cancel { .. } if self.phase == Phase::Abandoned => {
+                answer(Answer::Cancelled { kept_s: 0 })
+            }
             RequestBody::Cancel { .. } => deny(DenialCode::OutOfOrder, "the VM was already handed over"),
             RequestBody::Reservation { .. } => deny(DenialCode::OutOfOrder, "the reservation was redeemed"),
             // Answered from the records, whatever this machine knows.
@@ -416,6 +424,8 @@ mod tests {
             architecture: "amd64".into(),
             cpu_model: "qemu64".into(),
             firmware: crate::vm::Firmware::Uefi,
+            disk_bus: Default::default(),
+            system_uuid: None,
         }
     }
 
@@ -664,7 +674,22 @@ mod tests {
         }
         assert_eq!(denied(&ask(&mut t, cancel()).0), Some(DenialCode::OutOfOrder));
         let mut t = abandoned();
-        assert_eq!(ask(&mut t, cancel()), (Answer::Cancelled, Vec::new()));
+        assert_eq!(ask(&mut t, cancel()), (Answer::Cancelled { kept_s: 0 }, Vec::new()));
+    }
+
+    #[test]
+    fn whoever_calls_off_is_told_how_long_what_came_is_kept() {
+        for (mut t, kept_s) in [
+            (Target::new(agreement(), 60), 0),
+            (staging(pass(1, false)), 60),
+            (staged(pass(1, false)), 60),
+            (staged(pass(2, true)), 60),
+        ] {
+            assert_eq!(ask(&mut t, cancel()), (Answer::Cancelled { kept_s }, vec![Effect::CleanUp]));
+        }
+        // As an earlier release says it.
+        let answer: Answer = serde_json::from_str(r#"{"answer": "cancelled"}"#).unwrap();
+        assert_eq!(answer, Answer::Cancelled { kept_s: 0 });
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The hardware that a guest would see at a member, against what it sees here: what members say of it in the
 //! room. Pure.
 
+use crate::migration::message::CheckAnswer;
 use crate::migration::{Denial, DenialCode};
 use crate::types::PeerText;
 use crate::vm::{Firmware, VmSpec};
@@ -41,6 +42,15 @@ pub fn differences(spec: &VmSpec, here: &[String], there: &[PeerText]) -> Vec<De
     Trait::ALL.into_iter().filter(counts).filter_map(difference).collect()
 }
 
+/// Why a member that answered a check like this does not get the VM: of a release that reads nothing of the devices
+/// that were chosen for it, it would run the guest with others.
+pub fn unread(spec: &VmSpec, answer: &CheckAnswer) -> Option<Denial> {
+    let text = "its release knows nothing of disk buses, models of network cards and UUIDs in firmware: the guest \
+                would find others than were chosen";
+    let denial = Denial::new(DenialCode::Unsupported, text).next("let its operator upgrade cicada there");
+    (spec.has_chosen_devices() && !answer.reads_devices).then_some(denial)
+}
+
 fn described(t: Trait, ours: &str, theirs: &str) -> Denial {
     match t {
         Trait::Accelerator => {
@@ -63,14 +73,32 @@ fn described(t: Trait, ours: &str, theirs: &str) -> Denial {
 mod tests {
     use super::*;
 
-    #[test]
-    fn other_hardware_is_a_difference_and_silence_is_none() {
-        let spec: VmSpec = serde_json::from_value(serde_json::json!({
+    fn spec() -> VmSpec {
+        serde_json::from_value(serde_json::json!({
             "id": uuid::Uuid::nil(), "name": "web", "cpus": 1, "memory": 1 << 27, "recipe": "0".repeat(64),
             "root_size": 0, "user_data_size": 0, "nics": [], "architecture": "amd64", "cpu_model": "qemu64",
             "firmware": "uefi",
         }))
-        .unwrap();
+        .unwrap()
+    }
+
+    #[test]
+    fn a_member_that_does_not_read_of_devices_gets_no_vm_with_chosen_ones() {
+        let mut said = serde_json::json!({
+            "differences": [], "blockers": [], "components_lacking": [], "packs_lacking": [], "seed": null,
+        });
+        let earlier: CheckAnswer = serde_json::from_value(said.clone()).unwrap();
+        said["reads_devices"] = true.into();
+        let today: CheckAnswer = serde_json::from_value(said).unwrap();
+        let plain = spec();
+        let chosen = VmSpec { disk_bus: crate::vm::DiskBus::Sata, ..spec() };
+        assert_eq!((unread(&plain, &earlier), unread(&chosen, &today)), (None, None));
+        assert_eq!(unread(&chosen, &earlier).map(|d| d.code), Some(DenialCode::Unsupported));
+    }
+
+    #[test]
+    fn other_hardware_is_a_difference_and_silence_is_none() {
+        let spec = spec();
         let here = ["accelerator:kvm", "machine:pc-q35-7.2", "firmware:aa", "driver:qemu"].map(String::from);
         let codes = |spec: &VmSpec, there: &[&str]| {
             let there: Vec<PeerText> = there.iter().map(|f| (*f).into()).collect();

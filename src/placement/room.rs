@@ -1,8 +1,11 @@
 //! Whether a VM fits into this cloud now: the target's side of a check.
 
+use std::collections::BTreeSet;
+
 use crate::migration::{Denial, DenialCode};
 use crate::types::{MemberJid, VmId, VmName};
-use crate::vm::VmSpec;
+use crate::vm::spec::Nic;
+use crate::vm::{CardModel, DiskBus, VmSpec};
 
 use super::storage::{Needed, Storage};
 
@@ -17,7 +20,11 @@ pub struct Room {
     pub storage: Storage,
     pub architecture: String,
     pub cpu_models: Vec<String>,
+    pub disk_buses: Vec<DiskBus>,
+    pub card_models: Vec<CardModel>,
     pub networks: Vec<NetworkOffer>,
+    /// Network cards of VMs owned or arriving here.
+    pub cards: Vec<(VmId, Nic)>,
     /// How the hypervisor runs guests here, for example `tcg` or `kvm`.
     pub accelerator: String,
     /// Whether VMs from this source are taken.
@@ -71,6 +78,15 @@ pub fn assess(room: &Room, spec: &VmSpec, source: &MemberJid, needed: &Needed) -
             format!("CPU model {} is not offered (offered: {})", spec.cpu_model, room.cpu_models.join(", "));
         no(DenialCode::CpuModel, text, String::new());
     }
+    if !room.disk_buses.contains(&spec.disk_bus) {
+        let text =
+            format!("disks on {} are not offered (offered: {})", spec.disk_bus, words(&room.disk_buses));
+        no(DenialCode::DiskBus, text, String::new());
+    }
+    for model in models(spec).filter(|model| !room.card_models.contains(model)) {
+        let text = format!("network cards {model} are not offered (offered: {})", words(&room.card_models));
+        no(DenialCode::CardModel, text, String::new());
+    }
     if spec.cpus > room.cpus_free {
         let text =
             format!("needs {} CPUs, {} of {} virtual ones are free", spec.cpus, room.cpus_free, room.cpus);
@@ -94,8 +110,32 @@ pub fn assess(room: &Room, spec: &VmSpec, source: &MemberJid, needed: &Needed) -
             );
             no(DenialCode::Network, text, next);
         }
+        let same =
+            |(vm, card): &&(VmId, Nic)| *vm != spec.id && card.mac == nic.mac && card.network == nic.network;
+        if let Some((vm, _)) = room.cards.iter().find(same) {
+            let text = format!(
+                "VM {} there has the MAC address {} in the network {} already",
+                vm.short(),
+                nic.mac,
+                nic.network
+            );
+            no(
+                DenialCode::Network,
+                text,
+                "two of one address hear nothing; move or delete that VM first".into(),
+            );
+        }
     }
     (blockers, differences)
+}
+
+/// The models of its cards, each once.
+fn models(spec: &VmSpec) -> impl Iterator<Item = CardModel> {
+    spec.nics.iter().map(|nic| nic.model).collect::<BTreeSet<_>>().into_iter()
+}
+
+fn words<T: ToString>(offered: &[T]) -> String {
+    offered.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -103,7 +143,6 @@ mod tests {
     use super::*;
     use crate::types::{ByteSize, RecipeId};
     use crate::vm::Mac;
-    use crate::vm::spec::Nic;
 
     fn spec() -> VmSpec {
         let id = VmId::random();
@@ -115,10 +154,12 @@ mod tests {
             recipe: RecipeId::of(b"r"),
             root_size: ByteSize::gib(2),
             user_data_size: ByteSize::mib(64),
-            nics: vec![Nic { network: "lan".into(), mac: Mac::derived(id, 0) }],
+            nics: vec![Nic { network: "lan".into(), mac: Mac::derived(id, 0), model: Default::default() }],
             architecture: "amd64".into(),
             cpu_model: "qemu64".into(),
             firmware: crate::vm::Firmware::Uefi,
+            disk_bus: Default::default(),
+            system_uuid: None,
         }
     }
 
@@ -131,6 +172,9 @@ mod tests {
             storage: Storage { free_bytes: 10 << 30, overcommit: 1.0, ..Storage::default() },
             architecture: "amd64".into(),
             cpu_models: vec!["qemu64".into()],
+            disk_buses: vec![DiskBus::Virtio],
+            card_models: vec![CardModel::Virtio],
+            cards: vec![],
             networks: vec![NetworkOffer { name: "lan".into(), kind: "user".into() }],
             accelerator: "tcg".into(),
             accepts_source: true,
@@ -149,7 +193,10 @@ mod tests {
         let needed = Needed::by(&vm, false);
         assert_eq!(assess(&room(), &vm, &source, &needed).0, []);
         type Spoil = fn(&mut Room, &VmSpec);
-        let table: [(DenialCode, Spoil); 10] = [
+        let table: [(DenialCode, Spoil); 13] = [
+            (DenialCode::DiskBus, |r, _| r.disk_buses = vec![DiskBus::Sata]),
+            (DenialCode::CardModel, |r, _| r.card_models.clear()),
+            (DenialCode::Network, |r, s| r.cards.push((VmId::random(), s.nics[0].clone()))),
             (DenialCode::Cpus, |r, _| r.cpus_free = 1),
             (DenialCode::Memory, |r, _| r.memory_bytes_free = 1),
             (DenialCode::Storage, |r, _| r.storage.promised_bytes = 9 << 30),

@@ -1,5 +1,6 @@
 //! Which members are asked whether they could take a VM: to ask tells them of it. Those that say in the
-//! room already that they cannot are spared the question, and of many only some are asked.
+//! room already that they cannot are spared the question, and of many only some are asked, so that what a plan
+//! costs follows from their number and not from the federation's.
 
 use crate::federation::Member;
 use crate::migration::{Denial, DenialCode};
@@ -8,21 +9,56 @@ use crate::vm::VmSpec;
 
 use super::storage::Needed;
 
-/// Members that one plan asks.
+/// Members that one plan asks, unless all are wanted.
 pub const ASKED_MAX: usize = 8;
+/// Of them, those that earlier answers speak for: the others may have learnt since, and are found this way.
+const KNOWN_MAX: usize = 6;
 /// Presence is rounded down to this.
 const STORAGE_ROUNDING_BYTES: u64 = 1 << 30;
 
-/// For each of `members`: why it is not asked about `spec`, or `None` if it is.
-pub fn shortlist(spec: &VmSpec, members: &[Option<&Member>]) -> Vec<Option<Denial>> {
+/// What a member answered about the VM a while ago.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Earlier {
+    /// It could not, or would not, take it.
+    No,
+    /// It could, and lacked so much of it.
+    Lacks { bytes: u64 },
+}
+
+/// A member that may be asked.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice<'a> {
+    /// As the room shows it.
+    pub member: Option<&'a Member>,
+    pub earlier: Option<Earlier>,
+}
+
+/// For each of `members`: why it is not asked about `spec`, or `None` if it is. At most `most` are asked.
+pub fn shortlist(spec: &VmSpec, members: &[Choice<'_>], most: usize) -> Vec<Option<Denial>> {
     let mut left_out: Vec<_> =
-        members.iter().map(|member| member.and_then(|member| obstacle(spec, member))).collect();
-    let free = |at: usize| members[at].and_then(|m| m.cloud.as_ref()?.capacity).map_or(0, |c| c.memory_free);
-    let mut asked: Vec<usize> = (0..members.len()).filter(|at| left_out[*at].is_none()).collect();
-    asked.sort_by_key(|at| std::cmp::Reverse(free(*at)));
-    for at in asked.into_iter().skip(ASKED_MAX) {
-        let text = format!("{ASKED_MAX} members with more free memory are asked");
-        left_out[at] = Some(Denial::new(DenialCode::Other, text).next("name it with --to"));
+        members.iter().map(|choice| choice.member.and_then(|member| obstacle(spec, member))).collect();
+    let possible: Vec<usize> = (0..members.len()).filter(|at| left_out[*at].is_none()).collect();
+    let mut known: Vec<(u64, usize)> = possible
+        .iter()
+        .filter_map(|at| match members[*at].earlier {
+            Some(Earlier::Lacks { bytes }) => Some((bytes, *at)),
+            _ => None,
+        })
+        .collect();
+    known.sort_unstable();
+    known.truncate(KNOWN_MAX);
+    let free =
+        |at: usize| members[at].member.and_then(|m| m.cloud.as_ref()?.capacity).map_or(0, |c| c.memory_free);
+    let mut others: Vec<usize> =
+        possible.into_iter().filter(|at| known.iter().all(|(_, known)| known != at)).collect();
+    others.sort_by_key(|at| (members[*at].earlier == Some(Earlier::No), std::cmp::Reverse(free(*at))));
+    for at in others.into_iter().skip(most.saturating_sub(known.len())) {
+        let text = match members[at].earlier {
+            Some(Earlier::No) => "it said no a while ago, and others are asked".to_owned(),
+            _ => format!("{most} members that seem fitter are asked"),
+        };
+        left_out[at] =
+            Some(Denial::new(DenialCode::Other, text).next("name it with --to, or ask everyone with --all"));
     }
     left_out
 }
@@ -84,10 +120,12 @@ mod tests {
             recipe: RecipeId::of(b"r"),
             root_size: ByteSize::gib(2),
             user_data_size: ByteSize::gib(4),
-            nics: vec![Nic { network: "lan".into(), mac: Mac::derived(id, 0) }],
+            nics: vec![Nic { network: "lan".into(), mac: Mac::derived(id, 0), model: Default::default() }],
             architecture: "amd64".into(),
             cpu_model: "qemu64".into(),
             firmware: Firmware::Uefi,
+            disk_bus: Default::default(),
+            system_uuid: None,
         }
     }
 
@@ -124,7 +162,8 @@ mod tests {
         let of = |spoil: &dyn Fn(&mut Cloud)| {
             let mut member = member("b");
             spoil(member.cloud.as_mut().unwrap());
-            shortlist(&spec(), &[Some(&member)]).remove(0).map(|denial| denial.code)
+            let choice = Choice { member: Some(&member), earlier: None };
+            shortlist(&spec(), &[choice], ASKED_MAX).remove(0).map(|denial| denial.code)
         };
         assert_eq!(of(&|_| ()), None);
         assert_eq!(of(&|c| c.power = "off".into()), Some(DenialCode::Busy));
@@ -134,7 +173,7 @@ mod tests {
         assert_eq!(of(&|c| c.capacity.as_mut().unwrap().storage_free = 3 << 30), Some(DenialCode::Storage));
         assert_eq!(of(&|c| c.features.clear()), None, "who does not say is asked");
         assert_eq!(of(&|c| c.capacity = None), None);
-        assert_eq!(shortlist(&spec(), &[None]), [None]);
+        assert_eq!(shortlist(&spec(), &[Choice { member: None, earlier: None }], 1), [None]);
     }
 
     #[test]
@@ -143,11 +182,24 @@ mod tests {
         for (n, member) in (0..).zip(&mut members) {
             member.cloud.as_mut().unwrap().capacity.as_mut().unwrap().memory_free = (1 + n) << 30;
         }
-        let all: Vec<_> = members.iter().map(Some).collect();
-        let left_out = shortlist(&spec(), &all);
+        let mut all: Vec<_> =
+            members.iter().map(|member| Choice { member: Some(member), earlier: None }).collect();
+        let left_out = shortlist(&spec(), &all, ASKED_MAX);
         assert_eq!(left_out.iter().filter(|l| l.is_none()).count(), ASKED_MAX);
         assert!(left_out[12..].iter().all(Option::is_none), "those with the most room");
         let denial = left_out[0].as_ref().unwrap();
         assert!(denial.text.as_str().contains("8 members"), "{}", denial.text);
+        assert!(denial.next_step.as_str().contains("--all"));
+        assert_eq!(shortlist(&spec(), &all, usize::MAX), vec![None; 20]);
+
+        // Whoever has most of the VM is asked first, whoever refused it last, and new ones still get a turn.
+        for (at, choice) in all.iter_mut().enumerate().take(10) {
+            choice.earlier = Some(Earlier::Lacks { bytes: 1000 - at as u64 });
+        }
+        all[19].earlier = Some(Earlier::No);
+        let left_out = shortlist(&spec(), &all, ASKED_MAX);
+        let asked: Vec<usize> = (0..20).filter(|at| left_out[*at].is_none()).collect();
+        assert_eq!(asked, [4, 5, 6, 7, 8, 9, 17, 18]);
+        assert!(left_out[19].as_ref().unwrap().text.as_str().contains("said no"));
     }
 }

@@ -145,7 +145,7 @@ impl Repository {
             let needs = |s: Summary| s.requires.contains(id);
             if other != id && self.summary(other)?.is_some_and(needs) {
                 let by = self.describe(other);
-                let next_step = format!("remove that first, with `cicada component remove {by}`");
+                let next_step = format!("remove that first: cicada component remove {}", other.short());
                 return in_use(format!("component {by}"), next_step);
             }
         }

@@ -130,6 +130,17 @@ impl Export {
         Ok(0)
     }
 
+    /// Writes the archive as a tar file into one that is open, or a pipe; `path` is for messages.
+    pub fn write_into(&self, file: &File, path: &Path, go_on: GoOn<'_>) -> Result<()> {
+        let failed = |source| io_error("write", path, source);
+        let mut out = file.try_clone().map_err(failed)?;
+        self.write_tar(&mut out, path, go_on)?;
+        match out.metadata().map_err(failed)?.is_file() {
+            true => out.sync_all().map_err(failed),
+            false => Ok(()),
+        }
+    }
+
     fn write_tar(&self, out: &mut File, path: &Path, go_on: GoOn<'_>) -> Result<()> {
         let failed = |source| io_error("write", path, source);
         let (mut done, total) = (0, self.index.stored_bytes());

@@ -65,6 +65,16 @@ impl Repository {
     /// and this repository lacks. A damaged object is refused and the rest taken; an archive of
     /// another shape than its index says ends the import there. What was stored stays.
     pub fn import(&self, path: &Path, go_on: GoOn<'_>) -> (ImportReport, Result<()>) {
+        self.import_opened(path, None, go_on)
+    }
+
+    /// As [`Repository::import`], from what whoever asked has opened at `path`.
+    pub fn import_opened(
+        &self,
+        path: &Path,
+        opened: Option<&File>,
+        go_on: GoOn<'_>,
+    ) -> (ImportReport, Result<()>) {
         let mut import = Import {
             repository: self,
             report: ImportReport::default(),
@@ -72,14 +82,14 @@ impl Repository {
             done_bytes: 0,
             total_bytes: 0,
         };
-        let result = import.run(path);
+        let result = import.run(path, opened);
         (import.report, result)
     }
 }
 
 impl Import<'_> {
-    fn run(&mut self, path: &Path) -> Result<()> {
-        let mut source = Source::open(path)?;
+    fn run(&mut self, path: &Path, opened: Option<&File>) -> Result<()> {
+        let mut source = Source::open(path, opened)?;
         let index = source.index()?;
         self.report.content = ArchiveContent::of(&index);
         self.report.names = index.names.clone();
@@ -186,12 +196,12 @@ impl Import<'_> {
 }
 
 impl Source {
-    fn open(path: &Path) -> Result<Self> {
+    fn open(path: &Path, opened: Option<&File>) -> Result<Self> {
         let failed = |source| io_error("read", path, source);
-        if path.is_dir() {
+        if opened.is_none() && path.is_dir() {
             return Ok(Source::Tree { dir: path.to_owned() });
         }
-        let file = File::open(path).map_err(failed)?;
+        let file = opened.map_or_else(|| File::open(path), File::try_clone).map_err(failed)?;
         let seekable = file.metadata().map_err(failed)?.is_file();
         Ok(Source::Tar { path: path.to_owned(), file, seekable })
     }

@@ -15,6 +15,7 @@ use crate::interface::{Candidate, Problem, Verdict};
 use crate::migration::message::{CHECK_IDS_MAX, CheckAnswer, Seed};
 use crate::migration::records::VmRecord;
 use crate::migration::{AnswerBody, Denial, DenialCode, RequestBody};
+use crate::placement::hardware;
 use crate::repository::Repository;
 use crate::types::{CloudName, ComponentId, MigrationId, PackId};
 use crate::vm::{Block, ChunkMap, MapRef, VmSpec};
@@ -36,6 +37,11 @@ pub async fn check(
     // What it is made of is told to those alone that could take it.
     let fit = ask(shared, peer, matter, spec, Vec::new(), Vec::new()).await?;
     (out.differences, out.seed) = (fit.differences, fit.seed);
+    out.kept = fit.kept;
+    if !fit.composed {
+        let (repository, recipe) = (shared.repository.clone(), recipe.clone());
+        out.base_bytes = blocking(move || base_bytes(&repository, &recipe)).await?;
+    }
     let mut lacking = Vec::new();
     for ids in recipe.components.chunks(CHECK_IDS_MAX) {
         let answer = ask(shared, peer, matter, spec, ids.to_vec(), Vec::new()).await?;
@@ -122,6 +128,7 @@ async fn ask(
     match shared.ask(peer, matter, request).await {
         Ok(AnswerBody::Configuration(answer)) => match answer.blockers.first() {
             None => {
+                hardware::unread(spec, &answer).map_or(Ok(()), Err)?;
                 pick(&components, &answer.components_lacking)?;
                 pick(&packs, &answer.packs_lacking)?;
                 Ok(answer)
@@ -159,6 +166,16 @@ fn manifests_of(repository: &Repository, ids: &[ComponentId]) -> Result<Vec<(Arc
         .collect()
 }
 
+/// Plain bytes of all packs of a recipe.
+fn base_bytes(repository: &Repository, recipe: &Recipe) -> Result<u64, Denial> {
+    let mut packs = HashMap::new();
+    for id in &recipe.components {
+        let manifest = repository.manifest(id).map_err(|e| content(&e))?;
+        packs.extend(manifest.packs.iter().map(|pack| (pack.id, pack.size_bytes)));
+    }
+    Ok(packs.values().fold(0, |sum, bytes| sum.saturating_add(*bytes)))
+}
+
 /// This side's part of a check that needs the repository. Blocking.
 pub fn holdings(
     repository: &Repository,
@@ -177,7 +194,7 @@ pub fn holdings(
 }
 
 /// Bytes of `map` that a holder of `seed` lacks; all of its data if the seed is not known here.
-pub fn bytes_missing(repository: &Repository, map: &MapRef, seed: Option<&MapRef>) -> Result<u64, Denial> {
+fn bytes_missing(repository: &Repository, map: &MapRef, seed: Option<&MapRef>) -> Result<u64, Denial> {
     let load = |r: &MapRef| repository.map(r);
     let wanted: ChunkMap = load(map).map_err(|e| content(&e))?;
     let held: HashSet<Block> = match seed.map(load) {
@@ -187,6 +204,14 @@ pub fn bytes_missing(repository: &Repository, map: &MapRef, seed: Option<&MapRef
     let mut missing: HashSet<Block> = HashSet::new();
     missing.extend(wanted.blocks.iter().map(|(_, b)| *b).filter(|b| *b != Block::Zero && !held.contains(b)));
     Ok(missing.len() as u64 * u64::from(map.block_size_bytes))
+}
+
+/// As [`bytes_missing`], of the root delta and of the user data.
+pub fn disks_missing(repository: &Repository, now: &Seed, held: Option<&Seed>) -> Result<(u64, u64), Denial> {
+    Ok((
+        bytes_missing(repository, &now.root_delta, held.map(|s| &s.root_delta))?,
+        bytes_missing(repository, &now.user_data, held.map(|s| &s.user_data))?,
+    ))
 }
 
 /// The row of `plan` for one member that is asked.
@@ -213,18 +238,15 @@ pub async fn candidate(
                     differences: checked.differences.iter().map(reason).collect(),
                 };
             }
+            row.base_bytes = checked.base_bytes;
+            let kept = checked.kept.unwrap_or_default();
+            row.kept_s = kept.for_s;
             if let Some(now) = disks {
                 let (repository, seed) = (shared.repository.clone(), checked.seed);
-                let sizes = blocking(move || {
-                    let root =
-                        bytes_missing(&repository, &now.root_delta, seed.as_ref().map(|s| &s.root_delta))?;
-                    Ok((
-                        root,
-                        bytes_missing(&repository, &now.user_data, seed.as_ref().map(|s| &s.user_data))?,
-                    ))
-                });
+                let sizes = blocking(move || disks_missing(&repository, &now, seed.as_ref()));
                 if let Ok((root, user)) = sizes.await {
-                    (row.root_delta_bytes_missing, row.user_data_bytes_missing) = (root, user);
+                    row.root_delta_bytes_missing = root.saturating_sub(kept.root_delta_bytes);
+                    row.user_data_bytes_missing = user.saturating_sub(kept.user_data_bytes);
                 }
             }
         }

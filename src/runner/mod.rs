@@ -5,6 +5,7 @@ pub mod check;
 pub mod content;
 pub mod continuity;
 mod conversations;
+mod given;
 pub mod host;
 pub mod inbox;
 mod measure;
@@ -20,17 +21,20 @@ use std::sync::Arc;
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use crate::broker::book::RecordError;
+use crate::broker::book::{Book, RecordError};
 use crate::broker::effect::DisksOf;
+use crate::broker::ids::Ids;
 use crate::broker::{self, AskId, Beginning, Broker, CallId, Done, Effect, RoomInput, Token};
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
 use crate::interface::{Event, Problem, Reply, Request, chain};
 use crate::migration::Law;
 use crate::migration::records::VmRecord;
+use crate::recording::{self, Recorder};
 use crate::stanza::Cloud;
 use crate::types::{MemberJid, Successions, VmId};
 
+pub use given::Given;
 pub use inbox::{Inbox, Inputs, inbox};
 pub use record_dir::{RecordBook, Records};
 pub use shared::{AskError, Link, LinkError, Shared};
@@ -43,7 +47,8 @@ use moves::Moves;
 pub enum Input {
     /// An operator's request.
     Call {
-        request: Request,
+        request: Box<Request>,
+        given: Arc<Given>,
         events: mpsc::Sender<Event>,
         reply: oneshot::Sender<Result<Reply, Problem>>,
     },
@@ -73,6 +78,7 @@ pub struct Ended(pub String);
 
 /// An operator who waits.
 struct Caller {
+    given: Arc<Given>,
     events: mpsc::Sender<Event>,
     reply: oneshot::Sender<Result<Reply, Problem>>,
 }
@@ -81,6 +87,7 @@ struct Caller {
 pub struct Runner {
     broker: Broker,
     hands: Hands,
+    recorder: Option<Recorder>,
 }
 
 /// What performs effects.
@@ -108,7 +115,8 @@ struct Outcome {
 }
 
 impl Runner {
-    /// Reads the durable records. `announce` publishes this cloud's presence.
+    /// Reads the durable records. `announce` publishes this cloud's presence; what the core takes in and decides
+    /// goes to `recorder` as well.
     ///
     /// # Errors
     /// If the records cannot be read as a whole, or there is no random source.
@@ -116,21 +124,26 @@ impl Runner {
         shared: Arc<Shared>,
         members: Members,
         announce: Box<dyn Fn(Cloud) + Send>,
+        mut recorder: Option<Recorder>,
     ) -> Result<Self, RecordError> {
         let continuity = Continuity::of(shared.records.dir());
         let beginning = Beginning {
             config: shared.config.clone(),
-            key: shared.key.clone(),
+            key: Arc::new(shared.key.clone()),
             features: shared.driver.features().clone(),
             transfer_addresses: shared.config.transfer.addresses(shared.endpoint.local_addr().ok()),
             vms_dir: shared.records.vms_dir(),
             disk_dirs: host::stage::disk_dirs(&shared),
             marks: continuity.found(),
-            seed: seed(),
+            ids: Ids::new(seed()),
             now: shared.now(),
             law: Law::WHOLE,
         };
-        let book = Box::new(RecordBook::new(shared.records.clone()));
+        let book: Box<dyn Book> = Box::new(RecordBook::new(shared.records.clone()));
+        let (beginning, book) = match &mut recorder {
+            Some(recorder) => recorder.wrap(beginning, book, members.keyring().clone()),
+            None => (beginning, book),
+        };
         let broker = Broker::open(book, members, beginning)?;
         let (outcomes, outcomes_in) = mpsc::unbounded_channel();
         let hands = Hands {
@@ -147,17 +160,25 @@ impl Runner {
             outcomes,
             outcomes_in: Some(outcomes_in),
         };
-        Ok(Self { broker, hands })
+        Ok(Self { broker, hands, recorder })
     }
 
     /// See [`Broker::after_restore`].
     pub fn after_restore(self) -> Result<Self, RecordError> {
-        Ok(Self { broker: self.broker.after_restore()?, ..self })
+        let mut recorder = self.recorder;
+        if let Some(recorder) = &mut recorder {
+            recorder.set_after_restore();
+        }
+        Ok(Self { broker: self.broker.after_restore()?, hands: self.hands, recorder })
     }
 
     /// See [`Broker::with_successions`].
     pub fn with_successions(self, successions: Successions) -> Self {
-        Self { broker: self.broker.with_successions(successions), ..self }
+        let mut recorder = self.recorder;
+        if let Some(recorder) = &mut recorder {
+            recorder.set_successions(&successions);
+        }
+        Self { broker: self.broker.with_successions(successions), hands: self.hands, recorder }
     }
 
     /// Runs until [`Input::Shutdown`]; VMs keep running.
@@ -185,14 +206,14 @@ impl Runner {
         }
         while let Some(input) = inputs.next().await {
             let ends = match input {
-                Input::Call { request, events, reply } => {
+                Input::Call { request, given, events, reply } => {
                     self.look_around()?;
                     if shows_disks(&request) {
                         self.measure_anew(None);
                     }
                     let call = CallId(self.hands.id());
-                    self.hands.calls.insert(call, Caller { events, reply });
-                    self.step(broker::Input::Call(call, request))?
+                    self.hands.calls.insert(call, Caller { given, events, reply });
+                    self.step(broker::Input::Call(call, *request))?
                 }
                 Input::Asked { from, payload, reply } => {
                     self.measure();
@@ -225,12 +246,15 @@ impl Runner {
                 break;
             }
         }
+        if let Some(recorder) = &mut self.recorder {
+            recorder.end(recording::End::Stopped);
+        }
         Ok(())
     }
 
     /// One step of the core, and the begin of all that it wants done. Whether the broker ends.
     fn step(&mut self, input: broker::Input) -> Result<bool, Ended> {
-        let effects = self.broker.step(self.hands.shared.now(), input);
+        let effects = self.decide(input);
         let mut ends = false;
         for effect in effects {
             match effect {
@@ -240,6 +264,16 @@ impl Runner {
             }
         }
         Ok(ends)
+    }
+
+    /// What the core decides, recorded if that is wanted.
+    fn decide(&mut self, input: broker::Input) -> Vec<Effect> {
+        let now = self.hands.shared.now();
+        let Some(recorder) = &mut self.recorder else { return self.broker.step(now, input) };
+        let recorded = recorder.before(&input);
+        let effects = self.broker.step(now, input);
+        recorder.after(now, recorded, &effects);
+        effects
     }
 
     /// Tells the core what it cannot see: what was refused, what was sent, what disks take up.
@@ -281,9 +315,8 @@ impl Runner {
     }
 
     fn take_measured(&mut self, measured: broker::Measured) {
-        let hands = &mut self.hands;
-        let effects = self.broker.step(hands.shared.now(), broker::Input::Measured(Box::new(measured)));
-        effects.into_iter().for_each(|effect| hands.perform(effect));
+        let effects = self.decide(broker::Input::Measured(Box::new(measured)));
+        effects.into_iter().for_each(|effect| self.hands.perform(effect));
     }
 }
 
@@ -302,6 +335,11 @@ impl Hands {
         if let Some(caller) = self.calls.remove(&call) {
             let _ = caller.reply.send(result);
         }
+    }
+
+    /// What was handed over with a call.
+    fn given_with(&self, call: CallId) -> Arc<Given> {
+        self.calls.get(&call).map(|caller| caller.given.clone()).unwrap_or_default()
     }
 
     /// The events of a call; of one that nobody waits for, a channel that is closed.

@@ -138,7 +138,14 @@ mod tests {
             "root_size": 0, "user_data_size": 0, "nics": [], "architecture": "amd64", "cpu_model": "qemu64",
         }))
         .unwrap();
-        new_view(MigrationId::random(), &spec, "target", &"a@x".parse().unwrap(), None, UnixMillis(0))
+        new_view(
+            MigrationId::random(),
+            &spec,
+            crate::interface::MigrationRole::Target,
+            &"a@x".parse().unwrap(),
+            None,
+            UnixMillis(0),
+        )
     }
 
     #[test]

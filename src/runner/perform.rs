@@ -109,7 +109,9 @@ impl Hands {
                 let shared = self.shared.clone();
                 tokio::task::spawn_blocking(move || {
                     let kept = shared.records.save_return(&promise, Some(&to));
-                    if let Err(e @ broker::book::RecordError::Undecided { .. }) = &kept {
+                    if let Err(e) = &kept
+                        && e.is_undecided()
+                    {
                         return shared.post(Input::Undecided(chain(e)));
                     }
                     let done = Done::PromiseKept(kept.map_err(|e| chain(&e)));
@@ -138,9 +140,10 @@ impl Hands {
                     use crate::vm::PowerState::{Crashed, Stopped};
                     let begun = Instant::now();
                     let was_off = matches!(shared.driver.state(vm), Err(_) | Ok(Crashed | Stopped));
-                    let result = match was_off {
-                        true => Ok(()),
-                        false => shared.driver.stop(vm, mode).await,
+                    let result = match shared.driver.state(vm) {
+                        // What the hypervisor never heard of is off.
+                        Err(_) | Ok(Stopped) => Ok(()),
+                        Ok(_) => shared.driver.stop(vm, mode).await,
                     };
                     let result = result.map_err(|e| Problem::from_driver(&name, &e));
                     Done::Stopped { result, took: begun.elapsed(), was_off }
@@ -173,7 +176,9 @@ impl Hands {
                 let shared = self.shared.clone();
                 tokio::spawn(async move { scan::end_tracking(&shared, vm).await });
             }
-            Effect::Scan { token, record, serving, last } => self.scan(token, *record, *serving, last),
+            Effect::Scan { token, record, serving, pass, last } => {
+                self.scan(token, *record, *serving, pass, last)
+            }
             Effect::EstimateMonolithic { token, migration, recipe } => {
                 self.estimate(token, migration, recipe)
             }
@@ -326,10 +331,11 @@ impl Hands {
         self.moves.dir(vm, disks, path)
     }
 
-    fn scan(&self, token: Token, record: VmRecord, serving: Serving, last: bool) {
+    fn scan(&self, token: Token, record: VmRecord, serving: Serving, pass: u32, last: bool) {
         let (shared, moves) = (self.shared.clone(), self.moves.clone());
         let before = moves.looked(serving.migration);
         let disks = machine::paths_of(&shared, &broker::effect::DisksOf::record(&record));
+        let held = serving.seed;
         self.async_job(token, async move {
             let scanned = scan::look(shared.clone(), record.spec.clone(), disks, before, last).await;
             let scanned = match scanned {
@@ -358,7 +364,15 @@ impl Hands {
             }
             let machine = machine::machine_of(&shared, &record);
             let firmware = check::blocking(move || Ok(firmware_of(&machine))).await.ok().flatten();
-            Done::Scanned(Ok(Scanned { seed: scanned.seed, read_bytes, firmware }))
+            let (repository, now) = (shared.repository.clone(), scanned.seed);
+            let missing = check::blocking(move || match pass {
+                1 => check::disks_missing(&repository, &now, held.as_ref()),
+                _ => Ok((0, 0)),
+            });
+            // It is foretold by it, nothing else.
+            let (root, user_data) = missing.await.unwrap_or_default();
+            let missing_bytes = root.saturating_add(user_data);
+            Done::Scanned(Ok(Scanned { seed: scanned.seed, missing_bytes, read_bytes, firmware }))
         });
     }
 
@@ -399,7 +413,7 @@ impl Hands {
             let work = tasks.spawn(stage::run(job));
             while reports.changed().await.is_ok() {
                 let report = reports.borrow_and_update().clone();
-                shared.tell(broker::Input::Staging(id, report));
+                shared.tell(broker::Input::Staging(id, Box::new(report)));
                 tokio::time::sleep(PROGRESS_EVERY).await;
             }
             Done::Staged(match work.await {
@@ -416,10 +430,10 @@ impl Hands {
     // --- disks in and out ---
 
     fn adopt(&self, token: Token, call: CallId, id: VmId, adopt: VmAdopt) {
-        let (shared, events) = (self.shared.clone(), self.events_of(call));
+        let (shared, events, given) = (self.shared.clone(), self.events_of(call), self.given_with(call));
         tokio::task::spawn_blocking(move || {
             let mut keep: Option<Box<dyn Any + Send>> = None;
-            let result = adopt::take(&shared, id, &adopt, &events).map(|(mut view, adopted)| {
+            let result = adopt::take(&shared, id, &adopt, &given, &events).map(|(mut view, adopted)| {
                 let record = adopted.map(|adopted| {
                     view.component = Some(adopted.base.label.clone());
                     // From when its record is there the VM's recipe keeps everything.
@@ -433,9 +447,9 @@ impl Hands {
     }
 
     fn export(&self, export: Export) {
-        let events = self.events_of(export.call);
+        let (events, given) = (self.events_of(export.call), self.given_with(export.call));
         self.blocking_job(export.token, move |shared| {
-            Done::Exported(adopt::export(shared, &export, &events))
+            Done::Exported(adopt::export(shared, &export, &given, &events))
         });
     }
 
@@ -449,7 +463,8 @@ impl Hands {
             let (repository, composer) = (&shared.repository, &shared.composer);
             let stop = || caller.events.is_closed();
             let mut tell = |event| drop(caller.events.try_send(event));
-            let result = catalogue::call(repository, composer, grace, &recipes, &request, &stop, &mut tell);
+            let files = (&request, &*caller.given);
+            let result = catalogue::call(repository, composer, grace, &recipes, files, &stop, &mut tell);
             let unknown = || Err(Problem::new(ProblemKind::BadRequest, "request", "is not known here"));
             let _ = caller.reply.send(result.unwrap_or_else(unknown));
         });

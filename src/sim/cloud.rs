@@ -3,9 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::broker::continuity::Marks;
 use crate::broker::effect::{Checked, Holdings};
+use crate::broker::ids::Ids;
 use crate::broker::memory_book::MemoryBook;
 use crate::broker::talks::{AskingOwners, Reserving};
 use crate::broker::{AskId, Beginning, Broker, CallId, Matter, Peer, Token};
@@ -17,7 +19,7 @@ use crate::migration::Law;
 use crate::stanza::Cloud as Presence;
 use crate::types::{ByteSize, Hash, IdentityKey, MemberJid, MigrationId, PackId, PublicKey, RecipeId, VmId};
 use crate::vm::hypervisor::{Ability, Accelerator, DiskFormat, Features};
-use crate::vm::{PowerState, VmSpec};
+use crate::vm::{CardModel, DiskBus, PowerState, VmSpec};
 
 use super::model::{Catalogue, Made};
 
@@ -261,7 +263,7 @@ impl Cloud {
         let seed = Hash::of(format!("{} {}", self.jid, self.life).as_bytes());
         let beginning = Beginning {
             config,
-            key: self.key.clone(),
+            key: Arc::new(self.key.clone()),
             features: features(),
             transfer_addresses: vec!["192.0.2.1:7420".into()],
             vms_dir: PathBuf::from("/sim"),
@@ -271,7 +273,7 @@ impl Cloud {
                 of_this_boot: self.mark.is_some(),
                 found: self.mark.clone().unwrap_or_default(),
             },
-            seed: *seed.as_bytes(),
+            ids: Ids::new(*seed.as_bytes()),
             now,
             law: self.law,
         };
@@ -395,6 +397,8 @@ fn features() -> Features {
         firmware: "0".into(),
         architectures: BTreeSet::from(["amd64".into()]),
         cpu_models: BTreeSet::from(["qemu64".into()]),
+        disk_buses: DiskBus::ALL.iter().copied().collect(),
+        card_models: CardModel::ALL.iter().copied().collect(),
         root_formats: BTreeSet::from([DiskFormat::Qcow2]),
         networks: BTreeSet::new(),
         exposing_networks: BTreeSet::new(),

@@ -273,6 +273,7 @@ impl World {
         let next = match checking.asks {
             Asks::Fit => {
                 checking.checked.seed = answer.seed;
+                checking.checked.kept = answer.kept;
                 checking.checked.components_needed = components.len() as u32;
                 checking.asks = Asks::Components;
                 Some(ask(components, Vec::new()))

@@ -135,7 +135,11 @@ impl World {
         let content = self.clouds[at].content(vm, &record.disks).unwrap_or(0);
         let scanned = match self.random.chance(self.failures) {
             true => Err(Denial::new(DenialCode::Content, "the disks cannot be read")),
-            false => Ok(Scanned { seed: seed_of(&record.spec, content), read_bytes: own, firmware: None }),
+            false => {
+                let missing_bytes = if serving.seed.is_some() { own / 20 } else { own };
+                let seed = seed_of(&record.spec, content);
+                Ok(Scanned { seed, missing_bytes, read_bytes: own, firmware: None })
+            }
         };
         self.done(at, token, ms, Done::Scanned(scanned));
     }

@@ -307,6 +307,8 @@ fn record(n: usize, kind: usize, catalogue: &Catalogue) -> VmRecord {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Bios,
+        disk_bus: Default::default(),
+        system_uuid: None,
     };
     VmRecord { run: true, ..VmRecord::new(spec, Vec::new(), "disks-1", crate::clock::UnixMillis(1)) }
 }

@@ -528,7 +528,9 @@ impl World {
             Effect::Pause { token, vm } => self.order(at, vm, Work::Pause, Some(token)),
             Effect::Resume(vm) => self.order(at, vm, Work::Resume, None),
             Effect::Undefine(vm) => self.order(at, vm, Work::Undefine, None),
-            Effect::Scan { token, record, serving, last } => self.scan(at, token, &record, &serving, last),
+            Effect::Scan { token, record, serving, last, .. } => {
+                self.scan(at, token, &record, &serving, last)
+            }
             Effect::EstimateMonolithic { token, .. } => self.done(at, token, 0, Done::Monolithic(None)),
             Effect::Stage { token, order } => self.stage(at, token, &order),
             Effect::EndStaging(id) | Effect::KeepStaged(id) => drop(self.cloud(at).staged.remove(&id)),

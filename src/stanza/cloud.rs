@@ -2,6 +2,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::{Deserialize, Serialize};
 use xmpp_parsers::presence::PresencePayload;
 use xso::{AsXml, FromXml};
 
@@ -23,7 +24,7 @@ pub mod limit {
     pub const RATE: f32 = 1e6;
 }
 
-#[derive(FromXml, AsXml, Debug, Clone, PartialEq, Default)]
+#[derive(FromXml, AsXml, Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[xml(namespace = ns::CLOUD, name = "cloud")]
 pub struct Cloud {
     /// The cloud's name in the federation.
@@ -63,7 +64,7 @@ pub struct Cloud {
 impl PresencePayload for Cloud {}
 
 /// What VMs may use in all, and what of it is free.
-#[derive(FromXml, AsXml, Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(FromXml, AsXml, Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[xml(namespace = ns::CLOUD, name = "capacity")]
 pub struct Capacity {
     #[xml(attribute)]

@@ -420,13 +420,7 @@ impl Fetch {
                 if !asked || (is_delta && wish.bases.is_empty()) {
                     return Err(self.fault(Violation::Form { key }));
                 }
-                let counted = AtomicU64::new(0);
-                let taken = self.take_pack(recv, pack, is_delta, range, size_bytes, &counted).await;
-                if taken.is_err() {
-                    // It is counted again when it is gone on with.
-                    self.progress.payload_bytes.fetch_sub(counted.into_inner(), Ordering::Relaxed);
-                }
-                taken?;
+                self.take_pack(recv, pack, is_delta, range, size_bytes).await?;
             }
             (ObjectKey::Manifest(_), Encoding::Plain | Encoding::Zstd { .. }) => {
                 self.take_manifest(recv, key, encoding, size_bytes).await?;
@@ -447,19 +441,15 @@ impl Fetch {
         is_delta: bool,
         range: PackRange,
         size_bytes: u64,
-        counted: &AtomicU64,
     ) -> Result<(), Ended> {
         let key = ObjectKey::Pack(pack);
-        let count = |bytes: u64| {
-            counted.fetch_add(bytes, Ordering::Relaxed);
-            self.progress.payload_bytes.fetch_add(bytes, Ordering::Relaxed);
-        };
+        // What came before is gone on with, and was counted then.
+        let count = |bytes: u64| self.progress.payload_bytes.fetch_add(bytes, Ordering::Relaxed);
         let fetch = self.clone();
         let mut sinking: Sinking<Box<dyn PackWriter>> = self.sinking(move || {
             let writer = fetch.sink.pack(&pack, is_delta, &range, size_bytes);
             writer.map_err(|e| fetch.not_taken(key, e))
         });
-        count(range.offset_bytes);
         let mut left = size_bytes;
         while left > 0 {
             let mut chunk = vec![0; left.min(CHUNK_BYTES as u64) as usize];

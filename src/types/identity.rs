@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use ed25519_dalek::{Signer, SigningKey, VerifyingKey};
+use ed25519_dalek::{Signer as _, SigningKey, VerifyingKey};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -25,6 +25,21 @@ pub struct Signature([u8; 64]);
 /// The secret key. It has no text form but [`IdentityKey::secret_bytes`], and `Debug` hides it.
 #[derive(Clone)]
 pub struct IdentityKey(SigningKey);
+
+/// What signs in a broker's name, and shows nothing else of its key.
+pub trait Signer: Send + Sync {
+    fn public(&self) -> PublicKey;
+    fn sign(&self, message: &[u8]) -> Signature;
+}
+
+impl Signer for IdentityKey {
+    fn public(&self) -> PublicKey {
+        self.public()
+    }
+    fn sign(&self, message: &[u8]) -> Signature {
+        self.sign(message)
+    }
+}
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdentityError {

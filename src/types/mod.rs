@@ -11,7 +11,7 @@ pub mod text;
 
 pub use hash::{BlockHash, ComponentId, Hash, ImageDigest, LinkId, MapId, NodeHash, PackId, RecipeId};
 pub use id::{CloudName, MemberJid, MigrationId, ReservationId, VmId, VmName};
-pub use identity::{IdentityKey, PublicKey, Signature};
+pub use identity::{IdentityKey, PublicKey, Signature, Signer};
 pub use size::ByteSize;
 pub use succession::{Succession, Successions};
 pub use text::PeerText;

@@ -38,12 +38,16 @@ impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
         let mut unit = 0;
-        let mut value = self.0 as f64;
-        while value >= 1024.0 && unit < UNITS.len() - 1 {
-            value /= 1024.0;
+        // As it is shown, so that rounding makes no 1024 of one unit, and no "10.0".
+        let shown = |unit: usize| match unit {
+            0 => self.0 as f64,
+            _ => (self.0 as f64 / 1024f64.powi(unit as i32) * 10.0).round() / 10.0,
+        };
+        while shown(unit) >= 1024.0 && unit < UNITS.len() - 1 {
             unit += 1;
         }
-        let text = if unit == 0 || value.fract() < 0.05 {
+        let value = shown(unit);
+        let text = if value.fract() == 0.0 {
             format!("{value:.0} {}", UNITS[unit])
         } else {
             format!("{value:.1} {}", UNITS[unit])
@@ -112,5 +116,21 @@ mod tests {
         }
         assert_eq!(ByteSize(1536).to_string(), "1.5 KiB");
         assert_eq!(ByteSize(1 << 20).to_string(), "1 MiB");
+    }
+
+    #[test]
+    fn is_shown_as_it_is_rounded() {
+        for (n, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1 KiB"),
+            ((1 << 20) - 1, "1 MiB"),
+            ((1 << 20) - 60, "1023.9 KiB"),
+            ((10 << 20) - 1, "10 MiB"),
+            ((1 << 30) - 1, "1 GiB"),
+            ((3 << 30) + (1 << 28), "3.3 GiB"),
+        ] {
+            assert_eq!(ByteSize(n).to_string(), text, "{n}");
+        }
     }
 }

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::hardware::{CardModel, DiskBus};
+use super::spec::VmSpec;
 use crate::types::VmId;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
@@ -78,6 +80,8 @@ pub struct Features {
     pub architectures: BTreeSet<String>,
     /// CPU models every feature of which a guest gets here.
     pub cpu_models: BTreeSet<String>,
+    pub disk_buses: BTreeSet<DiskBus>,
+    pub card_models: BTreeSet<CardModel>,
     pub root_formats: BTreeSet<DiskFormat>,
     /// Names of the networks a VM can be plugged into.
     pub networks: BTreeSet<String>,
@@ -86,6 +90,36 @@ pub struct Features {
     /// Whether each VM runs as a user of its own, not as the broker's.
     pub own_users: bool,
     pub abilities: BTreeSet<Ability>,
+}
+
+/// Something that is asked for and not offered.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Lack {
+    /// For example `CPU model`.
+    pub what: &'static str,
+    pub asked: String,
+    /// What could be had instead, separated by commas.
+    pub offered: String,
+}
+
+impl Lack {
+    /// Whether `asked` is not among `offered`.
+    pub fn of<T: Ord + ToString>(what: &'static str, asked: &T, offered: &BTreeSet<T>) -> Option<Self> {
+        let words = || offered.iter().map(T::to_string).collect::<Vec<_>>().join(", ");
+        let none = |words: String| if words.is_empty() { "none".into() } else { words };
+        (!offered.contains(asked)).then(|| Self { what, asked: asked.to_string(), offered: none(words()) })
+    }
+}
+
+impl Features {
+    /// What of a VM's hardware is not to be had here, its networks apart.
+    pub fn lacks(&self, spec: &VmSpec) -> Option<Lack> {
+        let mut cards = spec.nics.iter();
+        Lack::of("architecture", &spec.architecture, &self.architectures)
+            .or_else(|| Lack::of("CPU model", &spec.cpu_model, &self.cpu_models))
+            .or_else(|| Lack::of("disk bus", &spec.disk_bus, &self.disk_buses))
+            .or_else(|| cards.find_map(|nic| Lack::of("network card", &nic.model, &self.card_models)))
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -110,13 +144,14 @@ pub enum StopReason {
     Host,
 }
 
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct DriverEvent {
     pub vm: VmId,
     pub kind: EventKind,
 }
 
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum EventKind {
     Started,
     Paused,

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::types::{ByteSize, RecipeId, VmId, VmName};
 
+use super::hardware::{CardModel, DiskBus, Firmware, SystemUuid};
+
 /// A MAC address. As text: six lower-case hex pairs with colons.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -38,7 +40,8 @@ impl FromStr for Mac {
             let part = parts.next().filter(|p| p.len() == 2 && !p.starts_with('+')).ok_or_else(bad)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
         }
-        if parts.next().is_some() || out[0] & 1 == 1 {
+        // QEMU takes all zeros for "choose one".
+        if parts.next().is_some() || out[0] & 1 == 1 || out == [0; 6] {
             return Err(bad());
         }
         Ok(Self(out))
@@ -64,43 +67,9 @@ pub struct Nic {
     /// The network's name; a target must have one of the same name.
     pub network: String,
     pub mac: Mac,
-}
-
-/// What starts a VM's operating system.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Firmware {
-    /// What disks composed of components need.
-    #[default]
-    Uefi,
-    /// For adopted disks that have a boot sector only.
-    Bios,
-}
-
-impl Firmware {
-    fn is_default(&self) -> bool {
-        *self == Self::default()
-    }
-}
-
-impl fmt::Display for Firmware {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Firmware::Uefi => "uefi",
-            Firmware::Bios => "bios",
-        })
-    }
-}
-
-impl FromStr for Firmware {
-    type Err = String;
-    fn from_str(s: &str) -> Result<Self, String> {
-        match s {
-            "uefi" => Ok(Firmware::Uefi),
-            "bios" => Ok(Firmware::Bios),
-            _ => Err(format!("'{}' is no firmware: uefi or bios", s.escape_default())),
-        }
-    }
+    /// Left out where it is virtio, which every version of cicada knows.
+    #[serde(default, skip_serializing_if = "CardModel::is_default")]
+    pub model: CardModel,
 }
 
 /// What a VM is, independent of where it runs. Travels with it, unchanged.
@@ -123,6 +92,11 @@ pub struct VmSpec {
     /// Left out where it is UEFI, which every version of cicada knows.
     #[serde(default, skip_serializing_if = "Firmware::is_default")]
     pub firmware: Firmware,
+    #[serde(default, skip_serializing_if = "DiskBus::is_default")]
+    pub disk_bus: DiskBus,
+    /// What the guest finds in its firmware's tables; without one it is the VM's id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system_uuid: Option<SystemUuid>,
 }
 
 /// Bounds of a VM's shape; beyond them a spec is refused wherever it comes from.
@@ -158,10 +132,22 @@ impl VmSpec {
         if let Some(n) = self.nics.iter().find(|n| !plain(&n.network)) {
             return Err(format!("'{}' is no network name", n.network.escape_default()));
         }
+        let twice = |(i, nic): (usize, &Nic)| self.nics[..i].iter().any(|other| other.mac == nic.mac);
+        if let Some((_, nic)) = self.nics.iter().enumerate().find(|card| twice(*card)) {
+            return Err(format!("two network cards have the MAC address {}", nic.mac));
+        }
         if !plain(&self.architecture) || !plain(&self.cpu_model) {
             return Err("the architecture or CPU model has odd characters".into());
         }
         Ok(())
+    }
+
+    /// Whether its guest would find other devices in the hands of a broker that reads no more of a spec than the
+    /// first release did.
+    pub fn has_chosen_devices(&self) -> bool {
+        !self.disk_bus.is_default()
+            || self.system_uuid.is_some()
+            || self.nics.iter().any(|nic| !nic.model.is_default())
     }
 
     /// All of it that decides whether a cloud could take the VM, and nothing that tells which VM it is but
@@ -169,9 +155,11 @@ impl VmSpec {
     pub fn anonymous(&self) -> Self {
         let nics = self.nics.iter().zip(0u8..).map(|(nic, n)| {
             // Only of a made-up VM: a card's address follows from its VM's id.
-            Nic { network: nic.network.clone(), mac: Mac::derived(VmId(uuid::Uuid::nil()), n) }
+            Nic { mac: Mac::derived(VmId(uuid::Uuid::nil()), n), ..nic.clone() }
         });
-        Self { name: VmName::unknown(self.id), nics: nics.collect(), ..self.clone() }
+        // Whether it has one is told, not which.
+        let system_uuid = self.system_uuid.map(|_| self.id.into());
+        Self { name: VmName::unknown(self.id), nics: nics.collect(), system_uuid, ..self.clone() }
     }
 }
 
@@ -205,6 +193,33 @@ impl fmt::Display for PowerState {
 mod tests {
     use super::*;
 
+    /// As the first release wrote it: what every VM has is not named, or earlier brokers would read another spec.
+    #[test]
+    fn a_spec_names_devices_only_where_they_are_chosen() {
+        let id = VmId(uuid::Uuid::from_u128(1));
+        let first = serde_json::json!({
+            "id": id, "name": "web", "cpus": 1, "memory": 1 << 27, "recipe": "0".repeat(64), "root_size": 1 << 20,
+            "user_data_size": 0, "nics": [{"network": "lan", "mac": "52:54:00:00:00:01"}], "architecture": "amd64",
+            "cpu_model": "qemu64",
+        });
+        let spec: VmSpec = serde_json::from_value(first.clone()).unwrap();
+        assert_eq!((spec.has_chosen_devices(), spec.check()), (false, Ok(())));
+        assert_eq!(serde_json::to_value(&spec).unwrap(), first);
+        let uuid: SystemUuid = "4c4c4544-0044-4710-8035-b3c04f4d3532".parse().unwrap();
+        for chosen in [
+            VmSpec { disk_bus: DiskBus::Sata, ..spec.clone() },
+            VmSpec { system_uuid: Some(uuid), ..spec.clone() },
+            VmSpec { nics: vec![Nic { model: CardModel::E1000, ..spec.nics[0].clone() }], ..spec.clone() },
+        ] {
+            assert!(chosen.has_chosen_devices() && chosen.anonymous().has_chosen_devices());
+            let back: VmSpec = serde_json::from_value(serde_json::to_value(&chosen).unwrap()).unwrap();
+            assert_eq!(back, chosen);
+            assert!(chosen.anonymous().system_uuid != Some(uuid));
+        }
+        let twice = VmSpec { nics: vec![spec.nics[0].clone(), spec.nics[0].clone()], ..spec };
+        assert!(twice.check().unwrap_err().contains("52:54:00:00:00:01"));
+    }
+
     #[test]
     fn mac_addresses_are_unicast_text() {
         assert_eq!("52:54:00:0a:0b:0c".parse::<Mac>().unwrap().to_string(), "52:54:00:0a:0b:0c");
@@ -216,6 +231,9 @@ mod tests {
             "zz:54:00:0a:0b:0c",
             "5:254:0:0:0:0",
             "+2:54:00:0a:0b:0c",
+            "00:00:00:00:00:00",
+            "ff:ff:ff:ff:ff:ff",
+            "01:00:5e:00:00:01",
         ] {
             assert!(bad.parse::<Mac>().is_err(), "{bad}");
         }

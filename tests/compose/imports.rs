@@ -453,13 +453,21 @@ fn hard_links_are_to_what_lay_there_in_the_order_of_the_archive() {
         .member("again", b'1', b"", "./link")
         .file("first", b"two")
         .member("sym", b'2', b"", "first")
-        .member("symlink", b'1', b"", "sym");
+        .member("symlink", b'1', b"", "sym")
+        .member("pipe", b'6', b"", "")
+        .member("pipe2", b'1', b"", "pipe")
+        .member("block", b'4', b"", "")
+        .member("block2", b'1', b"", "block");
     let id = import_os(&world, archive);
     let disk = disk(&world, id, &[]);
     assert_eq!((content(&disk, "first"), disk["first"].links), (b"two".to_vec(), 1));
     assert_eq!((content(&disk, "link"), disk["link"].links), (b"one".to_vec(), 2));
     assert_eq!((content(&disk, "again"), disk["again"].links), (b"one".to_vec(), 2));
     assert_eq!(disk["symlink"].what, What::Symlink(b"first".to_vec()));
+    // Whatever has an inode may have two names.
+    for name in ["sym", "symlink", "pipe", "pipe2", "block", "block2"] {
+        assert_eq!(disk[name].links, 2, "{name}");
+    }
     for target in ["later", "opt", "../first", "/first"] {
         let archive =
             Tar::default().member("opt", b'5', b"", "").member("l", b'1', b"", target).file("later", b"x");
@@ -467,6 +475,34 @@ fn hard_links_are_to_what_lay_there_in_the_order_of_the_archive() {
     }
     let replaced = Tar::default().file("d/f", b"1").file("d", b"2");
     assert!(refusal(&world, replaced).contains("/d"));
+}
+
+#[test]
+fn what_has_several_names_in_a_directory_has_them_on_the_disk() {
+    let world = World::new();
+    let given = source(&world, "source", |root| {
+        put(root, "opt/f", b"x");
+        fs::create_dir_all(root.join("etc")).unwrap();
+        symlink("f", root.join("opt/sym")).unwrap();
+        fs::hard_link(root.join("opt/sym"), root.join("opt/sym2")).unwrap();
+        assert!(Command::new("mkfifo").arg(root.join("opt/pipe")).status().unwrap().success());
+        fs::hard_link(root.join("opt/pipe"), root.join("opt/pipe2")).unwrap();
+        // The first name is left out.
+        symlink("../opt/f", root.join("etc/hostname")).unwrap();
+        fs::hard_link(root.join("etc/hostname"), root.join("opt/name")).unwrap();
+        fs::hard_link(root.join("etc/hostname"), root.join("opt/name2")).unwrap();
+        // All names are left out.
+        drop(std::os::unix::net::UnixListener::bind(root.join("opt/socket")).unwrap());
+        fs::hard_link(root.join("opt/socket"), root.join("opt/socket2")).unwrap();
+    });
+    let id = import(&world.repository, &given, identity("os", Kind::Os, &[])).unwrap();
+    let disk = disk(&world, id, &[]);
+    for name in ["sym", "sym2", "pipe", "pipe2", "name", "name2"] {
+        assert_eq!(disk[&*format!("opt/{name}")].links, 2, "{name}");
+    }
+    assert_eq!(disk["opt/sym2"].what, What::Symlink(b"f".to_vec()));
+    assert_eq!(disk["opt/name"].what, What::Symlink(b"../opt/f".to_vec()));
+    assert!(!disk.contains_key("opt/socket") && !disk.contains_key("opt/socket2"));
 }
 
 #[test]

@@ -109,6 +109,7 @@ impl Pair {
             dry_run: false,
             start: true,
             hardware: Default::default(),
+            nvram: None,
         };
         let adopted = pair.world.call(0, &Request::VmAdopt(adopt));
         assert!(matches!(adopted, Ok(Reply::Adopted(_))), "{adopted:?}");
@@ -213,8 +214,12 @@ impl Pair {
                 return Err(format!("{name} has a move to take up again"));
             }
             match self.view(cloud) {
-                Some(vm) if vm.ownership == "here" && vm.migration.is_none() => owners.push(cloud),
-                Some(vm) if vm.ownership == "given-up" => {}
+                Some(vm)
+                    if vm.ownership == cicada::interface::VmOwnership::Here && vm.migration.is_none() =>
+                {
+                    owners.push(cloud)
+                }
+                Some(vm) if vm.ownership == cicada::interface::VmOwnership::GivenUp => {}
                 Some(vm) => return Err(format!("{name}: {} {:?}", vm.ownership, vm.migration)),
                 None => {}
             }

@@ -117,6 +117,8 @@ pub struct Cloud {
     pub xmpp_port: u16,
     /// What its broker has in its environment, beside ours.
     pub environment: Vec<(String, PathBuf)>,
+    /// More arguments of its broker.
+    pub arguments: Vec<String>,
 }
 
 impl World {
@@ -163,6 +165,7 @@ impl World {
                 broker: None,
                 xmpp_port: world.xmpp.port,
                 environment,
+                arguments: Vec::new(),
             });
         }
         world
@@ -206,6 +209,7 @@ impl World {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(c.dir.join("log")).unwrap();
         Command::new(env!("CARGO_BIN_EXE_cicada"))
             .args(["--config", &c.dir.join("federation.toml").display().to_string(), "broker"])
+            .args(&c.arguments)
             .envs(c.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -256,7 +260,10 @@ impl World {
     /// Waits until all members see and trust each other.
     pub fn wait_online(&self) {
         let sees = |w: &Self, cloud: usize, other: &Cloud| {
-            let is_there = |m: &MemberView| m.state == "online" && m.trust == "trusted";
+            let is_there = |m: &MemberView| {
+                m.state == cicada::interface::MemberState::Online
+                    && m.trust == cicada::interface::MemberTrust::Trusted
+            };
             w.members(cloud).iter().any(|m| m.jid.as_str().starts_with(&other.name) && is_there(m))
         };
         self.wait("all members see each other", 60, |w| {
@@ -302,7 +309,7 @@ impl World {
 
     pub fn status(&self, cloud: usize) -> StatusView {
         match self.call(cloud, &Request::Status) {
-            Ok(Reply::Status(s)) => s,
+            Ok(Reply::Status(s)) => *s,
             other => panic!("{other:?}"),
         }
     }
@@ -322,7 +329,7 @@ impl World {
     }
 
     pub fn plan(&self, cloud: usize, vm: &str) -> PlanView {
-        match self.call(cloud, &Request::Plan { vm: vm.into(), to: None }) {
+        match self.call(cloud, &Request::Plan { vm: vm.into(), to: None, all: false }) {
             Ok(Reply::Plan(p)) => p,
             other => panic!("{other:?}"),
         }
@@ -399,6 +406,7 @@ impl World {
             networks: vec!["lan".into()],
             kernel_command_line: "console=ttyS0 quiet".into(),
             start,
+            hardware: Default::default(),
         });
         match self.call(cloud, &request) {
             Ok(Reply::Vm(v)) => *v,
@@ -448,6 +456,7 @@ impl World {
             dry_run: false,
             start: false,
             hardware: Default::default(),
+            nvram: None,
         };
         change(&mut adopt);
         self.call(cloud, &Request::VmAdopt(adopt))
@@ -522,7 +531,7 @@ impl Drop for World {
                 .flatten()
             {
                 let Reply::Vms(vms) = vm else { continue };
-                for vm in vms.iter().filter(|v| v.ownership == "here") {
+                for vm in vms.iter().filter(|v| v.ownership == cicada::interface::VmOwnership::Here) {
                     let _ = self.call(
                         cloud,
                         &Request::VmStop {

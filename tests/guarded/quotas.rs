@@ -46,6 +46,7 @@ impl Home {
             dry_run: false,
             start,
             hardware: Default::default(),
+            nvram: None,
         };
         self.call(Request::VmAdopt(adopt)).await.unwrap();
     }
@@ -93,7 +94,7 @@ async fn who_begins_and_calls_off_all_the_time_erases_nothing_and_is_refused() {
         match home.ask_of("a", id, vm.id, reservation(&vm)).await {
             AnswerBody::Reserved { .. } => {
                 granted += 1;
-                assert_eq!(home.ask_of("a", id, vm.id, cancel()).await, AnswerBody::Cancelled);
+                assert_eq!(home.ask_of("a", id, vm.id, cancel()).await, AnswerBody::Cancelled { kept_s: 0 });
             }
             AnswerBody::Denied(d) => {
                 assert_eq!(d.code, DenialCode::RateLimited, "{}", d.text);
@@ -287,7 +288,7 @@ async fn a_plan_tells_nobody_more_of_a_vm_than_the_answer_needs() {
     home.presents_capacity("a", Capacity { memory_free: 0, ..room });
     home.presents_capacity("b", room);
     home.heard.0.lock().unwrap().clear();
-    let plan = match home.call(Request::Plan { vm: "payroll".into(), to: None }).await.unwrap() {
+    let plan = match home.call(Request::Plan { vm: "payroll".into(), to: None, all: false }).await.unwrap() {
         Reply::Plan(plan) => plan,
         other => panic!("{other:?}"),
     };

@@ -32,6 +32,8 @@ pub fn record(catalogue: &Catalogue, runs: bool) -> VmRecord {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Bios,
+        disk_bus: Default::default(),
+        system_uuid: None,
     };
     VmRecord { run: runs, ..VmRecord::new(spec, vec!["os@1".into()], "disks-1", UnixMillis(1)) }
 }
@@ -117,7 +119,7 @@ fn listed(world: &mut World, at: usize) -> Result<Vec<(MigrationId, bool, String
     let call = world.call(at, Request::MigrationList).ok_or("a broker is down at rest")?;
     match world.reply(at, call) {
         Some(Ok(Reply::Migrations(all))) => {
-            Ok(all.iter().map(|m| (m.progress.id, m.progress.ended, m.progress.phase.clone())).collect())
+            Ok(all.iter().map(|m| (m.progress.id, m.progress.ended, m.progress.phase.to_string())).collect())
         }
         other => Err(format!("no list of migrations: {other:?}")),
     }

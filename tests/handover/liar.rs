@@ -90,8 +90,8 @@ fn lie(world: &mut World) -> bool {
     };
     for _ in 0..4 {
         let staged = say(world, RequestBody::Initialization(Box::new(init.clone())));
-        let outcomes = world.pending().into_iter().filter(|p| p.cloud == target);
-        let next = outcomes.filter(|p| p.kind == cicada::sim::Kind::Outcome).last();
+        let mut outcomes = world.pending().into_iter().filter(|p| p.cloud == target);
+        let next = outcomes.rfind(|p| p.kind == cicada::sim::Kind::Outcome);
         match (staged, next) {
             (Some(AnswerBody::Working(_)), Some(next)) => drop(world.take(next.seq)),
             _ => break,

@@ -185,7 +185,8 @@ fn check_rows(bench: &mut Bench) {
 }
 
 fn absurd_specs(spec: VmSpec) -> Vec<(&'static str, VmSpec)> {
-    let nic = |i: u8| Nic { network: format!("net-{i}"), mac: Mac::derived(spec.id, i) };
+    let nic =
+        |i: u8| Nic { network: format!("net-{i}"), mac: Mac::derived(spec.id, i), model: Default::default() };
     vec![
         ("4,294,967,295 CPUs", VmSpec { cpus: u32::MAX, ..spec.clone() }),
         ("no CPU", VmSpec { cpus: 0, ..spec.clone() }),
@@ -229,7 +230,7 @@ fn reservation_rows(bench: &mut Bench) {
     let theirs = Matter { vm: own.id, ..Matter::new(7) };
     let (code, text) = denied(&bench.mallory.ask(theirs, bench.mallory.reservation(theirs)));
     assert_eq!(code, DenialCode::AlreadyThere);
-    assert_eq!(bench.world.vm(0, own.name.as_str()).ownership, "here");
+    assert_eq!(bench.world.vm(0, own.name.as_str()).ownership, cicada::interface::VmOwnership::Here);
     bench.table.row(step, "for a VM that the broker owns", text);
 
     // Many at once: few are granted, and all of them end.
@@ -325,7 +326,7 @@ fn initialization_rows(bench: &mut Bench) {
             AnswerBody::Denied(_) => "the reservation is spent",
             other => panic!("{words}: {other:?}"),
         };
-        assert!(matches!(peer.ask(matter, cancel()), AnswerBody::Cancelled));
+        assert!(matches!(peer.ask(matter, cancel()), AnswerBody::Cancelled { .. }));
         bench.settled(words);
         bench.table.row(step, words, format!("{text}; {again}"));
     }
@@ -622,7 +623,7 @@ fn others_rows(bench: &mut Bench) {
         let (code, text) =
             denied(&bench.mallory.ask(matter, RequestBody::Delete { boot_ms: Some(u64::MAX) }));
         assert_eq!(code, DenialCode::NotYours);
-        assert_eq!(bench.world.vm(0, &vm.to_string()).ownership, "here");
+        assert_eq!(bench.world.vm(0, &vm.to_string()).ownership, cicada::interface::VmOwnership::Here);
         bench.table.row("source: delete", words, text);
     }
     for (verb, request) in [("suspend", RequestBody::Suspend), ("stop", RequestBody::Stop)] {

@@ -33,7 +33,7 @@ pub fn honest(peer: &Peer, request: &RequestBody) -> AnswerBody {
             AnswerBody::Staged { pass: init.pass.number, account: StageAccount::default() }
         }
         RequestBody::Start { hand_over, .. } => started(hand_over.clone().accept(&peer.key)),
-        RequestBody::Cancel { .. } => AnswerBody::Cancelled,
+        RequestBody::Cancel { .. } => AnswerBody::Cancelled { kept_s: 0 },
         _ => AnswerBody::Denied(no("not this")),
     }
 }
@@ -45,6 +45,9 @@ fn yes() -> CheckAnswer {
         components_lacking: Vec::new(),
         packs_lacking: Vec::new(),
         seed: None,
+        kept: None,
+        composed: false,
+        reads_devices: true,
     }
 }
 
@@ -96,7 +99,7 @@ fn failed(bench: &Bench, moving: Moving, vm: &VmView, epoch: u64) -> String {
 fn completed(bench: &Bench, moving: Moving, vm: &VmView) {
     let moved = through(bench, moving);
     assert!(matches!(moved, Ok(Reply::Migration(_))), "{moved:?}\n{}", bench.world.log(0));
-    assert_eq!(bench.world.vm(0, vm.name.as_str()).ownership, "given-up");
+    assert_eq!(bench.world.vm(0, vm.name.as_str()).ownership, cicada::interface::VmOwnership::GivenUp);
 }
 
 /// A VM that the peer has taken over.
@@ -449,7 +452,7 @@ fn start_rows(bench: &mut Bench) {
     let account = StageAccount::default;
     let tricks: Vec<(&str, Trick)> = vec![
         ("denies", Box::new(|_, _| AnswerBody::Denied(no("never heard of it")))),
-        ("answers `cancelled`", Box::new(|_, _| AnswerBody::Cancelled)),
+        ("answers `cancelled`", Box::new(|_, _| AnswerBody::Cancelled { kept_s: 0 })),
         ("answers `staged`", Box::new(move |_, _| AnswerBody::Staged { pass: 1, account: account() })),
         (
             "a receipt signed by another key",
@@ -493,7 +496,8 @@ fn start_rows(bench: &mut Bench) {
         let asked = until(bench, "start");
         let given = bench.world.vm(0, vm.name.as_str());
         assert!(
-            given.ownership == "given-up" || given.ownership == "in-doubt",
+            given.ownership == cicada::interface::VmOwnership::GivenUp
+                || given.ownership == cicada::interface::VmOwnership::InDoubt,
             "{words}: {}",
             given.ownership
         );
@@ -544,7 +548,7 @@ fn start_rows(bench: &mut Bench) {
     let matter = Matter { migration: second.verify().unwrap().migration, vm: vm.id, epoch: 4 };
     let deleted = bench.mallory.ask(matter, RequestBody::Delete { boot_ms: None });
     assert!(matches!(deleted, AnswerBody::Deleted { .. }), "{deleted:?}");
-    assert_eq!(bench.world.vm(0, vm.name.as_str()).ownership, "given-up");
+    assert_eq!(bench.world.vm(0, vm.name.as_str()).ownership, cicada::interface::VmOwnership::GivenUp);
     assert!(bench.world.call(0, &Request::VmStart { vm: name, unconfirmed: false, by_uid: None }).is_err());
     bench.table.row(
         step,

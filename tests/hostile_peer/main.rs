@@ -66,9 +66,11 @@ fn a_member_that_misbehaves_at_any_step_does_no_harm() {
     bench.world.wait("the played members are seen and trusted", 60, |w| {
         let members = w.members(0);
         ["mallory", "victim"].iter().all(|name| {
-            members
-                .iter()
-                .any(|m| m.jid.as_str().starts_with(name) && m.state == "online" && m.trust == "trusted")
+            members.iter().any(|m| {
+                m.jid.as_str().starts_with(name)
+                    && m.state == cicada::interface::MemberState::Online
+                    && m.trust == cicada::interface::MemberTrust::Trusted
+            })
         })
     });
     bench.resident_bytes = bench.status().resident_bytes;

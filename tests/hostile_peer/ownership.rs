@@ -117,9 +117,9 @@ fn comes_home(bench: &Bench, peer: &Peer, vm: VmId, history: &Lineage) -> (Matte
     peer.answer(asked, AnswerBody::Deleted { grace_s: 0 }, Spoil::Nothing);
     let mut history = history.clone();
     history.push(receipt.into()).unwrap();
-    bench
-        .world
-        .wait("it knows that its receipt arrived", 30, |w| w.vm(0, &vm.to_string()).ownership == "here");
+    bench.world.wait("it knows that its receipt arrived", 30, |w| {
+        w.vm(0, &vm.to_string()).ownership == cicada::interface::VmOwnership::Here
+    });
     (matter, history)
 }
 
@@ -252,7 +252,7 @@ fn gave_it_and_withdraws(bench: &mut Bench, vm: VmId, history: Lineage) {
     for _ in 0..100 {
         bench.mallory.ask(matter, RequestBody::Withdraw { hand_over: hand_over.clone() });
     }
-    assert_eq!(bench.world.vm(0, &vm.to_string()).ownership, "here");
+    assert_eq!(bench.world.vm(0, &vm.to_string()).ownership, cicada::interface::VmOwnership::Here);
     let started =
         bench.world.call(0, &Request::VmStart { vm: vm.to_string(), unconfirmed: false, by_uid: None });
     assert!(started.is_ok(), "{started:?}");
@@ -278,7 +278,7 @@ fn claims_what_it_gave(bench: &mut Bench) {
     let claim = |running| RequestBody::Owners { claims: vec![Claim { vm, tip, epoch: 2, running }] };
     let is = |bench: &Bench, ownership: &'static str| {
         let vm = vm.to_string();
-        bench.world.wait(ownership, 20, |w| w.vm(0, &vm).ownership == ownership);
+        bench.world.wait(ownership, 20, |w| w.vm(0, &vm).ownership.as_str() == ownership);
     };
     let answer = bench.victim.ask(nobody, claim(true));
     assert!(matches!(answer, AnswerBody::Owners { .. }), "{answer:?}");

@@ -453,6 +453,8 @@ impl Peer {
             architecture: "amd64".into(),
             cpu_model: "qemu64".into(),
             firmware: Firmware::Bios,
+            disk_bus: Default::default(),
+            system_uuid: None,
         }
     }
 

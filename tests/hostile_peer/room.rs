@@ -125,11 +125,13 @@ fn presence_rows(bench: &mut Bench) {
         assert!(mallory.cloud.as_ref().is_none_or(|c| c.as_str() == "mallory"), "{words}");
         // Plans add up what members claim.
         let status = bench.status();
-        assert_eq!(status.link, "online");
+        assert_eq!(status.link, cicada::interface::LinkState::Online);
         bench.mallory.show(shown);
-        bench
-            .world
-            .wait(words, 30, |w| w.members(0).iter().any(|m| *m.region == *region && m.state == "online"));
+        bench.world.wait(words, 30, |w| {
+            w.members(0)
+                .iter()
+                .any(|m| *m.region == *region && m.state == cicada::interface::MemberState::Online)
+        });
         bench.table.row(
             "presence",
             words,
@@ -150,7 +152,7 @@ fn key_rows(bench: &mut Bench) {
     cloud.key = other.public().to_string().into();
     let trust = |is: &str| {
         let (is, jid) = (is.to_owned(), bench.mallory.jid.clone());
-        move |w: &crate::world::World| w.members(0).iter().any(|m| m.jid == jid && m.trust == is)
+        move |w: &crate::world::World| w.members(0).iter().any(|m| m.jid == jid && m.trust.as_str() == is)
     };
     bench.mallory.show(cloud);
     bench.world.wait("the changed key is seen", 30, trust("changed"));
@@ -163,7 +165,7 @@ fn key_rows(bench: &mut Bench) {
     let mut none = bench.mallory.cloud();
     none.key = "no key".into();
     bench.mallory.show(none);
-    bench.world.wait("the key is gone", 30, trust("no key"));
+    bench.world.wait("the key is gone", 30, trust("no-key"));
     let answer = bench.mallory.ask_spoiled(matter, bench.mallory.reservation(matter), Spoil::Nothing);
     assert!(matches!(&answer, Err(RequestError::Refused { .. })), "{answer:?}");
     bench.refused_for("untrusted-key");
@@ -223,6 +225,9 @@ fn expelled(bench: &mut Bench) {
                     components_lacking: vec![],
                     packs_lacking: vec![],
                     seed: None,
+                    kept: None,
+                    composed: false,
+                    reads_devices: true,
                 };
                 bench.mallory.answer(asked, AnswerBody::Configuration(yes), Spoil::Nothing);
                 None
@@ -253,7 +258,10 @@ fn expelled(bench: &mut Bench) {
         admin.close().await;
     });
     bench.world.wait("they are seen to be gone", 30, |w| {
-        w.members(0).iter().filter(|m| jids.contains(&m.jid)).all(|m| m.state != "online")
+        w.members(0)
+            .iter()
+            .filter(|m| jids.contains(&m.jid))
+            .all(|m| m.state != cicada::interface::MemberState::Online)
     });
     let ended = bench
         .mallory
@@ -272,7 +280,7 @@ fn expelled(bench: &mut Bench) {
     drop(asked);
     bench.cancel_all();
     assert!(moving.outcome().is_err());
-    assert_eq!(bench.world.vm(0, own.name.as_str()).ownership, "here");
+    assert_eq!(bench.world.vm(0, own.name.as_str()).ownership, cicada::interface::VmOwnership::Here);
     bench.settled("a member that was expelled");
     let request = Request::Move {
         vm: own.name.to_string(),

@@ -56,6 +56,8 @@ pub fn spec(n: u128) -> VmSpec {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Bios,
+        disk_bus: Default::default(),
+        system_uuid: None,
     }
 }
 
@@ -234,7 +236,7 @@ impl Home {
         });
         let confirmed = BTreeMap::from(["a", "b"].map(|name| (jid(name), key(name).public())));
         let members = Members::new(BTreeMap::new(), confirmed, false);
-        let broker = Runner::open(shared.clone(), members, Box::new(|_| ())).unwrap();
+        let broker = Runner::open(shared.clone(), members, Box::new(|_| ()), None).unwrap();
         let broker = if after_restore { broker.after_restore().unwrap() } else { broker };
         tokio::spawn(broker.run(inputs));
         Self { dir, shared, inbox, clock, script }
@@ -257,7 +259,9 @@ impl Home {
     pub async fn call(&self, request: Request) -> Result<Reply, Problem> {
         let (events, _seen) = mpsc::channel(64);
         let (reply, answer) = oneshot::channel();
-        self.inbox.send(Input::Call { request, events, reply }).unwrap_or_else(|_| panic!("stopped"));
+        self.inbox
+            .send(Input::Call { request: Box::new(request), given: Default::default(), events, reply })
+            .unwrap_or_else(|_| panic!("stopped"));
         answer.await.unwrap()
     }
 

@@ -39,7 +39,7 @@ async fn who_never_had_a_vm_takes_it_from_nobody() {
     // Asked as soon as they are seen, and not again while the clock stands.
     *home.script.known.lock().unwrap() = Some(Vec::new());
     ["a", "b"].iter().for_each(|name| home.sees(name));
-    home.until(1, |vm| vm.ownership == "given-up").await;
+    home.until(1, |vm| vm.ownership == cicada::interface::VmOwnership::GivenUp).await;
     // Until both have said what they know, nothing comes.
     let reservation = || RequestBody::Reservation { spec: spec(1) };
     let begun = Instant::now();
@@ -130,7 +130,7 @@ async fn a_restored_broker_asks_before_it_runs_and_believes_the_proof() {
     let home = Home::start(&[&backup], true, true).await;
     // Nobody answers: held back, then the operator is told what may be done.
     let vm = home.vm(1).await;
-    assert_eq!(vm.ownership, "here");
+    assert_eq!(vm.ownership, cicada::interface::VmOwnership::Here);
     assert!(vm.problem.as_ref().unwrap().reason.contains("a@federation.test"), "{:?}", vm.problem);
     let start = |by_word: bool| Request::VmStart { vm: "vm-1".into(), unconfirmed: by_word, by_uid: Some(1) };
     assert!(home.call(start(false)).await.is_err());
@@ -148,7 +148,7 @@ async fn a_restored_broker_asks_before_it_runs_and_believes_the_proof() {
     };
     *home.script.known.lock().unwrap() = Some(vec![shown]);
     ["a", "b"].iter().for_each(|name| home.sees(name));
-    let vm = home.until(1, |vm| vm.ownership == "given-up").await;
+    let vm = home.until(1, |vm| vm.ownership == cicada::interface::VmOwnership::GivenUp).await;
     assert_eq!((vm.owner, vm.epoch), (Some(jid("a")), 1));
     assert!(home.call(start(true)).await.is_err(), "no word helps against the proof");
 }
@@ -182,11 +182,11 @@ async fn both_ends_show_that_a_vm_is_contested() {
     // A stranger to its history contests nothing.
     home.ask("a", VERSION, nobody, claim(true)).await;
     tokio::time::sleep(Duration::from_millis(200)).await;
-    assert_eq!(home.vm(1).await.ownership, "here");
+    assert_eq!(home.vm(1).await.ownership, cicada::interface::VmOwnership::Here);
     let AnswerBody::Owners { known } = home.ask("b", VERSION, nobody, claim(true)).await else { panic!() };
     assert_eq!(known[0].links.0, way.history.links(), "it is shown why");
-    let vm = home.until(1, |vm| vm.ownership == "contested").await;
+    let vm = home.until(1, |vm| vm.ownership == cicada::interface::VmOwnership::Contested).await;
     assert!(vm.problem.unwrap().reason.contains("b@federation.test"));
     home.ask("b", VERSION, nobody, claim(false)).await;
-    home.until(1, |vm| vm.ownership == "here").await;
+    home.until(1, |vm| vm.ownership == cicada::interface::VmOwnership::Here).await;
 }

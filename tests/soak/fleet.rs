@@ -93,6 +93,7 @@ impl Fleet {
                 dry_run: false,
                 start: runs,
                 hardware: Default::default(),
+                nvram: None,
             };
             let home = random.below(CLOUDS.len());
             let Reply::Adopted(adopted) = ask(world, home, &Request::VmAdopt(adopt)) else { panic!() };
@@ -144,8 +145,11 @@ impl Fleet {
         if machine.moving {
             return;
         }
-        let here =
-            |v: &VmView| v.id.to_string() == machine.id && v.ownership == "here" && v.migration.is_none();
+        let here = |v: &VmView| {
+            v.id.to_string() == machine.id
+                && v.ownership == cicada::interface::VmOwnership::Here
+                && v.migration.is_none()
+        };
         let well = (0..CLOUDS.len()).filter(|c| mischief.is_well(*c));
         let owner = well.into_iter().find(|c| vms(world, *c).is_some_and(|all| all.iter().any(here)));
         let Some(owner) = owner.filter(|o| CLOUDS[*o] != to) else { return };
@@ -170,12 +174,16 @@ impl Fleet {
         let still = all.iter().all(|(_, vms, migrations)| {
             migrations.iter().all(|m| m.progress.ended) && vms.iter().all(|v| v.migration.is_none())
         });
-        let acknowledged = all.iter().all(|(_, vms, _)| vms.iter().all(|v| v.ownership != "in-doubt"));
+        let acknowledged = all
+            .iter()
+            .all(|(_, vms, _)| vms.iter().all(|v| v.ownership != cicada::interface::VmOwnership::InDoubt));
         still && acknowledged && self.machines.iter().all(|m| self.owners(&m.id, &all).len() == 1)
     }
 
     fn owners<T>(&self, id: &str, all: &[(usize, Vec<VmView>, T)]) -> Vec<usize> {
-        let has = |vms: &[VmView]| vms.iter().any(|v| v.id.to_string() == id && v.ownership == "here");
+        let has = |vms: &[VmView]| {
+            vms.iter().any(|v| v.id.to_string() == id && v.ownership == cicada::interface::VmOwnership::Here)
+        };
         all.iter().filter(|(_, vms, _)| has(vms)).map(|(c, _, _)| *c).collect()
     }
 

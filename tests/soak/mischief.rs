@@ -134,7 +134,10 @@ impl Mischief {
             return;
         }
         let Ok(Reply::Migrations(all)) = world.call(cloud, &Request::MigrationList) else { return };
-        let Some(running) = all.iter().find(|m| !m.progress.ended && m.progress.role == "source") else {
+        let Some(running) = all
+            .iter()
+            .find(|m| !m.progress.ended && m.progress.role == cicada::interface::MigrationRole::Source)
+        else {
             return;
         };
         // Too late is an answer as well.

@@ -6,7 +6,7 @@
 //! The command line names no file of the VM. What QEMU needs of them it inherits open, so that it can be
 //! a user who may open none of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -15,7 +15,9 @@ use super::config::NetworkBackend;
 use crate::hypervisor::error::list;
 use crate::hypervisor::{Accelerator, DiskFormat, DriverError, Machine};
 use crate::types::VmId;
-use crate::vm::{Firmware, Mac};
+use crate::vm::hypervisor::Lack;
+use crate::vm::spec::Nic;
+use crate::vm::{CardModel, DiskBus, Firmware};
 
 /// Names inside a VM's state directory: see `STATE.md`.
 pub mod file {
@@ -40,6 +42,7 @@ mod slot {
     pub const USER_DATA: usize = 0x03;
     pub const RNG: usize = 0x04;
     pub const SERIAL: usize = 0x05;
+    pub const SCSI: usize = 0x06;
     pub const NIC_FIRST: usize = 0x08;
 }
 
@@ -91,15 +94,19 @@ pub fn argv(machine: &Machine, host: &Host, open: Open) -> Result<Vec<String>, D
     a.control(machine)?;
     // Without this QEMU would look for the base where the overlay's header says it lies.
     let base = machine.base.as_deref().filter(|_| machine.root_format == DiskFormat::Qcow2);
-    a.disk(node::ROOT, slot::ROOT, machine.root_format.name(), &machine.root_disk, base)?;
+    let bus = machine.spec.disk_bus;
+    if bus == DiskBus::Scsi {
+        a.device(SCSI_CONTROLLER, slot::SCSI, json!({"id": "scsi"}));
+    }
+    a.disk(node::ROOT, slot::ROOT, machine.root_format.name(), &machine.root_disk, base, bus)?;
     if let Some(path) = &machine.user_data_disk {
-        a.disk(node::USER_DATA, slot::USER_DATA, "raw", path, None)?;
+        a.disk(node::USER_DATA, slot::USER_DATA, "raw", path, None, bus)?;
     }
     a.json("-object", json!({"qom-type": "rng-random", "id": "rng", "filename": "/dev/urandom"}));
     a.device("virtio-rng-pci", slot::RNG, json!({"id": "rng0", "rng": "rng"}));
     a.console_and_agent(machine)?;
     for (i, nic) in machine.spec.nics.iter().enumerate() {
-        a.nic(i, &nic.network, nic.mac, host)?;
+        a.nic(i, nic, host)?;
     }
     Ok(a.out)
 }
@@ -167,6 +174,10 @@ impl Args<'_> {
         self.arg("-rtc", "base=utc");
         self.arg("-boot", "strict=on");
         self.arg("-smbios", format!("type=11,value=cicada.name={}", spec.name));
+        if let Some(uuid) = spec.system_uuid {
+            // Instead of that of `-uuid`, which stays a mark of this process.
+            self.arg("-smbios", format!("type=1,uuid={uuid}"));
+        }
         if host.sandbox {
             self.arg("-sandbox", SANDBOX);
         }
@@ -207,6 +218,7 @@ impl Args<'_> {
         format: &str,
         path: &Path,
         base: Option<&Path>,
+        bus: DiskBus,
     ) -> Result<(), DriverError> {
         let name_inherited = self.file(path, Handed::Write)?;
         let mut disk = json!({"driver": format, "node-name": name, "discard": "unmap",
@@ -222,7 +234,20 @@ impl Args<'_> {
         if name == node::ROOT {
             device["bootindex"] = 1.into();
         }
-        self.device("virtio-blk-pci", slot, device);
+        let driver = disk_driver(bus);
+        match bus {
+            DiskBus::Virtio | DiskBus::Nvme => self.device(driver, slot, device),
+            DiskBus::Scsi | DiskBus::Sata => {
+                let port = slot - slot::ROOT;
+                device["driver"] = driver.into();
+                match bus {
+                    // Ports of the controller that every q35 has.
+                    DiskBus::Sata => device["bus"] = format!("ide.{port}").into(),
+                    _ => (device["bus"], device["scsi-id"]) = ("scsi.0".into(), port.into()),
+                }
+                self.json("-device", device);
+            }
+        }
         Ok(())
     }
 
@@ -240,16 +265,16 @@ impl Args<'_> {
         Ok(())
     }
 
-    fn nic(&mut self, index: usize, network: &str, mac: Mac, host: &Host) -> Result<(), DriverError> {
-        let backend = host.networks.get(network).ok_or_else(|| DriverError::NotOffered {
-            vm: self.vm,
-            what: "the network",
-            asked: network.to_owned(),
-            offered: list(host.networks.keys()),
+    fn nic(&mut self, index: usize, nic: &Nic, host: &Host) -> Result<(), DriverError> {
+        let network = nic.network.as_str();
+        let backend = host.networks.get(network).ok_or_else(|| {
+            let offered = list(host.networks.keys());
+            let lack = Lack { what: "network", asked: network.to_owned(), offered };
+            DriverError::not_offered(self.vm, lack)
         })?;
         let netdev = format!("net{index}");
         // No option ROM: guests boot from their disk, and the ROM would have to travel.
-        let mut device = json!({"id": format!("nic{index}"), "mac": mac.to_string(), "romfile": ""});
+        let mut device = json!({"id": format!("nic{index}"), "mac": nic.mac.to_string(), "romfile": ""});
         match backend {
             NetworkBackend::User if host.isolates => {
                 let fd = (self.open)(Handed::Card(Link::Isolated))?.to_string();
@@ -269,9 +294,45 @@ impl Args<'_> {
         if *backend != NetworkBackend::None {
             device["netdev"] = netdev.into();
         }
-        self.device("virtio-net-pci", slot::NIC_FIRST + index, device);
+        self.device(card_driver(nic.model), slot::NIC_FIRST + index, device);
         Ok(())
     }
+}
+
+const SCSI_CONTROLLER: &str = "virtio-scsi-pci";
+
+fn disk_driver(bus: DiskBus) -> &'static str {
+    match bus {
+        DiskBus::Virtio => "virtio-blk-pci",
+        DiskBus::Scsi => "scsi-hd",
+        DiskBus::Sata => "ide-hd",
+        DiskBus::Nvme => "nvme",
+    }
+}
+
+fn card_driver(model: CardModel) -> &'static str {
+    match model {
+        CardModel::Virtio => "virtio-net-pci",
+        CardModel::E1000e => "e1000e",
+        CardModel::E1000 => "e1000",
+        CardModel::Rtl8139 => "rtl8139",
+        CardModel::Vmxnet3 => "vmxnet3",
+    }
+}
+
+/// What disks can be attached to where QEMU has these types of devices.
+pub fn disk_buses(devices: &BTreeSet<String>) -> BTreeSet<DiskBus> {
+    let has = |bus: &DiskBus| {
+        devices.contains(disk_driver(*bus))
+            && (*bus != DiskBus::Scsi || devices.contains(SCSI_CONTROLLER))
+            && (*bus != DiskBus::Sata || devices.contains("ich9-ahci"))
+    };
+    DiskBus::ALL.iter().copied().filter(has).collect()
+}
+
+/// The models of cards among these types of devices.
+pub fn card_models(devices: &BTreeSet<String>) -> BTreeSet<CardModel> {
+    CardModel::ALL.iter().copied().filter(|model| devices.contains(card_driver(*model))).collect()
 }
 
 /// No child processes, no other privileges: the same for every machine.
@@ -302,12 +363,15 @@ fn escape_commas(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::types::{ByteSize, RecipeId};
-    use crate::vm::VmSpec;
-    use crate::vm::spec::Nic;
+    use crate::vm::{Mac, VmSpec};
 
     fn machine() -> Machine {
         let id: VmId = "7f3c2a10-52d4-4b7e-9a37-0c1d2e3f4a5b".parse().unwrap();
-        let nic = |network: &str, n| Nic { network: network.into(), mac: Mac([0x52, 0x54, 0, 0, 0, n]) };
+        let nic = |network: &str, n| Nic {
+            network: network.into(),
+            mac: Mac([0x52, 0x54, 0, 0, 0, n]),
+            model: Default::default(),
+        };
         Machine {
             spec: VmSpec {
                 id,
@@ -321,6 +385,8 @@ mod tests {
                 architecture: "amd64".into(),
                 cpu_model: "qemu64".into(),
                 firmware: Firmware::Uefi,
+                disk_bus: Default::default(),
+                system_uuid: None,
             },
             root_disk: "/srv/vm/web,1/root.qcow2".into(),
             root_format: DiskFormat::Qcow2,
@@ -403,6 +469,53 @@ mod tests {
         let new: Vec<_> = bios.iter().filter(|a| !uefi.contains(a)).collect();
         assert_eq!(new, ["pc-q35-7.2,smm=off,vmport=off,dump-guest-core=off,graphics=off"]);
         assert_eq!(uefi.len(), bios.len() + 8, "two open files and two pflash drives less");
+    }
+
+    #[test]
+    fn chosen_devices_are_in_the_places_of_the_others() {
+        let plain = unnumbered(&argv(&machine(), &host()).unwrap());
+        let new = |change: fn(&mut VmSpec)| {
+            let mut machine = machine();
+            change(&mut machine.spec);
+            let args = unnumbered(&argv(&machine, &host()).unwrap());
+            args.into_iter().filter(|arg| !plain.contains(arg)).collect::<Vec<_>>()
+        };
+        for (change, expected) in [
+            (
+                (|s| s.disk_bus = DiskBus::Nvme) as fn(&mut VmSpec),
+                &[
+                    r#"{"addr":"0x2","bootindex":1,"bus":"pcie.0","drive":"root","driver":"nvme","id":"root-disk","serial":"root"}"#,
+                    r#"{"addr":"0x3","bus":"pcie.0","drive":"user-data","driver":"nvme","id":"user-data-disk","serial":"user-data"}"#,
+                ][..],
+            ),
+            (
+                |s| s.disk_bus = DiskBus::Sata,
+                &[
+                    r#"{"bootindex":1,"bus":"ide.0","drive":"root","driver":"ide-hd","id":"root-disk","serial":"root"}"#,
+                    r#"{"bus":"ide.1","drive":"user-data","driver":"ide-hd","id":"user-data-disk","serial":"user-data"}"#,
+                ],
+            ),
+            (
+                |s| s.disk_bus = DiskBus::Scsi,
+                &[
+                    r#"{"addr":"0x6","bus":"pcie.0","driver":"virtio-scsi-pci","id":"scsi"}"#,
+                    r#"{"bootindex":1,"bus":"scsi.0","drive":"root","driver":"scsi-hd","id":"root-disk","scsi-id":0,"serial":"root"}"#,
+                    r#"{"bus":"scsi.0","drive":"user-data","driver":"scsi-hd","id":"user-data-disk","scsi-id":1,"serial":"user-data"}"#,
+                ],
+            ),
+            (
+                |s| s.nics[2].model = CardModel::E1000e,
+                &[
+                    r#"{"addr":"0xa","bus":"pcie.0","driver":"e1000e","id":"nic2","mac":"52:54:00:00:00:03","romfile":""}"#,
+                ],
+            ),
+            (
+                |s| s.system_uuid = Some(VmId(uuid::Uuid::from_u128(7)).into()),
+                &["type=1,uuid=00000000-0000-0000-0000-000000000007"],
+            ),
+        ] {
+            assert_eq!(new(change), expected);
+        }
     }
 
     #[test]

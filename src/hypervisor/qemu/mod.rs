@@ -117,6 +117,8 @@ impl QemuDriver {
             firmware,
             architectures: ["amd64".to_owned()].into(),
             cpu_models: offer.cpu_models,
+            disk_buses: args::disk_buses(&offer.devices),
+            card_models: args::card_models(&offer.devices),
             root_formats: [DiskFormat::Qcow2, DiskFormat::Raw].into(),
             networks: config.networks.keys().cloned().collect(),
             exposing_networks: config
@@ -235,15 +237,8 @@ impl Shared {
         let (spec, features) = (&machine.spec, &self.features);
         let vm = spec.id;
         spec.check().map_err(|rule| DriverError::BadSpec { vm, rule })?;
-        let not_offered = |what, asked: &String, offered| {
-            let offered = list(offered);
-            Err(DriverError::NotOffered { vm, what, asked: asked.clone(), offered })
-        };
-        if !features.architectures.contains(&spec.architecture) {
-            return not_offered("the architecture", &spec.architecture, &features.architectures);
-        }
-        if !features.cpu_models.contains(&spec.cpu_model) {
-            return not_offered("the CPU model", &spec.cpu_model, &features.cpu_models);
+        if let Some(lack) = features.lacks(spec) {
+            return Err(DriverError::not_offered(vm, lack));
         }
         if spec.firmware == Firmware::Uefi {
             for path in [&self.host.firmware_code, &self.vars_template] {
@@ -322,6 +317,7 @@ impl Shared {
             StopMode::Graceful { timeout, escalate } => vm.stop_gracefully(timeout, escalate).await?,
             StopMode::Forced => vm.stop_by_force().await?,
         }
+        vm.settle_crash();
         match vm.machine() {
             Some(machine) => blocking(move || prepare::sync_disks(&machine)).await,
             None => Ok(()),

@@ -12,6 +12,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use serde::Deserialize;
+use serde_json::json;
 use tokio::process::Command;
 
 use super::args::SANDBOX;
@@ -123,6 +124,8 @@ async fn run_guest(system: &Path, machine_type: &str, accelerator: &str) -> Resu
 pub struct Offer {
     pub machine_types: BTreeSet<String>,
     pub cpu_models: BTreeSet<String>,
+    /// Types of devices.
+    pub devices: BTreeSet<String>,
     /// Whether QEMU can confine itself.
     pub sandbox: bool,
 }
@@ -135,6 +138,11 @@ pub async fn ask(system: &Path, accelerator: Accelerator) -> Result<Offer, Drive
             .await
             .map_err(|plain| DriverError::Probe { detail: format!("{plain} (with -sandbox: {confined})") }),
     }
+}
+
+#[derive(Deserialize)]
+struct TypeInfo {
+    name: String,
 }
 
 #[derive(Deserialize)]
@@ -173,12 +181,15 @@ async fn ask_with(system: &Path, accelerator: Accelerator, sandbox: bool) -> Res
         let qmp = Qmp::over(tokio::io::join(output, input), |_| ()).await?;
         let machines: Vec<MachineInfo> = qmp.query("query-machines").await?;
         let cpus: Vec<CpuDefinition> = qmp.query("query-cpu-definitions").await?;
+        let types = json!({"implements": "device", "abstract": false});
+        let devices: Vec<TypeInfo> = qmp.query_with("qom-list-types", types).await?;
         qmp.execute("quit", None).await?;
         let usable = |c: &CpuDefinition| c.migration_safe && c.unavailable_features.is_empty();
         Ok(Offer {
             machine_types: machines.into_iter().map(|m| m.name).collect(),
             // `base` is a CPU without any feature, for other programs to build on.
             cpu_models: cpus.into_iter().filter(usable).map(|c| c.name).filter(|n| n != "base").collect(),
+            devices: devices.into_iter().map(|t| t.name).collect(),
             sandbox,
         })
     };

@@ -155,7 +155,24 @@ impl Qmp {
 
     /// Runs a command and reads its return value as `T`.
     pub async fn query<T: serde::de::DeserializeOwned>(&self, command: &'static str) -> Result<T, QmpError> {
-        let value = self.execute(command, None).await?;
+        self.ask(command, None).await
+    }
+
+    /// As [`Qmp::query`], of a command that takes arguments.
+    pub async fn query_with<T: serde::de::DeserializeOwned>(
+        &self,
+        command: &'static str,
+        arguments: Value,
+    ) -> Result<T, QmpError> {
+        self.ask(command, Some(arguments)).await
+    }
+
+    async fn ask<T: serde::de::DeserializeOwned>(
+        &self,
+        command: &'static str,
+        arguments: Option<Value>,
+    ) -> Result<T, QmpError> {
+        let value = self.execute(command, arguments).await?;
         serde_json::from_value(value).map_err(|e| QmpError::Malformed { command, what: e.to_string() })
     }
 

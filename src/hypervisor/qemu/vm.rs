@@ -22,6 +22,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use tokio::sync::{Semaphore, broadcast, watch};
 use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
 
 use super::args::file;
 use super::launch::Launch;
@@ -74,9 +75,16 @@ struct Inner {
     tracking: tracking::Tracking,
 }
 
+/// The UUID that a machine's guest finds.
+fn shown_uuid(machine: &Machine) -> Uuid {
+    machine.spec.system_uuid.map_or(machine.spec.id.0, Uuid::from)
+}
+
 /// A QEMU process and the ways to it.
 struct Run {
     process: process::Handle,
+    /// What its guest is shown, and QEMU tells.
+    uuid: Uuid,
     qmp_path: PathBuf,
     qmp: tokio::sync::Mutex<Option<Qmp>>,
     /// Becomes true when the process is gone and all is tidied up.
@@ -231,6 +239,7 @@ impl Vm {
         ));
         let run = Arc::new(Run {
             process: handle,
+            uuid: shown_uuid(machine),
             qmp_path: machine.state_dir.join(file::QMP),
             qmp: tokio::sync::Mutex::new(qmp),
             ended,
@@ -274,7 +283,7 @@ impl Vm {
         let qmp_path = machine.state_dir.join(file::QMP);
         let deadline = tokio::time::sleep(START_TIMEOUT);
         let failure = tokio::select! {
-            answer = self.connect_when_ready(&qmp_path, process.handle.pid) => match answer {
+            answer = self.connect_when_ready(&qmp_path, process.handle.pid, shown_uuid(machine)) => match answer {
                 Ok(qmp) => {
                     {
                         let mut inner = self.inner();
@@ -322,9 +331,14 @@ impl Vm {
         DriverError::EndedAtStart { vm: self.id, status: status_text(status), stderr }
     }
 
-    async fn connect_when_ready(self: &Arc<Self>, path: &Path, pid: i32) -> Result<Qmp, DriverError> {
+    async fn connect_when_ready(
+        self: &Arc<Self>,
+        path: &Path,
+        pid: i32,
+        uuid: Uuid,
+    ) -> Result<Qmp, DriverError> {
         loop {
-            match self.connect(path, pid).await {
+            match self.connect(path, pid, uuid).await {
                 // Not made yet, or bound and not yet listening.
                 Err(DriverError::Qmp { source: QmpError::Connect(_), .. }) => {
                     tokio::time::sleep(CONNECT_RETRY).await
@@ -335,11 +349,11 @@ impl Vm {
     }
 
     /// Connects to the process and makes sure it is this VM.
-    async fn connect(self: &Arc<Self>, path: &Path, pid: i32) -> Result<Qmp, DriverError> {
+    async fn connect(self: &Arc<Self>, path: &Path, pid: i32, uuid: Uuid) -> Result<Qmp, DriverError> {
         #[derive(Deserialize)]
         #[serde(rename_all = "UPPERCASE")]
         struct Identity {
-            uuid: VmId,
+            uuid: Uuid,
         }
         let failed = |source| DriverError::Qmp { vm: self.id, pid, source };
         let vm = Arc::downgrade(self);
@@ -350,8 +364,8 @@ impl Vm {
         };
         let qmp = Qmp::connect(path, on_event).await.map_err(failed)?;
         let identity: Identity = qmp.query("query-uuid").await.map_err(failed)?;
-        if identity.uuid != self.id {
-            let says = format!("VM {}", identity.uuid);
+        if identity.uuid != uuid {
+            let says = format!("the machine {}", identity.uuid);
             return Err(DriverError::WrongIdentity { vm: self.id, pid, says });
         }
         Ok(qmp)
@@ -363,7 +377,7 @@ impl Vm {
         if let Some(qmp) = slot.as_ref().filter(|qmp| !qmp.is_closed()) {
             return Ok(qmp.clone());
         }
-        let qmp = self.connect(&run.qmp_path, run.process.pid).await?;
+        let qmp = self.connect(&run.qmp_path, run.process.pid, run.uuid).await?;
         // Events were missed; the state is not to be guessed from them.
         let state = self.asked_state(run, &qmp).await?;
         self.inner().state = state;
@@ -516,6 +530,14 @@ impl Vm {
             after: KILL_TIMEOUT,
             next_step: "the kernel keeps the process, as a rule because its storage hangs: look at the storage",
         })
+    }
+
+    /// A VM that crashed and was then told to stop is stopped.
+    pub fn settle_crash(&self) {
+        let mut inner = self.inner();
+        if inner.state == PowerState::Crashed {
+            inner.state = PowerState::Stopped;
+        }
     }
 
     pub async fn console(&self) -> Result<ConsoleStream, DriverError> {

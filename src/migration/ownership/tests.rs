@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::migration::message::Seed;
+use crate::types::IdentityKey;
 use crate::types::{ByteSize, RecipeId, VmId};
 use crate::vm::{Firmware, MapRef};
 
@@ -29,6 +30,8 @@ fn spec() -> VmSpec {
         architecture: "amd64".into(),
         cpu_model: "qemu64".into(),
         firmware: Firmware::Bios,
+        disk_bus: Default::default(),
+        system_uuid: None,
     }
 }
 

@@ -1,7 +1,9 @@
 //! Exporting and importing archives, as operators see it. Blocking, like [`super::catalogue`].
 
+use std::fs::File;
 use std::path::Path;
 
+use crate::compose::Output;
 use crate::interface::problem::{Problem, ProblemKind};
 use crate::interface::{Event, ReportLine};
 use crate::repository::{ArchiveError, ImportReport, Repository};
@@ -12,7 +14,7 @@ use super::catalogue::{bind, line, repository_problem, resolve, resolve_recipe};
 /// Writes components and recipes to an archive, until `stop` says so; that can be gone on with.
 pub fn export(
     repository: &Repository,
-    output: &str,
+    output: Output<'_>,
     components: &[String],
     recipes: &[String],
     stop: &dyn Fn() -> bool,
@@ -20,13 +22,17 @@ pub fn export(
 ) -> Result<Vec<ReportLine>, Problem> {
     let components = resolve(repository, components)?;
     let recipes = recipes.iter().map(|r| resolve_recipe(repository, r)).collect::<Result<Vec<_>, _>>()?;
-    let problem = |e| archive_problem(output, &e);
+    let problem = |e| archive_problem(&output.path().display().to_string(), &e);
     let export = repository.export(&components, &recipes).map_err(problem)?;
     let mut go_on = |done, total| {
         events(progress("export", done, total));
         !stop()
     };
-    let skipped_bytes = export.write(Path::new(output), &mut go_on).map_err(problem)?;
+    let written = match output {
+        Output::New(path) => export.write(path, &mut go_on),
+        Output::Given(path, file) => export.write_into(file, path, &mut go_on).map(|()| 0),
+    };
+    let skipped_bytes = written.map_err(problem)?;
     let c = export.content();
     Ok(vec![
         line("components", c.components, "objects", ""),
@@ -41,7 +47,7 @@ pub fn export(
 /// Takes in an archive, until `stop` says so; that can be gone on with.
 pub fn import(
     repository: &Repository,
-    input: &str,
+    (input, given): (&str, Option<&File>),
     bind_names: bool,
     stop: &dyn Fn() -> bool,
     events: &mut dyn FnMut(Event),
@@ -50,7 +56,7 @@ pub fn import(
         events(progress("import", done, total));
         !stop()
     };
-    let (report, result) = repository.import(Path::new(input), &mut go_on);
+    let (report, result) = repository.import_opened(Path::new(input), given, &mut go_on);
     if let Err(e) = result {
         let problem = archive_problem(input, &e);
         let reason = format!("{}; {}", problem.reason, kept(&report));
@@ -93,7 +99,7 @@ pub fn import(
 
 /// Lines that say an import is not whole.
 const REFUSED: &str = "refused";
-const UNBOUND: &str = "cannot be bound";
+const UNBOUND: &str = "cannot-be-bound";
 
 /// Objects that an import's report says were refused, and names that cannot be bound.
 pub fn import_faults(lines: &[ReportLine]) -> u64 {

@@ -2,7 +2,6 @@
 //! resources: the broker runs them off its own task, offline commands call them directly.
 
 use std::collections::{BTreeMap, HashSet};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,7 +9,7 @@ use bytes::Bytes;
 
 use crate::component::manifest::{limit, show};
 use crate::component::{Entry, Manifest};
-use crate::compose::{self, ComposeError, Composer, ImageFormat};
+use crate::compose::{ComposeError, Composer, ImageFormat, Output};
 use crate::interface::ObjectKind;
 use crate::interface::problem::{Problem, ProblemKind};
 use crate::interface::{
@@ -18,6 +17,7 @@ use crate::interface::{
     ReportLine, Request,
 };
 use crate::repository::{CheckReport, ObjectId, Repository, RepositoryError};
+use crate::runner::Given;
 use crate::types::{ByteSize, ComponentId, Hash, PackId, RecipeId};
 
 use super::{archive, optimize};
@@ -29,7 +29,7 @@ pub fn call(
     composer: &Composer,
     gc_grace: Duration,
     vm_recipes: &[RecipeId],
-    request: &Request,
+    (request, given): (&Request, &Given),
     stop: &dyn Fn() -> bool,
     events: &mut dyn FnMut(Event),
 ) -> Option<Result<Reply, Problem>> {
@@ -53,7 +53,7 @@ pub fn call(
         }
         Request::RecipeList => recipes(repository, composer).map(Reply::Recipes),
         Request::Compose { recipe, output, format } => {
-            compose(repository, composer, recipe, output, format).map(Reply::Composed)
+            compose(repository, composer, recipe, given.output(output), format).map(Reply::Composed)
         }
         Request::RepoStats => stats(repository).map(Reply::Report),
         Request::RepoCheck => check_repository(repository, events).map(|r| Reply::Report(check_lines(&r))),
@@ -61,10 +61,11 @@ pub fn call(
             gc(repository, composer, *dry_run, gc_grace, vm_recipes).map(Reply::Report)
         }
         Request::RepoExport { output, components, recipes } => {
+            let output = given.output(output);
             archive::export(repository, output, components, recipes, stop, events).map(Reply::Report)
         }
         Request::RepoImport { input, bind } => {
-            archive::import(repository, input, *bind, stop, events).map(Reply::Report)
+            archive::import(repository, (input, given.file(input)), *bind, stop, events).map(Reply::Report)
         }
         Request::RepoRebuildIndex => rebuild(repository).map(Reply::Report),
         _ => return None,
@@ -334,7 +335,7 @@ fn compose(
     repository: &Repository,
     composer: &Composer,
     recipe: &str,
-    output: &str,
+    output: Output<'_>,
     format: &str,
 ) -> Result<ComposedView, Problem> {
     let begun = Instant::now();
@@ -343,22 +344,31 @@ fn compose(
         Problem::new(ProblemKind::BadRequest, format!("format {format}"), reason)
     })?;
     // Before the work.
-    if let Some(reason) = compose::occupied(Path::new(output)) {
-        return Err(Problem::new(ProblemKind::Conflict, format!("output {output}"), reason));
+    if let Some(reason) = output.occupied() {
+        return Err(Problem::new(
+            ProblemKind::Conflict,
+            format!("output {}", output.path().display()),
+            reason,
+        ));
     }
-    composer.export(&id, Path::new(output), format).map_err(|e| compose_problem(&e))?;
+    composer.export(&id, output, format).map_err(|e| compose_problem(&e))?;
     let recipe = repository.recipe(&id).map_err(|e| repository_problem(&e))?;
     Ok(ComposedView {
         recipe: id,
         image_digest: recipe.image_digest,
-        output: output.into(),
-        bytes: std::fs::metadata(output).map_or(0, |m| m.len()),
+        output: output.path().display().to_string(),
+        bytes: output.size_bytes(),
         elapsed_ms: begun.elapsed().as_millis() as u64,
     })
 }
 
+/// The words of a name as programs know them: `hit-rate`.
+fn identifier(words: &str) -> String {
+    words.replace(' ', "-")
+}
+
 pub(super) fn line(name: &str, value: u64, unit: &str, detail: impl Into<String>) -> ReportLine {
-    ReportLine { name: name.into(), value, unit: unit.into(), detail: detail.into() }
+    ReportLine { name: identifier(name), value, unit: unit.into(), detail: detail.into() }
 }
 
 fn stats(repository: &Repository) -> Result<Vec<ReportLine>, Problem> {

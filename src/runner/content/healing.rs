@@ -15,12 +15,12 @@ use super::borrowing::borrow;
 use super::catalogue::{check_lines, check_repository, line, repository_problem};
 
 /// Lines about objects that stay damaged or missing.
-const NOT_HEALED: &str = "not healed";
+const NOT_HEALED: &str = "not-healed";
 
 /// What a healing could not mend, from its report: objects and damaged references.
 pub fn unhealed(lines: &[ReportLine]) -> u64 {
     let counts =
-        |l: &&ReportLine| !l.detail.is_empty() && (l.name == NOT_HEALED || l.name == "damaged references");
+        |l: &&ReportLine| !l.detail.is_empty() && (l.name == NOT_HEALED || l.name == "damaged-references");
     lines.iter().filter(counts).map(|l| l.value).sum()
 }
 

@@ -1,5 +1,7 @@
 //! Existing disks become VMs' disks, and VMs' disks become files. Blocking.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -14,11 +16,10 @@ use crate::durable;
 use crate::hypervisor::QemuConfig;
 use crate::interface::{AdoptedView, Event, ExportedView, KnownFromView, Problem, ProblemKind, VmAdopt};
 use crate::migration::records::VmRecord;
-use crate::runner::Shared;
 use crate::runner::content::catalogue;
+use crate::runner::{Given, Shared};
 use crate::types::{ByteSize, RecipeId, VmId, VmName};
-use crate::vm::spec::Nic;
-use crate::vm::{Firmware, Mac, VmSpec};
+use crate::vm::{DiskBus, Firmware, VmSpec};
 
 use super::machine::{DiskPaths, paths_of};
 use super::stage;
@@ -36,6 +37,7 @@ pub struct Adopted {
 pub fn export(
     shared: &Shared,
     export: &Export,
+    given: &Given,
     events: &mpsc::Sender<Event>,
 ) -> Result<ExportedView, Problem> {
     let begun = Instant::now();
@@ -47,16 +49,16 @@ pub fn export(
         true => VmDisk::UserData(paths.user_data),
         false => VmDisk::Root { overlay: paths.root, base: paths.base },
     };
-    let output = PathBuf::from(&export.output);
+    let output = given.output(&export.output);
     let write_out = |job: Job<'_>| {
         if let VmDisk::Root { .. } = disk {
             shared.composer.composition(&spec.recipe)?;
         }
-        adopt::export(&disk, &output, format, job)
+        adopt::export(&disk, output, format, job)
     };
     let size_bytes = Reporter::new(events).run(write_out).map_err(|e| adopt_problem(&spec.name, &e))?;
     Ok(ExportedView {
-        output: output.display().to_string(),
+        output: export.output.clone(),
         format: format.to_string(),
         size_bytes,
         elapsed_ms: begun.elapsed().as_millis() as u64,
@@ -68,11 +70,13 @@ pub fn take(
     shared: &Shared,
     id: VmId,
     adopt: &VmAdopt,
+    given: &Given,
     events: &mpsc::Sender<Event>,
 ) -> Result<(AdoptedView, Option<Adopted>), Problem> {
     let reporter = Reporter::new(events);
-    let (view, adopted) =
-        reporter.run(|job| make(shared, id, adopt, job)).map_err(|e| adopt_problem(&adopt.name, &e))?;
+    let (view, adopted) = reporter
+        .run(|job| make(shared, id, adopt, given, job))
+        .map_err(|e| adopt_problem(&adopt.name, &e))?;
     // Its operator left while the last bytes were written.
     if let Some(made) = adopted.as_ref().filter(|_| events.is_closed()) {
         undo(shared, id, Some(&made.base));
@@ -86,22 +90,15 @@ fn make(
     shared: &Shared,
     id: VmId,
     adopt: &VmAdopt,
+    given: &Given,
     job: Job<'_>,
 ) -> Result<(AdoptedView, Option<Adopted>), AdoptError> {
-    let disk_path = PathBuf::from(&adopt.disk);
-    let invalid = |reason: String| AdoptError::NotADisk { path: disk_path.clone(), reason };
+    let invalid = |reason: String| AdoptError::NotADisk { path: PathBuf::from(&adopt.disk), reason };
     let format = match adopt.format.as_str() {
         "auto" => None,
         name => Some(name.parse::<ImageFormat>().map_err(invalid)?),
     };
     let hardware = &adopt.hardware;
-    if hardware.macs.len() > adopt.networks.len() {
-        return Err(invalid(
-            "there are more MAC addresses than networks: give each --mac its --network".into(),
-        ));
-    }
-    let mac = |i: u8| hardware.macs.get(usize::from(i)).copied().unwrap_or_else(|| Mac::derived(id, i));
-    let nics = (0u8..).zip(&adopt.networks).map(|(i, n)| Nic { network: n.clone(), mac: mac(i) }).collect();
     let mut spec = VmSpec {
         id,
         name: adopt.name.clone(),
@@ -110,24 +107,32 @@ fn make(
         recipe: RecipeId::of(b""),
         root_size: ByteSize(0),
         user_data_size: ByteSize(0),
-        nics,
+        nics: hardware.nics(id, &adopt.networks),
         architecture: adopt.architecture.clone(),
         cpu_model: hardware.cpu_model.clone().unwrap_or_else(|| shared.config.hypervisor.cpu_model.clone()),
         firmware: adopt.firmware,
+        disk_bus: hardware.disk_bus,
+        system_uuid: hardware.system_uuid,
     };
     // Before hours of reading.
     spec.check().map_err(invalid)?;
-    let nvram = hardware.nvram.as_ref().map(|path| read_nvram(shared, Path::new(path), adopt.firmware));
+    let nvram = adopt.nvram.as_ref();
+    let nvram = nvram.map(|path| read_nvram(shared, path, given.file(path), adopt.firmware));
     let nvram = nvram.transpose()?;
-    let open = |path: &Path| {
-        let source = adopt::Source::open(path, format, shared.repository.temporary_dir(), job)?;
+    let open = |path: &str| {
+        let (file, path) = (given.file(path), Path::new(path));
+        let temporary = shared.repository.temporary_dir();
+        let source = match file {
+            Some(file) => adopt::Source::opened(path, file, format, temporary, job)?,
+            None => adopt::Source::open(path, format, temporary, job)?,
+        };
         if format.is_none() {
             source.check_plausible()?;
         }
         Ok::<_, AdoptError>(source)
     };
-    let user_data = adopt.user_data.as_ref().map(|path| open(Path::new(path))).transpose()?;
-    let found = adopt::examine_source(&shared.repository, open(&disk_path)?, job)?;
+    let user_data = adopt.user_data.as_ref().map(|path| open(path)).transpose()?;
+    let found = adopt::examine_source(&shared.repository, open(&adopt.disk)?, job)?;
     let findings = found.findings();
     let mut view = view(&adopt.name, &findings);
     view.notes = notes(adopt, &findings, user_data.as_ref());
@@ -181,7 +186,13 @@ fn take_user_data(
 }
 
 /// The firmware's variables of the old machine; another firmware's do not fit this one.
-fn read_nvram(shared: &Shared, path: &Path, firmware: Firmware) -> Result<Vec<u8>, AdoptError> {
+fn read_nvram(
+    shared: &Shared,
+    path: &str,
+    given: Option<&File>,
+    firmware: Firmware,
+) -> Result<Vec<u8>, AdoptError> {
+    let path = Path::new(path);
     let refused = |reason: String| AdoptError::NotADisk { path: path.to_owned(), reason };
     if firmware != Firmware::Uefi {
         return Err(refused("BIOS has no NVRAM: give --nvram with --firmware uefi alone".into()));
@@ -194,7 +205,8 @@ fn read_nvram(shared: &Shared, path: &Path, firmware: Firmware) -> Result<Vec<u8
         path: template.clone(),
         source,
     })?;
-    let found = std::fs::metadata(path).map_err(failed)?;
+    // What may never end is not opened.
+    let found = given.map_or_else(|| std::fs::metadata(path), File::metadata).map_err(failed)?;
     if !found.is_file() || found.len() != expected.len() {
         return Err(refused(format!(
             "it has {} bytes where this cloud's firmware keeps {} in {}: it is another firmware's",
@@ -203,12 +215,15 @@ fn read_nvram(shared: &Shared, path: &Path, firmware: Firmware) -> Result<Vec<u8
             template.display()
         )));
     }
-    std::fs::read(path).map_err(failed)
+    let mut variables = vec![0; expected.len() as usize];
+    let opened = given.map_or_else(|| File::open(path), File::try_clone).map_err(failed)?;
+    opened.read_exact_at(&mut variables, 0).map_err(failed)?;
+    Ok(variables)
 }
 
 /// Where the disk differs from what was asked for, and what does not come along.
 fn notes(adopt: &VmAdopt, found: &Findings, user_data: Option<&adopt::Source>) -> Vec<String> {
-    let mut notes = boot_notes(&found.disk, adopt.firmware, adopt.hardware.nvram.is_some());
+    let mut notes = boot_notes(&found.disk, adopt.firmware, adopt.nvram.is_some());
     for (what, snapshots) in
         [("disk", &found.snapshots[..]), ("user data", user_data.map_or(&[][..], |s| s.snapshots()))]
     {
@@ -217,11 +232,20 @@ fn notes(adopt: &VmAdopt, found: &Findings, user_data: Option<&adopt::Source>) -
         }
     }
     let hardware = &adopt.hardware;
-    let mut lost = vec!["UUID", "the disk's bus (it becomes virtio)"];
+    let mut lost = vec!["graphics, sound and USB (a VM here has a serial console)"];
+    if hardware.system_uuid.is_none() {
+        lost.push("UUID (--uuid)");
+    }
+    if hardware.disk_bus == DiskBus::Virtio {
+        lost.push("the disk's bus (it is virtio; --disk-bus)");
+    }
     if hardware.macs.len() < adopt.networks.len() || adopt.networks.is_empty() {
         lost.push("MAC addresses (--mac)");
     }
-    if hardware.nvram.is_none() && adopt.firmware == Firmware::Uefi {
+    if hardware.card_models.is_empty() && !adopt.networks.is_empty() {
+        lost.push("the model of its network cards (they are virtio; --card-model)");
+    }
+    if adopt.nvram.is_none() && adopt.firmware == Firmware::Uefi {
         lost.push("the firmware's variables (--nvram)");
     }
     if hardware.cpu_model.is_none() {
@@ -287,7 +311,7 @@ fn view(name: &VmName, f: &Findings) -> AdoptedView {
         known_from: from.collect(),
         elapsed_ms: 0,
         what: f.disk.what.clone(),
-        boots: if f.disk.is_known() || f.disk.boots_bios {
+        boots: if f.disk.is_known || f.disk.boots_bios {
             f.disk.boots().to_owned()
         } else {
             "unknown".into()
@@ -362,7 +386,7 @@ impl<'a> Reporter<'a> {
         *last = (phase, done);
         let unit = "bytes".into();
         // A reader that is slow misses a step.
-        let _ = self.events.try_send(Event::Progress { phase: phase.into(), done, total, unit });
+        let _ = self.events.try_send(Event::Progress { phase: phase.replace(' ', "-"), done, total, unit });
     }
 }
 
@@ -374,6 +398,7 @@ mod tests {
     fn a_disk_that_does_not_start_as_asked_is_told() {
         let disk = |boots_bios, boots_uefi, loader: Option<&str>| Disk {
             what: "GPT, sectors of 512 bytes".into(),
+            is_known: true,
             boots_bios,
             boots_uefi,
             loader: loader.map(str::to_owned),

@@ -15,8 +15,7 @@ use crate::migration::records::VmRecord;
 use crate::runner::Shared;
 use crate::runner::content::catalogue;
 use crate::types::{ByteSize, ComponentId, VmId};
-use crate::vm::spec::Nic;
-use crate::vm::{Mac, PowerState, VmSpec};
+use crate::vm::{PowerState, VmSpec};
 
 const ROOT_FILE: &str = "root.qcow2";
 const USER_DATA_FILE: &str = "user-data.raw";
@@ -124,10 +123,7 @@ pub fn make_vm(shared: &Shared, id: VmId, create: VmCreate) -> Result<VmRecord, 
         .composer
         .make_recipe(&ids, create.ordered, create.root_size, &create.kernel_command_line)
         .map_err(|e| catalogue::compose_problem(&e))?;
-    let nics = (0u8..)
-        .zip(&create.networks)
-        .map(|(i, n)| Nic { network: n.clone(), mac: Mac::derived(id, i) })
-        .collect();
+    let hardware = *create.hardware;
     let spec = VmSpec {
         id,
         name: create.name,
@@ -136,10 +132,12 @@ pub fn make_vm(shared: &Shared, id: VmId, create: VmCreate) -> Result<VmRecord, 
         recipe: recipe_id,
         root_size: ByteSize(recipe.disk.virtual_size_bytes),
         user_data_size: create.user_data_size,
-        nics,
+        nics: hardware.nics(id, &create.networks),
         architecture: catalogue::architecture(&shared.repository, &ids)?,
-        cpu_model: shared.config.hypervisor.cpu_model.clone(),
+        cpu_model: hardware.cpu_model.unwrap_or_else(|| shared.config.hypervisor.cpu_model.clone()),
         firmware: crate::vm::Firmware::Uefi,
+        disk_bus: hardware.disk_bus,
+        system_uuid: hardware.system_uuid,
     };
     spec.check().map_err(|reason| {
         Problem::new(ProblemKind::BadRequest, object.clone(), reason).next("see 'cicada vm create --help'")

@@ -85,6 +85,8 @@ pub async fn rehearse_configured(driver: &dyn Driver, config: &Config) -> Result
         architecture: "amd64".into(),
         cpu_model: config.hypervisor.cpu_model.clone(),
         firmware: Firmware::Uefi,
+        disk_bus: Default::default(),
+        system_uuid: None,
     };
     // Where a broker that starts ends what was left; before its first start that is not there.
     let data_dir = &config.cloud.data_dir;

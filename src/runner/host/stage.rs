@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::broker::Peer;
+use crate::broker::effect::StageReport;
 use crate::component::Recipe;
 use crate::disk::{self, BlockIndex, DiskFile, StagedDisk};
 use crate::fault;
@@ -28,7 +29,7 @@ use crate::transfer::{
     Connection, ObjectKey, ObjectSink, Progress as Counter, Refusal, SinkError, Ticket, TransferError,
 };
 use crate::types::{BlockHash, Hash, PackId, PeerText, VmId};
-use crate::vm::{ChunkMap, MapRef, VmSpec};
+use crate::vm::{Block, ChunkMap, MapRef, VmSpec};
 
 use super::machine::DiskPaths;
 
@@ -83,12 +84,13 @@ pub struct StageJob {
     pub staged: Option<Staged>,
     /// What earlier passes counted.
     pub account: StageAccount,
-    pub progress: watch::Sender<Progress>,
+    pub progress: watch::Sender<StageReport>,
     pub cancel: CancellationToken,
 }
 
 /// Runs one pass. On success the disks are at the pass's state, durable, every block verified (in
-/// a pass before the last, blocks the guest overwrote meanwhile may be missing).
+/// a pass before the last, blocks the guest overwrote meanwhile may be missing). How far it came is reported
+/// however it ends.
 pub async fn run(job: StageJob) -> Result<(Staged, StageAccount), Denial> {
     let cancel = job.cancel.clone();
     let mut pass = Stage::new(job)?;
@@ -97,13 +99,15 @@ pub async fn run(job: StageJob) -> Result<(Staged, StageAccount), Denial> {
     let work = pass.run();
     tokio::pin!(work);
     let mut tick = tokio::time::interval(Duration::from_millis(200));
-    loop {
+    let result = loop {
         tokio::select! {
-            result = &mut work => return result,
-            () = cancel.cancelled() => return Err(Denial::new(DenialCode::Other, "cancelled")),
-            _ = tick.tick() => { reporter.send_replace(counters.progress()); }
+            result = &mut work => break result,
+            () = cancel.cancelled() => break Err(Denial::new(DenialCode::Other, "cancelled")),
+            _ = tick.tick() => { reporter.send_replace(counters.report()); }
         }
-    }
+    };
+    reporter.send_replace(counters.report());
+    result
 }
 
 /// Bytes so far by kind, readable while the fetches run.
@@ -113,23 +117,65 @@ struct Counters {
     maps: Arc<Counter>,
     root_delta: Arc<Counter>,
     user_data: Arc<Counter>,
-    totals: Mutex<(String, u64)>,
+    expected: Mutex<Expected>,
     /// Delivered by earlier passes.
     before_bytes: u64,
+    /// What earlier passes cost, and what of this one is not counted in bytes.
+    account: Mutex<StageAccount>,
+}
+
+/// What a pass is to bring, as far as that is known by now.
+#[derive(Clone, Default)]
+struct Expected {
+    step: String,
+    component_bytes: u64,
+    root_delta_bytes: u64,
+    user_data_bytes: u64,
 }
 
 impl Counters {
     fn progress(&self) -> Progress {
-        let done = [&self.components, &self.root_delta, &self.user_data];
-        let bytes_done = self.before_bytes + done.iter().map(|c| c.snapshot().payload_bytes).sum::<u64>();
-        let (step, bytes_total) = self.totals.lock().unwrap_or_else(|e| e.into_inner()).clone();
-        Progress { step: step.into(), bytes_done, bytes_total }
+        let expected = self.expected.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let kinds = [
+            (&self.components, expected.component_bytes),
+            (&self.root_delta, expected.root_delta_bytes),
+            (&self.user_data, expected.user_data_bytes),
+        ];
+        let mut progress = Progress {
+            step: expected.step.into(),
+            bytes_done: self.before_bytes,
+            bytes_total: self.before_bytes,
+        };
+        for (counter, expected_bytes) in kinds {
+            let done = counter.snapshot().payload_bytes;
+            progress.bytes_done = progress.bytes_done.saturating_add(done);
+            // Partly what the source says.
+            progress.bytes_total = progress.bytes_total.saturating_add(expected_bytes.max(done));
+        }
+        progress
     }
-    fn expect(&self, step: &str, more_bytes: u64) {
-        let mut totals = self.totals.lock().unwrap_or_else(|e| e.into_inner());
-        totals.0 = step.to_owned();
-        // Partly what the source says.
-        totals.1 = totals.1.saturating_add(more_bytes);
+    fn expect(&self, change: impl FnOnce(&mut Expected)) {
+        change(&mut self.expected.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+    fn count(&self, change: impl FnOnce(&mut StageAccount)) {
+        change(&mut self.account.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+    /// What all passes cost so far.
+    fn account(&self) -> StageAccount {
+        let mut account = self.account.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        account.component_bytes += self.components.snapshot().encoded_bytes;
+        account.map_bytes += self.maps.snapshot().encoded_bytes;
+        account.root_delta_bytes += self.root_delta.snapshot().encoded_bytes;
+        account.user_data_bytes += self.user_data.snapshot().encoded_bytes;
+        account
+    }
+    fn report(&self) -> StageReport {
+        StageReport {
+            progress: self.progress(),
+            account: self.account(),
+            root_delta_bytes: self.root_delta.snapshot().payload_bytes,
+            user_data_bytes: self.user_data.snapshot().payload_bytes,
+        }
     }
 }
 
@@ -142,6 +188,8 @@ struct Stage {
     wire_bytes: u64,
     counters: Arc<Counters>,
     packs: Arc<Packs>,
+    /// How long content flowed.
+    flowing: Duration,
 }
 
 impl Stage {
@@ -177,10 +225,11 @@ impl Stage {
             wire_bytes: job.account.wire_bytes,
             counters: Arc::new(Counters {
                 before_bytes: before.bytes_done,
-                totals: Mutex::new((String::new(), before.bytes_total)),
+                account: Mutex::new(job.account.clone()),
                 ..Counters::default()
             }),
             packs: Arc::default(),
+            flowing: Duration::ZERO,
             job,
         })
     }
@@ -192,18 +241,23 @@ impl Stage {
         if self.job.init.pass.number == 1 {
             super::rehearsal::rehearse(&self.job.shared, &self.job.spec).await?;
         }
-        let begun = Instant::now();
-        let mut account = self.job.account.clone();
-        self.fetch_components(&mut account).await?;
         let (root_map, user_map) = self.fetch_maps().await?;
+        if self.job.staged.is_none() && self.job.init.component_bytes > 0 {
+            // All that may come is known before the first of it: not what of the disks is here already.
+            self.counters.expect(|e| {
+                e.component_bytes = self.job.init.component_bytes;
+                (e.root_delta_bytes, e.user_data_bytes) = (data_bytes(&root_map), data_bytes(&user_map));
+            });
+        }
+        self.fetch_components().await?;
 
         // The overlay names its base, so the base comes first.
-        self.counters.expect("compose", 0);
+        self.counters.expect(|e| e.step = "compose".into());
         let compose_begun = Instant::now();
         if let Err(denial) = self.compose().await {
             // A pack that was damaged here is set aside now, and so counts as missing.
             tracing::warn!(reason = denial.text.as_str(), "composing failed; fetching what is damaged again");
-            self.fetch_components(&mut account).await?;
+            self.fetch_components().await?;
             self.compose().await?;
         }
         let compose_ms = compose_begun.elapsed().as_millis() as u64;
@@ -215,20 +269,18 @@ impl Stage {
         let mut staged = self.apply(staged, root_map, user_map).await?;
         self.place_firmware().await?;
 
-        account.compose_ms = account.compose_ms.max(compose_ms);
-        account.fetch_ms += (begun.elapsed().as_millis() as u64).saturating_sub(compose_ms);
-        account.component_bytes += self.counters.components.snapshot().encoded_bytes;
-        account.map_bytes += self.counters.maps.snapshot().encoded_bytes;
-        account.root_delta_bytes += self.counters.root_delta.snapshot().encoded_bytes;
-        account.user_data_bytes += self.counters.user_data.snapshot().encoded_bytes;
-        account.wire_bytes = self.wire_bytes + self.connection.as_ref().map_or(0, wire_bytes_of);
+        let (flowing, wire_bytes) = (self.flowing, self.connection.as_ref().map_or(0, wire_bytes_of));
+        self.counters.count(|account| {
+            account.compose_ms = account.compose_ms.max(compose_ms);
+            account.fetch_ms += flowing.as_millis() as u64;
+            account.wire_bytes = self.wire_bytes + wire_bytes;
+        });
         staged.reported = self.counters.progress();
-        self.job.progress.send_replace(staged.reported.clone());
-        Ok((staged, account))
+        Ok((staged, self.counters.account()))
     }
 
     /// Manifests first, since they name the packs; then the packs that are missing.
-    async fn fetch_components(&mut self, account: &mut StageAccount) -> Result<(), Denial> {
+    async fn fetch_components(&mut self) -> Result<(), Denial> {
         let repository = self.job.shared.repository.clone();
         let components = self.recipe.components.clone();
         let pin = repository.pin(components.iter().map(|c| ObjectId::Manifest(*c)).collect());
@@ -239,8 +291,7 @@ impl Stage {
             })
             .await?
         };
-        let components_bytes = if self.job.staged.is_none() { self.job.init.component_bytes } else { 0 };
-        self.counters.expect("fetch", components_bytes);
+        self.counters.expect(|e| e.step = "fetch".into());
         if !lacking.is_empty() {
             let keys = lacking.iter().map(|c| ObjectKey::Manifest(*c)).collect();
             self.fetch(keys, self.counters.components.clone(), None, true).await?;
@@ -252,15 +303,17 @@ impl Stage {
         };
         // A delta leans on them until it is applied.
         let _bases_pinned = repository.pin(bases.values().flatten().map(|p| ObjectId::Pack(*p)).collect());
-        account.components_fetched += lacking.len() as u32;
-        account.packs_needed = account.packs_needed.max(needed);
-        for name in names {
-            if !account.fetched.contains(&name) {
-                account.fetched.push(name);
+        self.counters.count(|account| {
+            account.components_fetched += lacking.len() as u32;
+            account.packs_needed = account.packs_needed.max(needed);
+            account.packs_fetched += packs.len() as u32;
+            for name in names {
+                if !account.fetched.contains(&name) {
+                    account.fetched.push(name);
+                }
             }
-        }
+        });
         let _packs_pinned = repository.pin(packs.keys().map(|p| ObjectId::Pack(*p)).collect());
-        account.packs_fetched += packs.len() as u32;
         if !packs.is_empty() {
             // What was called off stays here until it is collected: the floor holds against that too.
             let floor = self.job.shared.config.hypervisor.storage_floor.0;
@@ -276,6 +329,8 @@ impl Stage {
         let (recipe, shared) = (self.recipe.clone(), self.job.shared.clone());
         blocking(move || shared.repository.put_recipe(&recipe).map(drop).map_err(|e| content(&e))).await?;
         drop(pin);
+        // Deltas made less of it than was foreseen.
+        self.counters.expect(|e| e.component_bytes = 0);
         Ok(())
     }
 
@@ -298,9 +353,14 @@ impl Stage {
             borrowing::borrow(&shared, &lenders, &objects, &counter, &mut |_| ()).await
         };
         let own = own.into_iter().map(ObjectKey::Pack).collect();
+        let (begun, flowing) = (Instant::now(), self.flowing);
         let fetching = self.fetch(own, counter.clone(), None, true);
         let (borrowed, fetched) = tokio::join!(borrowing, fetching);
         fetched?;
+        // What is borrowed may flow for longer.
+        if !borrowed.fetched.is_empty() {
+            self.flowing = flowing + begun.elapsed();
+        }
         self.wire_bytes += borrowed.wire_bytes;
         for member in borrowed.fetched.iter().map(|(_, member)| member).collect::<HashSet<_>>() {
             let packs = borrowed.fetched.iter().filter(|(_, from)| from == member).count();
@@ -406,17 +466,31 @@ impl Stage {
         let last = self.job.init.pass.last;
         let disks = Arc::new(Disks(Mutex::new(Some(staged))));
         let (root_map, user_map) = (Arc::new(root_map), Arc::new(user_map));
+        // Both are looked at before either is fetched: then it is known what is still to come.
+        let mut fetches = Vec::new();
         for (which, map) in [(Which::Root, root_map), (Which::UserData, user_map)] {
-            let counter = match which {
-                Which::Root => self.counters.root_delta.clone(),
-                Which::UserData => self.counters.user_data.clone(),
-            };
             let fetch = {
                 let (disks, map) = (disks.clone(), map.clone());
                 self.on_disks(move || disks.begin(which, &map)).await?
             };
+            fetches.push((which, map, fetch));
+        }
+        self.counters.expect(|e| {
+            e.step = "fetch".into();
+            for (which, map, fetch) in &fetches {
+                let bytes = fetch.len() as u64 * u64::from(map.block_size_bytes);
+                match which {
+                    Which::Root => e.root_delta_bytes = bytes,
+                    Which::UserData => e.user_data_bytes = bytes,
+                }
+            }
+        });
+        for (which, map, fetch) in fetches {
             if !fetch.is_empty() {
-                self.counters.expect("fetch", fetch.len() as u64 * u64::from(map.block_size_bytes));
+                let counter = match which {
+                    Which::Root => self.counters.root_delta.clone(),
+                    Which::UserData => self.counters.user_data.clone(),
+                };
                 let keys = fetch.into_iter().map(ObjectKey::Block).collect();
                 self.fetch(keys, counter, Some((disks.clone(), which)), last).await?;
             }
@@ -460,7 +534,14 @@ impl Stage {
         loop {
             let failure = match self.connect().await {
                 Ok(connection) => {
-                    match connection.fetch(&self.ticket, keys.clone(), sink.clone(), counter.clone()).await {
+                    let begun = Instant::now();
+                    let fetched =
+                        connection.fetch(&self.ticket, keys.clone(), sink.clone(), counter.clone()).await;
+                    // The maps that lead to content are no content.
+                    if !Arc::ptr_eq(&counter, &self.counters.maps) {
+                        self.flowing += begun.elapsed();
+                    }
+                    match fetched {
                         Ok(report) => return settle(&report.refused, strict),
                         Err(e) => {
                             settle(&e.report.refused, strict)?;
@@ -556,6 +637,12 @@ fn open_disk(disk: &DiskFile, shape: &MapRef) -> Result<StagedDisk, disk::DiskEr
             opened => return opened,
         }
     }
+}
+
+/// Plain bytes of a disk's blocks that are not zeros.
+fn data_bytes(map: &ChunkMap) -> u64 {
+    let data = map.blocks.iter().filter(|(_, block)| *block != Block::Zero).count() as u64;
+    data.saturating_mul(map.block_size_bytes.into())
 }
 
 fn wire_bytes_of(connection: &Connection) -> u64 {

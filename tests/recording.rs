@@ -1,0 +1,70 @@
+//! Brokers that record what they take in while a VM moves, is stopped and changed, and one dies: a core that is
+//! stepped through either recording decides the same.
+
+#[allow(dead_code)]
+#[path = "federation/world.rs"]
+mod world;
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use cicada::interface::{ProblemKind, Request};
+use cicada::types::ByteSize;
+use world::{World, missing_tool, turn};
+
+fn replay(recording: &Path, more: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_cicada")).arg("replay").arg(recording).args(more).output().unwrap()
+}
+
+fn assert_same(world: &World, cloud: usize, recording: &Path, end: &str) {
+    let out = replay(recording, &["--differences"]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{said}\n{}\n{}", String::from_utf8_lossy(&out.stdout), world.log(cloud));
+    assert!(said.contains(end), "{said}");
+}
+
+#[test]
+fn a_core_decides_again_what_a_broker_decided() {
+    if missing_tool() {
+        return;
+    }
+    let _turn = turn();
+    let mut world = World::start(&["alpine", "boreal"]);
+    let recordings = [0, 1].map(|cloud| world.clouds[cloud].dir.join("recording"));
+    for cloud in [0, 1] {
+        world.stop_broker(cloud, false);
+        let path = recordings[cloud].display().to_string();
+        world.clouds[cloud].arguments = vec!["--record".into(), path];
+        world.start_broker(cloud);
+    }
+    world.wait_online();
+    world.noise_vm(0, "web", 4 << 20, |_| ());
+    world.plan(0, "web");
+    world.move_vm(0, "web", "boreal");
+    let id = world.vm(1, "web").id.to_string();
+    let far =
+        Request::Move { vm: "web".into(), to: Some("nowhere".into()), dry_run: false, force_stop: false };
+    assert_eq!(world.call(1, &far).unwrap_err().kind, ProblemKind::NotFound);
+    world.move_vm(1, "web", "alpine");
+    world.noise_vm(1, "db", 1 << 20, |adopt| adopt.memory = ByteSize::mib(32));
+    world.call(1, &Request::MigrationList).unwrap();
+    world.status(0);
+
+    // One is stopped, the other dies.
+    world.stop_broker(0, false);
+    assert_same(&world, 0, &recordings[0], "was stopped");
+    world.stop_broker(1, true);
+    assert_same(&world, 1, &recordings[1], "died");
+
+    // What is asked for is shown, and as JSON too.
+    let shown = replay(&recordings[0], &["--grep", &id]);
+    let text = String::from_utf8_lossy(&shown.stdout);
+    assert!(text.contains("Move") && text.contains("Reserve") && text.contains("Stage"), "{text}");
+    let json = replay(&recordings[0], &["--json", "--grep", "no such text"]);
+    let summary: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!((&summary["end"], &summary["steps_that_differ"]), (&"stopped".into(), &0.into()), "{summary}");
+
+    // A recording is never written over.
+    let mut again = world.spawn_broker(0);
+    assert_eq!(again.wait().unwrap().code(), Some(4), "{}", world.log(0));
+}
