@@ -224,3 +224,28 @@ fn an_outcome_that_nobody_waits_for_changes_nothing() {
     let done = cicada::broker::Done::Due;
     assert_eq!(broker.step(now, Input::Done(cicada::broker::Token(u64::MAX), done)), []);
 }
+
+/// Its broker died while it stood still for a move that cannot go on.
+#[test]
+fn a_guest_that_was_held_for_a_move_goes_on_when_its_broker_is_back() {
+    let mut world = world(1, 0.0);
+    let run = |world: &mut World, ms: u64| {
+        world.run_until(world.now.plus(Duration::from_millis(ms)), |w, _| sound(w)).unwrap();
+    };
+    run(&mut world, 20_000);
+    let to = Some("beta".to_owned());
+    let request = Request::Move { vm: "vm0".into(), to, dry_run: false, force_stop: true };
+    world.call(0, request).unwrap();
+    run(&mut world, 500);
+    let list = world.call(0, Request::MigrationList).unwrap();
+    let Some(Ok(Reply::Migrations(all))) = world.reply(0, list) else { panic!("no list") };
+    let id = all[0].progress.id.to_string();
+    world.call(0, Request::MigrationHold { id }).unwrap();
+    run(&mut world, 500);
+    let vm = vms().next().unwrap();
+    assert_eq!(world.clouds[0].power[&vm], PowerState::Paused);
+    world.partitions.push((0, 1));
+    world.crash(0, Duration::from_secs(5));
+    run(&mut world, 120_000);
+    assert_eq!(world.clouds[0].power[&vm], PowerState::Running);
+}

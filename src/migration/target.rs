@@ -575,6 +575,17 @@ mod tests {
         }
     }
 
+    /// The source must not go on asking, nor a withdrawal contest what is the target's.
+    #[test]
+    fn a_start_that_failed_is_told_to_the_source_at_once() {
+        let mut t = starting();
+        assert_eq!(t.step(Event::Started(Err("no firmware".into()))), [Effect::AskDelete { boot_ms: None }]);
+        assert_eq!(
+            (t.phase(), t.problem().as_ref().map(PeerText::as_str)),
+            (&Phase::Owned, Some("no firmware"))
+        );
+    }
+
     #[test]
     fn what_happens_at_the_wrong_time_changes_nothing() {
         let receipt = hand_over().sign(&source_key()).accept(&target_key());
