@@ -8,7 +8,11 @@ mod world;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use cicada::interface::{ProblemKind, Request};
+use cicada::broker::Effect;
+use cicada::broker::book::Book;
+use cicada::interface::{MigrationPhase, ProblemKind, Request};
+use cicada::recording::{Difference, Replay};
+use cicada::runner::{RecordBook, Records};
 use cicada::types::ByteSize;
 use world::{World, missing_tool, turn};
 
@@ -56,6 +60,16 @@ fn a_core_decides_again_what_a_broker_decided() {
     world.stop_broker(1, true);
     assert_same(&world, 1, &recordings[1], "died");
 
+    // How the fixtures of `of_before` below were made.
+    if let Some(dir) = std::env::var_os("CICADA_WRITE_FIXTURES") {
+        for (recording, name) in recordings.iter().zip(["alpine", "boreal"]) {
+            std::fs::copy(recording, Path::new(&dir).join(format!("{name}.recording"))).unwrap();
+        }
+        let from = world.clouds[0].dir.join("data");
+        let status = Command::new("cp").arg("-r").arg(from).arg(Path::new(&dir).join("data")).status();
+        assert!(status.unwrap().success());
+    }
+
     // What is asked for is shown, and as JSON too.
     let shown = replay(&recordings[0], &["--grep", &id]);
     let text = String::from_utf8_lossy(&shown.stdout);
@@ -67,4 +81,47 @@ fn a_core_decides_again_what_a_broker_decided() {
     // A recording is never written over.
     let mut again = world.spawn_broker(0);
     assert_eq!(again.wait().unwrap().code(), Some(4), "{}", world.log(0));
+}
+
+/// What is answered to other brokers is what it was, bit by bit. (Other effects may be spelt otherwise since.)
+#[test]
+fn other_brokers_are_answered_as_before() {
+    for name in ["alpine", "boreal"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("fixtures/before/{name}.recording"));
+        let mut replay = Replay::open(&path).unwrap();
+        let mut answers = 0;
+        while let Some(step) = replay.step().unwrap() {
+            answers += step.effects.iter().filter(|e| matches!(e, Effect::Answer(_, Some(_)))).count();
+            let is_answer = |words: &Option<String>| words.as_ref().is_some_and(|w| w.starts_with("Answer "));
+            let differs = step.differences.iter().find(
+                |d| matches!(d, Difference::Effect { recorded, now, .. } if is_answer(recorded) || is_answer(now)),
+            );
+            assert_eq!(differs, None, "{name}, step {}: {:?}", step.number, step.input);
+        }
+        assert!(answers > 5, "{name} answered {answers} times");
+    }
+}
+
+/// Records of before open, and say the same.
+#[test]
+fn records_of_before_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/before/data");
+    assert!(Command::new("cp").arg("-r").arg(from).arg(dir.path()).status().unwrap().success());
+    let book = RecordBook::new(Records::open(&dir.path().join("data")).unwrap());
+    let (vms, damaged) = book.vms().unwrap();
+    assert!(damaged.is_empty(), "{damaged:?}");
+    let [web] = vms.as_slice() else { panic!("{vms:?}") };
+    assert!(web.is_here() && web.spec.name.as_str() == "web" && web.spec.memory == ByteSize::mib(64));
+    assert_eq!(web.epoch, 3, "born, given away, home again");
+    let lineage = book.lineage(web.spec.id).unwrap();
+    assert_eq!(lineage.links().len(), 2);
+    assert!(lineage.tip().unwrap().owner.as_str().starts_with("alpine@"));
+    let migrations = book.migrations().unwrap();
+    assert_eq!(migrations.len(), 2);
+    for view in migrations {
+        assert_eq!(view.progress.phase, MigrationPhase::Completed);
+        let receipt = book.receipt(view.progress.id).unwrap().expect("its receipt is kept");
+        receipt.verify().unwrap();
+    }
 }
