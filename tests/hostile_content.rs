@@ -142,11 +142,11 @@ fn manifests_that_lead_elsewhere_are_refused_by_name_and_path() {
             m.entries.insert(4, below);
         }),
         ("/nowhere/x has no parent", |m| m.entries[4].path = b"nowhere/x".to_vec()),
-        ("/a/c links to no file of this component", |m| {
+        ("/a/c links to no file, link or device of this component", |m| {
             m.entries[2].kind = EntryKind::HardLink { target: b"etc/shadow".to_vec() };
         }),
-        ("/a/c links to no file of this component", |m| {
-            m.entries[2].kind = EntryKind::HardLink { target: b"a/l".to_vec() };
+        ("/a/c links to no file, link or device of this component", |m| {
+            m.entries[2].kind = EntryKind::HardLink { target: b"a".to_vec() };
         }),
         ("/a/b lies outside its pack", |m| m.packs[0].size_bytes = 8192),
         ("/a/b lies outside its pack", |m| m.packs.clear()),

@@ -198,7 +198,7 @@ fn drive_target(steps: impl Iterator<Item = (u8, u8)>) {
                 Effect::Stage(_) => assert!(leased),
                 Effect::Answer(answer) => match **answer {
                     AnswerBody::Started { .. } => assert!(owned),
-                    AnswerBody::Cancelled => assert!(!owned && machine.phase() == &Phase::Abandoned),
+                    AnswerBody::Cancelled { .. } => assert!(!owned && machine.phase() == &Phase::Abandoned),
                     AnswerBody::Returned { .. } => panic!("only the broker returns"),
                     _ => {}
                 },
@@ -225,7 +225,7 @@ fn answer(what: u8, kind: u8) -> AnswerBody {
             account: account(kind),
         },
         5 => AnswerBody::Returned { back: back(kind).clone(), denial: denial(kind) },
-        6 => AnswerBody::Cancelled,
+        6 => AnswerBody::Cancelled { kept_s: 0 },
         _ => AnswerBody::Deleted { grace_s: u64::MAX },
     }
 }

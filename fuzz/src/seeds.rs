@@ -503,6 +503,8 @@ fn control(corpus: &Corpus<'_>) {
         components_lacking: vec![0, 7],
         packs_lacking: vec![],
         seed: Some(seed()),
+        kept: None,
+        composed: true,
         reads_devices: true,
     };
     let receipt = signed.clone().accept(&target_key);
