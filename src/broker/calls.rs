@@ -142,22 +142,22 @@ impl Broker {
             link: if self.offline.is_none() { LinkState::Online } else { LinkState::Offline },
             link_problem: self.offline.clone().unwrap_or_default(),
             driver: features.driver.clone(),
-            accelerator: features.accelerator.to_string().into(),
+            accelerator: features.accelerator.to_string(),
             own_users: features.own_users,
             cpus,
             memory_bytes,
             storage_bytes: self.file_system(),
-            storage_promised_bytes: Box::new(Resource {
+            storage_promised_bytes: Resource {
                 total: storage.promisable_bytes(),
                 free: storage.unpromised_bytes().min(storage.at_hand_bytes()),
-            }),
+            },
             transfer_addresses: self.transfer_addresses.clone(),
             vms_running: self.vms_running(),
             migrations_running: (self.outgoing.len()
                 + self.incoming.values().filter(|r| r.is_unfinished()).count())
                 as u32,
             resident_bytes: self.measured.resident_bytes,
-            refusals: Box::new(self.guard.view()),
+            refusals: self.guard.view(),
         }
     }
 

@@ -266,7 +266,7 @@ fn print_status(printer: &Printer, s: &StatusView) -> Outcome {
             ("CPUs", free(resource(s.cpus, |n| n.to_string()))),
             ("memory", free(resource(s.memory_bytes, bytes))),
             ("storage", free(resource(s.storage_bytes, bytes))),
-            ("for VMs", format!("{} not promised yet", resource(*s.storage_promised_bytes, bytes))),
+            ("for VMs", format!("{} not promised yet", resource(s.storage_promised_bytes, bytes))),
             ("transfer", s.transfer_addresses.join(", ")),
             ("VMs running", s.vms_running.to_string()),
             ("moves running", s.migrations_running.to_string()),

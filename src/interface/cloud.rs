@@ -23,7 +23,7 @@ pub struct StatusView {
     #[serde(default)]
     pub link_problem: String,
     pub driver: String,
-    pub accelerator: Box<str>,
+    pub accelerator: String,
     /// Whether each VM runs as a user of its own, not as the broker's.
     #[serde(default)]
     pub own_users: bool,
@@ -33,14 +33,14 @@ pub struct StatusView {
     pub storage_bytes: Resource,
     /// What may be promised to VMs of it, and what of that a VM that comes now could have.
     #[serde(default)]
-    pub storage_promised_bytes: Box<Resource>,
+    pub storage_promised_bytes: Resource,
     pub transfer_addresses: Vec<String>,
     pub vms_running: u32,
     pub migrations_running: u32,
     pub resident_bytes: u64,
     /// What others were refused since this broker started.
     #[serde(default)]
-    pub refusals: Box<RefusalsView>,
+    pub refusals: RefusalsView,
 }
 
 /// Requests, dials and messages that no honest, healthy peer makes.
