@@ -83,7 +83,7 @@ async fn check(config: &Path) -> Vec<(String, String, Option<Value>)> {
     let output = cicada(config, &["config", "check", "--online", "--json"]).await;
     let text = String::from_utf8(output.stdout).unwrap();
     let value: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
-    let of_rooms = ["XMPP server", "room", "membership", "nick", "room's owners", "making rooms"];
+    let of_rooms = ["xmpp-server", "room", "membership", "nick", "room-owners", "making-rooms"];
     let checks = value["checks"].as_array().unwrap().iter();
     let of_rooms = checks.filter(|c| of_rooms.contains(&c["check"].as_str().unwrap()));
     of_rooms
@@ -133,7 +133,7 @@ async fn each_fault_of_a_room_is_found_with_what_helps(kind: Kind) {
     assert!(next.contains(create), "{next}");
     let software = if kind.software == Software::Prosody { "Prosody" } else { "ejabberd" };
     assert!(checks[0].1.contains(software), "{checks:?}");
-    assert!(checks.iter().any(|(name, _, wrong)| name == "making rooms" && wrong.is_none()), "{checks:?}");
+    assert!(checks.iter().any(|(name, _, wrong)| name == "making-rooms" && wrong.is_none()), "{checks:?}");
 
     let owner = site.admin().await;
     owner.create_room("lobby", &Owners::default()).await.unwrap();
@@ -157,7 +157,7 @@ async fn each_fault_of_a_room_is_found_with_what_helps(kind: Kind) {
     let checks = check(&config).await;
     all_good(&checks);
     let detail = |what: &str| checks.iter().find(|(name, ..)| name == what).unwrap().1.clone();
-    assert_eq!(detail("room's owners"), "admin@federation.test");
+    assert_eq!(detail("room-owners"), "admin@federation.test");
     assert_eq!(detail("nick"), "alpine is free; no broker of this cloud is in the room");
 
     let boreal =
@@ -289,12 +289,12 @@ async fn a_federation_is_made_and_what_is_weak_is_told(kind: Kind) {
     assert_eq!(code, Some(0), "{err}");
     assert!(err.contains("warning: service rooms.federation.test") && err.contains(restrict), "{err}");
     let checks = check(&config).await;
-    let (class, reason, next) = wrong(&checks, "making rooms");
+    let (class, reason, next) = wrong(&checks, "making-rooms");
     assert!(
         class == "refused" && reason.contains("may make rooms") && next.contains(restrict),
         "{reason}: {next}"
     );
-    assert!(checks.iter().all(|(name, _, wrong)| name == "making rooms" || wrong.is_none()), "{checks:#?}");
+    assert!(checks.iter().all(|(name, _, wrong)| name == "making-rooms" || wrong.is_none()), "{checks:#?}");
 
     // There Eve can be first.
     let room = "taken@rooms.federation.test";

@@ -84,7 +84,7 @@ impl Room<'_> {
         self.enter(checks).await;
         if let Some(owners) = self.admin.owners().await.filter(|owners| !owners.is_empty()) {
             let owners: Vec<_> = owners.iter().map(|o| o.as_str()).collect();
-            checks.push(check("room's owners", Ok(owners.join(", "))));
+            checks.push(check("room owners", Ok(owners.join(", "))));
         }
         checks.push(self.room_making().await);
     }
