@@ -169,7 +169,7 @@ impl Walk {
             .clone();
         let (end, before) = values.split_last().unwrap();
         for event in before {
-            let known = ["note", "progress", "migration", "left-out"];
+            let known = ["note", "progress", "migration", "left-out", "step"];
             let is_event = event["event"].as_str().is_some_and(|kind| known.contains(&kind));
             // A value may come before the problem that it told of.
             if !is_event && code == 0 {
@@ -414,4 +414,9 @@ fn measured(w: &mut Walk) {
     let (scenario, packages) = (w.path("scenario.toml"), format!("{fixtures}/packages.tsv"));
     std::fs::write(&scenario, tiny).unwrap();
     w.done("sim", &[&scenario, "--packages", &packages]);
+    let recording = format!("{}/fixtures/before/alpine.recording", env!("CARGO_MANIFEST_DIR"));
+    w.run("replay", &[&recording]);
+    let root = w.path("root");
+    std::fs::create_dir(&root).unwrap();
+    w.done("setup", &["--dry-run", "--root", &root]);
 }

@@ -113,6 +113,12 @@ impl Printer {
         self.json(&text.map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?)
     }
 
+    /// One line of a stream that the API does not have.
+    pub fn json_line(&self, value: &impl Serialize) -> Outcome {
+        let text = serde_json::to_string(value);
+        self.json(&text.map_err(|e| Problem::from_error(ProblemKind::Failed, "the result", &e))?)
+    }
+
     fn json(&self, text: &str) -> Outcome {
         self.raw(&[escaped_json(text).as_bytes(), b"\n"].concat())
     }

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::broker::Input;
 use crate::interface::{Problem, ProblemKind};
-use crate::recording::{Difference, RecordingError, Replay as Player, Step};
+use crate::recording::{Difference, End, RecordingError, Replay as Player, Step};
 
 use super::context::Context;
 use super::printer::{Failure, Outcome};
@@ -39,9 +39,11 @@ pub struct Replay {
 
 /// A step as it is shown.
 #[derive(Serialize)]
+#[serde(tag = "event", rename = "step")]
 struct Shown {
     step: u64,
     line: u64,
+    #[serde(with = "crate::clock::rfc3339")]
     at: crate::clock::UnixMillis,
     input: String,
     effects: Vec<String>,
@@ -56,8 +58,18 @@ struct Summary {
     steps_that_differ: u64,
     /// The first of them.
     first_difference: Option<u64>,
-    /// Why nothing follows: `limit`, `stopped`, or that the recording was cut.
-    end: String,
+    end: Ended,
+}
+
+/// Why nothing follows.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Ended {
+    /// It was as large as it might be.
+    Limit,
+    Stopped,
+    /// The broker died, or the file was cut.
+    Cut,
 }
 
 pub fn run(ctx: &Context, args: &Replay) -> Outcome {
@@ -76,7 +88,7 @@ pub fn run(ctx: &Context, args: &Replay) -> Outcome {
             .note(format!("it was recorded by release {release}: this one may spell effects otherwise"));
     }
     let mut summary =
-        Summary { release, steps: 0, steps_that_differ: 0, first_difference: None, end: "cut".into() };
+        Summary { release, steps: 0, steps_that_differ: 0, first_difference: None, end: Ended::Cut };
     loop {
         let step = match player.step() {
             Ok(Some(step)) => step,
@@ -94,16 +106,18 @@ pub fn run(ctx: &Context, args: &Replay) -> Outcome {
         }
         show(ctx, args, &step)?;
     }
-    if let Some(end) = player.end {
-        summary.end = format!("{end:?}").to_lowercase();
-    }
+    summary.end = match player.end {
+        Some(End::Limit) => Ended::Limit,
+        Some(End::Stopped) => Ended::Stopped,
+        None => Ended::Cut,
+    };
     if ctx.printer.json {
-        ctx.printer.json_value(&summary)?;
+        ctx.printer.json_line(&summary)?;
     } else {
-        let end = match summary.end.as_str() {
-            "cut" => "its broker died, or the file was cut",
-            "limit" => "it was as large as it might be",
-            _ => "its broker was stopped",
+        let end = match summary.end {
+            Ended::Cut => "its broker died, or the file was cut",
+            Ended::Limit => "it was as large as it might be",
+            Ended::Stopped => "its broker was stopped",
         };
         ctx.printer.note(format!("{} steps; the recording ends there: {end}", summary.steps));
     }
@@ -146,7 +160,7 @@ fn show(ctx: &Context, args: &Replay, step: &Step) -> Outcome {
         shown.effects.iter_mut().for_each(|e| *e = cut(e));
     }
     if ctx.printer.json {
-        return ctx.printer.json_value(&shown);
+        return ctx.printer.json_line(&shown);
     }
     let at = step.at.rfc3339();
     ctx.printer.line(format!("{} {at} {}", ctx.printer.bold(&step.number.to_string()), shown.input))?;

@@ -171,6 +171,7 @@ pub struct MigrationProgress {
 #[serde(default)]
 pub struct Foretold {
     /// To be carried.
+    #[serde(rename = "carried_bytes")]
     pub bytes: u64,
     /// Plain bytes of components to be composed; none if the base was there.
     pub base_bytes: u64,
