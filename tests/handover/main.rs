@@ -66,12 +66,10 @@ fn noticed_by(rule: Rule) -> Suite {
         Rule::OwnerGivesUp | Rule::NotTwice | Rule::PromiseBinds | Rule::TakenOnce | Rule::ReturnFits => {
             Suite::Beside
         }
-        // Thousands of runs over the core notice nothing without these; why is not shown yet for each. The core asks
+        // Hundreds of runs over the core notice nothing without these; why is not shown yet for each. The core asks
         // itself whether a VM is contested, confirmed or held before it asks the law, and keeps a receipt as soon as
         // it is given.
-        Rule::RunsWhereOwned | Rule::HeldIsNotMoved | Rule::OwnReservation | Rule::LinksOutliveRecords => {
-            Suite::Beside
-        }
+        Rule::RunsWhereOwned | Rule::HeldIsNotMoved | Rule::LinksOutliveRecords => Suite::Beside,
         Rule::TakeOverSaysRun => Suite::Search,
         Rule::NotWhileInDoubt
         | Rule::ReceiptIsForGood
