@@ -69,13 +69,14 @@ fn noticed_by(rule: Rule) -> Suite {
         // Hundreds of runs over the core notice nothing without these; why is not shown yet for each. The core asks
         // itself whether a VM is contested, confirmed or held before it asks the law, and keeps a receipt as soon as
         // it is given.
-        Rule::RunsWhereOwned | Rule::HeldIsNotMoved | Rule::LinksOutliveRecords => Suite::Beside,
+        Rule::HeldIsNotMoved | Rule::LinksOutliveRecords => Suite::Beside,
         Rule::TakeOverSaysRun => Suite::Search,
         Rule::NotWhileInDoubt
         | Rule::ReceiptIsForGood
         | Rule::CopyIsKept
         | Rule::AcknowledgedIsFinal
         | Rule::ProofIsBelieved => Suite::Runs(0),
+        Rule::RunsWhereOwned => Suite::Runs(120),
         Rule::HandOverGoesOn => Suite::Runs(1060),
         Rule::HistoryGoesOn => Suite::Runs(1132),
         Rule::OwnReservation => Suite::Runs(1880),
