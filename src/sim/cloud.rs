@@ -50,7 +50,7 @@ pub struct Cloud {
     /// The broker was not told yet what is composed.
     pub composed_anew: bool,
     pub components: BTreeSet<crate::types::ComponentId>,
-    pub announced: Option<Presence>,
+    pub announced: Option<Arc<Presence>>,
     pub versions: BTreeMap<MemberJid, u32>,
     /// Tickets under which content is served.
     pub serving: BTreeMap<MigrationId, Hash>,

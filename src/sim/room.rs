@@ -1,6 +1,7 @@
 //! The room of a simulated federation: who is shown to whom.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::federation::Presence;
 use crate::types::PeerText;
@@ -10,12 +11,12 @@ use super::world::World;
 
 impl World {
     pub(super) fn announce(&mut self, at: usize, cloud: crate::stanza::Cloud) {
-        if self.clouds[at].announced.as_ref() == Some(&cloud) {
+        if self.clouds[at].announced.as_deref() == Some(&cloud) {
             return;
         }
         let pause_ms = self.links.presence_pause_ms;
         let of = self.cloud(at);
-        let first = of.announced.replace(cloud).is_none();
+        let first = of.announced.replace(Arc::new(cloud)).is_none();
         if !std::mem::replace(&mut of.announcing, true) {
             let life = of.life;
             self.later(at, if first { 0 } else { pause_ms }, Event::Announce(life));
@@ -26,10 +27,10 @@ impl World {
         let of = &self.clouds[at];
         let mut cloud = of.announced.clone().filter(|_| available);
         if let (Some(cloud), Some(versions)) = (&mut cloud, &of.versions_shown) {
-            cloud.versions = PeerText::from(versions);
+            Arc::make_mut(cloud).versions = PeerText::from(versions);
         }
         let jid = of.jid.clone();
-        Rc::new(Presence { jid, resource: "broker".into(), available, cloud: cloud.map(Box::new) })
+        Rc::new(Presence { jid, resource: "broker".into(), available, cloud })
     }
 
     /// Presence as it is now goes to everybody.

@@ -568,6 +568,7 @@ impl World {
             // Nothing that the model has.
             Effect::Tell(..)
             | Effect::Admit { .. }
+            | Effect::AdmitAlso(..)
             | Effect::Part(_)
             | Effect::Withdraw(_)
             | Effect::Cap(..)

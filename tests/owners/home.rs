@@ -251,7 +251,7 @@ impl Home {
             ..Cloud::default()
         };
         let presence =
-            Presence { jid: jid(name), resource: "x".into(), available: true, cloud: Some(Box::new(cloud)) };
+            Presence { jid: jid(name), resource: "x".into(), available: true, cloud: Some(std::sync::Arc::new(cloud)) };
         let input = Input::Room(RoomInput::Presence(presence));
         self.inbox.send(input).unwrap_or_else(|_| panic!("stopped"));
     }
