@@ -279,6 +279,16 @@ impl Broker {
         self.vms.get(&vm).is_none_or(|vm| vm.confirmed)
     }
 
+    /// Tokens of what it waits for.
+    pub fn awaited(&self) -> impl Iterator<Item = Token> + '_ {
+        self.pending.keys().copied()
+    }
+
+    /// What it waits for under this token, as a fault's report shows it.
+    pub fn awaits(&self, token: Token) -> Option<String> {
+        self.pending.get(&token).map(|pending| format!("{pending:?}"))
+    }
+
     /// Whether nothing is under way that time could change within seconds.
     pub fn is_quiet(&self) -> bool {
         self.outgoing.is_empty()

@@ -180,7 +180,8 @@ mod tests {
     fn of_many_only_some_are_asked() {
         let mut members: Vec<_> = (0..20).map(|n| member(&format!("m{n}"))).collect();
         for (n, member) in (0..).zip(&mut members) {
-            std::sync::Arc::make_mut(member.cloud.as_mut().unwrap()).capacity.as_mut().unwrap().memory_free = (1 + n) << 30;
+            std::sync::Arc::make_mut(member.cloud.as_mut().unwrap()).capacity.as_mut().unwrap().memory_free =
+                (1 + n) << 30;
         }
         let mut all: Vec<_> =
             members.iter().map(|member| Choice { member: Some(member), earlier: None }).collect();

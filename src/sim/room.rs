@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::federation::Presence;
 use crate::types::PeerText;
 
+use super::counts::stanza_bytes;
 use super::queue::Event;
 use super::world::World;
 
@@ -39,13 +40,15 @@ impl World {
             return;
         }
         let presence = self.presence_of(at, available);
+        let bytes = stanza_bytes(&presence);
+        self.cloud(at).announced_bytes = bytes;
         self.counts.presences += 1;
         if !self.local_clocks {
-            return self.later(at, self.links.latency_ms, Event::Shown { everybody: true, presence });
+            return self.later(at, self.links.latency_ms, Event::Shown { everybody: true, presence, bytes });
         }
         for other in (0..self.clouds.len()).filter(|other| *other != at) {
             let presence = presence.clone();
-            self.later(other, self.links.latency_ms, Event::Shown { everybody: false, presence });
+            self.later(other, self.links.latency_ms, Event::Shown { everybody: false, presence, bytes });
         }
     }
 
