@@ -153,7 +153,7 @@ impl Home {
             jid: jid(name),
             resource: "x".into(),
             available: true,
-            cloud: Some(Box::new(cloud)),
+            cloud: Some(std::sync::Arc::new(cloud)),
         }));
     }
 

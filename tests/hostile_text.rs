@@ -522,7 +522,7 @@ impl World {
             key("b").public()
         );
         let cloud = Cloud::try_from(text.parse::<xmpp_parsers::minidom::Element>().unwrap()).unwrap();
-        let cloud = Some(Box::new(cloud));
+        let cloud = Some(std::sync::Arc::new(cloud));
         let presence = Presence { jid: jid("b"), resource: "x".into(), available: true, cloud };
         self.inbox.send(Input::Room(RoomInput::Presence(presence))).unwrap_or_else(|_| panic!("stopped"));
     }

@@ -102,7 +102,7 @@ async fn federation(members: &[(&str, &str)]) -> (Vec<Member>, ManualClock) {
                 jid: jid(name),
                 resource: "broker".into(),
                 available: true,
-                cloud: Some(Box::new(cloud)),
+                cloud: Some(std::sync::Arc::new(cloud)),
             };
             member
                 .inbox

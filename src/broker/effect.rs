@@ -351,6 +351,8 @@ pub enum Effect {
         keys: Vec<PublicKey>,
         caps: Vec<(PublicKey, u64)>,
     },
+    /// One more such key, with what is served to it at most.
+    AdmitAlso(PublicKey, Option<u64>),
     /// Ends what is served to this key, and its connections.
     Part(PublicKey),
     Withdraw(Hash),

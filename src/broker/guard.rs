@@ -252,11 +252,25 @@ impl Broker {
 
     /// Tells the data link who may connect, and what is served to whom at most.
     pub(super) fn admit_members(&mut self) {
+        // Who is trusted anew was not asked yet.
+        self.someone_unmet = true;
         let trusted: Vec<_> = self.members.trusted().map(|(jid, key)| (jid.clone(), key)).collect();
         let cap = |jid: &MemberJid| self.policy_of(jid).bandwidth_bytes_per_s;
         let caps = trusted.iter().filter_map(|(jid, key)| Some((*key, cap(jid)?))).collect();
         let keys = trusted.iter().map(|(_, key)| *key).collect();
         self.emit(Effect::Admit { keys, caps });
+    }
+
+    /// A member's presence changed: `before` could connect until now. Of a room's many members it is one.
+    pub(super) fn readmit(&mut self, member: &MemberJid, before: Option<PublicKey>) {
+        match (before, self.members.admitted(member)) {
+            (before, now) if before == now => {}
+            (None, Some(key)) => {
+                let cap = self.policy_of(member).bandwidth_bytes_per_s;
+                self.emit(Effect::AdmitAlso(key, cap));
+            }
+            _ => self.admit_members(),
+        }
     }
 
     /// Ends all dealings with a member that is none any more, or is not trusted any more: tickets,

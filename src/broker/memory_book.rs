@@ -124,6 +124,24 @@ impl MemoryBook {
         self.pages().vms.get(&vm).cloned()
     }
 
+    /// Whether a VM is this cloud's by its record, if there is one.
+    pub fn is_here(&self, vm: VmId) -> Option<bool> {
+        self.disk().pages.vms.get(&vm).map(VmRecord::is_here)
+    }
+
+    /// What a VM's record says, without a copy of it.
+    pub fn look_at<T>(&self, vm: VmId, look: impl FnOnce(&VmRecord) -> T) -> Option<T> {
+        self.disk().pages.vms.get(&vm).map(look)
+    }
+
+    /// Processors and bytes of memory of VMs that are this cloud's and shall run.
+    pub fn taken(&self) -> (u64, u64) {
+        let disk = self.disk();
+        let here = disk.pages.vms.values().filter(|record| record.is_here() && record.run);
+        here.map(VmRecord::takes)
+            .fold((0, 0), |(cpus, memory), takes| (cpus + u64::from(takes.cpus), memory + takes.memory.0))
+    }
+
     pub fn has_vm(&self, vm: VmId) -> bool {
         self.pages().vms.contains_key(&vm)
     }

@@ -143,6 +143,8 @@ pub struct Broker {
     /// Members that were asked since they came online.
     met: BTreeSet<MemberJid>,
     met_at: UnixMillis,
+    /// Somebody may have to be asked whom no presence brings up.
+    someone_unmet: bool,
     /// Set until those that may know more than the records here were asked.
     confirming: Option<owners::Confirming>,
     marks: Marks,
@@ -231,6 +233,7 @@ impl Broker {
             disputes: BTreeMap::new(),
             met: BTreeSet::new(),
             met_at: UnixMillis(0),
+            someone_unmet: true,
             confirming: None,
             marks: b.marks,
             noted: 0,
@@ -276,10 +279,20 @@ impl Broker {
         self.vms.get(&vm).is_none_or(|vm| vm.confirmed)
     }
 
+    /// Tokens of what it waits for.
+    pub fn awaited(&self) -> impl Iterator<Item = Token> + '_ {
+        self.pending.keys().copied()
+    }
+
+    /// What it waits for under this token, as a fault's report shows it.
+    pub fn awaits(&self, token: Token) -> Option<String> {
+        self.pending.get(&token).map(|pending| format!("{pending:?}"))
+    }
+
     /// Whether nothing is under way that time could change within seconds.
     pub fn is_quiet(&self) -> bool {
         self.outgoing.is_empty()
-            && self.incoming.is_empty()
+            && !self.incoming.values().any(Incoming::is_unfinished)
             && self.unfinished.is_empty()
             && self.errands.is_empty()
             && self.confirming.is_none()
@@ -400,10 +413,11 @@ impl Broker {
         match input {
             RoomInput::Presence(presence) => {
                 let (jid, was_online) = (presence.jid.clone(), self.members.is_online(&presence.jid));
+                let admitted = self.members.admitted(&jid);
                 if let Some(news) = self.members.presence(presence, now) {
                     self.take_key_news(&jid, &news);
                 }
-                self.admit_members();
+                self.readmit(&jid, admitted);
                 let spoken = common_version(self.members.versions_of(&jid));
                 match spoken {
                     Some(version) => self.versions.insert(jid.clone(), version),
@@ -424,6 +438,8 @@ impl Broker {
             RoomInput::Joined => {
                 self.offline = None;
                 self.announce_wanted = true;
+                // Whoever left while nobody could tell may not connect any more.
+                self.admit_members();
             }
             RoomInput::Down(reason) => {
                 self.offline = Some(reason);

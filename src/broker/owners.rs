@@ -85,7 +85,10 @@ impl Broker {
         let members = &self.members;
         self.disputes.retain(|_, d| !members.is_online(&d.by) || now.since(d.said) < DISPUTE_LAPSES);
         if !self.disputes.is_empty() || self.vms.values().any(|vm| vm.record.disproved.is_some()) {
-            self.met.clear();
+            self.forget_meetings();
+        }
+        if !std::mem::take(&mut self.someone_unmet) {
+            return;
         }
         let online: Vec<MemberJid> = self.members.trusted().map(|(jid, _)| jid.clone()).collect();
         online.iter().for_each(|jid| self.meet(jid));
@@ -93,6 +96,7 @@ impl Broker {
 
     pub(super) fn forget_meetings(&mut self) {
         self.met.clear();
+        self.someone_unmet = true;
     }
 
     /// Asks a member what it knows of the VMs here beyond what is known here.
@@ -112,6 +116,7 @@ impl Broker {
             Err(Unanswered(why)) => {
                 tracing::info!(member = %peer.jid, error = why, "does not say which VMs it owns");
                 self.met.remove(&peer.jid);
+                self.someone_unmet = true;
             }
         }
     }
@@ -275,6 +280,9 @@ impl Broker {
 
     /// Who is not a member any more, or not trusted, is not waited for.
     pub(super) fn review_confirming(&mut self) {
+        if self.confirming.is_none() {
+            return;
+        }
         let could_know = self.could_know();
         let Some(confirming) = &mut self.confirming else { return };
         confirming.awaited.retain(|jid| could_know.contains(jid));

@@ -6,7 +6,8 @@ use clap::Args;
 
 use crate::durable;
 use crate::interface::{Event, Problem, ProblemKind};
-use crate::sim::{Outcome as Simulated, Scenario, ScenarioError};
+use crate::sim::svg::svg;
+use crate::sim::{Outcome as Simulated, Scenario, ScenarioError, Speed, Subject, Tally};
 use crate::types::ByteSize;
 
 use super::context::Context;
@@ -28,6 +29,9 @@ pub struct Sim {
     /// Write the figures to this file, too
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
+    /// Draw bytes per move against moves made into this file
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
 }
 
 pub fn run(ctx: &Context, args: &Sim) -> Outcome {
@@ -56,15 +60,22 @@ pub fn run(ctx: &Context, args: &Sim) -> Outcome {
         true
     });
     progress.end();
-    let outcome = outcome.map_err(problem)?;
-    if let Some(path) = &args.csv {
-        durable::write(path, csv(&outcome).as_bytes())
-            .map_err(|e| Problem::from_path(path.display().to_string(), &e))?;
-    }
+    let (outcome, speed) = outcome.map_err(problem)?;
+    let write = |path: &Option<PathBuf>, text: String| match path {
+        Some(path) => durable::write(path, text.as_bytes())
+            .map_err(|e| Problem::from_path(path.display().to_string(), &e)),
+        None => Ok(()),
+    };
+    write(&args.csv, csv(&outcome))?;
+    write(&args.svg, svg(&outcome))?;
     if ctx.printer.json {
         return ctx.printer.json_value(&outcome);
     }
-    print(ctx, &outcome)
+    print(ctx, &outcome)?;
+    if ctx.printer.verbose {
+        print_speed(ctx, &speed);
+    }
+    Ok(())
 }
 
 fn print(ctx: &Context, outcome: &Simulated) -> Outcome {
@@ -77,6 +88,7 @@ fn print(ctx: &Context, outcome: &Simulated) -> Outcome {
         ">HELD",
         ">TIME",
         ">MESSAGES",
+        ">PRESENCE",
         ">REPOSITORIES",
     ]);
     for row in &outcome.rows {
@@ -90,34 +102,57 @@ fn print(ctx: &Context, outcome: &Simulated) -> Outcome {
             format!("{:.0} %", row.hit_rate * 100.0),
             format!("{:.1} s", row.seconds_per_move),
             format!("{:.1}", row.messages_per_move),
+            bytes(row.presence_bytes_per_move),
             bytes(row.repository_bytes),
         ]);
     }
     table.print(&ctx.printer)?;
     ctx.printer.note(format!(
-        "{} moves in {} clouds with {} VMs, {} not done; {} crashes, {} messages, {} presences, {} steps of cores; \
-         seed {}. Components, own and whole disk are bytes per move",
+        "{} moves in {} clouds with {} VMs, {} not done; {:.1} % of what they needed was there; {} crashes, {} steps \
+         of cores; seed {}. Components, own, whole disk and presence are bytes per move",
         outcome.moves,
         outcome.clouds,
         outcome.vms,
         outcome.moves_not_done,
+        outcome.hit_rate * 100.0,
         outcome.crashes,
-        outcome.messages,
-        outcome.presences,
         outcome.steps,
         outcome.seed
     ));
+    let moves = outcome.moves.max(1) as f64;
+    let per_move = |(about, tally): (&Subject, &Tally)| {
+        format!("{} {:.2} ({})", about.name(), tally.messages as f64 / moves, ByteSize(tally.bytes))
+    };
+    let messages: Vec<String> = outcome.messages.iter().map(per_move).collect();
+    ctx.printer.note(format!("messages per move (and bytes in all): {}", messages.join(", ")));
+    ctx.printer.note(format!(
+        "presence: {} stanzas to the room, {} delivered ({})",
+        outcome.presences,
+        outcome.presences_delivered,
+        ByteSize(outcome.presence_bytes_delivered)
+    ));
     Ok(())
+}
+
+fn print_speed(ctx: &Context, speed: &Speed) {
+    let us = |ns: u32| f64::from(ns) / 1000.0;
+    ctx.printer.note(format!(
+        "a step of a core took {:.1} µs (median), {:.1} µs (99 of 100 took less); {} were timed",
+        us(speed.step_median_ns),
+        us(speed.step_99th_ns),
+        speed.steps_timed
+    ));
 }
 
 fn csv(outcome: &Simulated) -> String {
     let mut text =
         "moves,simulated_hours,component_bytes_per_move,own_bytes_per_move,monolithic_bytes_per_move,\
-                    hit_rate,seconds_per_move,messages_per_move,repository_bytes\n"
+                    hit_rate,seconds_per_move,messages_per_move,message_bytes_per_move,presences_per_move,\
+                    presence_bytes_per_move,repository_bytes\n"
             .to_owned();
     for r in &outcome.rows {
         text.push_str(&format!(
-            "{},{:.3},{},{},{},{:.4},{:.3},{:.2},{}\n",
+            "{},{:.3},{},{},{},{:.4},{:.3},{:.2},{},{:.1},{},{}\n",
             r.moves,
             r.simulated_hours,
             r.component_bytes_per_move,
@@ -126,6 +161,9 @@ fn csv(outcome: &Simulated) -> String {
             r.hit_rate,
             r.seconds_per_move,
             r.messages_per_move,
+            r.message_bytes_per_move,
+            r.presences_per_move,
+            r.presence_bytes_per_move,
             r.repository_bytes
         ));
     }

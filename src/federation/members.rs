@@ -4,6 +4,7 @@
 //! nothing. Whether its key is believed is [`super::trust`]'s to say.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -25,7 +26,23 @@ pub struct Presence {
     /// Its resource; a member's broker is the one that sends `<cloud/>`.
     pub resource: String,
     pub available: bool,
-    pub cloud: Option<Box<Cloud>>,
+    /// Shared by all that keep it: a room's members are many, and most of what they show never changes.
+    #[serde(with = "payload")]
+    pub cloud: Option<Arc<Cloud>>,
+}
+
+/// A payload is written as if nobody shared it.
+mod payload {
+    use super::{Arc, Cloud};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(cloud: &Option<Arc<Cloud>>, to: S) -> Result<S::Ok, S::Error> {
+        cloud.as_deref().serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Arc<Cloud>>, D::Error> {
+        Ok(Option::<Cloud>::deserialize(from)?.map(Arc::new))
+    }
 }
 
 /// What is known of one member.
@@ -38,7 +55,7 @@ pub struct Member {
     pub last_seen: UnixMillis,
     pub name: Option<CloudName>,
     pub key: Option<PublicKey>,
-    pub cloud: Option<Cloud>,
+    pub cloud: Option<Arc<Cloud>>,
     /// The room's owner took it off the list.
     pub removed: bool,
     /// The key it shows came with a second succession of a key that has a successor.
@@ -174,7 +191,7 @@ impl Members {
         member.removed = false;
         member.key = cloud.key.parse().ok();
         let (name, proofs) = (cloud.name.parse().ok(), cloud.successions());
-        member.cloud = Some(*cloud);
+        member.cloud = Some(cloud);
         let news = member.key.and_then(|shown| self.keys.see(&p.jid, shown, &proofs));
         member.forks = matches!(news, Some(KeyNews::Fork { .. }));
         self.bind_name(&p.jid, name.filter(|name| self.own_name.as_ref() != Some(name)));
@@ -185,6 +202,9 @@ impl Members {
     /// A name stays with the member that had it first, gone or not, so that nobody takes another's
     /// place while it is away. Only a trusted member gets a name that an untrusted one holds.
     fn bind_name(&mut self, jid: &MemberJid, name: Option<CloudName>) {
+        if name.is_some() && self.members.get(jid).is_some_and(|m| m.name == name) {
+            return;
+        }
         let holder = self.members.values().find(|m| m.jid != *jid && m.name.is_some() && m.name == name);
         let holder = holder.map(|m| m.jid.clone());
         let is_trusted = |jid: &MemberJid| self.trust_of(jid) == Trust::Trusted;
@@ -250,6 +270,11 @@ impl Members {
     pub fn trusted(&self) -> impl Iterator<Item = (&MemberJid, PublicKey)> + '_ {
         let online = self.members.values().filter(|m| m.is_online());
         online.filter_map(|m| Some((&m.jid, self.trusted_key(&m.jid).ok()?)))
+    }
+
+    /// Whether this member may connect: it is online, and its key is trusted. That key.
+    pub fn admitted(&self, jid: &MemberJid) -> Option<PublicKey> {
+        self.trusted_key(jid).ok().filter(|_| self.is_online(jid))
     }
 
     /// Members whose key is believed, online or not, and whether or not they were seen.
@@ -345,7 +370,7 @@ mod tests {
             jid: jid(member),
             resource: "broker".into(),
             available: true,
-            cloud: Some(Box::new(cloud)),
+            cloud: Some(Arc::new(cloud)),
         }
     }
 
@@ -414,7 +439,7 @@ mod tests {
         let showing = |n: u8, steps: &[(u8, u8)]| {
             let mut p = presence("a@x", "alpine", key(n));
             let signed = steps.iter().map(|(a, b)| Succession::sign(&secret(*a), &secret(*b), UnixMillis(1)));
-            p.cloud = p.cloud.map(|c| Box::new(c.with_successions(signed)));
+            p.cloud = p.cloud.map(|c| Arc::new((*c).clone().with_successions(signed)));
             p
         };
         let a = jid("a@x");
@@ -478,7 +503,7 @@ mod tests {
     fn a_payload_without_measure_is_not_looked_at() {
         let mut m = Members::new(BTreeMap::new(), BTreeMap::new(), true);
         let mut p = presence("a@x", "alpine", key(1));
-        p.cloud = p.cloud.map(|c| Box::new(Cloud { carbon: Some(f32::INFINITY), ..*c }));
+        p.cloud = p.cloud.map(|c| Arc::new(Cloud { carbon: Some(f32::INFINITY), ..(*c).clone() }));
         assert!(m.presence(p, UnixMillis(1)).is_none());
         assert!(!m.is_online(&jid("a@x")));
         assert_eq!(m.trust_of(&jid("a@x")), Trust::NoKey);

@@ -151,7 +151,7 @@ mod tests {
             last_seen: UnixMillis(0),
             name: None,
             key: None,
-            cloud: Some(cloud),
+            cloud: Some(std::sync::Arc::new(cloud)),
             removed: false,
             forks: false,
         }
@@ -161,7 +161,7 @@ mod tests {
     fn who_says_that_it_cannot_is_not_asked_and_the_reason_is_named() {
         let of = |spoil: &dyn Fn(&mut Cloud)| {
             let mut member = member("b");
-            spoil(member.cloud.as_mut().unwrap());
+            spoil(std::sync::Arc::make_mut(member.cloud.as_mut().unwrap()));
             let choice = Choice { member: Some(&member), earlier: None };
             shortlist(&spec(), &[choice], ASKED_MAX).remove(0).map(|denial| denial.code)
         };
@@ -180,7 +180,8 @@ mod tests {
     fn of_many_only_some_are_asked() {
         let mut members: Vec<_> = (0..20).map(|n| member(&format!("m{n}"))).collect();
         for (n, member) in (0..).zip(&mut members) {
-            member.cloud.as_mut().unwrap().capacity.as_mut().unwrap().memory_free = (1 + n) << 30;
+            std::sync::Arc::make_mut(member.cloud.as_mut().unwrap()).capacity.as_mut().unwrap().memory_free =
+                (1 + n) << 30;
         }
         let mut all: Vec<_> =
             members.iter().map(|member| Choice { member: Some(member), earlier: None }).collect();

@@ -79,6 +79,7 @@ impl Hands {
                 self.shared.tickets.set_members(keys.into_iter().collect());
                 self.shared.tickets.set_caps(caps.into_iter().collect());
             }
+            Effect::AdmitAlso(key, cap) => self.shared.tickets.add_member(key, cap),
             Effect::Part(key) => {
                 self.shared.tickets.withdraw_all_of(&key);
                 self.shared.endpoint.cut(&key);

@@ -21,6 +21,7 @@ use crate::types::{ByteSize, Hash, IdentityKey, MemberJid, MigrationId, PackId, 
 use crate::vm::hypervisor::{Ability, Accelerator, DiskFormat, Features};
 use crate::vm::{CardModel, DiskBus, PowerState, VmSpec};
 
+use super::counts::Subject;
 use super::model::{Catalogue, Made};
 
 /// What a cloud is like.
@@ -50,7 +51,9 @@ pub struct Cloud {
     /// The broker was not told yet what is composed.
     pub composed_anew: bool,
     pub components: BTreeSet<crate::types::ComponentId>,
-    pub announced: Option<Presence>,
+    pub announced: Option<Arc<Presence>>,
+    /// What its presence took when it was sent last.
+    pub(super) announced_bytes: u64,
     pub versions: BTreeMap<MemberJid, u32>,
     /// Tickets under which content is served.
     pub serving: BTreeMap<MigrationId, Hash>,
@@ -98,6 +101,7 @@ impl Clone for Cloud {
             composed_anew: self.composed_anew,
             components: self.components.clone(),
             announced: self.announced.clone(),
+            announced_bytes: self.announced_bytes,
             versions: self.versions.clone(),
             serving: self.serving.clone(),
             staged: self.staged.clone(),
@@ -174,6 +178,7 @@ pub struct Answered {
     pub talk: u64,
     /// Which of the conversation's requests.
     pub asked: u64,
+    pub about: Subject,
 }
 
 /// A name's key, the same in every run.
@@ -204,6 +209,7 @@ impl Cloud {
             composed_anew: true,
             components: BTreeSet::new(),
             announced: None,
+            announced_bytes: 0,
             versions: BTreeMap::new(),
             serving: BTreeMap::new(),
             staged: BTreeSet::new(),
@@ -341,7 +347,7 @@ impl Cloud {
             Some(broker) => broker.is_confirmed(vm),
             None => false,
         };
-        self.book.vm(vm).is_some_and(|record| record.is_here()) && (!self.restored || knows())
+        self.book.is_here(vm) == Some(true) && (!self.restored || knows())
     }
 
     /// What is held of a VM's needs.

@@ -15,6 +15,7 @@ use crate::types::{CloudName, MemberJid, MigrationId, VmId};
 use crate::vm::VmSpec;
 
 use super::cloud::{Answered, Asks, Checking, Job, Planning, Talk, Talking};
+use super::counts::Subject;
 use super::queue::{Event, Kind, Said};
 use super::world::{World, mix};
 
@@ -49,17 +50,18 @@ impl World {
         let asked = of.id();
         let Some(talking) = of.talks.get_mut(&id) else { return };
         (talking.asked, talking.nonce) = (asked, format!("{at:016x}{asked:016x}"));
-        let answered = Answered { cloud: at, life: talking.job.life, talk: id, asked };
+        let subject = Subject::of(&body);
+        let answered = Answered { cloud: at, life: talking.job.life, talk: id, asked, about: subject };
         let (to, about, nonce) = (talking.to.jid.clone(), talking.about, talking.nonce.clone());
         let version = of.versions.get(&to).copied().unwrap_or(VERSION);
         let target = self.by_jid.get(&to).copied();
         let payload = self.seal(at, to, about, version, nonce, body);
-        self.counts.messages += 1;
+        self.counts.sent(subject);
         let lost = self.random.chance(self.links.loss);
         if let Some(payload) = payload
             && let Some(to) = target.filter(|to| !lost && !self.is_cut(at, *to))
         {
-            self.counts.message_bytes += payload.len() as u64;
+            self.counts.carried(subject, payload.len());
             let said = Said { from: self.clouds[at].jid.clone(), to, payload: Rc::new(payload) };
             if let Some(log) = &mut self.log {
                 log.push(said.clone());
@@ -113,11 +115,12 @@ impl World {
         // It goes by the clock of whom it asks.
         let theirs = self.clouds[to].ahead_ms;
         let ahead_ms = std::mem::replace(&mut self.cloud(by).ahead_ms, theirs);
+        let subject = Subject::of(&body);
         let payload = self.seal(by, jid.clone(), about, version, format!("{by:016x}{asked:016x}"), body);
         self.cloud(by).ahead_ms = ahead_ms;
         self.note(to, mix(asked, by as u64));
         let ask = AskId(self.cloud(to).id());
-        let answered = Answered { cloud: by, life: u32::MAX, talk: 0, asked };
+        let answered = Answered { cloud: by, life: u32::MAX, talk: 0, asked, about: subject };
         self.cloud(to).awaited.insert(ask, answered);
         let from = self.clouds[by].jid.clone();
         (self.by_hand, self.asks_by_hand) = (None, Some(asked));
@@ -149,12 +152,12 @@ impl World {
 
     /// A request arrives once more; nobody waits for the answer.
     pub(super) fn deliver_again(&mut self, said: Said) {
-        let answered = Answered { cloud: said.to, life: u32::MAX, talk: 0, asked: 0 };
+        let answered = Answered { cloud: said.to, life: u32::MAX, talk: 0, asked: 0, about: Subject::Other };
         self.later(said.to, 0, Event::Request { said, answered });
     }
 
     pub(super) fn send_answer(&mut self, at: usize, answered: Answered, sealed: Option<Vec<u8>>) {
-        self.counts.messages += 1;
+        self.counts.sent(answered.about);
         if answered.life == u32::MAX {
             if self.asks_by_hand == Some(answered.asked) {
                 self.by_hand = Some(sealed);
@@ -165,7 +168,7 @@ impl World {
             return;
         }
         if let Some(sealed) = sealed {
-            self.counts.message_bytes += sealed.len() as u64;
+            self.counts.carried(answered.about, sealed.len());
             let to = answered.cloud;
             self.later(to, self.links.latency_ms, Event::Answer { answered, sealed: Some(sealed) });
         }

@@ -3,18 +3,23 @@
 
 pub mod cloud;
 mod conversations;
+pub mod counts;
 mod host;
 pub mod model;
 mod order;
 pub mod queue;
 mod room;
 pub mod scenario;
+mod settled;
+pub mod svg;
+pub mod trace;
 pub mod world;
 
 pub use cloud::{Cloud, Shape};
+pub use counts::{Counts, Subject, Tally};
 pub use host::seed_of;
 pub use model::{Catalogue, Component};
 pub use order::Death;
 pub use queue::{Kind, Pending, Said};
-pub use scenario::{Outcome, Row, Scenario, ScenarioError};
-pub use world::{Counts, Links, Random, World};
+pub use scenario::{Outcome, Row, Scenario, ScenarioError, Speed};
+pub use world::{Links, Random, World};

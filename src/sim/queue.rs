@@ -48,6 +48,8 @@ pub(super) enum Event {
     Shown {
         everybody: bool,
         presence: Rc<Presence>,
+        /// What it takes as the room sends it to one member.
+        bytes: u64,
     },
     Tick(u32),
     /// A sealed request arrives.

@@ -4,7 +4,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::broker::book::Book;
 use crate::broker::effect::{Done, Effect, Input, Measured, RoomInput};
@@ -19,9 +19,11 @@ use crate::vm::PowerState;
 
 use super::cloud::{Cloud, Talk};
 use super::conversations::nothing;
+use super::counts::Counts;
 use super::model::Catalogue;
 use super::order::Death;
 use super::queue::{Event, Said, Scheduled, Work};
+use super::trace::Trace;
 
 /// How often a broker that has nothing under way looks at its clock; one that has does every second.
 const QUIET_TICK_MS: u64 = 20_000;
@@ -71,19 +73,10 @@ impl Default for Links {
     }
 }
 
-/// What was counted.
-#[derive(Clone, PartialEq, Debug, Default)]
-pub struct Counts {
-    pub messages: u64,
-    pub message_bytes: u64,
-    /// Of clouds to the room, and of the room to each cloud.
-    pub presences: u64,
-    pub presences_delivered: u64,
-    pub component_bytes: u64,
-    pub own_bytes: u64,
-    pub steps: u64,
-    pub crashes: u64,
-}
+/// When simulated time begins.
+pub(super) const BEGUN: UnixMillis = UnixMillis(1_700_000_000_000);
+/// Steps of which one is timed.
+const SAMPLE_EVERY: u64 = 61;
 
 #[derive(Clone)]
 pub struct World {
@@ -99,6 +92,10 @@ pub struct World {
     /// How often hypervisors and disks fail at what they are to do; 0 to 1.
     pub failures: f64,
     pub counts: Counts,
+    /// What steps of cores took, every so many, if somebody wants to know. Nothing depends on it.
+    pub step_ns: Option<Vec<u32>>,
+    /// What happened last to some clouds, in words, if somebody wants to know.
+    pub trace: Option<Trace>,
     /// All that was asked, if somebody wants it.
     pub log: Option<Vec<Said>>,
     /// The guests' states that were written last.
@@ -113,7 +110,7 @@ pub struct World {
     pub carried: BTreeMap<MigrationId, (u64, u64)>,
     /// In how many clouds each VM runs.
     running: BTreeMap<VmId, u32>,
-    /// Clouds that made a step since somebody looked.
+    /// Clouds whose records or VMs changed since somebody looked.
     touched: Vec<usize>,
     /// Each cloud has a time of its own: see `order.rs`.
     pub(super) local_clocks: bool,
@@ -147,11 +144,26 @@ impl World {
         links: Links,
         prepare: impl FnOnce(&mut Self) -> Result<(), String>,
     ) -> Result<Self, String> {
+        Self::joining(seed, clouds, catalogue, links, Duration::ZERO, prepare)
+    }
+
+    /// As [`World::placed`], with brokers that begin one `pause` after the other.
+    ///
+    /// # Errors
+    /// If a cloud's settings are none.
+    pub fn joining(
+        seed: u64,
+        clouds: Vec<Cloud>,
+        catalogue: Catalogue,
+        links: Links,
+        pause: Duration,
+        prepare: impl FnOnce(&mut Self) -> Result<(), String>,
+    ) -> Result<Self, String> {
         let by_jid = clouds.iter().enumerate().map(|(at, c)| (c.jid.clone(), at)).collect();
         let keys = clouds.iter().map(|c| (c.jid.clone(), c.key.public())).collect();
         let count = clouds.len();
         let mut world = Self {
-            now: UnixMillis(1_700_000_000_000),
+            now: BEGUN,
             random: Random(seed),
             links,
             clouds: clouds.into_iter().map(Rc::new).collect(),
@@ -160,6 +172,8 @@ impl World {
             partitions: Vec::new(),
             failures: 0.0,
             counts: Counts::default(),
+            step_ns: None,
+            trace: None,
             log: None,
             newest: BTreeMap::new(),
             broken: None,
@@ -178,7 +192,10 @@ impl World {
         };
         prepare(&mut world)?;
         for at in 0..count {
-            world.start(at, false)?;
+            match pause.as_millis() as u64 * at as u64 {
+                0 => world.start(at, false)?,
+                after_ms => world.later(at, after_ms, Event::Restart),
+            }
         }
         Ok(world)
     }
@@ -228,7 +245,8 @@ impl World {
         for other in (0..self.clouds.len()).filter(|other| *other != at) {
             if self.clouds[other].broker.is_some() && self.clouds[other].announced.is_some() {
                 let presence = self.presence_of(other, true);
-                self.later(at, self.links.latency_ms, Event::Shown { everybody: false, presence });
+                let bytes = self.clouds[other].announced_bytes;
+                self.later(at, self.links.latency_ms, Event::Shown { everybody: false, presence, bytes });
             }
         }
         let offset = Random(u64::from(life) << 32 | at as u64).below(1000) as u64;
@@ -331,16 +349,16 @@ impl World {
                 let done = self.hosted(at, vm, work, took, fails);
                 self.hosted_for(at, life, vm, token, done);
             }
-            Event::Shown { everybody: false, presence } => {
-                self.counts.presences_delivered += 1;
+            Event::Shown { everybody: false, presence, bytes } => {
+                self.counts.presence_delivered(bytes);
                 self.step(at, Input::Room(RoomInput::Presence((*presence).clone())));
             }
-            Event::Shown { everybody: true, presence } => {
+            Event::Shown { everybody: true, presence, bytes } => {
                 for other in (0..self.clouds.len()).filter(|other| *other != at) {
                     if self.is_cut(at, other) || self.clouds[other].broker.is_none() {
                         continue;
                     }
-                    self.counts.presences_delivered += 1;
+                    self.counts.presence_delivered(bytes);
                     self.acting = other;
                     self.step(other, Input::Room(RoomInput::Presence((*presence).clone())));
                 }
@@ -361,7 +379,7 @@ impl World {
     }
 
     /// Runs until `until`, or nothing happens any more; `look` sees the world after every event, and each cloud
-    /// that made a step.
+    /// whose records, or whose VMs' power, changed.
     ///
     /// # Errors
     /// What `look` objects to.
@@ -370,10 +388,10 @@ impl World {
         until: UnixMillis,
         mut look: impl FnMut(&Self, usize) -> Result<(), String>,
     ) -> Result<(), String> {
-        self.touched.clear();
         while self.queue.peek().is_some_and(|Reverse(next)| next.at <= until) {
             self.turn();
             let mut touched = std::mem::take(&mut self.touched);
+            touched.sort_unstable();
             touched.dedup();
             touched.iter().try_for_each(|at| look(self, *at))?;
             touched.clear();
@@ -435,10 +453,18 @@ impl World {
 
     pub(super) fn step(&mut self, at: usize, input: Input) {
         let now = self.now_at(at);
+        let sampled = self.step_ns.is_some() && self.counts.steps.is_multiple_of(SAMPLE_EVERY);
+        let writes = self.clouds[at].book.writes();
+        if self.trace.is_some() && self.clouds[at].broker.is_some() {
+            self.trace(at, &input);
+        }
         let Some(broker) = &mut self.cloud(at).broker else { return };
+        let begun = sampled.then(Instant::now);
         let mut effects = broker.step(now, input);
+        if let (Some(begun), Some(samples)) = (begun, &mut self.step_ns) {
+            samples.push(begun.elapsed().as_nanos().min(u128::from(u32::MAX)) as u32);
+        }
         self.counts.steps += 1;
-        self.touched.push(at);
         let death = self.dying.take_if(|(dying, _)| *dying == at).map(|(_, death)| death);
         if let Some(death) = death {
             effects.truncate(death.effects);
@@ -446,6 +472,9 @@ impl World {
         effects.into_iter().for_each(|effect| self.perform(at, effect));
         if let Some(death) = death {
             self.die(at, death);
+        }
+        if self.clouds[at].book.writes() != writes {
+            self.touched.push(at);
         }
     }
 
@@ -460,6 +489,7 @@ impl World {
             None => self.cloud(at).power.remove(&vm),
         };
         let counts = |power: Option<PowerState>| u32::from(power == Some(PowerState::Running));
+        self.touched.push(at);
         let running = self.running.entry(vm).or_default();
         *running = *running + counts(power) - counts(before);
     }
@@ -568,6 +598,7 @@ impl World {
             // Nothing that the model has.
             Effect::Tell(..)
             | Effect::Admit { .. }
+            | Effect::AdmitAlso(..)
             | Effect::Part(_)
             | Effect::Withdraw(_)
             | Effect::Cap(..)

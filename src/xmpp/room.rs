@@ -1,5 +1,7 @@
 //! Joining the room and reading its presence.
 
+use std::sync::Arc;
+
 use xmpp_parsers::caps;
 use xmpp_parsers::disco::{DiscoInfoResult, Identity};
 use xmpp_parsers::hashes::Algo;
@@ -208,9 +210,9 @@ pub fn is_removal(stanza: &Stanza) -> bool {
         && user.is_some_and(|x| statuses(x).any(|code| matches!(code, "301" | "321" | "322")))
 }
 
-fn cloud_in(stanza: &Stanza) -> Option<Box<Cloud>> {
+fn cloud_in(stanza: &Stanza) -> Option<Arc<Cloud>> {
     let payload = stanza.payloads.iter().find(|p| p.is("cloud", ns::CLOUD))?;
-    Cloud::try_from(payload.clone()).ok().map(Box::new)
+    Cloud::try_from(payload.clone()).ok().map(Arc::new)
 }
 
 pub(super) fn statuses(user: &Element) -> impl Iterator<Item = &str> {

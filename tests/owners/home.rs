@@ -250,8 +250,12 @@ impl Home {
             power: "on".into(),
             ..Cloud::default()
         };
-        let presence =
-            Presence { jid: jid(name), resource: "x".into(), available: true, cloud: Some(Box::new(cloud)) };
+        let presence = Presence {
+            jid: jid(name),
+            resource: "x".into(),
+            available: true,
+            cloud: Some(std::sync::Arc::new(cloud)),
+        };
         let input = Input::Room(RoomInput::Presence(presence));
         self.inbox.send(input).unwrap_or_else(|_| panic!("stopped"));
     }

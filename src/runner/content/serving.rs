@@ -52,15 +52,20 @@ impl Tickets {
         *write(&self.members) = keys;
     }
 
+    /// One more that may connect.
+    pub fn add_member(&self, key: PublicKey, cap_bytes_per_s: Option<u64>) {
+        if let Some(rate) = cap_bytes_per_s {
+            set_cap(&mut write(&self.caps), key, rate);
+        }
+        write(&self.members).insert(key);
+    }
+
     /// The caps of members that have one, bytes per second. They hold for what is under way, too.
     pub fn set_caps(&self, rates: HashMap<PublicKey, u64>) {
         let mut caps = write(&self.caps);
         caps.retain(|key, _| rates.contains_key(key));
         for (key, rate) in rates {
-            let limiter = caps.entry(key).or_insert_with(|| Limiter::new(Some(rate)));
-            if limiter.rate_bytes_per_s() != Some(rate) {
-                limiter.set_rate(Some(rate));
-            }
+            set_cap(&mut caps, key, rate);
         }
     }
 
@@ -90,6 +95,13 @@ impl Tickets {
 
     fn find(&self, ticket: &Ticket) -> Result<Arc<Served>, Refusal> {
         read(&self.served).get(ticket.as_bytes()).cloned().ok_or(Refusal::UnknownTicket)
+    }
+}
+
+fn set_cap(caps: &mut HashMap<PublicKey, Limiter>, key: PublicKey, rate: u64) {
+    let limiter = caps.entry(key).or_insert_with(|| Limiter::new(Some(rate)));
+    if limiter.rate_bytes_per_s() != Some(rate) {
+        limiter.set_rate(Some(rate));
     }
 }
 
