@@ -237,7 +237,10 @@ async fn members_see_and_ask_each_other_and_nobody_else(kind: Kind) {
     {
         for name in others {
             let presence = broker.sees_member(name).await;
-            assert_eq!((presence.jid, presence.cloud.map(|c| c.name)), (jid(name), Some(name.into())));
+            assert_eq!(
+                (presence.jid, presence.cloud.map(|c| c.name.clone())),
+                (jid(name), Some(name.into()))
+            );
         }
     }
 

@@ -114,12 +114,15 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
         Command::Rename(args) => vm_change::rename(ctx, args).await,
         Command::Resize(args) => vm_change::resize(ctx, args).await,
         Command::Stop { vms, all, for_host, force, timeout } => {
-            let vms = if all { running(ctx).await? } else { vms };
+            let vms = match all {
+                true => running(ctx).await?,
+                false => vms.into_iter().map(|vm| (vm.clone(), vm)).collect(),
+            };
             let timeout_s = timeout.map(whole_seconds);
             let mut failed = Ok(());
-            for vm in vms {
-                let request = Request::VmStop { vm: vm.clone(), force, timeout_s, for_host };
-                match done(ctx, request, format!("{vm} is stopped")).await {
+            for (vm, name) in vms {
+                let request = Request::VmStop { vm, force, timeout_s, for_host };
+                match done(ctx, request, format!("{name} is stopped")).await {
                     // One guest that hangs does not keep the others running.
                     Err(Failure::Problem(problem)) if all => {
                         let earlier = std::mem::replace(&mut failed, Err(problem.into()));
@@ -203,13 +206,13 @@ fn content(root_delta_bytes: u64, user_data_bytes: u64) -> String {
     format!("{} of changes and {} of user data", bytes(root_delta_bytes), bytes(user_data_bytes))
 }
 
-/// The VMs that run, the newest first: who was started last may need those before it.
-async fn running(ctx: &Context) -> Result<Vec<String>, Failure> {
+/// The VMs that run, each with its name, the newest first: who was started last may need those before it.
+async fn running(ctx: &Context) -> Result<Vec<(String, String)>, Failure> {
     let reply = ctx.ask(&Request::VmList).await?;
     let Reply::Vms(mut vms) = reply else { return Err(unexpected(&reply)) };
     vms.retain(|vm| vm.owner.is_none() && !matches!(vm.power, PowerState::Stopped | PowerState::Crashed));
     vms.sort_by_key(|vm| std::cmp::Reverse((vm.created, vm.id)));
-    Ok(vms.into_iter().map(|vm| vm.id.to_string()).collect())
+    Ok(vms.into_iter().map(|vm| (vm.id.to_string(), vm.name.to_string())).collect())
 }
 
 /// Not zero of them for a short time.

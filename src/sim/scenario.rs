@@ -745,8 +745,8 @@ mod tests {
         };
         let owner = (0..3).find(|at| world.clouds[*at].book.is_here(vms[0]) == Some(true)).unwrap();
         for (words, what) in [
-            ("staged", found(&|w| drop(w.cloud(1).staged.insert(id)))),
-            ("ticket", found(&|w| drop(w.cloud(1).serving.insert(id, crate::types::Hash::of(b"ticket"))))),
+            ("staged", found(&|w| w.cloud(1).staged.extend([id]))),
+            ("ticket", found(&|w| w.cloud(1).serving.extend([(id, crate::types::Hash::of(b"ticket"))]))),
             ("is lost", found(&|w| w.cloud(owner).book.remove_vm(vms[0]))),
             ("should run", found(&|w| w.set_power(owner, vms[0], Some(crate::vm::PowerState::Stopped)))),
             ("is down", found(&|w| w.crash(2, Duration::from_secs(5)))),
