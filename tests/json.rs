@@ -23,7 +23,7 @@ const SILENT: [(&str, &str); 4] = [
 ];
 
 /// Where keys are identifiers that are counted or timed, not names of fields.
-const MAPS: [&str; 3] = ["by_kind", "phase_ms", "refused"];
+const MAPS: [&str; 4] = ["by_kind", "messages", "phase_ms", "refused"];
 
 /// Values that programs compare.
 const IDENTIFIERS: [&str; 23] = [

@@ -60,6 +60,7 @@ impl Subject {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct Tally {
     pub messages: u64,
+    #[serde(rename = "message_bytes")]
     pub bytes: u64,
 }
 

@@ -160,6 +160,7 @@ pub struct Outcome {
     /// Of clouds to the room, and of the room to each of its members.
     pub presences: u64,
     pub presences_delivered: u64,
+    #[serde(rename = "presence_delivered_bytes")]
     pub presence_bytes_delivered: u64,
     pub steps: u64,
     pub crashes: u64,
@@ -401,7 +402,7 @@ impl From<ScenarioError> for Ended {
 const JOINED_WITHIN_MS: u64 = 60_000;
 
 /// Leases and patience as they ship; no bounds that a federation of one room would not have.
-const SETTINGS: &str = "[migration]\nconcurrency = 1000\nrequests_per_minute = 600000\n[[member]]\njid = \"nobody@sim.example\"\n";
+const SETTINGS: &str = "cpu_overcommit = 1.0\n[migration]\nconcurrency = 1000\nrequests_per_minute = 600000\n[[member]]\njid = \"nobody@sim.example\"\n";
 
 fn components(packages: &str) -> Result<Vec<Component>, ScenarioError> {
     let mut all: Vec<(String, Vec<(String, u64)>)> = Vec::new();
