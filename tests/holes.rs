@@ -1,7 +1,10 @@
 //! Content with holes costs what its data costs: counted are the bytes that the program itself moves, not its time.
 
+#[path = "support/offline.rs"]
+mod offline;
+
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -16,14 +19,7 @@ struct Cloud(tempfile::TempDir);
 
 impl Cloud {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let text = "[cloud]\nname = \"cloud-a\"\ndata_dir = \"data\"\n[xmpp]\njid = \"a@example.org\"\n\
-                    password_file = \"password\"\nroom = \"fed@rooms.example.org\"\n";
-        std::fs::write(dir.path().join("federation.toml"), text).unwrap();
-        let password = dir.path().join("password");
-        std::fs::write(&password, "secret\n").unwrap();
-        std::fs::set_permissions(&password, std::fs::Permissions::from_mode(0o600)).unwrap();
-        Self(dir)
+        Self(offline::cloud())
     }
 
     fn path(&self) -> &Path {

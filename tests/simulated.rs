@@ -13,7 +13,7 @@ use cicada::interface::{Reply, Request};
 use cicada::migration::records::VmRecord;
 use cicada::sim::{Catalogue, Cloud, Component, Links, Shape, World};
 use cicada::types::{ByteSize, VmId};
-use cicada::vm::{Firmware, PowerState, VmSpec};
+use cicada::vm::PowerState;
 
 const CLOUDS: usize = 3;
 const VMS: usize = 4;
@@ -28,21 +28,8 @@ fn catalogue() -> Catalogue {
 }
 
 fn record(n: usize, catalogue: &Catalogue) -> VmRecord {
-    let spec = VmSpec {
-        id: VmId(uuid::Uuid::from_u128(n as u128 + 1)),
-        name: format!("vm{n}").parse().unwrap(),
-        cpus: 1,
-        memory: ByteSize::mib(256),
-        recipe: catalogue.recipes[n % 2].id,
-        root_size: ByteSize(1 << 30),
-        user_data_size: ByteSize(1 << 30),
-        nics: Vec::new(),
-        architecture: "amd64".into(),
-        cpu_model: "qemu64".into(),
-        firmware: Firmware::Bios,
-        disk_bus: Default::default(),
-        system_uuid: None,
-    };
+    let id = VmId(uuid::Uuid::from_u128(n as u128 + 1));
+    let spec = catalogue.recipes[n % 2].vm(id, format!("vm{n}").parse().unwrap());
     VmRecord { run: true, ..VmRecord::new(spec, vec!["os@1".into()], "disks-1", UnixMillis(1)) }
 }
 

@@ -1,12 +1,16 @@
 //! What commands say when they are given what they cannot use: which object, why, what next, and the exit code
 //! that goes with it. No broker runs, but one that reaches nobody.
 
+#[path = "support/offline.rs"]
+mod offline;
+
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use cicada::repository::{RefKind, Repository};
+use offline::cloud;
 
 fn run(dir: &Path, args: &[&str]) -> (i32, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cicada"));
@@ -17,18 +21,6 @@ fn run(dir: &Path, args: &[&str]) -> (i32, String, String) {
         command.env("NO_COLOR", "1").current_dir(dir).args(args).stdin(Stdio::null()).output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     (status.code().unwrap(), text(stdout), text(stderr))
-}
-
-/// A directory with a good configuration and no broker.
-fn cloud() -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    let text = "[cloud]\nname = \"cloud-a\"\ndata_dir = \"data\"\n[xmpp]\njid = \"a@example.org\"\n\
-                password_file = \"password\"\nroom = \"fed@rooms.example.org\"\n";
-    std::fs::write(dir.path().join("federation.toml"), text).unwrap();
-    let password = dir.path().join("password");
-    std::fs::write(&password, "secret\n").unwrap();
-    std::fs::set_permissions(&password, std::fs::Permissions::from_mode(0o600)).unwrap();
-    dir
 }
 
 fn tree(dir: &Path, name: &str, path: &str, text: &str) -> String {

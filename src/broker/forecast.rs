@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::interface::{Foretold, MigrationPhase, MigrationRole, MigrationView, Score};
+use crate::interface::{MigrationPhase, MigrationRole, MigrationView, MoveWork, Score};
 use crate::types::{MemberJid, VmId};
 
 /// What weight earlier moves keep beside a new one.
@@ -39,23 +39,6 @@ const SHUTDOWNS_OF_ALL: usize = 20;
 const SHUTDOWN_VARIES: (f64, f64) = (0.6, 1.6);
 const STRANGER_VARIES: (f64, f64) = (0.5, 2.0);
 const SHUTDOWN_VARIES_S: f64 = 0.2;
-
-/// What a move is to do.
-#[derive(Clone, Copy, PartialEq, Debug, Default)]
-pub struct Work {
-    /// To be carried, as far as that is known before.
-    pub bytes: u64,
-    /// Plain bytes of components that are to be composed; none if the base is there.
-    pub base_bytes: u64,
-    /// What the VM's disks take up.
-    pub disk_bytes: u64,
-    /// Its guest is to be shut down, and started.
-    pub runs: bool,
-    /// What time the guest is given to end.
-    pub patience_s: f64,
-    /// It let that time pass before: it will again.
-    pub ignores: bool,
-}
 
 /// What one move took, in seconds.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
@@ -117,7 +100,7 @@ struct Course {
 
 impl Course {
     /// All but the shutdown of a guest.
-    fn foretold_s(&self, work: &Work) -> Option<f64> {
+    fn foretold_s(&self, work: &MoveWork) -> Option<f64> {
         let starting_s = if work.runs { self.starting.seconds_of(1.0)? } else { 0.0 };
         let set_up = &self.set_up[usize::from(work.runs)];
         // One that is off is set up sooner, but not by much.
@@ -207,11 +190,11 @@ impl Forecasts {
         }
         // A link that was down says nothing of what it is like.
         if !foretold.disturbed {
-            self.learn(&p.peer, p.vm_id, &Work::of(foretold), &took);
+            self.learn(&p.peer, p.vm_id, &foretold.work, &took);
         }
     }
 
-    fn learn(&mut self, member: &MemberJid, vm: VmId, work: &Work, took: &Took) {
+    fn learn(&mut self, member: &MemberJid, vm: VmId, work: &MoveWork, took: &Took) {
         if let Some(shutdown_s) = took.shutdown_s {
             push(self.shutdowns_s.entry(vm).or_default(), shutdown_s, SHUTDOWNS);
             push(&mut self.shutdowns_of_all_s, shutdown_s, SHUTDOWNS_OF_ALL);
@@ -249,7 +232,7 @@ impl Forecasts {
     }
 
     /// How long a guest will take to end, if anything is known of guests.
-    fn shutdown(&self, vm: VmId, work: &Work) -> Option<Interval> {
+    fn shutdown(&self, vm: VmId, work: &MoveWork) -> Option<Interval> {
         let most_s = work.patience_s;
         let found = match self.shutdowns_s.get(&vm) {
             _ if work.ignores => Some(Interval { low_s: most_s, high_s: most_s }),
@@ -261,7 +244,7 @@ impl Forecasts {
 
     /// How long a move takes; nothing is known before the first of its kind to `member`. What a guest that runs
     /// writes meanwhile is not in it.
-    pub fn foretell(&self, member: &MemberJid, vm: VmId, work: &Work) -> Option<Interval> {
+    pub fn foretell(&self, member: &MemberJid, vm: VmId, work: &MoveWork) -> Option<Interval> {
         let course = self.courses.get(member)?;
         let rest = course.interval(course.foretold_s(work)?);
         if !work.runs {
@@ -283,16 +266,10 @@ impl Forecasts {
     }
 }
 
-impl Work {
-    fn of(foretold: &Foretold) -> Self {
-        let Foretold { bytes, base_bytes, disk_bytes, runs, patience_s, ignores, .. } = *foretold;
-        Self { bytes, base_bytes, disk_bytes, runs, patience_s, ignores }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::interface::Foretold;
 
     fn vm(n: u128) -> VmId {
         VmId(uuid::Uuid::from_u128(n))
@@ -302,12 +279,12 @@ mod tests {
         "b@x".parse().unwrap()
     }
 
-    fn off(bytes: u64) -> Work {
-        Work { bytes, ..Work::default() }
+    fn off(bytes: u64) -> MoveWork {
+        MoveWork { bytes, ..MoveWork::default() }
     }
 
-    fn running(bytes: u64) -> Work {
-        Work { bytes, runs: true, patience_s: 90.0, ..Work::default() }
+    fn running(bytes: u64) -> MoveWork {
+        MoveWork { bytes, runs: true, patience_s: 90.0, ..MoveWork::default() }
     }
 
     #[test]
@@ -328,7 +305,7 @@ mod tests {
         let i = f.foretell(&member(), vm(9), &off(1 << 30)).unwrap();
         assert!(i.low_s > 20.0 && i.high_s < 260.0, "{i:?}");
         // One that is known to ignore it takes what it is given.
-        let deaf = Work { ignores: true, patience_s: 5.0, ..running(1 << 20) };
+        let deaf = MoveWork { ignores: true, patience_s: 5.0, ..running(1 << 20) };
         let i = f.foretell(&member(), vm(1), &deaf).unwrap();
         assert!(i.low_s > 2.0 && i.high_s > 5.0 && i.high_s < 20.0, "{i:?}");
         // The guest that is known to take 30 s, and one that was never seen to end.
@@ -347,7 +324,7 @@ mod tests {
         assert!(f.foretell(&member(), vm(1), &off(0)).is_some());
         // Nothing flowed, nothing was composed, no guest was started.
         assert_eq!(f.foretell(&member(), vm(1), &off(1 << 30)), None);
-        assert_eq!(f.foretell(&member(), vm(1), &Work { base_bytes: 1 << 30, ..off(0) }), None);
+        assert_eq!(f.foretell(&member(), vm(1), &MoveWork { base_bytes: 1 << 30, ..off(0) }), None);
         assert_eq!(f.foretell(&member(), vm(1), &running(0)), None);
     }
 
@@ -362,9 +339,10 @@ mod tests {
                 composing_s: 10.0,
                 ..Took::default()
             };
-            f.learn(&member(), vm(1), &Work { base_bytes: 500 << 20, ..off(100 << 20) }, &took);
+            f.learn(&member(), vm(1), &MoveWork { base_bytes: 500 << 20, ..off(100 << 20) }, &took);
         }
-        let at = |base_bytes| f.foretell(&member(), vm(1), &Work { base_bytes, ..off(100 << 20) }).unwrap();
+        let at =
+            |base_bytes| f.foretell(&member(), vm(1), &MoveWork { base_bytes, ..off(100 << 20) }).unwrap();
         let (there, twice) = (at(0), at(1000 << 20));
         assert!(there.low_s < 11.0 && there.high_s > 11.0 && there.high_s < 14.0, "{there:?}");
         assert!(twice.low_s < 31.0 && twice.high_s > 31.0 && twice.low_s > 25.0, "{twice:?}");
@@ -411,12 +389,13 @@ mod tests {
 
     #[test]
     fn a_targets_figures_count_for_no_more_than_the_move_took() {
-        let foretold = Foretold { bytes: 1 << 20, base_bytes: 1 << 20, ..Foretold::default() };
+        let foretold =
+            Foretold { work: MoveWork { base_bytes: 1 << 20, ..off(1 << 20) }, ..Foretold::default() };
         let mut liar = view(2000, foretold);
         (liar.account.fetch_ms, liar.progress.bytes_done) = (u64::MAX, 1 << 20);
         liar.account.phase_ms.insert("compose".into(), u64::MAX);
         let f = Forecasts::of([&liar].into_iter());
-        let i = f.foretell(&member(), vm(1), &Work { base_bytes: 1 << 20, ..off(1 << 20) }).unwrap();
+        let i = f.foretell(&member(), vm(1), &MoveWork { base_bytes: 1 << 20, ..off(1 << 20) }).unwrap();
         assert!(i.high_s < 20.0, "{i:?}");
     }
 
@@ -437,7 +416,7 @@ mod tests {
                 let number = |at: usize| columns[at].parse::<u64>().unwrap();
                 let seconds = |at: usize| columns[at].parse::<f64>().ok();
                 let of = vm(number(1).into());
-                let work = Work {
+                let work = MoveWork {
                     runs: columns[2] == "true",
                     bytes: number(3),
                     base_bytes: number(4),

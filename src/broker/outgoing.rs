@@ -641,12 +641,7 @@ impl Broker {
         let work = self.work(vm, bytes, checked.base_bytes, run.machine.was_running());
         let interval = self.forecasts.foretell(peer, vm, &work);
         let foretold = Foretold {
-            bytes: work.bytes,
-            base_bytes: work.base_bytes,
-            disk_bytes: work.disk_bytes,
-            runs: work.runs,
-            patience_s: work.patience_s,
-            ignores: work.ignores,
+            work,
             low_s: interval.map(|i| i.low_s),
             high_s: interval.map(|i| i.high_s),
             disturbed: false,

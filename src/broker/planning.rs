@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::interface::{Candidate, PlanView, Problem, ProblemKind, Reason, Reply, Verdict};
+use crate::interface::{Candidate, MoveWork, PlanView, Problem, ProblemKind, Reason, Reply, Verdict};
 use crate::migration::{Denial, DenialCode};
 use crate::placement::shortlist::{ASKED_MAX, Choice, Earlier, shortlist};
 use crate::placement::{Offer, hardware, rank};
@@ -11,7 +11,6 @@ use crate::vm::{PowerState, VmSpec};
 
 use super::Broker;
 use super::effect::{CallId, Effect, Peer};
-use super::forecast::Work;
 use super::pending::{Pending, PlanFor};
 use super::vms::Vm;
 
@@ -214,9 +213,9 @@ impl Broker {
     }
 
     /// What a move of a VM is to do, as its time is foretold by.
-    pub(super) fn work(&self, vm: VmId, bytes: u64, base_bytes: u64, runs: bool) -> Work {
+    pub(super) fn work(&self, vm: VmId, bytes: u64, base_bytes: u64, runs: bool) -> MoveWork {
         let disks = self.measured.disks.get(&vm).copied().unwrap_or_default();
-        Work {
+        MoveWork {
             bytes,
             base_bytes,
             disk_bytes: disks.root_bytes.saturating_add(disks.user_data_bytes),

@@ -121,7 +121,7 @@ fn print(ctx: &Context, outcome: &Simulated) -> Outcome {
     ));
     let moves = outcome.moves.max(1) as f64;
     let per_move = |(about, tally): (&Subject, &Tally)| {
-        format!("{} {:.2} ({})", about.name(), tally.messages as f64 / moves, ByteSize(tally.bytes))
+        format!("{} {:.2} ({})", about.as_str(), tally.messages as f64 / moves, ByteSize(tally.bytes))
     };
     let messages: Vec<String> = outcome.messages.iter().map(per_move).collect();
     ctx.printer.note(format!("messages per move (and bytes in all): {}", messages.join(", ")));

@@ -2,12 +2,12 @@
 //! was quiet for a while. Bounded in memory; fed with the time.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
+use crate::types::kinds;
 
 /// Senders told apart at most; the rest are counted together.
 const SENDERS_MAX: usize = 1000;
@@ -18,60 +18,40 @@ const QUIET: Duration = Duration::from_secs(600);
 /// Who is counted together with others beyond [`SENDERS_MAX`].
 pub const OTHERS: &str = "others";
 
-macro_rules! kinds {
-    ($($(#[$meta:meta])* $variant:ident = $word:literal,)+) => {
-        /// Why something was refused that no honest, healthy peer asks for. Ordinary denials, such as
-        /// too little memory, are none.
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
-        #[serde(rename_all = "kebab-case")]
-        pub enum Refused { $($(#[$meta])* $variant,)+ }
-
-        impl Refused {
-            pub const ALL: &[Refused] = &[$(Refused::$variant),+];
-
-            pub const fn as_str(self) -> &'static str {
-                match self { $(Refused::$variant => $word,)+ }
-            }
-        }
-    };
-}
-
 kinds! {
-    /// A message that was seen before.
-    Replay = "replay",
-    /// A message that expired, or a clock that is far off.
-    Expired = "expired",
-    /// A signature that is not by the sender's key.
-    Signature = "signature",
-    /// A message addressed to somebody else.
-    WrongRecipient = "wrong-recipient",
-    /// A message that names another sender than it has.
-    WrongSender = "wrong-sender",
-    /// A version that is not spoken here.
-    Version = "version",
-    /// No member of the federation.
-    NotMember = "not-member",
-    /// A member whose key nobody confirmed, or that shows none.
-    UntrustedKey = "untrusted-key",
-    /// A member that shows another key than the pinned one.
-    ChangedKey = "changed-key",
-    /// A VM, migration or ticket that is another member's.
-    NotYours = "not-yours",
-    /// A hand-over that is forged, stale or another's, or an epoch that is over.
-    StaleEpoch = "stale-epoch",
-    /// More than is allowed in that time.
-    RateLimit = "rate-limit",
-    /// What cannot be read or is too large, or a handshake that fails.
-    Malformed = "malformed",
-    /// A transfer ticket that is not known or does not cover what is asked for.
-    Ticket = "ticket",
-    /// An address to fetch from that is not dialled from here.
-    Address = "address",
-}
-
-impl fmt::Display for Refused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
+    /// Why something was refused that no honest, healthy peer asks for. Ordinary denials, such as
+    /// too little memory, are none.
+    Refused {
+        /// A message that was seen before.
+        Replay = "replay",
+        /// A message that expired, or a clock that is far off.
+        Expired = "expired",
+        /// A signature that is not by the sender's key.
+        Signature = "signature",
+        /// A message addressed to somebody else.
+        WrongRecipient = "wrong-recipient",
+        /// A message that names another sender than it has.
+        WrongSender = "wrong-sender",
+        /// A version that is not spoken here.
+        Version = "version",
+        /// No member of the federation.
+        NotMember = "not-member",
+        /// A member whose key nobody confirmed, or that shows none.
+        UntrustedKey = "untrusted-key",
+        /// A member that shows another key than the pinned one.
+        ChangedKey = "changed-key",
+        /// A VM, migration or ticket that is another member's.
+        NotYours = "not-yours",
+        /// A hand-over that is forged, stale or another's, or an epoch that is over.
+        StaleEpoch = "stale-epoch",
+        /// More than is allowed in that time.
+        RateLimit = "rate-limit",
+        /// What cannot be read or is too large, or a handshake that fails.
+        Malformed = "malformed",
+        /// A transfer ticket that is not known or does not cover what is asked for.
+        Ticket = "ticket",
+        /// An address to fetch from that is not dialled from here.
+        Address = "address",
     }
 }
 

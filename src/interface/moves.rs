@@ -166,21 +166,31 @@ pub struct MigrationProgress {
     pub attempt: u32,
 }
 
+/// What a move is to do.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MoveWork {
+    /// To be carried, as far as that is known before.
+    #[serde(rename = "carried_bytes")]
+    pub bytes: u64,
+    /// Plain bytes of components that are to be composed; none if the base is there.
+    pub base_bytes: u64,
+    /// What the VM's disks take up.
+    pub disk_bytes: u64,
+    /// Its guest is to be shut down, and started.
+    pub runs: bool,
+    /// What time the guest is given to end.
+    pub patience_s: f64,
+    /// It let that time pass before: it will again.
+    pub ignores: bool,
+}
+
 /// What a move was to do, and how long that was foretold to take.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Foretold {
-    /// To be carried.
-    #[serde(rename = "carried_bytes")]
-    pub bytes: u64,
-    /// Plain bytes of components to be composed; none if the base was there.
-    pub base_bytes: u64,
-    /// What the VM's disks took up.
-    pub disk_bytes: u64,
-    pub runs: bool,
-    /// What time the guest was given to end, and whether it had let that pass before.
-    pub patience_s: f64,
-    pub ignores: bool,
+    #[serde(flatten)]
+    pub work: MoveWork,
     /// None as long as too little was known.
     pub low_s: Option<f64>,
     pub high_s: Option<f64>,

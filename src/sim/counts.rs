@@ -7,25 +7,26 @@ use xmpp_parsers::minidom::Element;
 
 use crate::federation::Presence;
 use crate::migration::RequestBody;
+use crate::types::kinds;
 
-/// What a request, and its answer, are about.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Subject {
-    /// Does it fit, and what of it is held?
-    Configuration,
-    Reservation,
-    /// Pages of a VM's history.
-    Lineage,
-    /// Who owns which VM, as far as is known.
-    Owners,
-    /// A copy is brought up to date.
-    Initialization,
-    /// The VM changes hands.
-    Start,
-    /// The source may forget its copy.
-    Delete,
-    Other,
+kinds! {
+    /// What a request, and its answer, are about.
+    Subject {
+        /// Does it fit, and what of it is held?
+        Configuration = "configuration",
+        Reservation = "reservation",
+        /// Pages of a VM's history.
+        Lineage = "lineage",
+        /// Who owns which VM, as far as is known.
+        Owners = "owners",
+        /// A copy is brought up to date.
+        Initialization = "initialization",
+        /// The VM changes hands.
+        Start = "start",
+        /// The source may forget its copy.
+        Delete = "delete",
+        Other = "other",
+    }
 }
 
 impl Subject {
@@ -39,19 +40,6 @@ impl Subject {
             RequestBody::Start { .. } => Subject::Start,
             RequestBody::Delete { .. } => Subject::Delete,
             _ => Subject::Other,
-        }
-    }
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Subject::Configuration => "configuration",
-            Subject::Reservation => "reservation",
-            Subject::Lineage => "lineage",
-            Subject::Owners => "owners",
-            Subject::Initialization => "initialization",
-            Subject::Start => "start",
-            Subject::Delete => "delete",
-            Subject::Other => "other",
         }
     }
 }

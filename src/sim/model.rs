@@ -8,7 +8,8 @@ use uuid::Uuid;
 
 use crate::component::Recipe;
 use crate::component::recipe::DiskParameters;
-use crate::types::{ComponentId, ImageDigest, PackId, RecipeId};
+use crate::types::{ByteSize, ComponentId, ImageDigest, PackId, RecipeId, VmId, VmName};
+use crate::vm::{Firmware, VmSpec};
 
 /// A component: its packs, each with its size as it travels.
 #[derive(Clone, PartialEq, Debug)]
@@ -43,6 +44,27 @@ pub struct Made {
     pub components: Vec<usize>,
     /// Its packs, each once, with what each takes as it travels.
     pub packs: Vec<(PackId, u64)>,
+}
+
+impl Made {
+    /// A small VM of this recipe, such as every simulated cloud can run.
+    pub fn vm(&self, id: VmId, name: VmName) -> VmSpec {
+        VmSpec {
+            id,
+            name,
+            cpus: 1,
+            memory: ByteSize::mib(256),
+            recipe: self.id,
+            root_size: ByteSize(self.recipe.disk.virtual_size_bytes),
+            user_data_size: ByteSize(1 << 30),
+            nics: Vec::new(),
+            architecture: "amd64".into(),
+            cpu_model: "qemu64".into(),
+            firmware: Firmware::Bios,
+            disk_bus: Default::default(),
+            system_uuid: None,
+        }
+    }
 }
 
 impl Catalogue {

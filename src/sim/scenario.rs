@@ -9,7 +9,7 @@ use crate::broker::CallId;
 use crate::interface::{MigrationView, Reply, Request};
 use crate::migration::records::VmRecord;
 use crate::types::{ByteSize, MigrationId, VmId};
-use crate::vm::{Firmware, VmSpec};
+use crate::vm::VmSpec;
 
 use super::cloud::{Cloud, Shape};
 use super::counts::{Counts, Subject, Tally};
@@ -441,24 +441,9 @@ fn id_of(n: usize) -> VmId {
 }
 
 fn record(n: usize, kind: usize, catalogue: &Catalogue) -> VmRecord {
-    let spec = VmSpec {
-        id: id_of(n),
-        name: match format!("vm{n}").parse() {
-            Ok(name) => name,
-            Err(_) => crate::types::VmName::unknown(id_of(n)),
-        },
-        cpus: 1,
-        memory: ByteSize(1 << 30),
-        recipe: catalogue.recipes[kind].id,
-        root_size: ByteSize(ROOT_BYTES),
-        user_data_size: ByteSize(1 << 30),
-        nics: Vec::new(),
-        architecture: "amd64".into(),
-        cpu_model: "qemu64".into(),
-        firmware: Firmware::Bios,
-        disk_bus: Default::default(),
-        system_uuid: None,
-    };
+    let id = id_of(n);
+    let name = format!("vm{n}").parse().unwrap_or_else(|_| crate::types::VmName::unknown(id));
+    let spec = VmSpec { memory: ByteSize(1 << 30), ..catalogue.recipes[kind].vm(id, name) };
     VmRecord { run: true, ..VmRecord::new(spec, Vec::new(), "disks-1", crate::clock::UnixMillis(1)) }
 }
 

@@ -8,29 +8,12 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::spec::{Mac, Nic};
-use crate::types::VmId;
+use crate::types::{VmId, kinds};
 
-/// A kind of hardware: its words are the same on the command line, in records and in messages.
-macro_rules! kind {
-    ($(#[$doc:meta])* $name:ident, $what:literal, $default:ident,
-     { $($(#[$of:meta])* $variant:ident = $word:literal),+ $(,)? }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
-        #[serde(rename_all = "lowercase")]
-        pub enum $name { $($(#[$of])* $variant),+ }
-
+/// A kind of hardware that an operator may choose: read by its word, and left out where it is the default.
+macro_rules! choices {
+    ($($name:ident, $what:literal, $default:ident;)+) => {$(
         impl $name {
-            /// All of them, the default first.
-            pub const ALL: &[Self] = &[$(Self::$variant),+];
-
-            /// The words for them, in that order.
-            pub const WORDS: &[&'static str] = &[$($word),+];
-
-            /// The word for it.
-            pub const fn as_str(self) -> &'static str {
-                match self { $(Self::$variant => $word),+ }
-            }
-
             pub(super) fn is_default(&self) -> bool {
                 *self == Self::default()
             }
@@ -42,12 +25,6 @@ macro_rules! kind {
             }
         }
 
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.pad(self.as_str())
-            }
-        }
-
         impl FromStr for $name {
             type Err = String;
             fn from_str(s: &str) -> Result<Self, String> {
@@ -56,22 +33,20 @@ macro_rules! kind {
                 })
             }
         }
-    };
+    )+};
 }
 
-kind! {
+kinds! {
     /// What starts a VM's operating system.
-    Firmware, "firmware", Uefi, {
+    Firmware {
         /// What disks composed of components need.
         Uefi = "uefi",
         /// For adopted disks that have a boot sector only.
         Bios = "bios",
     }
-}
 
-kind! {
     /// What a VM's disks are attached to.
-    DiskBus, "disk bus", Virtio, {
+    DiskBus {
         /// A PCI device for each disk, paravirtual.
         Virtio = "virtio",
         /// A paravirtual SCSI controller.
@@ -81,11 +56,9 @@ kind! {
         /// An NVMe controller for each disk.
         Nvme = "nvme",
     }
-}
 
-kind! {
     /// A model of network card.
-    CardModel, "network card", Virtio, {
+    CardModel {
         /// Paravirtual.
         Virtio = "virtio",
         /// Intel 82574L.
@@ -97,6 +70,12 @@ kind! {
         /// The paravirtual card of VMware.
         Vmxnet3 = "vmxnet3",
     }
+}
+
+choices! {
+    Firmware, "firmware", Uefi;
+    DiskBus, "disk bus", Virtio;
+    CardModel, "network card", Virtio;
 }
 
 /// The UUID that a guest finds in its firmware's tables (SMBIOS, "system information"). Licences and the ids of

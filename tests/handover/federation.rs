@@ -8,7 +8,7 @@ use cicada::migration::Law;
 use cicada::migration::records::{GivenUp, VmRecord};
 use cicada::sim::{Catalogue, Cloud, Component, Kind, Links, Pending, Shape, World};
 use cicada::types::{ByteSize, MigrationId, VmId};
-use cicada::vm::{Firmware, PowerState, VmSpec};
+use cicada::vm::{PowerState, VmSpec};
 
 pub const NAME: &str = "web";
 /// A federation without trouble comes to rest within this time.
@@ -20,21 +20,8 @@ pub fn vm() -> VmId {
 }
 
 pub fn record(catalogue: &Catalogue, runs: bool) -> VmRecord {
-    let spec = VmSpec {
-        id: vm(),
-        name: NAME.parse().expect("a valid name"),
-        cpus: 1,
-        memory: ByteSize::mib(256),
-        recipe: catalogue.recipes[0].id,
-        root_size: ByteSize(1 << 30),
-        user_data_size: ByteSize(0),
-        nics: Vec::new(),
-        architecture: "amd64".into(),
-        cpu_model: "qemu64".into(),
-        firmware: Firmware::Bios,
-        disk_bus: Default::default(),
-        system_uuid: None,
-    };
+    let spec = catalogue.recipes[0].vm(vm(), NAME.parse().expect("a valid name"));
+    let spec = VmSpec { user_data_size: ByteSize(0), ..spec };
     VmRecord { run: runs, ..VmRecord::new(spec, vec!["os@1".into()], "disks-1", UnixMillis(1)) }
 }
 
