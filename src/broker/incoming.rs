@@ -406,8 +406,8 @@ impl Broker {
         // Its history comes with the next messages, if its source keeps one.
         let standing = self.standing(spec.id, &known);
         let allowed = match request.version {
-            VERSION_BEFORE => self.law.offer(standing, &peer.jid, &peer.key, None).map(drop),
-            _ => self.law.may_arrive(standing),
+            VERSION_BEFORE => self.book.law().offer(standing, &peer.jid, &peer.key, None).map(drop),
+            _ => self.book.law().may_arrive(standing),
         };
         if let Err(refusal) = allowed {
             return AnswerBody::Denied(denial(&refusal));
@@ -502,7 +502,7 @@ impl Broker {
         // What a history says does not matter here: only what this cloud itself recorded.
         let known = Lineage::empty(h.vm);
         let given = Given { promised, receipt: receipt.as_ref() };
-        let became = self.law.what_became_of(self.standing(h.vm, &known), given, h, signed);
+        let became = self.book.law().what_became_of(self.standing(h.vm, &known), given, h, signed);
         // What was taken over after the backup was made is not known any more.
         let lost = self.restored.is_some_and(|at| h.issued < at) && !promised;
         match became {
@@ -804,7 +804,7 @@ impl Broker {
             grace: self.config.migration.grace_period,
         };
         let given = Given { promised, receipt: kept.as_ref() };
-        let taken = self.law.take_over(
+        let taken = self.book.law().take_over(
             self.standing(h.vm, &known),
             given,
             run.offer.lineage.as_ref(),
@@ -836,7 +836,7 @@ impl Broker {
         if let Err(e) = records.save_receipt(id, &receipt) {
             tracing::warn!(migration = %id, error = chain(&e), "the receipt lies in the VM's record alone");
         }
-        if let Err(e) = self.keep_lineage(&self.law.known(lineage, Some(&record))) {
+        if let Err(e) = self.keep_lineage(&self.book.law().known(lineage, Some(&record))) {
             tracing::warn!(migration = %id, error = chain(&e), "the last link of its history lies in the VM's record alone");
         }
         tracing::info!(migration = %id, vm = %record.spec.name, epoch = h.epoch, "taken over");
@@ -872,7 +872,7 @@ impl Broker {
 
     pub(super) fn acknowledged(&mut self, id: MigrationId, vm: VmId) {
         let Some(entry) = self.vms.get_mut(&vm) else { return };
-        if let Some(record) = self.law.acknowledge(&entry.record, id) {
+        if let Some(record) = self.book.law().acknowledge(&entry.record, id) {
             entry.record = record;
             if let Err(e) = self.book.save_vm(&entry.record) {
                 tracing::warn!(vm = %vm, error = chain(&e), "acknowledgement not recorded");

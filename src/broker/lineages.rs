@@ -34,7 +34,7 @@ impl Broker {
     pub(super) fn known(&self, vm: VmId) -> Result<Lineage, RecordError> {
         let kept = self.book.lineage(vm)?;
         let kept = kept.with(self.successions());
-        Ok(self.law.known(kept, self.vms.get(&vm).map(|vm| &vm.record)))
+        Ok(self.book.law().known(kept, self.vms.get(&vm).map(|vm| &vm.record)))
     }
 
     pub(super) fn standing<'a>(&'a self, vm: VmId, known: &'a Lineage) -> Standing<'a> {
@@ -108,7 +108,7 @@ impl Broker {
             let standing = self.standing(vm, &known);
             let run = self.incoming.get(&id).ok_or(Refusal::OtherReservation)?;
             let (_, peer) = run.about();
-            self.law.offer(standing, &peer.jid, &peer.key, Some(&offered))?;
+            self.book.law().offer(standing, &peer.jid, &peer.key, Some(&offered))?;
             Ok(*offered)
         });
         let answer = match judged {

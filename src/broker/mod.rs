@@ -95,7 +95,6 @@ pub struct Broker {
     config: Arc<Config>,
     me: MemberJid,
     key: Arc<dyn Signer>,
-    law: Law,
     features: Features,
     transfer_addresses: Vec<String>,
     vms_dir: PathBuf,
@@ -201,7 +200,6 @@ impl Broker {
             me,
             config: Arc::new(b.config),
             key: b.key,
-            law: b.law,
             features: b.features,
             transfer_addresses: b.transfer_addresses,
             vms_dir: b.vms_dir,
@@ -252,7 +250,7 @@ impl Broker {
 
     /// Goes on over another book, which must say what this one's does.
     pub fn over(mut self, book: Box<dyn Book>) -> Self {
-        self.book = Ledger::new(book, self.law);
+        self.book = Ledger::new(book, self.book.law());
         self
     }
 

@@ -139,7 +139,7 @@ impl Broker {
         let refused = match self.vms.get(&vm) {
             None => Some(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile")),
             Some(entry) => {
-                self.law.may_move(&entry.record, entry.hold(), entry.confirmed).err().map(|refusal| {
+                self.book.law().may_move(&entry.record, entry.hold(), entry.confirmed).err().map(|refusal| {
                     let object = format!("VM {}", entry.record.spec.name);
                     Problem::new(ProblemKind::Conflict, object, refusal.to_string())
                         .next("see 'cicada vm show'; move it when nothing holds it")
@@ -547,7 +547,7 @@ impl Broker {
         }
         let fits = |receipt: &Receipt| {
             let vm = self.outgoing.get(&id).and_then(|run| self.vms.get(&run.matter.vm));
-            vm.is_some_and(|vm| self.law.receipt_fits(&vm.record, receipt).is_ok())
+            vm.is_some_and(|vm| self.book.law().receipt_fits(&vm.record, receipt).is_ok())
         };
         let is_false = matches!(&answer, Ok(AnswerBody::Started { receipt, .. }) if !fits(receipt));
         let Some(run) = self.outgoing.get_mut(&id) else { return };
@@ -680,8 +680,11 @@ impl Broker {
         let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, chain(e));
         let known = self.known(vm).map_err(|e| broken(&e))?;
         let entry = self.vms.get_mut(&vm).ok_or_else(missing)?;
-        let (record, hand_over) =
-            self.law.give_up(&entry.record, &known, gift).map_err(|refusal| lineages::denial(&refusal))?;
+        let (record, hand_over) = self
+            .book
+            .law()
+            .give_up(&entry.record, &known, gift)
+            .map_err(|refusal| lineages::denial(&refusal))?;
         fault::point("source-giving-up");
         self.book.save_ownership(&record).map_err(|e| Denial::new(DenialCode::Other, chain(&e)))?;
         fault::point("source-given-up");
@@ -700,8 +703,11 @@ impl Broker {
         let vm = run.matter.vm;
         let known = self.known(vm).map_err(|e| refuse(chain(&e)))?;
         let entry = self.vms.get(&vm).ok_or_else(|| refuse("unknown VM".into()))?;
-        let (record, known) =
-            self.law.take_back(&entry.record, &known, &back).map_err(|refusal| lineages::denial(&refusal))?;
+        let (record, known) = self
+            .book
+            .law()
+            .take_back(&entry.record, &known, &back)
+            .map_err(|refusal| lineages::denial(&refusal))?;
         // Only evidence: without it the target would be asked again, and give it again.
         self.book.save_returned(id, &back).map_err(|e| refuse(chain(&e)))?;
         // Then the history, which is ahead of the record for a moment: both are facts by now.
@@ -749,7 +755,7 @@ impl Broker {
             tracing::warn!(migration = %id, error = chain(&e), "the receipt lies in the VM's record alone");
         }
         if let Some(entry) = self.vms.get_mut(&vm) {
-            match self.law.release(&entry.record, receipt, now.plus(grace)) {
+            match self.book.law().release(&entry.record, receipt, now.plus(grace)) {
                 Ok(record) => {
                     if let Err(e) = self.book.keep_receipts(&record) {
                         tracing::warn!(migration = %id, error = chain(&e), "the last link of its history lies in the VM's record alone");

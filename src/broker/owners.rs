@@ -173,7 +173,7 @@ impl Broker {
         };
         let (me, running) = (self.key.public(), self.is_running(vm));
         let held = self.vms.get(&vm).is_some_and(|vm| vm.busy.is_some() || vm.starting);
-        let learnt = self.law.learn(
+        let learnt = self.book.law().learn(
             self.standing(vm, &known),
             shown,
             &me,

@@ -53,9 +53,8 @@ const ANSWERS_LAST: Duration = Duration::from_secs(3600);
 
 /// What a row of a plan says for the next one; nothing if the member was not heard.
 fn earlier(row: &Candidate) -> Option<Earlier> {
-    let bytes = row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;
     match row.verdict {
-        Verdict::Yes | Verdict::WithDifferences { .. } => Some(Earlier::Lacks { bytes }),
+        Verdict::Yes | Verdict::WithDifferences { .. } => Some(Earlier::Lacks { bytes: row.bytes_missing() }),
         Verdict::No { .. } => Some(Earlier::No),
         Verdict::NotAsked { .. } => None,
     }
@@ -106,18 +105,16 @@ impl Broker {
         rows: Result<Vec<Candidate>, Problem>,
     ) {
         let (PlanFor::Caller(call) | PlanFor::Move { call, .. }) = purpose;
-        if !self.vms.contains_key(&id) {
-            let gone = Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile");
-            return self.reply(call, Err(gone));
-        }
         let now = self.now;
-        let answers = rows.iter().flatten().map(|row| (row.jid.clone(), earlier(row)));
-        let answers: Vec<_> = answers.filter_map(|(jid, earlier)| Some((jid, earlier?))).collect();
         if let Some(vm) = self.vms.get_mut(&id) {
             vm.answers.retain(|_, (at, _)| now.since(*at) < ANSWERS_LAST);
-            vm.answers.extend(answers.into_iter().map(|(jid, earlier)| (jid, (now, earlier))));
+            let answers = rows.iter().flatten();
+            vm.answers.extend(answers.filter_map(|row| Some((row.jid.clone(), (now, earlier(row)?)))));
         }
-        let Some(vm) = self.vms.get(&id) else { return };
+        let Some(vm) = self.vms.get(&id) else {
+            let gone = Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile");
+            return self.reply(call, Err(gone));
+        };
         let plan = rows.map(|mut rows| {
             rows.extend(left_out);
             PlanView { notes: self.running_notes(vm), ..self.ranked(&vm.record.spec, rows) }
@@ -229,9 +226,7 @@ impl Broker {
         rows.iter_mut().for_each(|row| self.compare_hardware(spec, row));
         let runs = self.power_of(spec.id) != PowerState::Stopped;
         for row in &mut rows {
-            let bytes =
-                row.component_bytes_missing + row.root_delta_bytes_missing + row.user_data_bytes_missing;
-            let work = self.work(spec.id, bytes, row.base_bytes, runs);
+            let work = self.work(spec.id, row.bytes_missing(), row.base_bytes, runs);
             let foretold = self.forecasts.foretell(&row.jid, spec.id, &work);
             (row.forecasts_held, row.forecasts_told) = self.forecasts.held(&row.jid);
             (row.seconds_low, row.seconds_high) = (foretold.map(|i| i.low_s), foretold.map(|i| i.high_s));
@@ -245,9 +240,7 @@ impl Broker {
                     Verdict::WithDifferences { differences } => differences.len(),
                     _ => 0,
                 },
-                bytes_missing: row.component_bytes_missing
-                    + row.root_delta_bytes_missing
-                    + row.user_data_bytes_missing,
+                bytes_missing: row.bytes_missing(),
                 memory_bytes_free: self.members.memory_bytes_free(&row.jid),
             })
             .collect();

@@ -79,7 +79,7 @@ impl Broker {
     pub(super) fn start_machine(&mut self, id: VmId, arrival: Option<MigrationId>) -> bool {
         let off = self.is_off(id);
         let Some(vm) = self.vms.get_mut(&id) else { return false };
-        if let Err(refusal) = self.law.may_run(&vm.record, vm.confirmed) {
+        if let Err(refusal) = self.book.law().may_run(&vm.record, vm.confirmed) {
             tracing::error!(vm = %vm.record.spec.name, reason = %refusal, "not started by itself");
             return false;
         }

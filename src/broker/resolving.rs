@@ -198,7 +198,7 @@ impl Broker {
         let now = self.now;
         let scrub_after = now.plus(self.config.migration.grace_period);
         let Some(entry) = self.vms.get_mut(&vm) else { return Ok(()) };
-        let Ok(record) = self.law.concede(&entry.record, now, scrub_after) else { return Ok(()) };
+        let Ok(record) = self.book.law().concede(&entry.record, now, scrub_after) else { return Ok(()) };
         self.book.save_ownership(&record)?;
         entry.record = record;
         self.emit(Effect::Undefine(vm));
@@ -338,11 +338,11 @@ impl Broker {
             let record = match r.owner {
                 Side::There => {
                     let scrub_after = self.now.plus(self.config.migration.grace_period);
-                    self.law.leave_to_target(&record, scrub_after).unwrap_or(record)
+                    self.book.law().leave_to_target(&record, scrub_after).unwrap_or(record)
                 }
                 Side::Here => {
                     let known = self.known(r.vm)?;
-                    match self.law.take_back_by_word(&record, &known, &*self.key) {
+                    match self.book.law().take_back_by_word(&record, &known, &*self.key) {
                         Ok((record, known)) => {
                             self.keep_lineage(&known)?;
                             record
@@ -427,7 +427,7 @@ impl Broker {
         }
         if let Some(entry) = self.vms.get_mut(&r.vm)
             && let Some(end) = entry.record.given_up().and_then(|g| g.scrub_after)
-            && let Ok(record) = self.law.release(&entry.record, receipt.clone(), end)
+            && let Ok(record) = self.book.law().release(&entry.record, receipt.clone(), end)
         {
             self.book.save_ownership(&record)?;
             entry.record = record;
@@ -450,7 +450,7 @@ impl Broker {
         }
         let known = self.known(r.vm)?;
         let record = self.vms.get(&r.vm).map(|vm| vm.record.clone());
-        match record.and_then(|record| self.law.take_back(&record, &known, back).ok()) {
+        match record.and_then(|record| self.book.law().take_back(&record, &known, back).ok()) {
             Some((record, known)) => {
                 let record = VmRecord { run: false, ..record };
                 self.keep_lineage(&known)?;
@@ -471,7 +471,7 @@ impl Broker {
     fn confirm_back(&mut self, r: &Resolution, back: &Return) -> Result<(), RecordError> {
         let known = self.known(r.vm)?;
         let Some(entry) = self.vms.get(&r.vm) else { return Ok(()) };
-        if let Ok(Some((record, known))) = self.law.confirm_back(&entry.record, &known, back) {
+        if let Ok(Some((record, known))) = self.book.law().confirm_back(&entry.record, &known, back) {
             self.keep_lineage(&known)?;
             self.book.save_ownership(&record)?;
             if let Some(entry) = self.vms.get_mut(&r.vm) {
@@ -494,7 +494,7 @@ impl Broker {
         );
         let since = self.now;
         if let Some(entry) = self.vms.get_mut(&r.vm)
-            && let Some(record) = self.law.contest(&entry.record, id, since)
+            && let Some(record) = self.book.law().contest(&entry.record, id, since)
         {
             self.book.save_ownership(&record)?;
             entry.record = record;
@@ -543,7 +543,7 @@ impl Broker {
     fn contested_by_source(&mut self, id: MigrationId, vm: VmId, words: &str) {
         let now = self.now;
         let Some(entry) = self.vms.get_mut(&vm) else { return };
-        let Some(record) = self.law.withdrawn(&entry.record, id, now) else {
+        let Some(record) = self.book.law().withdrawn(&entry.record, id, now) else {
             tracing::warn!(migration = %id, vm = %entry.record.spec.name, words, "its source's withdrawal changes nothing: the hand-over is complete");
             return;
         };
@@ -583,7 +583,7 @@ impl Broker {
 
     fn uncontested(&mut self, vm: VmId) -> Result<(), RecordError> {
         let Some(entry) = self.vms.get_mut(&vm) else { return Ok(()) };
-        if let Some(record) = self.law.uncontested(&entry.record) {
+        if let Some(record) = self.book.law().uncontested(&entry.record) {
             self.book.save_ownership(&record)?;
             entry.record = record;
         }
@@ -601,7 +601,7 @@ impl Broker {
         let scrub_after = self.now.plus(self.config.migration.grace_period);
         let known = self.known(r.vm)?;
         let given = (**given).clone();
-        let (record, known) = match self.law.yield_to_target(
+        let (record, known) = match self.book.law().yield_to_target(
             &entry.record,
             &known,
             given,
@@ -639,7 +639,7 @@ impl Broker {
         // The VM may come again: its history goes on with the return.
         if let Some(signed) = hand_over {
             let back = signed.clone().give_back(&*self.key);
-            let known = self.law.give_back(&self.known(d.vm)?, &back);
+            let known = self.book.law().give_back(&self.known(d.vm)?, &back);
             self.keep_lineage(&known)?;
         }
         self.unanswered.remove(&id);

@@ -385,7 +385,7 @@ impl Broker {
     /// Scrubs copies from before VMs left and came home.
     fn scrub_kept(&mut self, now: UnixMillis) {
         for (id, vm) in &mut self.vms {
-            let Some((over, record)) = self.law.due(&vm.record, now) else { continue };
+            let Some((over, record)) = self.book.law().due(&vm.record, now) else { continue };
             // What the record does not name any more, the next start would find and remove as well.
             if let Err(e) = self.book.save_vm(&record) {
                 tracing::warn!(vm = %record.spec.name, error = chain(&e), "earlier copies are not scrubbed yet");

@@ -67,6 +67,14 @@ pub struct Candidate {
     pub answer_ms: f64,
 }
 
+impl Candidate {
+    /// All that would travel, as far as that is known.
+    pub fn bytes_missing(&self) -> u64 {
+        let disks_bytes = self.root_delta_bytes_missing.saturating_add(self.user_data_bytes_missing);
+        self.component_bytes_missing.saturating_add(disks_bytes)
+    }
+}
+
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(tag = "verdict", rename_all = "kebab-case")]
 pub enum Verdict {
