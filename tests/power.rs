@@ -132,7 +132,7 @@ fn a_vm_is_deleted_only_by_who_means_it() {
     assert_eq!((code, said.contains("is running")), (Some(4), true), "{said}");
     let (code, said) = cicada(&world, &["vm", "stop", "--all", "--force"]);
     assert_eq!(code, Some(0), "{said}");
-    let order = ["web", "db"].map(|vm| said.find(&world.vm(0, vm).id.to_string()).unwrap());
+    let order = ["web", "db"].map(|vm| said.find(vm).unwrap_or_else(|| panic!("{vm} is named: {said}")));
     assert!(order.is_sorted(), "the newest first: {said}");
     assert_eq!(cicada(&world, &["vm", "stop", "--all"]).0, Some(0), "nothing runs");
     // Nothing was ever written to this one: nothing is lost that its components do not give again.
