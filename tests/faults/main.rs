@@ -12,6 +12,7 @@ mod world;
 
 mod cell;
 mod guest;
+#[path = "../support/links.rs"]
 mod links;
 mod pair;
 mod storage;

@@ -16,7 +16,7 @@ use cicada::types::ByteSize;
 use cicada::vm::{Firmware, PowerState};
 
 use crate::guest;
-use crate::links::Wire;
+use crate::links::{Wire, free_udp_port};
 use crate::storage::Storage;
 use crate::world::support::Kind;
 use crate::world::{self, World};
@@ -351,6 +351,3 @@ pub fn comes(seconds: u64, mut condition: impl FnMut() -> bool) -> bool {
     true
 }
 
-fn free_udp_port() -> u16 {
-    std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}

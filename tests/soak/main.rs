@@ -6,6 +6,8 @@ mod fleet;
 #[allow(dead_code)]
 #[path = "../hypervisor/guest.rs"]
 mod guest;
+#[path = "../support/links.rs"]
+mod links;
 mod mischief;
 mod watcher;
 #[allow(dead_code)]
@@ -15,7 +17,8 @@ mod world;
 use std::time::{Duration, Instant};
 
 use fleet::Fleet;
-use mischief::Mischief;
+use links::{Wire, free_udp_port};
+use mischief::{Links, Mischief};
 use watcher::Watcher;
 use world::{World, missing_tool, turn};
 
@@ -24,6 +27,10 @@ pub const CLOUDS: [&str; 3] = ["alpine", "boreal", "coral"];
 const CONFIG: &str = "[migration]\nlease_s = 10\ngrace_period = \"3s\"\nstop_timeout_s = 20\n";
 /// Faults fire for so long before everything must come to rest and is looked at.
 const ROUND: Duration = Duration::from_secs(25);
+/// Each fourth round is long enough for links to be cut for a minute.
+const LONG_ROUND: Duration = Duration::from_secs(100);
+/// How long the server keeps the place of a session whose link broke.
+const HIBERNATION_S: u32 = 5;
 const REST_WITHIN_S: u64 = 240;
 
 /// SplitMix64.
@@ -49,6 +56,24 @@ fn number(name: &str, default: u64) -> u64 {
         .map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text}: no number")))
 }
 
+/// Starts a broker whose ways to the room and to its data can be cut.
+fn start_behind_links(world: &mut World, cloud: usize, runtime: &tokio::runtime::Runtime) -> Links {
+    let room = Wire::tcp(runtime, world.clouds[cloud].xmpp_port);
+    let listen = free_udp_port();
+    let data = Wire::udp(runtime, listen);
+    world.clouds[cloud].xmpp_port = room.port;
+    world.configure(
+        cloud,
+        &format!(
+            "[transfer]\npeer_networks = [\"127.0.0.0/8\"]\nlisten = \"127.0.0.1:{listen}\"\n\
+             advertise = [\"127.0.0.1:{}\"]\n{CONFIG}",
+            data.port
+        ),
+    );
+    world.start_broker(cloud);
+    Links { room, data }
+}
+
 #[test]
 fn every_vm_survives_random_faults_with_one_owner() {
     if missing_tool() {
@@ -58,21 +83,23 @@ fn every_vm_survives_random_faults_with_one_owner() {
     let (seconds, seed) = (number("CICADA_SOAK_SECONDS", 40), number("CICADA_SOAK_SEED", 1));
     println!("soak: {seconds} s, seed {seed}");
     let mut random = Random(seed);
-    let mut world = World::start(&CLOUDS);
-    for cloud in 0..CLOUDS.len() {
-        world.reconfigure(cloud, CONFIG);
-    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let mut world = World::prepare(&CLOUDS, &[], HIBERNATION_S);
+    let links = (0..CLOUDS.len()).map(|cloud| start_behind_links(&mut world, cloud, &runtime)).collect();
+    world.wait_online();
     let watcher = Watcher::start(world.dir.path());
     let mut fleet = Fleet::create(&world, &mut random);
-    let mut mischief = Mischief::default();
+    let mut mischief = Mischief::over(links);
     let (begun, mut rounds, mut slowest) = (Instant::now(), 0, Duration::ZERO);
     while rounds == 0 || begun.elapsed().as_secs() < seconds {
         rounds += 1;
         let round = Instant::now();
-        while round.elapsed() < ROUND {
+        let length = if rounds % 4 == 0 { LONG_ROUND } else { ROUND };
+        while round.elapsed() < length {
             fleet.collect();
             fleet.move_some(&world, &mischief, &mut random);
-            mischief.step(&mut world, &fleet, &mut random);
+            let left = length.saturating_sub(round.elapsed());
+            mischief.step(&mut world, &fleet, left, &mut random);
             std::thread::sleep(random.between(100, 900));
             watcher.assert_one_place_each();
         }

@@ -1,37 +1,50 @@
 //! Faults, and their mending.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cicada::interface::{Reply, Request};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::fleet::Fleet;
+use crate::links::Wire;
 use crate::watcher::processes;
 use crate::world::World;
 use crate::{CLOUDS, Random};
 
 /// Faults that last at the same time, at most.
 const AT_ONCE: usize = 2;
+/// For how long links are cut: below and above what QUIC and XMPP sessions bear.
+const CUTS: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(60)];
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Fault {
     BrokerKilled(usize),
     BrokerFrozen(usize),
     ServerKilled,
+    /// Nothing of a cloud's goes to the XMPP server, or comes from there.
+    RoomCut(usize),
+    /// Nobody reaches a cloud's data.
+    DataCut(usize),
 }
 
 impl Fault {
     fn cloud(self) -> Option<usize> {
         match self {
-            Fault::BrokerKilled(c) | Fault::BrokerFrozen(c) => Some(c),
+            Fault::BrokerKilled(c) | Fault::BrokerFrozen(c) | Fault::RoomCut(c) | Fault::DataCut(c) => Some(c),
             Fault::ServerKilled => None,
         }
     }
 }
 
-#[derive(Default)]
+/// A cloud's links, which can be cut.
+pub struct Links {
+    pub room: Wire,
+    pub data: Wire,
+}
+
 pub struct Mischief {
+    links: Vec<Links>,
     /// What is out of order, and until when.
     lasting: BTreeMap<Fault, Instant>,
     /// VMs whose hypervisor was killed since they were last looked at.
@@ -40,6 +53,10 @@ pub struct Mischief {
 }
 
 impl Mischief {
+    pub fn over(links: Vec<Links>) -> Self {
+        Self { links, lasting: BTreeMap::new(), killed: BTreeSet::new(), count: BTreeMap::new() }
+    }
+
     pub fn tally(&self) -> String {
         let total: u64 = self.count.values().sum();
         let kinds: Vec<_> = self.count.iter().map(|(kind, n)| format!("{n} {kind}")).collect();
@@ -48,15 +65,16 @@ impl Mischief {
 
     /// Whether a cloud's broker can be asked something.
     pub fn is_well(&self, cloud: usize) -> bool {
-        !self.lasting.keys().any(|f| f.cloud() == Some(cloud))
+        let broker = [Fault::BrokerKilled(cloud), Fault::BrokerFrozen(cloud)];
+        !broker.iter().any(|fault| self.lasting.contains_key(fault))
     }
 
     fn counted(&mut self, kind: &'static str) {
         *self.count.entry(kind).or_default() += 1;
     }
 
-    /// Mends what is due, then perhaps does something new.
-    pub fn step(&mut self, world: &mut World, fleet: &Fleet, random: &mut Random) {
+    /// Mends what is due, then perhaps does something new that lasts no longer than `left`.
+    pub fn step(&mut self, world: &mut World, fleet: &Fleet, left: Duration, random: &mut Random) {
         let now = Instant::now();
         let due: Vec<Fault> =
             self.lasting.iter().filter(|(_, until)| **until <= now).map(|(f, _)| *f).collect();
@@ -65,16 +83,18 @@ impl Mischief {
             return;
         }
         let cloud = random.below(CLOUDS.len());
-        match random.below(12) {
-            0..=3 => self.begin(world, Fault::BrokerKilled(cloud), random),
-            4..=5 => self.begin(world, Fault::BrokerFrozen(cloud), random),
-            6 => self.begin(world, Fault::ServerKilled, random),
+        match random.below(16) {
+            0..=3 => self.begin(world, Fault::BrokerKilled(cloud), left, random),
+            4..=5 => self.begin(world, Fault::BrokerFrozen(cloud), left, random),
+            6 => self.begin(world, Fault::ServerKilled, left, random),
             7..=8 => self.kill_hypervisor(world, fleet, random),
+            9..=10 => self.begin(world, Fault::RoomCut(cloud), left, random),
+            11..=12 => self.begin(world, Fault::DataCut(cloud), left, random),
             _ => self.cancel_a_move(world, random),
         }
     }
 
-    fn begin(&mut self, world: &mut World, fault: Fault, random: &mut Random) {
+    fn begin(&mut self, world: &mut World, fault: Fault, left: Duration, random: &mut Random) {
         if self.lasting.keys().any(|f| f.cloud() == fault.cloud()) {
             return;
         }
@@ -94,8 +114,28 @@ impl Mischief {
                 self.counted("XMPP servers killed");
                 random.between(1, 4000)
             }
+            Fault::RoomCut(cloud) => {
+                self.links[cloud].room.cut();
+                self.counted("links to the room cut");
+                self.cut_lasts(left, random)
+            }
+            Fault::DataCut(cloud) => {
+                self.links[cloud].data.cut();
+                self.counted("data links cut");
+                self.cut_lasts(left, random)
+            }
         };
         self.lasting.insert(fault, Instant::now() + lasts);
+    }
+
+    /// One of [`CUTS`], none that lasts longer than `left` but for the shortest.
+    fn cut_lasts(&mut self, left: Duration, random: &mut Random) -> Duration {
+        let fitting = CUTS.iter().filter(|cut| **cut <= left).count();
+        let lasts = CUTS[random.below(fitting)];
+        if lasts == CUTS[2] {
+            self.counted("of these for a minute");
+        }
+        lasts
     }
 
     fn mend(&mut self, world: &mut World, fault: Fault) {
@@ -104,6 +144,8 @@ impl Mischief {
             Fault::BrokerKilled(cloud) => world.start_broker(cloud),
             Fault::BrokerFrozen(cloud) => world.signal_broker(cloud, Signal::CONT),
             Fault::ServerKilled => world.xmpp.restart(),
+            Fault::RoomCut(cloud) => self.links[cloud].room.mend(),
+            Fault::DataCut(cloud) => self.links[cloud].data.mend(),
         }
     }
 

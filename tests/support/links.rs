@@ -88,3 +88,7 @@ async fn answers(
         }
     }
 }
+
+pub fn free_udp_port() -> u16 {
+    std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
