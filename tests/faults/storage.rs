@@ -55,12 +55,22 @@ impl Storage {
         assert!(File::create(self.filler()).is_err(), "it can still be written");
     }
 
-    /// Whoever had files open was killed, and may still be on its way out.
+    /// Whoever had files open was killed, and may still be on its way out: until the last of them is gone the
+    /// loop device stays, and a mount of the same image would be the same distrusted file system again.
     pub fn repair(&self) {
         let unmounted = crate::pair::comes(20, || run(Command::new("umount").arg(&self.at)));
         assert!(unmounted, "{} is in use", self.at.display());
+        assert!(crate::pair::comes(20, || !self.has_loop()), "the loop device of {} stays", self.image.display());
         let _ = run(Command::new("e2fsck").arg("-fp").arg(&self.image));
         assert!(self.attach());
+        File::create(self.filler()).expect("a repaired file system can be written");
+        self.free();
+    }
+
+    fn has_loop(&self) -> bool {
+        let listed = Command::new("losetup").arg("-j").arg(&self.image).output().unwrap();
+        assert!(listed.status.success(), "losetup: {}", String::from_utf8_lossy(&listed.stderr));
+        !listed.stdout.is_empty()
     }
 }
 
