@@ -17,7 +17,7 @@ use crate::api::Service;
 use crate::broker::RoomInput;
 use crate::clock::SystemClock;
 use crate::compose::Composer;
-use crate::config::{self, Config};
+use crate::config::{self, Config, DriverKind};
 use crate::federation::{Keyring, Members};
 use crate::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, VmUids};
 use crate::hypervisor::{self, Driver, QemuConfig, QemuDriver};
@@ -57,8 +57,8 @@ pub async fn run(config: Config, after_restore: bool, recorder: Option<Recorder>
     // Read under the repository's lock: while it is held, no rotation changes it.
     let identity = config::load_identity(&config.cloud.data_dir).map_err(|e| Problem::from_config(&e))?;
     let (key, successions) = (identity.key, identity.successions);
-    let driver: Arc<dyn Driver> = Arc::new(open_driver(&config).await?);
-    for missing in hypervisor::qemu::missing(&qemu_config(&config)) {
+    let driver = open_driver(&config).await?;
+    for missing in lacking(&config) {
         tracing::warn!("{missing}: VMs that need it do not start");
     }
 
@@ -143,13 +143,25 @@ pub fn qemu_config(config: &Config) -> QemuConfig {
     qemu
 }
 
-/// The driver, after it has started a VM as the configuration makes them.
-pub async fn open_driver(config: &Config) -> Result<QemuDriver, Problem> {
-    let driver = QemuDriver::open(qemu_config(config)).await.map_err(|e| {
-        Problem::from_error(ProblemKind::Missing, "hypervisor", &e)
-            .next("deploy/install installs what is needed")
-    })?;
-    rehearsal::rehearse_configured(&driver, config).await?;
+/// What this host lacks that only some VMs need.
+fn lacking(config: &Config) -> Vec<String> {
+    match config.hypervisor.driver {
+        DriverKind::Qemu => hypervisor::qemu::missing(&qemu_config(config)),
+    }
+}
+
+/// The configured driver, after it has started a VM as the configuration makes them.
+///
+/// # Errors
+/// What the host lacks, or why such a VM does not start.
+pub async fn open_driver(config: &Config) -> Result<Arc<dyn Driver>, Problem> {
+    let driver: Arc<dyn Driver> = match config.hypervisor.driver {
+        DriverKind::Qemu => Arc::new(QemuDriver::open(qemu_config(config)).await.map_err(|e| {
+            Problem::from_error(ProblemKind::Missing, "hypervisor", &e)
+                .next("deploy/install installs what is needed")
+        })?),
+    };
+    rehearsal::rehearse_configured(&*driver, config).await?;
     Ok(driver)
 }
 

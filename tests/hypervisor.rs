@@ -21,7 +21,9 @@ use cicada::hypervisor::conformance::{self, Bench};
 use cicada::hypervisor::fake::{FakeDriver, GuestDisk, Verb};
 use cicada::hypervisor::qemu::find_passt;
 use cicada::hypervisor::qemu::qmp::Qmp;
-use cicada::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, QemuConfig, QemuDriver, VmUids};
+use cicada::hypervisor::qemu::{
+    AcceleratorChoice, NetworkBackend, QemuConfig, QemuDriver, QemuLack, VmUids,
+};
 use cicada::hypervisor::{
     Ability, DiskFormat, Driver, DriverError, DriverEvent, EventKind, Machine, StopMode, StopReason,
     find_qemu,
@@ -88,11 +90,19 @@ fn config() -> QemuConfig {
     QemuConfig { networks: networks.into(), link, ..QemuConfig::default() }
 }
 
+fn is_missing(error: &DriverError) -> bool {
+    match error {
+        DriverError::MissingTool { .. } => true,
+        DriverError::Lacks(lack) => matches!(lack.downcast_ref(), Some(QemuLack::Firmware { .. })),
+        _ => false,
+    }
+}
+
 /// A driver and a scratch directory, or None, said loudly, where QEMU or its firmware is missing.
 async fn qemu() -> Option<(QemuDriver, TempDir)> {
     match QemuDriver::open(config()).await {
         Ok(driver) => Some((driver, tempfile::tempdir().unwrap())),
-        Err(missing @ (DriverError::MissingTool { .. } | DriverError::MissingFirmware { .. })) => {
+        Err(missing) if is_missing(&missing) => {
             let _ = writeln!(std::io::stderr(), "SKIPPED: {missing}");
             None
         }
@@ -805,7 +815,7 @@ async fn bridged(bridge: String) {
     config.bridge_helper = helper;
     let driver = match QemuDriver::open(config).await {
         Ok(driver) => driver,
-        Err(missing @ (DriverError::MissingTool { .. } | DriverError::MissingFirmware { .. })) => {
+        Err(missing) if is_missing(&missing) => {
             let _ = writeln!(std::io::stderr(), "SKIPPED: {missing}");
             return;
         }

@@ -141,8 +141,8 @@ pub async fn hypervisor(config: &Config) -> Result<String, Problem> {
     let driver = daemon::open_driver(config).await?;
     let f = driver.features();
     Ok(format!(
-        "QEMU {} with {}, machine type {}, starts a VM as it is configured",
-        f.version, f.accelerator, f.machine_type
+        "{} {} with {}, machine type {}, starts a VM as it is configured",
+        f.driver, f.version, f.accelerator, f.machine_type
     ))
 }
 

@@ -4,7 +4,6 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::qemu::qmp::QmpError;
 use crate::types::VmId;
 use crate::vm::PowerState;
 use crate::vm::hypervisor::Lack;
@@ -24,29 +23,17 @@ pub enum DriverError {
     BadSpec { vm: VmId, rule: String },
     #[error("the console of VM {vm} is in use: close the other session first")]
     ConsoleBusy { vm: VmId },
-    #[error("VM {vm}: the path {path:?} is not UTF-8, which QEMU's command line needs")]
+    #[error("VM {vm}: the path {path:?} is not UTF-8, which the hypervisor needs")]
     PathNotUtf8 { vm: VmId, path: PathBuf },
 
     // What the host lacks.
     #[error("{tool} was not found: install the package {package}, or set its path in the configuration")]
     MissingTool { tool: &'static str, package: &'static str },
-    #[error(
-        "the UEFI firmware {} was not found: install the package ovmf, or set firmware_code and firmware_vars",
-        path.display()
-    )]
-    MissingFirmware { path: PathBuf },
     #[error("network {network}: this host has no bridge {bridge}: make it, or name another in [[network]]")]
     NoBridge { network: String, bridge: String },
-    #[error("{} is QEMU {found}; {need} or later is needed", path.display())]
-    TooOld { path: PathBuf, found: String, need: &'static str },
-    #[error("{} does not have the machine type {machine_type}: set machine_type to one of {offered}", path.display())]
-    MachineType { path: PathBuf, machine_type: String, offered: String },
-    #[error("KVM was demanded but does not work here: {reason}; set accelerator to \"auto\" or \"tcg\"")]
-    NoKvm { reason: String },
-    #[error("VMs cannot run as the users of vm_uids: {reason}; set vm_uids to \"auto\" or \"off\"")]
-    NoUsers { reason: String },
-    #[error("QEMU could not be asked what it offers: {detail}")]
-    Probe { detail: String },
+    /// Something that only its driver knows.
+    #[error(transparent)]
+    Lacks(Box<dyn std::error::Error + Send + Sync>),
 
     // Failures.
     #[error("VM {vm}: cannot {action} {}", path.display())]
@@ -71,16 +58,16 @@ pub enum DriverError {
     FirmwareVars { vm: VmId, path: PathBuf, found: u64, expected: u64 },
     #[error("a disk of VM {vm} is in use by another process: {detail}")]
     DiskInUse { vm: VmId, detail: String },
-    #[error("QEMU of VM {vm} ended while starting, {status}: {stderr}")]
+    #[error("the hypervisor of VM {vm} ended while starting, {status}: {stderr}")]
     EndedAtStart { vm: VmId, status: String, stderr: String },
     #[error("VM {vm} was not {verb} within {} s; it is still {state}; {next_step}", after.as_secs_f32())]
     Timeout { vm: VmId, verb: &'static str, state: PowerState, after: Duration, next_step: &'static str },
-    #[error("QEMU of VM {vm} (process {pid}) failed the driver")]
-    Qmp {
+    #[error("the hypervisor of VM {vm} (process {pid}) failed the driver")]
+    Control {
         vm: VmId,
         pid: i32,
         #[source]
-        source: QmpError,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     #[error("where VM {vm} wrote to its disks cannot be told: {reason}; they are read whole instead")]
     Changes { vm: VmId, reason: String },

@@ -17,7 +17,7 @@ pub use driver::{
 };
 pub use error::DriverError;
 pub use fake::FakeDriver;
-pub use qemu::{QemuConfig, QemuDriver, QemuTools, find_qemu};
+pub use qemu::{QemuConfig, QemuDriver, QemuLack, QemuTools, find_qemu};
 
 /// What `fuzz/` reaches into.
 #[cfg(fuzzing)]

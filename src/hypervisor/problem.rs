@@ -30,12 +30,8 @@ impl Problem {
                 ),
             ),
             E::MissingTool { .. }
-            | E::MissingFirmware { .. }
-            | E::TooOld { .. }
-            | E::MachineType { .. }
-            | E::NoKvm { .. }
-            | E::NoBridge { .. }
-            | E::NoUsers { .. } => (ProblemKind::Missing, String::new()),
+            | E::Lacks(_)
+            | E::NoBridge { .. } => (ProblemKind::Missing, String::new()),
             _ => (ProblemKind::Failed, String::new()),
         };
         let problem = Self::from_error(kind, format!("VM {name}"), e);

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use cicada::hypervisor::qemu::{QemuConfig, QemuDriver, VmUids, why_shared};
+use cicada::hypervisor::qemu::{QemuConfig, QemuDriver, QemuLack, VmUids, why_shared};
 use cicada::hypervisor::{Accelerator, Driver, DriverError, Machine, StopMode};
 use cicada::types::VmId;
 use cicada::vm::PowerState;
@@ -227,7 +227,7 @@ async fn users_are_kept_over_a_restart_of_the_broker() {
 async fn with_range(vm_uids: VmUids) -> Option<QemuDriver> {
     match QemuDriver::open(QemuConfig { vm_uids, ..config() }).await {
         Ok(driver) => Some(driver),
-        Err(DriverError::NoUsers { reason }) if reason.contains("gid") => {
+        Err(DriverError::Lacks(reason)) if reason.to_string().contains("gid") => {
             println!("SKIPPED: groups are lent by other numbers than users: {reason}");
             None
         }
@@ -256,7 +256,8 @@ async fn a_vm_may_be_the_brokers_user_by_choice_alone() {
 
     let somebodys = VmUids::Range { first: 1, last: 9 };
     let refused = QemuDriver::open(QemuConfig { vm_uids: somebodys, ..config() }).await.err();
-    let Some(DriverError::NoUsers { reason }) = refused else { panic!("{refused:?}") };
+    let Some(DriverError::Lacks(lack)) = refused else { panic!("{refused:?}") };
+    let Some(QemuLack::Users { reason }) = lack.downcast_ref() else { panic!("{lack}") };
     assert!(reason.ends_with("is one of 1-9"), "{reason}");
     let off = QemuConfig { vm_uids: VmUids::Off, ..config() };
     assert!(why_shared(&off).unwrap().contains("\"off\""));

@@ -9,6 +9,7 @@
 pub mod args;
 mod bitmaps;
 pub mod config;
+mod lack;
 mod launch;
 pub mod link;
 mod prepare;
@@ -34,6 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::broadcast;
 
 pub use config::{AcceleratorChoice, NetworkBackend, QemuConfig, VmUids};
+pub use lack::QemuLack;
 pub use launch::is_confinable;
 pub use tools::{QemuTools, QemuVersion, find_configured, find_passt, find_qemu};
 
@@ -75,7 +77,7 @@ impl QemuDriver {
         let tools = blocking(move || {
             for path in [&for_search.firmware_code, &for_search.firmware_vars] {
                 if !path.is_file() {
-                    return Err(DriverError::MissingFirmware { path: path.clone() });
+                    return Err(QemuLack::Firmware { path: path.clone() }.into());
                 }
             }
             Ok((find_configured(&for_search)?, firmware_digest(&for_search)?))
@@ -89,11 +91,11 @@ impl QemuDriver {
         if !offer.machine_types.contains(&machine_type) {
             let q35 = offer.machine_types.iter().filter(|name| name.starts_with("pc-q35-"));
             let offered = list(q35);
-            return Err(DriverError::MachineType { path: tools.system, machine_type, offered });
+            return Err(QemuLack::MachineType { path: tools.system, machine_type, offered }.into());
         }
         let img = tools.img().ok().map(PathBuf::from);
         let link = config.link.map_or_else(std::env::current_exe, Ok);
-        let link = link.map_err(|e| DriverError::Probe { detail: format!("this program's path: {e}") })?;
+        let link = link.map_err(|e| QemuLack::Probe { detail: format!("this program's path: {e}") })?;
         let has_user_network = config.networks.values().any(|n| *n == NetworkBackend::User);
         if passt.is_none() && has_user_network {
             tracing::warn!(
@@ -159,7 +161,7 @@ impl QemuDriver {
 fn firmware_digest(config: &QemuConfig) -> Result<String, DriverError> {
     let mut hasher = blake3::Hasher::new();
     for path in [&config.firmware_code, &config.firmware_vars] {
-        let unread = |_| DriverError::MissingFirmware { path: path.clone() };
+        let unread = |_| QemuLack::Firmware { path: path.clone() };
         hasher.update_reader(std::fs::File::open(path).map_err(unread)?).map_err(unread)?;
     }
     Ok(hasher.finalize().to_hex()[..16].to_owned())
@@ -180,7 +182,7 @@ async fn uids(choice: VmUids, system: &Path, accelerator: Accelerator) -> Result
             tracing::warn!("{}", uids::shared(&reason));
             Ok(None)
         }
-        Err(reason) => Err(DriverError::NoUsers { reason }),
+        Err(reason) => Err(QemuLack::Users { reason }.into()),
     }
 }
 
@@ -243,7 +245,7 @@ impl Shared {
         if spec.firmware == Firmware::Uefi {
             for path in [&self.host.firmware_code, &self.vars_template] {
                 if !path.is_file() {
-                    return Err(DriverError::MissingFirmware { path: path.clone() });
+                    return Err(QemuLack::Firmware { path: path.clone() }.into());
                 }
             }
         }

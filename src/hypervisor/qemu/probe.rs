@@ -19,6 +19,7 @@ use super::args::SANDBOX;
 use super::config::AcceleratorChoice;
 use super::qmp::Qmp;
 use crate::hypervisor::{Accelerator, DriverError};
+use super::lack::QemuLack;
 
 /// Under KVM the probe guest takes a tenth of a second, in software emulation even less.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -55,7 +56,7 @@ pub async fn accelerator(
     };
     match (outcome, choice) {
         (Ok(()), _) => Ok(Accelerator::Kvm),
-        (Err(reason), AcceleratorChoice::Kvm) => Err(DriverError::NoKvm { reason }),
+        (Err(reason), AcceleratorChoice::Kvm) => Err(QemuLack::Kvm { reason }.into()),
         (Err(reason), _) => {
             tracing::info!(%reason, "no KVM: VMs run in software emulation");
             Ok(Accelerator::Tcg)
@@ -136,7 +137,7 @@ pub async fn ask(system: &Path, accelerator: Accelerator) -> Result<Offer, Drive
         // A kernel or build without seccomp.
         Err(confined) => ask_with(system, accelerator, false)
             .await
-            .map_err(|plain| DriverError::Probe { detail: format!("{plain} (with -sandbox: {confined})") }),
+            .map_err(|plain| QemuLack::Probe { detail: format!("{plain} (with -sandbox: {confined})") }),
     }
 }
 

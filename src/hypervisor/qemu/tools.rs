@@ -6,6 +6,7 @@ use std::process::Command;
 
 use super::config::QemuConfig;
 use crate::hypervisor::DriverError;
+use super::lack::QemuLack;
 
 /// QEMU's version, compared as numbers.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -57,11 +58,11 @@ pub fn find_configured(config: &QemuConfig) -> Result<QemuTools, DriverError> {
         .output()
         .map_err(|source| DriverError::Run { path: system.clone(), source })?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let version = parse_version(&text).ok_or_else(|| DriverError::Probe {
+    let version = parse_version(&text).ok_or_else(|| QemuLack::Probe {
         detail: format!("{} --version said '{}'", system.display(), text.trim().escape_debug()),
     })?;
     if version < VERSION_MIN {
-        return Err(DriverError::TooOld { path: system, found: version.to_string(), need: "7.2" });
+        return Err(QemuLack::Version { path: system, found: version.to_string(), need: "7.2" }.into());
     }
     Ok(QemuTools { system, img: set_or_found(&config.img, "qemu-img"), version })
 }

@@ -310,7 +310,7 @@ impl Vm {
         let status = process.ended().await;
         match failure {
             // It hung up because it ended: its last words say more.
-            DriverError::Qmp { source: QmpError::Closed { .. }, .. } => {
+            failure if matches!(qmp_error(&failure), Some(QmpError::Closed { .. })) => {
                 Err(self.ended_at_start(machine, status).await)
             }
             failure => Err(failure),
@@ -340,7 +340,7 @@ impl Vm {
         loop {
             match self.connect(path, pid, uuid).await {
                 // Not made yet, or bound and not yet listening.
-                Err(DriverError::Qmp { source: QmpError::Connect(_), .. }) => {
+                Err(e) if matches!(qmp_error(&e), Some(QmpError::Connect(_))) => {
                     tokio::time::sleep(CONNECT_RETRY).await
                 }
                 done => return done,
@@ -355,7 +355,7 @@ impl Vm {
         struct Identity {
             uuid: Uuid,
         }
-        let failed = |source| DriverError::Qmp { vm: self.id, pid, source };
+        let failed = |source: QmpError| DriverError::Control { vm: self.id, pid, source: Box::new(source) };
         let vm = Arc::downgrade(self);
         let on_event = move |event| {
             if let Some(vm) = vm.upgrade() {
@@ -403,7 +403,7 @@ impl Vm {
     }
 
     fn qmp_failed(&self, run: &Run, source: QmpError) -> DriverError {
-        DriverError::Qmp { vm: self.id, pid: run.process.pid, source }
+        DriverError::Control { vm: self.id, pid: run.process.pid, source: Box::new(source) }
     }
 
     async fn execute(self: &Arc<Self>, run: &Run, command: &'static str) -> Result<(), DriverError> {
@@ -696,6 +696,14 @@ async fn has_ended(run: &Run, limit: Duration) -> bool {
     match tokio::time::timeout(limit, ended.wait_for(|ended| *ended)).await {
         Ok(Ok(_)) => true,
         Ok(Err(_)) | Err(_) => false,
+    }
+}
+
+/// What QEMU's control connection said, if that is why the driver failed.
+fn qmp_error(error: &DriverError) -> Option<&QmpError> {
+    match error {
+        DriverError::Control { source, .. } => source.downcast_ref(),
+        _ => None,
     }
 }
 
