@@ -21,9 +21,7 @@ use cicada::hypervisor::conformance::{self, Bench};
 use cicada::hypervisor::fake::{FakeDriver, GuestDisk, Verb};
 use cicada::hypervisor::qemu::find_passt;
 use cicada::hypervisor::qemu::qmp::Qmp;
-use cicada::hypervisor::qemu::{
-    AcceleratorChoice, NetworkBackend, QemuConfig, QemuDriver, QemuLack, VmUids,
-};
+use cicada::hypervisor::qemu::{AcceleratorChoice, NetworkBackend, QemuConfig, QemuDriver, QemuLack, VmUids};
 use cicada::hypervisor::{
     Ability, DiskFormat, Driver, DriverError, DriverEvent, EventKind, Machine, StopMode, StopReason,
     find_qemu,

@@ -1,9 +1,10 @@
 //! What this cloud has, what of it is taken or promised, and so what it could take.
 
+use crate::config::Network;
 use crate::federation::{MemberPolicy, Used};
 use crate::interface::Resource;
 use crate::placement::storage::promised;
-use crate::placement::{Needed, NetworkOffer, Room, Storage};
+use crate::placement::{Needed, Room, Storage};
 use crate::types::{MemberJid, VmId, VmName};
 use crate::vm::PowerState;
 use crate::vm::spec::Nic;
@@ -34,7 +35,6 @@ impl Broker {
             card_models: features.card_models.iter().copied().collect(),
             cards: self.cards(counts),
             networks: self.networks_for(source),
-            accelerator: features.accelerator.to_string(),
             accepts_source: self.policy_of(source).accept_vms,
             present: self
                 .vms
@@ -78,24 +78,12 @@ impl Broker {
         (resource(virtual_cpus, cpus), resource(config.memory.0, memory))
     }
 
-    pub(super) fn networks(&self) -> Vec<NetworkOffer> {
-        self.config
-            .networks
-            .iter()
-            .map(|n| NetworkOffer { name: n.name.clone(), kind: n.kind.to_string() })
-            .collect()
-    }
-
     /// Networks a VM of `source` may be plugged into: another cloud's guests reach services of this
     /// host only where the operator lets them.
-    fn networks_for(&self, source: &MemberJid) -> Vec<NetworkOffer> {
+    fn networks_for(&self, source: &MemberJid) -> Vec<String> {
         let exposing = &self.features.exposing_networks;
-        let may = |name: &String| {
-            *source == self.me
-                || !exposing.contains(name)
-                || self.config.networks.iter().any(|n| n.name == *name && n.foreign)
-        };
-        self.networks().into_iter().filter(|n| may(&n.name)).collect()
+        let may = |n: &&Network| *source == self.me || n.foreign || !exposing.contains(&n.name);
+        self.config.networks.iter().filter(may).map(|n| n.name.clone()).collect()
     }
 
     /// The storage for VMs, with what is promised. `except` leaves out a VM's own share.

@@ -264,7 +264,7 @@ impl Broker {
         let from = &work.from.jid;
         let room = self.room(from, Some(spec.id));
         let needed = placement::Needed::by(spec, held.composed);
-        let (mut blockers, differences) = placement::assess(&room, spec, from, &needed);
+        let mut blockers = placement::assess(&room, spec, from, &needed);
         blockers.extend(self.policy_blockers(from, spec));
         blockers.extend(spec.check().err().map(|text| Denial::new(DenialCode::Other, text)));
         // What is said of it in the terms of the agreement says more.
@@ -279,7 +279,8 @@ impl Broker {
         let seed = seed.filter(|_| room.accepts_source);
         let kept = self.kept_of(spec.id, from).filter(|_| room.accepts_source);
         let answer = CheckAnswer {
-            differences,
+            // This cloud's own word for what presence says already; who asks compares.
+            differences: Vec::new(),
             blockers,
             components_lacking,
             packs_lacking,
@@ -385,7 +386,7 @@ impl Broker {
         self.supersede(peer, spec.id);
         let room = self.room(&peer.jid, None);
         let needed = placement::Needed::by(spec, composed);
-        let (blockers, _) = placement::assess(&room, spec, &peer.jid, &needed);
+        let blockers = placement::assess(&room, spec, &peer.jid, &needed);
         let rules = self.policy_blockers(&peer.jid, spec);
         if let Some(first) = blockers.into_iter().chain(rules).next() {
             return AnswerBody::Denied(first);

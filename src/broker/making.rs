@@ -127,7 +127,7 @@ impl Broker {
                     .next("choose another name"),
             );
         }
-        let known = self.networks();
+        let known = &self.config.networks;
         if let Some(bad) = networks.iter().find(|n| !known.iter().any(|k| k.name == **n)) {
             let names: Vec<_> = known.iter().map(|n| n.name.as_str()).collect();
             let reason = format!("there is no network named '{bad}'");

@@ -184,7 +184,8 @@ impl Broker {
     /// Adds what a guest would find other than it is here.
     fn compare_hardware(&self, spec: &VmSpec, row: &mut Candidate) {
         let Some(cloud) = self.members.get(&row.jid).and_then(|m| m.cloud.as_ref()) else { return };
-        let found = hardware::differences(spec, &self.hardware(), &cloud.features);
+        let here = [self.hardware(), self.network_kinds()].concat();
+        let found = hardware::differences(spec, &here, &cloud.features);
         let found = found.iter().map(reason);
         match &mut row.verdict {
             Verdict::WithDifferences { differences } => differences.extend(found),
@@ -196,6 +197,12 @@ impl Broker {
             }
             Verdict::No { .. } | Verdict::NotAsked { .. } => {}
         }
+    }
+
+    /// Of what kind this cloud's networks are, as presence says it.
+    pub fn network_kinds(&self) -> Vec<String> {
+        let networks = self.config.networks.iter();
+        networks.map(|n| hardware::network_kind(&n.name, &n.kind.to_string())).collect()
     }
 
     /// What decides which hardware guests see here, as presence says it.

@@ -2,7 +2,7 @@
 
 use crate::migration::envelope::VERSIONS;
 use crate::stanza::Cloud;
-use crate::stanza::cloud::Capacity;
+use crate::stanza::cloud::{Capacity, limit};
 use crate::types::PeerText;
 
 use super::Broker;
@@ -17,6 +17,9 @@ impl Broker {
         let mut features = vec![format!("driver:{}", s.driver)];
         features.extend(self.hardware());
         features.extend(config.networks.iter().map(|n| format!("network:{}", n.name)));
+        features.extend(self.network_kinds());
+        // The rest would make all of it unreadable to others.
+        features.truncate(limit::FEATURES);
         Cloud {
             name: s.cloud.to_string().into(),
             key: s.key.to_string().into(),

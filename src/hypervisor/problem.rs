@@ -29,9 +29,7 @@ impl Problem {
                      --force"
                 ),
             ),
-            E::MissingTool { .. }
-            | E::Lacks(_)
-            | E::NoBridge { .. } => (ProblemKind::Missing, String::new()),
+            E::MissingTool { .. } | E::Lacks(_) | E::NoBridge { .. } => (ProblemKind::Missing, String::new()),
             _ => (ProblemKind::Failed, String::new()),
         };
         let problem = Self::from_error(kind, format!("VM {name}"), e);

@@ -1,5 +1,7 @@
-//! The hardware that a guest would see at a member, against what it sees here: what members say of it in the
-//! room. Pure.
+//! How a guest would be off at a member, against how it is here: the hardware it sees and what its networks are,
+//! as members say in the room. Pure.
+
+use std::collections::BTreeSet;
 
 use crate::migration::message::CheckAnswer;
 use crate::migration::{Denial, DenialCode};
@@ -30,6 +32,14 @@ impl Trait {
     }
 }
 
+/// What stands before the kind of a network in a list of features: `network-kind:lan=bridge`.
+const NETWORK_KIND: &str = "network-kind:";
+
+/// The feature that says of what kind a network is.
+pub fn network_kind(name: &str, kind: &str) -> String {
+    format!("{NETWORK_KIND}{name}={kind}")
+}
+
 /// How `spec`'s guest would be off at a member that tells `there`, if here it is `here`. Who does not say, as
 /// an earlier release, is not told of.
 pub fn differences(spec: &VmSpec, here: &[String], there: &[PeerText]) -> Vec<Denial> {
@@ -39,7 +49,20 @@ pub fn differences(spec: &VmSpec, here: &[String], there: &[PeerText]) -> Vec<De
         let theirs = there.iter().find_map(|f| f.as_str().strip_prefix(t.prefix()))?;
         (ours != theirs).then(|| described(t, ours, theirs))
     };
-    Trait::ALL.into_iter().filter(counts).filter_map(difference).collect()
+    let networks: BTreeSet<&str> = spec.nics.iter().map(|nic| nic.network.as_str()).collect();
+    let of_network = |name: &str| {
+        let kind =
+            |f: &str| f.strip_prefix(NETWORK_KIND)?.strip_prefix(name)?.strip_prefix('=').map(str::to_owned);
+        let ours = here.iter().find_map(|f| kind(f))?;
+        let theirs = there.iter().find_map(|f| kind(f.as_str()))?;
+        (ours != theirs).then(|| {
+            let text = format!("the network {name} is of kind {theirs} there, here {ours}");
+            Denial::new(DenialCode::NetworkKind, text)
+                .next("behind kind \"user\" nobody reaches the guest: set the same kind in [[network]] at both ends")
+        })
+    };
+    let hardware = Trait::ALL.into_iter().filter(counts).filter_map(difference);
+    hardware.chain(networks.into_iter().filter_map(of_network)).collect()
 }
 
 /// Why a member that answered a check like this does not get the VM: of a release that reads nothing of the devices
@@ -109,6 +132,22 @@ mod tests {
         let other = ["accelerator:tcg", "machine:pc-q35-10.0", "firmware:bb"];
         let all = [DenialCode::Accelerator, DenialCode::Machine, DenialCode::Firmware];
         assert_eq!(codes(&spec, &other), all);
+        let mut plugged = spec.clone();
+        let card = |network: &str| crate::vm::spec::Nic {
+            network: network.into(),
+            mac: crate::vm::Mac::derived(spec.id, 0),
+            model: Default::default(),
+        };
+        plugged.nics = ["lan", "wan"].map(card).into();
+        let here = [network_kind("lan", "bridge"), network_kind("wan", "user")];
+        let told = |there: &[&str]| {
+            let there: Vec<PeerText> = there.iter().map(|f| (*f).into()).collect();
+            differences(&plugged, &here, &there).iter().map(|d| d.text.to_string()).collect::<Vec<_>>()
+        };
+        assert!(told(&["network-kind:lan=bridge", "network-kind:wan=user"]).is_empty());
+        assert!(told(&["network:lan", "network-kind:dmz=none"]).is_empty(), "of others nothing is said");
+        let said = told(&["network-kind:lan=user", "network-kind:wan=user"]);
+        assert_eq!(said, ["the network lan is of kind user there, here bridge"]);
         let bios = VmSpec { firmware: Firmware::Bios, ..spec };
         assert_eq!(codes(&bios, &other), all[..2], "its firmware is QEMU's own");
     }

@@ -8,6 +8,6 @@ pub mod shortlist;
 pub mod storage;
 
 pub use rank::{Offer, rank};
-pub use room::{NetworkOffer, Room, assess};
+pub use room::{Room, assess};
 pub use shortlist::shortlist;
 pub use storage::{Needed, Storage};

@@ -22,11 +22,10 @@ pub struct Room {
     pub cpu_models: Vec<String>,
     pub disk_buses: Vec<DiskBus>,
     pub card_models: Vec<CardModel>,
-    pub networks: Vec<NetworkOffer>,
+    /// Names of networks that VMs from this source may be plugged into.
+    pub networks: Vec<String>,
     /// Network cards of VMs owned or arriving here.
     pub cards: Vec<(VmId, Nic)>,
-    /// How the hypervisor runs guests here, for example `tcg` or `kvm`.
-    pub accelerator: String,
     /// Whether VMs from this source are taken.
     pub accepts_source: bool,
     /// VMs owned or arriving here, by id and name.
@@ -39,17 +38,10 @@ pub struct Room {
     pub incoming_from_source_max: usize,
 }
 
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct NetworkOffer {
-    pub name: String,
-    /// `user`, `bridge` or `none`.
-    pub kind: String,
-}
-
-/// Blockers and differences for `spec` coming from `source`; both empty means a plain yes.
-pub fn assess(room: &Room, spec: &VmSpec, source: &MemberJid, needed: &Needed) -> (Vec<Denial>, Vec<Denial>) {
+/// What stands in the way of `spec` coming from `source`; empty means a plain yes. How the guest would be off
+/// otherwise is [`super::hardware::differences`].
+pub fn assess(room: &Room, spec: &VmSpec, source: &MemberJid, needed: &Needed) -> Vec<Denial> {
     let mut blockers = Vec::new();
-    let differences = Vec::new();
     let mut no = |code, text: String, next: String| blockers.push(Denial::new(code, text).next(next));
     if !room.accepts_source {
         let next = format!("let its operator add {source} to migration.accept_from");
@@ -102,7 +94,7 @@ pub fn assess(room: &Room, spec: &VmSpec, source: &MemberJid, needed: &Needed) -
         no(DenialCode::Storage, text, next.into());
     }
     for nic in &spec.nics {
-        if !room.networks.iter().any(|n| n.name == nic.network) {
+        if !room.networks.contains(&nic.network) {
             let text = format!("there is no network named {}", nic.network);
             let next = format!(
                 "let its operator define [[network]] name = \"{}\"; one of kind \"user\" needs passt there, or foreign = true",
@@ -126,7 +118,7 @@ pub fn assess(room: &Room, spec: &VmSpec, source: &MemberJid, needed: &Needed) -
             );
         }
     }
-    (blockers, differences)
+    blockers
 }
 
 /// The models of its cards, each once.
@@ -175,8 +167,7 @@ mod tests {
             disk_buses: vec![DiskBus::Virtio],
             card_models: vec![CardModel::Virtio],
             cards: vec![],
-            networks: vec![NetworkOffer { name: "lan".into(), kind: "user".into() }],
-            accelerator: "tcg".into(),
+            networks: vec!["lan".into()],
             accepts_source: true,
             present: vec![],
             incoming: 0,
@@ -191,7 +182,7 @@ mod tests {
         let source: MemberJid = "a@x".parse().unwrap();
         let vm = spec();
         let needed = Needed::by(&vm, false);
-        assert_eq!(assess(&room(), &vm, &source, &needed).0, []);
+        assert_eq!(assess(&room(), &vm, &source, &needed), []);
         type Spoil = fn(&mut Room, &VmSpec);
         let table: [(DenialCode, Spoil); 13] = [
             (DenialCode::DiskBus, |r, _| r.disk_buses = vec![DiskBus::Sata]),
@@ -211,7 +202,7 @@ mod tests {
         for (code, spoil) in table {
             let mut r = room();
             spoil(&mut r, &vm);
-            let codes: Vec<_> = assess(&r, &vm, &source, &needed).0.iter().map(|d| d.code).collect();
+            let codes: Vec<_> = assess(&r, &vm, &source, &needed).iter().map(|d| d.code).collect();
             assert_eq!(codes, [code]);
         }
     }

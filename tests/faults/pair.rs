@@ -350,4 +350,3 @@ pub fn comes(seconds: u64, mut condition: impl FnMut() -> bool) -> bool {
     }
     true
 }
-

@@ -60,7 +60,11 @@ impl Storage {
     pub fn repair(&self) {
         let unmounted = crate::pair::comes(20, || run(Command::new("umount").arg(&self.at)));
         assert!(unmounted, "{} is in use", self.at.display());
-        assert!(crate::pair::comes(20, || !self.has_loop()), "the loop device of {} stays", self.image.display());
+        assert!(
+            crate::pair::comes(20, || !self.has_loop()),
+            "the loop device of {} stays",
+            self.image.display()
+        );
         let _ = run(Command::new("e2fsck").arg("-fp").arg(&self.image));
         assert!(self.attach());
         File::create(self.filler()).expect("a repaired file system can be written");

@@ -31,7 +31,9 @@ enum Fault {
 impl Fault {
     fn cloud(self) -> Option<usize> {
         match self {
-            Fault::BrokerKilled(c) | Fault::BrokerFrozen(c) | Fault::RoomCut(c) | Fault::DataCut(c) => Some(c),
+            Fault::BrokerKilled(c) | Fault::BrokerFrozen(c) | Fault::RoomCut(c) | Fault::DataCut(c) => {
+                Some(c)
+            }
             Fault::ServerKilled => None,
         }
     }

@@ -77,7 +77,7 @@ impl QemuDriver {
         let tools = blocking(move || {
             for path in [&for_search.firmware_code, &for_search.firmware_vars] {
                 if !path.is_file() {
-                    return Err(QemuLack::Firmware { path: path.clone() }.into());
+                    return Err(DriverError::from(QemuLack::Firmware { path: path.clone() }));
                 }
             }
             Ok((find_configured(&for_search)?, firmware_digest(&for_search)?))

@@ -7,11 +7,11 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::args::file;
+use super::lack::QemuLack;
 use crate::durable;
 use crate::hypervisor::{DriverError, Machine};
 use crate::types::VmId;
 use crate::vm::Firmware;
-use super::lack::QemuLack;
 
 /// Makes the state directory, which nobody else may enter (who reaches the QMP socket commands
 /// the VM), and the firmware variables if the VM needs some and has none yet.
@@ -29,9 +29,8 @@ pub fn prepare(machine: &Machine, vars_template: &Path) -> Result<(), DriverErro
         return Ok(());
     }
     let vars = &machine.firmware_vars;
-    let expected = fs::metadata(vars_template)
-        .map_err(|_| QemuLack::Firmware { path: vars_template.to_owned() })?
-        .len();
+    let expected =
+        fs::metadata(vars_template).map_err(|_| QemuLack::Firmware { path: vars_template.to_owned() })?.len();
     match fs::metadata(vars) {
         Ok(meta) if meta.len() == expected => Ok(()),
         Ok(meta) => Err(DriverError::FirmwareVars { vm, path: vars.clone(), found: meta.len(), expected }),

@@ -17,9 +17,9 @@ use tokio::process::Command;
 
 use super::args::SANDBOX;
 use super::config::AcceleratorChoice;
+use super::lack::QemuLack;
 use super::qmp::Qmp;
 use crate::hypervisor::{Accelerator, DriverError};
-use super::lack::QemuLack;
 
 /// Under KVM the probe guest takes a tenth of a second, in software emulation even less.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -135,9 +135,9 @@ pub async fn ask(system: &Path, accelerator: Accelerator) -> Result<Offer, Drive
     match ask_with(system, accelerator, true).await {
         Ok(offer) => Ok(offer),
         // A kernel or build without seccomp.
-        Err(confined) => ask_with(system, accelerator, false)
-            .await
-            .map_err(|plain| QemuLack::Probe { detail: format!("{plain} (with -sandbox: {confined})") }),
+        Err(confined) => ask_with(system, accelerator, false).await.map_err(|plain| {
+            QemuLack::Probe { detail: format!("{plain} (with -sandbox: {confined})") }.into()
+        }),
     }
 }
 

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::config::QemuConfig;
-use crate::hypervisor::DriverError;
 use super::lack::QemuLack;
+use crate::hypervisor::DriverError;
 
 /// QEMU's version, compared as numbers.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
