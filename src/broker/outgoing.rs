@@ -14,7 +14,7 @@ use crate::interface::{
 use crate::migration::handover::{Receipt, Return, SignedHandOver};
 use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::ownership::Gift;
-use crate::migration::source::{Effect as MoveEffect, End, Event as SourceEvent, Phase, Source};
+use crate::migration::source::{Effect as MoveEffect, End, Event as SourceEvent, Found, Phase, Source};
 use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
 use crate::types::{CloudName, Hash, MigrationId, PeerText, ReservationId, VmId};
 use crate::vm::hypervisor::{Ability, StopMode};
@@ -152,7 +152,7 @@ impl Broker {
             }
             return None;
         }
-        let (id, ticket, was_running) = (self.ids.migration(), self.ids.ticket(), !self.is_off(vm));
+        let (id, ticket, is_up) = (self.ids.migration(), self.ids.ticket(), !self.is_off(vm));
         let entry = self.vms.get_mut(&vm)?;
         entry.busy = Some(Busy::Migration(id));
         let record = &entry.record;
@@ -163,7 +163,7 @@ impl Broker {
             component_names: record.components.iter().map(PeerText::from).collect(),
             force_stop,
             watchers: call.into_iter().collect(),
-            ..Outgoing::new(Source::new(was_running), peer, matter, view, ticket)
+            ..Outgoing::new(Source::new(Found { to_run: record.run, is_up }), peer, matter, view, ticket)
         };
         tracing::info!(migration = %id, vm = %record.spec.name, to = %run.peer.jid, "move begins");
         // Found unfinished after a restart, it is begun again.
@@ -291,7 +291,7 @@ impl Broker {
         let now = self.now;
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let after = run.machine.phase();
-        let ran = run.machine.was_running();
+        let ran = run.machine.was_up();
         run.view.account.carried_bytes = run.view.account.carried_bytes.max(run.sent_bytes);
         let (old, new) = (phase_name(before, ran), phase_name(after, ran));
         if old != new {
@@ -390,7 +390,7 @@ impl Broker {
                 }
             }
             MoveEffect::AskStart(hand_over) => {
-                let run = run.machine.was_running();
+                let run = run.machine.to_run();
                 self.ask_target(id, RequestBody::Start { hand_over, run });
             }
             MoveEffect::Scan { last, pass } => {
@@ -427,6 +427,8 @@ impl Broker {
                 self.outgoing_event(id, SourceEvent::TookBack(result));
             }
             MoveEffect::Wait { ms } => self.wake(Duration::from_millis(ms), Pending::MoveWait(id)),
+            // The host goes down: it starts with the broker.
+            MoveEffect::Restart if self.vms.get(&vm).is_some_and(|vm| vm.stopped_for_host) => {}
             MoveEffect::Restart => drop(self.start_machine(vm, None)),
             MoveEffect::TellCancel => self.tell_cancel(id, peer, matter, 0),
             MoveEffect::Release { receipt, running, problem, account } => {
@@ -523,7 +525,7 @@ impl Broker {
         }
         let stalled = |run: &&Outgoing| {
             let Phase::Staging(pass) = run.machine.phase() else { return false };
-            let stands_still = pass.last && run.machine.was_running();
+            let stands_still = pass.last && run.machine.was_up();
             let limit = if stands_still { STALLED_AFTER } else { PASS_STALLED_AFTER };
             now.since(run.advanced.0) > limit
         };
@@ -638,7 +640,7 @@ impl Broker {
         let components = checked.component_bytes.saturating_sub(checked.delta_saves_bytes);
         let (vm, peer) = (run.matter.vm, &run.peer.jid);
         let bytes = components.saturating_add(disk_bytes_missing.saturating_sub(there));
-        let work = self.work(vm, bytes, checked.base_bytes, run.machine.was_running());
+        let work = self.work(vm, bytes, checked.base_bytes, run.machine.was_up());
         let interval = self.forecasts.foretell(peer, vm, &work);
         let foretold = Foretold {
             work,
@@ -674,7 +676,7 @@ impl Broker {
             target_key: run.peer.key,
             reservation: run.reservation,
             seed: Seed { root_delta: pass.root_delta, user_data: pass.user_data },
-            was_running: run.machine.was_running(),
+            to_run: run.machine.to_run(),
             now: self.now,
         };
         let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, chain(e));
@@ -744,7 +746,7 @@ impl Broker {
                 .next("let that cloud's operator start it, or move it back"),
             );
         }
-        let phase = if run.machine.was_running() && !running {
+        let phase = if run.machine.to_run() && !running {
             MigrationPhase::HandedOver
         } else {
             MigrationPhase::Completed

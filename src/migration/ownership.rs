@@ -206,7 +206,8 @@ pub struct Gift {
     /// The target's reservation; `None` if it speaks version 1.
     pub reservation: Option<ReservationId>,
     pub seed: Seed,
-    pub was_running: bool,
+    /// Whether it is to run where it goes; recorded as `was_running`, which it is called since the first release.
+    pub to_run: bool,
     pub now: UnixMillis,
 }
 
@@ -384,7 +385,7 @@ impl Law {
             to: gift.target,
             to_key: gift.target_key,
             record: hex::encode(&hand_over.encode()),
-            was_running: gift.was_running,
+            was_running: gift.to_run,
             since: gift.now,
             seed: Some(gift.seed),
             receipt: None,

@@ -82,7 +82,7 @@ impl Cloud {
             target_key: key(to).public(),
             reservation,
             seed: seed(),
-            was_running: false,
+            to_run: false,
             now: NOW,
         }
     }
