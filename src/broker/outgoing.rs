@@ -22,9 +22,9 @@ use crate::vm::hypervisor::{Ability, StopMode};
 use super::Broker;
 use super::account::{self, Advance, new_view};
 use super::effect::{CallId, Checked, Effect, Matter, Peer, Scanned, Serving, Unanswered};
+use super::hold::{Hold, No, Verb};
 use super::lineages;
 use super::pending::Pending;
-use super::vms::Busy;
 
 /// How long a hand-over may be without a sign of the target before its owner is said to be in doubt.
 const IN_DOUBT_AFTER: Duration = Duration::from_secs(20);
@@ -136,17 +136,7 @@ impl Broker {
         call: Option<CallId>,
     ) -> Option<MigrationId> {
         let Course { peer, cloud, attempt, force_stop } = course;
-        let refused = match self.vms.get(&vm) {
-            None => Some(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile")),
-            Some(entry) => {
-                self.book.law().may_move(&entry.record, entry.hold(), entry.confirmed).err().map(|refusal| {
-                    let object = format!("VM {}", entry.record.spec.name);
-                    Problem::new(ProblemKind::Conflict, object, refusal.to_string())
-                        .next("see 'cicada vm show'; move it when nothing holds it")
-                })
-            }
-        };
-        if let Some(problem) = refused {
+        if let Err(problem) = self.may_begin_move(vm) {
             if let Some(call) = call {
                 self.reply(call, Err(problem));
             }
@@ -154,7 +144,7 @@ impl Broker {
         }
         let (id, ticket, is_up) = (self.ids.migration(), self.ids.ticket(), !self.is_off(vm));
         let entry = self.vms.get_mut(&vm)?;
-        entry.busy = Some(Busy::Migration(id));
+        entry.hold = Hold::Moving(id);
         let record = &entry.record;
         let mut view = new_view(id, &record.spec, MigrationRole::Source, &peer.jid, cloud, self.now);
         (view.progress.epoch, view.progress.attempt) = (record.epoch, attempt);
@@ -171,6 +161,18 @@ impl Broker {
         self.outgoing.insert(id, run);
         self.outgoing_event(id, SourceEvent::Begin);
         Some(id)
+    }
+
+    fn may_begin_move(&self, vm: VmId) -> Result<(), Problem> {
+        let Some(entry) = self.vms.get(&vm) else {
+            return Err(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile"));
+        };
+        let name = &entry.record.spec.name;
+        self.may(Verb::Move, vm).map_err(|no| self.refused(vm, name.as_str(), Verb::Move, no))?;
+        self.book.law().may_move(&entry.record, entry.hold, entry.confirmed).map_err(|refusal| {
+            Problem::new(ProblemKind::Conflict, format!("VM {name}"), refusal.to_string())
+                .next("see 'cicada vm show'; move it when nothing holds it")
+        })
     }
 
     /// Takes up hand-overs that were not acknowledged when the broker stopped.
@@ -208,9 +210,7 @@ impl Broker {
                 ..Outgoing::new(machine, peer, matter, view, ticket)
             };
             self.outgoing.insert(id, run);
-            if let Some(vm) = self.vms.get_mut(&record.spec.id) {
-                vm.busy = Some(Busy::Migration(id));
-            }
+            self.holds(record.spec.id, Hold::Moving(id));
             self.outgoing_report(id, Phase::HandingOver);
             effects.into_iter().for_each(|e| self.outgoing_effect(id, e));
         }
@@ -656,8 +656,7 @@ impl Broker {
     /// A move that ended asks no more where the VM writes. If another one of the same VM has begun,
     /// that one will.
     fn end_tracking(&mut self, vm: VmId) {
-        let moves_again =
-            self.vms.get(&vm).is_some_and(|entry| matches!(entry.busy, Some(Busy::Migration(_))));
+        let moves_again = self.vms.get(&vm).is_some_and(|entry| matches!(entry.hold, Hold::Moving(_)));
         if !moves_again && self.features.abilities.contains(&Ability::TrackChanges) {
             self.emit(Effect::EndTracking(vm));
         }
@@ -681,6 +680,11 @@ impl Broker {
         };
         let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, chain(e));
         let known = self.known(vm).map_err(|e| broken(&e))?;
+        match self.may(Verb::GiveUp, vm) {
+            Ok(()) => {}
+            Err(No::Unknown) => return Err(missing()),
+            Err(no) => return Err(Denial::new(DenialCode::Busy, format!("the VM {no}"))),
+        }
         let entry = self.vms.get_mut(&vm).ok_or_else(missing)?;
         let (record, hand_over) = self
             .book
@@ -768,13 +772,13 @@ impl Broker {
                     tracing::error!(migration = %id, %refusal, "released by a receipt that does not fit")
                 }
             }
-            entry.busy = None;
             fault::point("source-releasing");
             if let Err(e) = self.book.save_vm(&entry.record) {
                 tracing::error!(vm = %entry.record.spec.name, error = chain(&e), "receipt not recorded; it will be asked for again");
             }
             fault::point("source-released");
         }
+        self.lets_go(vm, Hold::Moving(id));
         self.effects.push(Effect::Undefine(vm));
         self.estimate_monolithic(id);
         self.end_outgoing(id, phase);
@@ -807,9 +811,7 @@ impl Broker {
         };
         run.view.problem = Some(problem);
         let vm = run.matter.vm;
-        if let Some(entry) = self.vms.get_mut(&vm) {
-            entry.busy = None;
-        }
+        self.lets_go(vm, Hold::Moving(id));
         self.end_tracking(vm);
         self.end_outgoing(id, phase);
     }

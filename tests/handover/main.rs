@@ -7,6 +7,7 @@
 //! `CICADA_HANDOVER_RULE=Name` tries one rule, whichever suite is to notice it.
 
 mod federation;
+mod held;
 mod liar;
 mod runs;
 mod search;

@@ -49,6 +49,12 @@ pub struct Tally {
     /// Hand-overs in doubt that operators decided, and those of them that were decided wrongly.
     pub resolved: u64,
     pub resolved_wrongly: u64,
+    /// Moves asked for whatever the VM was busy with.
+    pub hasty: u64,
+    /// Hand-overs that were given back and presented once more.
+    pub redeemed: u64,
+    /// Records that a broker found damaged.
+    pub damaged: u64,
 }
 
 impl Tally {
@@ -71,6 +77,9 @@ impl Tally {
             (&mut self.restored, t.restored),
             (&mut self.resolved, t.resolved),
             (&mut self.resolved_wrongly, t.resolved_wrongly),
+            (&mut self.hasty, t.hasty),
+            (&mut self.redeemed, t.redeemed),
+            (&mut self.damaged, t.damaged),
         ] {
             *sum += n;
         }
@@ -104,6 +113,8 @@ struct Run {
     stopped: bool,
     /// A member lies all the time.
     lies: bool,
+    /// Operators do not wait for what a VM is busy with, its record is damaged, and what was given back comes again.
+    hasty: bool,
 }
 
 type Outcome = Result<(), String>;
@@ -124,7 +135,11 @@ pub fn run(beginnings: &Beginnings, seed: u64) -> Result<(Tally, u64), String> {
         starts: Vec::new(),
         stopped: which == 1,
         lies: seed % 3 == 1,
+        hasty: seed % 4 == 1,
     };
+    if seed % 16 == 13 {
+        run.passed_on()?;
+    }
     run.trouble()?;
     let happened = run.world.digest();
     run.heal()?;
@@ -161,9 +176,93 @@ impl Run {
                     false => self.tally.attacks += u64::from(liar::attack(&mut self.world)),
                 }
             }
+            if self.hasty && self.one_in(12) {
+                match self.world.random.below(8) {
+                    0..=2 => self.move_hastily(),
+                    3 => drop(self.begin_move()),
+                    4 | 5 => self.tally.redeemed += u64::from(liar::redeem(&mut self.world)),
+                    6 => self.damage(),
+                    _ => self.mend(),
+                }
+            }
             self.tally.events += 1;
             sound(&self.world)?;
         }
+        Ok(())
+    }
+
+    /// Operators have a VM moved whatever it is busy with.
+    fn move_hastily(&mut self) {
+        let Some(from) = owners(&self.world).first().copied() else { return };
+        let runs = self.world.clouds[from].power.get(&vm()) == Some(&PowerState::Running);
+        match self.world.random.below(4) {
+            0 if runs => self.stop(from),
+            0 | 1 => self.start(from),
+            _ => {}
+        }
+        let to = (from + 1 + self.world.random.below(MOVERS - 1)) % MOVERS;
+        let to = Some(self.world.clouds[to].name().to_owned());
+        self.tally.hasty += 1;
+        let request = Request::Move { vm: NAME.into(), to, dry_run: false, force_stop: true };
+        self.world.call(from, request);
+    }
+
+    /// A broker dies, and the next one cannot read the record of the VM.
+    fn damage(&mut self) {
+        let n = self.world.random.below(CLOUDS);
+        if self.world.clouds[n].book.has_vm(vm()) {
+            self.tally.damaged += 1;
+            self.world.crash(n, Duration::from_secs(1));
+            self.world.clouds[n].book.damage(vm(), true);
+        }
+    }
+
+    /// Operators put damaged records back as they were.
+    fn mend(&mut self) {
+        for n in 0..CLOUDS {
+            if self.world.clouds[n].book.is_damaged(vm()) {
+                self.world.crash(n, Duration::from_secs(1));
+                self.world.clouds[n].book.damage(vm(), false);
+            }
+        }
+    }
+
+    /// The target of a move dies over its take-over, and its source hears nothing of that until the VM has gone on and
+    /// the copy is removed.
+    fn passed_on(&mut self) -> Outcome {
+        self.moves_left += 3;
+        for _ in 0..400 {
+            if in_doubt(&self.world).is_some() {
+                break;
+            }
+            self.progress();
+            sound(&self.world)?;
+        }
+        let Some((source, given)) = in_doubt(&self.world) else { return Ok(()) };
+        let Some(target) = self.world.clouds.iter().position(|c| c.jid == given.to) else { return Ok(()) };
+        if let Some(next) = self.next(|p| p.cloud == target && p.kind == Kind::Request) {
+            let writes = self.world.random.below(4) as u64;
+            let death = Death { writes, effects: 0, hosts_go_on: true, down: Duration::from_secs(1) };
+            self.world.take_and_die(next.seq, death);
+        }
+        self.world.partitions.push((source, target));
+        let gone = |w: &World| {
+            let record = w.clouds[target].book.vm(vm());
+            record.is_some_and(|r| r.given_up().is_some_and(|g| g.receipt.is_some()))
+        };
+        for _ in 0..600 {
+            if gone(&self.world) {
+                break;
+            }
+            self.progress();
+            sound(&self.world)?;
+        }
+        self.delete(target);
+        for _ in 0..10 {
+            self.progress();
+            sound(&self.world)?;
+        }
+        self.world.partitions.clear();
         Ok(())
     }
 
@@ -407,6 +506,7 @@ impl Run {
     /// Faults end; all comes to rest, also where old messages come again to brokers that forgot them.
     fn heal(&mut self) -> Outcome {
         self.set_clocks(OFF_HEALED_MS);
+        self.mend();
         self.settle()?;
         self.ask_again();
         rests(&mut self.world)?;
