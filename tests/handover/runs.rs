@@ -55,6 +55,8 @@ pub struct Tally {
     pub redeemed: u64,
     /// Records that a broker found damaged.
     pub damaged: u64,
+    /// VMs that went on while their source did not know that they had come, and were forgotten where they came.
+    pub passed_on: u64,
 }
 
 impl Tally {
@@ -80,6 +82,7 @@ impl Tally {
             (&mut self.hasty, t.hasty),
             (&mut self.redeemed, t.redeemed),
             (&mut self.damaged, t.damaged),
+            (&mut self.passed_on, t.passed_on),
         ] {
             *sum += n;
         }
@@ -227,42 +230,47 @@ impl Run {
         }
     }
 
-    /// The target of a move dies over its take-over, and its source hears nothing of that until the VM has gone on and
-    /// the copy is removed.
+    /// The target of a move keeps the receipt that it gave in its record alone, and its source hears nothing of it until
+    /// the VM has gone on and the target has forgotten it.
     fn passed_on(&mut self) -> Outcome {
-        self.moves_left += 3;
-        for _ in 0..400 {
-            if in_doubt(&self.world).is_some() {
-                break;
-            }
-            self.progress();
-            sound(&self.world)?;
-        }
+        self.moves_left += 4;
+        self.progress_until(400, |w| in_doubt(w).is_some())?;
         let Some((source, given)) = in_doubt(&self.world) else { return Ok(()) };
         let Some(target) = self.world.clouds.iter().position(|c| c.jid == given.to) else { return Ok(()) };
         if let Some(next) = self.next(|p| p.cloud == target && p.kind == Kind::Request) {
-            let writes = self.world.random.below(4) as u64;
-            let death = Death { writes, effects: 0, hosts_go_on: true, down: Duration::from_secs(1) };
-            self.world.take_and_die(next.seq, death);
+            match self.one_in(3) {
+                true => {
+                    let (writes, down) = (self.world.random.below(4) as u64, Duration::from_secs(1));
+                    let death = Death { writes, effects: 0, hosts_go_on: true, down };
+                    self.world.take_and_die(next.seq, death);
+                }
+                false => self.world.take_failing(next.seq, &[Page::Receipts]),
+            }
         }
+        sound(&self.world)?;
         self.world.partitions.push((source, target));
-        let gone = |w: &World| {
+        self.progress_until(800, |w| {
             let record = w.clouds[target].book.vm(vm());
             record.is_some_and(|r| r.given_up().is_some_and(|g| g.receipt.is_some()))
-        };
-        for _ in 0..600 {
-            if gone(&self.world) {
+        })?;
+        self.delete(target);
+        self.progress_until(20, |w| !w.clouds[target].book.has_vm(vm()))?;
+        self.tally.passed_on += u64::from(!self.world.clouds[target].book.has_vm(vm()));
+        // What it has in memory it would tell as well.
+        self.world.crash(target, Duration::from_secs(1));
+        self.world.partitions.clear();
+        Ok(())
+    }
+
+    fn progress_until(&mut self, steps_max: usize, so: impl Fn(&World) -> bool) -> Outcome {
+        for _ in 0..steps_max {
+            if so(&self.world) {
                 break;
             }
             self.progress();
+            self.tally.events += 1;
             sound(&self.world)?;
         }
-        self.delete(target);
-        for _ in 0..10 {
-            self.progress();
-            sound(&self.world)?;
-        }
-        self.world.partitions.clear();
         Ok(())
     }
 
