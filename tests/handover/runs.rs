@@ -11,7 +11,7 @@ use cicada::migration::Law;
 use cicada::sim::{Death, Kind, Pending, World};
 use cicada::vm::PowerState;
 
-use crate::federation::{NAME, federation, in_doubt, open, owners, records, rests, sound, vm};
+use crate::federation::{NAME, NOBODYS, federation, in_doubt, open, owners, records, rests, sound, vm};
 use crate::liar;
 
 const CLOUDS: usize = 4;
@@ -49,6 +49,8 @@ pub struct Tally {
     /// Hand-overs in doubt that operators decided, and those of them that were decided wrongly.
     pub resolved: u64,
     pub resolved_wrongly: u64,
+    /// VMs that nobody has any more because an operator said so.
+    pub lost_by_word: u64,
     /// Moves asked for whatever the VM was busy with.
     pub hasty: u64,
     /// Hand-overs that were given back and presented once more.
@@ -79,6 +81,7 @@ impl Tally {
             (&mut self.restored, t.restored),
             (&mut self.resolved, t.resolved),
             (&mut self.resolved_wrongly, t.resolved_wrongly),
+            (&mut self.lost_by_word, t.lost_by_word),
             (&mut self.hasty, t.hasty),
             (&mut self.redeemed, t.redeemed),
             (&mut self.damaged, t.damaged),
@@ -116,6 +119,9 @@ struct Run {
     stopped: bool,
     /// A member lies all the time.
     lies: bool,
+    /// An operator left it to a target that had not taken it over, without that one's word: should it be silent until
+    /// the grace period is over, that is the end of the VM. They are told so.
+    left_by_word: bool,
     /// Operators do not wait for what a VM is busy with, its record is damaged, and what was given back comes again.
     hasty: bool,
 }
@@ -138,14 +144,18 @@ pub fn run(beginnings: &Beginnings, seed: u64) -> Result<(Tally, u64), String> {
         starts: Vec::new(),
         stopped: which == 1,
         lies: seed % 3 == 1,
+        left_by_word: false,
         hasty: seed % 4 == 1,
     };
     if seed % 16 == 13 {
         run.passed_on()?;
     }
-    run.trouble()?;
+    let troubled = run.trouble();
     let happened = run.world.digest();
-    run.heal()?;
+    match troubled.and_then(|()| run.heal()) {
+        Err(what) if what == NOBODYS && run.left_by_word => run.tally.lost_by_word += 1,
+        went => went?,
+    }
     run.tally.steps = run.world.counts.steps;
     run.tally.crashes = run.world.counts.crashes;
     Ok((run.tally, happened))
@@ -488,6 +498,7 @@ impl Run {
         {
             self.tally.resolved += 1;
             self.tally.resolved_wrongly += u64::from(wrong);
+            self.left_by_word |= wrong && owner == Side::There;
         }
     }
 
