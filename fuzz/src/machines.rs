@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use cicada::clock::UnixMillis;
 use cicada::migration::handover::{EPOCH_MAX, SignedHandOver};
 use cicada::migration::message::{Initialization, Progress, StageAccount};
-use cicada::migration::source::{self, Source};
+use cicada::migration::source::{self, Found, Source};
 use cicada::migration::target::{self, Agreement, Target};
 use cicada::migration::{AnswerBody, Denial, DenialCode, HandOver, Pass, Receipt, RequestBody, Return};
 use cicada::types::{ByteSize, IdentityKey, MapId, MigrationId, RecipeId, VmId};
@@ -23,7 +23,8 @@ pub fn machines(data: &[u8]) {
     let steps = steps.chunks_exact(2).map(|s| (s[0], s[1]));
     match selector % 2 {
         0 => drive_target(steps),
-        _ => drive_source(selector & 2 != 0, steps),
+        // A third bit tells what it does apart from what is wanted of it.
+        _ => drive_source(Found { to_run: selector & 2 != 0, is_up: (selector & 2 != 0) ^ (selector & 4 != 0) }, steps),
     }
 }
 
@@ -230,9 +231,9 @@ fn answer(what: u8, kind: u8) -> AnswerBody {
     }
 }
 
-fn drive_source(was_running: bool, steps: impl Iterator<Item = (u8, u8)>) {
+fn drive_source(found: Found, steps: impl Iterator<Item = (u8, u8)>) {
     use source::{Effect, Event};
-    let mut machine = Source::new(was_running);
+    let mut machine = Source::new(found);
     let (mut giving_up, mut given_up, mut ended) = (false, false, false);
     for (what, kind) in steps {
         let event = match what % 16 {

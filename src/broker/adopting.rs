@@ -4,12 +4,11 @@ use crate::clock::UnixMillis;
 use crate::interface::{AdoptedView, ExportedView, Problem, ProblemKind, Reply, VmAdopt};
 use crate::migration::records::VmRecord;
 use crate::types::{VmId, VmName};
-use crate::vm::PowerState;
 
 use super::Broker;
 use super::effect::{CallId, Effect, Export};
+use super::hold::{Hold, Verb};
 use super::pending::{Pending, Whom};
-use super::vms::Busy;
 
 impl Broker {
     pub(super) fn adopt_vm(&mut self, adopt: VmAdopt, call: CallId) {
@@ -57,7 +56,7 @@ impl Broker {
             Err(problem) => return self.reply(call, Err(problem)),
         };
         let Some(vm) = self.vms.get_mut(&id) else { return };
-        vm.busy = Some(Busy::Verb("being exported"));
+        vm.hold = Hold::Exporting;
         let record = vm.record.clone();
         let token = self.expect(Pending::Exported { call, vm: id });
         self.emit(Effect::Export(Box::new(Export { token, call, record, user_data, output, format })));
@@ -65,28 +64,18 @@ impl Broker {
 
     /// Whether a VM's disk can be written out now.
     fn exportable(&self, name: &str, output: &str, user_data: bool) -> Result<VmId, Problem> {
-        let id = self.free_vm(name)?;
+        let id = self.vm_for(Verb::Export, name)?;
         let object = format!("VM {name}");
         let bad = |reason: &str| Problem::new(ProblemKind::BadRequest, object.clone(), reason);
         if !output.starts_with('/') {
             return Err(bad("the path of the file to write must be absolute"));
-        }
-        match self.power_of(id) {
-            PowerState::Stopped | PowerState::Crashed => {}
-            state => {
-                let reason = format!("is {state}: its disk changes while it is read");
-                return Err(Problem::new(ProblemKind::Conflict, object, reason)
-                    .next(format!("cicada vm stop {name}")));
-            }
         }
         let has_none = self.vms.get(&id).is_some_and(|vm| vm.record.spec.user_data_size.0 == 0);
         if user_data && has_none { Err(bad("it has no user-data disk")) } else { Ok(id) }
     }
 
     pub(super) fn exported(&mut self, call: CallId, id: VmId, result: Result<ExportedView, Problem>) {
-        if let Some(vm) = self.vms.get_mut(&id) {
-            vm.busy = None;
-        }
+        self.lets_go(id, Hold::Exporting);
         self.reply(call, result.map(Reply::Exported));
         self.presence_changed();
     }

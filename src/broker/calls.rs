@@ -10,6 +10,7 @@ use crate::types::{CloudName, MemberJid, VmId};
 use crate::vm::PowerState;
 
 use super::effect::{CallId, Effect, Peer, ReceiptWanted};
+use super::hold::Verb;
 use super::outgoing::Course;
 use super::pending::{PlanFor, Whom};
 use super::planning::Asked;
@@ -45,7 +46,7 @@ impl Broker {
             Request::VmStop { vm, force, timeout_s, for_host } => {
                 return self.stop_named(&vm, force, timeout_s, for_host, call);
             }
-            Request::VmReboot { vm, force, timeout_s } => match self.movable_vm(&vm) {
+            Request::VmReboot { vm, force, timeout_s } => match self.vm_for(Verb::Reboot, &vm) {
                 Ok(id) => return self.reboot_vm(id, force, timeout_s, call),
                 Err(p) => Err(p),
             },
@@ -392,7 +393,7 @@ impl Broker {
     }
 
     fn move_vm(&mut self, vm: &str, to: Option<&str>, force_stop: bool, call: CallId) {
-        let prepared = self.movable_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
+        let prepared = self.vm_for(Verb::Move, vm).and_then(|id| Ok((id, self.peers(to)?)));
         let (id, mut peers) = match prepared {
             Ok(p) => p,
             Err(problem) => return self.reply(call, Err(problem)),
@@ -446,11 +447,7 @@ impl Broker {
         force_stop: bool,
         call: CallId,
     ) {
-        if !self.vms.get(&id).is_some_and(|vm| vm.busy.is_none() && vm.record.is_here()) {
-            let problem =
-                Problem::new(ProblemKind::Conflict, "VM", "is held by another command").next("try again");
-            return self.reply(call, Err(problem));
-        }
+        // begin_move() asks whether it still may.
         self.begin_move(id, Course { peer, cloud, attempt: 0, force_stop }, Some(call));
     }
 }

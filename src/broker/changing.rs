@@ -4,13 +4,12 @@ use crate::interface::VmSet;
 use crate::interface::problem::{Problem, ProblemKind, chain};
 use crate::migration::records::{Autostart, Shape};
 use crate::types::{ByteSize, VmId};
-use crate::vm::PowerState;
 
 use super::Broker;
 use super::effect::{CallId, Effect};
+use super::hold::{Hold, Verb};
 use super::pending::Pending;
 use super::power::Stop;
-use super::vms::Busy;
 
 const DESCRIPTION_BYTES_MAX: usize = 200;
 /// A day: who needs more wants it switched off.
@@ -19,7 +18,7 @@ const STOP_TIMEOUT_S_MAX: u32 = 86_400;
 impl Broker {
     /// Changes what is given. CPUs and memory of a VM that runs hold from its next start on.
     pub(super) fn set_vm(&mut self, set: &VmSet) -> Result<VmId, Problem> {
-        let id = self.free_vm(&set.vm)?;
+        let id = self.vm_for(Verb::Set, &set.vm)?;
         let Some(vm) = self.vms.get(&id) else { return Ok(id) };
         let object = format!("VM {}", set.vm);
         let bad = |reason: String| Problem::new(ProblemKind::BadRequest, object.clone(), reason);
@@ -103,13 +102,6 @@ impl Broker {
 
     /// Stops a VM that runs, and starts it again.
     pub(super) fn reboot_vm(&mut self, id: VmId, force: bool, timeout_s: Option<u64>, call: CallId) {
-        let Some(vm) = self.vms.get(&id) else { return };
-        if self.is_off(id) {
-            let name = &vm.record.spec.name;
-            let problem = Problem::new(ProblemKind::Conflict, format!("VM {name}"), "does not run")
-                .next(format!("cicada vm start {name}"));
-            return self.reply(call, Err(problem));
-        }
         let mode = self.stop_mode(id, force, timeout_s, false);
         self.stop_vm(id, Stop { mode, for_host: false, again: true }, call);
     }
@@ -135,18 +127,10 @@ impl Broker {
         root_size: Option<ByteSize>,
         user_data_size: Option<ByteSize>,
     ) -> Result<VmId, Problem> {
-        let id = self.free_vm(name)?;
+        let id = self.vm_for(Verb::Resize, name)?;
         let object = format!("VM {name}");
         let Some(vm) = self.vms.get(&id) else { return Ok(id) };
         let spec = &vm.record.spec;
-        match self.power_of(id) {
-            PowerState::Stopped | PowerState::Crashed => {}
-            state => {
-                let reason = format!("is {state}: its disks can be made larger while it is stopped");
-                return Err(Problem::new(ProblemKind::Conflict, object, reason)
-                    .next(format!("cicada vm stop {name}")));
-            }
-        }
         let mut wanted = spec.clone();
         wanted.root_size = root_size.unwrap_or(spec.root_size);
         wanted.user_data_size = user_data_size.unwrap_or(spec.user_data_size);
@@ -169,7 +153,7 @@ impl Broker {
 
     fn grow_disks(&mut self, id: VmId, root: Option<ByteSize>, user_data: Option<ByteSize>, call: CallId) {
         let Some(vm) = self.vms.get_mut(&id) else { return };
-        vm.busy = Some(Busy::Verb("being resized"));
+        vm.hold = Hold::Resizing;
         let record = Box::new(vm.record.clone());
         let token = self.expect(Pending::Grown { call, vm: id, root, user_data });
         self.emit(Effect::Grow { token, record, root, user_data });
@@ -193,7 +177,7 @@ impl Broker {
             vm.record = record;
             Ok(())
         });
-        self.verb_done(id, result, call);
+        self.verb_done(id, Hold::Resizing, result, call);
     }
 
     /// After a boot of the machine: which VMs are to run is decided by their operators' wishes.

@@ -22,10 +22,11 @@ use super::account::{self, Advance, new_view};
 use super::book::ReturnRecord;
 use super::effect::{AskId, DisksOf, Effect, Holdings, Matter, Peer, StageOrder, StageReport};
 use super::guard::{self, Pace};
+use super::hold::{Hold, No, Verb};
 use super::lineages::{Offer, denial};
 use super::pending::{Pending, Working};
 use super::unfinished::Holds;
-use super::vms::{Busy, Vm};
+use super::vms::Vm;
 
 /// How long an arrival that is over still answers its source.
 const KEPT_AFTER_END: Duration = Duration::from_secs(120);
@@ -403,6 +404,11 @@ impl Broker {
         };
         if request.epoch + 1 < known.next_epoch() {
             return deny(DenialCode::HandOver, "this cloud has seen a later epoch of the VM");
+        }
+        // Of all other reasons the law speaks.
+        if self.may(Verb::Arrive, spec.id) == Err(No::Removed) {
+            let text = "what this cloud kept of the VM is being removed";
+            return AnswerBody::Denied(Denial::new(DenialCode::Busy, text).next("try again in a minute"));
         }
         // Its history comes with the next messages, if its source keeps one.
         let standing = self.standing(spec.id, &known);
@@ -842,8 +848,8 @@ impl Broker {
         }
         tracing::info!(migration = %id, vm = %record.spec.name, epoch = h.epoch, "taken over");
         // Nothing else may begin before it was started.
-        let busy = record.run.then_some(Busy::Verb("starting"));
-        self.vms.insert(h.vm, Vm { busy, ..Vm::new(record) });
+        let hold = if record.run { Hold::Starting } else { Hold::Free };
+        self.vms.insert(h.vm, Vm { hold, ..Vm::new(record) });
         self.effects.push(Effect::KeepStaged(id));
         if let Some(run) = self.incoming.get_mut(&id) {
             run.view.progress.handed_over = true;
@@ -857,9 +863,7 @@ impl Broker {
         fault::point("target-started");
         let Some(run) = self.incoming.get(&id) else { return };
         let vm = run.matter.vm;
-        if let Some(entry) = self.vms.get_mut(&vm) {
-            entry.busy = None;
-        }
+        self.lets_go(vm, Hold::Starting);
         if result.is_ok() {
             let token = self.expect(Pending::Booted(id));
             self.emit(Effect::WatchBoot { token, vm });

@@ -47,6 +47,8 @@ struct Pages {
     revoked: Revoked,
     restored: Option<UnixMillis>,
     changes: u64,
+    /// VMs whose record cannot be read.
+    damaged: BTreeSet<VmId>,
 }
 
 /// A kind of page whose writing can be made to fail.
@@ -142,6 +144,27 @@ impl MemoryBook {
             .fold((0, 0), |(cpus, memory), takes| (cpus + u64::from(takes.cpus), memory + takes.memory.0))
     }
 
+    /// From now on, or not any more, whoever opens the book finds the record of this VM damaged. What it said is
+    /// still told by [`MemoryBook::vm`].
+    pub fn damage(&self, vm: VmId, is_damaged: bool) {
+        let mut disk = self.disk();
+        let damaged = &mut Arc::make_mut(&mut disk.pages).damaged;
+        match is_damaged {
+            true => drop(damaged.insert(vm)),
+            false => drop(damaged.remove(&vm)),
+        }
+    }
+
+    pub fn is_damaged(&self, vm: VmId) -> bool {
+        self.disk().pages.damaged.contains(&vm)
+    }
+
+    /// The hand-overs of a VM that were given back to this cloud.
+    pub fn returned(&self, vm: VmId) -> Vec<Return> {
+        let of = |back: &Return| back.verify().is_ok_and(|h| h.vm == vm);
+        self.pages().returned.values().filter(|back| of(back)).cloned().collect()
+    }
+
     pub fn has_vm(&self, vm: VmId) -> bool {
         self.pages().vms.contains_key(&vm)
     }
@@ -150,6 +173,7 @@ impl MemoryBook {
     pub fn remove_vm(&self, vm: VmId) {
         let _ = self.write(None, |pages| {
             pages.vms.remove(&vm);
+            pages.damaged.remove(&vm);
             pages.changes += 1;
         });
     }
@@ -165,13 +189,20 @@ impl MemoryBook {
 impl Pages {
     fn keep(&mut self, record: &VmRecord) {
         self.vms.insert(record.spec.id, record.clone());
+        self.damaged.remove(&record.spec.id);
         self.changes += 1;
     }
 }
 
 impl Book for MemoryBook {
     fn vms(&self) -> Result<(Vec<VmRecord>, Vec<Damaged>), RecordError> {
-        Ok((self.pages().vms.values().cloned().collect(), Vec::new()))
+        let pages = self.pages();
+        let damage = |vm: &VmId| {
+            let (path, reason) = (self.record_path(*vm), "made to be damaged".to_owned());
+            Damaged { vm: *vm, path, reason }
+        };
+        let whole = pages.vms.iter().filter(|(vm, _)| !pages.damaged.contains(vm));
+        Ok((whole.map(|(_, record)| record.clone()).collect(), pages.damaged.iter().map(damage).collect()))
     }
     fn save_vm(&self, record: &VmRecord) -> Result<(), RecordError> {
         self.write(Some(Page::Vms), |pages| pages.keep(record))

@@ -14,7 +14,7 @@ mod errands;
 mod forecast;
 mod guard;
 mod history;
-
+mod hold;
 mod idle;
 pub mod ids;
 mod incoming;
@@ -129,6 +129,8 @@ pub struct Broker {
     kept_there: BTreeMap<MigrationId, UnixMillis>,
     /// VMs whose record cannot be used.
     aside: BTreeMap<VmId, Damaged>,
+    /// VMs of which what is here is being removed: nothing may come to where they lay.
+    removing: BTreeSet<VmId>,
     /// What operators decided about hand-overs in doubt.
     resolutions: BTreeMap<MigrationId, Resolution>,
     /// What others are still to be told or asked.
@@ -225,6 +227,7 @@ impl Broker {
             kept_there: BTreeMap::new(),
             aside: damaged.into_iter().map(|d| (d.vm, d)).collect(),
             resolutions: resolutions.into_iter().map(|r| (r.migration, r)).collect(),
+            removing: BTreeSet::new(),
             errands: BTreeMap::new(),
             unanswered: BTreeMap::new(),
             promising: HashSet::new(),

@@ -14,7 +14,7 @@ use crate::interface::{
 use crate::migration::handover::{Receipt, Return, SignedHandOver};
 use crate::migration::message::{Initialization, Seed, StageAccount};
 use crate::migration::ownership::Gift;
-use crate::migration::source::{Effect as MoveEffect, End, Event as SourceEvent, Phase, Source};
+use crate::migration::source::{Effect as MoveEffect, End, Event as SourceEvent, Found, Phase, Source};
 use crate::migration::{AnswerBody, Denial, DenialCode, Pass, RequestBody};
 use crate::types::{CloudName, Hash, MigrationId, PeerText, ReservationId, VmId};
 use crate::vm::hypervisor::{Ability, StopMode};
@@ -22,9 +22,9 @@ use crate::vm::hypervisor::{Ability, StopMode};
 use super::Broker;
 use super::account::{self, Advance, new_view};
 use super::effect::{CallId, Checked, Effect, Matter, Peer, Scanned, Serving, Unanswered};
+use super::hold::{Hold, No, Verb};
 use super::lineages;
 use super::pending::Pending;
-use super::vms::Busy;
 
 /// How long a hand-over may be without a sign of the target before its owner is said to be in doubt.
 const IN_DOUBT_AFTER: Duration = Duration::from_secs(20);
@@ -136,25 +136,15 @@ impl Broker {
         call: Option<CallId>,
     ) -> Option<MigrationId> {
         let Course { peer, cloud, attempt, force_stop } = course;
-        let refused = match self.vms.get(&vm) {
-            None => Some(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile")),
-            Some(entry) => {
-                self.book.law().may_move(&entry.record, entry.hold(), entry.confirmed).err().map(|refusal| {
-                    let object = format!("VM {}", entry.record.spec.name);
-                    Problem::new(ProblemKind::Conflict, object, refusal.to_string())
-                        .next("see 'cicada vm show'; move it when nothing holds it")
-                })
-            }
-        };
-        if let Some(problem) = refused {
+        if let Err(problem) = self.may_begin_move(vm) {
             if let Some(call) = call {
                 self.reply(call, Err(problem));
             }
             return None;
         }
-        let (id, ticket, was_running) = (self.ids.migration(), self.ids.ticket(), !self.is_off(vm));
+        let (id, ticket, is_up) = (self.ids.migration(), self.ids.ticket(), !self.is_off(vm));
         let entry = self.vms.get_mut(&vm)?;
-        entry.busy = Some(Busy::Migration(id));
+        entry.hold = Hold::Moving(id);
         let record = &entry.record;
         let mut view = new_view(id, &record.spec, MigrationRole::Source, &peer.jid, cloud, self.now);
         (view.progress.epoch, view.progress.attempt) = (record.epoch, attempt);
@@ -163,7 +153,7 @@ impl Broker {
             component_names: record.components.iter().map(PeerText::from).collect(),
             force_stop,
             watchers: call.into_iter().collect(),
-            ..Outgoing::new(Source::new(was_running), peer, matter, view, ticket)
+            ..Outgoing::new(Source::new(Found { to_run: record.run, is_up }), peer, matter, view, ticket)
         };
         tracing::info!(migration = %id, vm = %record.spec.name, to = %run.peer.jid, "move begins");
         // Found unfinished after a restart, it is begun again.
@@ -171,6 +161,18 @@ impl Broker {
         self.outgoing.insert(id, run);
         self.outgoing_event(id, SourceEvent::Begin);
         Some(id)
+    }
+
+    fn may_begin_move(&self, vm: VmId) -> Result<(), Problem> {
+        let Some(entry) = self.vms.get(&vm) else {
+            return Err(Problem::new(ProblemKind::NotFound, "VM", "was deleted meanwhile"));
+        };
+        let name = &entry.record.spec.name;
+        self.may(Verb::Move, vm).map_err(|no| self.refused(vm, name.as_str(), Verb::Move, no))?;
+        self.book.law().may_move(&entry.record, entry.hold, entry.confirmed).map_err(|refusal| {
+            Problem::new(ProblemKind::Conflict, format!("VM {name}"), refusal.to_string())
+                .next("see 'cicada vm show'; move it when nothing holds it")
+        })
     }
 
     /// Takes up hand-overs that were not acknowledged when the broker stopped.
@@ -208,9 +210,7 @@ impl Broker {
                 ..Outgoing::new(machine, peer, matter, view, ticket)
             };
             self.outgoing.insert(id, run);
-            if let Some(vm) = self.vms.get_mut(&record.spec.id) {
-                vm.busy = Some(Busy::Migration(id));
-            }
+            self.holds(record.spec.id, Hold::Moving(id));
             self.outgoing_report(id, Phase::HandingOver);
             effects.into_iter().for_each(|e| self.outgoing_effect(id, e));
         }
@@ -291,7 +291,7 @@ impl Broker {
         let now = self.now;
         let Some(run) = self.outgoing.get_mut(&id) else { return };
         let after = run.machine.phase();
-        let ran = run.machine.was_running();
+        let ran = run.machine.was_up();
         run.view.account.carried_bytes = run.view.account.carried_bytes.max(run.sent_bytes);
         let (old, new) = (phase_name(before, ran), phase_name(after, ran));
         if old != new {
@@ -390,7 +390,7 @@ impl Broker {
                 }
             }
             MoveEffect::AskStart(hand_over) => {
-                let run = run.machine.was_running();
+                let run = run.machine.to_run();
                 self.ask_target(id, RequestBody::Start { hand_over, run });
             }
             MoveEffect::Scan { last, pass } => {
@@ -427,6 +427,8 @@ impl Broker {
                 self.outgoing_event(id, SourceEvent::TookBack(result));
             }
             MoveEffect::Wait { ms } => self.wake(Duration::from_millis(ms), Pending::MoveWait(id)),
+            // The host goes down: it starts with the broker.
+            MoveEffect::Restart if self.vms.get(&vm).is_some_and(|vm| vm.stopped_for_host) => {}
             MoveEffect::Restart => drop(self.start_machine(vm, None)),
             MoveEffect::TellCancel => self.tell_cancel(id, peer, matter, 0),
             MoveEffect::Release { receipt, running, problem, account } => {
@@ -523,7 +525,7 @@ impl Broker {
         }
         let stalled = |run: &&Outgoing| {
             let Phase::Staging(pass) = run.machine.phase() else { return false };
-            let stands_still = pass.last && run.machine.was_running();
+            let stands_still = pass.last && run.machine.was_up();
             let limit = if stands_still { STALLED_AFTER } else { PASS_STALLED_AFTER };
             now.since(run.advanced.0) > limit
         };
@@ -638,7 +640,7 @@ impl Broker {
         let components = checked.component_bytes.saturating_sub(checked.delta_saves_bytes);
         let (vm, peer) = (run.matter.vm, &run.peer.jid);
         let bytes = components.saturating_add(disk_bytes_missing.saturating_sub(there));
-        let work = self.work(vm, bytes, checked.base_bytes, run.machine.was_running());
+        let work = self.work(vm, bytes, checked.base_bytes, run.machine.was_up());
         let interval = self.forecasts.foretell(peer, vm, &work);
         let foretold = Foretold {
             work,
@@ -654,8 +656,7 @@ impl Broker {
     /// A move that ended asks no more where the VM writes. If another one of the same VM has begun,
     /// that one will.
     fn end_tracking(&mut self, vm: VmId) {
-        let moves_again =
-            self.vms.get(&vm).is_some_and(|entry| matches!(entry.busy, Some(Busy::Migration(_))));
+        let moves_again = self.vms.get(&vm).is_some_and(|entry| matches!(entry.hold, Hold::Moving(_)));
         if !moves_again && self.features.abilities.contains(&Ability::TrackChanges) {
             self.emit(Effect::EndTracking(vm));
         }
@@ -674,11 +675,16 @@ impl Broker {
             target_key: run.peer.key,
             reservation: run.reservation,
             seed: Seed { root_delta: pass.root_delta, user_data: pass.user_data },
-            was_running: run.machine.was_running(),
+            to_run: run.machine.to_run(),
             now: self.now,
         };
         let broken = |e: &dyn std::error::Error| Denial::new(DenialCode::Other, chain(e));
         let known = self.known(vm).map_err(|e| broken(&e))?;
+        match self.may(Verb::GiveUp, vm) {
+            Ok(()) => {}
+            Err(No::Unknown) => return Err(missing()),
+            Err(no) => return Err(Denial::new(DenialCode::Busy, format!("the VM {no}"))),
+        }
         let entry = self.vms.get_mut(&vm).ok_or_else(missing)?;
         let (record, hand_over) = self
             .book
@@ -744,7 +750,7 @@ impl Broker {
                 .next("let that cloud's operator start it, or move it back"),
             );
         }
-        let phase = if run.machine.was_running() && !running {
+        let phase = if run.machine.to_run() && !running {
             MigrationPhase::HandedOver
         } else {
             MigrationPhase::Completed
@@ -766,13 +772,13 @@ impl Broker {
                     tracing::error!(migration = %id, %refusal, "released by a receipt that does not fit")
                 }
             }
-            entry.busy = None;
             fault::point("source-releasing");
             if let Err(e) = self.book.save_vm(&entry.record) {
                 tracing::error!(vm = %entry.record.spec.name, error = chain(&e), "receipt not recorded; it will be asked for again");
             }
             fault::point("source-released");
         }
+        self.lets_go(vm, Hold::Moving(id));
         self.effects.push(Effect::Undefine(vm));
         self.estimate_monolithic(id);
         self.end_outgoing(id, phase);
@@ -805,9 +811,7 @@ impl Broker {
         };
         run.view.problem = Some(problem);
         let vm = run.matter.vm;
-        if let Some(entry) = self.vms.get_mut(&vm) {
-            entry.busy = None;
-        }
+        self.lets_go(vm, Hold::Moving(id));
         self.end_tracking(vm);
         self.end_outgoing(id, phase);
     }

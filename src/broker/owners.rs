@@ -19,6 +19,7 @@ use super::Broker;
 use super::book::RecordError;
 use super::continuity::{Mark, digest_of};
 use super::effect::{Effect, Peer, Unanswered};
+use super::hold::{Hold, Verb};
 use super::pending::{Pending, Working};
 
 /// How often members are asked that did not answer, or that run what is ours.
@@ -171,13 +172,12 @@ impl Broker {
             Ok(known) => known,
             Err(e) => return tracing::error!(%vm, error = chain(&e), "what is known of the VM is damaged"),
         };
-        let (me, running) = (self.key.public(), self.is_running(vm));
-        let held = self.vms.get(&vm).is_some_and(|vm| vm.busy.is_some() || vm.starting);
+        let (me, stands_still) = (self.key.public(), self.may(Verb::LetGo, vm).is_ok());
         let learnt = self.book.law().learn(
             self.standing(vm, &known),
             shown,
             &me,
-            running || held,
+            !stands_still,
             &by.jid,
             (now, scrub_after),
         );
@@ -211,7 +211,7 @@ impl Broker {
             entry.record = *record;
             // What an old record was waiting for is decided.
             if let Some(id) = pending {
-                entry.busy = None;
+                self.lets_go(vm, Hold::Moving(id));
                 self.resolved_outgoing(id, Side::There);
             }
         }

@@ -11,6 +11,7 @@ use crate::vm::{PowerState, VmSpec};
 
 use super::Broker;
 use super::effect::{CallId, Effect, Peer};
+use super::hold::Verb;
 use super::pending::{Pending, PlanFor};
 use super::vms::Vm;
 
@@ -66,7 +67,7 @@ pub fn reason(d: &Denial) -> Reason {
 
 impl Broker {
     pub(super) fn plan(&mut self, vm: &str, to: Option<&str>, all: bool, call: CallId) {
-        let prepared = self.movable_vm(vm).and_then(|id| Ok((id, self.peers(to)?)));
+        let prepared = self.vm_for(Verb::Move, vm).and_then(|id| Ok((id, self.peers(to)?)));
         let whom = match (to, all) {
             (Some(_), _) => Asked::Named,
             (None, true) => Asked::All,

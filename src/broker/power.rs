@@ -3,15 +3,14 @@
 use std::time::Duration;
 
 use crate::interface::{Problem, ProblemKind, chain};
-use crate::migration::ownership::Hold;
 use crate::types::{ByteSize, MigrationId, VmId};
 use crate::vm::PowerState;
 use crate::vm::hypervisor::{DriverEvent, EventKind, StopMode, StopReason};
 
 use super::Broker;
 use super::effect::{CallId, Effect};
+use super::hold::{Hold, No, Verb};
 use super::pending::{Pending, Whom};
-use super::vms::{Busy, Vm};
 
 /// Pause before a VM that crashed or did not start is started again; each failure within
 /// [`FAILURE_WINDOW`] makes it four times as long.
@@ -60,7 +59,7 @@ impl Broker {
             let problem = Problem::from_error(ProblemKind::Failed, object, &e);
             return self.tell_started(id, whom, Err(problem));
         }
-        vm.busy = Some(Busy::Verb("starting"));
+        vm.hold = Hold::Starting;
         let record = Box::new(vm.record.clone());
         let token = self.expect(Pending::Started { vm: id, whom });
         self.emit(Effect::Start { token, record });
@@ -68,10 +67,33 @@ impl Broker {
 
     /// An operator's start was tried.
     pub(super) fn started(&mut self, id: VmId, whom: Whom, result: Result<(), Problem>) {
-        let Some(vm) = self.vms.get_mut(&id) else { return };
-        vm.busy = None;
+        let stop = self.start_is_over(id, result.is_ok());
         self.tell_started(id, whom, result);
+        if let Some((stop, call)) = stop {
+            self.stop_vm(id, stop, call);
+        }
         self.presence_changed();
+    }
+
+    /// It was started, or was not. What is to be stopped as soon as it is.
+    fn start_is_over(&mut self, id: VmId, started: bool) -> Option<(Stop, CallId)> {
+        self.lets_go(id, Hold::Starting);
+        let vm = self.vms.get(&id)?;
+        // That its guest is off again was left to whoever looks now; one that a signal ended is started again.
+        if started && vm.record.run && vm.power == PowerState::Stopped && vm.hold != Hold::Queued {
+            self.switched_itself_off(id);
+        }
+        self.vms.get_mut(&id)?.stop_next.take()
+    }
+
+    fn switched_itself_off(&mut self, id: VmId) {
+        let Some(vm) = self.vms.get_mut(&id) else { return };
+        let name = &vm.record.spec.name;
+        tracing::info!(vm = %name, "the guest switched itself off");
+        vm.record.run = false;
+        if let Err(e) = self.book.save_vm(&vm.record) {
+            tracing::warn!(vm = %name, error = chain(&e), "stop not recorded");
+        }
     }
 
     /// Starts a VM without an operator waiting: at boot, after an abandoned move, or on arrival. Whether it is
@@ -93,7 +115,7 @@ impl Broker {
                 tracing::warn!(vm = %vm.record.spec.name, error = chain(&e), "cannot record that it should run");
             }
         }
-        (vm.starting, vm.stopped_for_host) = (true, false);
+        (vm.hold, vm.stopped_for_host) = (Hold::Starting, false);
         let record = Box::new(vm.record.clone());
         let token = self.expect(Pending::StartedByItself { vm: id, arrival });
         self.emit(Effect::Start { token, record });
@@ -110,13 +132,12 @@ impl Broker {
             self.starting_now = None;
             self.start_next();
         }
-        let Some(vm) = self.vms.get_mut(&id) else { return };
-        vm.starting = false;
+        let Some(vm) = self.vms.get(&id) else { return };
         if let Err(problem) = &result {
             tracing::error!(vm = %vm.record.spec.name, reason = problem.reason, "does not start");
         }
         let result = result.map_err(|p| p.reason);
-        let (stop, failed) = (vm.stop_next.take(), result.is_err());
+        let (stop, failed) = (self.start_is_over(id, result.is_ok()), result.is_err());
         if let Some(migration) = arrival {
             self.arrival_started(migration, result);
         }
@@ -128,7 +149,7 @@ impl Broker {
         self.presence_changed();
     }
 
-    /// Stops a VM that nothing else holds; one that is being started by itself as soon as that is done.
+    /// Stops a VM that nothing else holds; one that is being started as soon as that is done.
     pub(super) fn stop_named(
         &mut self,
         name: &str,
@@ -137,10 +158,12 @@ impl Broker {
         for_host: bool,
         call: CallId,
     ) {
-        let starting = |vm: &Vm| vm.record.is_here() && vm.busy.is_none() && vm.starting;
-        let id = self.find_vm(name).and_then(|id| match self.vms.get(&id) {
-            Some(vm) if starting(vm) && vm.stop_next.is_none() => Ok(id),
-            _ => self.free_vm(name),
+        let id = self.vm_for(Verb::Stop, name).and_then(|id| match self.vms.get(&id) {
+            // One is enough.
+            Some(vm) if vm.stop_next.is_some() => {
+                Err(self.refused(id, name, Verb::Stop, No::Held(Hold::Stopping)))
+            }
+            _ => Ok(id),
         });
         match id {
             Ok(id) => {
@@ -169,7 +192,10 @@ impl Broker {
     }
 
     pub(super) fn stop_vm(&mut self, id: VmId, stop: Stop, call: CallId) {
-        let Some(vm) = self.vms.get_mut(&id) else { return };
+        let Some(vm) = self.vms.get_mut(&id) else {
+            let gone = self.refused(id, &id.to_string(), Verb::Stop, No::Unknown);
+            return self.reply(call, Err(gone));
+        };
         let name = vm.record.spec.name.to_string();
         let wanted = vm.record.run;
         // Recorded first: from now on nothing starts it by itself.
@@ -182,11 +208,11 @@ impl Broker {
             }
         }
         vm.stopped_for_host = stop.for_host;
-        if vm.starting {
+        if vm.hold == Hold::Starting {
             vm.stop_next = Some((stop, call));
             return;
         }
-        vm.busy = Some(Busy::Verb("stopping"));
+        vm.hold = Hold::Stopping;
         let token = self.expect(Pending::Stopped { vm: id, stop, call, wanted });
         self.emit(Effect::Stop { token, vm: id, name, mode: stop.mode });
     }
@@ -213,12 +239,10 @@ impl Broker {
             }
         }
         if stop.again && result.is_ok() {
-            if let Some(vm) = self.vms.get_mut(&id) {
-                vm.busy = None;
-            }
+            self.lets_go(id, Hold::Stopping);
             return self.start_vm(id, Whom::Caller(call));
         }
-        self.verb_done(id, result, call);
+        self.verb_done(id, Hold::Stopping, result, call);
     }
 
     /// Takes note whether a guest that was asked to end did so in its time.
@@ -238,16 +262,15 @@ impl Broker {
     pub(super) fn power_event(&mut self, event: &DriverEvent) {
         let Some(vm) = self.vms.get_mut(&event.vm) else { return };
         let name = vm.record.spec.name.clone();
+        // Else whoever is at it looks for itself.
+        let by_itself = matches!(vm.hold, Hold::Free | Hold::Queued) && !vm.stopped_for_host;
+        let starts = vm.hold == Hold::Starting;
         match &event.kind {
-            EventKind::Stopped { reason: StopReason::Guest } if vm.busy.is_none() && !vm.stopped_for_host => {
-                tracing::info!(vm = %name, "the guest switched itself off");
-                vm.record.run = false;
-                if let Err(e) = self.book.save_vm(&vm.record) {
-                    tracing::warn!(vm = %name, error = chain(&e), "stop not recorded");
-                }
+            EventKind::Stopped { reason: StopReason::Guest } if by_itself => {
+                self.switched_itself_off(event.vm);
             }
             // A host that goes down ends the broker before it: whoever sent it, the VM is to run.
-            EventKind::Stopped { reason: StopReason::Host } if vm.busy.is_none() && !vm.stopped_for_host => {
+            EventKind::Stopped { reason: StopReason::Host } if by_itself || starts => {
                 tracing::error!(vm = %name, "the hypervisor process was ended by a signal, its guest not asked");
                 vm.power_note = Some("its hypervisor process was ended by a signal".into());
                 self.start_again(event.vm);
@@ -267,15 +290,13 @@ impl Broker {
 
     /// Events of the hypervisor were lost: what they told is seen from how the VMs are now.
     pub(super) fn review_power(&mut self, listed: &[(VmId, PowerState)]) {
-        let now = self.now;
         tracing::warn!(vms = listed.len(), "events of the hypervisor were lost; all VMs are looked at");
         for (vm, state) in listed.iter().copied() {
             let Some(known) = self.vms.get(&vm).filter(|vm| vm.record.is_here() && vm.record.run) else {
                 continue;
             };
-            // Whatever holds it looks for itself; what failed to start is waiting to be started again.
-            let failed = known.failures.last().is_some_and(|at| now.since(*at) <= RESTART_PAUSE_MAX);
-            let waits = known.hold() != Hold::Free || failed;
+            // Whatever holds it looks for itself; what waits for its start, or for its owner, was off before.
+            let waits = known.hold != Hold::Free || self.may(Verb::StartItself, vm).is_err();
             let kind = match state {
                 PowerState::Crashed => {
                     EventKind::Crashed { detail: "it ended while events were lost".into() }
@@ -305,22 +326,36 @@ impl Broker {
 
     fn start_after(&mut self, id: VmId, pause: Duration) {
         self.wake(pause, Pending::StartAgain(id));
+        self.queues(id);
+    }
+
+    /// Nothing holds it, and it waits for its start.
+    fn queues(&mut self, id: VmId) {
+        self.lets_go(id, Hold::Free);
+    }
+
+    /// Whether it is to run, and its start is only a matter of time.
+    pub(super) fn waits_for_start(&self, id: VmId) -> bool {
+        let awaited = |p: &Pending| matches!(p, Pending::StartAgain(of) if *of == id);
+        self.vms.get(&id).is_some_and(|vm| vm.record.is_here() && vm.record.run)
+            && (self.start_order.contains(&id) || self.pending.values().any(awaited))
     }
 
     /// Starts a VM that should run and does not, once nothing else holds it. Whether it is being started.
     pub(super) fn start_wanted(&mut self, id: VmId) -> bool {
+        self.lets_go(id, Hold::Queued);
         let Some(vm) = self.vms.get(&id).filter(|vm| vm.record.is_here() && vm.record.run) else {
             return false;
         };
-        match vm.hold() {
-            // One that stands still was held for a move, or about to run, when a broker ended.
-            Hold::Free if self.is_still(id) && !vm.stopped_for_host => self.start_machine(id, None),
-            Hold::Free => false,
+        match self.may(Verb::StartItself, id) {
             // A move that is under way, or an operator, decides first.
-            Hold::Migration(_) | Hold::Verb(_) => {
+            Err(No::Held(_)) => {
                 self.start_after(id, HELD_PAUSE);
                 false
             }
+            // One that stands still was held for a move, or about to run, when a broker ended.
+            _ if self.is_still(id) && !vm.stopped_for_host => self.start_machine(id, None),
+            _ => false,
         }
     }
 
@@ -329,7 +364,8 @@ impl Broker {
     pub(super) fn start_in_order(&mut self, mut order: Vec<VmId>) {
         let created = |id: &VmId| self.vms.get(id).map(|vm| vm.record.created);
         order.sort_by_key(|id| (created(id), *id));
-        self.start_order.extend(order);
+        self.start_order.extend(order.iter().copied());
+        order.into_iter().for_each(|id| self.queues(id));
         if self.starting_now.is_none() {
             self.start_next();
         }
@@ -345,7 +381,7 @@ impl Broker {
     }
 
     /// Whether its guest does not go on by itself.
-    fn is_still(&self, id: VmId) -> bool {
+    pub(super) fn is_still(&self, id: VmId) -> bool {
         self.is_off(id) || self.power_of(id) == PowerState::Paused
     }
 

@@ -12,11 +12,11 @@ use crate::migration::records::{GivenUp, VERSION, VmRecord};
 use crate::migration::target::Event as TargetEvent;
 use crate::migration::{AnswerBody, Denial, DenialCode, Envelope, RequestBody};
 use crate::types::{MemberJid, MigrationId, PublicKey, VmId, VmName};
-use crate::vm::PowerState;
 
 use super::Broker;
 use super::book::{RecordError, ReturnRecord};
 use super::effect::{Effect, Matter, Peer};
+use super::hold::{Hold, Verb};
 use super::incoming::Answered;
 use super::resolution_words as words;
 
@@ -188,7 +188,7 @@ impl Broker {
             let next = "move it here from the cloud that owns it, or adopt this copy's disk as another VM";
             return Err(conflict(id, &reason).next(next));
         }
-        self.must_stand_still(vm, &name)?;
+        self.lets_itself_go(vm, &name)?;
         let peer = Peer { jid: h.target.clone(), key: h.target_key };
         let (statement, checks) = words::concede(&name, &h, self.config.migration.grace_period);
         Ok(Decision { act: Act::Concede, vm, name, peer, statement, checks })
@@ -212,10 +212,7 @@ impl Broker {
         let given = r.given.as_ref().ok_or_else(|| conflict(r.migration, "its record is incomplete"))?;
         let mine = self.vms.get(&r.vm).filter(|vm| vm.record.is_here());
         if owner == Side::There && mine.is_some() {
-            if mine.is_some_and(|vm| vm.busy.is_some()) {
-                return Err(conflict(r.migration, "something holds the VM").next("wait a moment"));
-            }
-            self.must_stand_still(r.vm, &r.name)?;
+            self.lets_itself_go(r.vm, &r.name)?;
         }
         let grace = self.config.migration.grace_period;
         let (statement, checks) = words::settle(r, owner, grace);
@@ -239,7 +236,7 @@ impl Broker {
                 let (statement, checks) = words::keep(&name, &peer);
                 return Ok(Decision { act: Act::Keep, vm, name, peer, statement, checks });
             }
-            self.must_stand_still(vm, &name)?;
+            self.lets_itself_go(vm, &name)?;
             let (statement, checks) = words::give_back(&name, record.epoch, &peer);
             let act = Act::Promise { epoch: record.epoch, hand_over: Some(a.receipt.hand_over.clone()) };
             return Ok(Decision { act, vm, name, peer, statement, checks });
@@ -266,12 +263,8 @@ impl Broker {
         Ok(Decision { act: Act::Promise { epoch, hand_over }, vm, name, peer, statement, checks })
     }
 
-    fn must_stand_still(&self, vm: VmId, name: &VmName) -> Result<(), Problem> {
-        match self.power_of(vm) {
-            PowerState::Stopped | PowerState::Crashed => Ok(()),
-            state => Err(Problem::new(ProblemKind::Conflict, format!("VM {name}"), format!("is {state}"))
-                .next(format!("cicada vm stop {name}"))),
-        }
+    fn lets_itself_go(&self, vm: VmId, name: &VmName) -> Result<(), Problem> {
+        self.may(Verb::LetGo, vm).map_err(|no| self.refused(vm, name.as_str(), Verb::LetGo, no))
     }
 
     /// First the record of the decision, then what follows from it.
@@ -357,8 +350,8 @@ impl Broker {
             self.book.save_ownership(&record)?;
             if let Some(entry) = self.vms.get_mut(&r.vm) {
                 entry.record = record;
-                entry.busy = None;
             }
+            self.lets_go(r.vm, Hold::Moving(id));
             self.resolved_outgoing(id, r.owner);
         }
         if matches!(r.outcome, Outcome::Awaited | Outcome::Contested { .. }) {

@@ -15,6 +15,7 @@ use crate::types::{MemberJid, MigrationId, VmId};
 
 use super::Broker;
 use super::effect::{Effect, Peer};
+use super::hold::{No, Verb};
 use super::outgoing::Course;
 use super::vms::Vm;
 
@@ -121,16 +122,19 @@ impl Broker {
         let now = self.now;
         for cut in std::mem::take(&mut self.unfinished) {
             let p = &cut.view.progress;
-            let is_ours = self.vms.get(&p.vm_id).is_some_and(|vm| vm.record.is_here())
-                && self.contested(p.vm_id).is_none();
-            let is_busy = self.vms.get(&p.vm_id).is_some_and(|vm| vm.busy.is_some() || vm.starting);
+            // Until it was asked who owns the VM, it waits as it does while something holds it.
+            let (is_ours, waits) = match self.may(Verb::Move, p.vm_id) {
+                Ok(()) => (true, false),
+                Err(No::Held(_) | No::Unconfirmed) => (true, true),
+                Err(_) => (false, false),
+            };
             if !is_ours || p.attempt >= ATTEMPTS_MAX || cut.until < now {
                 let reason = "was cut short by a restart of this broker, and its target did not come back";
                 self.end_unfinished(cut.view, ProblemKind::Failed, reason.to_owned());
                 continue;
             }
             let online = self.members.all().any(|m| m.jid == p.peer && m.is_online());
-            let key = self.members.trusted_key(&p.peer).ok().filter(|_| online && !is_busy);
+            let key = self.members.trusted_key(&p.peer).ok().filter(|_| online && !waits);
             let Some(key) = key else {
                 self.unfinished.push(cut);
                 continue;

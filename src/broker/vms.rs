@@ -5,13 +5,13 @@ use std::path::PathBuf;
 
 use crate::clock::UnixMillis;
 use crate::interface::{Deleted, DeletedView, Problem, ProblemKind, Reply, VmOwnership, VmView, chain};
-use crate::migration::ownership::Hold;
 use crate::migration::records::{GivenUp, VmRecord};
 use crate::placement::shortlist::Earlier;
-use crate::types::{MemberJid, MigrationId, VmId};
+use crate::types::{MemberJid, VmId};
 use crate::vm::PowerState;
 
 use super::effect::{CallId, Effect};
+use super::hold::{Hold, No, Verb};
 use super::pending::{Pending, Remover, Whom};
 use super::power::Stop;
 use super::{Broker, aside};
@@ -29,13 +29,12 @@ pub struct Vm {
     pub record: VmRecord,
     /// As the hypervisor said last.
     pub power: PowerState,
-    pub busy: Option<Busy>,
+    /// What it is busy with; changed by [`Broker::holds`] and [`Broker::lets_go`].
+    pub hold: Hold,
     /// How it last ended, when not by our doing.
     pub power_note: Option<String>,
     /// When it crashed or did not start, as far back as it counts.
     pub failures: Vec<UnixMillis>,
-    /// It is being started: a move would take it for one that stands still.
-    pub starting: bool,
     /// To be stopped as soon as it is started.
     pub(super) stop_next: Option<(Stop, CallId)>,
     /// It was stopped because the host goes down, and still should run.
@@ -51,35 +50,15 @@ impl Vm {
         Self {
             record,
             power: PowerState::Stopped,
-            busy: None,
+            hold: Hold::Free,
             power_note: None,
             failures: Vec::new(),
-            starting: false,
             stop_next: None,
             stopped_for_host: false,
             confirmed: true,
             answers: BTreeMap::new(),
         }
     }
-}
-
-impl Vm {
-    /// What holds it.
-    pub fn hold(&self) -> Hold {
-        match &self.busy {
-            Some(Busy::Migration(id)) => Hold::Migration(*id),
-            Some(Busy::Verb(verb)) => Hold::Verb(verb),
-            None if self.starting => Hold::Verb("started"),
-            None => Hold::Free,
-        }
-    }
-}
-
-/// Why a VM cannot be touched right now.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Busy {
-    Migration(MigrationId),
-    Verb(&'static str),
 }
 
 impl Broker {
@@ -120,58 +99,21 @@ impl Broker {
         })
     }
 
-    /// A VM that is ours and that nothing holds.
-    pub(super) fn free_vm(&self, name: &str) -> Result<VmId, Problem> {
-        let id = self.find_vm(name)?;
-        let object = format!("VM {name}");
-        let Some(vm) = self.vms.get(&id) else {
-            return Err(Problem::new(ProblemKind::NotFound, object, "there is no such VM in this cloud"));
-        };
-        if let Some(given) = vm.record.given_up() {
-            let reason = format!("was handed over to {} under epoch {}", given.to, vm.record.epoch + 1);
-            return Err(Problem::new(ProblemKind::Conflict, object, reason)
-                .next("run the command there; the copy here must never be started"));
-        }
-        match vm.hold() {
-            Hold::Free => Ok(id),
-            Hold::Migration(m) => {
-                Err(Problem::new(ProblemKind::Conflict, object, format!("is being moved by migration {m}"))
-                    .next(format!("wait for it, or: cicada migration cancel {m}")))
-            }
-            Hold::Verb(verb) => {
-                Err(Problem::new(ProblemKind::Conflict, object, format!("is {verb} right now"))
-                    .next("wait a moment"))
-            }
-        }
-    }
-
-    /// As [`Broker::free_vm`], for what makes a VM run or sends it away.
-    pub(super) fn movable_vm(&self, name: &str) -> Result<VmId, Problem> {
-        let id = self.undisputed_vm(name)?;
-        self.unconfirmed(id).map_or(Ok(id), Err)
-    }
-
-    fn undisputed_vm(&self, name: &str) -> Result<VmId, Problem> {
-        let id = self.free_vm(name)?;
-        self.contested(id).map_or(Ok(id), Err)
-    }
-
-    /// As [`Broker::movable_vm`], for what makes a VM run. `by_word`: the operator takes the risk that
-    /// another cloud owns it.
+    /// A VM that an operator starts. `by_word`: the operator takes the risk that another cloud owns it.
     pub(super) fn startable_vm(
         &mut self,
         name: &str,
         by_word: bool,
         by_uid: Option<u32>,
     ) -> Result<VmId, Problem> {
-        let id = self.undisputed_vm(name)?;
-        match self.unconfirmed(id) {
-            Some(_) if by_word => self
+        let verb = if by_word { Verb::StartByWord } else { Verb::Start };
+        let id = self.vm_for(verb, name)?;
+        match by_word {
+            true => self
                 .confirm_by_word(id, by_uid)
                 .map(|()| id)
                 .map_err(|e| Problem::from_error(ProblemKind::Failed, format!("VM {name}"), &e)),
-            Some(problem) => Err(problem),
-            None => Ok(id),
+            false => Ok(id),
         }
     }
 
@@ -212,8 +154,8 @@ impl Broker {
             user_data_bytes: taken.user_data_bytes,
             console_socket: run_dir.join(CONSOLE_FILE).display().to_string(),
             console_log: run_dir.join(CONSOLE_LOG_FILE).display().to_string(),
-            migration: match vm.busy {
-                Some(Busy::Migration(id)) => Some(id),
+            migration: match vm.hold {
+                Hold::Moving(id) => Some(id),
                 _ => None,
             },
             problem: self.vm_problem(spec.id),
@@ -270,9 +212,11 @@ impl Broker {
         }
     }
 
-    pub(super) fn verb_done(&mut self, id: VmId, result: Result<(), Problem>, call: CallId) {
-        let Some(vm) = self.vms.get_mut(&id) else { return };
-        vm.busy = None;
+    pub(super) fn verb_done(&mut self, id: VmId, busy_with: Hold, result: Result<(), Problem>, call: CallId) {
+        if !self.vms.contains_key(&id) {
+            return;
+        }
+        self.lets_go(id, busy_with);
         self.tell_started(id, Whom::Caller(call), result);
         self.presence_changed();
     }
@@ -296,23 +240,16 @@ impl Broker {
 
     fn deletable(&self, name: &str) -> Result<VmId, Problem> {
         let id = self.find_vm(name)?;
-        let object = format!("VM {name}");
-        match self.vms.get(&id).and_then(|vm| vm.record.given_up()) {
-            Some(g) if g.in_doubt() => Err(Problem::new(
+        let given = self.vms.get(&id).and_then(|vm| vm.record.given_up());
+        match (self.may(Verb::Delete, id), given) {
+            (Ok(()), _) => Ok(id),
+            (Err(No::InDoubt), Some(g)) => Err(Problem::new(
                 ProblemKind::Conflict,
-                object,
+                format!("VM {name}"),
                 "its hand-over is not acknowledged: this may be the only copy",
             )
             .next(format!("bring {} online again; the hand-over then completes by itself", g.to))),
-            Some(_) => Ok(id),
-            None => {
-                let id = self.free_vm(name)?;
-                match self.power_of(id) {
-                    PowerState::Stopped | PowerState::Crashed => Ok(id),
-                    state => Err(Problem::new(ProblemKind::Conflict, object, format!("is {state}"))
-                        .next(format!("cicada vm stop {name}"))),
-                }
-            }
+            (Err(no), _) => Err(self.refused(id, name, Verb::Delete, no)),
         }
     }
 
@@ -329,6 +266,9 @@ impl Broker {
                 Problem::new(ProblemKind::NotFound, format!("VM {id}"), "there is no such VM in this cloud");
             return self.tell_removed(by, Err(gone));
         };
+        self.removing.insert(id);
+        // All that lies there goes, also what was staged.
+        self.interrupted.remove(&id);
         self.forecasts.forget(id);
         let taken = self.measured.disks.get(&id).copied().unwrap_or_default();
         let given = vm.record.given_up();
@@ -347,6 +287,7 @@ impl Broker {
 
     pub(super) fn removed(&mut self, by: Remover, deleted: DeletedView, result: Result<(), Problem>) {
         tracing::info!(vm = %deleted.name, "removed");
+        self.removing.remove(&deleted.id);
         self.noted = u64::MAX;
         self.tell_removed(by, result.map(|()| deleted));
     }
@@ -372,10 +313,8 @@ impl Broker {
         let due: Vec<_> = self
             .vms
             .iter()
-            .filter(|(_, vm)| vm.busy.is_none())
             .filter(|(_, vm)| vm.record.given_up().and_then(|g| g.scrub_after).is_some_and(|t| t <= now))
-            // A copy that is coming home right now serves as its seed.
-            .filter(|(id, _)| !self.incoming.values().any(|r| r.is_unfinished() && r.spec().id == **id))
+            .filter(|(id, _)| self.may(Verb::Scrub, **id).is_ok())
             .map(|(id, _)| *id)
             .collect();
         due.into_iter().for_each(|id| self.remove_vm(id, Remover::Nobody));

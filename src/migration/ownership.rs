@@ -5,6 +5,7 @@
 //! A cloud knows of a VM its record (`records.rs`) and its history (`lineage.rs`). The history is what
 //! doubly signed records prove; the record says what this cloud decided for itself.
 
+use std::fmt;
 use std::time::Duration;
 
 use crate::clock::UnixMillis;
@@ -119,7 +120,7 @@ pub enum Refusal {
     #[error("the VM's history is damaged or missing here")]
     HistoryLost,
     #[error("something holds the VM: it is being {0}")]
-    Held(&'static str),
+    Held(Hold),
     #[error("nothing is given up that this could be about")]
     NotGivenUp,
     #[error("it is about another hand-over")]
@@ -206,7 +207,8 @@ pub struct Gift {
     /// The target's reservation; `None` if it speaks version 1.
     pub reservation: Option<ReservationId>,
     pub seed: Seed,
-    pub was_running: bool,
+    /// Whether it is to run where it goes; recorded as `was_running`, which it is called since the first release.
+    pub to_run: bool,
     pub now: UnixMillis,
 }
 
@@ -257,13 +259,35 @@ pub enum Learnt {
     Contradicts,
 }
 
-/// What holds a VM.
+/// What a VM is busy with. It is one thing at a time.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Hold {
     Free,
-    /// It is being started, stopped, exported, or whatever the word says.
-    Verb(&'static str),
-    Migration(MigrationId),
+    /// It is to run and does not: it waits for its turn, or for the end of a pause. Nothing holds it.
+    Queued,
+    Starting,
+    Stopping,
+    Exporting,
+    Resizing,
+    /// It leaves, until its target has confirmed that.
+    Moving(MigrationId),
+    /// It was given up and is on its way home: the copy here is what it begins with.
+    Coming,
+}
+
+impl fmt::Display for Hold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Hold::Free => "left alone",
+            Hold::Queued => "kept waiting for its start",
+            Hold::Starting => "started",
+            Hold::Stopping => "stopped",
+            Hold::Exporting => "exported",
+            Hold::Resizing => "resized",
+            Hold::Moving(_) => "moved",
+            Hold::Coming => "moved here",
+        })
+    }
 }
 
 /// The rules, all in force but in tests.
@@ -286,7 +310,8 @@ impl Law {
         Law { off: Some(rule) }
     }
 
-    fn holds(self, rule: Rule) -> bool {
+    /// Whether a rule is in force.
+    pub fn holds(self, rule: Rule) -> bool {
         #[cfg(debug_assertions)]
         return self.off != Some(rule);
         #[cfg(not(debug_assertions))]
@@ -320,11 +345,8 @@ impl Law {
     /// Whether a move may begin; `confirmed` as for [`Law::may_run`].
     pub fn may_move(self, record: &VmRecord, hold: Hold, confirmed: bool) -> Result<(), Refusal> {
         self.refuse(Rule::RunsWhereOwned, !confirmed, Refusal::Unconfirmed)?;
-        match hold {
-            Hold::Free => {}
-            Hold::Verb(verb) => self.refuse(Rule::HeldIsNotMoved, true, Refusal::Held(verb))?,
-            Hold::Migration(_) => self.refuse(Rule::HeldIsNotMoved, true, Refusal::Held("moved"))?,
-        }
+        let held = !matches!(hold, Hold::Free | Hold::Queued);
+        self.refuse(Rule::HeldIsNotMoved, held, Refusal::Held(hold))?;
         self.may_give_up(record)
     }
 
@@ -384,7 +406,7 @@ impl Law {
             to: gift.target,
             to_key: gift.target_key,
             record: hex::encode(&hand_over.encode()),
-            was_running: gift.was_running,
+            was_running: gift.to_run,
             since: gift.now,
             seed: Some(gift.seed),
             receipt: None,

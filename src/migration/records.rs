@@ -155,6 +155,7 @@ pub struct GivenUp {
     pub to_key: PublicKey,
     /// The hand-over's canonical bytes in hex, recorded before they were signed.
     pub record: String,
+    /// Whether it was to run when it was given up: the target is asked so, and it runs here again if it is returned.
     pub was_running: bool,
     pub since: UnixMillis,
     /// The disks' state when given up: a seed should the VM come home. Not known of a hand-over that

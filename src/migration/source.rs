@@ -7,7 +7,7 @@
 //!              Stopping -> Scanning(last) -> Staging(last) -> GivingUp -> HandingOver -> Released
 //!                                                                              |
 //!   before GivingUp every denial, failure or cancel leads to                   v
-//!   Abandoned: target told, VM runs here again if it ran                   TakingBack -> Abandoned
+//!   Abandoned: target told, VM runs here if it is to                     TakingBack -> Abandoned
 //! ```
 //!
 //! The point of no return is the effect [`Effect::GiveUp`]: its runner records durably that the VM
@@ -111,7 +111,7 @@ pub enum Effect {
     },
     /// Let a paused guest go on.
     Resume,
-    /// Start the VM again: it ran when the migration began.
+    /// Start the VM again: it is to run, and was stopped for the migration.
     Restart,
     TellCancel,
     /// The target owns it: keep the copy for the grace period, then scrub it.
@@ -142,12 +142,22 @@ enum Hold {
     Held,
 }
 
+/// A VM as a move finds it. What is wanted of it and what it does are two things: one whose start failed is to run
+/// and does not; one whose end a broker did not live to see is not to run, and does.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Found {
+    /// It is to run, wherever it is.
+    pub to_run: bool,
+    /// A guest is to be shut down before the last pass.
+    pub is_up: bool,
+}
+
 /// The machine. `step` never blocks, never fails and treats an event that does not fit as noise:
 /// a late answer of an earlier try must not disturb.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Source {
     phase: Phase,
-    was_running: bool,
+    found: Found,
     stopped: bool,
     /// No more passes while the VM runs.
     hurry: bool,
@@ -166,12 +176,12 @@ pub struct Source {
 }
 
 impl Source {
-    /// A migration about to begin. `was_running` decides whether the VM is stopped, and started again.
-    pub fn new(was_running: bool) -> Self {
+    /// A migration about to begin.
+    pub fn new(found: Found) -> Self {
         Self {
             phase: Phase::Checking,
-            was_running,
-            stopped: !was_running,
+            found,
+            stopped: !found.is_up,
             hurry: false,
             hold: Hold::No,
             hold_spent: false,
@@ -186,8 +196,9 @@ impl Source {
     }
 
     /// A migration found after a restart of the broker, given up but not acknowledged.
-    pub fn resume(was_running: bool, signed: SignedHandOver) -> (Self, Vec<Effect>) {
-        let mut s = Self::new(was_running);
+    pub fn resume(to_run: bool, signed: SignedHandOver) -> (Self, Vec<Effect>) {
+        // What is to run did, as far as anybody remembers.
+        let mut s = Self::new(Found { to_run, is_up: to_run });
         s.phase = Phase::HandingOver;
         s.stopped = true;
         s.signed = Some(signed.clone());
@@ -198,8 +209,14 @@ impl Source {
         self.phase
     }
 
-    pub fn was_running(&self) -> bool {
-        self.was_running
+    /// Whether the VM is to run at the target, and here if it does not leave.
+    pub fn to_run(&self) -> bool {
+        self.found.to_run
+    }
+
+    /// Whether a guest ran here when the move began.
+    pub fn was_up(&self) -> bool {
+        self.found.is_up
     }
 
     /// Unanswered requests in a row: more than a few mean the owner is in doubt while handing over.
@@ -369,7 +386,7 @@ impl Source {
                 let end = self.end.take().unwrap_or_else(|| End::Denied(given_back()));
                 self.phase = Phase::Abandoned;
                 let mut effects = vec![Effect::Abandon(end)];
-                if self.was_running {
+                if self.found.to_run {
                     effects.insert(0, Effect::Restart);
                 }
                 effects
@@ -444,8 +461,10 @@ impl Source {
 
     fn abandon(&mut self, end: End) -> Vec<Effect> {
         let mut effects = vec![Effect::TellCancel];
-        // A stop that failed may have come half-way; starting a VM that runs changes nothing.
-        if self.was_running && (self.stopped || self.phase == Phase::Stopping) {
+        // A stop that failed may have come half-way; starting a VM that runs changes nothing. What stood still before
+        // waits for its start as it did.
+        let Found { to_run, is_up } = self.found;
+        if to_run && is_up && (self.stopped || self.phase == Phase::Stopping) {
             effects.push(Effect::Restart);
         } else {
             effects.extend(self.let_go());
@@ -468,12 +487,16 @@ mod tests {
         Event::Answered(Box::new(a))
     }
 
-    fn until_staging(was_running: bool) -> Source {
-        let mut s = Source::new(was_running);
+    fn until_staging(runs: bool) -> Source {
+        staging(Found { to_run: runs, is_up: runs })
+    }
+
+    fn staging(found: Found) -> Source {
+        let mut s = Source::new(found);
         assert_eq!(s.step(Event::Begin), [Effect::Check]);
         assert_eq!(s.step(Event::Checked(Ok(()))), [Effect::AskReservation]);
         let scan = s.step(answered(Answer::Reserved { expires_in_s: 60, reservation: None, known: None }));
-        assert_eq!(scan, [Effect::Scan { pass: 1, last: !was_running }]);
+        assert_eq!(scan, [Effect::Scan { pass: 1, last: !found.is_up }]);
         assert!(matches!(s.step(Event::Scanned(Ok((map(), map()))))[..], [Effect::AskInitialization(_)]));
         s
     }
@@ -519,6 +542,39 @@ mod tests {
     }
 
     #[test]
+    fn what_is_to_run_and_does_not_is_not_stopped_first_nor_started_by_a_move_that_fails() {
+        let mut s = staging(Found { to_run: true, is_up: false });
+        assert!(s.to_run() && !s.was_up());
+        assert_eq!(s.asked(&RequestBody::Stop).0, Answer::Stopped);
+        let effects = s.clone().step(Event::Cancel);
+        assert!(matches!(effects[..], [Effect::TellCancel, Effect::Abandon(_)]), "{effects:?}");
+        let effects = s.step(staged(1, 0));
+        assert!(matches!(effects[..], [Effect::GiveUp(_)]), "{effects:?}");
+    }
+
+    #[test]
+    fn what_runs_and_is_not_to_is_stopped_and_stays_so() {
+        let found = Found { to_run: false, is_up: true };
+        let mut s = staging(found);
+        assert_eq!(s.step(staged(1, 0)), [Effect::Stop]);
+        let effects = s.clone().step(Event::Stopped(Err(Denial::new(DenialCode::Other, "hangs"))));
+        assert!(matches!(effects[..], [Effect::TellCancel, Effect::Abandon(_)]), "{effects:?}");
+        assert_eq!(s.step(Event::Stopped(Ok(()))), [Effect::Scan { pass: 2, last: true }]);
+        let effects = s.step(Event::Cancel);
+        assert!(matches!(effects[..], [Effect::TellCancel, Effect::Abandon(_)]), "{effects:?}");
+        // Held still meanwhile, it is let go.
+        let mut s = staging(found);
+        s.asked(&RequestBody::Suspend);
+        s.step(Event::Held(Ok(())));
+        s.step(staged(1, 0));
+        let effects = s.step(Event::Stopped(Err(Denial::new(DenialCode::Other, "hangs"))));
+        assert!(
+            matches!(effects[..], [Effect::TellCancel, Effect::Resume, Effect::Abandon(_)]),
+            "{effects:?}"
+        );
+    }
+
+    #[test]
     fn every_denial_before_the_hand_over_leaves_the_vm_running() {
         let denied = || answered(Answer::Denied(Denial::new(DenialCode::Memory, "none")));
         let mut s = until_staging(true);
@@ -538,7 +594,7 @@ mod tests {
         assert_eq!(effects.last(), Some(&Effect::Abandon(End::Denied(said.clone()))));
         let effects = until_staging(true).step(Event::Cancel);
         assert_eq!(effects.last(), Some(&Effect::Abandon(End::Cancelled)));
-        let mut s = Source::new(true);
+        let mut s = Source::new(Found { to_run: true, is_up: true });
         s.step(Event::Begin);
         assert_eq!(
             s.step(Event::Checked(Err(said.clone()))).last(),

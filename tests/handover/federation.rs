@@ -11,6 +11,7 @@ use cicada::types::{ByteSize, MigrationId, VmId};
 use cicada::vm::{PowerState, VmSpec};
 
 pub const NAME: &str = "web";
+pub const NOBODYS: &str = "it is nobody's";
 /// A federation without trouble comes to rest within this time.
 const RESTS_WITHIN: Duration = Duration::from_secs(3000);
 const LEASE: Duration = Duration::from_secs(60);
@@ -89,7 +90,7 @@ pub fn sound(world: &World) -> Result<(), String> {
         return Err(format!("it runs in {}, whose it is not", world.clouds[*stray].name()));
     }
     if here.is_empty() && in_doubt(world).is_none() {
-        return Err("it is nobody's".into());
+        return Err(NOBODYS.into());
     }
     if let Some(owner) = owners.first()
         && let Some(epoch) = world.clouds[*owner].book.vm(vm()).map(|r| r.epoch)

@@ -11,7 +11,7 @@ use cicada::migration::Law;
 use cicada::sim::{Death, Kind, Pending, World};
 use cicada::vm::PowerState;
 
-use crate::federation::{NAME, federation, in_doubt, open, owners, records, rests, sound, vm};
+use crate::federation::{NAME, NOBODYS, federation, in_doubt, open, owners, records, rests, sound, vm};
 use crate::liar;
 
 const CLOUDS: usize = 4;
@@ -49,6 +49,16 @@ pub struct Tally {
     /// Hand-overs in doubt that operators decided, and those of them that were decided wrongly.
     pub resolved: u64,
     pub resolved_wrongly: u64,
+    /// VMs that nobody has any more because an operator said so.
+    pub lost_by_word: u64,
+    /// Moves asked for whatever the VM was busy with.
+    pub hasty: u64,
+    /// Hand-overs that were given back and presented once more.
+    pub redeemed: u64,
+    /// Records that a broker found damaged.
+    pub damaged: u64,
+    /// VMs that went on while their source did not know that they had come, and were forgotten where they came.
+    pub passed_on: u64,
 }
 
 impl Tally {
@@ -71,6 +81,11 @@ impl Tally {
             (&mut self.restored, t.restored),
             (&mut self.resolved, t.resolved),
             (&mut self.resolved_wrongly, t.resolved_wrongly),
+            (&mut self.lost_by_word, t.lost_by_word),
+            (&mut self.hasty, t.hasty),
+            (&mut self.redeemed, t.redeemed),
+            (&mut self.damaged, t.damaged),
+            (&mut self.passed_on, t.passed_on),
         ] {
             *sum += n;
         }
@@ -104,6 +119,11 @@ struct Run {
     stopped: bool,
     /// A member lies all the time.
     lies: bool,
+    /// An operator left it to a target that had not taken it over, without that one's word: should it be silent until
+    /// the grace period is over, that is the end of the VM. They are told so.
+    left_by_word: bool,
+    /// Operators do not wait for what a VM is busy with, its record is damaged, and what was given back comes again.
+    hasty: bool,
 }
 
 type Outcome = Result<(), String>;
@@ -124,10 +144,18 @@ pub fn run(beginnings: &Beginnings, seed: u64) -> Result<(Tally, u64), String> {
         starts: Vec::new(),
         stopped: which == 1,
         lies: seed % 3 == 1,
+        left_by_word: false,
+        hasty: seed % 4 == 1,
     };
-    run.trouble()?;
+    if seed % 16 == 13 {
+        run.passed_on()?;
+    }
+    let troubled = run.trouble();
     let happened = run.world.digest();
-    run.heal()?;
+    match troubled.and_then(|()| run.heal()) {
+        Err(what) if what == NOBODYS && run.left_by_word => run.tally.lost_by_word += 1,
+        went => went?,
+    }
     run.tally.steps = run.world.counts.steps;
     run.tally.crashes = run.world.counts.crashes;
     Ok((run.tally, happened))
@@ -161,6 +189,95 @@ impl Run {
                     false => self.tally.attacks += u64::from(liar::attack(&mut self.world)),
                 }
             }
+            if self.hasty && self.one_in(12) {
+                match self.world.random.below(8) {
+                    0..=2 => self.move_hastily(),
+                    3 => drop(self.begin_move()),
+                    4 | 5 => self.tally.redeemed += u64::from(liar::redeem(&mut self.world)),
+                    6 => self.damage(),
+                    _ => self.mend(),
+                }
+            }
+            self.tally.events += 1;
+            sound(&self.world)?;
+        }
+        Ok(())
+    }
+
+    /// Operators have a VM moved whatever it is busy with.
+    fn move_hastily(&mut self) {
+        let Some(from) = owners(&self.world).first().copied() else { return };
+        let runs = self.world.clouds[from].power.get(&vm()) == Some(&PowerState::Running);
+        match self.world.random.below(4) {
+            0 if runs => self.stop(from),
+            0 | 1 => self.start(from),
+            _ => {}
+        }
+        let to = (from + 1 + self.world.random.below(MOVERS - 1)) % MOVERS;
+        let to = Some(self.world.clouds[to].name().to_owned());
+        self.tally.hasty += 1;
+        let request = Request::Move { vm: NAME.into(), to, dry_run: false, force_stop: true };
+        self.world.call(from, request);
+    }
+
+    /// A broker dies, and the next one cannot read the record of the VM.
+    fn damage(&mut self) {
+        let n = self.world.random.below(CLOUDS);
+        if self.world.clouds[n].book.has_vm(vm()) {
+            self.tally.damaged += 1;
+            self.world.crash(n, Duration::from_secs(1));
+            self.world.clouds[n].book.damage(vm(), true);
+        }
+    }
+
+    /// Operators put damaged records back as they were.
+    fn mend(&mut self) {
+        for n in 0..CLOUDS {
+            if self.world.clouds[n].book.is_damaged(vm()) {
+                self.world.crash(n, Duration::from_secs(1));
+                self.world.clouds[n].book.damage(vm(), false);
+            }
+        }
+    }
+
+    /// The target of a move keeps the receipt that it gave in its record alone, and its source hears nothing of it until
+    /// the VM has gone on and the target has forgotten it.
+    fn passed_on(&mut self) -> Outcome {
+        self.moves_left += 4;
+        self.progress_until(400, |w| in_doubt(w).is_some())?;
+        let Some((source, given)) = in_doubt(&self.world) else { return Ok(()) };
+        let Some(target) = self.world.clouds.iter().position(|c| c.jid == given.to) else { return Ok(()) };
+        if let Some(next) = self.next(|p| p.cloud == target && p.kind == Kind::Request) {
+            match self.one_in(3) {
+                true => {
+                    let (writes, down) = (self.world.random.below(4) as u64, Duration::from_secs(1));
+                    let death = Death { writes, effects: 0, hosts_go_on: true, down };
+                    self.world.take_and_die(next.seq, death);
+                }
+                false => self.world.take_failing(next.seq, &[Page::Receipts]),
+            }
+        }
+        sound(&self.world)?;
+        self.world.partitions.push((source, target));
+        self.progress_until(800, |w| {
+            let record = w.clouds[target].book.vm(vm());
+            record.is_some_and(|r| r.given_up().is_some_and(|g| g.receipt.is_some()))
+        })?;
+        self.delete(target);
+        self.progress_until(20, |w| !w.clouds[target].book.has_vm(vm()))?;
+        self.tally.passed_on += u64::from(!self.world.clouds[target].book.has_vm(vm()));
+        // What it has in memory it would tell as well.
+        self.world.crash(target, Duration::from_secs(1));
+        self.world.partitions.clear();
+        Ok(())
+    }
+
+    fn progress_until(&mut self, steps_max: usize, so: impl Fn(&World) -> bool) -> Outcome {
+        for _ in 0..steps_max {
+            if so(&self.world) {
+                break;
+            }
+            self.progress();
             self.tally.events += 1;
             sound(&self.world)?;
         }
@@ -381,6 +498,7 @@ impl Run {
         {
             self.tally.resolved += 1;
             self.tally.resolved_wrongly += u64::from(wrong);
+            self.left_by_word |= wrong && owner == Side::There;
         }
     }
 
@@ -407,6 +525,7 @@ impl Run {
     /// Faults end; all comes to rest, also where old messages come again to brokers that forgot them.
     fn heal(&mut self) -> Outcome {
         self.set_clocks(OFF_HEALED_MS);
+        self.mend();
         self.settle()?;
         self.ask_again();
         rests(&mut self.world)?;

@@ -107,7 +107,7 @@ impl Way {
             target_key: key(to).public(),
             reservation: Some(reservation),
             seed: Seed { root_delta: map(), user_data: map() },
-            was_running: true,
+            to_run: true,
             now: NOW,
         };
         let (record, h) = Law::WHOLE.give_up(&self.records[from], &self.history, gift).unwrap();

@@ -82,7 +82,7 @@ impl Cloud {
             target_key: key(to).public(),
             reservation,
             seed: seed(),
-            was_running: false,
+            to_run: false,
             now: NOW,
         }
     }
@@ -480,7 +480,8 @@ fn nothing_runs_or_leaves_but_where_it_may() {
     assert_eq!(Law::WHOLE.may_run(a.record(), false), Err(Refusal::Unconfirmed));
     assert_eq!(Law::WHOLE.may_move(a.record(), Hold::Free, false), Err(Refusal::Unconfirmed));
     assert_eq!(without(Rule::RunsWhereOwned).may_run(a.record(), false), Ok(()));
-    for hold in [Hold::Verb("started"), Hold::Migration(MigrationId::random())] {
+    Law::WHOLE.may_move(a.record(), Hold::Queued, true).unwrap();
+    for hold in [Hold::Starting, Hold::Exporting, Hold::Moving(MigrationId::random())] {
         assert!(matches!(Law::WHOLE.may_move(a.record(), hold, true), Err(Refusal::Held(_))));
         assert_eq!(without(Rule::HeldIsNotMoved).may_move(a.record(), hold, true), Ok(()));
     }
