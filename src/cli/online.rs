@@ -11,7 +11,6 @@ use serde::Serialize;
 
 use crate::config::{Config, HostPort, NetworkKind};
 use crate::daemon;
-use crate::hypervisor::Driver;
 use crate::interface::problem::{Problem, ProblemKind, chain};
 use crate::xmpp::admin::{Admin, AdminError};
 
