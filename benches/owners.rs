@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-use cicada::interface::{Reply, Request};
+use cicada::interface::{CloudRequest, Reply, Request};
 use cicada::migration::envelope::{VERSION, VERSION_BEFORE};
 use cicada::migration::{AnswerBody, DenialCode, Lineage, RequestBody};
 use cicada::types::{MigrationId, VmId};
@@ -120,7 +120,9 @@ async fn attempt(home: &Home, from: &str, version: u32, n: usize) -> &'static st
 
 async fn one_status(home: &Home) -> f64 {
     let begun = Instant::now();
-    let Ok(Reply::Status(_)) = home.call(Request::Status).await else { panic!("it has a status") };
+    let Ok(Reply::Status(_)) = home.call(Request::Cloud(CloudRequest::Status)).await else {
+        panic!("it has a status")
+    };
     begun.elapsed().as_secs_f64() * 1e6
 }
 

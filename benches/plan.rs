@@ -9,7 +9,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use cicada::clock::{Clock, SystemClock};
-use cicada::interface::{Reply, Request};
+use cicada::interface::{MoveRequest, Reply, Request, VmRequest};
 use cicada::interface::{Verdict, VmCreate};
 use cicada::migration::envelope::{LIFETIME, VERSION};
 use cicada::migration::message::CheckAnswer;
@@ -205,7 +205,7 @@ fn between_brokers() -> Result<()> {
         .copied()
         .collect();
     for (name, ids, what) in [("held", &held, "all held"), ("part", &all, "every tenth lacking")] {
-        let made = world.call(0, &Request::VmCreate(create(name, ids)));
+        let made = world.call(0, &Request::Vm(VmRequest::Create(create(name, ids))));
         if let Err(problem) = made {
             return Err(format!("no VM of {} components: {problem}", ids.len()).into());
         }
@@ -213,7 +213,7 @@ fn between_brokers() -> Result<()> {
         for _ in 0..ROUNDS {
             let begun = Instant::now();
             let Reply::Plan(plan) =
-                world.call(0, &Request::Plan { vm: name.into(), to: None, all: false })?
+                world.call(0, &Request::Move(MoveRequest::Plan { vm: name.into(), to: None, all: false }))?
             else {
                 return Err("no plan".into());
             };

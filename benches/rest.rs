@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use cicada::interface::Request;
+use cicada::interface::{CloudRequest, Request};
 use cicada::repository::Repository;
 use cicada::types::PackId;
 use common::world::{World, missing_tool};
@@ -86,7 +86,7 @@ fn broker(packs: u64) -> Result<()> {
 }
 
 fn at_rest(world: &World, broker: u32, packs: u64) -> Result<()> {
-    world.wait("the broker answers", 300, |w| w.call(0, &Request::Status).is_ok());
+    world.wait("the broker answers", 300, |w| w.call(0, &Request::Cloud(CloudRequest::Status)).is_ok());
     std::thread::sleep(Duration::from_secs(5));
     let (ticks, begun) = (cpu_ticks(broker)?, Instant::now());
     std::thread::sleep(Duration::from_secs(20));

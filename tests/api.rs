@@ -13,7 +13,9 @@ use cicada::api;
 use cicada::api::Service;
 use cicada::client::Client;
 use cicada::interface::ObjectKind;
-use cicada::interface::{Event, Reply, ReportLine, Request};
+use cicada::interface::{
+    CloudRequest, ContentRequest, Event, MoveRequest, Reply, ReportLine, Request, VmRequest,
+};
 use cicada::interface::{Problem, ProblemKind};
 use cicada::runner::Given;
 use cicada::types::Hash;
@@ -55,7 +57,7 @@ impl Service for Stand {
         Box::pin(async move {
             let _guard = guard;
             match request {
-                Request::RepoStats => {
+                Request::Content(ContentRequest::RepoStats) => {
                     for n in 0..100 {
                         let _ = events.try_send(note(n));
                     }
@@ -67,26 +69,26 @@ impl Service for Stand {
                     };
                     Ok(Reply::Report(vec![line]))
                 }
-                Request::RepoCheck => {
+                Request::Content(ContentRequest::RepoCheck) => {
                     let _ = events.send(note(1)).await;
                     Err(Problem::new(ProblemKind::Damaged, "pack ab", "does not match")
                         .next("fetch it again"))
                 }
-                Request::VmShow { vm } => {
+                Request::Vm(VmRequest::Show { vm }) => {
                     Err(Problem::new(ProblemKind::NotFound, format!("VM {vm}"), "is not known"))
                 }
-                Request::MigrationWatch { .. } => {
+                Request::Move(MoveRequest::Watch { .. }) => {
                     let _ = events.send(note(1)).await;
                     std::future::pending().await
                 }
                 // As the broker does: by what was handed over, whatever lies at the path.
-                Request::RepoImport { input, .. } => {
+                Request::Content(ContentRequest::RepoImport { input, .. }) => {
                     let mut text = String::new();
                     let mut file = given.file(&input).expect("it came with the request");
                     file.read_to_string(&mut text).unwrap();
                     Err(Problem::new(ProblemKind::NotFound, input, text))
                 }
-                Request::VmExport { output, .. } => match given.file(&output) {
+                Request::Vm(VmRequest::Export { output, .. }) => match given.file(&output) {
                     Some(mut file) => file.write_all(b"a disk").map(|()| Reply::Done).map_err(failed),
                     None => Err(Problem::new(ProblemKind::BadRequest, output, "nothing was handed over")),
                 },
@@ -160,7 +162,12 @@ impl Place {
 async fn events_come_before_the_reply_and_all_of_it_arrives() {
     let place = Place::new().await;
     let mut seen = Vec::new();
-    let reply = place.client().await.call(&Request::RepoStats, |e| seen.push(e)).await.unwrap();
+    let reply = place
+        .client()
+        .await
+        .call(&Request::Content(ContentRequest::RepoStats), |e| seen.push(e))
+        .await
+        .unwrap();
     assert_eq!(seen, (0..100).map(note).collect::<Vec<_>>());
     let Reply::Report(lines) = reply else { panic!("{reply:?}") };
     assert_eq!(lines[0].detail.len(), 3 << 20);
@@ -170,9 +177,9 @@ async fn events_come_before_the_reply_and_all_of_it_arrives() {
 async fn problems_keep_their_class_before_and_after_events() {
     let place = Place::new().await;
     let client = place.client().await;
-    let e = client.call(&Request::VmShow { vm: "web".into() }, |_| ()).await.unwrap_err();
+    let e = client.call(&Request::Vm(VmRequest::Show { vm: "web".into() }), |_| ()).await.unwrap_err();
     assert_eq!(e, Problem::new(ProblemKind::NotFound, "VM web", "is not known"));
-    let e = client.call(&Request::RepoCheck, |_| ()).await.unwrap_err();
+    let e = client.call(&Request::Content(ContentRequest::RepoCheck), |_| ()).await.unwrap_err();
     assert_eq!((e.kind, e.next_step.as_str()), (ProblemKind::Damaged, "fetch it again"));
 
     let post = |body: &str| {
@@ -218,7 +225,7 @@ async fn objects_go_in_whole_and_refusals_come_back() {
 async fn a_client_that_leaves_ends_its_request() {
     let place = Place::new().await;
     let client = place.client().await;
-    let watch = Request::MigrationWatch { id: "x".into() };
+    let watch = Request::Move(MoveRequest::Watch { id: "x".into() });
     let mut seen = 0;
     let call = client.call(&watch, |_| seen += 1);
     assert!(tokio::time::timeout(Duration::from_millis(200), call).await.is_err());
@@ -236,7 +243,7 @@ async fn a_client_that_leaves_ends_its_request() {
 async fn a_stopping_broker_says_so_to_those_who_wait() {
     let place = Place::new().await;
     let client = place.client().await;
-    let watch = Request::MigrationWatch { id: "x".into() };
+    let watch = Request::Move(MoveRequest::Watch { id: "x".into() });
     let (e, ()) = tokio::join!(client.call(&watch, |_| ()), async {
         tokio::time::sleep(Duration::from_millis(50)).await;
         place.stop.send(true).unwrap();
@@ -251,7 +258,7 @@ async fn a_stopping_broker_says_so_to_those_who_wait() {
 
 fn export_to(output: &str) -> Request {
     let output = output.into();
-    Request::VmExport { vm: "web".into(), output, format: "raw".into(), user_data: false }
+    Request::Vm(VmRequest::Export { vm: "web".into(), output, format: "raw".into(), user_data: false })
 }
 
 #[tokio::test]
@@ -262,7 +269,8 @@ async fn files_are_handed_over_opened_and_their_paths_are_words() {
     std::fs::write(&path, "of the operator").unwrap();
     let open: OwnedFd = File::open(&path).unwrap().into();
     std::fs::remove_file(&path).unwrap();
-    let import = Request::RepoImport { input: "/nowhere/at all".into(), bind: false };
+    let import =
+        Request::Content(ContentRequest::RepoImport { input: "/nowhere/at all".into(), bind: false });
     let read = client.call_giving(&import, vec![open], |_| ()).await.unwrap_err();
     assert_eq!((read.object.as_str(), read.reason.as_str()), ("/nowhere/at all", "of the operator"));
 
@@ -286,8 +294,11 @@ async fn what_does_not_fit_the_request_is_refused_and_closed() {
     for (request, files) in [
         (export_to("/x"), vec![dev_null(false)]),
         (export_to("/x"), vec![dev_null(true), dev_null(true)]),
-        (Request::RepoImport { input: "/x".into(), bind: false }, vec![dev_null(true)]),
-        (Request::Status, vec![dev_null(false)]),
+        (
+            Request::Content(ContentRequest::RepoImport { input: "/x".into(), bind: false }),
+            vec![dev_null(true)],
+        ),
+        (Request::Cloud(CloudRequest::Status), vec![dev_null(false)]),
     ] {
         let refused = client.call_giving(&request, files, |_| ()).await.unwrap_err();
         assert_eq!(refused.kind, ProblemKind::BadRequest, "{refused}");
@@ -309,7 +320,7 @@ async fn what_does_not_fit_the_request_is_refused_and_closed() {
         }
     }
     drop(stream);
-    client.call(&Request::Status, |_| ()).await.unwrap();
+    client.call(&Request::Cloud(CloudRequest::Status), |_| ()).await.unwrap();
     for _ in 0..100 {
         if std::fs::read_dir("/proc/self/fd").unwrap().count() <= before + 4 {
             return;

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use cicada::api::Service;
 use cicada::compose::Composer;
 use cicada::interface::ObjectKind;
-use cicada::interface::{Event, Reply, Request};
+use cicada::interface::{Event, MoveRequest, Reply, Request, VmRequest};
 use cicada::interface::{Problem, ProblemKind};
 use cicada::migration::Evidence;
 use cicada::migration::handover::HandOver;
@@ -914,18 +914,18 @@ impl Service for TestService {
         let repository = self.repository.clone();
         Box::pin(async move {
             match request {
-                Request::VmList => reply("vms", json!([vm])),
-                Request::VmShow { vm: name } if name == "web-1" => reply("vm", vm),
-                Request::VmShow { vm } => {
+                Request::Vm(VmRequest::List) => reply("vms", json!([vm])),
+                Request::Vm(VmRequest::Show { vm: name }) if name == "web-1" => reply("vm", vm),
+                Request::Vm(VmRequest::Show { vm }) => {
                     Err(Problem::new(ProblemKind::NotFound, format!("VM {vm}"), "there is no such VM")
                         .next("see 'cicada vm list'"))
                 }
-                Request::Plan { .. } => reply("plan", plan()),
-                Request::VmAdopt(adopt) => {
+                Request::Move(MoveRequest::Plan { .. }) => reply("plan", plan()),
+                Request::Vm(VmRequest::Adopt(adopt)) => {
                     assert!(Path::new(&adopt.disk).is_absolute() && adopt.dry_run, "{adopt:?}");
                     reply("adopted", adopted())
                 }
-                Request::Move { vm, to, dry_run: false, force_stop: false } => {
+                Request::Move(MoveRequest::Begin { vm, to, dry_run: false, force_stop: false }) => {
                     assert_eq!(
                         to.as_deref(),
                         Some("cloud-b@example.org"),
@@ -943,7 +943,7 @@ impl Service for TestService {
                     }
                     reply("migration", migration())
                 }
-                Request::MigrationCancel { id } => {
+                Request::Move(MoveRequest::Cancel { id }) => {
                     let mut seen = seen.lock().unwrap();
                     if !seen.deaf {
                         seen.cancelled = Some(id);
@@ -951,16 +951,16 @@ impl Service for TestService {
                     }
                     Ok(Reply::Done)
                 }
-                other => tokio::task::spawn_blocking(move || {
+                Request::Content(request) => tokio::task::spawn_blocking(move || {
                     let composer = Composer::new(repository.clone());
                     let mut tell = |event| drop(events.try_send(event));
                     let stop = || events.is_closed();
-                    let files = (&other, &given);
+                    let files = (&request, &given);
                     catalogue::call(&repository, &composer, Duration::ZERO, &[], files, &stop, &mut tell)
                 })
                 .await
-                .unwrap()
                 .unwrap(),
+                other => panic!("{other:?}"),
             }
         })
     }

@@ -7,8 +7,8 @@ mod world;
 use std::io::Write as _;
 
 use cicada::component::{Kind, Manifest, PackRef};
+use cicada::interface::{ContentRequest, MoveRequest, ProblemKind, Reply, Request, VmRequest};
 use cicada::interface::{Event, Verdict, VmAdopt, VmCreate};
-use cicada::interface::{ProblemKind, Reply, Request};
 use cicada::types::ByteSize;
 use cicada::vm::Firmware;
 use world::{World, capped, components, missing_tool, turn};
@@ -30,15 +30,18 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
 
     // Refusals before anything happens.
     let refused = |request: Request| world.call(0, &request).unwrap_err();
-    let to = |member: &str| Request::Move {
-        vm: "web".into(),
-        to: Some(member.into()),
-        dry_run: false,
-        force_stop: false,
+    let to = |member: &str| {
+        Request::Move(MoveRequest::Begin {
+            vm: "web".into(),
+            to: Some(member.into()),
+            dry_run: false,
+            force_stop: false,
+        })
     };
     assert_eq!(refused(to("nowhere")).kind, ProblemKind::NotFound);
     assert_eq!(refused(to("nobody@federation.test")).kind, ProblemKind::NotFound);
-    let none = Request::Move { vm: "none".into(), to: None, dry_run: false, force_stop: false };
+    let none =
+        Request::Move(MoveRequest::Begin { vm: "none".into(), to: None, dry_run: false, force_stop: false });
     assert_eq!(refused(none).kind, ProblemKind::NotFound);
 
     // The plan is exact, a dry run changes nothing.
@@ -47,11 +50,22 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
     assert_eq!(plan.candidates[0].verdict, Verdict::Yes);
     let whole: u64 = built.ids.iter().map(|id| built.stored_bytes(id)).sum();
     assert_eq!(plan.candidates[0].component_bytes_missing, whole);
-    world.call(0, &Request::Move { vm: "web".into(), to: None, dry_run: true, force_stop: false }).unwrap();
+    world
+        .call(
+            0,
+            &Request::Move(MoveRequest::Begin {
+                vm: "web".into(),
+                to: None,
+                dry_run: true,
+                force_stop: false,
+            }),
+        )
+        .unwrap();
     assert_eq!(world.vm_files(1), Vec::<std::path::PathBuf>::new());
 
     let mut fractions = Vec::new();
-    let request = Request::Move { vm: "web".into(), to: None, dry_run: false, force_stop: false };
+    let request =
+        Request::Move(MoveRequest::Begin { vm: "web".into(), to: None, dry_run: false, force_stop: false });
     let reply = world.call_with(0, &request, |event| {
         if let Event::Migration(p) = event {
             fractions.push(p.fraction);
@@ -78,8 +92,9 @@ fn a_running_vm_moves_with_its_data_and_comes_home_for_next_to_nothing() {
     world.guest(1, "web", "sha256sum -c /root/sum");
     let here = world.vm(0, "web");
     assert_eq!(here.ownership, cicada::interface::VmOwnership::GivenUp);
-    let start =
-        world.call(0, &Request::VmStart { vm: "web".into(), unconfirmed: false, by_uid: None }).unwrap_err();
+    let start = world
+        .call(0, &Request::Vm(VmRequest::Start { vm: "web".into(), unconfirmed: false, by_uid: None }))
+        .unwrap_err();
     assert_eq!(start.kind, ProblemKind::Conflict, "{start}");
 
     // Home again: the repository has learned, and the kept copy is the seed.
@@ -183,7 +198,7 @@ fn only_what_is_missing_travels() {
     let world = World::start(&["alpine", "boreal"]);
     world.push(0, &built, &built.ids);
     let create = |name: &str, ids: &[cicada::types::ComponentId]| {
-        let request = Request::VmCreate(VmCreate {
+        let request = Request::Vm(VmRequest::Create(VmCreate {
             name: name.parse().unwrap(),
             components: ids.iter().map(ToString::to_string).collect(),
             ordered: false,
@@ -195,7 +210,7 @@ fn only_what_is_missing_travels() {
             kernel_command_line: "console=ttyS0".into(),
             start: false,
             hardware: Default::default(),
-        });
+        }));
         match world.call(0, &request) {
             Ok(Reply::Vm(v)) => *v,
             other => panic!("{other:?}\n{}", world.log(0)),
@@ -273,10 +288,18 @@ fn a_cancelled_move_leaves_the_vm_running_and_nothing_behind() {
     world.wait("it is being staged", 30, |w| staging(w).is_some());
     let id = staging(&world).unwrap().progress.id;
     let busy = world
-        .call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: Some(5), for_host: false })
+        .call(
+            0,
+            &Request::Vm(VmRequest::Stop {
+                vm: "web".into(),
+                force: false,
+                timeout_s: Some(5),
+                for_host: false,
+            }),
+        )
         .unwrap_err();
     assert_eq!(busy.kind, ProblemKind::Conflict);
-    world.call(0, &Request::MigrationCancel { id: id.to_string() }).unwrap();
+    world.call(0, &Request::Move(MoveRequest::Cancel { id: id.to_string() })).unwrap();
     let outcome = mover.join().unwrap().unwrap_err();
     assert_eq!(outcome.kind, ProblemKind::Cancelled, "{outcome}");
     assert_eq!(world.vm(0, "web").power, cicada::vm::PowerState::Running);
@@ -326,10 +349,18 @@ fn a_broker_that_died_in_the_middle_of_a_move_finds_its_vm_again() {
     let moving = |w: &World| w.migrations(0).into_iter().find(|m| !m.progress.ended);
     world.wait("it is moved again", 60, |w| moving(w).is_some());
     let id = moving(&world).unwrap().progress.id.to_string();
-    world.call(0, &Request::MigrationCancel { id }).unwrap();
+    world.call(0, &Request::Move(MoveRequest::Cancel { id })).unwrap();
     world.wait("the move is called off", 60, |w| w.vm(0, "web").migration.is_none());
     world
-        .call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: Some(60), for_host: false })
+        .call(
+            0,
+            &Request::Vm(VmRequest::Stop {
+                vm: "web".into(),
+                force: false,
+                timeout_s: Some(60),
+                for_host: false,
+            }),
+        )
         .unwrap();
     assert_eq!(world.vm(0, "web").power, cicada::vm::PowerState::Stopped);
     assert!(!world.log(0).contains("does not quit"), "{}", world.log(0));
@@ -353,15 +384,18 @@ fn brokers_survive_bad_surroundings() {
     // A recipe that cannot be.
     let missing = world.call(
         0,
-        &Request::RecipeCreate {
+        &Request::Content(ContentRequest::RecipeCreate {
             components: vec![built.ids[0].to_string()],
             ordered: false,
             root_size: ByteSize::mib(512),
             kernel_command_line: String::new(),
-        },
+        }),
     );
     assert_eq!(missing.unwrap_err().kind, ProblemKind::Refused);
-    let unknown = world.call(0, &Request::ComponentShow { component: "nonsense".into(), entries: false });
+    let unknown = world.call(
+        0,
+        &Request::Content(ContentRequest::ComponentShow { component: "nonsense".into(), entries: false }),
+    );
     assert_eq!(unknown.unwrap_err().kind, ProblemKind::NotFound);
 
     // A damaged pack at the target is noticed when it is needed, and fetched again.
@@ -385,7 +419,9 @@ fn brokers_survive_bad_surroundings() {
     // The XMPP server dies and comes back.
     world.xmpp.stop();
     world.wait("the loss is noticed", 30, |w| w.status(0).link != cicada::interface::LinkState::Online);
-    let offline = world.call(0, &Request::Plan { vm: "one".into(), to: None, all: false }).unwrap_err();
+    let offline = world
+        .call(0, &Request::Move(MoveRequest::Plan { vm: "one".into(), to: None, all: false }))
+        .unwrap_err();
     assert_eq!(offline.kind, ProblemKind::Conflict, "given up VMs are not planned: {offline}");
     world.xmpp.restart();
     world.wait("both are back", 60, |w| {
@@ -405,7 +441,12 @@ fn brokers_survive_bad_surroundings() {
     });
     let gone = world.call(
         0,
-        &Request::Move { vm: "two".into(), to: Some("boreal".into()), dry_run: false, force_stop: false },
+        &Request::Move(MoveRequest::Begin {
+            vm: "two".into(),
+            to: Some("boreal".into()),
+            dry_run: false,
+            force_stop: false,
+        }),
     );
     assert_eq!(gone.unwrap_err().kind, ProblemKind::Unavailable);
 }
@@ -446,7 +487,15 @@ fn a_full_disk_at_the_target_ends_the_move_cleanly() {
     world.start_broker(1);
     world.wait_online();
     let problem = world
-        .call(0, &Request::Move { vm: "web".into(), to: None, dry_run: false, force_stop: false })
+        .call(
+            0,
+            &Request::Move(MoveRequest::Begin {
+                vm: "web".into(),
+                to: None,
+                dry_run: false,
+                force_stop: false,
+            }),
+        )
         .unwrap_err();
     assert!(problem.reason.contains("no space left") && problem.reason.contains("needed"), "{problem}");
     let vm = world.vm(0, "web");
@@ -454,7 +503,9 @@ fn a_full_disk_at_the_target_ends_the_move_cleanly() {
     world.wait("nothing is left at the target", 20, |w| {
         w.vm_files(1).is_empty() && w.status(1).cpus.free == 4
     });
-    world.call(0, &Request::VmStart { vm: "web".into(), unconfirmed: false, by_uid: None }).unwrap();
+    world
+        .call(0, &Request::Vm(VmRequest::Start { vm: "web".into(), unconfirmed: false, by_uid: None }))
+        .unwrap();
 }
 
 /// `cicada repo check --heal` at a cloud.
@@ -554,14 +605,22 @@ fn a_vm_written_out_is_adopted_again_and_boots_as_before() {
     world.wait_booted(0, "web", 120);
     world.guest(0, "web", "dd if=/dev/urandom of=/data/proof bs=1k count=300 2>/dev/null; sha256sum /data/proof >/root/sum; sync");
     world
-        .call(0, &Request::VmStop { vm: "web".into(), force: false, timeout_s: Some(60), for_host: false })
+        .call(
+            0,
+            &Request::Vm(VmRequest::Stop {
+                vm: "web".into(),
+                force: false,
+                timeout_s: Some(60),
+                for_host: false,
+            }),
+        )
         .unwrap();
     let path = |name: &str| world.dir.path().join(name).display().to_string();
     for (name, format, user_data) in [("web.vmdk", "vmdk", false), ("web-data.qcow2", "qcow2", true)] {
         let (vm, output, format) = ("web".into(), path(name), format.into());
-        world.call(0, &Request::VmExport { vm, output, format, user_data }).unwrap();
+        world.call(0, &Request::Vm(VmRequest::Export { vm, output, format, user_data })).unwrap();
     }
-    world.call(0, &Request::VmDelete { vm: "web".into(), taken_for: None }).unwrap();
+    world.call(0, &Request::Vm(VmRequest::Delete { vm: "web".into(), taken_for: None })).unwrap();
     let adopt = VmAdopt {
         name: "twin".parse().unwrap(),
         disk: path("web.vmdk"),
@@ -578,7 +637,7 @@ fn a_vm_written_out_is_adopted_again_and_boots_as_before() {
         hardware: Default::default(),
         nvram: None,
     };
-    let reply = world.call(0, &Request::VmAdopt(adopt));
+    let reply = world.call(0, &Request::Vm(VmRequest::Adopt(adopt)));
     let Ok(Reply::Adopted(adopted)) = reply else { panic!("{reply:?}\n{}", world.log(0)) };
     // All files of the root are known; what is left is the two file systems' own, what lies on the
     // system partition, and what the guest wrote.
@@ -677,7 +736,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
     };
 
     // A dry run tells and changes nothing.
-    let tried = world.call(0, &Request::VmAdopt(adopt.clone())).unwrap();
+    let tried = world.call(0, &Request::Vm(VmRequest::Adopt(adopt.clone()))).unwrap();
     let Reply::Adopted(tried) = tried else { panic!("{tried:?}") };
     assert_eq!((tried.known_bytes, tried.packs, &tried.vm), (6 << 20, 1, &None));
     assert_eq!((tried.boots.as_str(), tried.what.as_str()), ("BIOS", "a boot sector, no partition table"));
@@ -685,10 +744,10 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
     assert!(lost("UUID") && lost("--mac") && lost("--cpu-model"), "{:?}", tried.notes);
     // Asked to start in another way, it says so; what only its name calls a disk is not believed.
     let uefi = VmAdopt { firmware: Firmware::Uefi, ..adopt.clone() };
-    let Ok(Reply::Adopted(uefi)) = world.call(0, &Request::VmAdopt(uefi)) else { panic!() };
+    let Ok(Reply::Adopted(uefi)) = world.call(0, &Request::Vm(VmRequest::Adopt(uefi))) else { panic!() };
     assert!(uefi.notes[0].contains("--firmware bios"), "{:?}", uefi.notes);
     let guessed = VmAdopt { format: "auto".into(), ..adopt.clone() };
-    let refused = world.call(0, &Request::VmAdopt(guessed)).unwrap_err();
+    let refused = world.call(0, &Request::Vm(VmRequest::Adopt(guessed))).unwrap_err();
     assert!(
         refused.kind == ProblemKind::BadRequest && refused.to_string().contains("--format raw"),
         "{refused}"
@@ -697,7 +756,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
 
     let adopt = VmAdopt { dry_run: false, ..adopt };
     let mut phases: Vec<String> = Vec::new();
-    let reply = world.call_with(0, &Request::VmAdopt(adopt.clone()), |event| {
+    let reply = world.call_with(0, &Request::Vm(VmRequest::Adopt(adopt.clone())), |event| {
         if let Event::Progress { phase, .. } = event
             && phases.last() != Some(&phase)
         {
@@ -707,25 +766,29 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
     let Ok(Reply::Adopted(adopted)) = reply else { panic!("{reply:?}\n{}", world.log(0)) };
     assert_eq!(phases, ["read", "index", "match", "compose", "write", "verify", "user-data"]);
     assert_eq!((adopted.known_bytes, adopted.residue_bytes), (tried.known_bytes, tried.residue_bytes));
-    let taken = world.call(0, &Request::VmAdopt(adopt.clone())).unwrap_err();
+    let taken = world.call(0, &Request::Vm(VmRequest::Adopt(adopt.clone()))).unwrap_err();
     assert_eq!(taken.kind, ProblemKind::Conflict);
 
     let export = |cloud: usize, name: &str, user_data: bool| {
         let output = path(name);
-        let request =
-            Request::VmExport { vm: "old".into(), output: output.clone(), format: "raw".into(), user_data };
+        let request = Request::Vm(VmRequest::Export {
+            vm: "old".into(),
+            output: output.clone(),
+            format: "raw".into(),
+            user_data,
+        });
         match world.call(cloud, &request) {
             Ok(Reply::Exported(_)) => std::fs::read(output).unwrap(),
             other => panic!("{other:?}\n{}", world.log(cloud)),
         }
     };
     assert!(export(0, "here.raw", false) == disk);
-    let existing = Request::VmExport {
+    let existing = Request::Vm(VmRequest::Export {
         vm: "old".into(),
         output: path("here.raw"),
         format: "qcow2".into(),
         user_data: false,
-    };
+    });
     assert_eq!(world.call(0, &existing).unwrap_err().kind, ProblemKind::Conflict);
 
     // Its content is there already: what travels is the residue and the list of extents.
@@ -742,17 +805,27 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
     // It starts there as it would have at home.
     let view = world.vm(1, "old");
     assert_eq!(view.firmware, Firmware::Bios);
-    world.call(1, &Request::VmStart { vm: "old".into(), unconfirmed: false, by_uid: None }).unwrap();
+    world
+        .call(1, &Request::Vm(VmRequest::Start { vm: "old".into(), unconfirmed: false, by_uid: None }))
+        .unwrap();
     world.wait_booted(1, "old", 120);
-    let running = Request::VmExport {
+    let running = Request::Vm(VmRequest::Export {
         vm: "old".into(),
         output: path("running.raw"),
         format: "raw".into(),
         user_data: false,
-    };
+    });
     assert_eq!(world.call(1, &running).unwrap_err().kind, ProblemKind::Conflict);
     world
-        .call(1, &Request::VmStop { vm: "old".into(), force: true, timeout_s: Some(5), for_host: false })
+        .call(
+            1,
+            &Request::Vm(VmRequest::Stop {
+                vm: "old".into(),
+                force: true,
+                timeout_s: Some(5),
+                for_host: false,
+            }),
+        )
         .unwrap();
     let home = world.move_vm(1, "old", "alpine");
     assert_eq!(home.account.packs_fetched, 0);
@@ -764,7 +837,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
     let count = |dir: &std::path::Path| std::fs::read_dir(dir).unwrap().count();
     let before = (world.vm_files(0), count(&compositions));
     let large = VmAdopt { name: "large".parse().unwrap(), disk: path("large.raw"), user_data: None, ..adopt };
-    let request = Request::VmAdopt(large.clone());
+    let request = Request::Vm(VmRequest::Adopt(large.clone()));
     let socket = world.socket(0);
     tokio::runtime::Runtime::new().unwrap().block_on(async {
         let client = cicada::client::Client::connect(&socket).await.unwrap();
@@ -780,7 +853,7 @@ fn an_adopted_disk_boots_moves_and_is_the_same_disk_everywhere() {
         }
     });
     world.wait("the name is free again", 60, |w| {
-        w.call(0, &Request::VmAdopt(VmAdopt { disk: path("nowhere"), ..large.clone() }))
+        w.call(0, &Request::Vm(VmRequest::Adopt(VmAdopt { disk: path("nowhere"), ..large.clone() })))
             .is_err_and(|p| p.kind == ProblemKind::NotFound)
     });
     assert_eq!((world.vm_files(0), count(&compositions)), before);

@@ -15,8 +15,8 @@ use cicada::compose::Composer;
 use cicada::config::Config;
 use cicada::federation::{Members, Presence, Refused};
 use cicada::hypervisor::FakeDriver;
+use cicada::interface::{CloudRequest, Reply, Request};
 use cicada::interface::{MemberView, StatusView};
-use cicada::interface::{Reply, Request};
 use cicada::migration::envelope::{LIFETIME, SKEW, VERSION};
 use cicada::migration::message::{CheckAnswer, ContentAnswer};
 use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, HandOver, RequestBody};
@@ -167,14 +167,14 @@ impl Home {
     }
 
     async fn status(&self) -> StatusView {
-        match self.call(Request::Status).await.unwrap() {
+        match self.call(Request::Cloud(CloudRequest::Status)).await.unwrap() {
             Reply::Status(status) => *status,
             other => panic!("{other:?}"),
         }
     }
 
     async fn member(&self, name: &str) -> MemberView {
-        match self.call(Request::Members).await.unwrap() {
+        match self.call(Request::Cloud(CloudRequest::Members)).await.unwrap() {
             Reply::Members(all) => all.into_iter().find(|m| m.jid == jid(name)).unwrap(),
             other => panic!("{other:?}"),
         }
@@ -620,7 +620,7 @@ async fn what_travels_to_a_member_that_is_revoked_or_removed_is_cut() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         if revoked {
-            home.call(Request::IdentityRevoke { member: jid("a") }).await.unwrap();
+            home.call(Request::Cloud(CloudRequest::IdentityRevoke { member: jid("a") })).await.unwrap();
         } else {
             home.room(RoomInput::Removed(jid("a")));
         }
@@ -642,7 +642,8 @@ async fn what_travels_to_a_member_that_is_revoked_or_removed_is_cut() {
         // What it had is gone even if it is trusted again.
         match revoked {
             true => {
-                let request = Request::IdentityTrust { member: jid("a"), key: key("a").public() };
+                let request =
+                    Request::Cloud(CloudRequest::IdentityTrust { member: jid("a"), key: key("a").public() });
                 home.call(request).await.unwrap();
             }
             false => home.shows("a", key("a").public()),
@@ -709,7 +710,7 @@ async fn a_members_key_gives_way_to_another_only_by_its_own_word_and_only_once()
     assert_eq!((trust().await.as_str(), asks("new").await), ("trusted", None));
 
     // Revoked, neither key counts, nor what either introduces.
-    home.call(Request::IdentityRevoke { member: jid("a") }).await.unwrap();
+    home.call(Request::Cloud(CloudRequest::IdentityRevoke { member: jid("a") })).await.unwrap();
     for (shown, proofs) in [
         ("new", vec![step("a", "new")]),
         ("a", vec![]),

@@ -17,7 +17,7 @@ use cicada::federation::{Members, Presence};
 use cicada::hypervisor::FakeDriver;
 use cicada::interface::ObjectKind;
 use cicada::interface::{Event, VmAdopt};
-use cicada::interface::{Problem, Reply, Request};
+use cicada::interface::{Problem, Reply, Request, VmRequest};
 use cicada::migration::envelope::VERSION;
 use cicada::migration::message::{CheckAnswer, ContentAnswer, Initialization, Progress, StageAccount};
 use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, HandOver, Pass, RequestBody};
@@ -568,7 +568,7 @@ async fn no_command_prints_a_members_words_raw() {
     std::fs::write(&disk, vec![7; 1 << 20]).unwrap();
     let (events, _seen) = mpsc::channel(64);
     let (reply, adopted) = oneshot::channel();
-    let request = Request::VmAdopt(VmAdopt {
+    let request = Request::Vm(VmRequest::Adopt(VmAdopt {
         name: "web".parse().unwrap(),
         disk: disk.display().to_string(),
         user_data: None,
@@ -583,7 +583,7 @@ async fn no_command_prints_a_members_words_raw() {
         start: false,
         hardware: Default::default(),
         nvram: None,
-    });
+    }));
     world
         .inbox
         .send(Input::Call { request: Box::new(request), given: Default::default(), events, reply })

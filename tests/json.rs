@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 
-use cicada::interface::Request;
+use cicada::interface::{Request, VmRequest};
 use regex::Regex;
 use serde_json::Value;
 use world::World;
@@ -400,7 +400,7 @@ fn moves(w: &mut Walk) {
         .status();
     assert!(written.unwrap().success());
     w.done("receipt verify", &[&file, "--source-key", &own]);
-    w.world.call(1, &Request::VmDelete { vm: "shop".into(), taken_for: None }).unwrap();
+    w.world.call(1, &Request::Vm(VmRequest::Delete { vm: "shop".into(), taken_for: None })).unwrap();
 }
 
 fn measured(w: &mut Walk) {

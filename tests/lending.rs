@@ -17,7 +17,7 @@ use cicada::config::Config;
 use cicada::federation::{Members, Presence};
 use cicada::hypervisor::FakeDriver;
 use cicada::interface::ReportLine;
-use cicada::interface::{Reply, Request};
+use cicada::interface::{CloudRequest, ContentRequest, Reply, Request};
 use cicada::migration::message::ContentAnswer;
 use cicada::migration::{AnswerBody, DenialCode, RequestBody};
 use cicada::repository::Repository;
@@ -109,7 +109,7 @@ async fn federation(members: &[(&str, &str)]) -> (Vec<Member>, ManualClock) {
                 .send(Input::Room(RoomInput::Presence(presence)))
                 .unwrap_or_else(|_| panic!("stopped"));
         }
-        member.call(Request::Members).await.unwrap();
+        member.call(Request::Cloud(CloudRequest::Members)).await.unwrap();
     }
     (all, clock)
 }
@@ -175,7 +175,7 @@ impl Member {
     }
 
     async fn heal(&self) -> Vec<ReportLine> {
-        match self.call(Request::RepoHeal).await.unwrap() {
+        match self.call(Request::Cloud(CloudRequest::Heal)).await.unwrap() {
             Reply::Report(lines) => lines,
             other => panic!("{other:?}"),
         }
@@ -274,7 +274,9 @@ async fn damaged_and_missing_components_come_back_from_whoever_has_them() {
         healed.iter().any(|l| l.contains(&id.to_string()) && l.contains(member.jid.as_str()))
     };
     assert!(from(&web, b) && from(&web_pack, b) && from(&base_pack, c) && from(&mail_pack, c), "{healed:?}");
-    let Ok(Reply::Report(check)) = a.call(Request::RepoCheck).await else { panic!() };
+    let Ok(Reply::Report(check)) = a.call(Request::Content(ContentRequest::RepoCheck)).await else {
+        panic!()
+    };
     assert!(check.iter().all(|l| l.detail.is_empty()), "{check:#?}");
     assert_eq!(std::fs::read_dir(a.repository().dir().join("quarantine")).unwrap().count(), 0);
     // Whoever lent a bad copy can be healed the same way.
@@ -492,7 +494,7 @@ async fn a_ticket_is_for_one_member_these_objects_and_some_minutes() {
 
     clock.advance(Duration::from_secs(601));
     b.inbox.send(Input::Tick).unwrap_or_else(|_| panic!("stopped"));
-    b.call(Request::Members).await.unwrap();
+    b.call(Request::Cloud(CloudRequest::Members)).await.unwrap();
     assert_eq!(fetch(a, &again, b, two).await, Err(Refusal::UnknownTicket));
     content(a.ask_content(b, &[two], vec![]).await);
     let many: Vec<_> = (0..1001u32).map(|n| PackId::of(&n.to_le_bytes())).collect();

@@ -6,8 +6,8 @@ mod world;
 
 use std::time::Duration;
 
-use cicada::interface::Request;
 use cicada::interface::VmView;
+use cicada::interface::{Request, VmRequest};
 use cicada::vm::PowerState;
 use rustix::process::Signal;
 use world::World;
@@ -29,7 +29,7 @@ fn one_cloud(vms: &[&str]) -> Option<World> {
 }
 
 fn stop(vm: &str, force: bool, for_host: bool) -> Request {
-    Request::VmStop { vm: vm.into(), force, timeout_s: Some(2), for_host }
+    Request::Vm(VmRequest::Stop { vm: vm.into(), force, timeout_s: Some(2), for_host })
 }
 
 fn signal_qemu(vm: &VmView, signal: Signal) {
@@ -67,7 +67,7 @@ fn what_was_stopped_while_it_was_started_again_stays_off() {
         world.stop_broker(0, true);
         world.start_broker(0);
         stays_off(&world, "web");
-        let start = Request::VmStart { vm: "web".into(), unconfirmed: false, by_uid: None };
+        let start = Request::Vm(VmRequest::Start { vm: "web".into(), unconfirmed: false, by_uid: None });
         world.call(0, &start).unwrap();
         world.wait("it runs", 20, |w| w.vm(0, "web").power == PowerState::Running);
     }
@@ -104,7 +104,7 @@ fn vms_that_were_stopped_for_the_host_run_again_with_the_broker() {
         stays_off(&world, vm);
     }
     // One that its operator starts meanwhile is like any other: what ends it unasked is made up for.
-    let start = Request::VmStart { vm: "web".into(), unconfirmed: false, by_uid: None };
+    let start = Request::Vm(VmRequest::Start { vm: "web".into(), unconfirmed: false, by_uid: None });
     world.call(0, &start).unwrap();
     signal_qemu(&world.vm(0, "web"), Signal::KILL);
     world.wait("it ended", 20, |w| w.vm(0, "web").power != PowerState::Running);

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use cicada::client::Client;
 use cicada::interface::{Candidate, Event, MigrationProgress, MigrationView, VmSet};
-use cicada::interface::{Problem, ProblemKind, Reply, Request};
+use cicada::interface::{MoveRequest, Problem, ProblemKind, Reply, Request, VmRequest};
 use world::support::Kind;
 use world::{World, capped, lacks, turn};
 
@@ -27,7 +27,12 @@ struct Followed {
 
 fn follow(world: &World, vm: &str, force_stop: bool) -> Followed {
     let (socket, seen) = (world.socket(0), Arc::<Mutex<Vec<_>>>::default());
-    let request = Request::Move { vm: vm.into(), to: Some("boreal".into()), dry_run: false, force_stop };
+    let request = Request::Move(MoveRequest::Begin {
+        vm: vm.into(),
+        to: Some("boreal".into()),
+        dry_run: false,
+        force_stop,
+    });
     let heard = seen.clone();
     let end = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -65,7 +70,7 @@ impl Followed {
 }
 
 fn shown(world: &World, cloud: usize, id: &str) -> MigrationView {
-    match world.call(cloud, &Request::MigrationShow { id: id.into() }) {
+    match world.call(cloud, &Request::Move(MoveRequest::Show { id: id.into() })) {
         Ok(Reply::Migration(view)) => *view,
         other => panic!("{other:?}"),
     }
@@ -108,7 +113,7 @@ fn a_move_says_how_far_it_is_and_what_became_of_what_was_sent() {
         "{:?}",
         moving.seen()
     );
-    world.call(0, &Request::MigrationCancel { id: id.clone() }).unwrap();
+    world.call(0, &Request::Move(MoveRequest::Cancel { id: id.clone() })).unwrap();
     let seen = moving.seen();
     let problem = moving.failed();
     assert_eq!(problem.kind, ProblemKind::Cancelled, "{problem}");
@@ -156,7 +161,7 @@ fn a_guest_that_ignores_the_power_button_costs_no_second_copy() {
     let world = World::start(&["alpine", "boreal"]);
     world.noise_vm(0, "deaf", DISK_BYTES as usize, |adopt| adopt.start = true);
     let set: VmSet = serde_json::from_str(r#"{"vm": "deaf", "stop_timeout_s": 2}"#).unwrap();
-    world.call(0, &Request::VmSet(set)).unwrap();
+    world.call(0, &Request::Vm(VmRequest::Set(set))).unwrap();
     let problem = follow(&world, "deaf", false).failed();
     assert!(problem.to_string().contains("does not stop"), "{problem}");
     assert!(problem.next_step.contains("--force-stop"), "{problem:?}");

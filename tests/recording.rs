@@ -10,7 +10,8 @@ use std::process::{Command, Output};
 
 use cicada::broker::Effect;
 use cicada::broker::book::Book;
-use cicada::interface::{MigrationPhase, ProblemKind, Request};
+use cicada::interface::{MoveRequest, ProblemKind, Request};
+use cicada::migration::move_record::MovePhase;
 use cicada::recording::{Difference, Replay};
 use cicada::runner::{RecordBook, Records};
 use cicada::types::ByteSize;
@@ -46,12 +47,16 @@ fn a_core_decides_again_what_a_broker_decided() {
     world.plan(0, "web");
     world.move_vm(0, "web", "boreal");
     let id = world.vm(1, "web").id.to_string();
-    let far =
-        Request::Move { vm: "web".into(), to: Some("nowhere".into()), dry_run: false, force_stop: false };
+    let far = Request::Move(MoveRequest::Begin {
+        vm: "web".into(),
+        to: Some("nowhere".into()),
+        dry_run: false,
+        force_stop: false,
+    });
     assert_eq!(world.call(1, &far).unwrap_err().kind, ProblemKind::NotFound);
     world.move_vm(1, "web", "alpine");
     world.noise_vm(1, "db", 1 << 20, |adopt| adopt.memory = ByteSize::mib(32));
-    world.call(1, &Request::MigrationList).unwrap();
+    world.call(1, &Request::Move(MoveRequest::List)).unwrap();
     world.status(0);
 
     // One is stopped, the other dies.
@@ -119,9 +124,9 @@ fn records_of_before_open() {
     assert!(lineage.tip().unwrap().owner.as_str().starts_with("alpine@"));
     let migrations = book.migrations().unwrap();
     assert_eq!(migrations.len(), 2);
-    for view in migrations {
-        assert_eq!(view.progress.phase, MigrationPhase::Completed);
-        let receipt = book.receipt(view.progress.id).unwrap().expect("its receipt is kept");
+    for record in migrations {
+        assert_eq!(record.course.phase, MovePhase::Completed);
+        let receipt = book.receipt(record.course.id).unwrap().expect("its receipt is kept");
         receipt.verify().unwrap();
     }
 }

@@ -6,7 +6,7 @@ mod world;
 
 use std::path::Path;
 
-use cicada::interface::{Reply, Request};
+use cicada::interface::{MoveRequest, Reply, Request, VmRequest};
 use cicada::interface::{Verdict, VmView};
 use cicada::vm::{Firmware, PowerState};
 use world::World;
@@ -21,7 +21,7 @@ fn adopt(world: &World, name: &str, firmware: Firmware, networks: &[&str], start
 
 fn moves(world: &World, vm: &str) -> Result<Reply, cicada::interface::Problem> {
     let to = Some("boreal".to_owned());
-    world.call(0, &Request::Move { vm: vm.into(), to, dry_run: false, force_stop: true })
+    world.call(0, &Request::Move(MoveRequest::Begin { vm: vm.into(), to, dry_run: false, force_stop: true }))
 }
 
 fn config_check(world: &World, cloud: usize) -> String {
@@ -122,7 +122,8 @@ fn vms_run_below_a_directory_of_any_depth() {
     let vm = adopt(&world, "web", Firmware::Bios, &[], true);
     assert!(vm.console_socket.len() > 107, "{}", vm.console_socket);
     world.wait("it runs", 20, |w| w.vm(0, "web").power == PowerState::Running);
-    let stop = Request::VmStop { vm: "web".into(), force: true, timeout_s: Some(5), for_host: false };
+    let stop =
+        Request::Vm(VmRequest::Stop { vm: "web".into(), force: true, timeout_s: Some(5), for_host: false });
     world.call(0, &stop).unwrap();
     assert_eq!(world.vm(0, "web").power, PowerState::Stopped);
 }

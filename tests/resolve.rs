@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use cicada::interface::{ContentRequest, MoveRequest, ProblemKind, Reply, Request, VmRequest};
 use cicada::interface::{MigrationView, VmView};
-use cicada::interface::{ProblemKind, Reply, Request};
 use serde_json::Value;
 use world::{World, missing_tool, turn};
 
@@ -43,14 +43,14 @@ fn text(output: &Output) -> (Option<i32>, String, String) {
 }
 
 fn migration(world: &World, cloud: usize, id: &str) -> MigrationView {
-    match world.call(cloud, &Request::MigrationShow { id: id.into() }) {
+    match world.call(cloud, &Request::Move(MoveRequest::Show { id: id.into() })) {
         Ok(Reply::Migration(view)) => *view,
         other => panic!("{other:?}\n{}", world.log(cloud)),
     }
 }
 
 fn listed(world: &World, cloud: usize, id: &str) -> bool {
-    match world.call(cloud, &Request::MigrationList) {
+    match world.call(cloud, &Request::Move(MoveRequest::List)) {
         Ok(Reply::Migrations(all)) => all.iter().any(|m| m.progress.id.to_string() == id),
         other => panic!("{other:?}"),
     }
@@ -158,7 +158,7 @@ fn both_ends_keep_the_same_receipt_and_anybody_can_check_it() {
     assert_eq!(over.status.code(), Some(4));
 
     // Long ago: the views and the source's copy are gone, the receipt stays.
-    world.call(A, &Request::VmDelete { vm: "proof".into(), taken_for: None }).unwrap();
+    world.call(A, &Request::Vm(VmRequest::Delete { vm: "proof".into(), taken_for: None })).unwrap();
     let keys = [A, B].map(|cloud| world.status(cloud).key.to_string());
     for cloud in [A, B] {
         world.stop_broker(cloud, false);
@@ -260,10 +260,18 @@ fn a_vm_taken_back_while_the_target_had_it_is_contested_until_operators_settle_i
         let problem = world.vm(cloud, "twice").problem.unwrap();
         assert!(problem.next_step.contains("--owner here"), "{problem:?}");
         let start = world
-            .call(cloud, &Request::VmStart { vm: "twice".into(), unconfirmed: false, by_uid: None })
+            .call(
+                cloud,
+                &Request::Vm(VmRequest::Start { vm: "twice".into(), unconfirmed: false, by_uid: None }),
+            )
             .unwrap_err();
         assert_eq!(start.kind, ProblemKind::Conflict, "{start}");
-        let away = Request::Move { vm: "twice".into(), to: None, dry_run: false, force_stop: false };
+        let away = Request::Move(MoveRequest::Begin {
+            vm: "twice".into(),
+            to: None,
+            dry_run: false,
+            force_stop: false,
+        });
         assert_eq!(world.call(cloud, &away).unwrap_err().kind, ProblemKind::Conflict);
     }
     // The receipt came, and says what happened besides.
@@ -372,7 +380,7 @@ fn a_damaged_record_keeps_no_other_vm_down_and_its_own_is_never_run() {
         assert_eq!(code, Some(8), "{err}");
         assert!(err.contains(&path.display().to_string()) && err.contains("backup"), "{err}");
         // What it needs is not known, so nothing may go.
-        let gc = world.call(A, &Request::RepoGc { dry_run: false }).unwrap_err();
+        let gc = world.call(A, &Request::Content(ContentRequest::RepoGc { dry_run: false })).unwrap_err();
         assert_eq!(gc.kind, ProblemKind::Conflict, "{gc}");
         assert_eq!(disks(&world), 2, "its disks were touched");
     }
@@ -405,8 +413,12 @@ fn a_damaged_record_keeps_no_other_vm_down_and_its_own_is_never_run() {
     world.start_broker(B);
     assert_eq!(ownership(&world, B, &bad), "damaged");
     wait_online(&world);
-    let away =
-        Request::Move { vm: "bad".into(), to: Some("boreal".into()), dry_run: false, force_stop: false };
+    let away = Request::Move(MoveRequest::Begin {
+        vm: "bad".into(),
+        to: Some("boreal".into()),
+        dry_run: false,
+        force_stop: false,
+    });
     let refused = world.call(A, &away).unwrap_err();
     assert_eq!(refused.kind, ProblemKind::Refused, "{refused}");
     assert_eq!(std::fs::read(&there).unwrap(), intact);
@@ -430,12 +442,12 @@ fn a_target_killed_in_the_hand_over_leaves_one_owner_or_says_that_there_are_two(
         let moving = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
-                let request = Request::Move {
+                let request = Request::Move(MoveRequest::Begin {
                     vm: "cut".into(),
                     to: Some("boreal".into()),
                     dry_run: false,
                     force_stop: false,
-                };
+                });
                 cicada::client::Client::connect(&socket).await?.call(&request, |_| ()).await
             })
         });

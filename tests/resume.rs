@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use cicada::interface::MigrationView;
-use cicada::interface::{Reply, Request};
+use cicada::interface::{MoveRequest, Reply, Request};
 use world::{World, capped, components, missing_tool, turn};
 
 const TINY: [&str; 3] = ["format-uefi-gpt", "kernel-tiny", "os-tiny"];
@@ -100,8 +100,9 @@ fn a_move_goes_on_after_either_broker_dies() {
     let moving = world.begin_move(0, "three", Some("boreal"));
     wait_delivered(&world, 1 << 20);
     let id = world.migrations(0).into_iter().find(|m| !m.progress.ended).unwrap().progress.id.to_string();
-    let limit =
-        |bytes_per_s| world.call(0, &Request::MigrationLimit { id: id.clone(), bytes_per_s }).unwrap();
+    let limit = |bytes_per_s| {
+        world.call(0, &Request::Move(MoveRequest::Limit { id: id.clone(), bytes_per_s })).unwrap()
+    };
     limit(Some(1 << 20));
     std::thread::sleep(Duration::from_secs(2));
     let (from, begun) = (wait_delivered(&world, 0), Instant::now());
@@ -111,7 +112,7 @@ fn a_move_goes_on_after_either_broker_dies() {
     assert!(rate < 2.0 * f64::from(1 << 20), "{rate} bytes a second under a cap of 1 MiB/s");
     limit(None);
     assert!(moving.join().unwrap().is_ok());
-    let late = world.call(0, &Request::MigrationLimit { id, bytes_per_s: None }).unwrap_err();
+    let late = world.call(0, &Request::Move(MoveRequest::Limit { id, bytes_per_s: None })).unwrap_err();
     assert!(late.to_string().contains("has ended"), "{late}");
 
     // Nothing is left of any of it.

@@ -8,7 +8,7 @@ mod world;
 use std::process::{Command, Output};
 
 use cicada::interface::MemberView;
-use cicada::interface::Request;
+use cicada::interface::{MoveRequest, Request};
 use world::{World, components, missing_tool, turn};
 
 const TINY: [&str; 3] = ["format-uefi-gpt", "kernel-tiny", "os-tiny"];
@@ -126,6 +126,11 @@ fn a_cloud_rotates_its_key_and_members_follow_and_move_vms_on() {
     world.wait("it shows another key", 30, |w| alpine_at_boreal(w).fingerprint == fourth);
     assert_eq!(alpine_at_boreal(&world).trust, cicada::interface::MemberTrust::Revoked);
     assert!(
-        world.call(1, &Request::Plan { vm: "web".into(), to: Some("alpine".into()), all: false }).is_err()
+        world
+            .call(
+                1,
+                &Request::Move(MoveRequest::Plan { vm: "web".into(), to: Some("alpine".into()), all: false })
+            )
+            .is_err()
     );
 }

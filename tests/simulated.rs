@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use cicada::broker::Input;
 use cicada::clock::UnixMillis;
-use cicada::interface::{Reply, Request};
+use cicada::interface::{MoveRequest, Reply, Request, VmRequest};
 use cicada::migration::records::VmRecord;
 use cicada::sim::{Catalogue, Cloud, Component, Links, Shape, World};
 use cicada::types::{ByteSize, VmId};
@@ -95,18 +95,21 @@ fn run(seed: u64) -> Result<(usize, usize, u64), String> {
         match world.random.below(12) {
             0..=4 => {
                 let to = world.clouds[world.random.below(CLOUDS)].name().to_owned();
-                let request = Request::Move { vm, to: Some(to), dry_run: false, force_stop: true };
+                let request =
+                    Request::Move(MoveRequest::Begin { vm, to: Some(to), dry_run: false, force_stop: true });
                 asked += 1;
                 moves.extend(world.call(at, request).map(|call| (at, call)));
             }
             5 => {
-                let request = Request::VmStop { vm, force: true, timeout_s: None, for_host: false };
+                let request =
+                    Request::Vm(VmRequest::Stop { vm, force: true, timeout_s: None, for_host: false });
                 {
                     let _ = world.call(at, request);
                 }
             }
             6 | 7 => {
-                let _ = world.call(at, Request::VmStart { vm, unconfirmed: false, by_uid: None });
+                let _ =
+                    world.call(at, Request::Vm(VmRequest::Start { vm, unconfirmed: false, by_uid: None }));
             }
             8 if trouble > 0 => {
                 let down = Duration::from_millis(100 + world.random.below(30_000) as u64);
@@ -120,7 +123,7 @@ fn run(seed: u64) -> Result<(usize, usize, u64), String> {
                 }
             }
             10 => {
-                if let Some(call) = world.call(at, Request::MigrationList) {
+                if let Some(call) = world.call(at, Request::Move(MoveRequest::List)) {
                     let open = match world.reply(at, call) {
                         Some(Ok(Reply::Migrations(all))) => all.iter().find(|m| !m.progress.ended).cloned(),
                         _ => None,
@@ -128,7 +131,7 @@ fn run(seed: u64) -> Result<(usize, usize, u64), String> {
                     if let Some(open) = open {
                         let id = open.progress.id.to_string();
                         {
-                            let _ = world.call(at, Request::MigrationCancel { id });
+                            let _ = world.call(at, Request::Move(MoveRequest::Cancel { id }));
                         }
                     }
                 }
@@ -150,7 +153,9 @@ fn run(seed: u64) -> Result<(usize, usize, u64), String> {
         }
     }
     for cloud in 0..CLOUDS {
-        let Some(call) = world.call(cloud, Request::MigrationList) else { return Err("is down".into()) };
+        let Some(call) = world.call(cloud, Request::Move(MoveRequest::List)) else {
+            return Err("is down".into());
+        };
         let Some(Ok(Reply::Migrations(all))) = world.reply(cloud, call) else { return Err("no list".into()) };
         if let Some(open) = all.iter().find(|m| !m.progress.ended) {
             return Err(format!("{} does not end: {:?}", open.progress.id, open.progress));
@@ -221,13 +226,14 @@ fn a_guest_that_was_held_for_a_move_goes_on_when_its_broker_is_back() {
     };
     run(&mut world, 20_000);
     let to = Some("beta".to_owned());
-    let request = Request::Move { vm: "vm0".into(), to, dry_run: false, force_stop: true };
+    let request =
+        Request::Move(MoveRequest::Begin { vm: "vm0".into(), to, dry_run: false, force_stop: true });
     world.call(0, request).unwrap();
     run(&mut world, 500);
-    let list = world.call(0, Request::MigrationList).unwrap();
+    let list = world.call(0, Request::Move(MoveRequest::List)).unwrap();
     let Some(Ok(Reply::Migrations(all))) = world.reply(0, list) else { panic!("no list") };
     let id = all[0].progress.id.to_string();
-    world.call(0, Request::MigrationHold { id }).unwrap();
+    world.call(0, Request::Move(MoveRequest::Hold { id })).unwrap();
     run(&mut world, 500);
     let vm = vms().next().unwrap();
     assert_eq!(world.clouds[0].power[&vm], PowerState::Paused);

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 
 use cicada::client::Client;
 use cicada::interface::{Event, MigrationView};
-use cicada::interface::{Problem, ProblemKind, Reply, Request};
+use cicada::interface::{MoveRequest, Problem, ProblemKind, Reply, Request};
 use cicada::vm::PowerState;
 use world::{World, components, missing_tool, turn};
 
@@ -26,7 +26,8 @@ fn begin(world: &World, vm: &str) -> JoinHandle<Moved> {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let mut details = Vec::new();
         let result = runtime.block_on(async {
-            let request = Request::Move { vm, to: None, dry_run: false, force_stop: false };
+            let request =
+                Request::Move(MoveRequest::Begin { vm, to: None, dry_run: false, force_stop: false });
             let note = |event: Event| {
                 if let Event::Migration(p) = event {
                     details.push(p.detail);
@@ -41,7 +42,7 @@ fn begin(world: &World, vm: &str) -> JoinHandle<Moved> {
 /// The move that runs, once a pass is under way at the target.
 fn under_way(world: &World) -> String {
     let staging = |w: &World| -> Option<MigrationView> {
-        let Ok(Reply::Migrations(all)) = w.call(1, &Request::MigrationList) else { return None };
+        let Ok(Reply::Migrations(all)) = w.call(1, &Request::Move(MoveRequest::List)) else { return None };
         all.into_iter()
             .find(|m| !m.progress.ended && m.progress.phase == cicada::interface::MigrationPhase::Stage)
     };
@@ -78,20 +79,20 @@ fn a_target_holds_the_guest_and_ends_the_passes() {
     // Held at the wish of the target, the guest goes on when the move is called off.
     let moving = begin(&world, "web");
     let id = under_way(&world);
-    world.call(1, &Request::MigrationHold { id: id.clone() }).unwrap();
+    world.call(1, &Request::Move(MoveRequest::Hold { id: id.clone() })).unwrap();
     assert_eq!(world.vm(0, "web").power, PowerState::Paused, "{}", world.log(0));
-    world.call(0, &Request::MigrationCancel { id: id.clone() }).unwrap();
+    world.call(0, &Request::Move(MoveRequest::Cancel { id: id.clone() })).unwrap();
     assert_eq!(moving.join().unwrap().0.unwrap_err().kind, ProblemKind::Cancelled);
     world.wait("the guest goes on", 60, |w| w.vm(0, "web").power == PowerState::Running);
     world.guest(0, "web", "true");
-    let late = world.call(0, &Request::MigrationHold { id }).unwrap_err();
+    let late = world.call(0, &Request::Move(MoveRequest::Hold { id })).unwrap_err();
     assert_eq!(late.kind, ProblemKind::Conflict, "{late}");
 
     // Told to switch over during the first pass, the source makes no second one.
     let moving = begin(&world, "web");
     let id = under_way(&world);
-    world.call(1, &Request::MigrationSwitchOver { id: id.clone() }).unwrap();
-    world.call(0, &Request::MigrationLimit { id, bytes_per_s: None }).unwrap();
+    world.call(1, &Request::Move(MoveRequest::SwitchOver { id: id.clone() })).unwrap();
+    world.call(0, &Request::Move(MoveRequest::Limit { id, bytes_per_s: None })).unwrap();
     let (result, details) = moving.join().unwrap();
     let Ok(Reply::Migration(moved)) = result else { panic!("{result:?}\n{}", world.log(0)) };
     assert!(moved.account.user_data_bytes > 16 << 20, "{:?}", moved.account);

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use cicada::interface::Request;
+use cicada::interface::{Request, VmRequest};
 use cicada::types::ByteSize;
 use cicada::vm::PowerState;
 use world::World;
@@ -314,7 +314,10 @@ fn disks_grow_and_travel_as_they_are() {
     let (code, said) = cicada(&world, 0, &["vm", "console", "web", "--history"]);
     assert_eq!((code, said.contains("connect to it there")), (4, true), "{said}");
     world
-        .call(1, &Request::VmStop { vm: "web".into(), force: true, timeout_s: None, for_host: false })
+        .call(
+            1,
+            &Request::Vm(VmRequest::Stop { vm: "web".into(), force: true, timeout_s: None, for_host: false }),
+        )
         .unwrap();
     assert!(exported(1, "root", &[]) == root, "the same disk");
     // It grows there, and comes home to a smaller copy of it.

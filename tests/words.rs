@@ -345,7 +345,7 @@ fn what_a_broker_needs_is_tried_and_each_fault_named() {
         |more: &[&str]| run(dir.path(), &[&settings[..], &["config", "check", "--online"], more].concat());
     let (code, out, err) = check(&[]);
     assert_eq!(code, 7, "{out}{err}");
-    for fault in ["XMPP server", "transfer port", "transfer addresses"] {
+    for fault in ["xmpp-server", "transfer-port", "transfer-addresses"] {
         let line = out.lines().find(|l| l.starts_with(fault)).unwrap_or_else(|| panic!("{fault}: {out}"));
         assert!(line.contains("fault"), "{line}");
     }

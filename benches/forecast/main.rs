@@ -10,7 +10,7 @@ mod world;
 
 use std::fmt::Write as _;
 
-use cicada::interface::{MigrationView, Reply, Request, VmSet};
+use cicada::interface::{MigrationView, MoveRequest, Reply, Request, VmRequest, VmSet};
 use world::support::Kind;
 use world::{World, capped, components, lacks, missing_tool};
 
@@ -123,10 +123,12 @@ fn noise(world: &World, random: &mut Random, number: usize) -> Guest {
 
 fn delete(world: &World, guest: &Guest) {
     let vm = || guest.name.clone();
-    let _ =
-        world.call(guest.at, &Request::VmStop { vm: vm(), force: true, timeout_s: Some(5), for_host: false });
+    let _ = world.call(
+        guest.at,
+        &Request::Vm(VmRequest::Stop { vm: vm(), force: true, timeout_s: Some(5), for_host: false }),
+    );
     for cloud in 0..NAMES.len() {
-        let _ = world.call(cloud, &Request::VmDelete { vm: vm(), taken_for: None });
+        let _ = world.call(cloud, &Request::Vm(VmRequest::Delete { vm: vm(), taken_for: None }));
     }
 }
 
@@ -136,9 +138,10 @@ fn moved(world: &World, guest: &Guest) -> Option<MigrationView> {
     let set: VmSet =
         serde_json::from_value(serde_json::json!({ "vm": guest.name, "stop_timeout_s": timeout_s }))
             .expect("is a change");
-    world.call(guest.at, &Request::VmSet(set)).expect("cannot be changed");
+    world.call(guest.at, &Request::Vm(VmRequest::Set(set))).expect("cannot be changed");
     let to = Some(NAMES[1 - guest.at].into());
-    let request = Request::Move { vm: guest.name.clone(), to, dry_run: false, force_stop: true };
+    let request =
+        Request::Move(MoveRequest::Begin { vm: guest.name.clone(), to, dry_run: false, force_stop: true });
     match world.call(guest.at, &request) {
         Ok(Reply::Migration(view)) => Some(*view),
         other => {

@@ -21,7 +21,7 @@ use std::sync::OnceLock;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 16] = [
+const TARGETS: [(&str, Target); 17] = [
     ("chunk-map", trees::chunk_map),
     ("config", settings::config),
     ("definition", settings::definition),
@@ -36,6 +36,7 @@ const TARGETS: [(&str, Target); 16] = [
     ("manifest", content::manifest),
     ("negotiation", control::negotiation),
     ("pack", pack::stored_form),
+    ("recording", settings::recording),
     ("records", content::records),
     ("stanzas", control::stanzas),
 ];

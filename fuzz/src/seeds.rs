@@ -6,9 +6,7 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use cicada::interface::Request;
 use cicada::broker::book::ReturnRecord;
-use cicada::migration::records::{Arrival, GivenUp, Ownership, VmRecord};
 use cicada::clock::UnixMillis;
 use cicada::component::manifest::Meta;
 use cicada::component::{
@@ -16,8 +14,10 @@ use cicada::component::{
     PackRef, Recipe,
 };
 use cicada::disk::OverlayWriter;
+use cicada::interface::{CloudRequest, ContentRequest, MoveRequest, Request};
 use cicada::migration::envelope::{LIFETIME, VERSION};
 use cicada::migration::message::{CheckAnswer, Initialization, Pass, Seed, StageAccount};
+use cicada::migration::records::{Arrival, GivenUp, Ownership, VmRecord};
 use cicada::migration::{AnswerBody, Denial, DenialCode, Envelope, HandOver, RequestBody};
 use cicada::repository::RefKind;
 use cicada::repository::fuzzing as files;
@@ -36,6 +36,9 @@ use xmpp_parsers::minidom::Element;
 
 use crate::control::{NOW, parties};
 use crate::{pack, work_dir};
+
+/// Of a recording that is a seed.
+const RECORDED_LINES: usize = 24;
 
 struct Corpus<'a> {
     dir: &'a Path,
@@ -65,6 +68,7 @@ pub fn write(dir: &Path) {
     texts(&corpus);
     control(&corpus);
     journal(&corpus);
+    recording(&corpus);
     edges(&corpus);
     machines(&corpus);
 }
@@ -659,19 +663,33 @@ fn journal(corpus: &Corpus<'_>) {
     let migration = r#"{"version":1,"view":{"progress":{"id":"02020202-0202-0202-0202-020202020202","vm":"web-1","vm_id":"01010101-0101-0101-0101-010101010101","role":"source","peer":"b@example.org","peer_cloud":"b","phase":"stage","detail":"","bytes_done":1,"bytes_total":2,"rate_bytes_per_s":3,"eta_s":4,"fraction":0.5,"started":5,"updated":6,"ended":false},"account":{}}}"#;
     put("migration", 1, migration.into());
     for (name, request) in [
-        ("status", Request::Status),
-        ("component-show", Request::ComponentShow { component: "redis".into(), entries: true }),
+        ("status", Request::Cloud(CloudRequest::Status)),
+        (
+            "component-show",
+            Request::Content(ContentRequest::ComponentShow { component: "redis".into(), entries: true }),
+        ),
         (
             "recipe-create",
-            Request::RecipeCreate {
+            Request::Content(ContentRequest::RecipeCreate {
                 components: vec!["a".into()],
                 ordered: false,
                 root_size: ByteSize::gib(2),
                 kernel_command_line: "quiet".into(),
-            },
+            }),
         ),
-        ("move", Request::Move { vm: "web-1".into(), to: Some("b".into()), dry_run: true, force_stop: false }),
-        ("trust", Request::IdentityTrust { member: from.clone(), key: target_key.public() }),
+        (
+            "move",
+            Request::Move(MoveRequest::Begin {
+                vm: "web-1".into(),
+                to: Some("b".into()),
+                dry_run: true,
+                force_stop: false,
+            }),
+        ),
+        (
+            "trust",
+            Request::Cloud(CloudRequest::IdentityTrust { member: from.clone(), key: target_key.public() }),
+        ),
     ] {
         put(name, 3, json(&request));
     }
@@ -681,6 +699,18 @@ fn journal(corpus: &Corpus<'_>) {
     put("problem", 5, br#"{"problem":{"kind":"bad-request","object":"o","reason":"r"}}"#.to_vec());
     put("event", 5, br#"{"event":{"event":"note","text":"t"}}"#.to_vec());
     put("nested", 3, "[".repeat(2000).into());
+}
+
+/// The beginning of a recording, as it is and without its checks, and one of each kind of line.
+fn recording(corpus: &Corpus<'_>) {
+    let whole = include_str!("../../fixtures/before/alpine.recording");
+    let some: Vec<&str> = whole.lines().take(RECORDED_LINES).collect();
+    corpus.pick("recording", "begun", 0, (some.join("\n") + "\n").as_bytes());
+    let bare = some.iter().filter_map(|line| line.split_once(' ')).map(|(_, json)| json);
+    let end = r#"{"end":"stopped"}"#;
+    corpus.pick("recording", "bare", 1, bare.chain([end]).collect::<Vec<_>>().join("\n").as_bytes());
+    corpus.pick("recording", "format", 1, br#"{"format":7}"#);
+    corpus.pick("recording", "nested", 1, "[".repeat(2000).as_bytes());
 }
 
 fn edges(corpus: &Corpus<'_>) {

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use cicada::api::HeldRequest;
-use cicada::interface::Request;
-use cicada::interface::Message;
 use cicada::broker::book::{MigrationRecord, ReturnRecord};
-use cicada::migration::records::VmRecord;
 use cicada::component::Definition;
 use cicada::component::definition::matches;
 use cicada::config::Config;
+use cicada::interface::Message;
+use cicada::interface::Request;
+use cicada::migration::records::VmRecord;
+use cicada::recording::{RecordingError, fuzzing as recordings};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -63,6 +64,22 @@ pub fn definition(data: &[u8]) {
             assert_eq!(Definition::parse(text).as_ref().ok(), Some(&definition));
         }
         Err(e) => assert!(!e.to_string().is_empty()),
+    }
+}
+
+/// A recording of a broker, by the first byte as it is or as lines whose checks are made here.
+pub fn recording(data: &[u8]) {
+    let Some((selector, rest)) = split(data) else { return };
+    let read = match (selector % 2, std::str::from_utf8(rest)) {
+        (1, Ok(lines)) => {
+            let read = recordings::read(recordings::sealed(lines).as_bytes());
+            assert!(!matches!(read, Err(RecordingError::Altered { .. })), "checks that fit are believed");
+            read
+        }
+        _ => recordings::read(rest),
+    };
+    if let Err(e) = read {
+        assert!(!e.to_string().is_empty());
     }
 }
 

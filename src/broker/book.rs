@@ -15,6 +15,7 @@ use crate::federation::{Kept, Revoked};
 use crate::interface::MigrationView;
 use crate::migration::handover::SignedHandOver;
 use crate::migration::lineage::{Lineage, LineageError};
+use crate::migration::move_record::MoveRecord;
 use crate::migration::records::{VERSION, VmRecord};
 use crate::migration::{Law, Receipt, Return};
 use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
@@ -29,11 +30,12 @@ pub struct Damaged {
     pub reason: String,
 }
 
-/// A migration this broker has or had a part in.
+/// A migration this broker has or had a part in, as it lies on disk.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct MigrationRecord {
     pub version: u32,
-    pub view: MigrationView,
+    #[serde(rename = "view")]
+    pub record: MoveRecord,
 }
 
 /// A promise never to run a VM under an epoch, kept so that it binds after a restart too.
@@ -100,11 +102,11 @@ pub trait Book: Send + Sync {
     /// Where a VM's record lies, for people.
     fn record_path(&self, vm: VmId) -> PathBuf;
     /// Past and unfinished migrations.
-    fn migrations(&self) -> Result<Vec<MigrationView>, RecordError>;
+    fn migrations(&self) -> Result<Vec<MoveRecord>, RecordError>;
     /// Records a migration before this returns: what this cloud itself began goes on after a restart.
-    fn note_now(&self, view: &MigrationView);
+    fn note_now(&self, record: &MoveRecord);
     /// Records a migration soon.
-    fn note_later(&self, view: &MigrationView);
+    fn note_later(&self, record: &MoveRecord);
     fn forget_migration(&self, id: MigrationId);
     /// What is known of a VM's history beside its record; empty if nothing is.
     fn lineage(&self, vm: VmId) -> Result<Lineage, RecordError>;
@@ -164,6 +166,16 @@ impl Ledger {
             *self.undecided.borrow_mut() = Some(crate::interface::chain(e));
         }
         result
+    }
+
+    /// Records a migration before this returns.
+    pub fn note_now(&self, view: &MigrationView) {
+        self.book.note_now(&view.clone().into());
+    }
+
+    /// Records a migration soon.
+    pub fn note_later(&self, view: &MigrationView) {
+        self.book.note_later(&view.clone().into());
     }
 
     pub fn save_ownership(&self, record: &VmRecord) -> Result<(), RecordError> {

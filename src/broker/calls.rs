@@ -2,8 +2,9 @@
 
 use crate::federation::{Member, Trust};
 use crate::interface::{
-    Candidate, LinkState, MemberState, MemberTrust, MemberView, MigrationView, PlanView, Predecessor,
-    Problem, ProblemKind, Reply, Request, Resource, StatusView, Verdict,
+    Candidate, CloudRequest, ContentRequest, LinkState, MemberState, MemberTrust, MemberView, MigrationView,
+    MoveRequest, PlanView, Predecessor, Problem, ProblemKind, Reply, Request, Resource, StatusView, Verdict,
+    VmRequest,
 };
 use crate::migration::{RequestBody, envelope};
 use crate::types::{CloudName, MemberJid, VmId};
@@ -18,93 +19,114 @@ use super::{Broker, aside};
 
 impl Broker {
     pub(super) fn call(&mut self, request: Request, call: CallId) {
+        match request {
+            Request::Vm(request) => self.vm_call(request, call),
+            Request::Move(request) => self.move_call(request, call),
+            Request::Cloud(request) => self.cloud_call(request, call),
+            Request::Content(request) => self.content_call(request, call),
+        }
+    }
+
+    fn vm_call(&mut self, request: VmRequest, call: CallId) {
         let result = match request {
-            Request::Status => Ok(Reply::Status(Box::new(self.status()))),
-            Request::Members => Ok(Reply::Members(self.member_views())),
-            Request::IdentityTrust { member, key } => self.trust(|b| b.members.pin(&member, key)),
-            Request::IdentityRevoke { member } => {
-                let key = self.members.get(&member).and_then(|m| m.key);
-                self.trust(|b| b.members.revoke(&member)).inspect(|_| self.part_with(&member, key))
-            }
-            Request::VmCreate(create) => return self.create_vm(create, call),
-            Request::VmAdopt(adopt) => return self.adopt_vm(adopt, call),
-            Request::VmExport { vm, output, format, user_data } => {
+            VmRequest::Create(create) => return self.create_vm(create, call),
+            VmRequest::Adopt(adopt) => return self.adopt_vm(adopt, call),
+            VmRequest::Export { vm, output, format, user_data } => {
                 return self.export_vm(&vm, output, format, user_data, call);
             }
-            Request::VmList => {
+            VmRequest::List => {
                 let vms = self.vms.values().map(|vm| self.vm_view(vm));
                 let mut vms: Vec<_> = vms.chain(self.aside_views()).collect();
                 vms.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
                 Ok(Reply::Vms(vms))
             }
-            Request::VmShow { vm } => self.find_vm(&vm).map(|id| self.shown(id)),
-            Request::VmStart { vm, unconfirmed, by_uid } => match self.startable_vm(&vm, unconfirmed, by_uid)
-            {
-                Ok(id) => return self.start_vm(id, Whom::Caller(call)),
-                Err(p) => Err(p),
-            },
-            Request::VmStop { vm, force, timeout_s, for_host } => {
+            VmRequest::Show { vm } => self.find_vm(&vm).map(|id| self.shown(id)),
+            VmRequest::Start { vm, unconfirmed, by_uid } => {
+                match self.startable_vm(&vm, unconfirmed, by_uid) {
+                    Ok(id) => return self.start_vm(id, Whom::Caller(call)),
+                    Err(p) => Err(p),
+                }
+            }
+            VmRequest::Stop { vm, force, timeout_s, for_host } => {
                 return self.stop_named(&vm, force, timeout_s, for_host, call);
             }
-            Request::VmReboot { vm, force, timeout_s } => match self.vm_for(Verb::Reboot, &vm) {
+            VmRequest::Reboot { vm, force, timeout_s } => match self.vm_for(Verb::Reboot, &vm) {
                 Ok(id) => return self.reboot_vm(id, force, timeout_s, call),
                 Err(p) => Err(p),
             },
-            Request::VmSet(set) => self.set_vm(&set).map(|id| self.shown(id)),
-            Request::VmResize { vm, root_size, user_data_size } => {
+            VmRequest::Set(set) => self.set_vm(&set).map(|id| self.shown(id)),
+            VmRequest::Resize { vm, root_size, user_data_size } => {
                 return self.resize_vm(&vm, root_size, user_data_size, call);
             }
-            Request::VmDelete { vm, taken_for } => return self.delete_vm(&vm, taken_for, call),
-            Request::Plan { vm, to, all } => return self.plan(&vm, to.as_deref(), all, call),
-            Request::Move { vm, to, dry_run: true, .. } => {
+            VmRequest::Delete { vm, taken_for } => return self.delete_vm(&vm, taken_for, call),
+        };
+        self.reply(call, result);
+    }
+
+    fn move_call(&mut self, request: MoveRequest, call: CallId) {
+        let result = match request {
+            MoveRequest::Plan { vm, to, all } => return self.plan(&vm, to.as_deref(), all, call),
+            MoveRequest::Begin { vm, to, dry_run: true, .. } => {
                 return self.plan(&vm, to.as_deref(), false, call);
             }
-            Request::Move { vm, to, dry_run: false, force_stop } => {
+            MoveRequest::Begin { vm, to, dry_run: false, force_stop } => {
                 return self.move_vm(&vm, to.as_deref(), force_stop, call);
             }
-            Request::MigrationList => Ok(Reply::Migrations(self.migrations())),
-            Request::MigrationShow { id } => {
+            MoveRequest::List => Ok(Reply::Migrations(self.migrations())),
+            MoveRequest::Show { id } => {
                 self.migration(&id).map(|v| Reply::Migration(Box::new(self.remarked(v))))
             }
-            Request::MigrationReceipt { id } => return self.receipt(id, call),
-            Request::MigrationResolve { id, owner, confirmed, by_uid } => {
+            MoveRequest::Receipt { id } => return self.receipt(id, call),
+            MoveRequest::Resolve { id, owner, confirmed, by_uid } => {
                 self.resolve(&id, owner, confirmed, by_uid)
             }
-            Request::MigrationWatch { id } => match self.migration(&id) {
+            MoveRequest::Watch { id } => match self.migration(&id) {
                 Ok(v) if self.outgoing.contains_key(&v.progress.id) => {
                     return self.watch_outgoing(v.progress.id, call);
                 }
                 Ok(v) => Ok(Reply::Migration(Box::new(v))),
                 Err(p) => Err(p),
             },
-            Request::MigrationCancel { id } => {
+            MoveRequest::Cancel { id } => {
                 self.migration(&id).and_then(|v| self.cancel(&v)).map(|()| Reply::Done)
             }
-            Request::MigrationLimit { id, bytes_per_s } => {
+            MoveRequest::Limit { id, bytes_per_s } => {
                 self.migration(&id).and_then(|v| self.limit(&v, bytes_per_s)).map(|()| Reply::Done)
             }
-            Request::MigrationSwitchOver { id } => match self.migration(&id) {
+            MoveRequest::SwitchOver { id } => match self.migration(&id) {
                 Ok(v) => return self.steer(v, RequestBody::Stop, call),
                 Err(p) => Err(p),
             },
-            Request::MigrationHold { id } => match self.migration(&id) {
+            MoveRequest::Hold { id } => match self.migration(&id) {
                 Ok(v) => return self.steer(v, RequestBody::Suspend, call),
                 Err(p) => Err(p),
             },
-            Request::RepoHeal => return self.heal(call),
-            Request::Shutdown => {
-                self.reply(call, Ok(Reply::Done));
-                self.emit(Effect::StopOptimizing);
-                return self.emit(Effect::Shutdown);
-            }
-            other => return self.content_call(other, call),
         };
         self.reply(call, result);
     }
 
-    /// Requests about components, recipes and the repository.
-    fn content_call(&mut self, request: Request, call: CallId) {
-        if let (Request::RepoGc { .. }, Some(damaged)) = (&request, self.aside.values().next()) {
+    fn cloud_call(&mut self, request: CloudRequest, call: CallId) {
+        let result = match request {
+            CloudRequest::Status => Ok(Reply::Status(Box::new(self.status()))),
+            CloudRequest::Members => Ok(Reply::Members(self.member_views())),
+            CloudRequest::IdentityTrust { member, key } => self.trust(|b| b.members.pin(&member, key)),
+            CloudRequest::IdentityRevoke { member } => {
+                let key = self.members.get(&member).and_then(|m| m.key);
+                self.trust(|b| b.members.revoke(&member)).inspect(|_| self.part_with(&member, key))
+            }
+            CloudRequest::Heal => return self.heal(call),
+            CloudRequest::Shutdown => {
+                self.reply(call, Ok(Reply::Done));
+                self.emit(Effect::StopOptimizing);
+                return self.emit(Effect::Shutdown);
+            }
+        };
+        self.reply(call, result);
+    }
+
+    /// Requests about components, recipes and the repository: the repository answers them.
+    fn content_call(&mut self, request: ContentRequest, call: CallId) {
+        if let (ContentRequest::RepoGc { .. }, Some(damaged)) = (&request, self.aside.values().next()) {
             let problem = aside::gc_problem(damaged);
             return self.reply(call, Err(problem));
         }
@@ -243,7 +265,7 @@ impl Broker {
         let mut all: Vec<_> = self.history.views().cloned().collect();
         all.extend(self.outgoing.values().map(|r| r.view.clone()));
         all.extend(self.incoming.values().filter(|r| !r.view.progress.ended).map(|r| r.view.clone()));
-        all.extend(self.unfinished.iter().map(|u| u.view().clone()));
+        all.extend(self.unfinished.iter().map(|u| u.view()));
         all.iter_mut().for_each(|view| self.explain(view));
         all.sort_by_key(|v| v.progress.started);
         all

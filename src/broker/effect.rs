@@ -14,7 +14,7 @@ use crate::component::Recipe;
 use crate::federation::refusals::Tally;
 use crate::federation::{Presence, Refused};
 use crate::interface::{AdoptedView, Candidate, Event, ExportedView, MigrationProgress, Problem, Reply};
-use crate::interface::{Request, VmAdopt, VmCreate};
+use crate::interface::{ContentRequest, Request, VmAdopt, VmCreate};
 use crate::migration::lineage::LineageError;
 use crate::migration::message::{Claim, Initialization, Kept, Known, Progress, Seed, StageAccount};
 use crate::migration::records::VmRecord;
@@ -470,7 +470,7 @@ pub enum Effect {
     /// Answers a request about content; what these recipes name stays.
     Content {
         call: CallId,
-        request: Box<Request>,
+        request: Box<ContentRequest>,
         recipes: Vec<RecipeId>,
     },
     Heal {

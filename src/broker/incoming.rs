@@ -358,7 +358,7 @@ impl Broker {
                 && p.phase != MigrationPhase::Completed
         };
         let is_taken = self.outgoing.contains_key(&id)
-            || self.unfinished.iter().any(|cut| cut.view().progress.id == id)
+            || self.unfinished.iter().any(|cut| cut.id() == id)
             || self.history.get(&id).is_some_and(|view| !is_its_own_attempt(view));
         if is_taken {
             return Some(deny(DenialCode::NotYours, "another migration has this id, or it is over"));

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::clock::UnixMillis;
 use crate::federation::{Kept, Revoked};
-use crate::interface::MigrationView;
 use crate::migration::lineage::Lineage;
+use crate::migration::move_record::MoveRecord;
 use crate::migration::records::VmRecord;
 use crate::migration::{Receipt, Return};
 use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
@@ -36,7 +36,7 @@ struct Disk {
 #[derive(Clone, Default)]
 struct Pages {
     vms: BTreeMap<VmId, VmRecord>,
-    migrations: BTreeMap<MigrationId, MigrationView>,
+    migrations: BTreeMap<MigrationId, MoveRecord>,
     lineages: BTreeMap<VmId, Lineage>,
     /// The latest epoch promised away, of each VM to each source; without one, to all.
     promised: BTreeMap<(VmId, Option<String>), u64>,
@@ -213,14 +213,14 @@ impl Book for MemoryBook {
     fn record_path(&self, vm: VmId) -> PathBuf {
         PathBuf::from(format!("{vm}/record.json"))
     }
-    fn migrations(&self) -> Result<Vec<MigrationView>, RecordError> {
+    fn migrations(&self) -> Result<Vec<MoveRecord>, RecordError> {
         Ok(self.pages().migrations.values().cloned().collect())
     }
-    fn note_now(&self, view: &MigrationView) {
-        let _ = self.write(None, |pages| drop(pages.migrations.insert(view.progress.id, view.clone())));
+    fn note_now(&self, record: &MoveRecord) {
+        let _ = self.write(None, |pages| drop(pages.migrations.insert(record.course.id, record.clone())));
     }
-    fn note_later(&self, view: &MigrationView) {
-        self.note_now(view);
+    fn note_later(&self, record: &MoveRecord) {
+        self.note_now(record);
     }
     fn forget_migration(&self, id: MigrationId) {
         let _ = self.write(None, |pages| drop(pages.migrations.remove(&id)));

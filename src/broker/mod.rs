@@ -28,6 +28,7 @@ mod pending;
 pub mod planning;
 mod power;
 mod presence;
+mod recorded;
 mod resolution_words;
 pub mod resolving;
 pub mod rotation;
@@ -47,6 +48,7 @@ use crate::federation::Members;
 use crate::interface::{Account, MigrationRole, MigrationView, Problem, Reply};
 use crate::migration::envelope::common_version;
 use crate::migration::handover::SignedHandOver;
+use crate::migration::move_record::MoveRecord;
 use crate::migration::records::VmRecord;
 use crate::migration::{Law, ReplayGuard};
 use crate::types::{MemberJid, MigrationId, PublicKey, Signer, Successions, VmId, VmName};
@@ -191,7 +193,7 @@ impl Broker {
         }
         let resolutions = book.resolutions()?;
         let vms: BTreeMap<_, _> = vms.into_iter().map(|record| (record.spec.id, Vm::new(record))).collect();
-        let note = |view: &MigrationView| book.note_later(view);
+        let note = |record: &MoveRecord| (*book).note_later(record);
         let (history, unfinished) = unfinished::split(book.migrations()?, &vms, now, note);
         let (history, displaced) = History::of(history);
         displaced.into_iter().for_each(|id| book.forget_migration(id));

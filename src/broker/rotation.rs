@@ -39,10 +39,10 @@ pub fn open_business(book: &dyn Book) -> Result<(), Problem> {
         let reason = format!("what was decided about {} is not confirmed by {} yet", r.name, r.peer);
         return open(format!("migration {}", r.migration), reason, "start the broker and wait for it");
     }
-    if let Some(view) = book.migrations().map_err(failed)?.iter().find(|v| !v.progress.ended) {
-        let reason = format!("has not ended: {}", view.progress.phase);
+    if let Some(record) = book.migrations().map_err(failed)?.iter().find(|r| !r.course.ended) {
+        let reason = format!("has not ended: {}", record.course.phase);
         let next = "start the broker, and wait for its end or cancel it; then stop the broker and rotate";
-        return open(format!("migration {}", view.progress.id), reason, next);
+        return open(format!("migration {}", record.course.id), reason, next);
     }
     Ok(())
 }

@@ -8,8 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::clock::UnixMillis;
-use crate::interface::{MigrationPhase, MigrationRole, MigrationView, Problem, ProblemKind};
+use crate::interface::{MigrationPhase, MigrationView, Problem, ProblemKind};
 use crate::migration::message::{Kept, Seed};
+use crate::migration::move_record::{MovePhase, MoveRecord, MoveRole};
 use crate::migration::records::VmRecord;
 use crate::types::{MemberJid, MigrationId, VmId};
 
@@ -29,7 +30,7 @@ const ATTEMPTS_MAX: u32 = 3;
 /// A move found unfinished at start.
 #[derive(Clone)]
 pub struct Unfinished {
-    view: MigrationView,
+    record: MoveRecord,
     until: UnixMillis,
 }
 
@@ -58,48 +59,59 @@ pub struct Holds {
 /// that has changed hands since is not moved again: `ended` is told of a move of which only that
 /// was missing.
 pub fn split(
-    views: Vec<MigrationView>,
+    records: Vec<MoveRecord>,
     vms: &BTreeMap<VmId, Vm>,
     now: UnixMillis,
-    mut ended: impl FnMut(&MigrationView),
+    mut ended: impl FnMut(&MoveRecord),
 ) -> (BTreeMap<MigrationId, MigrationView>, Vec<Unfinished>) {
     let (mut history, mut cut) = (BTreeMap::new(), Vec::new());
-    for mut view in views {
-        let p = &mut view.progress;
-        if p.role == MigrationRole::Source && !p.ended {
-            let record = vms.get(&p.vm_id).map(|vm| &vm.record);
-            if record.is_some_and(|r| r.is_here() && r.epoch == p.epoch) {
-                cut.push(Unfinished { view, until: now.plus(PATIENCE) });
-                continue;
+    for mut record in records {
+        let course = &mut record.course;
+        let vm = vms.get(&course.vm_id).map(|vm| &vm.record);
+        match (course.ended, course.role) {
+            (true, _) => {}
+            (false, MoveRole::Source) => {
+                if vm.is_some_and(|vm| vm.is_here() && vm.epoch == course.epoch) {
+                    cut.push(Unfinished { record, until: now.plus(PATIENCE) });
+                    continue;
+                }
+                // Only the note that it ended is missing, unless its hand-over awaits a receipt.
+                let waits = |r: &VmRecord| {
+                    r.given_up().is_some_and(|given| given.migration == course.id && given.in_doubt())
+                };
+                if !vm.is_some_and(waits) {
+                    course.ended = true;
+                    course.phase = MovePhase::Completed;
+                    ended(&record);
+                }
             }
-            // Only the note that it ended is missing, unless its hand-over awaits a receipt.
-            let waits = |r: &VmRecord| r.given_up().is_some_and(|g| g.migration == p.id && g.in_doubt());
-            if !record.is_some_and(waits) {
-                p.ended = true;
-                p.phase = MigrationPhase::Completed;
-                ended(&view);
+            (false, MoveRole::Target) => {
+                let arrival = vm.and_then(|vm| vm.arrival.as_ref());
+                course.ended = true;
+                course.phase = MovePhase::Completed;
+                if arrival.is_none_or(|a| a.migration != course.id) {
+                    course.phase = MovePhase::Cancelled;
+                    let reason = "was cut short by a restart of this broker before the VM was handed over";
+                    let problem =
+                        Problem::new(ProblemKind::Failed, format!("arrival of {}", course.vm), reason)
+                            .next("its source goes on by itself; what was staged is kept a while");
+                    record.failure = Some(problem.into());
+                }
+                ended(&record);
             }
-        } else if p.role == MigrationRole::Target && !p.ended {
-            let arrival = vms.get(&p.vm_id).and_then(|vm| vm.record.arrival.as_ref());
-            p.ended = true;
-            p.phase = MigrationPhase::Completed;
-            if arrival.is_none_or(|a| a.migration != p.id) {
-                p.phase = MigrationPhase::Cancelled;
-                let reason = "was cut short by a restart of this broker before the VM was handed over";
-                let problem = Problem::new(ProblemKind::Failed, format!("arrival of {}", p.vm), reason);
-                view.problem =
-                    Some(problem.next("its source goes on by itself; what was staged is kept a while"));
-            }
-            ended(&view);
         }
-        history.insert(view.progress.id, view);
+        history.insert(record.course.id, record.into());
     }
     (history, cut)
 }
 
 impl Unfinished {
-    pub fn view(&self) -> &MigrationView {
-        &self.view
+    pub fn id(&self) -> MigrationId {
+        self.record.course.id
+    }
+
+    pub fn view(&self) -> MigrationView {
+        self.record.clone().into()
     }
 
     pub fn until(&self) -> UnixMillis {
@@ -110,10 +122,10 @@ impl Unfinished {
 impl Broker {
     /// Begins no more what the operator calls off. Whether it was waiting.
     pub(super) fn cancel_unfinished(&mut self, id: MigrationId) -> bool {
-        let Some(at) = self.unfinished.iter().position(|u| u.view.progress.id == id) else { return false };
+        let Some(at) = self.unfinished.iter().position(|u| u.id() == id) else { return false };
         let cut = self.unfinished.remove(at);
         let reason = "was cut short by a restart, then cancelled by the operator";
-        self.end_unfinished(cut.view, ProblemKind::Cancelled, reason.to_owned());
+        self.end_unfinished(cut.view(), ProblemKind::Cancelled, reason.to_owned());
         true
     }
 
@@ -121,7 +133,7 @@ impl Broker {
     pub(super) fn take_up_unfinished(&mut self) {
         let now = self.now;
         for cut in std::mem::take(&mut self.unfinished) {
-            let p = &cut.view.progress;
+            let p = &cut.record.course;
             // Until it was asked who owns the VM, it waits as it does while something holds it.
             let (is_ours, waits) = match self.may(Verb::Move, p.vm_id) {
                 Ok(()) => (true, false),
@@ -130,7 +142,7 @@ impl Broker {
             };
             if !is_ours || p.attempt >= ATTEMPTS_MAX || cut.until < now {
                 let reason = "was cut short by a restart of this broker, and its target did not come back";
-                self.end_unfinished(cut.view, ProblemKind::Failed, reason.to_owned());
+                self.end_unfinished(cut.view(), ProblemKind::Failed, reason.to_owned());
                 continue;
             }
             let online = self.members.all().any(|m| m.jid == p.peer && m.is_online());
@@ -146,7 +158,7 @@ impl Broker {
             let id = self.begin_move(vm, Course { peer, cloud, attempt, force_stop: false }, None);
             let goes_on = id.map_or_else(String::new, |id| format!("; it goes on as migration {id}"));
             let reason = format!("was cut short by a restart of this broker{goes_on}");
-            self.end_unfinished(cut.view, ProblemKind::Failed, reason);
+            self.end_unfinished(cut.view(), ProblemKind::Failed, reason);
         }
     }
 

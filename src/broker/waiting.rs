@@ -21,7 +21,7 @@ impl Broker {
             }
         } else if let Some(run) = self.incoming.get(&id).filter(|r| r.is_unfinished()) {
             p.detail = arriving(run, now);
-        } else if let Some(cut) = self.unfinished.iter().find(|u| u.view().progress.id == id) {
+        } else if let Some(cut) = self.unfinished.iter().find(|u| u.id() == id) {
             p.phase = MigrationPhase::Waiting;
             p.detail = format!(
                 "was cut short by a restart of this broker; begins again when {} is there ({}), and fails if that \

@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::compose::ImageFormat;
 use crate::interface::problem::{Problem, ProblemKind};
-use crate::interface::{AdoptedView, ExportedView, Reply, Request, VmAdopt};
+use crate::interface::{AdoptedView, ExportedView, Reply, Request, VmAdopt, VmRequest};
 use crate::types::VmName;
 use crate::vm::Firmware;
 
@@ -70,7 +70,7 @@ pub struct Export {
 }
 
 pub async fn adopt(ctx: &Context, args: Adopt) -> Outcome {
-    let request = Request::VmAdopt(VmAdopt {
+    let request = Request::Vm(VmRequest::Adopt(VmAdopt {
         name: args.name,
         disk: absolute(&args.disk, "DISK")?,
         user_data: args.user_data.map(|path| absolute(&path, "--user-data")).transpose()?,
@@ -85,7 +85,7 @@ pub async fn adopt(ctx: &Context, args: Adopt) -> Outcome {
         start: args.start,
         hardware: args.hardware.chosen(),
         nvram: args.nvram.map(|path| absolute(&path, "--nvram")).transpose()?,
-    });
+    }));
     ctx.work(&request, |printer, reply| match reply {
         Reply::Adopted(view) => print_adopted(printer, &view),
         other => Err(unexpected(&other)),
@@ -94,12 +94,12 @@ pub async fn adopt(ctx: &Context, args: Adopt) -> Outcome {
 }
 
 pub async fn export(ctx: &Context, args: Export) -> Outcome {
-    let request = Request::VmExport {
+    let request = Request::Vm(VmRequest::Export {
         vm: args.vm,
         output: absolute(&args.file, "FILE")?,
         format: args.format.to_string(),
         user_data: args.user_data,
-    };
+    });
     ctx.work(&request, |printer, reply| match reply {
         Reply::Exported(view) => print_exported(printer, &view),
         other => Err(unexpected(&other)),

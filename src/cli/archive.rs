@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use clap::Args;
 
 use crate::interface::problem::{Problem, ProblemKind};
-use crate::interface::{Reply, Request};
+use crate::interface::{ContentRequest, Reply, Request};
 use crate::runner::content::archive::import_faults;
 
 use super::context::Context;
@@ -39,7 +39,13 @@ pub struct Import {
 }
 
 pub async fn export(ctx: &Context, args: Export) -> Outcome {
-    let request = |output| Request::RepoExport { output, components: args.components, recipes: args.recipes };
+    let request = |output| {
+        Request::Content(ContentRequest::RepoExport {
+            output,
+            components: args.components,
+            recipes: args.recipes,
+        })
+    };
     if args.output != Path::new("-") {
         return ctx.work(&request(absolute(&args.output)?), print_report).await;
     }
@@ -61,7 +67,7 @@ pub async fn export(ctx: &Context, args: Export) -> Outcome {
 }
 
 pub async fn import(ctx: &Context, args: Import) -> Outcome {
-    let request = |input| Request::RepoImport { input, bind: args.bind };
+    let request = |input| Request::Content(ContentRequest::RepoImport { input, bind: args.bind });
     let result = if args.input == Path::new("-") {
         let end = from_stdin().map_err(|e| pipe_problem(&e))?;
         ctx.follow_giving(&request("-".into()), end).await

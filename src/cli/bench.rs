@@ -16,13 +16,19 @@ use crate::runner::content::catalogue::repository_problem;
 use crate::types::{ByteSize, PackId};
 
 use super::context::Context;
-use super::online::identifier;
 use super::printer::Outcome;
 use super::table::Table;
 
 /// Rounds, of which the median counts: a shared machine has moods.
 const ROUNDS: usize = 3;
 const PIECE_BYTES: usize = 1 << 20;
+
+/// A name in words as programs know it: `xmpp-server`.
+fn identifier<S: serde::Serializer>(words: &str, s: S) -> Result<S::Ok, S::Error> {
+    let plain = words.to_ascii_lowercase();
+    let parts = plain.split(|c: char| !c.is_ascii_alphanumeric()).filter(|part| !part.is_empty());
+    s.serialize_str(&parts.collect::<Vec<_>>().join("-"))
+}
 
 #[derive(Args)]
 pub struct Bench {

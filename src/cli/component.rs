@@ -11,7 +11,9 @@ use crate::build::{
 };
 use crate::component::Kind;
 use crate::interface::problem::{Problem, ProblemKind};
-use crate::interface::{ComponentDetail, ComponentDiff, ComponentView, Event, Message, Reply, Request};
+use crate::interface::{
+    ComponentDetail, ComponentDiff, ComponentView, ContentRequest, Event, Message, Reply, Request,
+};
 use crate::repository::Repository;
 use crate::runner::content::catalogue;
 use crate::types::ComponentId;
@@ -134,27 +136,34 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
             run_build(ctx, files, &place, rebuild, keep_failed).await
         }
         Command::Import(import) => run_import(ctx, import).await,
-        Command::List => ctx.read(&Request::ComponentList, print_list).await,
+        Command::List => ctx.read(&Request::Content(ContentRequest::ComponentList), print_list).await,
         Command::Show { component, entries } => {
-            ctx.read(&Request::ComponentShow { component, entries }, |printer, reply| match reply {
-                Reply::Component(detail) => print_detail(printer, &detail),
-                other => Err(unexpected(&other)),
-            })
+            ctx.read(
+                &Request::Content(ContentRequest::ComponentShow { component, entries }),
+                |printer, reply| match reply {
+                    Reply::Component(detail) => print_detail(printer, &detail),
+                    other => Err(unexpected(&other)),
+                },
+            )
             .await
         }
         Command::Diff { from, to } => {
-            ctx.read(&Request::ComponentDiff { from, to }, |printer, reply| match reply {
-                Reply::ComponentDiff(diff) => print_diff(printer, &diff),
-                other => Err(unexpected(&other)),
+            ctx.read(&Request::Content(ContentRequest::ComponentDiff { from, to }), |printer, reply| {
+                match reply {
+                    Reply::ComponentDiff(diff) => print_diff(printer, &diff),
+                    other => Err(unexpected(&other)),
+                }
             })
             .await
         }
         Command::Optimize { components, no_deltas } => {
-            let request = Request::ComponentOptimize { components, deltas: !no_deltas };
+            let request =
+                Request::Content(ContentRequest::ComponentOptimize { components, deltas: !no_deltas });
             ctx.work(&request, super::repo::print_report).await
         }
         Command::Bind { id, name } => {
-            let reply = ctx.ask(&Request::ComponentName { component: id, name }).await?;
+            let reply =
+                ctx.ask(&Request::Content(ContentRequest::ComponentName { component: id, name })).await?;
             let Reply::Components(bound) = &reply else { return Err(unexpected(&reply)) };
             if ctx.printer.json {
                 return ctx.printer.json_reply(&reply);
@@ -165,7 +174,8 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
             })
         }
         Command::Remove { component } => {
-            ctx.ask(&Request::ComponentRemove { component: component.clone() }).await?;
+            ctx.ask(&Request::Content(ContentRequest::ComponentRemove { component: component.clone() }))
+                .await?;
             ctx.printer
                 .note(format!("{component} is removed; 'cicada repo gc' frees what nothing else needs"));
             Ok(())

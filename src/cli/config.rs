@@ -36,7 +36,9 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
             let checks = match online {
                 true => online::run(ctx, &config).await,
                 // A second or so: what is wrong with the machine is found by trying alone.
-                false => vec![online::check("hypervisor", online::hypervisor(&config).await)],
+                false => {
+                    vec![online::check(online::CheckKind::Hypervisor, online::hypervisor(&config).await)]
+                }
             };
             let failed = checks.iter().find_map(|c| c.problem.clone());
             if ctx.printer.json {
@@ -53,7 +55,7 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
                     (None, Some(_)) => "warning",
                     (None, None) => "good",
                 };
-                table.row([check.check.into(), result.into(), check.detail.clone()]);
+                table.row([check.check.to_string(), result.into(), check.detail.clone()]);
             }
             table.print(&ctx.printer)?;
             for warning in &warnings {

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use crate::config::HumanDuration;
 use crate::interface::problem::{Problem, ProblemKind};
-use crate::interface::{Reply, Request, VmView};
+use crate::interface::{Reply, Request, VmRequest, VmView};
 
 use super::context::Context;
 use super::printer::{Outcome, Printer, unexpected};
@@ -57,7 +57,7 @@ pub struct Console {
 }
 
 pub async fn run(ctx: &Context, args: Console) -> Outcome {
-    let vm = match ctx.ask(&Request::VmShow { vm: args.vm }).await? {
+    let vm = match ctx.ask(&Request::Vm(VmRequest::Show { vm: args.vm })).await? {
         Reply::Vm(vm) => vm,
         other => return Err(unexpected(&other)),
     };

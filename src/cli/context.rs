@@ -114,10 +114,9 @@ impl Context {
     }
 
     async fn target_for(&self, request: &Request) -> Result<Target, Problem> {
-        if Target::answers_offline(request) {
-            self.target().await
-        } else {
-            Ok(Target::Broker(self.client().await?))
+        match request {
+            Request::Content(_) => self.target().await,
+            Request::Vm(_) | Request::Move(_) | Request::Cloud(_) => Ok(Target::Broker(self.client().await?)),
         }
     }
 }

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use crate::compose::{occupied, part_of, place};
 use crate::durable;
 use crate::interface::problem::{Problem, ProblemKind};
-use crate::interface::{FileUse, Request};
+use crate::interface::{ContentRequest, FileUse, Request};
 
 /// What goes with a request.
 #[derive(Default)]
@@ -55,7 +55,11 @@ impl Files {
 }
 
 fn is_archive(request: &Request) -> bool {
-    matches!(request, Request::RepoExport { .. } | Request::RepoImport { .. })
+    matches!(
+        request,
+        Request::Content(ContentRequest::RepoExport { .. })
+            | Request::Content(ContentRequest::RepoImport { .. })
+    )
 }
 
 fn is_stream(path: &Path) -> bool {
@@ -164,10 +168,11 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
+    use crate::interface::VmRequest;
 
     fn export(path: &Path) -> Request {
         let output = path.to_str().unwrap().to_owned();
-        Request::VmExport { vm: "web".into(), output, format: "raw".into(), user_data: false }
+        Request::Vm(VmRequest::Export { vm: "web".into(), output, format: "raw".into(), user_data: false })
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::broker::rotation;
 use crate::clock::{Clock, SystemClock, UnixMillis};
 use crate::config::{self, identity_path, load_identity, rotate_identity};
 use crate::interface::problem::{Problem, ProblemKind};
-use crate::interface::{MemberView, Predecessor, Reply, Request};
+use crate::interface::{CloudRequest, MemberView, Predecessor, Reply, Request};
 use crate::runner::{RecordBook, Records};
 use crate::types::{MemberJid, PublicKey};
 
@@ -91,17 +91,20 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
         Command::Rotate => rotate(ctx).await,
         Command::List => {
             let offline = members::offline_unless_json(ctx).await?;
-            ctx.read(&Request::Members, |printer, reply| print_keys(printer, reply, offline.as_deref())).await
+            ctx.read(&Request::Cloud(CloudRequest::Members), |printer, reply| {
+                print_keys(printer, reply, offline.as_deref())
+            })
+            .await
         }
         Command::Trust { member, key } => {
             let (member, key) = named(ctx, &member, &key).await?;
-            ctx.ask(&Request::IdentityTrust { member: member.clone(), key }).await?;
+            ctx.ask(&Request::Cloud(CloudRequest::IdentityTrust { member: member.clone(), key })).await?;
             ctx.printer.note(format!("{member} is trusted with the key {}", key.fingerprint()));
             Ok(())
         }
         Command::Revoke { member } => {
             let member = find(&members(ctx).await?, &member)?;
-            ctx.ask(&Request::IdentityRevoke { member: member.clone() }).await?;
+            ctx.ask(&Request::Cloud(CloudRequest::IdentityRevoke { member: member.clone() })).await?;
             ctx.printer
                 .note(format!("{member} is not trusted any more, by none of the keys known to be its"));
             Ok(())
@@ -110,7 +113,7 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
 }
 
 async fn members(ctx: &Context) -> Outcome<Vec<MemberView>> {
-    match ctx.ask(&Request::Members).await? {
+    match ctx.ask(&Request::Cloud(CloudRequest::Members)).await? {
         Reply::Members(members) => Ok(members),
         other => Err(unexpected(&other)),
     }

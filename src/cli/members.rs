@@ -7,7 +7,7 @@ use clap::Args;
 
 use crate::federation::MemberPolicy;
 use crate::interface::{
-    LinkState, MemberTrust, MemberView, Message, Predecessor, Reply, Request, StatusView,
+    CloudRequest, LinkState, MemberTrust, MemberView, Message, Predecessor, Reply, Request, StatusView,
 };
 use crate::migration::envelope::SKEW;
 use crate::types::PublicKey;
@@ -32,12 +32,14 @@ pub async fn run(ctx: &Context, args: Members) -> Outcome {
     if !args.watch {
         let offline = offline_unless_json(ctx).await?;
         return ctx
-            .read(&Request::Members, |printer, reply| print_members(printer, reply, offline.as_deref()))
+            .read(&Request::Cloud(CloudRequest::Members), |printer, reply| {
+                print_members(printer, reply, offline.as_deref())
+            })
             .await;
     }
     let mut last = None;
     loop {
-        let reply = ctx.ask(&Request::Members).await?;
+        let reply = ctx.ask(&Request::Cloud(CloudRequest::Members)).await?;
         let seen = without_moments(&reply);
         if last.as_ref() != Some(&seen) {
             if last.is_some() && !ctx.printer.json {
@@ -67,7 +69,7 @@ pub(super) async fn offline_unless_json(ctx: &Context) -> Outcome<Option<String>
     if ctx.printer.json {
         return Ok(None);
     }
-    match ctx.ask(&Request::Status).await? {
+    match ctx.ask(&Request::Cloud(CloudRequest::Status)).await? {
         Reply::Status(status) => Ok(Some(status.link_problem).filter(|_| status.link == LinkState::Offline)),
         other => Err(unexpected(&other)),
     }
@@ -240,7 +242,7 @@ fn counts(by_kind: &BTreeMap<String, u64>) -> String {
 }
 
 pub async fn status(ctx: &Context) -> Outcome {
-    ctx.read(&Request::Status, |printer, reply| match reply {
+    ctx.read(&Request::Cloud(CloudRequest::Status), |printer, reply| match reply {
         Reply::Status(status) => print_status(printer, &status),
         other => Err(unexpected(&other)),
     })

@@ -6,7 +6,9 @@ use clap::Subcommand;
 
 use crate::config::Rate;
 use crate::interface::problem::Problem;
-use crate::interface::{Message, MigrationPhase, MigrationRole, MigrationView, Reply, Request, Score};
+use crate::interface::{
+    Message, MigrationPhase, MigrationRole, MigrationView, MoveRequest, Reply, Request, Score,
+};
 
 use super::account;
 use super::context::Context;
@@ -64,31 +66,31 @@ fn cap(text: &str) -> Result<Cap, String> {
 
 pub async fn run(ctx: &Context, command: Command) -> Outcome {
     match command {
-        Command::List => ctx.read(&Request::MigrationList, print_list).await,
+        Command::List => ctx.read(&Request::Move(MoveRequest::List), print_list).await,
         Command::Show { id } => {
-            ctx.read(&Request::MigrationShow { id }, |printer, reply| match reply {
+            ctx.read(&Request::Move(MoveRequest::Show { id }), |printer, reply| match reply {
                 Reply::Migration(view) => print_view(printer, &view),
                 other => Err(unexpected(&other)),
             })
             .await
         }
         Command::Cancel { id } => {
-            ctx.ask(&Request::MigrationCancel { id: id.clone() }).await?;
+            ctx.ask(&Request::Move(MoveRequest::Cancel { id: id.clone() })).await?;
             ctx.printer.note(format!("{id} is being cancelled"));
             Ok(())
         }
         Command::SwitchOver { id } => {
-            ctx.ask(&Request::MigrationSwitchOver { id: id.clone() }).await?;
+            ctx.ask(&Request::Move(MoveRequest::SwitchOver { id: id.clone() })).await?;
             ctx.printer.note(format!("{id} switches over after the pass under way"));
             Ok(())
         }
         Command::Hold { id } => {
-            ctx.ask(&Request::MigrationHold { id: id.clone() }).await?;
+            ctx.ask(&Request::Move(MoveRequest::Hold { id: id.clone() })).await?;
             ctx.printer.note(format!("the guest of {id} is held still until it is switched over"));
             Ok(())
         }
         Command::Limit { id, rate: Cap(bytes_per_s) } => {
-            ctx.ask(&Request::MigrationLimit { id: id.clone(), bytes_per_s }).await?;
+            ctx.ask(&Request::Move(MoveRequest::Limit { id: id.clone(), bytes_per_s })).await?;
             ctx.printer.note(match bytes_per_s {
                 Some(rate) => format!("{id} sends at most {}/s from now on", bytes(rate)),
                 None => format!("{id} sends as fast as it can from now on"),
@@ -98,7 +100,7 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
         Command::Receipt { id, output } => receipt::fetch(ctx, id, output).await,
         Command::Resolve(args) => resolve::run(ctx, args).await,
         Command::Watch { id } => {
-            let result = ctx.follow(&Request::MigrationWatch { id }).await;
+            let result = ctx.follow(&Request::Move(MoveRequest::Watch { id })).await;
             end(ctx, result)
         }
     }

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use crate::client::Client;
 use crate::interface::problem::{Problem, ProblemKind};
-use crate::interface::{Event, Reply, Request};
+use crate::interface::{Event, MoveRequest, Reply, Request};
 use crate::types::MigrationId;
 
 use super::context::Context;
@@ -33,18 +33,24 @@ pub struct Move {
 
 pub async fn run(ctx: &Context, args: Move) -> Outcome {
     if args.dry_run {
-        let request = Request::Move { vm: args.vm, to: args.to, dry_run: true, force_stop: args.force_stop };
+        let request = Request::Move(MoveRequest::Begin {
+            vm: args.vm,
+            to: args.to,
+            dry_run: true,
+            force_stop: args.force_stop,
+        });
         return ctx.read(&request, plan::print_reply).await;
     }
     let client = ctx.client().await?;
     let to = choose(ctx, &client, &args).await?;
-    let request = Request::Move { vm: args.vm, to, dry_run: false, force_stop: args.force_stop };
+    let request =
+        Request::Move(MoveRequest::Begin { vm: args.vm, to, dry_run: false, force_stop: args.force_stop });
     follow(ctx, &client, &request).await
 }
 
 /// Prints the plan's line and returns its target, so that what was planned is what happens.
 async fn choose(ctx: &Context, client: &Client, args: &Move) -> Outcome<Option<String>> {
-    let request = Request::Plan { vm: args.vm.clone(), to: args.to.clone(), all: false };
+    let request = Request::Move(MoveRequest::Plan { vm: args.vm.clone(), to: args.to.clone(), all: false });
     let plan = match client.call(&request, |_| ()).await? {
         Reply::Plan(plan) => plan,
         other => return Err(unexpected(&other)),
@@ -102,7 +108,7 @@ async fn follow(ctx: &Context, client: &Client, request: &Request) -> Outcome {
 async fn cancel(client: &Client, mut id: watch::Receiver<Option<MigrationId>>) -> Result<Reply, Problem> {
     let known = id.wait_for(Option::is_some).await.ok().and_then(|id| *id);
     match known {
-        Some(id) => client.call(&Request::MigrationCancel { id: id.to_string() }, |_| ()).await,
+        Some(id) => client.call(&Request::Move(MoveRequest::Cancel { id: id.to_string() }), |_| ()).await,
         None => Ok(Reply::Done),
     }
 }

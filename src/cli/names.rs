@@ -3,7 +3,7 @@
 use clap::{Args, CommandFactory, ValueEnum};
 use clap_complete::Shell;
 
-use crate::interface::{Reply, Request};
+use crate::interface::{CloudRequest, ContentRequest, Reply, Request, VmRequest};
 
 use super::Cli;
 use super::context::Context;
@@ -44,9 +44,9 @@ impl Named {
 /// One a line; none where nobody can be asked. A shell may expand what it is given: nothing odd is.
 pub async fn print(ctx: &Context, args: CompleteNames) -> Outcome {
     let request = match args.named {
-        Named::Vm => Request::VmList,
-        Named::Cloud => Request::Members,
-        Named::Component => Request::ComponentList,
+        Named::Vm => Request::Vm(VmRequest::List),
+        Named::Cloud => Request::Cloud(CloudRequest::Members),
+        Named::Component => Request::Content(ContentRequest::ComponentList),
     };
     let Ok(client) = ctx.client().await else { return Ok(()) };
     let mut names: Vec<String> = match client.call(&request, |_| ()).await {

@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::config::{Config, HostPort, NetworkKind};
 use crate::daemon;
 use crate::interface::problem::{Problem, ProblemKind, chain};
+use crate::types::kinds;
 use crate::xmpp::admin::{Admin, AdminError};
 
 use super::context::Context;
@@ -21,11 +22,27 @@ const SERVER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Which bridges QEMU's helper may use.
 const BRIDGE_CONF: &str = "/etc/qemu/bridge.conf";
 
+kinds! {
+    /// What is tried.
+    CheckKind {
+        Broker = "broker",
+        XmppServer = "xmpp-server",
+        Room = "room",
+        Membership = "membership",
+        Nick = "nick",
+        RoomOwners = "room-owners",
+        MakingRooms = "making-rooms",
+        TransferPort = "transfer-port",
+        TransferAddresses = "transfer-addresses",
+        Hypervisor = "hypervisor",
+        Bridge = "bridge",
+    }
+}
+
 /// One thing that was tried.
 #[derive(Serialize)]
 pub struct Check {
-    #[serde(serialize_with = "identifier")]
-    pub check: &'static str,
+    pub check: CheckKind,
     /// What was found.
     pub detail: String,
     pub problem: Option<Problem>,
@@ -33,47 +50,40 @@ pub struct Check {
     pub warning: Option<Problem>,
 }
 
-/// A name in words as programs know it: `xmpp-server`.
-pub(super) fn identifier<S: serde::Serializer>(words: &str, s: S) -> Result<S::Ok, S::Error> {
-    let plain = words.to_ascii_lowercase();
-    let parts = plain.split(|c: char| !c.is_ascii_alphanumeric()).filter(|part| !part.is_empty());
-    s.serialize_str(&parts.collect::<Vec<_>>().join("-"))
-}
-
 impl Check {
-    pub fn warning(check: &'static str, warning: Problem) -> Self {
+    pub fn warning(check: CheckKind, warning: Problem) -> Self {
         Self { check, detail: warning.reason.clone(), problem: None, warning: Some(warning) }
     }
 }
 
-pub fn check(name: &'static str, result: Result<String, Problem>) -> Check {
+pub fn check(kind: CheckKind, result: Result<String, Problem>) -> Check {
     let (detail, problem) = match result {
         Ok(detail) => (detail, None),
         Err(problem) => (problem.reason.clone(), Some(problem)),
     };
-    Check { check: name, detail, problem, warning: None }
+    Check { check: kind, detail, problem, warning: None }
 }
 
 pub async fn run(ctx: &Context, config: &Config) -> Vec<Check> {
     let mut checks = Vec::new();
     let runs = ctx.client().await.is_ok();
-    checks.push(check("broker", Ok(if runs { "runs" } else { "does not run" }.into())));
+    checks.push(check(CheckKind::Broker, Ok(if runs { "runs" } else { "does not run" }.into())));
     match login(config).await {
         Ok(admin) => {
             let server = admin.server().await;
             let detail = format!("{} is logged in; rooms are kept by {server}", config.xmpp.jid);
-            checks.push(check("XMPP server", Ok(detail)));
+            checks.push(check(CheckKind::XmppServer, Ok(detail)));
             checks.extend(room_check::run(config, &admin, &server, runs).await);
             admin.close().await;
         }
-        Err(problem) => checks.push(check("XMPP server", Err(problem))),
+        Err(problem) => checks.push(check(CheckKind::XmppServer, Err(problem))),
     }
-    checks.push(check("transfer port", port(config, runs)));
-    checks.push(check("transfer addresses", addresses(config).await));
-    checks.push(check("hypervisor", hypervisor(config).await));
+    checks.push(check(CheckKind::TransferPort, port(config, runs)));
+    checks.push(check(CheckKind::TransferAddresses, addresses(config).await));
+    checks.push(check(CheckKind::Hypervisor, hypervisor(config).await));
     for network in &config.networks {
         if let NetworkKind::Bridge(bridge) = &network.kind {
-            checks.push(check("bridge", bridge_is_there(bridge)));
+            checks.push(check(CheckKind::Bridge, bridge_is_there(bridge)));
         }
     }
     checks

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use crate::interface::{Candidate, PlanView, Reason, Reply, Request, Verdict};
+use crate::interface::{Candidate, MoveRequest, PlanView, Reason, Reply, Request, Verdict};
 use crate::types::MemberJid;
 
 use super::context::Context;
@@ -26,7 +26,7 @@ pub struct Plan {
 }
 
 pub async fn run(ctx: &Context, args: Plan) -> Outcome {
-    ctx.read(&Request::Plan { vm: args.vm, to: args.to, all: args.all }, print_reply).await
+    ctx.read(&Request::Move(MoveRequest::Plan { vm: args.vm, to: args.to, all: args.all }), print_reply).await
 }
 
 pub fn print_reply(printer: &Printer, reply: Reply) -> Outcome {

@@ -8,7 +8,7 @@ use futures::stream::{self, StreamExt, TryStreamExt};
 use crate::component::Manifest;
 use crate::interface::ObjectKind;
 use crate::interface::problem::Problem;
-use crate::interface::{Event, Request};
+use crate::interface::{ContentRequest, Event, Request};
 use crate::repository::Repository;
 use crate::runner::content::catalogue::repository_problem;
 use crate::types::{ComponentId, PackId};
@@ -33,7 +33,7 @@ pub async fn hand_over(ctx: &Context, builder: &Repository, ids: &[ComponentId])
         sent = packs(&target, builder, manifest, sent, &mut progress).await?;
         let object = Object::Bytes(manifest.encode());
         target.put_object(ObjectKind::Manifest, id.0, object).await?;
-        target.call(&Request::ComponentBind { id: *id }, |_| ()).await?;
+        target.call(&Request::Content(ContentRequest::ComponentBind { id: *id }), |_| ()).await?;
     }
     progress.end();
     let receiver = match target {

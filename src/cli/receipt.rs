@@ -13,7 +13,7 @@ use crate::config::{identity_path, load_identity};
 use crate::durable;
 use crate::federation::{Keyring, Revoked};
 use crate::interface::problem::{Problem, ProblemKind, chain};
-use crate::interface::{Reply, Request};
+use crate::interface::{MoveRequest, Reply, Request};
 use crate::migration::Lineage;
 use crate::migration::evidence::{Evidence, FILE_BYTES_MAX, Kind};
 use crate::migration::handover::{HandOver, HandOverError};
@@ -279,7 +279,7 @@ fn print(printer: &Printer, v: Verified) -> Outcome {
 
 /// `cicada migration receipt`
 pub async fn fetch(ctx: &Context, id: String, output: Option<PathBuf>) -> Outcome {
-    let evidence = match ctx.ask(&Request::MigrationReceipt { id }).await? {
+    let evidence = match ctx.ask(&Request::Move(MoveRequest::Receipt { id })).await? {
         Reply::Receipt(evidence) => evidence,
         other => return Err(unexpected(&other)),
     };

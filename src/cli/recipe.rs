@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 
 use crate::compose::ImageFormat;
 use crate::interface::problem::{Problem, ProblemKind};
-use crate::interface::{RecipeView, Reply, Request};
+use crate::interface::{ContentRequest, RecipeView, Reply, Request};
 use crate::types::ByteSize;
 
 use super::context::Context;
@@ -54,19 +54,19 @@ pub struct Compose {
 pub async fn run(ctx: &Context, command: Command) -> Outcome {
     match command {
         Command::Create(i) => {
-            let request = Request::RecipeCreate {
+            let request = Request::Content(ContentRequest::RecipeCreate {
                 components: i.components,
                 ordered: i.ordered,
                 root_size: i.root_size,
                 kernel_command_line: i.kernel_command_line,
-            };
+            });
             ctx.read(&request, |printer, reply| match reply {
                 Reply::Recipe(recipe) => print_recipe(printer, &recipe),
                 other => Err(unexpected(&other)),
             })
             .await
         }
-        Command::List => ctx.read(&Request::RecipeList, print_list).await,
+        Command::List => ctx.read(&Request::Content(ContentRequest::RecipeList), print_list).await,
     }
 }
 
@@ -77,8 +77,11 @@ pub async fn compose(ctx: &Context, args: Compose) -> Outcome {
     let Some(output) = output.to_str() else {
         return Err(Problem::new(ProblemKind::BadRequest, "--output", "the path is not UTF-8").into());
     };
-    let request =
-        Request::Compose { recipe: args.recipe, output: output.into(), format: args.format.to_string() };
+    let request = Request::Content(ContentRequest::Compose {
+        recipe: args.recipe,
+        output: output.into(),
+        format: args.format.to_string(),
+    });
     ctx.work(&request, |printer, reply| match reply {
         Reply::Composed(c) => card(
             printer,

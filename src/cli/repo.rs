@@ -3,7 +3,7 @@
 use clap::Subcommand;
 
 use crate::interface::problem::{Problem, ProblemKind};
-use crate::interface::{Reply, ReportLine, Request};
+use crate::interface::{CloudRequest, ContentRequest, Reply, ReportLine, Request};
 use crate::runner::content::healing::unhealed;
 
 use super::archive;
@@ -44,17 +44,22 @@ pub enum Command {
 
 pub async fn run(ctx: &Context, command: Command) -> Outcome {
     match command {
-        Command::Stats => ctx.read(&Request::RepoStats, print_report).await,
+        Command::Stats => ctx.read(&Request::Content(ContentRequest::RepoStats), print_report).await,
         Command::Check { heal } => check(ctx, heal).await,
-        Command::Gc { dry_run } => ctx.work(&Request::RepoGc { dry_run }, print_report).await,
+        Command::Gc { dry_run } => {
+            ctx.work(&Request::Content(ContentRequest::RepoGc { dry_run }), print_report).await
+        }
         Command::Export(e) => archive::export(ctx, e).await,
         Command::Import(i) => archive::import(ctx, i).await,
-        Command::RebuildIndex => ctx.work(&Request::RepoRebuildIndex, print_report).await,
+        Command::RebuildIndex => {
+            ctx.work(&Request::Content(ContentRequest::RepoRebuildIndex), print_report).await
+        }
     }
 }
 
 async fn check(ctx: &Context, heal: bool) -> Outcome {
-    let request = if heal { Request::RepoHeal } else { Request::RepoCheck };
+    let request =
+        if heal { Request::Cloud(CloudRequest::Heal) } else { Request::Content(ContentRequest::RepoCheck) };
     let result = ctx.follow(&request).await;
     let faults = match &result {
         Ok(Reply::Report(lines)) if heal => unhealed(lines),

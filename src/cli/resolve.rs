@@ -2,7 +2,7 @@
 
 use clap::{Args, ValueEnum};
 
-use crate::interface::{Reply, Request, ResolutionView, Side};
+use crate::interface::{MoveRequest, Reply, Request, ResolutionView, Side};
 
 use super::confirm;
 use super::context::Context;
@@ -56,7 +56,7 @@ pub async fn run(ctx: &Context, args: Resolve) -> Outcome {
 }
 
 async fn ask(ctx: &Context, id: &str, owner: Side, confirmed: bool) -> Outcome<ResolutionView> {
-    let request = Request::MigrationResolve { id: id.to_owned(), owner, confirmed, by_uid: None };
+    let request = Request::Move(MoveRequest::Resolve { id: id.to_owned(), owner, confirmed, by_uid: None });
     match ctx.ask(&request).await? {
         Reply::Resolution(view) => Ok(*view),
         other => Err(unexpected(&other)),

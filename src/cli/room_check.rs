@@ -11,7 +11,7 @@ use crate::xmpp::probe::RoomMaking;
 use crate::xmpp::{Occupant, RESOURCE, Refusal, Server, Software, Visit};
 
 use super::federation::{kind_of, room_making_problem};
-use super::online::{Check, check};
+use super::online::{Check, CheckKind, check};
 
 /// For all that is asked of one room.
 const ROOM_TIMEOUT: Duration = Duration::from_secs(60);
@@ -23,7 +23,7 @@ pub async fn run(config: &Config, admin: &Admin, server: &Server, broker_runs: b
     if tokio::time::timeout(ROOM_TIMEOUT, room.look_and_enter(&mut checks)).await.is_err() {
         let problem =
             Problem::new(ProblemKind::Unavailable, room.object(), "the service for rooms does not answer");
-        checks.push(check("room", Err(problem.next("see the XMPP server's log"))));
+        checks.push(check(CheckKind::Room, Err(problem.next("see the XMPP server's log"))));
     }
     checks
 }
@@ -57,7 +57,7 @@ impl Room<'_> {
         let lacks = match self.admin.look().await {
             Ok(lacks) => lacks,
             Err(refusal) => {
-                checks.push(check("room", Err(self.refused(&refusal))));
+                checks.push(check(CheckKind::Room, Err(self.refused(&refusal))));
                 // Who could have taken the name, or may yet.
                 if matches!(refusal, Refusal::NoRoom | Refusal::Destroyed) {
                     checks.push(self.room_making().await);
@@ -68,23 +68,26 @@ impl Room<'_> {
         let mend = "let the room's owner run: cicada federation create";
         if let Some(fault) = lacks.fault() {
             checks.push(check(
-                "room",
+                CheckKind::Room,
                 Err(Problem::new(ProblemKind::Refused, self.object(), fault).next(mend)),
             ));
             return;
         }
-        checks.push(check("room", Ok(format!("{} is there, for members only", self.config.xmpp.room))));
+        checks.push(check(
+            CheckKind::Room,
+            Ok(format!("{} is there, for members only", self.config.xmpp.room)),
+        ));
         for flaw in lacks.flaws() {
             let reason = format!("the room is {}", flaw.lacking());
             checks.push(Check::warning(
-                "room",
+                CheckKind::Room,
                 Problem::new(ProblemKind::Refused, self.object(), reason).next(mend),
             ));
         }
         self.enter(checks).await;
         if let Some(owners) = self.admin.owners().await.filter(|owners| !owners.is_empty()) {
             let owners: Vec<_> = owners.iter().map(|o| o.as_str()).collect();
-            checks.push(check("room owners", Ok(owners.join(", "))));
+            checks.push(check(CheckKind::RoomOwners, Ok(owners.join(", "))));
         }
         checks.push(self.room_making().await);
     }
@@ -97,10 +100,13 @@ impl Room<'_> {
         match entered {
             // It went away since, or was never one to stay.
             Ok(Visit { made: true, .. }) => {
-                checks.push(check("membership", Err(self.refused(&Refusal::Made))))
+                checks.push(check(CheckKind::Membership, Err(self.refused(&Refusal::Made))))
             }
             Ok(visit) => {
-                checks.push(check("membership", Ok(format!("{} may enter the room", self.config.xmpp.jid))));
+                checks.push(check(
+                    CheckKind::Membership,
+                    Ok(format!("{} may enter the room", self.config.xmpp.jid)),
+                ));
                 let holders = visit.others.iter().filter(|o| o.nick == own_nick);
                 let checked = match self.nick(&holders.collect::<Vec<_>>()) {
                     Some(checked) => checked,
@@ -109,16 +115,16 @@ impl Room<'_> {
                         Ok(_) => {
                             last = own_nick;
                             check(
-                                "nick",
+                                CheckKind::Nick,
                                 Ok(format!("{own_nick} is free; no broker of this cloud is in the room")),
                             )
                         }
-                        Err(refusal) => check("nick", Err(self.refused(&refusal))),
+                        Err(refusal) => check(CheckKind::Nick, Err(self.refused(&refusal))),
                     },
                 };
                 checks.push(checked);
             }
-            Err(refusal) => checks.push(check("membership", Err(self.refused(&refusal)))),
+            Err(refusal) => checks.push(check(CheckKind::Membership, Err(self.refused(&refusal)))),
         }
         self.admin.leave(last).await;
     }
@@ -133,7 +139,7 @@ impl Room<'_> {
             let reason = format!("the nick is in use by {holder}");
             let problem = Problem::new(ProblemKind::Conflict, format!("nick {name}"), reason);
             return Some(check(
-                "nick",
+                CheckKind::Nick,
                 Err(problem.next(Refusal::NickTaken.next_step(&self.config.xmpp.jid))),
             ));
         }
@@ -151,23 +157,23 @@ impl Room<'_> {
             );
             let problem = Problem::new(ProblemKind::Conflict, format!("account {me}"), reason);
             return Some(Check::warning(
-                "nick",
+                CheckKind::Nick,
                 problem.next("stop the other, or give this cloud an account of its own"),
             ));
         }
-        Some(check("nick", Ok(format!("{me} is in the room as {name} and was left alone"))))
+        Some(check(CheckKind::Nick, Ok(format!("{me} is in the room as {name} and was left alone"))))
     }
 
     async fn room_making(&self) -> Check {
         let making = self.admin.room_making().await;
         match room_making_problem(&making, self.admin.service(), self.server) {
-            Some(problem) => Check::warning("making rooms", problem),
+            Some(problem) => Check::warning(CheckKind::MakingRooms, problem),
             None if making == RoomMaking::Restricted => check(
-                "making rooms",
+                CheckKind::MakingRooms,
                 Ok(format!("{} may make none at {}", self.config.xmpp.jid, self.admin.service())),
             ),
             None => check(
-                "making rooms",
+                CheckKind::MakingRooms,
                 Ok(format!("{} administers the server: what others may was not seen", self.config.xmpp.jid)),
             ),
         }

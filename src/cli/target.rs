@@ -18,7 +18,7 @@ use crate::compose::Composer;
 use crate::config::Config;
 use crate::interface::ObjectKind;
 use crate::interface::problem::{Problem, ProblemKind};
-use crate::interface::{Event, Reply, Request};
+use crate::interface::{ContentRequest, Event, Reply, Request};
 use crate::repository::Repository;
 use crate::runner::content::catalogue;
 use crate::runner::{Given, Records};
@@ -52,58 +52,6 @@ pub enum Object {
 }
 
 impl Target {
-    /// Requests that need nothing but the repository. Building and importing are not among them:
-    /// they have a repository of their own.
-    pub fn answers_offline(request: &Request) -> bool {
-        use Request as R;
-        match request {
-            R::ComponentList
-            | R::ComponentShow { .. }
-            | R::ComponentDiff { .. }
-            | R::ComponentRemove { .. }
-            | R::ComponentOptimize { .. }
-            | R::ComponentBind { .. }
-            | R::ComponentName { .. }
-            | R::RecipeCreate { .. }
-            | R::RecipeList
-            | R::Compose { .. }
-            | R::RepoStats
-            | R::RepoCheck
-            | R::RepoGc { .. }
-            | R::RepoRebuildIndex
-            | R::RepoExport { .. }
-            | R::RepoImport { .. } => true,
-            R::Status
-            | R::RepoHeal
-            | R::Members
-            | R::IdentityTrust { .. }
-            | R::IdentityRevoke { .. }
-            | R::VmCreate(_)
-            | R::VmAdopt(_)
-            | R::VmExport { .. }
-            | R::VmList
-            | R::VmShow { .. }
-            | R::VmStart { .. }
-            | R::VmStop { .. }
-            | R::VmReboot { .. }
-            | R::VmSet(_)
-            | R::VmResize { .. }
-            | R::VmDelete { .. }
-            | R::Plan { .. }
-            | R::Move { .. }
-            | R::MigrationList
-            | R::MigrationShow { .. }
-            | R::MigrationWatch { .. }
-            | R::MigrationCancel { .. }
-            | R::MigrationLimit { .. }
-            | R::MigrationReceipt { .. }
-            | R::MigrationResolve { .. }
-            | R::MigrationSwitchOver { .. }
-            | R::MigrationHold { .. }
-            | R::Shutdown => false,
-        }
-    }
-
     /// Opens the repository of a cloud whose broker does not run.
     pub fn offline(config: &Config) -> Result<Self, Problem> {
         whose::not_as_root(config)?;
@@ -195,12 +143,19 @@ impl Offline {
         given: Given,
         mut on_event: impl FnMut(Event),
     ) -> Result<Reply, Problem> {
-        if let (Request::RepoGc { .. }, Some(damaged)) = (request, &self.damaged) {
+        let request = match request {
+            Request::Content(request) => request.clone(),
+            Request::Vm(_) | Request::Move(_) | Request::Cloud(_) => {
+                return Err(Problem::new(ProblemKind::Unavailable, "broker", "is not running")
+                    .next("start it with: cicada broker"));
+            }
+        };
+        if let (ContentRequest::RepoGc { .. }, Some(damaged)) = (&request, &self.damaged) {
             return Err(aside::gc_problem(damaged));
         }
         let (events, mut seen) = mpsc::unbounded_channel();
         let (repository, composer) = (self.repository.clone(), self.composer.clone());
-        let (grace, recipes, request) = (self.gc_grace, self.vm_recipes.clone(), request.clone());
+        let (grace, recipes) = (self.gc_grace, self.vm_recipes.clone());
         let work = tokio::task::spawn_blocking(move || {
             let mut report = |event| drop(events.send(event));
             // Interrupting the command ends this process, and the work with it.
@@ -210,11 +165,7 @@ impl Offline {
         while let Some(event) = seen.recv().await {
             on_event(event);
         }
-        let answer = work.await.map_err(|e| Problem::from_error(ProblemKind::Failed, "repository", &e))?;
-        answer.unwrap_or_else(|| {
-            Err(Problem::new(ProblemKind::Unavailable, "broker", "is not running")
-                .next("start it with: cicada broker"))
-        })
+        work.await.map_err(|e| Problem::from_error(ProblemKind::Failed, "repository", &e))?
     }
 }
 

@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 
 use crate::config::HumanDuration;
-use crate::interface::{Deleted, Reply, Request, VmCreate, VmView};
+use crate::interface::{Deleted, Reply, Request, VmCreate, VmRequest, VmView};
 use crate::types::{ByteSize, VmName};
 use crate::vm::PowerState;
 
@@ -103,10 +103,10 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
         Command::Create(create) => ctx.work(&create.request(), print_vm).await,
         Command::Adopt(args) => adopt::adopt(ctx, args).await,
         Command::Export(args) => adopt::export(ctx, args).await,
-        Command::List => ctx.read(&Request::VmList, print_list).await,
-        Command::Show { vm } => ctx.read(&Request::VmShow { vm }, print_vm).await,
+        Command::List => ctx.read(&Request::Vm(VmRequest::List), print_list).await,
+        Command::Show { vm } => ctx.read(&Request::Vm(VmRequest::Show { vm }), print_vm).await,
         Command::Start { vm, unconfirmed, wait } => {
-            let request = Request::VmStart { vm: vm.clone(), unconfirmed, by_uid: None };
+            let request = Request::Vm(VmRequest::Start { vm: vm.clone(), unconfirmed, by_uid: None });
             vm_change::start(ctx, &vm, request, wait).await
         }
         Command::Reboot(args) => vm_change::reboot(ctx, args).await,
@@ -121,7 +121,7 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
             let timeout_s = timeout.map(whole_seconds);
             let mut failed = Ok(());
             for (vm, name) in vms {
-                let request = Request::VmStop { vm, force, timeout_s, for_host };
+                let request = Request::Vm(VmRequest::Stop { vm, force, timeout_s, for_host });
                 match done(ctx, request, format!("{name} is stopped")).await {
                     // One guest that hangs does not keep the others running.
                     Err(Failure::Problem(problem)) if all => {
@@ -143,7 +143,7 @@ pub async fn run(ctx: &Context, command: Command) -> Outcome {
 impl Create {
     fn request(self) -> Request {
         let i = self.ingredients;
-        Request::VmCreate(VmCreate {
+        Request::Vm(VmRequest::Create(VmCreate {
             name: self.name,
             components: i.components,
             ordered: i.ordered,
@@ -155,12 +155,12 @@ impl Create {
             kernel_command_line: i.kernel_command_line,
             start: self.start,
             hardware: self.hardware.chosen(),
-        })
+        }))
     }
 }
 
 async fn delete(ctx: &Context, vm: String, yes: bool) -> Outcome {
-    let shown = match ctx.ask(&Request::VmShow { vm: vm.clone() }).await? {
+    let shown = match ctx.ask(&Request::Vm(VmRequest::Show { vm: vm.clone() })).await? {
         Reply::Vm(view) => view,
         other => return Err(unexpected(&other)),
     };
@@ -171,7 +171,7 @@ async fn delete(ctx: &Context, vm: String, yes: bool) -> Outcome {
         ctx.printer.aloud().note(statement);
         confirm::by_name(shown.name.as_str(), &format!("VM {vm}"), "is not deleted")?;
     }
-    let request = Request::VmDelete { vm: shown.id.to_string(), taken_for: Some(taken_for) };
+    let request = Request::Vm(VmRequest::Delete { vm: shown.id.to_string(), taken_for: Some(taken_for) });
     ctx.work(&request, |printer, reply| {
         let Reply::Deleted(d) = reply else { return Err(unexpected(&reply)) };
         printer.note(match &d.owner {
@@ -208,7 +208,7 @@ fn content(root_delta_bytes: u64, user_data_bytes: u64) -> String {
 
 /// The VMs that run, each with its name, the newest first: who was started last may need those before it.
 async fn running(ctx: &Context) -> Result<Vec<(String, String)>, Failure> {
-    let reply = ctx.ask(&Request::VmList).await?;
+    let reply = ctx.ask(&Request::Vm(VmRequest::List)).await?;
     let Reply::Vms(mut vms) = reply else { return Err(unexpected(&reply)) };
     vms.retain(|vm| vm.owner.is_none() && !matches!(vm.power, PowerState::Stopped | PowerState::Crashed));
     vms.sort_by_key(|vm| std::cmp::Reverse((vm.created, vm.id)));

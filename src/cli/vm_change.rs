@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use crate::broker::READY_LINE;
 use crate::config::HumanDuration;
 use crate::interface::problem::{Problem, ProblemKind};
-use crate::interface::{Reply, Request, VmSet, VmView};
+use crate::interface::{Reply, Request, VmRequest, VmSet, VmView};
 use crate::migration::records::{Autostart, Shape};
 use crate::types::{ByteSize, VmName};
 use crate::vm::PowerState;
@@ -159,7 +159,7 @@ pub async fn rename(ctx: &Context, args: Rename) -> Outcome {
 
 async fn change(ctx: &Context, set: VmSet) -> Outcome {
     let was = set.vm.clone();
-    ctx.work(&Request::VmSet(set), |printer, reply| {
+    ctx.work(&Request::Vm(VmRequest::Set(set)), |printer, reply| {
         let Reply::Vm(vm) = reply else { return Err(unexpected(&reply)) };
         printer.note(if vm.name.as_str() == was || vm.id.to_string() == was {
             format!("{} is changed", vm.name)
@@ -181,8 +181,11 @@ async fn change(ctx: &Context, set: VmSet) -> Outcome {
 }
 
 pub async fn resize(ctx: &Context, args: Resize) -> Outcome {
-    let request =
-        Request::VmResize { vm: args.vm, root_size: args.sizes.root, user_data_size: args.sizes.user_data };
+    let request = Request::Vm(VmRequest::Resize {
+        vm: args.vm,
+        root_size: args.sizes.root,
+        user_data_size: args.sizes.user_data,
+    });
     ctx.work(&request, |printer, reply| {
         let Reply::Vm(vm) = reply else { return Err(unexpected(&reply)) };
         let user_data = match vm.user_data_size.0 {
@@ -204,7 +207,7 @@ pub async fn start(ctx: &Context, vm: &str, request: Request, wait: Wait) -> Out
 
 pub async fn reboot(ctx: &Context, args: Reboot) -> Outcome {
     let timeout_s = args.timeout.map(whole_seconds);
-    let request = Request::VmReboot { vm: args.vm.clone(), force: args.force, timeout_s };
+    let request = Request::Vm(VmRequest::Reboot { vm: args.vm.clone(), force: args.force, timeout_s });
     begin(ctx, &args.vm, request, args.wait, "rebooted").await
 }
 
@@ -214,7 +217,8 @@ async fn begin(ctx: &Context, vm: &str, request: Request, wait: Wait, what: &str
     }
     let before = shown(ctx, vm).await?;
     // Of a VM that runs already, what it has printed counts too.
-    let runs_on = matches!(request, Request::VmStart { .. }) && before.power == PowerState::Running;
+    let runs_on =
+        matches!(request, Request::Vm(VmRequest::Start { .. })) && before.power == PowerState::Running;
     let from = match runs_on {
         true => 0,
         false => tokio::fs::metadata(&before.console_log).await.map_or(0, |m| m.len()),
@@ -240,7 +244,7 @@ async fn begin(ctx: &Context, vm: &str, request: Request, wait: Wait, what: &str
 }
 
 async fn shown(ctx: &Context, vm: &str) -> Outcome<Box<VmView>> {
-    match ctx.ask(&Request::VmShow { vm: vm.into() }).await? {
+    match ctx.ask(&Request::Vm(VmRequest::Show { vm: vm.into() })).await? {
         Reply::Vm(view) => Ok(view),
         other => Err(unexpected(&other)),
     }

@@ -1,13 +1,34 @@
-//! What is told of this cloud and of the members of its federation.
+//! What is asked and told of this cloud and of the members of its federation.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use super::kinds::{LinkState, MemberState, MemberTrust};
+use super::request::requests;
 use crate::clock::UnixMillis;
 use crate::federation::{MemberPolicy, Used};
 use crate::types::{CloudName, MemberJid, PeerText, PublicKey, Succession};
+
+requests! {
+    /// What whoever runs this cloud asks: how it and the federation are, whose keys are believed, and what
+    /// takes the broker as a whole.
+    CloudRequest {
+        "status" => Status,
+        "members" => Members,
+        "identity-trust" => IdentityTrust {
+            member: MemberJid,
+            key: PublicKey,
+        },
+        "identity-revoke" => IdentityRevoke {
+            member: MemberJid,
+        },
+        /// Checks the repository, and fetches what is damaged or missing from members that hold it.
+        "repo-heal" => Heal,
+        /// Stops the broker; VMs keep running.
+        "shutdown" => Shutdown,
+    }
+}
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct StatusView {

@@ -1,9 +1,100 @@
-//! What is told of components, recipes and the repository.
+//! What is asked and told of components, recipes and the repository.
 
 use serde::{Deserialize, Serialize};
 
 use crate::component::Kind;
 use crate::types::{ByteSize, ComponentId, ImageDigest, RecipeId};
+
+use super::request::{FileUse, requests};
+
+requests! {
+    /// What whoever makes components, recipes and disks asks. Each is answered by a repository alone, whether
+    /// a broker has it open or the command itself.
+    ContentRequest {
+        "component-list" => ComponentList,
+        "component-show" => ComponentShow {
+            component: String,
+            entries: bool,
+        },
+        "component-diff" => ComponentDiff {
+            from: String,
+            to: String,
+        },
+        "component-remove" => ComponentRemove {
+            component: String,
+        },
+        /// Compresses what components consist of strongly, all named ones if none are given, and makes
+        /// deltas between the versions that are here.
+        "component-optimize" => ComponentOptimize {
+            components: Vec<String>,
+            deltas: bool,
+        },
+        /// Makes a component whose manifest and packs were put into the repository known by its name.
+        "component-bind" => ComponentBind {
+            id: ComponentId,
+        },
+        /// As an operator binds what came by a move or an archive: `component` is the beginning of an id.
+        /// A name that is given must be the component's own, and free.
+        "component-name" => ComponentName {
+            component: String,
+            name: Option<String>,
+        },
+        "recipe-create" => RecipeCreate {
+            components: Vec<String>,
+            ordered: bool,
+            root_size: ByteSize,
+            kernel_command_line: String,
+        },
+        "recipe-list" => RecipeList,
+        /// Writes the composed disk to `output`, a path on the broker's machine.
+        "compose" => Compose {
+            recipe: String,
+            output: String,
+            format: String,
+        },
+        "repo-stats" => RepoStats,
+        "repo-check" => RepoCheck,
+        "repo-gc" => RepoGc {
+            dry_run: bool,
+        },
+        "repo-rebuild-index" => RepoRebuildIndex,
+        /// Writes what components and recipes reach, or all that has a name, to `output`, a path on the
+        /// broker's machine. Stops when the asker is gone.
+        "repo-export" => RepoExport {
+            output: String,
+            components: Vec<String>,
+            recipes: Vec<String>,
+        },
+        /// Takes what the archive at `input`, a path on the broker's machine, holds; its names only
+        /// with `bind`. Stops when the asker is gone; what was stored stays.
+        "repo-import" => RepoImport {
+            input: String,
+            bind: bool,
+        },
+    }
+}
+
+impl ContentRequest {
+    pub(super) fn files(&self) -> Vec<(&str, FileUse)> {
+        match self {
+            Self::Compose { output, .. } | Self::RepoExport { output, .. } => vec![(output, FileUse::Write)],
+            Self::RepoImport { input, .. } => vec![(input, FileUse::Read)],
+            Self::ComponentList
+            | Self::ComponentShow { .. }
+            | Self::ComponentDiff { .. }
+            | Self::ComponentRemove { .. }
+            | Self::ComponentOptimize { .. }
+            | Self::ComponentBind { .. }
+            | Self::ComponentName { .. }
+            | Self::RecipeCreate { .. }
+            | Self::RecipeList
+            | Self::RepoStats
+            | Self::RepoCheck
+            | Self::RepoGc { .. }
+            | Self::RepoRebuildIndex => Vec::new(),
+        }
+    }
+}
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct ReportLine {

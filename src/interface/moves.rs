@@ -9,6 +9,75 @@ use crate::types::{CloudName, MemberJid, MigrationId, PeerText, VmId, VmName};
 
 use super::kinds::{MigrationPhase, MigrationRole};
 use super::problem::Problem;
+use super::request::requests;
+
+requests! {
+    /// What whoever moves VMs between clouds asks: who could take one, that it goes there, how far that is, and
+    /// what becomes of a hand-over that hangs. An `id` is that of a migration, or its beginning.
+    MoveRequest {
+        "plan" => Plan {
+            vm: String,
+            to: Option<String>,
+            /// Ask every member that may be able to take it, and not a few of many.
+            #[serde(default)]
+            all: bool,
+        },
+        /// Moves a VM, to the best member if none is named.
+        "move" => Begin {
+            vm: String,
+            to: Option<String>,
+            dry_run: bool,
+            /// A guest that does not end in time is switched off.
+            #[serde(default)]
+            force_stop: bool,
+        },
+        "migration-list" => List,
+        "migration-show" => Show {
+            id: String,
+        },
+        /// Reports events of a migration until it ends.
+        "migration-watch" => Watch {
+            id: String,
+        },
+        "migration-cancel" => Cancel {
+            id: String,
+        },
+        /// The doubly signed record of a migration, remembered or long ago.
+        "migration-receipt" => Receipt {
+            id: String,
+        },
+        /// Decides a hand-over in doubt. Until `confirmed` it only says what that means.
+        "migration-resolve" => Resolve {
+            id: String,
+            owner: Side,
+            confirmed: bool,
+            /// Filled in by the API.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            by_uid: Option<u32>,
+        },
+        /// Caps what a migration sends from here, from now on; `None` lifts the cap.
+        "migration-limit" => Limit {
+            id: String,
+            bytes_per_s: Option<u64>,
+        },
+        /// No more passes while the VM runs: switch over. At the target its source is asked.
+        "migration-switch-over" => SwitchOver {
+            id: String,
+        },
+        /// Holds the guest still until it is switched over. At the target its source is asked.
+        "migration-hold" => Hold {
+            id: String,
+        },
+    }
+}
+
+impl MoveRequest {
+    pub(super) fn asked_by(&mut self, uid: Option<u32>) {
+        if let Self::Resolve { by_uid, .. } = self {
+            *by_uid = uid;
+        }
+    }
+}
 
 /// Which cloud of a migration is to own the VM, as seen from the broker that is asked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -10,6 +10,97 @@ use crate::vm::{CardModel, DiskBus, Firmware, Hardware, Mac, PowerState, SystemU
 
 use super::kinds::VmOwnership;
 use super::problem::Problem;
+use super::request::{FileUse, requests};
+
+requests! {
+    /// What whoever has VMs here asks: to make, run, change and remove them.
+    VmRequest {
+        "vm-create" => Create(VmCreate),
+        /// Makes a VM of an existing disk. Ends without trace when its caller goes away.
+        "vm-adopt" => Adopt(VmAdopt),
+        /// Writes the whole disk of a stopped VM to `output`, a path on the broker's machine where nothing is yet.
+        "vm-export" => Export {
+            vm: String,
+            output: String,
+            format: String,
+            user_data: bool,
+        },
+        "vm-list" => List,
+        "vm-show" => Show {
+            vm: String,
+        },
+        "vm-start" => Start {
+            vm: String,
+            /// Start it although members that may know more of its owner did not say.
+            #[serde(default)]
+            unconfirmed: bool,
+            /// Filled in by the API.
+            #[serde(default)]
+            by_uid: Option<u32>,
+        },
+        "vm-stop" => Stop {
+            vm: String,
+            /// Switched off without asking the guest; for the host's sake, once `timeout_s` is over.
+            force: bool,
+            /// What its guest gets to shut down; its own setting, or the cloud's, if not given.
+            #[serde(default)]
+            timeout_s: Option<u64>,
+            /// The host goes down: the VM is started again with the broker.
+            #[serde(default)]
+            for_host: bool,
+        },
+        /// Stops it as `vm-stop` does, and starts it again.
+        "vm-reboot" => Reboot {
+            vm: String,
+            force: bool,
+            #[serde(default)]
+            timeout_s: Option<u64>,
+        },
+        "vm-set" => Set(VmSet),
+        /// Makes disks of a stopped VM larger.
+        "vm-resize" => Resize {
+            vm: String,
+            #[serde(default)]
+            root_size: Option<ByteSize>,
+            #[serde(default)]
+            user_data_size: Option<ByteSize>,
+        },
+        /// Scrubs a stopped VM, or the copy that one left here which was handed over.
+        "vm-delete" => Delete {
+            vm: String,
+            /// What the asker takes it for; refused if it is the other.
+            #[serde(default)]
+            taken_for: Option<Deleted>,
+        },
+    }
+}
+
+impl VmRequest {
+    pub(super) fn files(&self) -> Vec<(&str, FileUse)> {
+        match self {
+            Self::Adopt(adopt) => {
+                let more = [&adopt.user_data, &adopt.nvram].into_iter().flatten();
+                std::iter::once(&adopt.disk).chain(more).map(|path| (path.as_str(), FileUse::Read)).collect()
+            }
+            Self::Export { output, .. } => vec![(output, FileUse::Write)],
+            Self::Create(_)
+            | Self::List
+            | Self::Show { .. }
+            | Self::Start { .. }
+            | Self::Stop { .. }
+            | Self::Reboot { .. }
+            | Self::Set(_)
+            | Self::Resize { .. }
+            | Self::Delete { .. } => Vec::new(),
+        }
+    }
+
+    pub(super) fn asked_by(&mut self, uid: Option<u32>) {
+        if let Self::Start { by_uid, .. } = self {
+            *by_uid = uid;
+        }
+    }
+}
 
 /// A new VM. With a user-data size of zero it has no second disk.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]

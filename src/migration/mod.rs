@@ -6,6 +6,7 @@ pub mod evidence;
 pub mod handover;
 pub mod lineage;
 pub mod message;
+pub mod move_record;
 pub mod ownership;
 pub mod records;
 pub mod source;

@@ -1,4 +1,4 @@
-//! What a cloud records of a VM: its shape, and who owns it. Types only; `broker/RECORDS.md` says
+//! What a cloud records of a VM: its shape, and who owns it. Types only; `runner/RECORDS.md` says
 //! where they lie and in which order they are written, `ownership.rs` how they change.
 
 use std::fmt;

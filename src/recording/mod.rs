@@ -112,3 +112,30 @@ fn digits(parts: &[&[u8]]) -> String {
     text.truncate(CHECK_DIGITS);
     text
 }
+
+/// What `fuzz/` reads recordings by.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    use super::{CHECK_DIGITS, RecordingError, digits, replay::Lines};
+
+    /// How many lines follow the first.
+    pub fn read(bytes: &[u8]) -> Result<u64, RecordingError> {
+        let mut lines = Lines::of(bytes);
+        lines.header()?;
+        let mut entries = 0;
+        while lines.entry()?.is_some() {
+            entries += 1;
+        }
+        Ok(entries)
+    }
+
+    /// These lines with checks that fit.
+    pub fn sealed(lines: &str) -> String {
+        let mut check = "0".repeat(CHECK_DIGITS);
+        let sealed = lines.split('\n').map(|json| {
+            check = digits(&[check.as_bytes(), json.as_bytes()]);
+            format!("{check} {json}\n")
+        });
+        sealed.collect()
+    }
+}

@@ -20,7 +20,7 @@ use super::{
 
 /// A recording and the core that is stepped through it.
 pub struct Replay {
-    lines: Lines,
+    lines: Lines<BufReader<File>>,
     broker: Broker,
     stream: Stream,
     pub header: Header,
@@ -56,20 +56,8 @@ impl Replay {
     /// If it is none, of another format, altered, or its core cannot begin.
     pub fn open(path: &Path) -> Result<Self, RecordingError> {
         let file = File::open(path).map_err(|source| RecordingError::Io { action: "read", source })?;
-        let mut lines = Lines { file: BufReader::new(file), line: 0, check: "0".repeat(CHECK_DIGITS) };
-        let first = match lines.next() {
-            Ok(Some(first)) => first,
-            Ok(None) | Err(RecordingError::Altered { .. }) => return Err(RecordingError::Foreign),
-            Err(e) => return Err(e),
-        };
-        let value: serde_json::Value = serde_json::from_str(&first).map_err(|_| RecordingError::Foreign)?;
-        match value.get("format").and_then(serde_json::Value::as_u64) {
-            Some(format) if format == u64::from(FORMAT) => {}
-            Some(found) => return Err(RecordingError::Format { found }),
-            None => return Err(RecordingError::Foreign),
-        }
-        let header: Header =
-            serde_json::from_value(value).map_err(|source| RecordingError::Malformed { line: 1, source })?;
+        let mut lines = Lines::of(BufReader::new(file));
+        let header = lines.header()?;
         let stream = Stream::default();
         stream.put(header.told.clone());
         let broker = begin(&header, &stream)?;
@@ -84,11 +72,9 @@ impl Replay {
         if self.end.is_some() {
             return Ok(None);
         }
-        let Some(text) = self.lines.next()? else { return Ok(None) };
+        let Some(entry) = self.lines.entry()? else { return Ok(None) };
         let line = self.lines.line;
-        let parsed =
-            serde_json::from_str(&text).map_err(|source| RecordingError::Malformed { line, source })?;
-        let (at, input, told, recorded) = match parsed {
+        let (at, input, told, recorded) = match entry {
             Line::Step { at_ms, input, told, effects } => (at_ms, *input, told, effects),
             Line::End { end } => {
                 self.end = Some(end);
@@ -135,14 +121,41 @@ fn begin(header: &Header, stream: &Stream) -> Result<Broker, RecordingError> {
 }
 
 /// Lines whose checks fit.
-struct Lines {
-    file: BufReader<File>,
+pub(super) struct Lines<R> {
+    file: R,
     line: u64,
     check: String,
 }
 
-impl Lines {
-    /// The next entry. A last line that was cut is none: its broker died while it wrote it.
+impl<R: BufRead> Lines<R> {
+    pub fn of(file: R) -> Self {
+        Self { file, line: 0, check: "0".repeat(CHECK_DIGITS) }
+    }
+
+    /// The beginning, which is the first line.
+    pub fn header(&mut self) -> Result<Header, RecordingError> {
+        let first = match self.next() {
+            Ok(Some(first)) => first,
+            Ok(None) | Err(RecordingError::Altered { .. }) => return Err(RecordingError::Foreign),
+            Err(e) => return Err(e),
+        };
+        let value: serde_json::Value = serde_json::from_str(&first).map_err(|_| RecordingError::Foreign)?;
+        match value.get("format").and_then(serde_json::Value::as_u64) {
+            Some(format) if format == u64::from(FORMAT) => {}
+            Some(found) => return Err(RecordingError::Format { found }),
+            None => return Err(RecordingError::Foreign),
+        }
+        serde_json::from_value(value).map_err(|source| RecordingError::Malformed { line: 1, source })
+    }
+
+    /// The next line after that; `None` behind the last.
+    pub fn entry(&mut self) -> Result<Option<Line>, RecordingError> {
+        let Some(text) = self.next()? else { return Ok(None) };
+        let line = self.line;
+        serde_json::from_str(&text).map(Some).map_err(|source| RecordingError::Malformed { line, source })
+    }
+
+    /// The next line. A last one that was cut is none: its broker died while it wrote it.
     fn next(&mut self) -> Result<Option<String>, RecordingError> {
         let mut bytes = Vec::new();
         let read = self.file.by_ref().take(LINE_BYTES_MAX + 1).read_until(b'\n', &mut bytes);

@@ -13,7 +13,7 @@ use crate::clock::UnixMillis;
 use crate::config::Config;
 use crate::federation::Members;
 use crate::hypervisor::{Driver, FakeDriver};
-use crate::interface::Request;
+use crate::interface::{MoveRequest, Request, Side, VmRequest};
 use crate::migration::Law;
 use crate::types::{ByteSize, IdentityKey, MemberJid};
 
@@ -60,7 +60,7 @@ fn record(path: &Path, limit: ByteSize, steps: u64) {
     step(2, Input::Room(RoomInput::Joined));
     step(3, Input::Asked(crate::broker::AskId(1), jid_of("b"), b"no envelope".to_vec()));
     for at in 0..steps {
-        step(4 + at, Input::Call(CallId(at), Request::VmList));
+        step(4 + at, Input::Call(CallId(at), Request::Vm(VmRequest::List)));
     }
     step(1000, Input::Shutdown);
     recorder.end(End::Stopped);
@@ -134,6 +134,27 @@ fn what_was_cut_altered_or_is_of_another_format_is_named() {
         |json: &str| format!("{} {json}\n", digits(&["0".repeat(CHECK_DIGITS).as_bytes(), json.as_bytes()]));
     assert!(matches!(with(sealed("{\"format\":7}")), Err(RecordingError::Format { found: 7 })));
     assert!(matches!(with(sealed("{\"format\":1}")), Err(RecordingError::Malformed { line: 1, .. })));
+}
+
+/// What the API notes of a request is part of what the core took in.
+#[test]
+fn who_asked_is_recorded() {
+    let asked = [
+        Request::Vm(VmRequest::Start { vm: "web".into(), unconfirmed: true, by_uid: Some(7) }),
+        Request::Move(MoveRequest::Resolve {
+            id: "0123".into(),
+            owner: Side::Here,
+            confirmed: true,
+            by_uid: Some(7),
+        }),
+    ];
+    for request in asked {
+        let recorded = serde_json::to_value(Input::Call(CallId(1), request.clone())).unwrap();
+        match serde_json::from_value(recorded).unwrap() {
+            Input::Call(_, again) => assert_eq!(again, request),
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 /// With other checks an altered recording can be made, as by a release that decides otherwise.

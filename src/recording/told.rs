@@ -14,7 +14,8 @@ use crate::broker::ids::Tape;
 use crate::broker::resolving::Resolution;
 use crate::clock::UnixMillis;
 use crate::federation::{Kept, Revoked};
-use crate::interface::{MigrationView, chain};
+use crate::interface::chain;
+use crate::migration::move_record::MoveRecord;
 use crate::migration::records::VmRecord;
 use crate::migration::{Lineage, Receipt, Return};
 use crate::types::{MemberJid, MigrationId, PublicKey, Signature, Signer, VmId, hex};
@@ -205,14 +206,14 @@ impl Book for RecordedBook {
     fn record_path(&self, vm: VmId) -> PathBuf {
         self.sure("record_path", |b| b.record_path(vm))
     }
-    fn migrations(&self) -> Result<Vec<MigrationView>, RecordError> {
+    fn migrations(&self) -> Result<Vec<MoveRecord>, RecordError> {
         self.fallible("migrations", |b| b.migrations())
     }
-    fn note_now(&self, view: &MigrationView) {
-        self.sure("note_now", |b| b.note_now(view));
+    fn note_now(&self, record: &MoveRecord) {
+        self.sure("note_now", |b| b.note_now(record));
     }
-    fn note_later(&self, view: &MigrationView) {
-        self.sure("note_later", |b| b.note_later(view));
+    fn note_later(&self, record: &MoveRecord) {
+        self.sure("note_later", |b| b.note_later(record));
     }
     fn forget_migration(&self, id: MigrationId) {
         self.sure("forget_migration", |b| b.forget_migration(id));

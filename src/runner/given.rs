@@ -59,10 +59,11 @@ impl Given {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::interface::{CloudRequest, VmRequest};
 
     fn export(output: &str) -> Request {
         let output = output.into();
-        Request::VmExport { vm: "web".into(), output, format: "raw".into(), user_data: false }
+        Request::Vm(VmRequest::Export { vm: "web".into(), output, format: "raw".into(), user_data: false })
     }
 
     #[test]
@@ -83,7 +84,8 @@ mod tests {
     fn there_is_one_for_each_file_or_none() {
         assert!(Given::with(&export("/x"), Vec::new()).unwrap().file("/x").is_none());
         let some = || OwnedFd::from(tempfile::tempfile().unwrap());
-        for (request, descriptors) in [(export("/x"), vec![some(), some()]), (Request::Status, vec![some()])]
+        for (request, descriptors) in
+            [(export("/x"), vec![some(), some()]), (Request::Cloud(CloudRequest::Status), vec![some()])]
         {
             assert!(Given::with(&request, descriptors).is_err());
         }

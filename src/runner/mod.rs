@@ -27,7 +27,7 @@ use crate::broker::ids::Ids;
 use crate::broker::{self, AskId, Beginning, Broker, CallId, Done, Effect, RoomInput, Token};
 use crate::federation::Members;
 use crate::hypervisor::DriverEvent;
-use crate::interface::{Event, Problem, Reply, Request, chain};
+use crate::interface::{Event, Problem, Reply, Request, VmRequest, chain};
 use crate::migration::Law;
 use crate::migration::records::VmRecord;
 use crate::recording::{self, Recorder};
@@ -322,7 +322,12 @@ impl Runner {
 
 /// Whether an operator sees what disks take up.
 fn shows_disks(request: &Request) -> bool {
-    matches!(request, Request::VmList | Request::VmShow { .. } | Request::VmDelete { .. })
+    matches!(
+        request,
+        Request::Vm(VmRequest::List)
+            | Request::Vm(VmRequest::Show { .. })
+            | Request::Vm(VmRequest::Delete { .. })
+    )
 }
 
 impl Hands {

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use crate::interface::MigrationView;
 use crate::interface::problem::chain;
+use crate::migration::move_record::MoveRecord;
 use crate::types::MigrationId;
 
 use super::record_dir::Records;
@@ -31,7 +31,7 @@ struct Desk {
 #[derive(Default)]
 struct Waiting {
     /// What is to be recorded, or `None` for what is to be forgotten.
-    changes: BTreeMap<MigrationId, Option<Box<MigrationView>>>,
+    changes: BTreeMap<MigrationId, Option<Box<MoveRecord>>>,
     /// Somebody waits for the pen: the writer lets it go first.
     hurried: bool,
     ended: bool,
@@ -49,8 +49,8 @@ impl Notes {
     }
 
     /// Records the migration soon.
-    pub fn later(&self, view: &MigrationView) {
-        self.desk.put(view.progress.id, Some(Box::new(view.clone())));
+    pub fn later(&self, record: &MoveRecord) {
+        self.desk.put(record.course.id, Some(Box::new(record.clone())));
     }
 
     pub fn forget(&self, id: MigrationId) {
@@ -59,11 +59,11 @@ impl Notes {
 
     /// Records the migration before this returns: what this cloud itself began, and goes on with after a
     /// restart.
-    pub fn now(&self, view: &MigrationView) {
+    pub fn now(&self, record: &MoveRecord) {
         lock(&self.desk.waiting).hurried = true;
         let _pen = lock(&self.desk.pen);
-        lock(&self.desk.waiting).changes.remove(&view.progress.id);
-        self.desk.write(view.progress.id, Some(view));
+        lock(&self.desk.waiting).changes.remove(&record.course.id);
+        self.desk.write(record.course.id, Some(record));
         lock(&self.desk.waiting).hurried = false;
         self.desk.woken.notify_all();
     }
@@ -81,7 +81,7 @@ impl Drop for Notes {
 }
 
 impl Desk {
-    fn put(&self, id: MigrationId, change: Option<Box<MigrationView>>) {
+    fn put(&self, id: MigrationId, change: Option<Box<MoveRecord>>) {
         let mut waiting = lock(&self.waiting);
         if waiting.changes.len() >= WAITING_MAX && !waiting.changes.contains_key(&id) {
             tracing::warn!(migration = %id, "not recorded: the disk is slower than migrations begin and end");
@@ -109,9 +109,9 @@ impl Desk {
         }
     }
 
-    fn write(&self, id: MigrationId, change: Option<&MigrationView>) {
+    fn write(&self, id: MigrationId, change: Option<&MoveRecord>) {
         let written = match change {
-            Some(view) => self.records.save_migration(view),
+            Some(record) => self.records.save_migration(record),
             None => self.records.forget_migration(id),
         };
         if let Err(e) = written {
@@ -132,7 +132,7 @@ mod tests {
     use crate::clock::UnixMillis;
     use crate::vm::VmSpec;
 
-    fn view() -> MigrationView {
+    fn record() -> MoveRecord {
         let spec: VmSpec = serde_json::from_value(serde_json::json!({
             "id": uuid::Uuid::nil(), "name": "web", "cpus": 1, "memory": 1 << 27, "recipe": "0".repeat(64),
             "root_size": 0, "user_data_size": 0, "nics": [], "architecture": "amd64", "cpu_model": "qemu64",
@@ -146,20 +146,21 @@ mod tests {
             None,
             UnixMillis(0),
         )
+        .into()
     }
 
     #[test]
     fn the_last_note_of_each_migration_is_what_is_recorded() {
         let dir = tempfile::tempdir().unwrap();
         let records = Records::open(dir.path()).unwrap();
-        let (mut kept, forgotten) = (view(), view());
+        let (mut kept, forgotten) = (record(), record());
         let notes = Notes::new(records.clone());
         notes.later(&forgotten);
         for updated in 0..500 {
-            kept.progress.updated = UnixMillis(updated);
+            kept.course.updated = UnixMillis(updated);
             notes.later(&kept);
         }
-        notes.forget(forgotten.progress.id);
+        notes.forget(forgotten.course.id);
         drop(notes);
         assert_eq!(records.migrations().unwrap(), [kept]);
     }
@@ -169,16 +170,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let records = Records::open(dir.path()).unwrap();
         let notes = Notes::new(records.clone());
-        let mut all: Vec<_> = (0..50).map(|_| view()).collect();
-        for view in &mut all {
-            notes.later(view);
-            view.progress.updated = UnixMillis(7);
-            notes.now(view);
+        let mut all: Vec<_> = (0..50).map(|_| record()).collect();
+        for record in &mut all {
+            notes.later(record);
+            record.course.updated = UnixMillis(7);
+            notes.now(record);
         }
         drop(notes);
         let recorded = records.migrations().unwrap();
         assert_eq!(recorded.len(), all.len());
-        assert!(recorded.iter().all(|view| view.progress.updated == UnixMillis(7)));
+        assert!(recorded.iter().all(|record| record.course.updated == UnixMillis(7)));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::broker::effect::{Export, Holdings, ReceiptWanted, Scanned, Serving, StageOrder};
 use crate::broker::{self, CallId, Done, Effect, Matter, Peer, Token, Unanswered, owners};
-use crate::interface::{Event, Problem, ProblemKind, Reply, Request, VmAdopt, chain};
+use crate::interface::{ContentRequest, Event, Problem, Reply, VmAdopt, chain};
 use crate::migration::records::VmRecord;
 use crate::migration::{Denial, DenialCode, RequestBody};
 use crate::transfer::Ticket;
@@ -456,7 +456,7 @@ impl Hands {
 
     // --- content ---
 
-    fn content(&mut self, call: CallId, request: Request, recipes: Vec<RecipeId>) {
+    fn content(&mut self, call: CallId, request: ContentRequest, recipes: Vec<RecipeId>) {
         let Some(caller) = self.calls.remove(&call) else { return };
         let shared = self.shared.clone();
         tokio::task::spawn_blocking(move || {
@@ -466,8 +466,7 @@ impl Hands {
             let mut tell = |event| drop(caller.events.try_send(event));
             let files = (&request, &*caller.given);
             let result = catalogue::call(repository, composer, grace, &recipes, files, &stop, &mut tell);
-            let unknown = || Err(Problem::new(ProblemKind::BadRequest, "request", "is not known here"));
-            let _ = caller.reply.send(result.unwrap_or_else(unknown));
+            let _ = caller.reply.send(result);
         });
     }
 

@@ -17,8 +17,8 @@ use crate::broker::resolving::Resolution;
 use crate::clock::UnixMillis;
 use crate::durable;
 use crate::federation::{Kept, Revoked};
-use crate::interface::MigrationView;
 use crate::migration::lineage::Lineage;
+use crate::migration::move_record::MoveRecord;
 use crate::migration::records::{VERSION, VmRecord};
 use crate::migration::{Receipt, Return};
 use crate::types::{MemberJid, MigrationId, PublicKey, VmId};
@@ -148,15 +148,15 @@ impl Records {
         Ok(record)
     }
 
-    pub fn save_migration(&self, view: &MigrationView) -> Result<(), RecordError> {
-        let path = self.dir.join("migrations").join(format!("{}.json", view.progress.id));
-        save(&path, &MigrationRecord { version: VERSION, view: view.clone() })
+    pub fn save_migration(&self, record: &MoveRecord) -> Result<(), RecordError> {
+        let path = self.dir.join("migrations").join(format!("{}.json", record.course.id));
+        save(&path, &MigrationRecord { version: VERSION, record: record.clone() })
     }
 
     /// Past and unfinished migrations; damaged records are left out, they decide nothing.
-    pub fn migrations(&self) -> Result<Vec<MigrationView>, RecordError> {
+    pub fn migrations(&self) -> Result<Vec<MoveRecord>, RecordError> {
         let all = entries(&self.dir.join("migrations"))?;
-        Ok(all.iter().filter_map(|p| load::<MigrationRecord>(p).ok()).map(|r| r.view).collect())
+        Ok(all.iter().filter_map(|p| load::<MigrationRecord>(p).ok()).map(|r| r.record).collect())
     }
 
     pub fn forget_migration(&self, id: MigrationId) -> Result<(), RecordError> {
@@ -363,17 +363,17 @@ impl Book for RecordBook {
     fn record_path(&self, vm: VmId) -> PathBuf {
         self.records.vm_dir(vm).join("record.json")
     }
-    fn migrations(&self) -> Result<Vec<MigrationView>, RecordError> {
+    fn migrations(&self) -> Result<Vec<MoveRecord>, RecordError> {
         self.records.migrations()
     }
-    fn note_now(&self, view: &MigrationView) {
+    fn note_now(&self, record: &MoveRecord) {
         if let Some(notes) = &self.notes {
-            notes.now(view);
+            notes.now(record);
         }
     }
-    fn note_later(&self, view: &MigrationView) {
+    fn note_later(&self, record: &MoveRecord) {
         if let Some(notes) = &self.notes {
-            notes.later(view);
+            notes.later(record);
         }
     }
     fn forget_migration(&self, id: MigrationId) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::broker::CallId;
-use crate::interface::{MigrationView, Reply, Request};
+use crate::interface::{MigrationView, MoveRequest, Reply, Request};
 use crate::migration::records::VmRecord;
 use crate::types::{ByteSize, MigrationId, VmId};
 use crate::vm::VmSpec;
@@ -526,7 +526,12 @@ impl<'a> Run<'a> {
         let at = self.owner_of(world, n);
         let other = (at + 1 + world.random.below(world.clouds.len() - 1)) % world.clouds.len();
         let to = (!self.scenario.choose_targets).then(|| world.clouds[other].name().to_owned());
-        let request = Request::Move { vm: id_of(n).to_string(), to, dry_run: false, force_stop: true };
+        let request = Request::Move(MoveRequest::Begin {
+            vm: id_of(n).to_string(),
+            to,
+            dry_run: false,
+            force_stop: true,
+        });
         match world.call(at, request) {
             Some(call) => self.open.push((at, world.clouds[at].life, call)),
             None => self.outcome.moves_not_done += 1,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::broker::effect::Done;
 use crate::broker::{Input, Token};
-use crate::interface::{Reply, Request};
+use crate::interface::{CloudRequest, MoveRequest, Reply, Request};
 use crate::types::VmId;
 use crate::vm::PowerState;
 
@@ -89,7 +89,7 @@ fn one_owner(world: &World, vm: VmId) -> Result<(), Broken> {
 fn nothing_left(world: &mut World, at: usize) -> Result<(), Broken> {
     let jid = world.clouds[at].jid.clone();
     let no = |what: String| broken(vec![at], format!("{jid} {what}"));
-    let Some(Reply::Migrations(moves)) = answer(world, at, Request::MigrationList) else {
+    let Some(Reply::Migrations(moves)) = answer(world, at, Request::Move(MoveRequest::List)) else {
         return no("does not say which moves are under way: it is down".into());
     };
     if let Some(open) = moves.iter().find(|view| !view.progress.ended) {
@@ -98,7 +98,7 @@ fn nothing_left(world: &mut World, at: usize) -> Result<(), Broken> {
         let what = format!("does not end move {} of {} with {}", p.id, p.vm_id, p.peer);
         return broken([at].into_iter().chain(peer).collect(), format!("{jid} {what}"));
     }
-    let Some(Reply::Status(status)) = answer(world, at, Request::Status) else {
+    let Some(Reply::Status(status)) = answer(world, at, Request::Cloud(CloudRequest::Status)) else {
         return no("does not say how it is".into());
     };
     let cloud = &world.clouds[at];

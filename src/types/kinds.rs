@@ -11,9 +11,11 @@ macro_rules! kinds {
 
         impl $name {
             /// All of them, in their order.
+            #[allow(dead_code, reason = "not all are listed")]
             pub const ALL: &[Self] = &[$(Self::$variant),+];
 
             /// The words for them, in that order.
+            #[allow(dead_code, reason = "not all are listed")]
             pub const WORDS: &[&'static str] = &[$($word),+];
 
             /// The word for it.

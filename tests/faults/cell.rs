@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use cicada::interface::{Reply, Request};
+use cicada::interface::{Reply, Request, VmRequest};
 use cicada::vm::PowerState;
 
 use crate::pair::{Pair, VM, comes};
@@ -111,8 +111,9 @@ fn recovered(pair: &mut Pair, source: usize, epoch: u64, begun: Instant) -> Resu
     let owner = rest(pair)?;
     let by_itself = comes(10, || pair.power(owner) == PowerState::Running);
     if !by_itself {
-        let started =
-            pair.world.call(owner, &Request::VmStart { vm: VM.into(), unconfirmed: false, by_uid: None });
+        let started = pair
+            .world
+            .call(owner, &Request::Vm(VmRequest::Start { vm: VM.into(), unconfirmed: false, by_uid: None }));
         if !matches!(started, Ok(Reply::Vm(_))) {
             return Err(format!("it does not start: {started:?}"));
         }

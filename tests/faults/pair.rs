@@ -10,7 +10,7 @@ use cicada::broker::READY_LINE;
 use cicada::broker::book::MigrationRecord;
 use cicada::client::Client;
 use cicada::interface::{Event, VmAdopt, VmView};
-use cicada::interface::{Problem, Reply, Request};
+use cicada::interface::{MoveRequest, Problem, Reply, Request, VmRequest};
 use cicada::migration::records::VmRecord;
 use cicada::types::ByteSize;
 use cicada::vm::{Firmware, PowerState};
@@ -111,7 +111,7 @@ impl Pair {
             hardware: Default::default(),
             nvram: None,
         };
-        let adopted = pair.world.call(0, &Request::VmAdopt(adopt));
+        let adopted = pair.world.call(0, &Request::Vm(VmRequest::Adopt(adopt)));
         assert!(matches!(adopted, Ok(Reply::Adopted(_))), "{adopted:?}");
         Some(pair)
     }
@@ -153,7 +153,12 @@ impl Pair {
     pub fn begin_move(&self, source: usize) -> tokio::task::JoinHandle<Result<Reply, Problem>> {
         let (socket, to) = (self.world.socket(source), self.world.clouds[1 - source].name.clone());
         self.runtime.spawn(async move {
-            let request = Request::Move { vm: VM.into(), to: Some(to), dry_run: false, force_stop: false };
+            let request = Request::Move(MoveRequest::Begin {
+                vm: VM.into(),
+                to: Some(to),
+                dry_run: false,
+                force_stop: false,
+            });
             Client::connect(&socket).await?.call(&request, |_: Event| {}).await
         })
     }
@@ -190,7 +195,7 @@ impl Pair {
     }
 
     fn view(&self, cloud: usize) -> Option<VmView> {
-        match self.world.call(cloud, &Request::VmList) {
+        match self.world.call(cloud, &Request::Vm(VmRequest::List)) {
             Ok(Reply::Vms(vms)) => vms.into_iter().find(|vm| vm.name.as_str() == VM),
             _ => None,
         }
@@ -201,7 +206,7 @@ impl Pair {
         let mut owners = Vec::new();
         for cloud in 0..2 {
             let name = &self.world.clouds[cloud].name;
-            match self.world.call(cloud, &Request::MigrationList) {
+            match self.world.call(cloud, &Request::Move(MoveRequest::List)) {
                 Ok(Reply::Migrations(all)) => {
                     if let Some(m) = all.iter().find(|m| !m.progress.ended) {
                         return Err(format!("{name} moves: {} {}", m.progress.phase, m.progress.detail));
@@ -209,7 +214,7 @@ impl Pair {
                 }
                 other => return Err(format!("{name} does not answer: {:?}", other.err())),
             }
-            let unfinished = self.records_of_moves(cloud).into_iter().any(|m| !m.view.progress.ended);
+            let unfinished = self.records_of_moves(cloud).into_iter().any(|m| !m.record.course.ended);
             if unfinished {
                 return Err(format!("{name} has a move to take up again"));
             }

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use cicada::build::{BuildOptions, build};
 use cicada::client::Client;
 use cicada::interface::ObjectKind;
+use cicada::interface::{CloudRequest, ContentRequest, MoveRequest, Problem, Reply, Request, VmRequest};
 use cicada::interface::{Event, MemberView, MigrationView, PlanView, StatusView, VmAdopt, VmCreate, VmView};
-use cicada::interface::{Problem, Reply, Request};
 use cicada::repository::Repository;
 use cicada::types::{ByteSize, ComponentId};
 use cicada::vm::Firmware;
@@ -220,7 +220,7 @@ impl World {
 
     pub fn start_broker(&mut self, cloud: usize) {
         self.clouds[cloud].broker = Some(self.spawn_broker(cloud));
-        self.wait("the broker answers", 30, |w| w.call(cloud, &Request::Status).is_ok());
+        self.wait("the broker answers", 30, |w| w.call(cloud, &Request::Cloud(CloudRequest::Status)).is_ok());
     }
 
     /// Ends a broker: with TERM, or as a crash.
@@ -301,35 +301,35 @@ impl World {
     }
 
     pub fn members(&self, cloud: usize) -> Vec<MemberView> {
-        match self.call(cloud, &Request::Members) {
+        match self.call(cloud, &Request::Cloud(CloudRequest::Members)) {
             Ok(Reply::Members(m)) => m,
             other => panic!("{other:?}"),
         }
     }
 
     pub fn status(&self, cloud: usize) -> StatusView {
-        match self.call(cloud, &Request::Status) {
+        match self.call(cloud, &Request::Cloud(CloudRequest::Status)) {
             Ok(Reply::Status(s)) => *s,
             other => panic!("{other:?}"),
         }
     }
 
     pub fn vms(&self, cloud: usize) -> Vec<VmView> {
-        match self.call(cloud, &Request::VmList) {
+        match self.call(cloud, &Request::Vm(VmRequest::List)) {
             Ok(Reply::Vms(v)) => v,
             other => panic!("{other:?}"),
         }
     }
 
     pub fn vm(&self, cloud: usize, name: &str) -> VmView {
-        match self.call(cloud, &Request::VmShow { vm: name.into() }) {
+        match self.call(cloud, &Request::Vm(VmRequest::Show { vm: name.into() })) {
             Ok(Reply::Vm(v)) => *v,
             other => panic!("{other:?}"),
         }
     }
 
     pub fn plan(&self, cloud: usize, vm: &str) -> PlanView {
-        match self.call(cloud, &Request::Plan { vm: vm.into(), to: None, all: false }) {
+        match self.call(cloud, &Request::Move(MoveRequest::Plan { vm: vm.into(), to: None, all: false })) {
             Ok(Reply::Plan(p)) => p,
             other => panic!("{other:?}"),
         }
@@ -337,7 +337,12 @@ impl World {
 
     /// Moves a VM and returns the account.
     pub fn move_vm(&self, cloud: usize, vm: &str, to: &str) -> MigrationView {
-        let request = Request::Move { vm: vm.into(), to: Some(to.into()), dry_run: false, force_stop: false };
+        let request = Request::Move(MoveRequest::Begin {
+            vm: vm.into(),
+            to: Some(to.into()),
+            dry_run: false,
+            force_stop: false,
+        });
         match self.call(cloud, &request) {
             Ok(Reply::Migration(m)) => *m,
             other => panic!("{other:?}\n--- source log\n{}", self.log(cloud)),
@@ -347,8 +352,12 @@ impl World {
     /// Begins a move in the background; the thread ends with it.
     pub fn begin_move(&self, cloud: usize, vm: &str, to: Option<&str>) -> JoinHandle<Result<Reply, Problem>> {
         let socket = self.socket(cloud);
-        let request =
-            Request::Move { vm: vm.into(), to: to.map(Into::into), dry_run: false, force_stop: false };
+        let request = Request::Move(MoveRequest::Begin {
+            vm: vm.into(),
+            to: to.map(Into::into),
+            dry_run: false,
+            force_stop: false,
+        });
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async { Client::connect(&socket).await?.call(&request, |_| {}).await })
@@ -356,7 +365,7 @@ impl World {
     }
 
     pub fn migrations(&self, cloud: usize) -> Vec<MigrationView> {
-        match self.call(cloud, &Request::MigrationList) {
+        match self.call(cloud, &Request::Move(MoveRequest::List)) {
             Ok(Reply::Migrations(all)) => all,
             other => panic!("{other:?}"),
         }
@@ -382,7 +391,10 @@ impl World {
                 let size = bytes.len() as u64;
                 let body = futures::stream::iter([Ok(bytes.into())]).boxed();
                 client.put_object(ObjectKind::Manifest, id.0, size, body).await.unwrap();
-                client.call(&Request::ComponentBind { id: *id }, |_| {}).await.unwrap();
+                client
+                    .call(&Request::Content(ContentRequest::ComponentBind { id: *id }), |_| {})
+                    .await
+                    .unwrap();
             }
         });
     }
@@ -395,7 +407,7 @@ impl World {
         user_data_mib: u64,
         start: bool,
     ) -> VmView {
-        let request = Request::VmCreate(VmCreate {
+        let request = Request::Vm(VmRequest::Create(VmCreate {
             name: name.parse().unwrap(),
             components: ids.iter().map(ToString::to_string).collect(),
             ordered: false,
@@ -407,7 +419,7 @@ impl World {
             kernel_command_line: "console=ttyS0 quiet".into(),
             start,
             hardware: Default::default(),
-        });
+        }));
         match self.call(cloud, &request) {
             Ok(Reply::Vm(v)) => *v,
             other => panic!("{other:?}\n{}", self.log(cloud)),
@@ -459,7 +471,7 @@ impl World {
             nvram: None,
         };
         change(&mut adopt);
-        self.call(cloud, &Request::VmAdopt(adopt))
+        self.call(cloud, &Request::Vm(VmRequest::Adopt(adopt)))
     }
 
     pub fn wait_booted(&self, cloud: usize, vm: &str, seconds: u64) {
@@ -526,7 +538,7 @@ impl Drop for World {
             for vm in self.clouds[cloud]
                 .broker
                 .is_some()
-                .then(|| self.call(cloud, &Request::VmList))
+                .then(|| self.call(cloud, &Request::Vm(VmRequest::List)))
                 .into_iter()
                 .flatten()
             {
@@ -534,12 +546,12 @@ impl Drop for World {
                 for vm in vms.iter().filter(|v| v.ownership == cicada::interface::VmOwnership::Here) {
                     let _ = self.call(
                         cloud,
-                        &Request::VmStop {
+                        &Request::Vm(VmRequest::Stop {
                             vm: vm.name.to_string(),
                             force: true,
                             timeout_s: Some(5),
                             for_host: false,
-                        },
+                        }),
                     );
                 }
             }

@@ -2,7 +2,7 @@
 
 use base64::Engine as _;
 use cicada::component::recipe::{DiskParameters, Recipe};
-use cicada::interface::{MigrationView, Verdict, VmAdopt, VmView};
+use cicada::interface::{MigrationView, MoveRequest, Verdict, VmAdopt, VmRequest, VmView};
 use cicada::migration::message::{Initialization, Pass};
 use cicada::stanza::cloud::Capacity;
 use cicada::types::ImageDigest;
@@ -12,7 +12,7 @@ use super::*;
 
 impl Home {
     async fn migrations(&self) -> Vec<MigrationView> {
-        match self.call(Request::MigrationList).await.unwrap() {
+        match self.call(Request::Move(MoveRequest::List)).await.unwrap() {
             Reply::Migrations(all) => all,
             other => panic!("{other:?}"),
         }
@@ -48,11 +48,11 @@ impl Home {
             hardware: Default::default(),
             nvram: None,
         };
-        self.call(Request::VmAdopt(adopt)).await.unwrap();
+        self.call(Request::Vm(VmRequest::Adopt(adopt))).await.unwrap();
     }
 
     async fn vm(&self, name: &str) -> VmView {
-        match self.call(Request::VmShow { vm: name.into() }).await.unwrap() {
+        match self.call(Request::Vm(VmRequest::Show { vm: name.into() })).await.unwrap() {
             Reply::Vm(vm) => *vm,
             other => panic!("{other:?}"),
         }
@@ -288,7 +288,11 @@ async fn a_plan_tells_nobody_more_of_a_vm_than_the_answer_needs() {
     home.presents_capacity("a", Capacity { memory_free: 0, ..room });
     home.presents_capacity("b", room);
     home.heard.0.lock().unwrap().clear();
-    let plan = match home.call(Request::Plan { vm: "payroll".into(), to: None, all: false }).await.unwrap() {
+    let plan = match home
+        .call(Request::Move(MoveRequest::Plan { vm: "payroll".into(), to: None, all: false }))
+        .await
+        .unwrap()
+    {
         Reply::Plan(plan) => plan,
         other => panic!("{other:?}"),
     };

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use cicada::clock::UnixMillis;
-use cicada::interface::{Reply, Request};
+use cicada::interface::{MoveRequest, Reply, Request};
 use cicada::migration::Law;
 use cicada::migration::records::{GivenUp, VmRecord};
 use cicada::sim::{Catalogue, Cloud, Component, Kind, Links, Pending, Shape, World};
@@ -104,7 +104,7 @@ pub fn sound(world: &World) -> Result<(), String> {
 }
 
 fn listed(world: &mut World, at: usize) -> Result<Vec<(MigrationId, bool, String)>, String> {
-    let call = world.call(at, Request::MigrationList).ok_or("a broker is down at rest")?;
+    let call = world.call(at, Request::Move(MoveRequest::List)).ok_or("a broker is down at rest")?;
     match world.reply(at, call) {
         Some(Ok(Reply::Migrations(all))) => {
             Ok(all.iter().map(|m| (m.progress.id, m.progress.ended, m.progress.phase.to_string())).collect())

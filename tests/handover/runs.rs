@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use cicada::broker::CallId;
 use cicada::broker::memory_book::{MemoryBook, Page};
-use cicada::interface::{Deleted, Reply, Request, Side};
+use cicada::interface::{Deleted, MoveRequest, Reply, Request, Side, VmRequest};
 use cicada::migration::Law;
 use cicada::sim::{Death, Kind, Pending, World};
 use cicada::vm::PowerState;
@@ -360,7 +360,12 @@ impl Run {
         let to = Some(self.world.clouds[to].name().to_owned());
         self.tally.moves += 1;
         self.moves_left -= 1;
-        let request = Request::Move { vm: NAME.into(), to, dry_run: false, force_stop: self.one_in(2) };
+        let request = Request::Move(MoveRequest::Begin {
+            vm: NAME.into(),
+            to,
+            dry_run: false,
+            force_stop: self.one_in(2),
+        });
         self.world.call(from, request).is_some()
     }
 
@@ -431,7 +436,7 @@ impl Run {
     fn cancel(&mut self, n: usize) {
         for id in open(&mut self.world, n) {
             self.tally.cancelled += 1;
-            self.world.call(n, Request::MigrationCancel { id: id.to_string() });
+            self.world.call(n, Request::Move(MoveRequest::Cancel { id: id.to_string() }));
         }
     }
 
@@ -441,8 +446,11 @@ impl Run {
             self.tally.steered += 1;
             let id = id.to_string();
             let hold = self.one_in(2);
-            let request =
-                if hold { Request::MigrationHold { id } } else { Request::MigrationSwitchOver { id } };
+            let request = if hold {
+                Request::Move(MoveRequest::Hold { id })
+            } else {
+                Request::Move(MoveRequest::SwitchOver { id })
+            };
             self.world.call(n, request);
         }
     }
@@ -450,14 +458,15 @@ impl Run {
     fn stop(&mut self, n: usize) {
         self.stopped = true;
         let vm = NAME.to_owned();
-        self.world.call(n, Request::VmStop { vm, force: true, timeout_s: None, for_host: false });
+        self.world
+            .call(n, Request::Vm(VmRequest::Stop { vm, force: true, timeout_s: None, for_host: false }));
     }
 
     /// An operator starts it; never where it was taken back by word while another cloud has it.
     fn start(&mut self, n: usize) {
         let by_word = self.world.clouds[n].book.vm(vm()).is_some_and(|r| r.taken_back.is_some());
         if !by_word || owners(&self.world).is_empty() && in_doubt(&self.world).is_none() {
-            let request = Request::VmStart { vm: NAME.into(), unconfirmed: false, by_uid: None };
+            let request = Request::Vm(VmRequest::Start { vm: NAME.into(), unconfirmed: false, by_uid: None });
             self.starts.extend(self.world.call(n, request).map(|call| (n, call)));
         }
     }
@@ -466,7 +475,10 @@ impl Run {
     fn delete(&mut self, n: usize) {
         let given = self.world.clouds[n].book.vm(vm()).is_some_and(|r| !r.is_here());
         if given {
-            self.world.call(n, Request::VmDelete { vm: NAME.into(), taken_for: Some(Deleted::KeptCopy) });
+            self.world.call(
+                n,
+                Request::Vm(VmRequest::Delete { vm: NAME.into(), taken_for: Some(Deleted::KeptCopy) }),
+            );
         }
     }
 
@@ -492,7 +504,7 @@ impl Run {
         let wrong = self.one_in(4);
         let owner = if taken != wrong { Side::There } else { Side::Here };
         let id = given.migration.to_string();
-        let request = Request::MigrationResolve { id, owner, confirmed: true, by_uid: None };
+        let request = Request::Move(MoveRequest::Resolve { id, owner, confirmed: true, by_uid: None });
         if let Some(call) = self.world.call(at, request)
             && matches!(self.world.reply(at, call), Some(Ok(Reply::Resolution(_))))
         {
@@ -546,7 +558,7 @@ impl Run {
         for at in again {
             if self.world.clouds[at].book.vm(vm()).is_some_and(|r| r.is_here() && r.run) {
                 let vm = NAME.to_owned();
-                self.world.call(at, Request::VmStart { vm, unconfirmed: false, by_uid: None });
+                self.world.call(at, Request::Vm(VmRequest::Start { vm, unconfirmed: false, by_uid: None }));
             }
         }
         for at in 0..MOVERS {
@@ -554,7 +566,10 @@ impl Run {
             let runs = self.world.clouds[at].power.get(&vm()) == Some(&PowerState::Running);
             if runs && record.is_some_and(|r| r.is_here() && !r.run) {
                 let vm = NAME.to_owned();
-                self.world.call(at, Request::VmStop { vm, force: true, timeout_s: None, for_host: false });
+                self.world.call(
+                    at,
+                    Request::Vm(VmRequest::Stop { vm, force: true, timeout_s: None, for_host: false }),
+                );
             }
         }
     }
@@ -581,13 +596,19 @@ impl Run {
                 }
                 continue;
             };
-            let force = Request::VmStop { vm: NAME.into(), force: true, timeout_s: None, for_host: false };
+            let force = Request::Vm(VmRequest::Stop {
+                vm: NAME.into(),
+                force: true,
+                timeout_s: None,
+                for_host: false,
+            });
             if owner == Side::There {
                 self.world.call(at, force);
                 self.world.run_until(self.world.now.plus(Duration::from_secs(5)), |w, _| sound(w))?;
             }
             let id = id.to_string();
-            self.world.call(at, Request::MigrationResolve { id, owner, confirmed: true, by_uid: None });
+            self.world
+                .call(at, Request::Move(MoveRequest::Resolve { id, owner, confirmed: true, by_uid: None }));
             // Nothing contested is started by itself, also once it is not any more: whoever has it then starts it.
             self.starts.extend((0..CLOUDS).map(|at| (at, CallId(u64::MAX))));
         }
@@ -596,7 +617,7 @@ impl Run {
 
     fn count(&mut self) {
         for at in 0..CLOUDS {
-            let Some(call) = self.world.call(at, Request::MigrationList) else { continue };
+            let Some(call) = self.world.call(at, Request::Move(MoveRequest::List)) else { continue };
             let Some(Ok(Reply::Migrations(all))) = self.world.reply(at, call) else { continue };
             let mine = all.iter().filter(|m| m.progress.role.as_str() == "source");
             for m in mine {

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use cicada::broker::memory_book::Page;
-use cicada::interface::Request;
+use cicada::interface::{MoveRequest, Request};
 use cicada::migration::Law;
 use cicada::migration::ownership::Rule;
 use cicada::sim::{Death, Kind, Pending, World};
@@ -141,11 +141,19 @@ impl Search {
             Choice::Move => {
                 let Some(from) = owners(world).first().copied() else { return };
                 let to = Some(world.clouds[1 - from].name().to_owned());
-                world.call(from, Request::Move { vm: NAME.into(), to, dry_run: false, force_stop: true });
+                world.call(
+                    from,
+                    Request::Move(MoveRequest::Begin {
+                        vm: NAME.into(),
+                        to,
+                        dry_run: false,
+                        force_stop: true,
+                    }),
+                );
             }
             Choice::Cancel(at) => {
                 for id in open(world, at) {
-                    world.call(at, Request::MigrationCancel { id: id.to_string() });
+                    world.call(at, Request::Move(MoveRequest::Cancel { id: id.to_string() }));
                 }
             }
         }

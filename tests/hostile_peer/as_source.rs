@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cicada::interface::{Reply, Request};
+use cicada::interface::{Reply, Request, VmRequest};
 use cicada::migration::handover::{EPOCH_MAX, SignedHandOver};
 use cicada::migration::message::{CHECK_IDS_MAX, Initialization};
 use cicada::migration::{AnswerBody, DenialCode, HandOver, RequestBody};
@@ -88,7 +88,10 @@ fn hand_over(bench: &Bench, peer: &Peer, matter: Matter) {
 
 pub fn delete_vm(bench: &Bench, matter: Matter) {
     let vm = matter.vm.to_string();
-    assert!(matches!(bench.world.call(0, &Request::VmDelete { vm, taken_for: None }), Ok(Reply::Deleted(_))));
+    assert!(matches!(
+        bench.world.call(0, &Request::Vm(VmRequest::Delete { vm, taken_for: None })),
+        Ok(Reply::Deleted(_))
+    ));
 }
 
 pub fn rows(bench: &mut Bench) {
@@ -452,7 +455,7 @@ fn start_rows(bench: &mut Bench) {
     assert!(matches!(back, AnswerBody::Denied(_) | AnswerBody::Returned { .. }), "{back:?}");
     let back = peer.ask_through(again, started(peer, again));
     assert!(matches!(back, AnswerBody::Returned { .. }), "{back:?}");
-    assert!(bench.world.call(0, &Request::VmShow { vm: matter.vm.to_string() }).is_err());
+    assert!(bench.world.call(0, &Request::Vm(VmRequest::Show { vm: matter.vm.to_string() })).is_err());
     bench.settled("an epoch that was returned");
     bench.table.row(step, "an epoch that was returned before", "never taken over, returned");
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use cicada::interface::VmView;
-use cicada::interface::{Reply, Request};
+use cicada::interface::{Reply, Request, VmRequest};
 use cicada::migration::handover::SignedHandOver;
 use cicada::migration::message::{CheckAnswer, Initialization, Progress, Seed, StageAccount};
 use cicada::migration::{AnswerBody, Denial, DenialCode, Receipt, RequestBody};
@@ -515,8 +515,8 @@ fn start_rows(bench: &mut Bench) {
     bench.cancel_all();
     let name = vm.name.to_string();
     for request in [
-        Request::VmStart { vm: name.clone(), unconfirmed: false, by_uid: None },
-        Request::VmDelete { vm: name.clone(), taken_for: None },
+        Request::Vm(VmRequest::Start { vm: name.clone(), unconfirmed: false, by_uid: None }),
+        Request::Vm(VmRequest::Delete { vm: name.clone(), taken_for: None }),
     ] {
         assert!(bench.world.call(0, &request).is_err(), "{request:?}");
     }
@@ -549,7 +549,12 @@ fn start_rows(bench: &mut Bench) {
     let deleted = bench.mallory.ask(matter, RequestBody::Delete { boot_ms: None });
     assert!(matches!(deleted, AnswerBody::Deleted { .. }), "{deleted:?}");
     assert_eq!(bench.world.vm(0, vm.name.as_str()).ownership, cicada::interface::VmOwnership::GivenUp);
-    assert!(bench.world.call(0, &Request::VmStart { vm: name, unconfirmed: false, by_uid: None }).is_err());
+    assert!(
+        bench
+            .world
+            .call(0, &Request::Vm(VmRequest::Start { vm: name, unconfirmed: false, by_uid: None }))
+            .is_err()
+    );
     bench.table.row(
         step,
         "a receipt, and then a return",

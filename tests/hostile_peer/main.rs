@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cicada::client::Client;
-use cicada::interface::{Problem, Reply, Request};
+use cicada::interface::{MoveRequest, Problem, Reply, Request};
 use cicada::interface::{StatusView, VmView};
 use peer::Peer;
 use table::Table;
@@ -185,8 +185,12 @@ impl Bench {
         Moving(std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
-                let request =
-                    Request::Move { vm, to: Some("mallory".into()), dry_run: false, force_stop: false };
+                let request = Request::Move(MoveRequest::Begin {
+                    vm,
+                    to: Some("mallory".into()),
+                    dry_run: false,
+                    force_stop: false,
+                });
                 Client::connect(&socket).await?.call(&request, |_| {}).await
             })
         }))
@@ -194,9 +198,11 @@ impl Bench {
 
     /// Calls off whatever runs.
     pub fn cancel_all(&self) {
-        let Ok(Reply::Migrations(all)) = self.world.call(0, &Request::MigrationList) else { return };
+        let Ok(Reply::Migrations(all)) = self.world.call(0, &Request::Move(MoveRequest::List)) else {
+            return;
+        };
         for m in all.iter().filter(|m| !m.progress.ended) {
-            let _ = self.world.call(0, &Request::MigrationCancel { id: m.progress.id.to_string() });
+            let _ = self.world.call(0, &Request::Move(MoveRequest::Cancel { id: m.progress.id.to_string() }));
         }
     }
 }

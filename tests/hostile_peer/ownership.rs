@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use cicada::interface::Request;
+use cicada::interface::{Request, VmRequest};
 use cicada::migration::envelope::VERSION_BEFORE;
 use cicada::migration::handover::Provenance;
 use cicada::migration::message::{Claim, Progress, StageAccount};
@@ -253,12 +253,21 @@ fn gave_it_and_withdraws(bench: &mut Bench, vm: VmId, history: Lineage) {
         bench.mallory.ask(matter, RequestBody::Withdraw { hand_over: hand_over.clone() });
     }
     assert_eq!(bench.world.vm(0, &vm.to_string()).ownership, cicada::interface::VmOwnership::Here);
-    let started =
-        bench.world.call(0, &Request::VmStart { vm: vm.to_string(), unconfirmed: false, by_uid: None });
+    let started = bench
+        .world
+        .call(0, &Request::Vm(VmRequest::Start { vm: vm.to_string(), unconfirmed: false, by_uid: None }));
     assert!(started.is_ok(), "{started:?}");
     bench
         .world
-        .call(0, &Request::VmStop { vm: vm.to_string(), force: true, timeout_s: Some(20), for_host: false })
+        .call(
+            0,
+            &Request::Vm(VmRequest::Stop {
+                vm: vm.to_string(),
+                force: true,
+                timeout_s: Some(20),
+                for_host: false,
+            }),
+        )
         .unwrap();
     delete_vm(bench, matter);
     bench.settled("withdrawals without end");
@@ -301,7 +310,7 @@ fn claims_what_it_gave(bench: &mut Bench) {
 fn holds_a_guest(bench: &mut Bench) {
     let vm = bench.new_vm();
     let name = vm.name.to_string();
-    let start = Request::VmStart { vm: name.clone(), unconfirmed: false, by_uid: None };
+    let start = Request::Vm(VmRequest::Start { vm: name.clone(), unconfirmed: false, by_uid: None });
     bench.world.call(0, &start).unwrap();
     let moving = bench.begin_move(&vm);
     let peer = &bench.mallory;
@@ -330,7 +339,10 @@ fn holds_a_guest(bench: &mut Bench) {
     assert!(moving.outcome().is_err());
     bench
         .world
-        .call(0, &Request::VmStop { vm: name, force: true, timeout_s: Some(20), for_host: false })
+        .call(
+            0,
+            &Request::Vm(VmRequest::Stop { vm: name, force: true, timeout_s: Some(20), for_host: false }),
+        )
         .unwrap();
     delete_vm(bench, Matter { vm: vm.id, ..matter });
     bench.settled("a guest that is held");

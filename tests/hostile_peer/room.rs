@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cicada::interface::{Reply, Request};
+use cicada::interface::{MoveRequest, Reply, Request};
 use cicada::migration::{AnswerBody, RequestBody};
 use cicada::stanza::Request as RequestStanza;
 use cicada::stanza::cloud::Capacity;
@@ -282,12 +282,12 @@ fn expelled(bench: &mut Bench) {
     assert!(moving.outcome().is_err());
     assert_eq!(bench.world.vm(0, own.name.as_str()).ownership, cicada::interface::VmOwnership::Here);
     bench.settled("a member that was expelled");
-    let request = Request::Move {
+    let request = Request::Move(MoveRequest::Begin {
         vm: own.name.to_string(),
         to: Some("mallory".into()),
         dry_run: false,
         force_stop: false,
-    };
+    });
     assert!(!matches!(bench.world.call(0, &request), Ok(Reply::Migration(_))));
     bench.table.row(
         "expelled",

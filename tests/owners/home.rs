@@ -12,7 +12,7 @@ use cicada::config::Config;
 use cicada::federation::{Members, Presence};
 use cicada::hypervisor::FakeDriver;
 use cicada::interface::VmView;
-use cicada::interface::{Problem, Reply, Request};
+use cicada::interface::{CloudRequest, Problem, Reply, Request, VmRequest};
 use cicada::migration::envelope::{LIFETIME, VERSION_BEFORE};
 use cicada::migration::handover::{Origin, Provenance, SignedHandOver};
 use cicada::migration::message::{Known, Seed};
@@ -270,7 +270,7 @@ impl Home {
     }
 
     pub async fn vm(&self, n: u128) -> VmView {
-        match self.call(Request::VmShow { vm: spec(n).id.to_string() }).await.unwrap() {
+        match self.call(Request::Vm(VmRequest::Show { vm: spec(n).id.to_string() })).await.unwrap() {
             Reply::Vm(vm) => *vm,
             other => panic!("{other:?}"),
         }
@@ -291,7 +291,7 @@ impl Home {
     }
 
     pub async fn refused(&self, kind: &str) -> u64 {
-        match self.call(Request::Status).await.unwrap() {
+        match self.call(Request::Cloud(CloudRequest::Status)).await.unwrap() {
             Reply::Status(status) => status.refusals.by_kind.get(kind).copied().unwrap_or(0),
             other => panic!("{other:?}"),
         }

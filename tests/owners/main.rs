@@ -5,7 +5,7 @@ mod home;
 
 use std::time::{Duration, Instant};
 
-use cicada::interface::Request;
+use cicada::interface::{Request, VmRequest};
 use cicada::migration::envelope::{VERSION, VERSION_BEFORE};
 use cicada::migration::message::{Claim, Known};
 use cicada::migration::{AnswerBody, DenialCode, Lineage, Links, RequestBody};
@@ -132,7 +132,9 @@ async fn a_restored_broker_asks_before_it_runs_and_believes_the_proof() {
     let vm = home.vm(1).await;
     assert_eq!(vm.ownership, cicada::interface::VmOwnership::Here);
     assert!(vm.problem.as_ref().unwrap().reason.contains("a@federation.test"), "{:?}", vm.problem);
-    let start = |by_word: bool| Request::VmStart { vm: "vm-1".into(), unconfirmed: by_word, by_uid: Some(1) };
+    let start = |by_word: bool| {
+        Request::Vm(VmRequest::Start { vm: "vm-1".into(), unconfirmed: by_word, by_uid: Some(1) })
+    };
     assert!(home.call(start(false)).await.is_err());
     home.clock.advance(Duration::from_secs(6));
     let vm = home.vm(1).await;
@@ -158,7 +160,7 @@ async fn a_restored_broker_asks_before_it_runs_and_believes_the_proof() {
 async fn an_operators_word_is_recorded() {
     let way = Way::born(1, "home");
     let home = Home::start(&[&way], true, true).await;
-    let request = Request::VmStart { vm: "vm-1".into(), unconfirmed: true, by_uid: Some(7) };
+    let request = Request::Vm(VmRequest::Start { vm: "vm-1".into(), unconfirmed: true, by_uid: Some(7) });
     // There is nothing to compose it from here; it was allowed all the same.
     let _ = home.call(request).await;
     let (records, _) = home.shared.records.vms().unwrap();

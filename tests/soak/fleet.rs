@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use cicada::client::Client;
 use cicada::interface::{MigrationView, VmAdopt, VmView};
-use cicada::interface::{Problem, ProblemKind, Reply, Request};
+use cicada::interface::{MoveRequest, Problem, ProblemKind, Reply, Request, VmRequest};
 use cicada::types::ByteSize;
 use cicada::vm::{Firmware, PowerState};
 
@@ -56,14 +56,14 @@ fn ask(world: &World, cloud: usize, request: &Request) -> Reply {
 }
 
 fn vms(world: &World, cloud: usize) -> Option<Vec<VmView>> {
-    match world.call(cloud, &Request::VmList) {
+    match world.call(cloud, &Request::Vm(VmRequest::List)) {
         Ok(Reply::Vms(vms)) => Some(vms),
         _ => None,
     }
 }
 
 fn migrations(world: &World, cloud: usize) -> Option<Vec<MigrationView>> {
-    match world.call(cloud, &Request::MigrationList) {
+    match world.call(cloud, &Request::Move(MoveRequest::List)) {
         Ok(Reply::Migrations(all)) => Some(all),
         _ => None,
     }
@@ -96,7 +96,9 @@ impl Fleet {
                 nvram: None,
             };
             let home = random.below(CLOUDS.len());
-            let Reply::Adopted(adopted) = ask(world, home, &Request::VmAdopt(adopt)) else { panic!() };
+            let Reply::Adopted(adopted) = ask(world, home, &Request::Vm(VmRequest::Adopt(adopt))) else {
+                panic!()
+            };
             let id = adopted.vm.unwrap().id.to_string();
             machines.push(Machine { name, id, runs, root, user_data, moving: false });
         }
@@ -157,8 +159,12 @@ impl Fleet {
         let (socket, name, ended) = (world.socket(owner), machine.name, self.ended.0.clone());
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            let request =
-                Request::Move { vm: name.into(), to: Some(to.into()), dry_run: false, force_stop: false };
+            let request = Request::Move(MoveRequest::Begin {
+                vm: name.into(),
+                to: Some(to.into()),
+                dry_run: false,
+                force_stop: false,
+            });
             let result =
                 runtime.block_on(async { Client::connect(&socket).await?.call(&request, |_| {}).await });
             let _ = ended.send(Ended { vm: name, result });
@@ -204,14 +210,23 @@ impl Fleet {
                 ask(
                     world,
                     owner,
-                    &Request::VmStop { vm: name.into(), force: false, timeout_s: Some(60), for_host: false },
+                    &Request::Vm(VmRequest::Stop {
+                        vm: name.into(),
+                        force: false,
+                        timeout_s: Some(60),
+                        for_host: false,
+                    }),
                 );
             }
             let m = &self.machines[at];
             assert!(exported(world, owner, name, false) == m.root, "the root disk of {name} is another");
             assert!(exported(world, owner, name, true) == m.user_data, "the user data of {name} is other");
             if runs {
-                ask(world, owner, &Request::VmStart { vm: name.into(), unconfirmed: false, by_uid: None });
+                ask(
+                    world,
+                    owner,
+                    &Request::Vm(VmRequest::Start { vm: name.into(), unconfirmed: false, by_uid: None }),
+                );
             }
             self.checks += 4;
         }
@@ -260,7 +275,11 @@ impl Fleet {
                 "{name} is {power} though nobody killed it\n{}",
                 world.log(owner)
             );
-            ask(world, owner, &Request::VmStart { vm: name.into(), unconfirmed: false, by_uid: None });
+            ask(
+                world,
+                owner,
+                &Request::Vm(VmRequest::Start { vm: name.into(), unconfirmed: false, by_uid: None }),
+            );
             self.started_by_hand += 1;
         }
         mischief.killed.remove(id);
@@ -296,12 +315,12 @@ impl Fleet {
 
 fn exported(world: &World, cloud: usize, vm: &str, user_data: bool) -> Vec<u8> {
     let output = world.dir.path().join("exported.raw");
-    let request = Request::VmExport {
+    let request = Request::Vm(VmRequest::Export {
         vm: vm.into(),
         output: output.display().to_string(),
         format: "raw".into(),
         user_data,
-    };
+    });
     ask(world, cloud, &request);
     let content = std::fs::read(&output).unwrap();
     std::fs::remove_file(&output).unwrap();

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use cicada::interface::{Reply, Request};
+use cicada::interface::{MoveRequest, Reply, Request};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::fleet::Fleet;
@@ -177,7 +177,7 @@ impl Mischief {
         {
             return;
         }
-        let Ok(Reply::Migrations(all)) = world.call(cloud, &Request::MigrationList) else { return };
+        let Ok(Reply::Migrations(all)) = world.call(cloud, &Request::Move(MoveRequest::List)) else { return };
         let Some(running) = all
             .iter()
             .find(|m| !m.progress.ended && m.progress.role == cicada::interface::MigrationRole::Source)
@@ -185,7 +185,10 @@ impl Mischief {
             return;
         };
         // Too late is an answer as well.
-        if world.call(cloud, &Request::MigrationCancel { id: running.progress.id.to_string() }).is_ok() {
+        if world
+            .call(cloud, &Request::Move(MoveRequest::Cancel { id: running.progress.id.to_string() }))
+            .is_ok()
+        {
             self.counted("moves cancelled");
         }
     }

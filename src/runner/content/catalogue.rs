@@ -13,8 +13,8 @@ use crate::compose::{ComposeError, Composer, ImageFormat, Output};
 use crate::interface::ObjectKind;
 use crate::interface::problem::{Problem, ProblemKind};
 use crate::interface::{
-    ComponentDetail, ComponentDiff, ComponentView, ComposedView, Event, PackView, RecipeView, Reply,
-    ReportLine, Request,
+    ComponentDetail, ComponentDiff, ComponentView, ComposedView, ContentRequest, Event, PackView, RecipeView,
+    Reply, ReportLine,
 };
 use crate::repository::{CheckReport, ObjectId, Repository, RepositoryError};
 use crate::runner::Given;
@@ -22,54 +22,54 @@ use crate::types::{ByteSize, ComponentId, Hash, PackId, RecipeId};
 
 use super::{archive, optimize};
 
-/// Answers the requests that need only content; others come back as `None`. Long work that can be
-/// taken up again asks `stop` whether anybody still waits for it.
+/// Answers a request. Long work that can be taken up again asks `stop` whether anybody still waits for it.
 pub fn call(
     repository: &Repository,
     composer: &Composer,
     gc_grace: Duration,
     vm_recipes: &[RecipeId],
-    (request, given): (&Request, &Given),
+    (request, given): (&ContentRequest, &Given),
     stop: &dyn Fn() -> bool,
     events: &mut dyn FnMut(Event),
-) -> Option<Result<Reply, Problem>> {
-    Some(match request {
-        Request::ComponentList => components(repository).map(Reply::Components),
-        Request::ComponentShow { component, entries } => {
+) -> Result<Reply, Problem> {
+    match request {
+        ContentRequest::ComponentList => components(repository).map(Reply::Components),
+        ContentRequest::ComponentShow { component, entries } => {
             detail(repository, component, *entries).map(|d| Reply::Component(Box::new(d)))
         }
-        Request::ComponentDiff { from, to } => diff(repository, from, to).map(Reply::ComponentDiff),
-        Request::ComponentRemove { component } => remove(repository, component).map(|()| Reply::Done),
-        Request::ComponentOptimize { components, deltas } => {
+        ContentRequest::ComponentDiff { from, to } => diff(repository, from, to).map(Reply::ComponentDiff),
+        ContentRequest::ComponentRemove { component } => remove(repository, component).map(|()| Reply::Done),
+        ContentRequest::ComponentOptimize { components, deltas } => {
             optimize::optimize(repository, components, *deltas, stop, events).map(Reply::Report)
         }
-        Request::ComponentBind { id } => bind(repository, *id).map(|()| Reply::Done),
-        Request::ComponentName { component, name } => {
+        ContentRequest::ComponentBind { id } => bind(repository, *id).map(|()| Reply::Done),
+        ContentRequest::ComponentName { component, name } => {
             bind_by_hand(repository, component, name.as_deref()).map(Reply::Components)
         }
-        Request::RecipeCreate { components, ordered, root_size, kernel_command_line } => {
+        ContentRequest::RecipeCreate { components, ordered, root_size, kernel_command_line } => {
             recipe_create(repository, composer, components, *ordered, *root_size, kernel_command_line)
                 .map(Reply::Recipe)
         }
-        Request::RecipeList => recipes(repository, composer).map(Reply::Recipes),
-        Request::Compose { recipe, output, format } => {
+        ContentRequest::RecipeList => recipes(repository, composer).map(Reply::Recipes),
+        ContentRequest::Compose { recipe, output, format } => {
             compose(repository, composer, recipe, given.output(output), format).map(Reply::Composed)
         }
-        Request::RepoStats => stats(repository).map(Reply::Report),
-        Request::RepoCheck => check_repository(repository, events).map(|r| Reply::Report(check_lines(&r))),
-        Request::RepoGc { dry_run } => {
+        ContentRequest::RepoStats => stats(repository).map(Reply::Report),
+        ContentRequest::RepoCheck => {
+            check_repository(repository, events).map(|r| Reply::Report(check_lines(&r)))
+        }
+        ContentRequest::RepoGc { dry_run } => {
             gc(repository, composer, *dry_run, gc_grace, vm_recipes).map(Reply::Report)
         }
-        Request::RepoExport { output, components, recipes } => {
+        ContentRequest::RepoExport { output, components, recipes } => {
             let output = given.output(output);
             archive::export(repository, output, components, recipes, stop, events).map(Reply::Report)
         }
-        Request::RepoImport { input, bind } => {
+        ContentRequest::RepoImport { input, bind } => {
             archive::import(repository, (input, given.file(input)), *bind, stop, events).map(Reply::Report)
         }
-        Request::RepoRebuildIndex => rebuild(repository).map(Reply::Report),
-        _ => return None,
-    })
+        ContentRequest::RepoRebuildIndex => rebuild(repository).map(Reply::Report),
+    }
 }
 
 /// A repository error as a problem, with the class an operator acts on.
