@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use cicada::broker::{CallId, Input};
 use cicada::clock::UnixMillis;
-use cicada::interface::{Deleted, Problem, ProblemKind, Reply, Request, Side, VmOwnership, VmSet};
+use cicada::interface::{
+    Deleted, MoveRequest, Problem, ProblemKind, Reply, Request, Side, VmOwnership, VmRequest, VmSet,
+};
 use cicada::migration::Law;
 use cicada::migration::records::VmRecord;
 use cicada::sim::World;
@@ -14,19 +16,24 @@ use cicada::vm::{PowerState, VmSpec};
 use crate::federation::{NAME, federation, open, record, records, rests, sound, vm};
 
 fn start() -> Request {
-    Request::VmStart { vm: NAME.into(), unconfirmed: false, by_uid: None }
+    Request::Vm(VmRequest::Start { vm: NAME.into(), unconfirmed: false, by_uid: None })
 }
 
 fn stop() -> Request {
-    Request::VmStop { vm: NAME.into(), force: true, timeout_s: None, for_host: false }
+    Request::Vm(VmRequest::Stop { vm: NAME.into(), force: true, timeout_s: None, for_host: false })
 }
 
 fn go(to: &str) -> Request {
-    Request::Move { vm: NAME.into(), to: Some(to.into()), dry_run: false, force_stop: true }
+    Request::Move(MoveRequest::Begin {
+        vm: NAME.into(),
+        to: Some(to.into()),
+        dry_run: false,
+        force_stop: true,
+    })
 }
 
 fn delete(what: Deleted) -> Request {
-    Request::VmDelete { vm: NAME.into(), taken_for: Some(what) }
+    Request::Vm(VmRequest::Delete { vm: NAME.into(), taken_for: Some(what) })
 }
 
 fn passes(world: &mut World, seconds: u64) {
@@ -107,7 +114,7 @@ fn what_waits_for_its_start_may_leave_and_is_started_where_it_is_if_that_fails()
         let call = ask(&mut world, 0, go("beta"));
         if cancelled {
             for id in open(&mut world, 0) {
-                ask(&mut world, 0, Request::MigrationCancel { id: id.to_string() });
+                ask(&mut world, 0, Request::Move(MoveRequest::Cancel { id: id.to_string() }));
             }
         }
         rests(&mut world).unwrap();
@@ -131,12 +138,21 @@ fn what_is_being_started_is_only_stopped_and_that_afterwards() {
         autostart: None,
         stop_timeout_s: None,
     };
-    let export =
-        Request::VmExport { vm: NAME.into(), output: "/o".into(), format: "raw".into(), user_data: false };
-    let resize =
-        Request::VmResize { vm: NAME.into(), root_size: Some(ByteSize(2 << 30)), user_data_size: None };
-    let reboot = Request::VmReboot { vm: NAME.into(), force: true, timeout_s: None };
-    for request in [start(), go("beta"), Request::VmSet(set), export, resize, delete(Deleted::Vm), reboot] {
+    let export = Request::Vm(VmRequest::Export {
+        vm: NAME.into(),
+        output: "/o".into(),
+        format: "raw".into(),
+        user_data: false,
+    });
+    let resize = Request::Vm(VmRequest::Resize {
+        vm: NAME.into(),
+        root_size: Some(ByteSize(2 << 30)),
+        user_data_size: None,
+    });
+    let reboot = Request::Vm(VmRequest::Reboot { vm: NAME.into(), force: true, timeout_s: None });
+    for request in
+        [start(), go("beta"), Request::Vm(VmRequest::Set(set)), export, resize, delete(Deleted::Vm), reboot]
+    {
         let problem = refused(&mut world, 0, request);
         assert!(problem.kind == ProblemKind::Conflict && problem.reason.contains("started"), "{problem}");
     }
@@ -155,7 +171,8 @@ fn what_arrives_is_stopped_as_soon_as_it_was_started() {
     ask(&mut world, 0, go("beta"));
     until(&mut world, "it is taken over", |w| w.clouds[1].book.is_here(vm()) == Some(true));
     assert_ne!(power(&world, 1), Some(PowerState::Running), "it is being started");
-    let for_host = Request::VmStop { vm: NAME.into(), force: false, timeout_s: None, for_host: true };
+    let for_host =
+        Request::Vm(VmRequest::Stop { vm: NAME.into(), force: false, timeout_s: None, for_host: true });
     let call = ask(&mut world, 1, for_host);
     passes(&mut world, 60);
     done(&world, 1, call);
@@ -170,7 +187,8 @@ fn what_is_being_started_on_arrival_is_not_promised_away() {
     ask(&mut world, 0, go("beta"));
     until(&mut world, "it is taken over", |w| w.clouds[1].book.is_here(vm()) == Some(true));
     let id = record_of(&world, 1).arrival.expect("it arrived").migration.to_string();
-    let resolve = Request::MigrationResolve { id, owner: Side::There, confirmed: true, by_uid: None };
+    let resolve =
+        Request::Move(MoveRequest::Resolve { id, owner: Side::There, confirmed: true, by_uid: None });
     let problem = refused(&mut world, 1, resolve);
     assert!(problem.kind == ProblemKind::Conflict && problem.reason.contains("started"), "{problem}");
     rests(&mut world).unwrap();
@@ -286,16 +304,22 @@ fn a_damaged_record_keeps_its_own_vm_down_and_nothing_else() {
         assert!(matches!(problem.kind, ProblemKind::Damaged | ProblemKind::NotFound), "{problem}");
     }
     let id = vm().to_string();
-    let by_id = Request::VmStart { vm: id, unconfirmed: false, by_uid: None };
+    let by_id = Request::Vm(VmRequest::Start { vm: id, unconfirmed: false, by_uid: None });
     assert_eq!(refused(&mut world, 0, by_id).kind, ProblemKind::Damaged);
-    let call = ask(&mut world, 0, Request::VmList);
+    let call = ask(&mut world, 0, Request::Vm(VmRequest::List));
     let Some(Ok(Reply::Vms(listed))) = world.reply(0, call) else { panic!() };
     let aside: Vec<_> = listed.iter().filter(|v| v.ownership == VmOwnership::Damaged).collect();
     assert_eq!((listed.len(), aside.len(), aside[0].id), (2, 1, vm()));
     // The other is stopped, started and moved as ever, and comes home to where the damage is.
     let before = world.clouds[0].book.vm(vm());
-    let db =
-        |to: &str| Request::Move { vm: "db".into(), to: Some(to.into()), dry_run: false, force_stop: false };
+    let db = |to: &str| {
+        Request::Move(MoveRequest::Begin {
+            vm: "db".into(),
+            to: Some(to.into()),
+            dry_run: false,
+            force_stop: false,
+        })
+    };
     for (from, to) in [(0, "beta"), (1, "alpha")] {
         let call = ask(&mut world, from, db(to));
         passes(&mut world, 120);

@@ -216,7 +216,8 @@ impl Run {
         let to = (from + 1 + self.world.random.below(MOVERS - 1)) % MOVERS;
         let to = Some(self.world.clouds[to].name().to_owned());
         self.tally.hasty += 1;
-        let request = Request::Move { vm: NAME.into(), to, dry_run: false, force_stop: true };
+        let request =
+            Request::Move(MoveRequest::Begin { vm: NAME.into(), to, dry_run: false, force_stop: true });
         self.world.call(from, request);
     }
 
