@@ -354,8 +354,14 @@ impl Broker {
                 false
             }
             // One that stands still was held for a move, or about to run, when a broker ended.
-            _ if self.is_still(id) && !vm.stopped_for_host => self.start_machine(id, None),
-            _ => false,
+            Ok(()) if self.is_still(id) && !vm.stopped_for_host => self.start_machine(id, None),
+            Ok(()) => false,
+            Err(no) => {
+                if self.is_still(id) {
+                    tracing::error!(vm = %vm.record.spec.name, reason = %no, "not started by itself");
+                }
+                false
+            }
         }
     }
 

@@ -362,6 +362,7 @@ impl Broker {
 
     /// At start: finishes what was decided, and goes on asking.
     pub(super) fn resume_resolutions(&mut self) {
+        self.mend_contested();
         let open = self.resolutions.values().filter(|r| r.given.is_some()).filter(|r| match r.outcome {
             Outcome::Awaited => true,
             Outcome::Contested { .. } => !matches!(self.book.receipt(r.migration), Ok(Some(_))),
@@ -378,6 +379,22 @@ impl Broker {
             if let Err(e) = result {
                 tracing::error!(migration = %id, error = chain(&e), "an operator's decision cannot be carried out");
             }
+        }
+    }
+
+    /// A record may have been damaged, or put back from a copy, when it turned out that its VM has two owners.
+    fn mend_contested(&mut self) {
+        let contested = self.resolutions.values().filter_map(|r| match r.outcome {
+            Outcome::Contested { since } => Some((r.migration, r.vm, since)),
+            _ => None,
+        });
+        for (id, vm, since) in contested.collect::<Vec<_>>() {
+            let Some(entry) = self.vms.get_mut(&vm) else { continue };
+            let Some(record) = self.book.law().contest(&entry.record, id, since) else { continue };
+            if let Err(e) = self.book.save_ownership(&record) {
+                tracing::error!(%vm, error = chain(&e), "that the VM is contested is not recorded");
+            }
+            entry.record = record;
         }
     }
 
@@ -398,6 +415,10 @@ impl Broker {
     pub(super) fn follow_answered(&mut self, id: MigrationId, peer: &Peer, answer: &AnswerBody) -> bool {
         let Some(r) = self.resolutions.get(&id).cloned() else { return true };
         let Some(h) = r.hand_over() else { return true };
+        // What follows from it belongs into the VM's record: once that can be read.
+        if self.aside.contains_key(&r.vm) {
+            return false;
+        }
         let kept = match answer {
             AnswerBody::Started { receipt, .. } if receipt.verify().as_ref() == Ok(&h) => {
                 self.taken_over_there(&r, receipt)
@@ -476,7 +497,8 @@ impl Broker {
 
     /// The VM was taken back here, and the target had taken it over.
     fn contest(&mut self, id: MigrationId) -> Result<(), RecordError> {
-        let Some(r) = self.resolutions.get(&id).filter(|r| r.outcome == Outcome::Awaited) else {
+        let awaited = |r: &&Resolution| r.outcome == Outcome::Awaited && !self.aside.contains_key(&r.vm);
+        let Some(r) = self.resolutions.get(&id).filter(awaited) else {
             return Ok(());
         };
         let r = r.clone();
