@@ -280,12 +280,9 @@ impl Broker {
 
     /// Who is not a member any more, or not trusted, is not waited for.
     pub(super) fn review_confirming(&mut self) {
-        if self.confirming.is_none() {
-            return;
-        }
-        let could_know = self.could_know();
-        let Some(confirming) = &mut self.confirming else { return };
-        confirming.awaited.retain(|jid| could_know.contains(jid));
+        let (members, Some(confirming)) = (&self.members, &mut self.confirming) else { return };
+        // Those of `could_know`, one of which this cloud itself never is.
+        confirming.awaited.retain(|jid| members.believes(jid));
         self.confirm_if_all_said();
     }
 

@@ -189,7 +189,10 @@ impl Members {
         }
         member.resource = Some(p.resource);
         member.removed = false;
-        member.key = cloud.key.parse().ok();
+        // Most presences of a room show the key they did before, and reading one takes longer than all the rest.
+        if member.cloud.as_ref().is_none_or(|before| before.key != cloud.key) {
+            member.key = cloud.key.parse().ok();
+        }
         let (name, proofs) = (cloud.name.parse().ok(), cloud.successions());
         member.cloud = Some(cloud);
         let news = member.key.and_then(|shown| self.keys.see(&p.jid, shown, &proofs));
@@ -280,6 +283,11 @@ impl Members {
     /// Members whose key is believed, online or not, and whether or not they were seen.
     pub fn believed(&self) -> impl Iterator<Item = &MemberJid> + '_ {
         self.keys.believed().filter(|jid| !self.members.get(*jid).is_some_and(|m| m.removed))
+    }
+
+    /// Whether it is one of [`Members::believed`].
+    pub fn believes(&self, jid: &MemberJid) -> bool {
+        self.keys.believes(jid) && !self.members.get(jid).is_some_and(|m| m.removed)
     }
 
     /// Confirms a member's key.

@@ -127,6 +127,11 @@ impl Keyring {
         all.filter(|jid| !self.revoked.0.contains_key(*jid))
     }
 
+    /// Whether it is one of [`Keyring::believed`].
+    pub fn believes(&self, jid: &MemberJid) -> bool {
+        self.confirmed(jid).is_some() && !self.revoked.0.contains_key(jid)
+    }
+
     /// The key that is believed now.
     pub fn trusted(&self, jid: &MemberJid) -> Option<PublicKey> {
         let confirmed = self.confirmed(jid)?;

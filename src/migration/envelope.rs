@@ -2,7 +2,7 @@
 //! not authenticate payloads, so each message is bound to its sender, recipient, VM and epoch by
 //! the sender's identity key and refused when stale or seen before.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use serde::de::{DeserializeOwned, IgnoredAny};
@@ -188,28 +188,59 @@ impl<T> Envelope<T> {
 /// Remembers nonces for as long as their messages could be accepted.
 #[derive(Clone, Debug, Default)]
 pub struct ReplayGuard {
-    /// By sender: one that floods keeps nobody else out.
-    seen: BTreeMap<MemberJid, BTreeMap<String, UnixMillis>>,
+    /// Of whom nonces are remembered.
+    senders: BTreeMap<MemberJid, Sender>,
+    numbered: u64,
+    /// By the sender's number. One table for all: in a large room most of whom little is heard.
+    seen: HashMap<(u64, [u8; NONCE_DIGITS]), UnixMillis>,
     swept: UnixMillis,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Sender {
+    number: u64,
+    /// How many of its nonces are remembered: one that floods keeps nobody else out.
+    nonces: usize,
 }
 
 impl ReplayGuard {
     /// Admits a message once.
     pub fn admit<T>(&mut self, e: &Envelope<T>, now: UnixMillis) -> Result<(), EnvelopeError> {
         if now.since(self.swept) > Duration::from_secs(10) {
-            for nonces in self.seen.values_mut() {
-                nonces.retain(|_, expires| now <= expires.plus(SKEW));
-            }
-            self.seen.retain(|_, nonces| !nonces.is_empty());
-            self.swept = now;
+            self.sweep(now);
         }
-        let nonces = self.seen.entry(e.from.clone()).or_default();
-        if nonces.len() >= NONCES_MAX {
+        let nonce = e.nonce.as_bytes().try_into().map_err(|_| EnvelopeError::Unbounded)?;
+        let sender = match self.senders.get_mut(&e.from) {
+            Some(sender) => sender,
+            None => {
+                self.numbered += 1;
+                let sender = Sender { number: self.numbered, nonces: 0 };
+                self.senders.entry(e.from.clone()).or_insert(sender)
+            }
+        };
+        if sender.nonces >= NONCES_MAX {
             return Err(EnvelopeError::Flood);
         }
-        match nonces.insert(e.nonce.clone(), e.expires) {
-            None => Ok(()),
+        match self.seen.insert((sender.number, nonce), e.expires) {
+            None => {
+                sender.nonces += 1;
+                Ok(())
+            }
             Some(_) => Err(EnvelopeError::Replay),
+        }
+    }
+
+    fn sweep(&mut self, now: UnixMillis) {
+        self.swept = now;
+        self.seen.retain(|_, expires| now <= expires.plus(SKEW));
+        let mut left: HashMap<u64, usize> = HashMap::new();
+        self.seen.keys().for_each(|(number, _)| *left.entry(*number).or_default() += 1);
+        self.senders.retain(|_, sender| {
+            sender.nonces = left.get(&sender.number).copied().unwrap_or(0);
+            sender.nonces > 0
+        });
+        if self.seen.capacity() > 4 * self.seen.len() {
+            self.seen.shrink_to_fit();
         }
     }
 }

@@ -31,6 +31,11 @@ const UNANSWERED_HELD_MAX: u32 = 5;
 /// Times the whole staging is begun again because the target forgot it.
 const RESTARTS_MAX: u32 = 3;
 const WAIT_MS: u64 = 250;
+/// The longer a pass takes while the guest runs on, the less often it is asked about: about once in a tenth of the
+/// time that it has taken.
+const WAIT_MS_MAX: u64 = 2000;
+/// From so many answers on the wait is the longest.
+const WORKING_MAX: u32 = 28;
 const WAIT_SWITCH_OVER_MS: u64 = 50;
 const WAIT_UNANSWERED_MS: u64 = 2000;
 
@@ -167,6 +172,8 @@ pub struct Source {
     /// Why the guest could not be held, until somebody asks again.
     not_held: Option<Denial>,
     unanswered: u32,
+    /// How often the target was still at the pass under way.
+    working: u32,
     restarts: u32,
     next_pass: u32,
     delivered_bytes: u64,
@@ -187,6 +194,7 @@ impl Source {
             hold_spent: false,
             not_held: None,
             unanswered: 0,
+            working: 0,
             restarts: 0,
             next_pass: 1,
             delivered_bytes: 0,
@@ -310,12 +318,17 @@ impl Source {
             (Phase::Scanning { pass, last }, Event::Scanned(Ok((root_delta, user_data)))) => {
                 let pass = Pass { number: pass, last, root_delta, user_data };
                 self.phase = Phase::Staging(pass);
+                self.working = 0;
                 vec![Effect::AskInitialization(pass)]
             }
 
             (Phase::Staging(pass), Event::Answered(a)) => match *a {
+                Answer::Working(_) if pass.last => vec![Effect::Wait { ms: WAIT_SWITCH_OVER_MS }],
+                Answer::Working(_) if self.hold != Hold::No => vec![Effect::Wait { ms: WAIT_MS }],
                 Answer::Working(_) => {
-                    vec![Effect::Wait { ms: if pass.last { WAIT_SWITCH_OVER_MS } else { WAIT_MS } }]
+                    let ms = (WAIT_MS + WAIT_MS * u64::from(self.working / 4)).min(WAIT_MS_MAX);
+                    self.working = (self.working + 1).min(WORKING_MAX);
+                    vec![Effect::Wait { ms }]
                 }
                 Answer::Staged { pass: n, account } if n == pass.number => self.staged(pass, account),
                 other => self.unexpected(other),

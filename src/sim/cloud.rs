@@ -15,7 +15,7 @@ use crate::clock::UnixMillis;
 use crate::config::Config;
 use crate::federation::Members;
 use crate::interface::{Candidate, Problem, Reply};
-use crate::migration::Law;
+use crate::migration::{Law, RequestBody};
 use crate::stanza::Cloud as Presence;
 use crate::types::{ByteSize, Hash, IdentityKey, MemberJid, MigrationId, PackId, PublicKey, RecipeId, VmId};
 use crate::vm::hypervisor::{Ability, Accelerator, DiskFormat, Features};
@@ -141,6 +141,9 @@ pub(super) struct Talking {
     /// The request whose answer it waits for.
     pub asked: u64,
     pub nonce: String,
+    /// What was asked, and how often it may still be asked again of one that was asked too much at once.
+    pub body: Option<Box<RequestBody>>,
+    pub patience: u32,
     pub talk: Talk,
     /// It is one row of this plan.
     pub plan: Option<u64>,

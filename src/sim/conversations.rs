@@ -2,6 +2,7 @@
 //! is made of.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use crate::broker::effect::{Checked, Done, Input, Matter, Peer, Unanswered};
 use crate::broker::planning::{reason, unasked};
@@ -16,11 +17,16 @@ use crate::vm::VmSpec;
 
 use super::cloud::{Answered, Asks, Checking, Job, Planning, Talk, Talking};
 use super::counts::Subject;
+use super::helper::{Chore, Made, Order};
 use super::queue::{Event, Kind, Said};
 use super::world::{World, mix};
 
 /// How long an unanswered request is waited for.
 const ASK_TIMEOUT_MS: u64 = 10_000;
+/// How often, and after how long, one that is asked too much at once is asked again: as the runner does.
+const PATIENCE: u32 = 10;
+const WAIT_MS_MIN: u64 = 100;
+const WAIT_MS_MAX: u64 = 5000;
 /// What the one that is asked by hand may do before it answers.
 const HAND_STEPS_MAX: usize = 20;
 
@@ -41,7 +47,9 @@ impl World {
         let of = self.cloud(at);
         let id = of.id();
         let job = Job { token, life: of.life };
-        of.talks.insert(id, Talking { job, to, about, asked: 0, nonce: String::new(), talk, plan });
+        let (nonce, body_kept, patience) = (String::new(), None, PATIENCE);
+        let talking = Talking { job, to, about, asked: 0, nonce, body: body_kept, patience, talk, plan };
+        of.talks.insert(id, talking);
         self.request(at, id, body);
     }
 
@@ -50,29 +58,35 @@ impl World {
         let asked = of.id();
         let Some(talking) = of.talks.get_mut(&id) else { return };
         (talking.asked, talking.nonce) = (asked, format!("{at:016x}{asked:016x}"));
+        talking.body = Some(Box::new(body.clone()));
         let subject = Subject::of(&body);
         let answered = Answered { cloud: at, life: talking.job.life, talk: id, asked, about: subject };
         let (to, about, nonce) = (talking.to.jid.clone(), talking.about, talking.nonce.clone());
         let version = of.versions.get(&to).copied().unwrap_or(VERSION);
         let target = self.by_jid.get(&to).copied();
-        let payload = self.seal(at, to, about, version, nonce, body);
+        let envelope = self.envelope(at, to, about, version, nonce, body);
         self.counts.sent(subject);
         let lost = self.random.chance(self.links.loss);
-        if let Some(payload) = payload
-            && let Some(to) = target.filter(|to| !lost && !self.is_cut(at, *to))
-        {
+        let target = target.filter(|to| !lost && !self.is_cut(at, *to));
+        if let (Some(helper), Some(to), None) = (&self.helper, target, &self.log) {
+            let key = self.clouds[at].key.clone();
+            let sealing = Some(helper.order(Chore::Seal { envelope: Box::new(envelope), key }));
+            let said = Said { from: self.clouds[at].jid.clone(), to, payload: Rc::default() };
+            let answered = answered.clone();
+            self.later(to, self.links.latency_ms, Event::Request { said, answered, sealing });
+        } else if let (Some(to), Ok(payload)) = (target, envelope.seal(&self.clouds[at].key)) {
             self.counts.carried(subject, payload.len());
             let said = Said { from: self.clouds[at].jid.clone(), to, payload: Rc::new(payload) };
             if let Some(log) = &mut self.log {
                 log.push(said.clone());
             }
             let answered = answered.clone();
-            self.later(to, self.links.latency_ms, Event::Request { said, answered });
+            self.later(to, self.links.latency_ms, Event::Request { said, answered, sealing: None });
         }
-        self.later(at, ASK_TIMEOUT_MS, Event::Answer { answered, sealed: None });
+        self.later(at, ASK_TIMEOUT_MS, Event::Answer { answered, sealed: None, opening: None });
     }
 
-    fn seal(
+    fn envelope(
         &self,
         at: usize,
         to: MemberJid,
@@ -80,10 +94,10 @@ impl World {
         version: u32,
         nonce: String,
         body: RequestBody,
-    ) -> Option<Vec<u8>> {
+    ) -> Envelope<RequestBody> {
         let of = &self.clouds[at];
         let issued = self.now_at(at);
-        let envelope = Envelope {
+        Envelope {
             version,
             from: of.jid.clone(),
             to,
@@ -94,8 +108,7 @@ impl World {
             issued,
             expires: issued.plus(LIFETIME),
             body,
-        };
-        envelope.seal(&of.key).ok()
+        }
     }
 
     /// Says something in a member's name, whatever its broker thinks of it, and lets the one that is asked do
@@ -116,7 +129,9 @@ impl World {
         let theirs = self.clouds[to].ahead_ms;
         let ahead_ms = std::mem::replace(&mut self.cloud(by).ahead_ms, theirs);
         let subject = Subject::of(&body);
-        let payload = self.seal(by, jid.clone(), about, version, format!("{by:016x}{asked:016x}"), body);
+        let nonce = format!("{by:016x}{asked:016x}");
+        let envelope = self.envelope(by, jid.clone(), about, version, nonce, body);
+        let payload = envelope.seal(&self.clouds[by].key).ok();
         self.cloud(by).ahead_ms = ahead_ms;
         self.note(to, mix(asked, by as u64));
         let ask = AskId(self.cloud(to).id());
@@ -150,10 +165,18 @@ impl World {
         }
     }
 
+    /// A request arrives that was sealed on its way.
+    pub(super) fn arrives_sealed(&mut self, said: Said, answered: Answered, sealing: &Order) {
+        if let Made::Sealed(Some(payload)) = sealing.made() {
+            self.counts.carried(answered.about, payload.len());
+            self.arrives(Said { payload: Rc::new(payload), ..said }, answered);
+        }
+    }
+
     /// A request arrives once more; nobody waits for the answer.
     pub(super) fn deliver_again(&mut self, said: Said) {
         let answered = Answered { cloud: said.to, life: u32::MAX, talk: 0, asked: 0, about: Subject::Other };
-        self.later(said.to, 0, Event::Request { said, answered });
+        self.later(said.to, 0, Event::Request { said, answered, sealing: None });
     }
 
     pub(super) fn send_answer(&mut self, at: usize, answered: Answered, sealed: Option<Vec<u8>>) {
@@ -170,19 +193,29 @@ impl World {
         if let Some(sealed) = sealed {
             self.counts.carried(answered.about, sealed.len());
             let to = answered.cloud;
-            self.later(to, self.links.latency_ms, Event::Answer { answered, sealed: Some(sealed) });
+            let opening = self.helper.as_ref().and_then(|helper| {
+                let talking = self.clouds[to].talks.get(&answered.talk)?;
+                Some(helper.order(Chore::Open {
+                    sealed: sealed.clone(),
+                    key: talking.to.key,
+                    by: talking.to.jid.clone(),
+                    to: self.clouds[to].jid.clone(),
+                    at: self.now_at(to).plus(Duration::from_millis(self.links.latency_ms)),
+                }))
+            });
+            self.later(to, self.links.latency_ms, Event::Answer { answered, sealed: Some(sealed), opening });
         }
     }
 
-    pub(super) fn heard(&mut self, answered: &Answered, sealed: Option<Vec<u8>>) {
+    pub(super) fn heard(&mut self, answered: &Answered, sealed: Option<Vec<u8>>, opening: Option<Order>) {
         let (at, now) = (answered.cloud, self.now_at(answered.cloud));
         let cloud = &self.clouds[at];
         let Some(talking) = cloud.talks.get(&answered.talk).filter(|t| t.asked == answered.asked) else {
             return;
         };
-        let opened = sealed.as_ref().and_then(|sealed| {
-            let (key, jid) = (&talking.to.key, &talking.to.jid);
-            Envelope::<AnswerBody>::open(sealed, key, jid, &cloud.jid, now).ok()
+        let opened = sealed.as_ref().and_then(|sealed| match opening.map(|opening| opening.made()) {
+            Some(Made::Opened(opened)) => opened.map(|opened| *opened),
+            _ => Envelope::<AnswerBody>::open(sealed, &talking.to.key, &talking.to.jid, &cloud.jid, now).ok(),
         });
         let opened = opened.filter(|answer| answer.nonce == talking.nonce);
         // What comes late answers nothing any more.
@@ -191,16 +224,36 @@ impl World {
         }
         match opened.map(|answer| answer.body) {
             Some(AnswerBody::Denied(d)) if d.code == DenialCode::RateLimited => {
-                // As the runner: asked again when it says. The model has no floods.
-                self.conclude(at, answered.talk, Ok(AnswerBody::Denied(d)));
+                self.put_off(at, answered.talk, d);
             }
             Some(body) => self.answer_to(at, answered.talk, body),
             None => self.conclude(at, answered.talk, Err(Unanswered("no answer in time".into()))),
         }
     }
 
+    /// As the runner: one that was asked too much at once is asked again when it says.
+    fn put_off(&mut self, at: usize, id: u64, d: Denial) {
+        self.counts.put_off += 1;
+        let Some(talking) = self.cloud(at).talks.get_mut(&id) else { return };
+        if talking.patience == 0 {
+            return self.conclude(at, id, Ok(AnswerBody::Denied(d)));
+        }
+        talking.patience -= 1;
+        let (life, talk, asked) = (talking.job.life, id, talking.asked);
+        let wait_ms = d.retry_after_ms.unwrap_or(0).clamp(WAIT_MS_MIN, WAIT_MS_MAX);
+        self.later(at, wait_ms, Event::AskAgain { life, talk, asked });
+    }
+
+    pub(super) fn ask_again(&mut self, at: usize, id: u64) {
+        let body = self.cloud(at).talks.get_mut(&id).and_then(|talking| talking.body.take());
+        if let Some(body) = body {
+            self.request(at, id, *body);
+        }
+    }
+
     fn answer_to(&mut self, at: usize, id: u64, body: AnswerBody) {
         let Some(talking) = self.cloud(at).talks.get_mut(&id) else { return };
+        talking.patience = PATIENCE;
         let peer = talking.to.clone();
         match &mut talking.talk {
             Talk::One => self.conclude(at, id, Ok(body)),

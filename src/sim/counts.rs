@@ -61,6 +61,8 @@ pub struct Counts {
     pub presences: u64,
     pub presences_delivered: u64,
     pub presence_bytes_delivered: u64,
+    /// Requests that were put off: too much was asked at once.
+    pub put_off: u64,
     pub component_bytes: u64,
     pub own_bytes: u64,
     pub steps: u64,

@@ -13,8 +13,9 @@ use crate::types::{NodeHash, VmId};
 use crate::vm::hypervisor::StopMode;
 use crate::vm::{MapRef, PowerState, VmSpec};
 
+use super::blocks;
 use super::queue::{Event, Work};
-use super::world::World;
+use super::world::{Carried, World};
 
 impl World {
     /// Tells a hypervisor to do something; it does one thing with a VM after the other.
@@ -180,9 +181,13 @@ impl World {
         self.cloud(at).keep_disks(vm, &order.disks, content_of(&order.init.pass.root_delta));
         self.counts.component_bytes += component_bytes;
         self.counts.own_bytes += own_bytes;
+        let needed: u64 = made.packs.iter().map(|(_, bytes)| bytes).sum();
+        let block_bytes = if first { blocks::sent(component_bytes, needed, kept) } else { component_bytes };
         let carried = self.carried.entry(id).or_default();
-        *carried = (carried.0 + component_bytes, carried.1 + own_bytes);
-        let (component_bytes, own_bytes) = *carried;
+        carried.component_bytes += component_bytes;
+        carried.own_bytes += own_bytes;
+        carried.block_bytes += block_bytes;
+        let Carried { component_bytes, own_bytes, .. } = *carried;
         let bytes = component_bytes + own_bytes;
         let ms = bytes.saturating_mul(1000) / self.links.bytes_per_s.max(1) + self.links.latency_ms;
         let account = StageAccount {

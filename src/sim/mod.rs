@@ -1,9 +1,11 @@
 //! Level 3: a simulated federation. The brokers' cores are the ones that ship; the network, time, hypervisors
 //! and repositories are models. Where the model ends: `SIMULATION.md`.
 
+mod blocks;
 pub mod cloud;
 mod conversations;
 pub mod counts;
+mod helper;
 mod host;
 pub mod model;
 mod order;
@@ -11,6 +13,7 @@ pub mod queue;
 mod room;
 pub mod scenario;
 mod settled;
+pub mod speed;
 pub mod svg;
 pub mod trace;
 pub mod world;
@@ -21,5 +24,6 @@ pub use host::seed_of;
 pub use model::{Catalogue, Component};
 pub use order::Death;
 pub use queue::{Kind, Pending, Said};
-pub use scenario::{Outcome, Row, Scenario, ScenarioError, Speed};
-pub use world::{Links, Random, World};
+pub use scenario::{Outcome, Reached, Row, Scenario, ScenarioError};
+pub use speed::Speed;
+pub use world::{Carried, Links, Random, World};

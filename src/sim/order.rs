@@ -57,8 +57,9 @@ impl World {
             Event::Answer { answered, .. } => {
                 cloud.life != answered.life || !cloud.waits_for(answered.talk, answered.asked)
             }
+            Event::AskAgain { life, talk, asked } => cloud.life != *life || !cloud.waits_for(*talk, *asked),
             Event::Shown { .. } => cloud.broker.is_none(),
-            Event::Host { .. } | Event::Request { .. } | Event::Restart => false,
+            Event::GoesRound { .. } | Event::Host { .. } | Event::Request { .. } | Event::Restart => false,
         }
     }
 

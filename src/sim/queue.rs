@@ -13,6 +13,7 @@ use crate::types::{MemberJid, VmId};
 use crate::vm::hypervisor::StopMode;
 
 use super::cloud::Answered;
+use super::helper::Order;
 
 /// A request as it travels, kept so that it can be said again.
 #[derive(Clone, Debug)]
@@ -44,9 +45,15 @@ pub(super) enum Event {
         took: Duration,
         fails: bool,
     },
-    /// A member's presence reaches one cloud, or everybody.
+    /// A member's presence reaches one cloud.
     Shown {
-        everybody: bool,
+        presence: Rc<Presence>,
+        /// What it takes as the room sends it to one member.
+        bytes: u64,
+    },
+    /// A member's presence goes round, and reached all clouds before this one.
+    GoesRound {
+        next: usize,
         presence: Rc<Presence>,
         /// What it takes as the room sends it to one member.
         bytes: u64,
@@ -56,13 +63,23 @@ pub(super) enum Event {
     Request {
         said: Said,
         answered: Answered,
+        /// It is sealed meanwhile.
+        sealing: Option<Order>,
     },
     /// A sealed answer arrives, or none does.
     Answer {
         answered: Answered,
         sealed: Option<Vec<u8>>,
+        /// It is opened meanwhile.
+        opening: Option<Order>,
     },
     Announce(u32),
+    /// One that was asked too much at once is asked again.
+    AskAgain {
+        life: u32,
+        talk: u64,
+        asked: u64,
+    },
     Restart,
 }
 
@@ -136,8 +153,9 @@ impl Scheduled {
                 Input::Done(_, Done::Due) => Kind::Due,
                 _ => Kind::Outcome,
             },
+            Event::AskAgain { .. } => Kind::Due,
             Event::Host { .. } => Kind::Outcome,
-            Event::Shown { .. } => Kind::Room,
+            Event::Shown { .. } | Event::GoesRound { .. } => Kind::Room,
             Event::Tick(_) => Kind::Tick,
             Event::Request { .. } => Kind::Request,
             Event::Answer { sealed: Some(_), .. } => Kind::Answer,

@@ -3,12 +3,16 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use crate::broker::effect::{Input, RoomInput};
 use crate::federation::Presence;
 use crate::types::PeerText;
 
 use super::counts::stanza_bytes;
 use super::queue::Event;
 use super::world::World;
+
+/// Members that the room's server tells of a presence in a millisecond: about 100 Mbit/s.
+const TOLD_PER_MS: usize = 10;
 
 impl World {
     pub(super) fn announce(&mut self, at: usize, cloud: crate::stanza::Cloud) {
@@ -44,11 +48,30 @@ impl World {
         self.cloud(at).announced_bytes = bytes;
         self.counts.presences += 1;
         if !self.local_clocks {
-            return self.later(at, self.links.latency_ms, Event::Shown { everybody: true, presence, bytes });
+            let round = Event::GoesRound { next: 0, presence, bytes };
+            return self.later(at, self.links.latency_ms, round);
         }
         for other in (0..self.clouds.len()).filter(|other| *other != at) {
             let presence = presence.clone();
-            self.later(other, self.links.latency_ms, Event::Shown { everybody: false, presence, bytes });
+            self.later(other, self.links.latency_ms, Event::Shown { presence, bytes });
+        }
+    }
+
+    /// The room tells so many members of a presence, and the others later: all at once would ask at once about it,
+    /// as no room of this size does.
+    pub(super) fn goes_round(&mut self, at: usize, next: usize, presence: Rc<Presence>, bytes: u64) {
+        let end = (next + TOLD_PER_MS).min(self.clouds.len());
+        for other in (next..end).filter(|other| *other != at) {
+            if self.is_cut(at, other) || self.clouds[other].broker.is_none() {
+                continue;
+            }
+            self.counts.presence_delivered(bytes);
+            self.acting = other;
+            self.step(other, Input::Room(RoomInput::Presence((*presence).clone())));
+        }
+        if end < self.clouds.len() {
+            self.acting = at;
+            self.later(at, 1, Event::GoesRound { next: end, presence, bytes });
         }
     }
 

@@ -13,8 +13,10 @@ use crate::vm::VmSpec;
 
 use super::cloud::{Cloud, Shape};
 use super::counts::{Counts, Subject, Tally};
+use super::helper::Helper;
 use super::model::{Catalogue, Component};
 use super::settled::{Broken, settled, sound};
+use super::speed::Speed;
 use super::trace::Trace;
 use super::world::{Links, Random, World};
 
@@ -132,6 +134,8 @@ pub struct Row {
     pub own_bytes_per_move: u64,
     /// What copying the whole disk, compressed, would have sent.
     pub monolithic_bytes_per_move: u64,
+    /// What a tool would have sent that keeps each block of 4 KiB once; the VM's own data as above.
+    pub block_bytes_per_move: u64,
     /// Of the bytes of components that were needed, the share that was there already.
     pub hit_rate: f64,
     pub seconds_per_move: f64,
@@ -142,6 +146,16 @@ pub struct Row {
     pub presence_bytes_per_move: u64,
     /// Of all clouds together.
     pub repository_bytes: u64,
+}
+
+/// What went through the network while the room filled.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize)]
+pub struct Filling {
+    #[serde(flatten)]
+    pub messages: Tally,
+    pub presences_delivered: u64,
+    #[serde(rename = "presence_delivered_bytes")]
+    pub presence_bytes_delivered: u64,
 }
 
 /// How a run ended.
@@ -155,6 +169,14 @@ pub struct Outcome {
     pub simulated_hours: f64,
     /// Of the bytes of components that moves needed, the share that was there already.
     pub hit_rate: f64,
+    /// Of all moves: as in the rows.
+    pub bytes_per_move: u64,
+    pub monolithic_bytes_per_move: u64,
+    pub block_bytes_per_move: u64,
+    pub seconds_per_move: f64,
+    pub messages_per_move: f64,
+    /// What it took until all clouds had seen and asked each other, before anything moved.
+    pub filling: Filling,
     /// Requests and answers, by what they are about.
     pub messages: BTreeMap<Subject, Tally>,
     /// Of clouds to the room, and of the room to each of its members.
@@ -162,26 +184,20 @@ pub struct Outcome {
     pub presences_delivered: u64,
     #[serde(rename = "presence_delivered_bytes")]
     pub presence_bytes_delivered: u64,
+    /// Requests that were put off because too much was asked of one cloud at once.
+    pub put_off: u64,
     pub steps: u64,
     pub crashes: u64,
     pub rows: Vec<Row>,
 }
 
-/// What a run took of the machine it ran on.
-#[derive(Clone, PartialEq, Debug, Default)]
-pub struct Speed {
-    /// Of a core's steps, every so many of which were timed.
-    pub step_median_ns: u32,
-    pub step_99th_ns: u32,
-    pub steps_timed: usize,
-}
-
-impl Speed {
-    fn of(mut samples: Vec<u32>) -> Self {
-        samples.sort_unstable();
-        let at = |share: usize| samples.get(samples.len() * share / 100).copied().unwrap_or_default();
-        Self { step_median_ns: at(50), step_99th_ns: at(99), steps_timed: samples.len() }
-    }
+/// How far a run is.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Reached {
+    pub simulated_s: u64,
+    pub simulated_total_s: u64,
+    /// Moves done.
+    pub moves: u64,
 }
 
 impl Scenario {
@@ -238,15 +254,15 @@ impl Scenario {
         Ok(())
     }
 
-    /// Runs it. `packages` says what components consist of (`fixtures/sim/packages.tsv`); `progress` is told the
-    /// share that is done, and says whether to go on.
+    /// Runs it. `packages` says what components consist of (`fixtures/sim/packages.tsv`); `progress` is told how
+    /// far the run is, and says whether to go on.
     ///
     /// # Errors
     /// A rule that was broken, with the seed and when.
     pub fn run(
         &self,
         packages: &str,
-        progress: impl FnMut(f64) -> bool,
+        progress: impl FnMut(Reached) -> bool,
     ) -> Result<(Outcome, Speed), ScenarioError> {
         self.run_prepared(packages, progress, |_| Ok(()))
     }
@@ -255,17 +271,14 @@ impl Scenario {
     fn run_prepared(
         &self,
         packages: &str,
-        mut progress: impl FnMut(f64) -> bool,
+        mut progress: impl FnMut(Reached) -> bool,
         prepare: impl Fn(&mut World) -> Result<(), String>,
     ) -> Result<(Outcome, Speed), ScenarioError> {
         let mut world = None;
         let found = match self.attempt(packages, &mut progress, &prepare, &mut world, None) {
             Err(Ended::Broken(found)) => found,
             Err(Ended::Other(e)) => return Err(e),
-            Ok(outcome) => {
-                let samples = world.and_then(|world| world.step_ns).unwrap_or_default();
-                return Ok((outcome, Speed::of(samples)));
-            }
+            Ok(ran) => return Ok(ran),
         };
         let trace = Trace::of(found.broken.clouds.iter().copied());
         let again = self.attempt(packages, &mut |_| true, &prepare, &mut world, Some(trace));
@@ -283,11 +296,12 @@ impl Scenario {
     fn attempt(
         &self,
         packages: &str,
-        progress: &mut dyn FnMut(f64) -> bool,
+        progress: &mut dyn FnMut(Reached) -> bool,
         prepare: &dyn Fn(&mut World) -> Result<(), String>,
         ran: &mut Option<World>,
         trace: Option<Trace>,
-    ) -> Result<Outcome, Ended> {
+    ) -> Result<(Outcome, Speed), Ended> {
+        let mut speed = Speed::begin();
         let catalogue = Catalogue::new(components(packages)?);
         let programs: Vec<usize> = (0..catalogue.components.len())
             .filter(|at| !matches!(catalogue.components[*at].name.as_str(), "os" | "kernel"))
@@ -318,7 +332,7 @@ impl Scenario {
             presence_pause_ms: self.link.presence_pause_s * 1000,
         };
         let placed = |world: &mut World| {
-            (world.trace, world.step_ns) = (trace, Some(Vec::new()));
+            (world.trace, world.step_ns, world.helper) = (trace, Some(Vec::new()), Helper::begin());
             for (n, kind) in vms.iter().enumerate() {
                 let record = record(n, *kind, &world.catalogue);
                 world.place(n % self.clouds as usize, record, self.own.0)?;
@@ -334,14 +348,21 @@ impl Scenario {
         let begun = world.now;
         let mut run = Run::new(self, world);
         // Everybody sees everybody first.
-        run.advance(world, Duration::from_secs(120))?;
-        let end = begun.plus(Duration::from_secs_f64(self.hours * 3600.0));
+        run.advance_told(world, FILLED_WITHIN, progress)?;
+        speed.rests(world.clouds.len());
+        run.counted = world.counts.clone();
+        run.outcome.filling = Filling {
+            messages: world.counts.all(),
+            presences_delivered: world.counts.presences_delivered,
+            presence_bytes_delivered: world.counts.presence_bytes_delivered,
+        };
+        let end = begun.plus(self.lasts());
         while world.now < end {
             let hour = world.now.since(begun).as_secs_f64() / 3600.0;
             let busy = 1.0 + self.day_and_night * (std::f64::consts::TAU * (hour / 24.0 - 0.25)).sin();
             let rate = self.moves_per_hour * busy + self.faults.crashes_per_hour;
             let pause = -(1.0 - world.random.fraction()).ln() / rate.max(1e-9) * 3600.0;
-            run.advance(world, Duration::from_secs_f64(pause.min(3600.0)))?;
+            run.advance_told(world, Duration::from_secs_f64(pause.min(3600.0)), progress)?;
             if pause >= 3600.0 {
                 continue;
             }
@@ -352,14 +373,16 @@ impl Scenario {
             } else {
                 run.begin_move(world);
             }
-            if !progress((hour / self.hours).min(1.0)) {
-                return Err(ScenarioError::Stopped.into());
-            }
         }
         // What is under way ends.
-        run.advance(world, Duration::from_secs(3600))?;
+        run.advance_told(world, SETTLED_WITHIN, progress)?;
         run.settle(world)?;
-        Ok(run.end(world))
+        speed.end(world);
+        Ok((run.end(world), speed))
+    }
+
+    fn lasts(&self) -> Duration {
+        Duration::from_secs_f64(self.hours * 3600.0)
     }
 }
 
@@ -400,6 +423,12 @@ impl From<ScenarioError> for Ended {
 
 /// All brokers have begun within this time.
 const JOINED_WITHIN_MS: u64 = 60_000;
+/// Everybody has seen and asked everybody within this time.
+const FILLED_WITHIN: Duration = Duration::from_secs(120);
+/// Every move has ended so long after the last began.
+const SETTLED_WITHIN: Duration = Duration::from_secs(3600);
+/// Whoever waits is told how far a run is after so much of it.
+const TOLD_EVERY: Duration = Duration::from_secs(5);
 
 /// Leases and patience as they ship; no bounds that a federation of one room would not have.
 const SETTINGS: &str = "cpu_overcommit = 1.0\n[migration]\nconcurrency = 1000\nrequests_per_minute = 600000\n[[member]]\njid = \"nobody@sim.example\"\n";
@@ -447,6 +476,16 @@ fn record(n: usize, kind: usize, catalogue: &Catalogue) -> VmRecord {
     VmRecord { run: true, ..VmRecord::new(spec, Vec::new(), "disks-1", crate::clock::UnixMillis(1)) }
 }
 
+/// Bytes of all moves.
+#[derive(Default)]
+struct All {
+    needed: u64,
+    components: u64,
+    own: u64,
+    monolithic: u64,
+    blocks: u64,
+}
+
 /// A run under way: the moves asked for, and what came of those that ended.
 struct Run<'a> {
     scenario: &'a Scenario,
@@ -458,8 +497,9 @@ struct Run<'a> {
     row_moves: u64,
     since: Row,
     needed_bytes: u64,
-    /// Of all rows: bytes of components that were needed, and that were sent.
-    all_bytes: (u64, u64),
+    /// Of all moves.
+    all: All,
+    all_seconds: f64,
     /// What had been counted at the row before.
     counted: Counts,
     seconds: f64,
@@ -477,7 +517,8 @@ impl<'a> Run<'a> {
             row_moves: ((expected / 40.0) as u64).max(1),
             since: Row::default(),
             needed_bytes: 0,
-            all_bytes: (0, 0),
+            all: All::default(),
+            all_seconds: 0.0,
             counted: Counts::default(),
             seconds: 0.0,
             outcome: Outcome {
@@ -499,6 +540,32 @@ impl<'a> Run<'a> {
             None => {
                 self.collect(world);
                 Ok(())
+            }
+        }
+    }
+
+    /// In steps short enough to tell how far it is.
+    fn advance_told(
+        &mut self,
+        world: &mut World,
+        by: Duration,
+        progress: &mut dyn FnMut(Reached) -> bool,
+    ) -> Result<(), Ended> {
+        let until = world.now.plus(by);
+        loop {
+            let left = until.since(world.now);
+            self.advance(world, left.min(TOLD_EVERY))?;
+            let all = self.scenario.lasts().max(FILLED_WITHIN) + SETTLED_WITHIN;
+            let reached = Reached {
+                simulated_s: world.now.since(self.begun).min(all).as_secs(),
+                simulated_total_s: all.as_secs(),
+                moves: self.outcome.moves,
+            };
+            if !progress(reached) {
+                return Err(ScenarioError::Stopped.into());
+            }
+            if left <= TOLD_EVERY {
+                return Ok(());
             }
         }
     }
@@ -574,7 +641,7 @@ impl<'a> Run<'a> {
     fn moved(&mut self, world: &World, view: &MigrationView) {
         let p = &view.progress;
         let id: MigrationId = p.id;
-        let (component_bytes, own_bytes) = world.carried.get(&id).copied().unwrap_or_default();
+        let carried = world.carried.get(&id).copied().unwrap_or_default();
         let to = world.by_jid.get(&p.peer).copied();
         let recipe = to.and_then(|to| world.clouds[to].book.look_at(p.vm_id, |record| record.spec.recipe));
         let needed: u64 = recipe
@@ -583,12 +650,14 @@ impl<'a> Run<'a> {
         if let (Some(to), Some(owner)) = (to, self.owners.get_mut(p.vm_id.0.as_u128() as usize - 1)) {
             *owner = to;
         }
-        self.since.component_bytes_per_move += component_bytes;
-        self.since.own_bytes_per_move += own_bytes;
+        self.since.component_bytes_per_move += carried.component_bytes;
+        self.since.own_bytes_per_move += carried.own_bytes;
         self.since.monolithic_bytes_per_move += needed + self.scenario.own.0;
+        self.since.block_bytes_per_move += carried.block_bytes + carried.own_bytes;
         self.since.moves += 1;
         self.needed_bytes += needed;
-        self.seconds += p.updated.since(p.started).as_secs_f64();
+        let seconds = p.updated.since(p.started).as_secs_f64();
+        (self.seconds, self.all_seconds) = (self.seconds + seconds, self.all_seconds + seconds);
         self.outcome.moves += 1;
         if self.since.moves >= self.row_moves {
             self.end_row(world);
@@ -599,10 +668,16 @@ impl<'a> Run<'a> {
         let mut row = std::mem::take(&mut self.since);
         let n = row.moves.max(1);
         let sent = row.component_bytes_per_move;
+        self.all.needed += self.needed_bytes;
+        self.all.components += sent;
+        self.all.own += row.own_bytes_per_move;
+        self.all.monolithic += row.monolithic_bytes_per_move;
+        self.all.blocks += row.block_bytes_per_move;
         row.hit_rate = 1.0 - sent as f64 / self.needed_bytes.max(1) as f64;
         row.component_bytes_per_move = sent / n;
         row.own_bytes_per_move /= n;
         row.monolithic_bytes_per_move /= n;
+        row.block_bytes_per_move /= n;
         row.seconds_per_move = self.seconds / n as f64;
         let (now, before) = (&world.counts, &self.counted);
         let (messages, earlier) = (now.all(), before.all());
@@ -613,7 +688,6 @@ impl<'a> Run<'a> {
         row.moves = self.outcome.moves;
         row.simulated_hours = world.now.since(self.begun).as_secs_f64() / 3600.0;
         row.repository_bytes = world.clouds.iter().map(|c| c.stored_bytes).sum();
-        self.all_bytes = (self.all_bytes.0 + self.needed_bytes, self.all_bytes.1 + sent);
         (self.needed_bytes, self.seconds, self.counted) = (0, 0.0, world.counts.clone());
         self.outcome.rows.push(row);
     }
@@ -622,15 +696,21 @@ impl<'a> Run<'a> {
         if self.since.moves > 0 {
             self.end_row(world);
         }
-        let (needed, sent) = self.all_bytes;
-        let counts = &world.counts;
+        let (all, counts, moves) = (&self.all, &world.counts, self.outcome.moves.max(1));
+        let while_moving = counts.all().messages - self.outcome.filling.messages.messages;
         Outcome {
             simulated_hours: world.now.since(self.begun).as_secs_f64() / 3600.0,
-            hit_rate: 1.0 - sent as f64 / needed.max(1) as f64,
+            hit_rate: 1.0 - all.components as f64 / all.needed.max(1) as f64,
+            bytes_per_move: (all.components + all.own) / moves,
+            monolithic_bytes_per_move: all.monolithic / moves,
+            block_bytes_per_move: all.blocks / moves,
+            seconds_per_move: self.all_seconds / moves as f64,
+            messages_per_move: while_moving as f64 / moves as f64,
             messages: counts.messages.clone(),
             presences: counts.presences,
             presences_delivered: counts.presences_delivered,
             presence_bytes_delivered: counts.presence_bytes_delivered,
+            put_off: counts.put_off,
             steps: counts.steps,
             crashes: counts.crashes,
             ..self.outcome

@@ -7,10 +7,10 @@ use crate::types::ByteSize;
 use super::scenario::{Outcome, Row};
 
 const WIDTH: f64 = 860.0;
-const HEIGHT: f64 = 480.0;
+const HEIGHT: f64 = 500.0;
 const LEFT: f64 = 90.0;
 const RIGHT: f64 = 30.0;
-const TOP: f64 = 60.0;
+const TOP: f64 = 80.0;
 const BOTTOM: f64 = 60.0;
 
 /// A line of the picture.
@@ -28,6 +28,12 @@ const LINES: &[Line] = &[
         colour: "#3a9d5d",
         dashes: "6 3",
         of: |row| row.component_bytes_per_move,
+    },
+    Line {
+        name: "blocks of 4 KiB, each once",
+        colour: "#c28a1b",
+        dashes: "9 2 2 2",
+        of: |row| row.block_bytes_per_move,
     },
     Line {
         name: "whole disk, compressed",
@@ -96,16 +102,17 @@ pub fn svg(outcome: &Outcome) -> String {
             outcome.rows.iter().map(|row| format!("{:.1},{:.1}", x(row.moves), y((line.of)(row)))).collect();
         let style =
             format!("stroke=\"{}\" stroke-width=\"2\" stroke-dasharray=\"{}\"", line.colour, line.dashes);
-        let at = LEFT + 250.0 * f64::from(n);
+        let (at, high) = (LEFT + 360.0 * f64::from(n % 2), 24.0 + 22.0 * f64::from(n / 2));
         let average = outcome.rows.iter().map(&line.of).sum::<u64>() / (outcome.rows.len() as u64).max(1);
         let _ = writeln!(
             text,
             "<polyline points=\"{}\" fill=\"none\" {style}/>\n\
-             <line x1=\"{at}\" y1=\"30\" x2=\"{}\" y2=\"30\" {style}/>\
-             <text x=\"{}\" y=\"34\">{} (mean {})</text>",
+             <line x1=\"{at}\" y1=\"{high}\" x2=\"{}\" y2=\"{high}\" {style}/>\
+             <text x=\"{}\" y=\"{}\">{} (mean {})</text>",
             points.join(" "),
             at + 30.0,
             at + 36.0,
+            high + 4.0,
             line.name,
             ByteSize(average)
         );
@@ -139,6 +146,7 @@ mod tests {
             component_bytes_per_move: component,
             own_bytes_per_move: own,
             monolithic_bytes_per_move: whole,
+            block_bytes_per_move: component + own,
             ..Row::default()
         };
         let rows = vec![row(10, 200_000_000, 4_000_000, 300_000_000), row(20, 0, 4_000_000, 300_000_000)];
@@ -157,7 +165,7 @@ mod tests {
             let points = line.attr("points").unwrap().split(' ');
             points.map(|p| p.split_once(',').unwrap().1.parse().unwrap()).collect()
         };
-        let (ours, components, whole) = (ys(&lines[0]), ys(&lines[1]), ys(&lines[2]));
+        let (ours, components, whole) = (ys(&lines[0]), ys(&lines[1]), ys(&lines[3]));
         assert!(ours[0] < ours[1] && whole[0] == whole[1] && whole[0] < ours[0], "more is higher: {ours:?}");
         assert_eq!(components[1], HEIGHT - BOTTOM, "nothing lies on the axis");
     }

@@ -20,6 +20,7 @@ use crate::vm::PowerState;
 use super::cloud::{Cloud, Talk};
 use super::conversations::nothing;
 use super::counts::Counts;
+use super::helper::Helper;
 use super::model::Catalogue;
 use super::order::Death;
 use super::queue::{Event, Said, Scheduled, Work};
@@ -73,6 +74,15 @@ impl Default for Links {
     }
 }
 
+/// What a move carried.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Carried {
+    pub component_bytes: u64,
+    pub own_bytes: u64,
+    /// What blocks of one size would have been, in the place of components.
+    pub block_bytes: u64,
+}
+
 /// When simulated time begins.
 pub(super) const BEGUN: UnixMillis = UnixMillis(1_700_000_000_000);
 /// Steps of which one is timed.
@@ -94,6 +104,8 @@ pub struct World {
     pub counts: Counts,
     /// What steps of cores took, every so many, if somebody wants to know. Nothing depends on it.
     pub step_ns: Option<Vec<u32>>,
+    /// Who makes and checks signatures besides.
+    pub(super) helper: Option<Helper>,
     /// What happened last to some clouds, in words, if somebody wants to know.
     pub trace: Option<Trace>,
     /// All that was asked, if somebody wants it.
@@ -107,7 +119,7 @@ pub struct World {
     pub(super) queue: BinaryHeap<Reverse<Scheduled>>,
     seq: u64,
     /// What a move carried, for whoever asks.
-    pub carried: BTreeMap<MigrationId, (u64, u64)>,
+    pub carried: BTreeMap<MigrationId, Carried>,
     /// In how many clouds each VM runs.
     running: BTreeMap<VmId, u32>,
     /// Clouds whose records or VMs changed since somebody looked.
@@ -115,7 +127,7 @@ pub struct World {
     /// Each cloud has a time of its own: see `order.rs`.
     pub(super) local_clocks: bool,
     /// To whom things happen at this moment.
-    acting: usize,
+    pub(super) acting: usize,
     pub(super) dying: Option<(usize, Death)>,
     pub(super) asks_by_hand: Option<u64>,
     pub(super) by_hand: Option<Option<Vec<u8>>>,
@@ -173,6 +185,7 @@ impl World {
             failures: 0.0,
             counts: Counts::default(),
             step_ns: None,
+            helper: None,
             trace: None,
             log: None,
             newest: BTreeMap::new(),
@@ -246,7 +259,7 @@ impl World {
             if self.clouds[other].broker.is_some() && self.clouds[other].announced.is_some() {
                 let presence = self.presence_of(other, true);
                 let bytes = self.clouds[other].announced_bytes;
-                self.later(at, self.links.latency_ms, Event::Shown { everybody: false, presence, bytes });
+                self.later(at, self.links.latency_ms, Event::Shown { presence, bytes });
             }
         }
         let offset = Random(u64::from(life) << 32 | at as u64).below(1000) as u64;
@@ -349,25 +362,24 @@ impl World {
                 let done = self.hosted(at, vm, work, took, fails);
                 self.hosted_for(at, life, vm, token, done);
             }
-            Event::Shown { everybody: false, presence, bytes } => {
+            Event::Shown { presence, bytes } => {
                 self.counts.presence_delivered(bytes);
                 self.step(at, Input::Room(RoomInput::Presence((*presence).clone())));
             }
-            Event::Shown { everybody: true, presence, bytes } => {
-                for other in (0..self.clouds.len()).filter(|other| *other != at) {
-                    if self.is_cut(at, other) || self.clouds[other].broker.is_none() {
-                        continue;
-                    }
-                    self.counts.presence_delivered(bytes);
-                    self.acting = other;
-                    self.step(other, Input::Room(RoomInput::Presence((*presence).clone())));
-                }
-            }
-            Event::Request { said, answered } => self.arrives(said, answered),
-            Event::Answer { answered, sealed } if lives(self, answered.life) => {
-                self.heard(&answered, sealed);
+            Event::GoesRound { next, presence, bytes } => self.goes_round(at, next, presence, bytes),
+            Event::Request { said, answered, sealing } => match sealing {
+                Some(sealing) => self.arrives_sealed(said, answered, &sealing),
+                None => self.arrives(said, answered),
+            },
+            Event::Answer { answered, sealed, opening } if lives(self, answered.life) => {
+                self.heard(&answered, sealed, opening);
             }
             Event::Answer { .. } => {}
+            Event::AskAgain { life, talk, asked } => {
+                if lives(self, life) && self.clouds[at].waits_for(talk, asked) {
+                    self.ask_again(at, talk);
+                }
+            }
             Event::Restart => {
                 if let Err(e) = self.start(at, false) {
                     tracing::error!(cloud = %self.clouds[at].jid, error = e, "does not start again");
