@@ -2,6 +2,7 @@
 //! seed.
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use cicada::broker::CallId;
@@ -652,15 +653,23 @@ impl Run {
 /// Runs of these seeds; their tally and how many of them were different, or the first that broke a rule.
 pub fn runs(law: Law, seeds: std::ops::Range<u64>) -> Result<(Tally, usize), (u64, String)> {
     const WORKERS: u64 = 2;
+    // No later run is of interest then.
+    let broken = AtomicU64::new(u64::MAX);
     let results: Vec<_> = std::thread::scope(|scope| {
         let of = |worker: u64| seeds.clone().filter(move |seed| seed % WORKERS == worker);
         let work = |worker: u64| {
-            let seeds = of(worker);
+            let (seeds, broken) = (of(worker), &broken);
             scope.spawn(move || {
                 let beginnings = Beginnings::new(law);
                 let (mut sum, mut happened) = (Tally::default(), HashSet::new());
                 for seed in seeds {
-                    let (tally, digest) = run(&beginnings, seed).map_err(|what| (seed, what))?;
+                    if seed > broken.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let (tally, digest) = run(&beginnings, seed).map_err(|what| {
+                        broken.fetch_min(seed, Ordering::Relaxed);
+                        (seed, what)
+                    })?;
                     sum.add(&tally);
                     happened.insert(digest);
                 }
@@ -671,8 +680,10 @@ pub fn runs(law: Law, seeds: std::ops::Range<u64>) -> Result<(Tally, usize), (u6
         threads.into_iter().map(|t| t.join().expect("a run panicked")).collect()
     });
     let (mut sum, mut happened) = (Tally::default(), HashSet::new());
-    for result in results {
-        let (tally, digests) = result?;
+    if let Some(first) = results.iter().filter_map(|r| r.as_ref().err()).min_by_key(|(seed, _)| *seed) {
+        return Err(first.clone());
+    }
+    for (tally, digests) in results.into_iter().flatten() {
         sum.add(&tally);
         happened.extend(digests);
     }
