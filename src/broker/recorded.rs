@@ -300,6 +300,13 @@ mod tests {
     const TARGET: &str =
         include_str!("../../fixtures/before/data/migrations/116dfebe-dc8b-41a6-bd6d-fdb1680889ec.json");
 
+    const FAILURE: &str = r#""problem": {
+      "kind": "no-space",
+      "object": "move of web",
+      "reason": "full",
+      "next_step": "make room"
+    }"#;
+
     /// Through what the API shows and back.
     fn written_again(json: &str) -> String {
         let MigrationRecord { version, record } = serde_json::from_str(json).unwrap();
@@ -339,10 +346,7 @@ mod tests {
             ("\"boot_ms\": null", "\"boot_ms\": 13"),
             ("\"components_held\": 0", "\"components_held\": 3"),
             ("\"user_data_bytes\": 0", "\"user_data_bytes\": 5"),
-            (
-                "\"problem\": null",
-                "\"problem\": {\n      \"kind\": \"no-space\",\n      \"object\": \"move of web\",\n                       \"reason\": \"full\",\n      \"next_step\": \"make room\"\n    }",
-            ),
+            ("\"problem\": null", FAILURE),
             ("\"remarks\": []", "\"remarks\": [\n      \"decided\"\n    ]"),
         ] {
             json = replaced(&json, from, to);
