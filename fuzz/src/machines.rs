@@ -24,7 +24,10 @@ pub fn machines(data: &[u8]) {
     match selector % 2 {
         0 => drive_target(steps),
         // A third bit tells what it does apart from what is wanted of it.
-        _ => drive_source(Found { to_run: selector & 2 != 0, is_up: (selector & 2 != 0) ^ (selector & 4 != 0) }, steps),
+        _ => drive_source(
+            Found { to_run: selector & 2 != 0, is_up: (selector & 2 != 0) ^ (selector & 4 != 0) },
+            steps,
+        ),
     }
 }
 

@@ -660,8 +660,9 @@ fn journal(corpus: &Corpus<'_>) {
     }));
     put("vm-given-up", 0, json(&record));
     put("return", 2, json(&ReturnRecord { vm: spec().id, epoch: 2, hand_over: Some(signed) }));
-    let migration = r#"{"version":1,"view":{"progress":{"id":"02020202-0202-0202-0202-020202020202","vm":"web-1","vm_id":"01010101-0101-0101-0101-010101010101","role":"source","peer":"b@example.org","peer_cloud":"b","phase":"stage","detail":"","bytes_done":1,"bytes_total":2,"rate_bytes_per_s":3,"eta_s":4,"fraction":0.5,"started":5,"updated":6,"ended":false},"account":{}}}"#;
-    put("migration", 1, migration.into());
+    let migration =
+        include_bytes!("../../fixtures/before/data/migrations/1b41a807-3ebf-4616-a98c-cedca7aedc28.json");
+    put("migration", 1, migration.to_vec());
     for (name, request) in [
         ("status", Request::Cloud(CloudRequest::Status)),
         (
