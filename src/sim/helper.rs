@@ -33,7 +33,7 @@ impl Chore {
 }
 
 enum State {
-    Waits(Chore),
+    Waits(Box<Chore>),
     UnderWay,
     Over(Made),
 }
@@ -44,7 +44,7 @@ pub(super) struct Order(Arc<(Mutex<State>, Condvar)>);
 
 impl Order {
     pub fn new(job: Chore) -> Self {
-        Self(Arc::new((Mutex::new(State::Waits(job)), Condvar::new())))
+        Self(Arc::new((Mutex::new(State::Waits(Box::new(job))), Condvar::new())))
     }
 
     /// Does it, unless somebody does or did.
