@@ -64,7 +64,7 @@ pub fn run(ctx: &Context, args: &Sim) -> Outcome {
         if told.replace((done, reached.moves)) != Some((done, reached.moves)) {
             let phase = "simulate".to_owned();
             let unit = match ctx.printer.json {
-                true => "simulated minutes".to_owned(),
+                true => "minutes".to_owned(),
                 false => format!("simulated minutes, {} moves", reached.moves),
             };
             progress.event(&Event::Progress { phase, done, total, unit });
